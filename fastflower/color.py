@@ -1,0 +1,47 @@
+"""Brightness, contrast, saturation, hue and normalisation as tables and matrices; what torchvision's functionals compute.
+
+Pixels are RGB in 0 .. 255. Each operation clips to 0 .. 255 as torchvision does, in the order brightness, contrast,
+saturation, hue. Shape suffixes: K table entries (256), C channels.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+# Grey as Pillow's convert("L") and torchvision's rgb_to_grayscale weigh it: ITU-R BT.601 luma.
+LUMA = np.array([0.299, 0.587, 0.114])
+# ImageNet's channel statistics in 0..1, which torchvision's pretrained weights expect.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_LEVELS = np.arange(256, dtype=np.float64)
+
+
+def brightness_table(factor: float) -> Floats:
+    """Level -> clip(factor * level), (256,) float32 in 0 .. 255."""
+    return np.clip(factor * _LEVELS, 0, 255).astype(np.float32)
+
+
+def contrast_table(levels_K: Floats, factor: float, mean: float) -> Floats:
+    """Follow a table by contrast: clip(mean + factor * (level - mean)); mean is the grey mean of the image it acts on."""
+    return np.clip(mean + factor * (levels_K - mean), 0, 255).astype(np.float32)
+
+
+def saturation_matrix(factor: float) -> Floats:
+    """The (3, 3) float32 matrix that blends a pixel with its own grey: factor * x + (1 - factor) * (LUMA . x)."""
+    return (factor * np.eye(3) + (1 - factor) * LUMA).astype(np.float32)
+
+
+def normalize_factors(
+    mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> tuple[Floats, Floats]:
+    """(multiply, add), each (C,) float32, so that multiply * level + add = (level / 255 - mean) / std."""
+    multiply = 1 / (255 * np.asarray(std, np.float64))
+    add = -np.asarray(mean, np.float64) / np.asarray(std, np.float64)
+    return multiply.astype(np.float32), add.astype(np.float32)
+
+
+def quantized(levels_K: Floats) -> NDArray[np.uint8]:
+    """Round a table to whole levels, (256,) uint8."""
+    return np.rint(levels_K).astype(np.uint8)

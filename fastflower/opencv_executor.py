@@ -1,0 +1,216 @@
+"""Runs draws on the CPU: OpenCV's SIMD kernels on a pool of threads, which release the interpreter lock while they work."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastflower import color, geometry
+from fastflower.augment import Augment, Draw
+from fastflower.errors import SampleError
+
+Pixels = NDArray[np.uint8]
+
+_CHUNK = 8  # samples a task: long enough to hide the cost of a task, short enough to share a batch among the threads
+_WARP = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+_SUBPIXEL = 8  # bits of fraction in the corners given to fillPoly
+
+
+def decode(encoded: Any) -> Pixels:
+    """Decode an image file's bytes to RGB, (H, W, 3) uint8, upright by its EXIF orientation.
+
+    Identical to Pillow's decoding of JPEG files. Raises SampleError when the bytes are no image, or not all of one.
+    """
+    data = np.frombuffer(encoded, np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
+    if image is None:
+        raise SampleError("cannot be decoded as an image, or is cut short")
+    return image  # pyright: ignore[reportReturnType]  (cv2's stubs do not know that the depth is 8 bits)
+
+
+class OpencvExecutor:
+    """Turns batches of samples into tensors; `start` returns at once, batches finish in the order they were started.
+
+    decoded(index) gives a sample's pixels, from the cache or the decoder; it runs on the pool's threads.
+    """
+
+    def __init__(
+        self, augment: Augment, dtype: torch.dtype, decoded: Callable[[int], Pixels], *, workers: int
+    ) -> None:
+        self._render = _Renderer(augment, dtype)
+        self._decoded = decoded
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fastflower")
+
+    def start(self, indices: NDArray[np.int64], sizes: NDArray[np.int64], draw: Draw) -> "_Pending":
+        """Begin a batch of the samples `indices`, whose photographs have `sizes`, (N, 2)."""
+        images, rows = self._render.empty(len(indices), draw.size)
+        jobs = self._render.jobs(draw, sizes)
+
+        def work(start: int) -> None:
+            for row in range(start, min(start + _CHUNK, len(indices))):
+                self._render(self._decoded(int(indices[row])), jobs[row], rows[row])
+
+        futures = [self._pool.submit(work, start) for start in range(0, len(indices), _CHUNK)]
+        return _Pending(images, futures)
+
+    def close(self) -> None:
+        """Drop what has not begun and wait for the threads to end."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    images: Tensor
+    futures: Sequence[Future[None]]
+
+    def result(self) -> Tensor:
+        """Wait for the batch: (N, 3, H, W), channels-last. Raises what a thread raised."""
+        for future in self.futures:
+            future.result()
+        return self.images
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One sample's draw, ready for OpenCV."""
+
+    region: tuple[slice, slice]
+    shrink: tuple[int, int]
+    blur: tuple[float, float]
+    matrix: NDArray[np.float64]
+    outside: NDArray[np.int32] | None
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: int
+    erase: tuple[slice, slice]
+
+
+class _Renderer:
+    """Pixels in, one row of the batch out. Thread-safe: holds only constants."""
+
+    def __init__(self, augment: Augment, dtype: torch.dtype) -> None:
+        self._fill = augment.fill
+        self._size = augment.output_size
+        self._dtype = dtype
+        multiply, add = color.normalize_factors(augment.mean, augment.std)
+        levels = np.arange(256, dtype=np.float32)[:, None]
+        if dtype == torch.uint8:
+            self._erased = np.rint(255 * (np.array(augment.erase_value) * augment.std + augment.mean)).clip(0, 255)
+            self._table = None
+        else:
+            table = torch.from_numpy(levels * multiply + add).to(dtype)
+            self._erased = _as_numpy(torch.tensor(augment.erase_value).to(dtype))
+            self._table = _as_numpy(table)[:, None, :]
+        height, width = self._size
+        self._multiply, self._add = (np.tile(factor, width) for factor in (multiply, add))
+
+    def empty(self, count: int, size: tuple[int, int]) -> tuple[Tensor, NDArray[Any]]:
+        """A batch to be filled: the tensor (N, 3, H, W), channels-last, and the same memory as (N, H, W, 3)."""
+        rows = np.empty((count, *size, 3), _storage(self._dtype))  # numpy asks the kernel for huge pages, torch does not
+        return torch.from_numpy(rows).view(self._dtype).permute(0, 3, 1, 2), rows
+
+    def jobs(self, draw: Draw, sizes: NDArray[np.int64]) -> list[_Job]:
+        warp = draw.warp(sizes, self._fill)
+        shrink = geometry.shrink_factors(warp.footprint)
+        blur = geometry.blur_weights(warp.footprint, shrink)
+        matrix = warp.matrix / shrink[:, ::-1, None]
+        # From pixel centres at +0.5 to OpenCV's, which lie at whole numbers.
+        matrix[:, :, 2] += matrix[:, :, :2].sum(axis=2) / 2 - 0.5
+        frame = geometry.corners(np.array([-1.0, -1.0, self._size[0] + 2, self._size[1] + 2]))
+        hue = np.rint(draw.hue * 256).astype(int) % 256
+        jobs = []
+        for row, (top, left, height, width) in enumerate(warp.region.tolist()):
+            outside = None
+            if warp.masked[row]:
+                polygons = np.stack([frame, warp.quad[row]]) - 0.5
+                outside = np.rint(polygons * 2**_SUBPIXEL).astype(np.int32)
+            down, across = (min(factor, side) for factor, side in zip(shrink[row].tolist(), (height, width)))
+            erase_top, erase_left, erase_height, erase_width = draw.erase[row].tolist()
+            jobs.append(
+                _Job(
+                    # Whole boxes only: at most one box at the far edge is replaced by its neighbour.
+                    region=(slice(top, top + height - height % down), slice(left, left + width - width % across)),
+                    shrink=(down, across),
+                    blur=tuple(blur[row].tolist()),
+                    matrix=matrix[row],
+                    outside=outside,
+                    brightness=float(draw.brightness[row]),
+                    contrast=float(draw.contrast[row]),
+                    saturation=float(draw.saturation[row]),
+                    hue=int(hue[row]),
+                    erase=(slice(erase_top, erase_top + erase_height), slice(erase_left, erase_left + erase_width)),
+                )
+            )
+        return jobs
+
+    def __call__(self, photo: Pixels, job: _Job, out: NDArray[Any]) -> None:
+        image = self._warped(photo[job.region], job)
+        image = _toned(image, job.brightness, job.contrast)
+        if job.saturation != 1:
+            image = cv2.transform(image, color.saturation_matrix(job.saturation))
+        if job.hue:
+            image = _turned(image, job.hue)
+        self._written(image, out)
+        if job.erase[0].stop:
+            out[job.erase] = self._erased
+
+    def _warped(self, source: Any, job: _Job) -> Any:
+        if job.shrink != (1, 1):
+            down, across = job.shrink
+            size = (source.shape[1] // across, source.shape[0] // down)
+            source = cv2.resize(source, size, interpolation=cv2.INTER_AREA)
+        if job.blur != (0, 0):
+            down, across = (np.array([a, 1 - 2 * a, a], np.float32) for a in job.blur)
+            source = cv2.sepFilter2D(source, -1, across, down, borderType=cv2.BORDER_REPLICATE)
+        height, width = self._size
+        image = cv2.warpAffine(source, job.matrix, (width, height), flags=_WARP, borderMode=cv2.BORDER_REPLICATE)
+        if job.outside is not None:
+            cv2.fillPoly(image, list(job.outside), (0, 0, 0), cv2.LINE_AA, _SUBPIXEL)
+        return image
+
+    def _written(self, image: Any, out: NDArray[Any]) -> None:
+        """Normalise into the batch, in its dtype."""
+        if self._table is None:
+            out[...] = image
+        elif self._dtype == torch.float32:  # a product and a sum take half the time of a look-up
+            flat = out.reshape(out.shape[0], -1)
+            np.multiply(image.reshape(flat.shape), self._multiply, out=flat)
+            np.add(flat, self._add, out=flat)
+        else:
+            cv2.LUT(image, self._table, out)
+
+
+def _toned(image: Any, brightness: float, contrast: float) -> Any:
+    """Brightness, then contrast about the mean grey of the brightened image."""
+    if contrast == 1:
+        return image if brightness == 1 else cv2.LUT(image, color.quantized(color.brightness_table(brightness)))
+    levels = color.brightness_table(brightness)
+    if brightness > 1:  # clips: the mean must be taken afterwards
+        image = cv2.LUT(image, color.quantized(levels))
+        levels = color.brightness_table(1)
+        brightness = 1
+    mean = brightness * float(color.LUMA @ cv2.mean(image)[:3])
+    return cv2.LUT(image, color.quantized(color.contrast_table(levels, contrast, mean)))
+
+
+def _turned(image: Any, steps: int) -> Any:
+    """Turn the hue by steps / 256 of the wheel."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(steps)  # wraps, as the wheel does
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def _storage(dtype: torch.dtype) -> Any:
+    """The numpy dtype that stores `dtype`; numpy has no bfloat16, so its bits travel as uint16."""
+    return {torch.uint8: np.uint8, torch.float32: np.float32}.get(dtype, np.uint16)
+
+
+def _as_numpy(tensor: Tensor) -> NDArray[Any]:
+    return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.uint16).numpy()
