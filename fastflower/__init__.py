@@ -1,0 +1,1 @@
+from fastflower.augment import Augment as Augment

@@ -1,0 +1,56 @@
+"""What torchvision's functionals make of the numbers in a Draw: the chain that both executors are tested against."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from fastflower import Augment
+from fastflower.augment import Draw
+
+BILINEAR = InterpolationMode.BILINEAR
+
+
+def geometry_chain(image: torch.Tensor, draw: Draw, row: int, augment: Augment) -> torch.Tensor:
+    """Crop, flips, rotation and affine, one torchvision call each. image  (C, H, W) float32 in 0..1."""
+    size = list(draw.size)
+    if augment.crop is None:
+        resize = augment.resize if isinstance(augment.resize, tuple) else [augment.resize]
+        image = F.resize(image, list(resize), BILINEAR, antialias=True)
+        image = F.center_crop(image, size)
+    else:
+        top, left, height, width = (int(part) for part in draw.roi[row])
+        image = F.resized_crop(image, top, left, height, width, size, BILINEAR, antialias=True)
+    if draw.flip[row, 0]:
+        image = F.horizontal_flip(image)
+    if draw.flip[row, 1]:
+        image = F.vertical_flip(image)
+    if augment.rotate:
+        image = F.rotate(image, float(draw.rotate[row]), BILINEAR)
+    if augment.moves:
+        image = F.affine(
+            image,
+            angle=float(draw.affine_rotate[row]),
+            translate=[float(part) for part in draw.translate[row]],
+            scale=float(draw.scale[row]),
+            shear=[float(part) for part in draw.shear[row]],
+            interpolation=BILINEAR,
+        )
+    return image
+
+
+def color_chain(image: torch.Tensor, draw: Draw, row: int) -> torch.Tensor:
+    """Brightness, contrast, saturation, hue. image  (3, H, W) float32 in 0..1."""
+    image = F.adjust_brightness(image, float(draw.brightness[row]))
+    image = F.adjust_contrast(image, float(draw.contrast[row]))
+    image = F.adjust_saturation(image, float(draw.saturation[row]))
+    return F.adjust_hue(image, float(draw.hue[row]))
+
+
+def render(photo: NDArray[np.uint8], draw: Draw, row: int, augment: Augment) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """(image (H, W, 3) in 0..255, mask (H, W) of the pixels that none of the frames in the chain cut off)."""
+    image = torch.from_numpy(photo).permute(2, 0, 1).float() / 255
+    shown = geometry_chain(torch.ones_like(image[:1]), draw, row, augment)[0] > 0.999
+    image = color_chain(geometry_chain(image, draw, row, augment), draw, row)
+    return 255 * image.permute(1, 2, 0).numpy(), shown.numpy()
