@@ -200,9 +200,15 @@ class Augment:
 
     @property
     def moves(self) -> bool:
-        """Whether rotation, shift, scale or shear may uncover what lies outside the crop."""
+        """Whether rotation, shift, scale or shear is drawn."""
         affine = (self.rotate, self.affine_rotate, *self.translate, *self.shear, *(part - 1 for part in self.scale))
         return any(part != 0 for part in affine)
+
+    @property
+    def uncovers(self) -> bool:
+        """Whether an output may show what lies outside the crop, or outside the photograph."""
+        fits = self.crop is not None or min(_pair(self.resize)) >= max(self.output_size)
+        return self.moves or not fits
 
     @classmethod
     def from_torchvision(cls, transform: object) -> Self:

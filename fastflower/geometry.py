@@ -122,6 +122,10 @@ class Warp:
     """(N, 4, 2) the part of the destination that shows something, as corners (x, y); the rest is black."""
     masked: NDArray[np.bool_]
     """(N,) whether `quad` leaves some of the destination black."""
+    photo: Floats
+    """(N, 2, 3) destination to the whole photograph."""
+    visible: Floats
+    """(N, 4) top, left, height, width: the part of the photograph that is shown."""
 
 
 def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness_N: Floats) -> Warp:
@@ -143,7 +147,7 @@ def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness
     quad = transform(invert(matrix_N23), corners(visible_N4))
     inside = matrix_N23.copy()
     inside[:, :, 2] -= first[:, ::-1]
-    return Warp(inside, region, footprint, quad, ~covers(quad, size))
+    return Warp(inside, region, footprint, quad, ~covers(quad, size), matrix_N23, visible_N4)
 
 
 def shrink_factors(footprint_N2: Floats) -> NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """Runs draws on the CPU: OpenCV's SIMD kernels on a pool of threads, which release the interpreter lock while they work."""
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastflower import color, geometry
-from fastflower.augment import Augment, Draw
-from fastflower.errors import SampleError
+from fastflower.augment import Augment
+from fastflower.batch import Request
 
 Pixels = NDArray[np.uint8]
 
@@ -24,58 +25,50 @@ _SUBPIXEL = 8  # bits of fraction in the corners given to fillPoly
 _BOUNDARY = 0.75
 
 
-def decode(encoded: Any) -> Pixels:
-    """Decode an image file's bytes to RGB, (H, W, 3) uint8, upright by its EXIF orientation.
-
-    Identical to Pillow's decoding of JPEG files. Raises SampleError when the bytes are no image, or not all of one.
-    """
-    data = np.frombuffer(encoded, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
-    if image is None:
-        raise SampleError("cannot be decoded as an image, or is cut short")
-    return image  # pyright: ignore[reportReturnType]  (cv2's stubs do not know that the depth is 8 bits)
-
-
 class OpencvExecutor:
-    """Turns batches of samples into tensors; `start` returns at once, batches finish in the order they were started.
-
-    decoded(index) gives a sample's pixels, from the cache or the decoder; it runs on the pool's threads.
-    """
+    """Turns samples into batches. decoded(index) gives a sample's pixels and runs on the pool's threads."""
 
     def __init__(
         self, augment: Augment, dtype: torch.dtype, decoded: Callable[[int], Pixels], *, workers: int
     ) -> None:
         self._render = _Renderer(augment, dtype)
         self._decoded = decoded
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fastflower")
+        self._workers = workers
 
-    def start(self, indices: NDArray[np.int64], sizes: NDArray[np.int64], draw: Draw) -> "_Pending":
-        """Begin a batch of the samples `indices`, whose photographs have `sizes`, (N, 2)."""
-        images, rows = self._render.empty(len(indices), draw.size)
-        jobs = self._render.jobs(draw, sizes)
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Tensor]]:
+        """Yield (request, images (N, 3, H, W), channels-last) in order. The threads end with the iterator."""
+        started: deque[tuple[Request, Tensor, list[Future[None]]]] = deque()
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="fastflower")
+        try:
+            for request in requests:
+                started.append((request, *self._start(pool, request)))
+                if self._enough(started):
+                    yield _finished(*started.popleft())
+            while started:
+                yield _finished(*started.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _enough(self, started: Sequence[tuple[Request, Tensor, list[Future[None]]]]) -> bool:
+        """Whether every thread has a task and one more waits, without the batch that is to be yielded."""
+        return sum(len(futures) for _, _, futures in started) - len(started[0][2]) > 2 * self._workers
+
+    def _start(self, pool: ThreadPoolExecutor, request: Request) -> tuple[Tensor, list[Future[None]]]:
+        indices = request.indices.tolist()
+        images, rows = self._render.empty(len(indices))
+        jobs = self._render.jobs(request)
 
         def work(start: int) -> None:
             for row in range(start, min(start + _CHUNK, len(indices))):
-                self._render(self._decoded(int(indices[row])), jobs[row], rows[row])
+                self._render(self._decoded(indices[row]), jobs[row], rows[row])
 
-        futures = [self._pool.submit(work, start) for start in range(0, len(indices), _CHUNK)]
-        return _Pending(images, futures)
-
-    def close(self) -> None:
-        """Drop what has not begun and wait for the threads to end."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        return images, [pool.submit(work, start) for start in range(0, len(indices), _CHUNK)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    images: Tensor
-    futures: Sequence[Future[None]]
-
-    def result(self) -> Tensor:
-        """Wait for the batch: (N, 3, H, W), channels-last. Raises what a thread raised."""
-        for future in self.futures:
-            future.result()
-        return self.images
+def _finished(request: Request, images: Tensor, futures: list[Future[None]]) -> tuple[Request, Tensor]:
+    for future in futures:
+        future.result()  # raises what a thread raised
+    return request, images
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +106,14 @@ class _Renderer:
         height, width = self._size
         self._multiply, self._add = (np.tile(factor, width) for factor in (multiply, add))
 
-    def empty(self, count: int, size: tuple[int, int]) -> tuple[Tensor, NDArray[Any]]:
+    def empty(self, count: int) -> tuple[Tensor, NDArray[Any]]:
         """A batch to be filled: the tensor (N, 3, H, W), channels-last, and the same memory as (N, H, W, 3)."""
-        rows = np.empty((count, *size, 3), _storage(self._dtype))  # numpy asks the kernel for huge pages, torch does not
+        rows = np.empty((count, *self._size, 3), _storage(self._dtype))  # numpy asks the kernel for huge pages, torch does not
         return torch.from_numpy(rows).view(self._dtype).permute(0, 3, 1, 2), rows
 
-    def jobs(self, draw: Draw, sizes: NDArray[np.int64]) -> list[_Job]:
-        warp = draw.warp(sizes, self._fill)
+    def jobs(self, request: Request) -> list[_Job]:
+        draw = request.draw
+        warp = draw.warp(request.sizes, self._fill)
         shrink = geometry.shrink_factors(warp.footprint)
         blur = geometry.blur_variance(warp.footprint, shrink)
         matrix = warp.matrix / shrink[:, ::-1, None]

@@ -1,0 +1,224 @@
+"""Runs draws in one DALI graph: on the GPU, or, for tests, the same graph on DALI's CPU backend.
+
+The only file that imports nvidia.dali. How DALI behaves where its documentation is silent is pinned by tests.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+from fastflower import color, geometry
+from fastflower.augment import Augment
+from fastflower.batch import Request
+from fastflower.errors import SampleError
+
+_AHEAD = 2  # batches in the pipeline besides the one that is taken
+_DTYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16}  # the others are made of FLOAT
+_FACTORS = ("brightness", "contrast", "saturation", "hue")
+
+
+class DaliExecutor:
+    """Turns samples' encoded bytes into batches. encoded(index) gives the bytes of a sample's image file."""
+
+    def __init__(
+        self,
+        augment: Augment,
+        dtype: torch.dtype,
+        encoded: Callable[[int], memoryview],
+        *,
+        device: torch.device,
+        batch_size: int,
+        workers: int,
+    ) -> None:
+        self._augment = augment
+        self._dtype = dtype
+        self._encoded = encoded
+        self._device = device
+        self._options = {
+            "batch_size": batch_size,
+            "num_threads": workers,
+            "device_id": (device.index or 0) if device.type == "cuda" else None,
+            "prefetch_queue_depth": _AHEAD,
+        }
+        self._pipe: Pipeline | None = None
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Tensor]]:
+        """Yield (request, images (N, 3, H, W), channels-last) in order. The pipeline is built at the first call and kept."""
+        pipe = self._pipe or self._build()
+        # Until the last batch is taken the pipeline is not kept: what an error or an early end leaves in it, it would yield later.
+        self._pipe = None
+        started: deque[Request] = deque()
+        for request in requests:
+            self._feed(pipe, request)
+            started.append(request)
+            if len(started) > _AHEAD - 1:
+                yield started.popleft(), self._take(pipe)
+        while started:
+            yield started.popleft(), self._take(pipe)
+        self._pipe = pipe
+
+    def _build(self) -> Pipeline:
+        pipe = _graph(self._augment, self._dtype, self._device.type == "cuda", **self._options)
+        pipe.build()
+        return pipe
+
+    def _feed(self, pipe: Pipeline, request: Request) -> None:
+        draw, warp = request.draw, request.draw.warp(request.sizes, self._augment.fill)
+        sigma, window = _gaussians(warp.footprint)
+        mask = geometry.compose(_onto(warp.visible, draw.size), warp.photo)
+        inputs: dict[str, Any] = {
+            "encoded": [np.frombuffer(self._encoded(int(index)), np.uint8) for index in request.indices],
+            "start": warp.region[:, :2].astype(np.int32),
+            "shape": warp.region[:, 2:].astype(np.int32),
+            "matrix": warp.matrix.astype(np.float32),
+            "mask_matrix": mask.astype(np.float32),
+            "blurred": (sigma > _NO_BLUR).any(axis=1),
+            "sigma": sigma.astype(np.float32),
+            "window": window.astype(np.int32),
+            "erase_anchor": draw.erase[:, :2].astype(np.float32),
+            "erase_shape": draw.erase[:, 2:].astype(np.float32),
+        }
+        for name in _FACTORS:
+            inputs[name] = getattr(draw, name).astype(np.float32).reshape(-1, 1, 1, 1)
+        for name in inputs.keys() - _unused(self._augment):
+            pipe.feed_input(name, list(inputs[name]))
+        pipe.schedule_run()
+
+    def _take(self, pipe: Pipeline) -> Tensor:
+        try:
+            if self._device.type == "cuda":
+                (images,) = pipe.outputs(cuda_stream=torch.cuda.current_stream(self._device))
+            else:
+                (images,) = pipe.outputs()
+        except RuntimeError as error:
+            raise SampleError(f"DALI could not decode a sample: {str(error).splitlines()[0]}") from error
+        batch = torch.from_dlpack(images.as_tensor())
+        return batch.to(self._dtype).permute(0, 3, 1, 2)
+
+
+_NO_BLUR = 0.05  # a Gaussian so narrow has one weight
+
+
+def _gaussians(footprint_N2: geometry.Floats) -> tuple[geometry.Floats, NDArray[np.int64]]:
+    """(sigma, window), each (N, 2), down and across, of Gaussians with the variance that interpolation lacks.
+
+    Up to a reduction by two the window has three weights and equals `geometry.blur_kernel`; beyond, a Gaussian of the
+    same variance stands for the triangle.
+    """
+    variance = geometry.blur_variance(footprint_N2, np.ones(footprint_N2.shape, np.int64))
+    outer = np.clip(variance / 2, 1e-12, 0.25)  # [a, 1 - 2a, a]
+    narrow = np.sqrt(-0.5 / np.log(outer / (1 - 2 * outer)))
+    wide = variance >= 0.5
+    sigma = np.where(wide, np.sqrt(variance), np.where(variance > 0, narrow, _NO_BLUR))
+    return sigma, np.where(wide, 2 * np.ceil(3 * sigma) + 1, 3).astype(np.int64)
+
+
+def _unused(augment: Augment) -> set[str]:
+    """The inputs that the graph of this augment leaves out; DALI refuses data for them."""
+    unused = {name for name in _FACTORS if not getattr(augment, name)}
+    if not augment.uncovers:
+        unused.add("mask_matrix")
+    return unused if augment.erase else unused | {"erase_anchor", "erase_shape"}
+
+
+def _onto(visible_N4: geometry.Floats, size: tuple[int, int]) -> geometry.Floats:
+    """Source to a blank frame of `size` that stands for the visible rectangle."""
+    return geometry.invert(geometry.resized_crop(visible_N4, size))
+
+
+@pipeline_def(enable_conditionals=True)
+def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
+    """decode, cut out, blur, warp, black out, colour, normalise, erase; what `augment` never draws is left out."""
+
+    def placed(node: Any) -> Any:
+        return node.gpu() if gpu else node
+
+    def given(name: str, dtype: Any, ndim: int) -> Any:
+        return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+
+    # Fancy upsampling makes the GPU's chroma that of the CPU's decoder.
+    images = fn.decoders.image(
+        given("encoded", types.UINT8, 1), device="mixed" if gpu else "cpu", jpeg_fancy_upsampling=True
+    )
+    images = fn.slice(images, given("start", types.INT32, 1), given("shape", types.INT32, 1), axes=(0, 1))
+    sigma, window = given("sigma", types.FLOAT, 1), given("window", types.INT32, 1)
+    if given("blurred", types.BOOL, 0):
+        images = fn.gaussian_blur(images, sigma=sigma, window_size=window)
+    # Without fill_value DALI repeats the border.
+    images = fn.warp_affine(images, given("matrix", types.FLOAT, 2), size=augment.output_size)
+    images = fn.cast(images, dtype=types.FLOAT)
+    if augment.uncovers:
+        blank = placed(types.Constant(np.ones((*augment.output_size, 1), np.float32), device="cpu"))
+        shown = fn.warp_affine(
+            fn.reshape(blank, layout="HWC"), given("mask_matrix", types.FLOAT, 2), size=augment.output_size, fill_value=0.0
+        )
+        images = images * shown
+    images = _colour(images, augment, {name: placed(given(name, types.FLOAT, 3)) for name in _FACTORS if getattr(augment, name)})
+    if dtype == torch.uint8:
+        mean, std, erased = 0.0, 1.0, [255 * (v * s + m) for v, s, m in zip(augment.erase_value, augment.std, augment.mean)]
+    else:
+        mean, std = [255 * value for value in augment.mean], [255 * value for value in augment.std]
+        erased = list(augment.erase_value)
+    images = fn.crop_mirror_normalize(
+        fn.reshape(images, layout="HWC"), mean=mean, std=std, dtype=_DTYPES.get(dtype, types.FLOAT), output_layout="HWC"
+    )
+    if augment.erase:
+        images = fn.erase(
+            images,
+            anchor=given("erase_anchor", types.FLOAT, 1),
+            shape=given("erase_shape", types.FLOAT, 1),
+            axis_names="HW",
+            fill_value=erased,
+        )
+    return images
+
+
+def _colour(images: Any, augment: Augment, factor: dict[str, Any]) -> Any:
+    """torchvision's brightness, contrast, saturation and hue, each clipped, as arithmetic on (H, W, 3) float in 0 .. 255."""
+    luma = color.LUMA.astype(np.float32).reshape(1, 1, 3)
+
+    def grey(pixels: Any) -> Any:
+        return fn.reductions.sum(pixels * luma, axes=2, keep_dims=True)
+
+    if augment.brightness:
+        images = math.clamp(images * factor["brightness"], 0.0, 255.0)
+    if augment.contrast:
+        # An arithmetic operand: GPU operators take no GPU tensor as a named argument such as contrast_center.
+        mean = fn.reductions.mean(grey(images), axes=[0, 1], keep_dims=True)
+        images = math.clamp(mean + factor["contrast"] * (images - mean), 0.0, 255.0)
+    if augment.saturation:
+        level = grey(images)
+        images = math.clamp(level + factor["saturation"] * (images - level), 0.0, 255.0)
+    return _turned(images, factor["hue"]) if augment.hue else images
+
+
+def _turned(images: Any, turns: Any) -> Any:
+    """Turn the hue exactly: V - C * clamp(min(k, 4 - k), 0, 1), k = (n + hue / 60 degrees) mod 6, n = 5, 3, 1 for R, G, B.
+
+    The closed form of HSV to RGB ("HSL and HSV", Wikipedia, "HSV to RGB alternative"); fn.hsv turns in YIQ, 16 levels off.
+    """
+    red, green, blue = images[:, :, 0:1], images[:, :, 1:2], images[:, :, 2:3]
+    value = math.max(red, math.max(green, blue))
+    chroma = value - math.min(red, math.min(green, blue))
+    divisor = math.max(chroma, 1e-6)
+    is_red = fn.cast(red == value, dtype=types.FLOAT)
+    is_green = fn.cast(green == value, dtype=types.FLOAT) * (1.0 - is_red)
+    is_blue = 1.0 - is_red - is_green
+    sector = (
+        is_red * (green - blue) / divisor
+        + is_green * ((blue - red) / divisor + 2.0)
+        + is_blue * ((red - green) / divisor + 4.0)
+    ) + 6.0 * turns
+    channels = []
+    for offset in (5.0, 3.0, 1.0):
+        k = (sector + offset) / 6.0
+        k = 6.0 * (k - math.floor(k))
+        channels.append(value - chroma * math.clamp(math.min(k, 4.0 - k), 0.0, 1.0))
+    return fn.cat(*channels, axis=2)

@@ -1,0 +1,146 @@
+"""What a folder of shards says of itself: `manifest.json`, and one row a sample in `SPLIT.index.npy`."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastflower.errors import ShardError
+
+FORMAT_VERSION = 1
+FILE = "manifest.json"
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # position in the split's list of shards
+        ("offset", "<u8"),  # of the image's bytes in the tar
+        ("size", "<u4"),  # bytes
+        ("crc32", "<u4"),  # of those bytes
+        ("label", "<i4"),
+        ("width", "<u4"),  # pixels of the decoded, upright image
+        ("height", "<u4"),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar file."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The shards of "train" or "val"."""
+
+    samples: int
+    class_counts: tuple[int, ...]
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The whole of `manifest.json`; a manifest on disk means a whole pack."""
+
+    folder: Path
+    """Where it was read from or written to; not stored."""
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    options: dict[str, Any]
+    """What it was packed with: split_by, val_fraction, seed and the rest."""
+    skipped: tuple[dict[str, str], ...] = ()
+    """Files left out: {"path", "reason"}."""
+    duplicates: tuple[tuple[str, ...], ...] = ()
+    """Groups of files with identical bytes; a group lies in one split."""
+    label_conflicts: tuple[tuple[str, ...], ...] = ()
+    """Groups of files with identical bytes under different labels."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read `folder`/manifest.json. Raises ShardError when it is missing, damaged or of another format."""
+        path = Path(folder) / FILE
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ShardError(
+                f"{folder}: has no {FILE}, so it is not a finished pack; run tools/pack.py, or name the folder it wrote."
+            ) from None
+        except (ValueError, OSError) as error:
+            raise ShardError(f"{path}: cannot be read ({error}); restore it from a copy or pack again.") from None
+        try:
+            if stored["format"] != "fastflower" or stored["version"] != FORMAT_VERSION:
+                raise ShardError(
+                    f"{path}: is format {stored['format']} version {stored['version']}, "
+                    f"this fastflower reads version {FORMAT_VERSION}; pack again."
+                )
+            splits = {
+                name: Split(
+                    split["samples"],
+                    tuple(split["class_counts"]),
+                    tuple(Shard(**shard) for shard in split["shards"]),
+                )
+                for name, split in stored["splits"].items()
+            }
+            return cls(
+                folder=Path(folder),
+                classes=tuple(stored["classes"]),
+                splits=splits,
+                options=stored["options"],
+                skipped=tuple(stored["skipped"]),
+                duplicates=tuple(map(tuple, stored["duplicates"])),
+                label_conflicts=tuple(map(tuple, stored["label_conflicts"])),
+                versions=stored["versions"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ShardError(f"{path}: lacks {error}; restore it from a copy or pack again.") from None
+
+    def to_json(self) -> str:
+        """The text of the file: the same manifest gives the same bytes."""
+        fields = {"format": "fastflower", "version": FORMAT_VERSION, **asdict(self)}
+        del fields["folder"]
+        return json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
+
+    def split(self, name: str) -> Split:
+        """The split of that name, with at least one sample. Raises ShardError naming the splits there are."""
+        split = self.splits.get(name)
+        if split is None or not split.samples:
+            full = [key for key, value in self.splits.items() if value.samples]
+            raise ShardError(f"{self.folder}: has no samples in split {name!r}; it has {', '.join(full)}.")
+        return split
+
+    def index(self, name: str) -> NDArray[Any]:
+        """The rows of a split, (samples,) of INDEX_DTYPE, memory-mapped. Raises ShardError when they do not fit."""
+        split = self.split(name)
+        path = self.folder / f"{name}.index.npy"
+        try:
+            rows = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{path}: cannot be read ({error}); restore it from a copy or pack again.") from None
+        if rows.dtype != INDEX_DTYPE or rows.shape != (split.samples,):
+            raise ShardError(
+                f"{path}: has {rows.shape} rows of {rows.dtype}, the manifest says {split.samples} samples; "
+                f"restore it from a copy or pack again."
+            )
+        return rows
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is seen whole or not at all, also after a power cut."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
