@@ -1,1 +1,61 @@
-from fastflower.augment import Augment as Augment
+"""A folder of images becomes a trained classifier, and the accelerator never waits for data.
+
+Importing this package loads nothing: each name below is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastflower.augment import Augment as Augment
+    from fastflower.batch import Batch as Batch
+    from fastflower.checkpoint import Checkpoint as Checkpoint
+    from fastflower.errors import FastflowerError as FastflowerError
+    from fastflower.evaluation import evaluate as evaluate
+    from fastflower.loader import Loader as Loader
+    from fastflower.manifest import Manifest as Manifest
+    from fastflower.packing import pack as pack
+    from fastflower.prediction import predict as predict
+    from fastflower.recipe import Recipe as Recipe
+    from fastflower.report import Report as Report
+    from fastflower.training import train as train
+
+_HOME = {
+    "Augment": "augment",
+    "Batch": "batch",
+    "Checkpoint": "checkpoint",
+    "FastflowerError": "errors",
+    "Loader": "loader",
+    "Manifest": "manifest",
+    "Recipe": "recipe",
+    "Report": "report",
+    "evaluate": "evaluation",
+    "pack": "packing",
+    "predict": "prediction",
+    "train": "training",
+}
+
+__all__ = [
+    "Augment",
+    "Batch",
+    "Checkpoint",
+    "FastflowerError",
+    "Loader",
+    "Manifest",
+    "Recipe",
+    "Report",
+    "evaluate",
+    "pack",
+    "predict",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastflower' has no attribute {name!r}")
+    return getattr(import_module(f"fastflower.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

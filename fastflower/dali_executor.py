@@ -19,19 +19,23 @@ from fastflower.augment import Augment
 from fastflower.batch import Request
 from fastflower.errors import SampleError
 
-_AHEAD = 2  # batches in the pipeline besides the one that is taken
+_AHEAD = 2  # batches in the pipeline
 _DTYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16}  # the others are made of FLOAT
 _FACTORS = ("brightness", "contrast", "saturation", "hue")
 
 
 class DaliExecutor:
-    """Turns samples' encoded bytes into batches. encoded(index) gives the bytes of a sample's image file."""
+    """Turns samples' encoded bytes into batches.
+
+    encoded(index) gives the bytes of a sample's image file; prove(index) raises SampleError when it does not decode.
+    """
 
     def __init__(
         self,
         augment: Augment,
         dtype: torch.dtype,
-        encoded: Callable[[int], memoryview],
+        encoded: Callable[[int], Any],
+        prove: Callable[[int], object],
         *,
         device: torch.device,
         batch_size: int,
@@ -40,6 +44,7 @@ class DaliExecutor:
         self._augment = augment
         self._dtype = dtype
         self._encoded = encoded
+        self._prove = prove
         self._device = device
         self._options = {
             "batch_size": batch_size,
@@ -51,18 +56,26 @@ class DaliExecutor:
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Tensor]]:
         """Yield (request, images (N, 3, H, W), channels-last) in order. The pipeline is built at the first call and kept."""
-        pipe = self._pipe or self._build()
-        # Until the last batch is taken the pipeline is not kept: what an error or an early end leaves in it, it would yield later.
+        pipe, primed = self._pipe or self._build(), self._pipe is not None
+        # An error or an early end leaves batches in the pipeline, which it would yield later: it is kept only when drained.
         self._pipe = None
         started: deque[Request] = deque()
         for request in requests:
             self._feed(pipe, request)
             started.append(request)
-            if len(started) > _AHEAD - 1:
-                yield started.popleft(), self._take(pipe)
+            if primed or len(started) == _AHEAD:  # DALI's first run takes as many batches as it prefetches
+                pipe.schedule_run()
+                primed = True
+            if len(started) == _AHEAD:
+                yield self._take(pipe, started.popleft())
+        drained = primed
+        if not primed and started:
+            for _ in range(_AHEAD - len(started)):
+                self._feed(pipe, started[-1])
+            pipe.schedule_run()
         while started:
-            yield started.popleft(), self._take(pipe)
-        self._pipe = pipe
+            yield self._take(pipe, started.popleft())
+        self._pipe = pipe if drained else None
 
     def _build(self) -> Pipeline:
         pipe = _graph(self._augment, self._dtype, self._device.type == "cuda", **self._options)
@@ -89,18 +102,19 @@ class DaliExecutor:
             inputs[name] = getattr(draw, name).astype(np.float32).reshape(-1, 1, 1, 1)
         for name in inputs.keys() - _unused(self._augment):
             pipe.feed_input(name, list(inputs[name]))
-        pipe.schedule_run()
 
-    def _take(self, pipe: Pipeline) -> Tensor:
+    def _take(self, pipe: Pipeline, request: Request) -> tuple[Request, Tensor]:
         try:
             if self._device.type == "cuda":
                 (images,) = pipe.outputs(cuda_stream=torch.cuda.current_stream(self._device))
             else:
                 (images,) = pipe.outputs()
         except RuntimeError as error:
-            raise SampleError(f"DALI could not decode a sample: {str(error).splitlines()[0]}") from error
+            for index in request.indices.tolist():  # DALI does not always say which
+                self._prove(index)
+            raise SampleError(f"DALI failed on a batch whose samples all decode on the CPU: {error}") from error
         batch = torch.from_dlpack(images.as_tensor())
-        return batch.to(self._dtype).permute(0, 3, 1, 2)
+        return request, batch.to(self._dtype).permute(0, 3, 1, 2)
 
 
 _NO_BLUR = 0.05  # a Gaussian so narrow has one weight

@@ -111,18 +111,22 @@ class ShardReader:
     def where(self, index: int) -> str:
         """Shard, key and original path of a sample, for messages; as much as the shard still tells."""
         row = self.index[index]
-        shard, start, size = int(row["shard"]), int(row["offset"]), int(row["size"])
+        shard, start = int(row["shard"]), int(row["offset"])
         place = str(self._paths[shard])
         try:
-            data = self._map(shard)
-            name = tarfile.TarInfo.frombuf(data[start - _BLOCK : start], "utf-8", "replace").name
-            place += f": sample {name.rpartition('.')[0]}"
-            header = start + -(-size // _BLOCK) * _BLOCK
-            note = tarfile.TarInfo.frombuf(data[header : header + _BLOCK], "utf-8", "replace")
-            text = data[header + _BLOCK : header + _BLOCK + note.size]
-            return f"{place} ({json.loads(text)['path']})"
+            header = self._map(shard)[start - _BLOCK : start]
+            key = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name.rpartition(".")[0]
+            return f"{place}: sample {key} ({self.path(index)})"
         except (tarfile.HeaderError, ValueError, KeyError):
             return f"{place}: sample {index}"
+
+    def path(self, index: int) -> str:
+        """The path, relative to the packed folder, that a sample's image had: from the .json behind it."""
+        row = self.index[index]
+        data = self._map(int(row["shard"]))
+        header = int(row["offset"]) + -(-int(row["size"]) // _BLOCK) * _BLOCK
+        note = tarfile.TarInfo.frombuf(data[header : header + _BLOCK], "utf-8", "replace")
+        return json.loads(data[header + _BLOCK : header + _BLOCK + note.size])["filename"]
 
     def _map(self, shard: int) -> mmap.mmap:
         found = self._maps.get(shard)

@@ -1,0 +1,128 @@
+"""torchvision classifiers with a new head, pretrained or not, with their first stages frozen or not."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from fastflower.errors import ArgumentError, CheckpointError
+
+_log = logging.getLogger("fastflower")
+
+NAMES = tuple(
+    name
+    for name in models.list_models(module=models)
+    if name.startswith(("densenet", "vgg")) or name in {f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
+)
+
+
+def build(name: str, num_classes: int, *, weights: str | None, freeze: int = 0) -> nn.Module:
+    """A network that maps (N, 3, H, W) to logits (N, num_classes), on the CPU; its head is new.
+
+    weights  torchvision's name of pretrained weights, the path of a state_dict (any floating dtype), or None.
+    Raises ArgumentError for an unknown name or more stages than there are, CheckpointError for weights that cannot be used.
+    """
+    if name not in NAMES:
+        raise ArgumentError(f"backbone must be one of {', '.join(NAMES)}, got {name!r}.")
+    if weights is None:
+        model = models.get_model(name, weights=None)
+    elif _is_file_name(weights):
+        model = models.get_model(name, weights=None)
+        _load_file(model, name, Path(weights))
+    else:
+        model = _downloaded(name, weights)
+    _replace_head(model, num_classes)
+    for module in frozen_modules(model, freeze):
+        module.requires_grad_(requires_grad=False)
+    return model
+
+
+def frozen_modules(model: nn.Module, stages: int) -> list[nn.Module]:
+    """The modules of the first `stages` stages; a ResNet's or DenseNet's stem counts with the first, a VGG's end at max-pools."""
+    if isinstance(model, models.ResNet):
+        found = [[model.conv1, model.bn1, model.layer1], [model.layer2], [model.layer3], [model.layer4]]
+    else:
+        found = _feature_stages(model.features)  # pyright: ignore[reportArgumentType]  (DenseNet and VGG have one)
+    if stages > len(found):
+        raise ArgumentError(f"freeze must be at most {len(found)}, the stages of this backbone, got {stages}.")
+    return [module for stage in found[:stages] for module in stage]
+
+
+def train_mode(model: nn.Module, freeze: int) -> None:
+    """Switch to training, but leave frozen stages' batch norms (and dropout) in evaluation mode."""
+    model.train()
+    for module in frozen_modules(model, freeze):
+        module.eval()
+
+
+def _feature_stages(features: nn.Sequential) -> list[list[nn.Module]]:
+    """Cut after every DenseNet transition or VGG max-pool; DenseNet's own max-pool, pool0, ends its stem."""
+    stages: list[list[nn.Module]] = [[]]
+    for name, module in features.named_children():
+        stages[-1].append(module)
+        if name.startswith("transition") or (isinstance(module, nn.MaxPool2d) and name != "pool0"):
+            stages.append([])
+    return [stage for stage in stages if stage]
+
+
+def _head(model: nn.Module) -> tuple[nn.Module, str]:
+    """(parent, attribute) of the last linear layer."""
+    name, _ = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    parent, _, attribute = name.rpartition(".")
+    return model.get_submodule(parent), attribute
+
+
+def _replace_head(model: nn.Module, num_classes: int) -> None:
+    parent, attribute = _head(model)
+    setattr(parent, attribute, nn.Linear(getattr(parent, attribute).in_features, num_classes))
+
+
+def _is_file_name(weights: str) -> bool:
+    return Path(weights).suffix != "" or "/" in weights or Path(weights).exists()
+
+
+def _downloaded(name: str, weights: str) -> nn.Module:
+    try:
+        return models.get_model(name, weights=weights)
+    except OSError as error:  # urllib's errors are OSErrors
+        raise CheckpointError(
+            f"weights={weights!r}: {name}'s pretrained weights could not be downloaded ({error}). Download them where there "
+            f"is a network, pass the file's path as weights, or train from scratch with weights=None (--weights None)."
+        ) from error
+    except (KeyError, ValueError) as error:
+        known = ", ".join(entry.name for entry in models.get_model_weights(name))
+        raise CheckpointError(f"weights={weights!r}: {name} has {known}; a file's path or None will do too.") from error
+
+
+def _load_file(model: nn.Module, name: str, path: Path) -> None:
+    state = load_file(path)
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: is not a state_dict; pass the path of a file that torch.save(model.state_dict(), path) wrote.")
+    parent, attribute = _head(model)
+    head = next(key for key, module in model.named_modules() if module is getattr(parent, attribute))
+    own = model.state_dict()
+    wrong = [key for key in own if not key.startswith(f"{head}.") and (key not in state or state[key].shape != own[key].shape)]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: does not fit {name}: {len(wrong)} of its {len(own)} tensors are missing or have another shape "
+            f"(first {wrong[0]!r}); pass the backbone that the file was saved from."
+        )
+    model.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and not key.startswith(f"{head}.")}})
+    _log.info("%s: loaded into %s, with a new head", path, name)
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """torch.load of a file from anywhere: tensors and plain values only. Raises CheckpointError."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: does not exist; check the path.") from None
+    except Exception as error:  # torch.load raises whatever zipfile, pickle and its own reader raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: is not a file that torch.save wrote, or is cut short ({reason}).") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a dictionary; pass another file.")
+    return loaded

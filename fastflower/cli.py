@@ -1,0 +1,124 @@
+"""The command line: each verb of the library, its flags made from its signature and docstring."""
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from fastflower.errors import ArgumentError, FastflowerError
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a verb: `fastflower VERB ...`. Returns the exit status: 0, 1 for an error that was explained, 2 for wrong usage."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help") or args[0] not in _VERBS:
+        lines = [f"  {name:10}{text}" for name, (_, text) in _VERBS.items()]
+        print("usage: fastflower VERB ... (fastflower VERB --help says more)", *lines, sep="\n")
+        return 0 if args and args[0] in ("-h", "--help") else 2
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("fastflower").setLevel(logging.INFO)
+    verb, _ = _VERBS[args[0]]
+    try:
+        with logging_redirect_tqdm():
+            verb(f"fastflower {args[0]}", args[1:])
+    except FastflowerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(prog: str, args: Sequence[str], verb: Callable[..., Any], note: str = "", **changes: Any) -> dict[str, Any]:
+    """The keyword arguments for `verb` from the command line.
+
+    changes  what a command line needs in place of the signature's: an annotation, or (annotation, default); None drops
+    the parameter.
+    """
+
+    def collect(**values: Any) -> dict[str, Any]:
+        return values
+
+    kept: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        change = changes.get(name, parameter.annotation)
+        annotation, default = change if isinstance(change, tuple) else (change, parameter.default)
+        if annotation is not None:
+            if default is parameter.empty:
+                annotation = Annotated[annotation, tyro.conf.arg(metavar=name.upper())]
+            kept.append(parameter.replace(annotation=annotation, default=default, kind=parameter.KEYWORD_ONLY))
+    collect.__signature__ = inspect.Signature(kept)  # pyright: ignore[reportFunctionMemberAccess]
+    collect.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
+    collect.__doc__ = inspect.cleandoc(verb.__doc__ or "").replace("Args:", f"{note}\n\nArgs:", 1)
+    return tyro.cli(collect, prog=prog, args=args, config=(tyro.conf.PositionalRequiredArgs,))
+
+
+def _pack(prog: str, args: Sequence[str]) -> None:
+    from fastflower.packing import pack
+
+    manifest = pack(**_parse(prog, args, pack, folder=Path, out=(Path, Path("shards")), executor=None))
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.samples} images in {len(split.shards)} shards")
+    for item in manifest.skipped:
+        print(f"skipped {item['path']}: {item['reason']}")
+    for group in manifest.duplicates:
+        kind = "the same picture under two labels" if group in manifest.label_conflicts else "identical"
+        print(f"{kind}: {', '.join(group)}")
+    print(f"wrote {manifest.folder}")
+
+
+def _train(prog: str, args: Sequence[str]) -> None:
+    from fastflower.recipe import PRESETS, Recipe
+
+    from fastflower.training import train
+
+    preset, args = _preset(args, list(PRESETS))
+    note = f"--recipe NAME, one of {', '.join(PRESETS)}, sets the fields of the recipe; the flags below change them."
+    recipe = (Annotated[Recipe, tyro.conf.arg(name="")], PRESETS[preset]())
+    report = train(**_parse(prog, args, train, note, shards=Path, recipe=recipe, out=Path | None, device=str | None))
+    best = report.history[report.best_epoch - 1]
+    if report.scores:
+        print(f"best: epoch {report.best_epoch}, validation accuracy {best['val_accuracy']:.1%}")
+    print(f"wrote {report.folder / 'report.html'}")
+
+
+def _preset(args: Sequence[str], known: Sequence[str]) -> tuple[str, list[str]]:
+    """Take --recipe NAME out of the arguments: the defaults of all other flags depend on it."""
+    rest, name = list(args), "default"
+    for position, arg in enumerate(args):
+        if arg == "--recipe" or arg.startswith("--recipe="):
+            value = arg.partition("=")[2] or " ".join(args[position + 1 : position + 2])
+            if value not in known:
+                raise ArgumentError(f"--recipe must be one of {', '.join(known)}, got {value!r}.")
+            name, rest = value, [*args[:position], *args[position + (1 if "=" in arg else 2) :]]
+    return name, rest
+
+
+def _evaluate(prog: str, args: Sequence[str]) -> None:
+    from fastflower.evaluation import evaluate
+
+    scores = evaluate(**_parse(prog, args, evaluate, checkpoint=Path, shards=Path, device=str | None))
+    print(f"{scores.num_samples} images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}")
+    for name, precision, recall in zip(scores.classes, scores.precision, scores.recall, strict=True):
+        print(f"  {name}: precision {precision:.1%}, recall {recall:.1%}")
+
+
+def _predict(prog: str, args: Sequence[str]) -> None:
+    from fastflower.prediction import predict
+
+    for found in predict(**_parse(prog, args, predict, checkpoint=Path, images=list[Path], device=str | None)):
+        print(f"{found.path}: {found.class_name} ({found.probability:.1%})")
+
+
+_VERBS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
+    "pack": (_pack, "a folder of class folders into shards"),
+    "train": (_train, "a classifier on shards"),
+    "evaluate": (_evaluate, "score a checkpoint on shards"),
+    "predict": (_predict, "classify image files"),
+}

@@ -1,0 +1,235 @@
+"""Feeds batches: order, then bytes, decode, one warp, one pass of colour."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastflower.augment import Augment
+from fastflower.batch import Batch, Executor, Request, resolve_device
+from fastflower.cache import PixelCache, limit_of
+from fastflower.errors import ArgumentError, SampleError, ShardError
+from fastflower.image import decode
+from fastflower.manifest import Manifest
+from fastflower.opencv_executor import OpencvExecutor
+from fastflower.order import num_steps, permute, step_positions
+from fastflower.shard import ShardReader
+
+_log = logging.getLogger("fastflower")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+
+
+class Loader:
+    """Iterates over the batches of one epoch at a time.
+
+    Every `for` is a fresh epoch with its own order and draws, both functions of (seed, epoch): after a `break` the next
+    `for` begins the next epoch. Shuffled epochs drop the tail that does not fill a global batch; ordered ones
+    (`shuffle=False`) hold every sample exactly once.
+
+    Args:
+        shards: The folder that `pack` wrote.
+        split: "train" or "val".
+        batch_size: Samples a step on this rank; the global batch is batch_size * world_size.
+        augment: What is drawn; None is `Augment()`, the validation view.
+        seed: Of the order and of the draws.
+        device: Where batches are put; None means CUDA where there is one, else the CPU.
+        dtype: Of the images: float32 (the default), bfloat16, float16, or uint8, which is not normalised.
+        cache: "auto" keeps decoded photographs in RAM when all fit in half of what is free, a number of bytes keeps what
+            fits, None nothing. With DALI nothing is kept.
+        rank, world_size: Of torch.distributed where that is initialised, else 0 and 1.
+        shuffle: None shuffles "train" only.
+        executor: "opencv" (the default without CUDA) or "dali".
+        workers: Threads; all cores by default.
+
+    Raises ShardError for shards that are missing or damaged, ArgumentError for an argument outside its rule, DeviceError.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path,
+        split: str = "train",
+        *,
+        batch_size: int = 64,
+        augment: Augment | None = None,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        cache: Literal["auto"] | int | None = "auto",
+        rank: int | None = None,
+        world_size: int | None = None,
+        shuffle: bool | None = None,
+        executor: Literal["opencv", "dali"] | None = None,
+        workers: int | None = None,
+    ) -> None:
+        self.manifest = Manifest.load(shards)
+        self.split = split
+        self.augment = augment or Augment()
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = resolve_device(device)
+        self.dtype = dtype or torch.float32
+        self.rank, self.world_size = _place(rank, world_size)
+        self.shuffle = split == "train" if shuffle is None else shuffle
+        self._reader = ShardReader(self.manifest, split)
+        self._check(workers)
+        index = self._reader.index
+        self._sizes = np.stack([index["height"], index["width"]], axis=1).astype(np.int64)
+        self._labels = torch.from_numpy(index["label"].astype(np.int64))
+        self._executor = self._make_executor(executor, cache, workers or os.cpu_count() or 1)
+        self._next = (0, 0)  # (epoch, step) at which the next `for` begins
+        self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
+
+    def _check(self, workers: int | None) -> None:
+        rules = [
+            ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
+            ("workers", workers, workers is None or workers >= 1, "at least 1"),
+            ("dtype", self.dtype, self.dtype in _DTYPES, f"one of {', '.join(map(str, _DTYPES))}"),
+        ]
+        for name, value, holds, rule in rules:
+            if not holds:
+                raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
+        if self.shuffle and self.global_batch_size > self.num_samples:
+            raise ArgumentError(
+                f"batch_size {self.batch_size} * world_size {self.world_size} exceeds the {self.num_samples} samples of "
+                f"split {self.split!r}, so an epoch would have no step; lower batch_size."
+            )
+
+    def _make_executor(self, name: str | None, cache: Literal["auto"] | int | None, workers: int) -> Executor:
+        name = name or ("dali" if self.device.type == "cuda" else "opencv")
+        if name == "opencv":
+            limit = limit_of(cache, 3 * int(self._sizes.prod(axis=1).sum()))
+            return OpencvExecutor(self.augment, self.dtype, PixelCache(self._decode, limit), workers=workers)
+        if name != "dali":
+            raise ArgumentError(f"executor must be 'opencv' or 'dali', got {name!r}.")
+        if isinstance(cache, int) and cache:
+            raise ArgumentError("cache: executor='dali' keeps no decoded photographs; pass cache=None or executor='opencv'.")
+        from fastflower.dali_executor import DaliExecutor  # takes half a second to import
+
+        return DaliExecutor(
+            self.augment,
+            self.dtype,
+            self._reader.encoded,
+            self._decode,
+            device=self.device,
+            batch_size=self.batch_size,
+            workers=workers,
+        )
+
+    def _decode(self, index: int) -> NDArray[np.uint8]:
+        try:
+            return decode(self._reader.encoded(index))
+        except SampleError as error:
+            place = self._reader.where(index)
+            raise (error if str(error).startswith(place) else SampleError(f"{place}: {error}")) from None
+
+    def photo(self, index: int) -> NDArray[np.uint8]:
+        """The whole decoded photograph of a sample, (H, W, 3) RGB; not to be written to."""
+        return self._decode(index)
+
+    def path_of(self, index: int) -> str:
+        """The path, relative to the packed folder, that a sample's image had."""
+        return self._reader.path(index)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the split, over all ranks."""
+        return len(self._reader.index)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples a step over all ranks."""
+        return self.batch_size * self.world_size
+
+    def __len__(self) -> int:
+        """Steps in an epoch: the same on every rank, but for one fewer where an ordered epoch's tail has none for it."""
+        steps = num_steps(self.num_samples, self.global_batch_size, drop_tail=self.shuffle)
+        return steps if self.shuffle or len(self._positions(steps - 1)) else steps - 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, step = self._next
+        self._next, self._position = (epoch + 1, 0), (epoch, step)
+        return self._batches(epoch, step)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        steps = len(self)
+        requests = (self._request(epoch, step) for step in range(start, steps))
+        made = self._executor.run(requests)
+        try:
+            for request, images in made:
+                self._position = (epoch, request.step + 1) if request.step + 1 < steps else (epoch + 1, 0)
+                index = torch.from_numpy(request.indices)
+                yield Batch(self._put(images), self._put(self._labels[index]), self._put(index))
+        finally:
+            made.close()
+
+    def _positions(self, step: int) -> NDArray[np.int64]:
+        return step_positions(
+            step, self.num_samples, self.global_batch_size, rank=self.rank, world_size=self.world_size
+        )
+
+    def _request(self, epoch: int, step: int) -> Request:
+        indices = self._positions(step)
+        if self.shuffle:
+            indices = permute(indices, self.num_samples, seed=self.seed, epoch=epoch)
+        sizes = self._sizes[indices]
+        return Request(step, indices, sizes, self.augment.draw(self.seed, epoch, indices, sizes))
+
+    def _put(self, tensor: Tensor) -> Tensor:
+        if tensor.device == self.device or self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the next `for` at the start of this epoch."""
+        self._next = self._position = (epoch, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where feeding stands, a few plain values: after k batches of an epoch, a restored loader begins with batch k."""
+        epoch, step = self._position
+        return {"epoch": epoch, "step": step, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin the next `for` where `state_dict` was taken, also on another world size with the same global batch.
+
+        Raises ShardError naming what differs when the state belongs to other shards, another seed or global batch.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise ShardError(
+                    f"load_state_dict: the state has {name} {state.get(name)!r}, this loader {value!r}; "
+                    f"resume with the same shards, split, seed and batch_size * world_size."
+                )
+        self._next = self._position = (int(state["epoch"]), int(state["step"]))
+
+    def _identity(self) -> dict[str, Any]:
+        """What the order and the draws depend on, besides the position."""
+        checksums = "".join(shard.sha256 for shard in self.manifest.split(self.split).shards)
+        return {
+            "shards": hashlib.sha256(checksums.encode()).hexdigest()[:16],
+            "split": self.split,
+            "seed": self.seed,
+            "global_batch_size": self.global_batch_size,
+            "shuffle": self.shuffle,
+        }
+
+
+def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """(rank, world_size) as given, or torch.distributed's."""
+    if (rank is None) != (world_size is None):
+        raise ArgumentError("rank and world_size belong together; give both or neither.")
+    if rank is None or world_size is None:
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            return distributed.get_rank(), distributed.get_world_size()
+        return 0, 1
+    if not 0 <= rank < world_size:
+        raise ArgumentError(f"rank must lie in 0 .. world_size-1 = {world_size - 1}, got {rank}.")
+    return rank, world_size

@@ -1,0 +1,57 @@
+"""What a set of predictions is worth. Shape suffixes: N samples, K classes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What `evaluate` returns."""
+
+    classes: tuple[str, ...]
+    loss: float
+    """Mean cross-entropy, in nats."""
+    confusion: NDArray[np.int64]
+    """(K, K) samples by true class (row) and predicted class (column)."""
+    labels: NDArray[np.int64]
+    """(N,) true classes in the order of the split."""
+    probabilities: NDArray[np.float32]
+    """(N, K) in the order of the split."""
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """The share of samples whose most probable class is the true one, in [0, 1]."""
+        return float(np.trace(self.confusion) / self.num_samples)
+
+    @property
+    def recall(self) -> Floats:
+        """(K,) share of each class's samples that were found; NaN for a class without samples."""
+        return _ratio(np.diag(self.confusion), self.confusion.sum(axis=1))
+
+    @property
+    def precision(self) -> Floats:
+        """(K,) share of the samples given to each class that belong to it; NaN for a class never predicted."""
+        return _ratio(np.diag(self.confusion), self.confusion.sum(axis=0))
+
+
+def score(
+    classes: tuple[str, ...], labels_N: NDArray[np.int64], log_probabilities_NK: NDArray[np.float32]
+) -> Scores:
+    """Scores from the logarithms of the predicted probabilities."""
+    predicted = log_probabilities_NK.argmax(axis=1)
+    confusion = np.zeros((len(classes), len(classes)), np.int64)
+    np.add.at(confusion, (labels_N, predicted), 1)
+    loss = -float(log_probabilities_NK[np.arange(len(labels_N)), labels_N].mean(dtype=np.float64))
+    return Scores(classes, loss, confusion, labels_N, np.exp(log_probabilities_NK))
+
+
+def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> Floats:
+    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)

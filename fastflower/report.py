@@ -1,0 +1,144 @@
+"""The picture of a run: history.csv, curves.png, confusion.png and one report.html that opens anywhere."""
+
+import base64
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fastflower.loader import Loader
+from fastflower.manifest import write_atomically
+from fastflower.metrics import Scores
+from fastflower.recipe import Recipe
+
+_MISTAKES = 12  # photographs shown
+_THUMB = 160  # pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `train` returns."""
+
+    folder: Path
+    """Of the run: history.csv, checkpoint-best.pt, checkpoint-last.pt, report.html, curves.png, confusion.png."""
+    history: list[dict[str, float]]
+    """A row an epoch: epoch, lr, train_loss, train_accuracy, images_per_second, train_seconds, wait_seconds, and where there
+    is a split "val" val_loss, val_accuracy and val_seconds."""
+    best_epoch: int
+    """Of the highest validation accuracy, counted from 1; the first of equals."""
+    scores: Scores | None
+    """Of the best epoch on split "val"."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """The network of the best epoch."""
+        return self.folder / "checkpoint-best.pt"
+
+
+def write_history(folder: Path, history: list[dict[str, float]]) -> None:
+    """Write history.csv whole, after every epoch."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(history[-1]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomically(folder / "history.csv", text.getvalue().encode())
+
+
+def write_report(
+    folder: Path,
+    recipe: Recipe,
+    classes: tuple[str, ...],
+    history: list[dict[str, float]],
+    best_epoch: int,
+    scores: Scores | None,
+    val: Loader | None,
+) -> Report:
+    """Draw the run and write it into its folder."""
+    pictures = {"curves": _curves(history)}
+    mistakes: list[dict[str, Any]] = []
+    if scores is not None and val is not None:
+        pictures["confusion"] = _confusion(scores)
+        mistakes = _mistakes(scores, val)
+    for name, data in pictures.items():
+        write_atomically(folder / f"{name}.png", data)
+    template = Environment(loader=PackageLoader("fastflower"), autoescape=True).get_template("report.html")
+    html = template.render(
+        recipe=recipe.to_dict(),
+        classes=classes,
+        history=history,
+        best=history[best_epoch - 1],
+        scores=scores,
+        pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
+        mistakes=mistakes,
+    )
+    write_atomically(folder / "report.html", html.encode())
+    return Report(folder, history, best_epoch, scores)
+
+
+def _png(figure: Figure) -> bytes:
+    data = io.BytesIO()
+    # Without the version of matplotlib inside, the same run gives the same bytes.
+    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
+    return data.getvalue()
+
+
+def _curves(history: list[dict[str, float]]) -> bytes:
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for split in ("train", "val"):
+            if f"{split}_{name}" in history[-1]:
+                axes.plot(epochs, [row[f"{split}_{name}"] for row in history], marker="o", markersize=3, label=split)
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return _png(figure)
+
+
+def _confusion(scores: Scores) -> bytes:
+    size = max(4.5, 0.45 * len(scores.classes))
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    axes = figure.subplots()
+    share = scores.confusion / np.maximum(1, scores.confusion.sum(axis=1, keepdims=True))
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    ticks = range(len(scores.classes))
+    axes.set_xticks(ticks, scores.classes, rotation=45, ha="right")
+    axes.set_yticks(ticks, scores.classes)
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(scores.classes) <= 30:
+        for (row, column), count in np.ndenumerate(scores.confusion):
+            axes.text(column, row, str(count), ha="center", va="center", color="white" if share[row, column] > 0.5 else "black")
+    return _png(figure)
+
+
+def _mistakes(scores: Scores, val: Loader) -> list[dict[str, Any]]:
+    """The photographs that were given to a wrong class with the highest probability."""
+    predicted = scores.probabilities.argmax(axis=1)
+    confidence = scores.probabilities.max(axis=1)
+    wrong = np.flatnonzero(predicted != scores.labels)
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:_MISTAKES]
+    return [
+        {
+            "true": scores.classes[scores.labels[index]],
+            "predicted": scores.classes[predicted[index]],
+            "probability": float(confidence[index]),
+            "path": val.path_of(int(index)),
+            "jpeg": _thumbnail(val.photo(int(index))),
+        }
+        for index in worst
+    ]
+
+
+def _thumbnail(photo: Any) -> str:
+    image = Image.fromarray(photo)
+    image.thumbnail((_THUMB, _THUMB))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=85)
+    return base64.b64encode(data.getvalue()).decode()

@@ -1,0 +1,35 @@
+"""The learning rate's multiplier as a pure function of the step."""
+
+from math import cos, pi
+from typing import Literal
+
+Schedule = Literal["constant", "step", "cosine", "one_cycle"]
+
+# torch's OneCycleLR: share of the steps spent rising, and the divisors of the first and the last rate.
+_RISING, _FIRST, _LAST = 0.3, 25.0, 1e4
+
+
+def multiplier(
+    schedule: Schedule, step: int, *, total_steps: int, steps_per_epoch: int, step_epochs: int, gamma: float
+) -> float:
+    """What the recipe's lr is multiplied by in optimizer step `step`, 0 .. total_steps-1.
+
+    "constant": 1. "step": gamma ** (epoch // step_epochs), torch's StepLR. "cosine": from 1 down to 0, torch's
+    CosineAnnealingLR with T_max = total_steps, by steps. "one_cycle": up to 1 and down again, torch's OneCycleLR (cosine,
+    two phases, Smith and Topin 2018).
+    """
+    if schedule == "constant":
+        return 1.0
+    if schedule == "step":
+        return gamma ** (step // steps_per_epoch // step_epochs)
+    if schedule == "cosine":
+        return (1 + cos(pi * step / total_steps)) / 2
+    peak = _RISING * total_steps - 1
+    first, last = 1 / _FIRST, 1 / (_FIRST * _LAST)
+    if step <= peak:
+        return _cosine(first, 1.0, step / peak)
+    return _cosine(1.0, last, (step - peak) / max(1e-9, total_steps - 1 - peak))
+
+
+def _cosine(start: float, stop: float, share: float) -> float:
+    return stop + (start - stop) * (1 + cos(pi * min(1.0, share))) / 2

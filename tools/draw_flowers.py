@@ -1,0 +1,147 @@
+"""Draw five kinds of flowers as JPEG files in class folders: python tools/draw_flowers.py OUT
+
+Deterministic, without any photograph. The kinds differ in shape; colours, sizes, numbers and backgrounds overlap, so that
+a network has something to learn.
+"""
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import tyro
+from numpy.random import Generator
+from tqdm import tqdm
+
+Colour = tuple[float, float, float]
+
+SHIFT = 4  # bits of fraction in the coordinates given to OpenCV
+WHITES = [(235, 235, 225), (240, 215, 225), (245, 240, 200)]
+YELLOWS = [(235, 195, 30), (245, 215, 70), (225, 160, 20)]
+REDS = [(190, 25, 45), (220, 90, 130), (160, 40, 110), (230, 120, 60)]
+
+
+def petal(image: Any, centre: Any, angle: float, start: float, length: float, width: float, colour: Colour, tip: float) -> None:
+    """One petal that points away from the centre; tip  0 is round, 1 pointed."""
+    along = np.linspace(0, 1, 12)
+    half = width / 2 * np.sin(np.pi * along ** (0.7 + 0.5 * tip)) ** (0.6 + 0.6 * tip)
+    distance = start + length * along
+    outline = np.concatenate([np.stack([distance, half], 1), np.stack([distance, -half], 1)[::-1]])
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    points = np.rint((outline @ turn + centre) * 2**SHIFT).astype(np.int32)
+    cv2.fillPoly(image, [points], colour, cv2.LINE_AA, SHIFT)
+    shade = tuple(0.8 * part for part in colour)
+    cv2.polylines(image, [points], isClosed=True, color=shade, thickness=1, lineType=cv2.LINE_AA, shift=SHIFT)
+
+
+def disc(image: Any, centre: Any, radius: float, colour: Colour) -> None:
+    at = tuple(int(round(part * 2**SHIFT)) for part in centre)
+    cv2.circle(image, at, int(radius * 2**SHIFT), colour, -1, cv2.LINE_AA, SHIFT)
+
+
+def varied(rng: Generator, colours: list[Any], spread: float = 18) -> Colour:
+    red, green, blue = np.clip(np.array(colours[rng.integers(len(colours))]) + rng.normal(0, spread, 3), 0, 255)
+    return float(red), float(green), float(blue)
+
+
+def ring(
+    image: Any, rng: Generator, centre: Any, count: int, start: float, length: float, width: float, colour: Colour, tip: float
+) -> None:
+    phase = rng.uniform(0, 2 * np.pi)
+    for number in range(count):
+        angle = phase + 2 * np.pi * number / count + rng.normal(0, 0.06)
+        tint = tuple(float(np.clip(part * rng.normal(1, 0.05), 0, 255)) for part in colour)
+        petal(image, centre, angle, start, length * rng.normal(1, 0.06), width, tint, tip)  # pyright: ignore[reportArgumentType]
+
+
+def daisy(image: Any, rng: Generator, centre: Any, radius: float) -> None:
+    colour = varied(rng, WHITES + YELLOWS[:1])
+    ring(image, rng, centre, int(rng.integers(12, 20)), 0.2 * radius, 0.8 * radius, 0.24 * radius, colour, 0.2)
+    disc(image, centre, radius * rng.uniform(0.2, 0.3), varied(rng, YELLOWS))
+
+
+def dandelion(image: Any, rng: Generator, centre: Any, radius: float) -> None:
+    colour = varied(rng, YELLOWS + WHITES[2:])
+    for share in (1.0, 0.72, 0.45):
+        ring(image, rng, centre, int(rng.integers(26, 36)), 0, share * radius, 0.1 * radius, colour, 0.5)
+
+
+def rose(image: Any, rng: Generator, centre: Any, radius: float) -> None:
+    colour = varied(rng, REDS + WHITES + YELLOWS[:1])
+    for share in (1.0, 0.75, 0.52, 0.3):
+        tint = tuple(part * (0.7 + 0.3 * share) for part in colour)
+        ring(image, rng, centre, int(rng.integers(4, 7)), 0, share * radius, share * radius, tint, 0.0)  # pyright: ignore[reportArgumentType]
+
+
+def sunflower(image: Any, rng: Generator, centre: Any, radius: float) -> None:
+    colour = varied(rng, [*YELLOWS, REDS[3]])
+    ring(image, rng, centre, int(rng.integers(14, 22)), 0.35 * radius, 0.65 * radius, 0.26 * radius, colour, 1.0)
+    disc(image, centre, radius * rng.uniform(0.34, 0.46), varied(rng, [(70, 45, 25), (95, 70, 30)]))
+
+
+def tulip(image: Any, rng: Generator, centre: Any, radius: float) -> None:
+    colour = varied(rng, REDS + YELLOWS + WHITES)
+    lean = rng.normal(0, 0.25)
+    base = np.array(centre) + 0.8 * radius * np.array([np.sin(lean), np.cos(lean)])
+    petal(image, base, np.pi / 2 - lean, 0, 1.6 * radius, 0.1 * radius, varied(rng, [(60, 120, 50)]), 0.0)
+    for turn, share in ((-0.42, 1.5), (0.42, 1.5), (0.0, 1.6)):
+        tint = tuple(part * (0.85 + 0.15 * (turn == 0)) for part in colour)
+        petal(image, base, -np.pi / 2 - lean + turn, 0, share * radius, 0.85 * radius, tint, 0.4)  # pyright: ignore[reportArgumentType]
+
+
+KINDS: dict[str, Callable[[Any, Generator, Any, float], None]] = {
+    "daisy": daisy,
+    "dandelion": dandelion,
+    "rose": rose,
+    "sunflower": sunflower,
+    "tulip": tulip,
+}
+
+
+def draw(kind: str, rng: Generator) -> Any:
+    """One picture, (H, W, 3) uint8 RGB, 240 to 500 pixels a side."""
+    height, width = rng.integers(240, 501, 2)
+    coarse = rng.normal(0, 1, (int(rng.integers(3, 12)), int(rng.integers(3, 12)), 1))
+    ground = np.array(varied(rng, [(60, 95, 45), (95, 85, 60), (120, 150, 185), (45, 55, 40)], 25))
+    rough = cv2.resize(coarse.astype(np.float32), (int(width), int(height)), interpolation=cv2.INTER_CUBIC)[..., None]
+    image = np.clip(ground * (1 + 0.22 * rough), 0, 255).astype(np.uint8)
+    for _ in range(int(rng.integers(4, 14))):  # leaves and strangers' petals
+        spot, length = rng.uniform(0, 1, 2) * (width, height), rng.uniform(0.1, 0.5) * width
+        tone = varied(rng, [(60, 120, 50), (40, 80, 40), (120, 110, 60), (160, 150, 90)])
+        petal(image, spot, rng.uniform(0, 2 * np.pi), 0, length, 0.3 * length, tone, rng.uniform(0, 1))
+    for _ in range(int(rng.integers(1, 4))):
+        radius = rng.uniform(0.13, 0.4) * min(height, width)
+        KINDS[kind](image, rng, rng.uniform(0.2, 0.8, 2) * (width, height), radius)
+    if rng.uniform() < 0.5:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.6))
+    grain = rng.standard_normal((height, width, 1), dtype=np.float32) * np.float32(rng.uniform(2, 14))
+    return np.clip(image * np.float32(rng.uniform(0.6, 1.25)) + grain, 0, 255).astype(np.uint8)
+
+
+def draw_flowers(out: Annotated[Path, tyro.conf.Positional], per_class: int = 160, seed: int = 0) -> None:
+    """Write OUT/KIND/NNNN.jpg, five kinds of drawn flowers.
+
+    Args:
+        out: The folder to write into.
+        per_class: Pictures of each kind.
+        seed: Another seed draws other pictures.
+    """
+
+    def write(job: tuple[int, str, int]) -> None:
+        label, kind, number = job
+        image = draw(kind, np.random.default_rng((seed, label, number)))
+        _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
+        (out / kind / f"{number:04d}.jpg").write_bytes(data.tobytes())
+
+    for kind in KINDS:
+        (out / kind).mkdir(parents=True, exist_ok=True)
+    jobs = [(label, kind, number) for label, kind in enumerate(KINDS) for number in range(per_class)]
+    with ThreadPoolExecutor() as pool:
+        list(tqdm(pool.map(write, jobs), total=len(jobs), desc="draw", unit="image", disable=None))
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(draw_flowers))
