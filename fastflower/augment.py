@@ -47,6 +47,7 @@ class Slot(IntEnum):
 
 _SLOTS = 64
 
+
 def uniform(seed: int, epoch: int, indices_N: NDArray[np.int64]) -> Floats:
     """Uniform numbers in [0, 1), (N, S) float64: one for each sample and slot.
 
@@ -93,15 +94,11 @@ class Draw:
 
     def matrix(self) -> Floats:
         """The whole geometry as one warp a sample, (N, 2, 3), destination to source."""
-        matrix = geometry.compose(
-            geometry.resized_crop(self.roi, self.size), geometry.flips(self.flip, self.size)
-        )
+        matrix = geometry.compose(geometry.resized_crop(self.roi, self.size), geometry.flips(self.flip, self.size))
         still = np.zeros_like(self.shear)
         # torchvision's rotate turns counter-clockwise and its affine clockwise.
         rotation = geometry.affine(-self.rotate, still, np.ones_like(self.scale), still, self.size)
-        moved = geometry.affine(
-            self.affine_rotate, self.translate, self.scale, self.shear, self.size
-        )
+        moved = geometry.affine(self.affine_rotate, self.translate, self.scale, self.shear, self.size)
         return geometry.compose(matrix, geometry.compose(rotation, moved))
 
     def warp(self, sizes_N2: ArrayLike, fill: str) -> geometry.Warp:
@@ -259,17 +256,10 @@ class Augment:
 
     def _random_crop(self, dice: "_Dice", sizes_N2: NDArray[np.int64], crop: tuple[float, float]) -> Floats:
         """torchvision's RandomResizedCrop.get_params: the first of ten attempts that fits, else the centre."""
-        areas_NA = dice.between(*crop, Slot.CROP, _ATTEMPTS) * sizes_N2.prod(axis=1, keepdims=True)
-        log_ratio = np.log(self.crop_ratio)
-        ratios_NA = np.exp(dice.between(*log_ratio, Slot.CROP + _ATTEMPTS, _ATTEMPTS))
-        sides = np.rint(np.sqrt(np.stack([areas_NA / ratios_NA, areas_NA * ratios_NA], axis=-1)))
-        fits_NA = ((sides > 0) & (sides <= sizes_N2[:, None, :])).all(axis=-1)
-        found, first = fits_NA.any(axis=1), fits_NA.argmax(axis=1)
-        height_width = sides[np.arange(len(sides)), first]
-        corner = np.floor(dice.uniform(Slot.CROP + 2 * _ATTEMPTS, 2) * (sizes_N2 - height_width + 1))
-        return np.where(
-            found[:, None], np.concatenate([corner, height_width], axis=1), self._widest_crop(sizes_N2)
-        )
+        wide_NA2 = dice.sides(crop, sizes_N2.prod(axis=1), self.crop_ratio, Slot.CROP)
+        fits_NA2 = (wide_NA2 > 0) & (wide_NA2 <= sizes_N2[:, None, :])
+        found, crop_size, corner = dice.first_fit(wide_NA2, fits_NA2, sizes_N2, Slot.CROP)
+        return np.where(found[:, None], np.concatenate([corner, crop_size], axis=1), self._widest_crop(sizes_N2))
 
     def _widest_crop(self, sizes_N2: NDArray[np.int64]) -> Floats:
         """torchvision's fallback: the largest central crop whose ratio is allowed."""
@@ -282,21 +272,18 @@ class Augment:
 
     def _erased(self, dice: "_Dice") -> NDArray[np.int64]:
         """torchvision's RandomErasing.get_params: the first of ten attempts that is smaller than the image, else nothing."""
-        size = np.array(self.output_size)
-        areas_NA = dice.between(*self.erase_area, Slot.ERASE_BOX, _ATTEMPTS) * float(size.prod())
-        log_ratio = np.log(self.erase_ratio)
-        ratios_NA = np.exp(dice.between(*log_ratio, Slot.ERASE_BOX + _ATTEMPTS, _ATTEMPTS))
-        sides = np.rint(np.sqrt(np.stack([areas_NA * ratios_NA, areas_NA / ratios_NA], axis=-1)))
-        fits_NA = (sides < size).all(axis=-1)
-        first = fits_NA.argmax(axis=1)
-        height_width = sides[np.arange(len(sides)), first]
-        corner = np.floor(dice.uniform(Slot.ERASE_BOX + 2 * _ATTEMPTS, 2) * (size - height_width + 1))
-        hit = fits_NA.any(axis=1) & (dice.uniform(Slot.ERASE)[:, 0] < self.erase)
-        return np.where(hit[:, None], np.concatenate([corner, height_width], axis=1), 0).astype(np.int64)
+        size = np.broadcast_to(np.array(self.output_size, np.int64), (len(dice.numbers_NS), 2))
+        # erase_ratio is height to width, crop_ratio width to height.
+        box_NA2 = dice.sides(self.erase_area, size.prod(axis=1), self.erase_ratio, Slot.ERASE_BOX)[..., ::-1]
+        found, box, corner = dice.first_fit(box_NA2, box_NA2 < size[:, None, :], size, Slot.ERASE_BOX)
+        hit = found & (dice.uniform(Slot.ERASE)[:, 0] < self.erase)
+        return np.where(hit[:, None], np.concatenate([corner, box], axis=1), 0).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class _Dice:
+    """A batch's random numbers, by slot."""
+
     numbers_NS: Floats
 
     def uniform(self, slot: int, count: int = 1) -> Floats:
@@ -306,6 +293,25 @@ class _Dice:
         """Uniform in [least, most): (N,), or (N, count)."""
         values = self.uniform(slot, count or 1)
         return least + (most - least) * (values if count else values[:, 0])
+
+    def sides(
+        self, share: tuple[float, float], area_N: NDArray[np.int64], ratio: tuple[float, float], slot: int
+    ) -> Floats:
+        """Ten attempts at a rectangle of a share of the area and a ratio of width to height: (N, A, 2) height, width."""
+        areas_NA = self.between(*share, slot, _ATTEMPTS) * area_N[:, None]
+        ratios_NA = np.exp(self.between(float(np.log(ratio[0])), float(np.log(ratio[1])), slot + _ATTEMPTS, _ATTEMPTS))
+        return np.rint(np.sqrt(np.stack([areas_NA / ratios_NA, areas_NA * ratios_NA], axis=-1)))
+
+    def first_fit(
+        self, sides_NA2: Floats, fits_NA2: NDArray[np.bool_], sizes_N2: NDArray[np.int64], slot: int
+    ) -> tuple[NDArray[np.bool_], Floats, Floats]:
+        """Whether an attempt fits, (N,), the first that does, (N, 2), and a corner (top, left) for it, (N, 2)."""
+        fits_NA: NDArray[np.bool_] = np.logical_and(fits_NA2[..., 0], fits_NA2[..., 1])
+        rows = np.arange(len(fits_NA))
+        first = np.argmax(fits_NA, axis=1)
+        chosen = sides_NA2[rows, first]
+        corner = np.floor(self.uniform(slot + 2 * _ATTEMPTS, 2) * (sizes_N2 - chosen + 1))
+        return fits_NA[rows, first], chosen, corner
 
     def factor(self, strength: float, slot: int) -> Floats:
         return self.between(max(0.0, 1 - strength), 1 + strength, slot)

@@ -100,17 +100,25 @@ def _downloaded(name: str, weights: str) -> nn.Module:
 def _load_file(model: nn.Module, name: str, path: Path) -> None:
     state = load_file(path)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: is not a state_dict; pass the path of a file that torch.save(model.state_dict(), path) wrote.")
+        raise CheckpointError(
+            f"{path}: is not a state_dict; pass the path of a file that torch.save(model.state_dict(), path) wrote."
+        )
     parent, attribute = _head(model)
     head = next(key for key, module in model.named_modules() if module is getattr(parent, attribute))
     own = model.state_dict()
-    wrong = [key for key in own if not key.startswith(f"{head}.") and (key not in state or state[key].shape != own[key].shape)]
+    wrong = [
+        key
+        for key in own
+        if not key.startswith(f"{head}.") and (key not in state or state[key].shape != own[key].shape)
+    ]
     if wrong:
         raise CheckpointError(
             f"{path}: does not fit {name}: {len(wrong)} of its {len(own)} tensors are missing or have another shape "
             f"(first {wrong[0]!r}); pass the backbone that the file was saved from."
         )
-    model.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and not key.startswith(f"{head}.")}})
+    model.load_state_dict(
+        {**own, **{key: value for key, value in state.items() if key in own and not key.startswith(f"{head}.")}}
+    )
     _log.info("%s: loaded into %s, with a new head", path, name)
 
 

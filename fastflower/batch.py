@@ -1,7 +1,7 @@
 """What is asked of an executor (`Request`) and what a Loader yields (`Batch`)."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     """(N, 3, H, W), an NCHW view of channels-last memory, in the loader's dtype; normalised unless that is uint8."""
     labels: Tensor
     """(N,) int64."""
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (hides tuple.index, which has no use here)
     """(N,) int64: the samples' positions in the split's index, which key every random number."""
 
 
@@ -41,7 +41,7 @@ class Request:
 class Executor(Protocol):
     """Moves the pixels."""
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Tensor]]:
+    def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
         """Yield each request, in order, with its images; takes requests ahead, and cleans up when closed."""
         ...
 

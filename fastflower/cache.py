@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Literal
@@ -25,10 +26,8 @@ def available_bytes() -> int:
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
         limits = [int(lines["MemAvailable"].split()[0]) * 1024]
     group = Path("/sys/fs/cgroup")
-    try:
+    with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
         limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # no control group, or one without a limit ("max")
     return max(0, min(limits))
 
 

@@ -46,7 +46,9 @@ class Checkpoint:
                 os.fsync(file.fileno())
             part.replace(path)
         except OSError as error:
-            raise CheckpointError(f"{path}: could not be written ({error}); what stood there before still does.") from error
+            raise CheckpointError(
+                f"{path}: could not be written ({error}); what stood there before still does."
+            ) from error
         finally:
             part.unlink(missing_ok=True)
 
@@ -55,14 +57,18 @@ class Checkpoint:
         """Read a checkpoint. Raises CheckpointError when the file is none, is damaged, or is of another format."""
         content = load_file(Path(path))
         if content.get("format") != "fastflower":
-            raise CheckpointError(f"{path}: is not a fastflower checkpoint; pass a checkpoint-best.pt that train wrote.")
+            raise CheckpointError(
+                f"{path}: is not a fastflower checkpoint; pass a checkpoint-best.pt that train wrote."
+            )
         if content["version"] != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path}: is checkpoint version {content['version']}, this fastflower reads version {FORMAT_VERSION}."
             )
         try:
             recipe = Recipe.from_dict(content["recipe"])
-            fields = {key: value for key, value in content.items() if key not in ("format", "version", "recipe", "classes")}
+            fields = {
+                key: value for key, value in content.items() if key not in ("format", "version", "recipe", "classes")
+            }
             return cls(recipe=recipe, classes=tuple(content["classes"]), **fields)
         except (KeyError, TypeError, FastflowerError) as error:
             raise CheckpointError(f"{path}: is damaged, or from another version of fastflower ({error}).") from error

@@ -75,7 +75,6 @@ def _pack(prog: str, args: Sequence[str]) -> None:
 
 def _train(prog: str, args: Sequence[str]) -> None:
     from fastflower.recipe import PRESETS, Recipe
-
     from fastflower.training import train
 
     preset, args = _preset(args, list(PRESETS))

@@ -33,9 +33,7 @@ def saturation_matrix(factor: float) -> Floats:
     return (factor * np.eye(3) + (1 - factor) * LUMA).astype(np.float32)
 
 
-def normalize_factors(
-    mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> tuple[Floats, Floats]:
+def normalize_factors(mean: tuple[float, float, float], std: tuple[float, float, float]) -> tuple[Floats, Floats]:
     """(multiply, add), each (C,) float32, so that multiply * level + add = (level / 255 - mean) / std."""
     multiply = 1 / (255 * np.asarray(std, np.float64))
     add = -np.asarray(mean, np.float64) / np.asarray(std, np.float64)

@@ -4,20 +4,26 @@ The only file that imports nvidia.dali. How DALI behaves where its documentation
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, math, pipeline_def, types
-from nvidia.dali.pipeline import Pipeline
+from nvidia.dali import fn as untyped_fn
+from nvidia.dali import math
+from nvidia.dali import types as untyped_types
+from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch import Tensor
 
 from fastflower import color, geometry
 from fastflower.augment import Augment
 from fastflower.batch import Request
 from fastflower.errors import SampleError
+
+# DALI makes most of their names at run time.
+fn: Any = untyped_fn
+types: Any = untyped_types
 
 _AHEAD = 2  # batches in the pipeline
 _DTYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16}  # the others are made of FLOAT
@@ -54,7 +60,7 @@ class DaliExecutor:
         }
         self._pipe: Pipeline | None = None
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Tensor]]:
+    def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
         """Yield (request, images (N, 3, H, W), channels-last) in order. The pipeline is built at the first call and kept."""
         pipe, primed = self._pipe or self._build(), self._pipe is not None
         # An error or an early end leaves batches in the pipeline, which it would yield later: it is kept only when drained.
@@ -171,12 +177,21 @@ def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
     if augment.uncovers:
         blank = placed(types.Constant(np.ones((*augment.output_size, 1), np.float32), device="cpu"))
         shown = fn.warp_affine(
-            fn.reshape(blank, layout="HWC"), given("mask_matrix", types.FLOAT, 2), size=augment.output_size, fill_value=0.0
+            fn.reshape(blank, layout="HWC"),
+            given("mask_matrix", types.FLOAT, 2),
+            size=augment.output_size,
+            fill_value=0.0,
         )
         images = images * shown
-    images = _colour(images, augment, {name: placed(given(name, types.FLOAT, 3)) for name in _FACTORS if getattr(augment, name)})
+    images = _colour(
+        images, augment, {name: placed(given(name, types.FLOAT, 3)) for name in _FACTORS if getattr(augment, name)}
+    )
     if dtype == torch.uint8:
-        mean, std, erased = 0.0, 1.0, [255 * (v * s + m) for v, s, m in zip(augment.erase_value, augment.std, augment.mean)]
+        mean, std, erased = (
+            0.0,
+            1.0,
+            [255 * (v * s + m) for v, s, m in zip(augment.erase_value, augment.std, augment.mean, strict=False)],
+        )
     else:
         mean, std = [255 * value for value in augment.mean], [255 * value for value in augment.std]
         erased = list(augment.erase_value)

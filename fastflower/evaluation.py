@@ -47,7 +47,11 @@ def measure(
 
 
 def evaluate(
-    checkpoint: str | Path | Checkpoint, shards: str | Path, *, split: str = "val", device: str | torch.device | None = None
+    checkpoint: str | Path | Checkpoint,
+    shards: str | Path,
+    *,
+    split: str = "val",
+    device: str | torch.device | None = None,
 ) -> Scores:
     """Score a checkpoint on every sample of a split, exactly once.
 
@@ -64,7 +68,14 @@ def evaluate(
     chosen, recipe = resolve_device(device), checkpoint.recipe
     precision = loader_dtype(recipe)
     loader = Loader(
-        shards, split, batch_size=_BATCH_SIZE, augment=view_of(recipe), device=chosen, dtype=precision, shuffle=False, cache=None
+        shards,
+        split,
+        batch_size=_BATCH_SIZE,
+        augment=view_of(recipe),
+        device=chosen,
+        dtype=precision,
+        shuffle=False,
+        cache=None,
     )
     if loader.manifest.classes != checkpoint.classes:
         raise CheckpointError(

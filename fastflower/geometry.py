@@ -25,7 +25,7 @@ def compose(outer_N23: Floats, inner_N23: Floats) -> Floats:
 
 def invert(matrix_N23: Floats) -> Floats:
     """The warp that undoes `matrix`: source to destination."""
-    linear = np.linalg.inv(matrix_N23[..., :2])
+    linear: Floats = np.linalg.inv(matrix_N23[..., :2]).astype(np.float64, copy=False)
     return np.concatenate([linear, -linear @ matrix_N23[..., 2:]], axis=-1)
 
 
@@ -52,9 +52,7 @@ def flips(flip_N2: NDArray[np.bool_], size: tuple[int, int]) -> Floats:
     return matrix
 
 
-def affine(
-    angle_N: Floats, translate_N2: Floats, scale_N: Floats, shear_N2: Floats, size: tuple[int, int]
-) -> Floats:
+def affine(angle_N: Floats, translate_N2: Floats, scale_N: Floats, shear_N2: Floats, size: tuple[int, int]) -> Floats:
     """Rotate by `angle` (degrees, clockwise), scale and shear about the centre of `size`, then translate by pixels (x, y).
 
     The inverse of the forward map T(translate) C R(angle) Shear(shear) Scale(scale) C^-1, in the closed form of

@@ -110,7 +110,9 @@ class Loader:
         if name != "dali":
             raise ArgumentError(f"executor must be 'opencv' or 'dali', got {name!r}.")
         if isinstance(cache, int) and cache:
-            raise ArgumentError("cache: executor='dali' keeps no decoded photographs; pass cache=None or executor='opencv'.")
+            raise ArgumentError(
+                "cache: executor='dali' keeps no decoded photographs; pass cache=None or executor='opencv'."
+            )
         from fastflower.dali_executor import DaliExecutor  # takes half a second to import
 
         return DaliExecutor(

@@ -42,9 +42,7 @@ class Scores:
         return _ratio(np.diag(self.confusion), self.confusion.sum(axis=0))
 
 
-def score(
-    classes: tuple[str, ...], labels_N: NDArray[np.int64], log_probabilities_NK: NDArray[np.float32]
-) -> Scores:
+def score(classes: tuple[str, ...], labels_N: NDArray[np.int64], log_probabilities_NK: NDArray[np.float32]) -> Scores:
     """Scores from the logarithms of the predicted probabilities."""
     predicted = log_probabilities_NK.argmax(axis=1)
     confusion = np.zeros((len(classes), len(classes)), np.int64)

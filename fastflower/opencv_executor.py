@@ -1,7 +1,7 @@
 """Runs draws on the CPU: OpenCV's SIMD kernels on a pool of threads, which release the interpreter lock while they work."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +28,12 @@ _BOUNDARY = 0.75
 class OpencvExecutor:
     """Turns samples into batches. decoded(index) gives a sample's pixels and runs on the pool's threads."""
 
-    def __init__(
-        self, augment: Augment, dtype: torch.dtype, decoded: Callable[[int], Pixels], *, workers: int
-    ) -> None:
+    def __init__(self, augment: Augment, dtype: torch.dtype, decoded: Callable[[int], Pixels], *, workers: int) -> None:
         self._render = _Renderer(augment, dtype)
         self._decoded = decoded
         self._workers = workers
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Tensor]]:
+    def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
         """Yield (request, images (N, 3, H, W), channels-last) in order. The threads end with the iterator."""
         started: deque[tuple[Request, Tensor, list[Future[None]]]] = deque()
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="fastflower")
@@ -103,12 +101,14 @@ class _Renderer:
             table = torch.from_numpy(levels * multiply + add).to(dtype)
             self._erased = _as_numpy(torch.tensor(augment.erase_value).to(dtype))
             self._table = _as_numpy(table)[:, None, :]
-        height, width = self._size
+        _height, width = self._size
         self._multiply, self._add = (np.tile(factor, width) for factor in (multiply, add))
 
     def empty(self, count: int) -> tuple[Tensor, NDArray[Any]]:
         """A batch to be filled: the tensor (N, 3, H, W), channels-last, and the same memory as (N, H, W, 3)."""
-        rows = np.empty((count, *self._size, 3), _storage(self._dtype))  # numpy asks the kernel for huge pages, torch does not
+        rows = np.empty(
+            (count, *self._size, 3), _storage(self._dtype)
+        )  # numpy asks the kernel for huge pages, torch does not
         return torch.from_numpy(rows).view(self._dtype).permute(0, 3, 1, 2), rows
 
     def jobs(self, request: Request) -> list[_Job]:
@@ -128,7 +128,9 @@ class _Renderer:
             if warp.masked[row]:
                 polygons = np.stack([frame, quad[row]]) - 0.5
                 outside = np.rint(polygons * 2**_SUBPIXEL).astype(np.int32)
-            down, across = (min(factor, side) for factor, side in zip(shrink[row].tolist(), (height, width)))
+            down, across = (
+                min(factor, side) for factor, side in zip(shrink[row].tolist(), (height, width), strict=False)
+            )
             erase_top, erase_left, erase_height, erase_width = draw.erase[row].tolist()
             jobs.append(
                 _Job(

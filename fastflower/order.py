@@ -54,7 +54,7 @@ def permute(positions: ArrayLike, num_samples: int, *, seed: int, epoch: int) ->
     if not 1 <= num_samples <= MAX_SAMPLES:
         raise ArgumentError(f"num_samples must lie in 1 .. 2**62, got {num_samples}.")
     values = np.asarray(positions, dtype=np.int64)
-    if values.size and not (0 <= int(values.min()) and int(values.max()) < num_samples):
+    if values.size and not (int(values.min()) >= 0 and int(values.max()) < num_samples):
         raise ArgumentError(
             f"positions must lie in 0 .. {num_samples - 1}, got {int(values.min())} .. {int(values.max())}."
         )
@@ -69,9 +69,7 @@ def permute(positions: ArrayLike, num_samples: int, *, seed: int, epoch: int) ->
         walking[outside] = _network(walking[outside], rows, columns, keys)
 
 
-def _network(
-    values: NDArray[np.uint64], rows: int, columns: int, keys: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
+def _network(values: NDArray[np.uint64], rows: int, columns: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """A bijection on 0 .. rows*columns-1: each round shifts one half by a keyed hash of the other."""
     left, right = np.divmod(values, np.uint64(columns))
     for number, key in enumerate(keys):
@@ -82,9 +80,7 @@ def _network(
     return left * np.uint64(columns) + right
 
 
-def _shift(
-    half: NDArray[np.uint64], noise: NDArray[np.uint64], modulus: int
-) -> NDArray[np.uint64]:
+def _shift(half: NDArray[np.uint64], noise: NDArray[np.uint64], modulus: int) -> NDArray[np.uint64]:
     """(offset + half) or (offset - half) modulo `modulus`, the offset and the sign taken from noise.
 
     Additions alone are even permutations where modulus is odd, and would reach only half of the orders of seven samples.
@@ -122,4 +118,4 @@ def step_positions(
     """The positions in the epoch's order that `rank` sees in `step`, int64; fewer than a batch only at the tail."""
     start = step * global_batch_size
     part = rank_part(min(global_batch_size, num_samples - start), rank, world_size)
-    return np.arange(start + part.start, start + part.stop)
+    return np.arange(int(start + part.start), int(start + part.stop))

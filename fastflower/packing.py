@@ -149,7 +149,9 @@ def _workspace(out: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FolderError(f"{out}: another pack is writing here; wait for it, or name another folder with --out.") from None
+            raise FolderError(
+                f"{out}: another pack is writing here; wait for it, or name another folder with --out."
+            ) from None
         try:
             yield work
         finally:

@@ -35,7 +35,10 @@ class Prediction:
 
 
 def predict(
-    checkpoint: str | Path | Checkpoint, images: str | Path | Iterable[str | Path], *, device: str | torch.device | None = None
+    checkpoint: str | Path | Checkpoint,
+    images: str | Path | Iterable[str | Path],
+    *,
+    device: str | torch.device | None = None,
 ) -> list[Prediction]:
     """Classify image files.
 
@@ -68,7 +71,9 @@ def _files(images: Iterable[str | Path]) -> Iterable[Path]:
         if entry.is_dir():
             inside = sorted(path for path in entry.rglob("*") if path.suffix.lower() in EXTENSIONS)
             if not inside:
-                raise SampleError(f"{entry}: holds no images ({', '.join(EXTENSIONS)}); name image files or another folder.")
+                raise SampleError(
+                    f"{entry}: holds no images ({', '.join(EXTENSIONS)}); name image files or another folder."
+                )
             yield from inside
         else:
             yield entry

@@ -48,7 +48,11 @@ class Recipe:
             ("lr", self.lr > 0, "above 0"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("schedule", self.schedule in ("constant", "step", "cosine", "one_cycle"), "constant, step, cosine or one_cycle"),
+            (
+                "schedule",
+                self.schedule in ("constant", "step", "cosine", "one_cycle"),
+                "constant, step, cosine or one_cycle",
+            ),
             ("step_epochs", self.step_epochs >= 1, "at least 1"),
             ("gamma", self.gamma > 0, "above 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
@@ -65,8 +69,14 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The recipe that `to_dict` described; lists, as JSON gives them, count as tuples."""
-        augment = {name: tuple(value) if isinstance(value, list) else value for name, value in values["augment"].items()}
-        return cls(**{**values, "augment": Augment(**augment)})
+        stored: dict[str, Any] = values["augment"]
+        augment: dict[str, Any] = {name: _tuple(value) for name, value in stored.items()}
+        fields: dict[str, Any] = {**values, "augment": Augment(**augment)}
+        return cls(**fields)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
 
 def report_a() -> Recipe:
@@ -89,10 +99,12 @@ def report_a() -> Recipe:
 
 
 def scratch() -> Recipe:
-    """ResNet-18 from random weights on a few thousand photographs: the demo's recipe, chosen to be quick."""
-    augment = Augment(crop=(0.25, 1.0), flip=0.5, rotate=10, brightness=0.2, contrast=0.2, saturation=0.2)
+    """ResNet-18 from random weights at 128 pixels: the demo's recipe, chosen to be quick without a GPU."""
+    augment = Augment(
+        size=128, resize=146, crop=(0.25, 1.0), flip=0.5, rotate=10, brightness=0.2, contrast=0.2, saturation=0.2
+    )
     return Recipe(
-        weights=None, augment=augment, epochs=6, lr=0.05, weight_decay=5e-4, schedule="one_cycle", label_smoothing=0.1
+        weights=None, augment=augment, epochs=10, lr=0.05, weight_decay=5e-4, schedule="one_cycle", label_smoothing=0.1
     )
 
 

@@ -114,7 +114,14 @@ def _confusion(scores: Scores) -> bytes:
     axes.set(xlabel="predicted", ylabel="true")
     if len(scores.classes) <= 30:
         for (row, column), count in np.ndenumerate(scores.confusion):
-            axes.text(column, row, str(count), ha="center", va="center", color="white" if share[row, column] > 0.5 else "black")
+            axes.text(
+                column,
+                row,
+                str(count),
+                ha="center",
+                va="center",
+                color="white" if share[row, column] > 0.5 else "black",
+            )
     return _png(figure)
 
 

@@ -46,8 +46,10 @@ class ShardWriter:
         """Add KEY.cls, KEY.jpg and KEY.json. size  (height, width) of the decoded image; source  its original path."""
         # "filename" is the key under which timm looks for it.
         note = json.dumps({"filename": source}, ensure_ascii=False).encode()
-        offsets = {ending: self._member(f"{key}.{ending}", data) for ending, data in
-                   (("cls", str(label).encode()), ("jpg", image), ("json", note))}
+        offsets = {
+            ending: self._member(f"{key}.{ending}", data)
+            for ending, data in (("cls", str(label).encode()), ("jpg", image), ("json", note))
+        }
         height, width = size
         self.rows.append((offsets["jpg"], len(image), zlib.crc32(image), label, width, height))
         sizes = {"cls": len(str(label)), "jpg": len(image), "json": len(note)}

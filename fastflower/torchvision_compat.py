@@ -38,9 +38,7 @@ def fields_of(transform: object) -> dict[str, Any]:
         reader = _READERS.get(name)
         if reader is None:
             kin = f" The nearest that can is {_NEAREST_KIN[name]}." if name in _NEAREST_KIN else ""
-            raise ArgumentError(
-                f"{name} cannot be expressed by Augment, which knows {', '.join(_READERS)}.{kin}"
-            )
+            raise ArgumentError(f"{name} cannot be expressed by Augment, which knows {', '.join(_READERS)}.{kin}")
         _require(name not in reading.seen, name, "stands twice; draw it once")
         reader(reading, name, step)
         reading.seen.append(name)
@@ -71,10 +69,9 @@ class _Reading:
         if "size" not in self.found:
             _require("resize" not in self.found, "Resize", "to one number leaves sizes unequal; add CenterCrop(size)")
             raise ArgumentError("The transform fixes no output size; start it with RandomResizedCrop(size).")
-        if self.seen.count("RandomErasing") and "Normalize" in self.seen:
-            if self.seen.index("RandomErasing") < self.seen.index("Normalize"):
-                triples = zip(self.found["erase_value"], self.found["mean"], self.found["std"], strict=True)
-                self.found["erase_value"] = tuple((value - mean) / std for value, mean, std in triples)
+        if [name for name in self.seen if name in ("RandomErasing", "Normalize")] == ["RandomErasing", "Normalize"]:
+            triples = zip(self.found["erase_value"], self.found["mean"], self.found["std"], strict=True)
+            self.found["erase_value"] = tuple((value - mean) / std for value, mean, std in triples)
         for note in self.notes:
             _log.warning("Augment.from_torchvision: %s", note)
         return self.found
@@ -126,7 +123,9 @@ def _resized_crop(reading: _Reading, name: str, step: Any) -> None:
     reading.view_first(name)
     reading.bilinear(name, step)
     if reading.found.pop("resize", None):
-        reading.notes[f"Resize before {name} is left out: the crop takes the same share of the photograph itself"] = None
+        reading.notes[f"Resize before {name} is left out: the crop takes the same share of the photograph itself"] = (
+            None
+        )
     reading.found |= {"size": _size(step.size), "crop": tuple(step.scale), "crop_ratio": tuple(step.ratio)}
 
 
@@ -144,7 +143,11 @@ def _about_centre(name: str, step: Any) -> None:
     _require(getattr(step, "center", None) is None, name, "about another centre cannot be expressed; leave center out")
     fill = getattr(step, "fill", None)
     blank = fill is None or fill == 0 or (isinstance(fill, (list, tuple)) and not any(fill))
-    _require(blank, name, f"with fill={fill!r} cannot be expressed; Augment fills black, or with the photograph (fill='photo')")
+    _require(
+        blank,
+        name,
+        f"with fill={fill!r} cannot be expressed; Augment fills black, or with the photograph (fill='photo')",
+    )
 
 
 def _rotation(reading: _Reading, name: str, step: Any) -> None:
@@ -160,7 +163,7 @@ def _affine(reading: _Reading, name: str, step: Any) -> None:
     reading.colour_last(name)
     reading.bilinear(name, step)
     _about_centre(name, step)
-    shear = tuple(step.shear or (0, 0)) + (0, 0)
+    shear = (*tuple(step.shear or (0, 0)), 0, 0)
     reading.found |= {
         "affine_rotate": _symmetric(name, "degrees", *step.degrees),
         "translate": tuple(step.translate or (0.0, 0.0)),
@@ -180,18 +183,22 @@ def _jitter(reading: _Reading, name: str, step: Any) -> None:
         reading.notes["ColorJitter's operations run in one order: brightness, contrast, saturation, hue"] = None
 
 
-def _normalize(reading: _Reading, name: str, step: Any) -> None:
+def _normalize(reading: _Reading, _: str, step: Any) -> None:
     reading.found |= {"mean": tuple(map(float, step.mean)), "std": tuple(map(float, step.std))}
 
 
 def _erasing(reading: _Reading, name: str, step: Any) -> None:
-    _require(not isinstance(step.value, str) and step.value is not None, name, "with random values cannot be expressed; use value=0")
-    value = step.value if isinstance(step.value, (list, tuple)) else [step.value]
+    _require(
+        not isinstance(step.value, str) and step.value is not None,
+        name,
+        "with random values cannot be expressed; use value=0",
+    )
+    value: list[Any] = list(step.value) if isinstance(step.value, (list, tuple)) else [step.value]
     reading.found |= {
         "erase": float(step.p),
         "erase_area": tuple(step.scale),
         "erase_ratio": tuple(step.ratio),
-        "erase_value": tuple(map(float, value * 3 if len(value) == 1 else value)),
+        "erase_value": tuple(float(part) for part in (value * 3 if len(value) == 1 else value)),
     }
 
 

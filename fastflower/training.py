@@ -53,7 +53,9 @@ def train(
     folder = _folder(out, recipe, resume=resume)
     start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
     if start and start.recipe != recipe:
-        raise CheckpointError(f"{folder / LAST}: was trained with another recipe; resume with the same, or name another out.")
+        raise CheckpointError(
+            f"{folder / LAST}: was trained with another recipe; resume with the same, or name another out."
+        )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         return _Run(shards, recipe, folder, chosen, start).report()
 
@@ -83,7 +85,9 @@ class _Run:
 
     def _restore(self, start: Checkpoint) -> None:
         if start.classes != self.classes:
-            raise CheckpointError(f"{self.folder / LAST}: was trained on {', '.join(start.classes)}; resume on the same shards.")
+            raise CheckpointError(
+                f"{self.folder / LAST}: was trained on {', '.join(start.classes)}; resume on the same shards."
+            )
         self.model.load_state_dict(start.model)
         self.optimizer.load_state_dict(start.optimizer)
         self.history = list(start.history)
@@ -107,7 +111,9 @@ class _Run:
             write_history(self.folder, self.history)
             _log.info("%s", _line(row, self.recipe.epochs))
         best = best_epoch(self.history)
-        return write_report(self.folder, self.recipe, self.classes, self.history, best, self._final_scores(scores), self.val)
+        return write_report(
+            self.folder, self.recipe, self.classes, self.history, best, self._final_scores(scores), self.val
+        )
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training split. Sums stay on the device and are read once, at the end."""

@@ -48,7 +48,9 @@ def color_chain(image: torch.Tensor, draw: Draw, row: int) -> torch.Tensor:
     return F.adjust_hue(image, float(draw.hue[row]))
 
 
-def render(photo: NDArray[np.uint8], draw: Draw, row: int, augment: Augment) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def render(
+    photo: NDArray[np.uint8], draw: Draw, row: int, augment: Augment
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """(image (H, W, 3) in 0..255, mask (H, W) of the pixels that none of the frames in the chain cut off)."""
     image = torch.from_numpy(photo).permute(2, 0, 1).float() / 255
     shown = geometry_chain(torch.ones_like(image[:1]), draw, row, augment)[0] > 0.999

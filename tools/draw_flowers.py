@@ -24,7 +24,9 @@ YELLOWS = [(235, 195, 30), (245, 215, 70), (225, 160, 20)]
 REDS = [(190, 25, 45), (220, 90, 130), (160, 40, 110), (230, 120, 60)]
 
 
-def petal(image: Any, centre: Any, angle: float, start: float, length: float, width: float, colour: Colour, tip: float) -> None:
+def petal(
+    image: Any, centre: Any, angle: float, start: float, length: float, width: float, colour: Colour, tip: float
+) -> None:
     """One petal that points away from the centre; tip  0 is round, 1 pointed."""
     along = np.linspace(0, 1, 12)
     half = width / 2 * np.sin(np.pi * along ** (0.7 + 0.5 * tip)) ** (0.6 + 0.6 * tip)
@@ -38,7 +40,7 @@ def petal(image: Any, centre: Any, angle: float, start: float, length: float, wi
 
 
 def disc(image: Any, centre: Any, radius: float, colour: Colour) -> None:
-    at = tuple(int(round(part * 2**SHIFT)) for part in centre)
+    at = tuple(round(part * 2**SHIFT) for part in centre)
     cv2.circle(image, at, int(radius * 2**SHIFT), colour, -1, cv2.LINE_AA, SHIFT)
 
 
@@ -48,7 +50,15 @@ def varied(rng: Generator, colours: list[Any], spread: float = 18) -> Colour:
 
 
 def ring(
-    image: Any, rng: Generator, centre: Any, count: int, start: float, length: float, width: float, colour: Colour, tip: float
+    image: Any,
+    rng: Generator,
+    centre: Any,
+    count: int,
+    start: float,
+    length: float,
+    width: float,
+    colour: Colour,
+    tip: float,
 ) -> None:
     phase = rng.uniform(0, 2 * np.pi)
     for number in range(count):

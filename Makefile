@@ -1,0 +1,35 @@
+# make demo [DATA=folder] [WEIGHTS=file BACKBONE=name]   pack, train, evaluate, compare; writes runs/demo
+# make test                                              lint, types, tests
+# make format                                            let ruff rewrite
+
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?=
+WEIGHTS ?=
+BACKBONE ?=
+
+.PHONY: install demo test format clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastflower needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv || (echo "python3 -m venv failed; on Debian: apt-get install python3-venv" && false)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python tools/demo.py $(if $(DATA),--data '$(DATA)') $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(BACKBONE),--backbone $(BACKBONE))
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs/demo

@@ -1,0 +1,51 @@
+"""Drawn flowers, packed shards, and the rule for tests that need a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastflower import pack
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs CUDA, and torch finds none on this machine")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def flowers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 drawn photographs, 240 to 500 pixels a side, in five class folders. Not to be written to."""
+    folder = tmp_path_factory.mktemp("drawn") / "flowers"
+    command = [sys.executable, ROOT / "tools" / "draw_flowers.py", folder, "--per-class", "30"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(flowers: Path) -> list[Path]:
+    """The 150 drawn photographs, or as many of a folder of real ones where it stands beside the checkout."""
+    real = sorted((ROOT.parent / "shared" / "flowers").glob("*/*.jpg"))
+    return real[:: len(real) // 150][:150] if len(real) >= 150 else sorted(flowers.glob("*/*.jpg"))
+
+
+@pytest.fixture(scope="session")
+def shards(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The drawn photographs, packed: 120 to train on, 30 to validate, in several shards. Not to be written to."""
+    folder = tmp_path_factory.mktemp("packed") / "shards"
+    pack(flowers, folder, shard_bytes=1 << 20)
+    return folder
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
