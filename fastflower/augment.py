@@ -207,6 +207,12 @@ class Augment:
         fits = self.crop is not None or min(_pair(self.resize)) >= max(self.output_size)
         return self.moves or not fits
 
+    @property
+    def erase_levels(self) -> tuple[float, ...]:
+        """`erase_value` as levels in 0 .. 255."""
+        levels = 255 * (np.array(self.erase_value) * np.array(self.std) + np.array(self.mean))
+        return tuple(float(level) for level in np.clip(levels, 0, 255))
+
     @classmethod
     def from_torchvision(cls, transform: object) -> Self:
         """The Augment that draws what a torchvision v1 or v2 transform draws; see `torchvision_compat.fields_of`.

@@ -186,17 +186,13 @@ def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
     images = _colour(
         images, augment, {name: placed(given(name, types.FLOAT, 3)) for name in _FACTORS if getattr(augment, name)}
     )
-    if dtype == torch.uint8:
-        mean, std, erased = (
-            0.0,
-            1.0,
-            [255 * (v * s + m) for v, s, m in zip(augment.erase_value, augment.std, augment.mean, strict=False)],
-        )
-    else:
-        mean, std = [255 * value for value in augment.mean], [255 * value for value in augment.std]
-        erased = list(augment.erase_value)
+    raw = dtype == torch.uint8
     images = fn.crop_mirror_normalize(
-        fn.reshape(images, layout="HWC"), mean=mean, std=std, dtype=_DTYPES.get(dtype, types.FLOAT), output_layout="HWC"
+        fn.reshape(images, layout="HWC"),
+        mean=[0.0] * 3 if raw else [255 * value for value in augment.mean],
+        std=[1.0] * 3 if raw else [255 * value for value in augment.std],
+        dtype=_DTYPES.get(dtype, types.FLOAT),
+        output_layout="HWC",
     )
     if augment.erase:
         images = fn.erase(
@@ -204,7 +200,7 @@ def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
             anchor=given("erase_anchor", types.FLOAT, 1),
             shape=given("erase_shape", types.FLOAT, 1),
             axis_names="HW",
-            fill_value=erased,
+            fill_value=list(augment.erase_levels if raw else augment.erase_value),
         )
     return images
 

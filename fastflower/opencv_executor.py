@@ -95,7 +95,7 @@ class _Renderer:
         multiply, add = color.normalize_factors(augment.mean, augment.std)
         levels = np.arange(256, dtype=np.float32)[:, None]
         if dtype == torch.uint8:
-            self._erased = np.rint(255 * (np.array(augment.erase_value) * augment.std + augment.mean)).clip(0, 255)
+            self._erased = np.rint(augment.erase_levels)
             self._table = None
         else:
             table = torch.from_numpy(levels * multiply + add).to(dtype)

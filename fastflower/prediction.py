@@ -47,7 +47,8 @@ def predict(
         images: A path, or several; a folder stands for all images below it.
         device: None means CUDA where there is one, else the CPU.
 
-    Returns one prediction an image, in order. Raises CheckpointError, and SampleError naming the file that is missing, is no image, or is cut short.
+    Returns one prediction an image, in order. Raises CheckpointError, and SampleError naming the file that is missing, is
+    no image, or is cut short.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)

@@ -57,10 +57,12 @@ def train(
             f"{folder / LAST}: was trained with another recipe; resume with the same, or name another out."
         )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        return _Run(shards, recipe, folder, chosen, start).report()
+        return Run(shards, recipe, folder, chosen, start).report()
 
 
-class _Run:
+class Run:
+    """A run under way: network, optimizer and loaders, as `train` uses them and benchmarks time them."""
+
     def __init__(
         self, shards: str | Path, recipe: Recipe, folder: Path, device: torch.device, start: Checkpoint | None
     ) -> None:
@@ -96,10 +98,11 @@ class _Run:
         _log.info("%s: resumed after epoch %d", self.folder, start.epoch)
 
     def report(self) -> Report:
+        """Train the epochs that are left; validate, save and log after each; write the report at the end."""
         self.folder.mkdir(parents=True, exist_ok=True)
         scores = None
         for epoch in range(len(self.history), self.recipe.epochs):
-            row = {"epoch": epoch + 1, **self._train_epoch(epoch)}
+            row = {"epoch": epoch + 1, **self.train_epoch(epoch)}
             scores = None
             if self.val:
                 start = time.perf_counter()
@@ -115,7 +118,7 @@ class _Run:
             self.folder, self.recipe, self.classes, self.history, best, self._final_scores(scores), self.val
         )
 
-    def _train_epoch(self, epoch: int) -> dict[str, float]:
+    def train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training split. Sums stay on the device and are read once, at the end."""
         train_mode(self.model, self.recipe.freeze)
         self.loader.set_epoch(epoch)

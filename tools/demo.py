@@ -1,0 +1,129 @@
+"""The main job from end to end: python tools/demo.py [--data FOLDER] [--weights FILE]; `make demo` runs this.
+
+Packs a folder of class folders (without --data: flowers that it draws), trains, evaluates, times an epoch against
+torchvision's ImageFolder in the same run, and writes runs/demo with the report.
+"""
+
+import json
+import logging
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from fastflower import Checkpoint, FastflowerError, Report, evaluate, pack, train
+from fastflower.errors import CheckpointError
+from fastflower.metrics import Scores
+from fastflower.recipe import PRESETS
+
+ROOT = Path(__file__).parent.parent
+
+
+def main(
+    data: Path | None = None,
+    weights: Path | None = None,
+    backbone: str | None = None,
+    epochs: int | None = None,
+    out: Path = Path("runs/demo"),
+) -> None:
+    """Run the main job and print a short table.
+
+    Args:
+        data: A folder of class folders; drawn flowers where it is left out.
+        weights: A state_dict to start from; without it torchvision's weights, or, where they cannot be downloaded, scratch.
+        backbone: resnet18, or resnet50 with --weights.
+        epochs: Instead of the recipe's number.
+        out: The folder of the run; what an earlier demo left there is removed.
+    """
+    start = time.perf_counter()
+    shutil.rmtree(out, ignore_errors=True)
+    folder = data or out / "flowers"
+    if data is None:
+        _step("drawing five kinds of flowers")
+        subprocess.run([sys.executable, ROOT / "tools" / "draw_flowers.py", folder], check=True)
+    _step(f"packing {folder}")
+    asked = time.perf_counter()
+    manifest = pack(folder, out / "shards")
+    packed = time.perf_counter() - asked
+    images = sum(split.samples for split in manifest.splits.values())
+    print(f"{images} images in {packed:.1f} s; {len(manifest.skipped)} files skipped")
+    for item in manifest.skipped:
+        print(f"  {item['path']}: {item['reason']}")
+    for group in manifest.label_conflicts:
+        print(f"  the same picture under two labels: {', '.join(group)}")
+    report = _trained(out, weights, backbone, epochs)
+    _step("evaluating the best checkpoint")
+    scores = evaluate(report.checkpoint, out / "shards")
+    _step("timing epochs against ImageFolder")
+    timing = _timed(folder, out, Checkpoint.load(report.checkpoint).recipe.augment.output_size[0])
+    _summary(report, scores, timing, time.perf_counter() - start)
+
+
+def _trained(out: Path, weights: Path | None, backbone: str | None, epochs: int | None) -> Report:
+    """Train from a file, else from torchvision's download, else from scratch."""
+    tries = [replace(PRESETS["finetune"](), weights=str(weights), backbone=backbone or "resnet50", epochs=3)]
+    if weights is None:
+        name = backbone or "resnet18"
+        tries = [
+            replace(PRESETS["finetune"](), weights="DEFAULT", backbone=name, freeze=0),
+            replace(PRESETS["scratch"](), backbone=name),
+        ]
+    for recipe in tries:
+        chosen = replace(recipe, epochs=epochs or recipe.epochs)
+        _step(f"training {chosen.backbone}, {chosen.epochs} epochs, weights: {chosen.weights or 'none, from scratch'}")
+        try:
+            return train(out / "shards", chosen, out=out)
+        except CheckpointError as error:
+            if recipe is tries[-1]:
+                raise
+            print(error)
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _timed(folder: Path, out: Path, size: int) -> dict[str, Any]:
+    """benchmarks/epoch_time.py on 640 of the same photographs, in the size that was trained."""
+    command = [sys.executable, ROOT / "benchmarks" / "epoch_time.py", "--data", folder, "--out", out]
+    options = {"rounds": 3, "train-rounds": 1, "size": size, "max-images": 640}
+    subprocess.run([*command, *(f"--{name}={value}" for name, value in options.items())], check=True)
+    return json.loads(next(out.glob("epoch_time_*.json")).read_text())
+
+
+def _summary(report: Report, scores: Scores, timing: dict[str, Any], seconds: float) -> None:
+    rows = [("validation accuracy", f"{scores.accuracy:.1%} of {scores.num_samples} images")]
+    rows.append(
+        (
+            "training",
+            f"{len(report.history)} epochs of {statistics.median(row['train_seconds'] for row in report.history):.1f} s",
+        )
+    )
+    for name in ("feeding", "training"):
+        for side in timing[name]:
+            rate = side["images"] / statistics.median(side["seconds"])
+            rows.append((f"{name}: {side['name']}", f"{rate:.0f} images/s, {side['ratio']:.2f} times"))
+    rows.append(("all of it", f"{seconds:.0f} s"))
+    rows.append(("report", str(report.folder / "report.html")))
+    _step("done")
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:{width}}  {value}")
+
+
+def _step(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("fastflower").setLevel(logging.INFO)
+    try:
+        with logging_redirect_tqdm():
+            tyro.cli(main)
+    except FastflowerError as error:
+        sys.exit(f"error: {error}")
