@@ -105,7 +105,7 @@ class Draw:
         """The geometry as an executor needs it, for photographs of `sizes`, (N, 2) height and width."""
         sizes = np.asarray(sizes_N2, np.float64).reshape(-1, 2)
         photo = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
-        visible = photo if fill == "photo" else geometry.intersect(self.roi, photo)
+        visible = photo if fill == "photo" else geometry.intersect(photo, self.roi)
         turned = (self.rotate != 0).astype(np.float64)
         bent = (self.affine_rotate != 0) | (self.scale != 1) | (self.shear != 0).any(axis=1)
         return geometry.plan(self.matrix(), visible, self.size, SOFTNESS * (turned + bent))

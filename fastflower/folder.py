@@ -16,7 +16,7 @@ class Photo:
     """A file that has an image's name."""
 
     path: str
-    """Relative to the folder, with forward slashes: CLASS/...; sorts the photographs."""
+    """Relative to the folder, with forward slashes: CLASS/..."""
     label: int
     size_bytes: int
 
@@ -63,12 +63,12 @@ def scan(root: str | Path) -> Folder:
 
 
 def _files(root: Path, name: str) -> Iterator[tuple[str, int]]:
-    """(path relative to root, bytes) of every regular file below root/name, sorted by path; links to files are followed."""
-    found: list[tuple[str, int]] = []
-    for parent, folders, names in os.walk(root / name):
-        folders.sort()
-        for file in names:
+    """(path relative to root, bytes) of every file below root/name, sorted by folder, then by name; links are followed.
+
+    A link to nothing counts as a file of 0 bytes: reading it fails, and it is listed as skipped.
+    """
+    for parent, _, names in sorted(os.walk(root / name, followlinks=True)):
+        for file in sorted(names):
             path = Path(parent, file)
-            if path.is_file():
-                found.append((path.relative_to(root).as_posix(), path.stat().st_size))
-    return iter(sorted(found))
+            if path.is_file() or not path.exists():
+                yield path.relative_to(root).as_posix(), path.stat().st_size if path.exists() else 0

@@ -79,10 +79,15 @@ def corners(rectangle_N4: Floats) -> Floats:
 
 
 def intersect(one_N4: Floats, other_N4: Floats) -> Floats:
-    """The common part of rectangles (top, left, height, width); at least one pixel high and wide."""
-    start = np.maximum(one_N4[..., :2], other_N4[..., :2])
-    stop = np.minimum(one_N4[..., :2] + one_N4[..., 2:], other_N4[..., :2] + other_N4[..., 2:])
-    return np.concatenate([start, np.maximum(stop - start, 1)], axis=-1)
+    """The part of `one` that `other` shares, (top, left, height, width).
+
+    At least a pixel of `one` high and wide, or all of it where it is smaller, even where they do not meet.
+    """
+    end = one_N4[..., :2] + one_N4[..., 2:]
+    least = np.minimum(one_N4[..., 2:], 1)
+    start = np.minimum(np.maximum(one_N4[..., :2], other_N4[..., :2]), end - least)
+    stop = np.minimum(end, other_N4[..., :2] + other_N4[..., 2:])
+    return np.concatenate([start, np.maximum(stop - start, least)], axis=-1)
 
 
 def covers(quad_N42: Floats, size: tuple[int, int]) -> NDArray[np.bool_]:

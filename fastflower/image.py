@@ -14,6 +14,7 @@ from fastflower.errors import SampleError
 MAX_PIXELS = 178_956_970
 # Without a quality of the caller's: 95, full chroma, is the most that Pillow recommends.
 _QUALITY = 95
+_MAX_SIDE = 65_500  # pixels: of libjpeg
 
 
 def decode(encoded: Any) -> NDArray[np.uint8]:
@@ -44,16 +45,28 @@ def prepare(data: bytes, *, max_side: int | None, quality: int | None) -> tuple[
             if image.format == "JPEG" and image.mode in ("L", "RGB") and quality is None and not too_large:
                 decoded_size = decode(data).shape[:2]
                 return data, (decoded_size[0], decoded_size[1])
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = _upright_rgb(image)
     except SampleError as error:
         raise SampleError(_reason(data) or str(error)) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise whatever struct, zlib and they themselves raise
         raise SampleError(_plain(error)) from None
     if max_side is not None:
         upright.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    if max(upright.size) > _MAX_SIDE:
+        raise SampleError(f"has {width} x {height} pixels, more a side than a JPEG file's {_MAX_SIDE}; set max_side")
     target = io.BytesIO()
     upright.save(target, "JPEG", quality=quality or _QUALITY, subsampling=0 if quality is None else "4:2:0")
     return target.getvalue(), (upright.height, upright.width)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """As Pillow's convert("RGB") makes it, but 16-bit greys are scaled to 8 bits; Pillow clips them, most of them to white."""
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    upright = ImageOps.exif_transpose(image)
+    if wide:
+        upright = Image.fromarray(np.rint(np.asarray(upright) / 257).astype(np.uint8))
+    upright.info.pop("transparency", None)  # dropped like every alpha; of a palette's, Pillow would warn
+    return upright.convert("RGB")
 
 
 def _reason(data: bytes) -> str | None:
@@ -61,10 +74,10 @@ def _reason(data: bytes) -> str | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:
         return _plain(error)
     return None
 
 
 def _plain(error: BaseException) -> str:
-    return "is no image" if "cannot identify" in str(error) else str(error)
+    return "is no image" if "cannot identify" in str(error) else str(error) or type(error).__name__

@@ -123,7 +123,7 @@ class Manifest:
         path = self.folder / f"{name}.index.npy"
         try:
             rows = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ShardError(f"{path}: cannot be read ({error}); restore it from a copy or pack again.") from None
         if rows.dtype != INDEX_DTYPE or rows.shape != (split.samples,):
             raise ShardError(

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -87,8 +87,8 @@ def pack(
             for name, shards in plan.items()
         }
         made = _run([task for group in tasks.values() for task in group], workers, executor)
-        results = {name: [made[task.out] for task in group] for name, group in tasks.items()}
-        skipped = [item for group in results.values() for result in group for item in result.skipped]
+        results = {name: _numbered(name, [made[task.out] for task in group], work) for name, group in tasks.items()}
+        skipped = [item for result in made.values() for item in result.skipped]
         skipped += [{"path": path, "reason": "is not named as an image"} for path in found.ignored]
         skipped += [{"path": found.photos[n].path, "reason": "stands under two labels"} for n in dropped]
         manifest = Manifest(
@@ -144,20 +144,24 @@ def _check_arguments(
 def _workspace(out: Path) -> Iterator[Path]:
     """OUT/.packing, locked against a second pack, removed at the end whatever happens; OUT too if it holds nothing else."""
     work = out / _WORK
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FolderError(
-                f"{out}: another pack is writing here; wait for it, or name another folder with --out."
-            ) from None
-        try:
-            yield work
-        finally:
-            shutil.rmtree(work)
-            if not any(out.iterdir()):
-                out.rmdir()
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with (work / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FolderError(
+                    f"{out}: another pack is writing here; wait for it, or name another folder with --out."
+                ) from None
+            try:
+                yield work
+            finally:
+                shutil.rmtree(work)
+                if not any(out.iterdir()):
+                    out.rmdir()
+    except OSError as error:  # images that cannot be read are skipped, so it is about writing
+        reason = error.strerror or error
+        raise FolderError(f"{out}: cannot be written ({reason}); make room, or name another folder with --out.") from error
 
 
 def _identical(found: Folder) -> list[tuple[int, ...]]:
@@ -302,6 +306,18 @@ def _run(tasks: list[_Task], workers: int | None, executor: Executor | None) -> 
                 pool.shutdown(wait=True)
 
 
+def _numbered(split: str, group: list[_Made], work: Path) -> list[_Made]:
+    """Leave out shards of which no image decoded (DALI reads no empty shard), and number the others without a gap."""
+    kept: list[_Made] = []
+    for made in group:
+        if made.rows:
+            shard = replace(made.shard, name=_shard_name(split, len(kept)))
+            for ending in (".tar", ".idx"):
+                (work / made.shard.name).with_suffix(ending).replace((work / shard.name).with_suffix(ending))
+            kept.append(replace(made, shard=shard))
+    return kept
+
+
 def _split(results: list[_Made], num_classes: int) -> Split:
     counts = Counter(row[3] for result in results for row in result.rows)
     shards = tuple(result.shard for result in results)
@@ -338,4 +354,4 @@ def _publish(manifest: Manifest, results: dict[str, list[_Made]], work: Path) ->
         }
     # What timm's ReaderWds reads.
     write_atomically(out / "_info.json", (json.dumps({"splits": info}, indent=1) + "\n").encode())
-    write_atomically(out / FILE, manifest.to_json().encode())
+    write_atomically(out / FILE, manifest.to_json().encode("utf-8", "backslashreplace"))  # see ShardWriter.add

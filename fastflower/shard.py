@@ -45,7 +45,8 @@ class ShardWriter:
     def add(self, key: str, image: bytes, label: int, size: tuple[int, int], source: str) -> None:
         """Add KEY.cls, KEY.jpg and KEY.json. size  (height, width) of the decoded image; source  its original path."""
         # "filename" is the key under which timm looks for it.
-        note = json.dumps({"filename": source}, ensure_ascii=False).encode()
+        # A name that is no UTF-8 has surrogates, and backslashreplace writes them as JSON's own escapes.
+        note = json.dumps({"filename": source}, ensure_ascii=False).encode("utf-8", "backslashreplace")
         offsets = {
             ending: self._member(f"{key}.{ending}", data)
             for ending, data in (("cls", str(label).encode()), ("jpg", image), ("json", note))

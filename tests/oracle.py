@@ -10,6 +10,7 @@ from fastflower import Augment
 from fastflower.augment import Draw
 
 BILINEAR = InterpolationMode.BILINEAR
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, as torchvision documents them
 
 
 def geometry_chain(image: torch.Tensor, draw: Draw, row: int, augment: Augment) -> torch.Tensor:

@@ -75,7 +75,9 @@ def stretched(encoded: bytes) -> bytes:
     return data.getvalue()
 
 
-def executor(name: str, augment: Augment, dtype: torch.dtype, encoded: Sequence[bytes], device: str = "cpu") -> Executor:
+def executor(
+    name: str, augment: Augment, dtype: torch.dtype, encoded: Sequence[bytes], device: str = "cpu"
+) -> Executor:
     """An executor over image files in memory."""
     if name == "opencv":
         return OpencvExecutor(augment, dtype, lambda index: decode(encoded[index]), workers=2)
@@ -97,7 +99,9 @@ def request(augment: Augment, encoded: Sequence[bytes], seed: int = 0) -> Reques
     return Request(0, indices, sizes, augment.draw(seed, 0, indices, sizes))
 
 
-def render(name: str, augment: Augment, encoded: Sequence[bytes], dtype: torch.dtype = torch.uint8, device: str = "cpu") -> Any:
+def render(
+    name: str, augment: Augment, encoded: Sequence[bytes], dtype: torch.dtype = torch.uint8, device: str = "cpu"
+) -> Any:
     """(N, H, W, 3) as the executor makes them."""
     ((_, images),) = executor(name, augment, dtype, encoded, device).run([request(augment, encoded)])
     return images.permute(0, 2, 3, 1).float().cpu().numpy()

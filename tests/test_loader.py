@@ -1,0 +1,275 @@
+"""What the loader promises: exact epochs, resume, the same samples on any number of ranks."""
+
+import threading
+from collections.abc import Iterable
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastflower import Augment, Loader, pack
+from fastflower.cache import available_bytes, limit_of
+from fastflower.errors import ArgumentError, DeviceError, SampleError, ShardError
+from fastflower.order import epoch_order
+
+RANDOM = Augment(size=64, resize=72, crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, hue=0.1)
+EXECUTORS = ["opencv", "dali"]
+
+
+def make(shards: Path, **options: Any) -> Loader:
+    return Loader(shards, **{"augment": RANDOM, "batch_size": 16, "device": "cpu", **options})
+
+
+def indices(loader: Loader) -> list[list[int]]:
+    return [batch.index.tolist() for batch in loader]
+
+
+def joined(parts: Iterable[list[int]]) -> list[int]:
+    return list(chain.from_iterable(parts))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_batches_are_what_the_docstring_says(shards: Path, executor: Any) -> None:
+    loader = make(shards, executor=executor, dtype=torch.bfloat16)
+    images, labels, index = next(iter(loader))
+    assert images.shape == (16, 3, 64, 64)
+    assert images.dtype == torch.bfloat16
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.dtype == index.dtype == torch.int64
+    classes = loader.manifest.classes
+    assert [loader.path_of(i).split("/")[0] for i in index.tolist()] == [classes[label] for label in labels.tolist()]
+
+
+def test_a_shuffled_epoch_follows_the_order_and_drops_the_tail(shards: Path) -> None:
+    loader = make(shards, batch_size=50, seed=3)
+    assert len(loader) == 2
+    for epoch in range(3):
+        assert joined(indices(loader)) == epoch_order(120, seed=3, epoch=epoch)[:100].tolist()
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("batch_size", [1, 7, 30, 64])
+def test_an_ordered_epoch_holds_every_sample_once(shards: Path, executor: Any, batch_size: int) -> None:
+    loader = make(shards, split="val", batch_size=batch_size, executor=executor)
+    for _ in range(2):
+        found = indices(loader)
+        assert len(found) == len(loader)
+        assert joined(found) == list(range(30))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_sample_looks_the_same_in_any_batch_on_any_rank(shards: Path, executor: Any) -> None:
+    whole = {}
+    for batch in make(shards, executor=executor, batch_size=24):
+        whole |= {int(i): image for i, image in zip(batch.index, batch.images, strict=True)}
+    for rank in range(4):
+        for batch in make(shards, executor=executor, batch_size=6, rank=rank, world_size=4):
+            for i, image in zip(batch.index, batch.images, strict=True):
+                assert torch.equal(image, whole[int(i)])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_share_each_global_batch(shards: Path, world_size: int) -> None:
+    alone = indices(make(shards, batch_size=24))
+    ranks = [
+        indices(make(shards, batch_size=24 // world_size, rank=r, world_size=world_size)) for r in range(world_size)
+    ]
+    assert [joined(parts) for parts in zip(*ranks, strict=True)] == alone
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 16), (4, 7), (3, 10), (4, 29)])
+def test_ranks_evaluate_every_sample_once_and_never_an_empty_batch(
+    shards: Path, world_size: int, batch_size: int
+) -> None:
+    loaders = [
+        make(shards, split="val", batch_size=batch_size, rank=r, world_size=world_size) for r in range(world_size)
+    ]
+    found = [indices(loader) for loader in loaders]
+    assert [len(batches) for batches in found] == [len(loader) for loader in loaders]
+    assert all(batch for batches in found for batch in batches)
+    assert sorted(i for batches in found for batch in batches for i in batch) == list(range(30))
+
+
+def test_a_break_is_followed_by_the_next_epoch(shards: Path) -> None:
+    loader, whole = make(shards), make(shards)
+    epochs = [indices(whole) for _ in range(3)]
+    assert [batch.index.tolist() for batch in islice(loader, 2)] == epochs[0][:2]
+    assert indices(loader) == epochs[1]
+    loader.set_epoch(0)
+    assert indices(loader) == epochs[0]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize(("ranks_before", "ranks_after"), [(1, 1), (1, 4), (4, 2)])
+def test_resume_gives_the_remaining_batches_bit_for_bit(
+    shards: Path, executor: Any, ranks_before: int, ranks_after: int
+) -> None:
+    whole = [batch.images for batch in make(shards, batch_size=24, executor=executor)]
+    before = make(shards, batch_size=24 // ranks_before, rank=0, world_size=ranks_before, executor=executor)
+    iterator = iter(before)
+    next(iterator)
+    next(iterator)
+    state = before.state_dict()
+    rest = []
+    for rank in range(ranks_after):
+        after = make(shards, batch_size=24 // ranks_after, rank=rank, world_size=ranks_after, executor=executor)
+        after.load_state_dict(state)
+        rest.append([batch.images for batch in after])
+        assert after.state_dict()["epoch"] == 1
+    batches = [torch.cat(parts) for parts in zip(*rest, strict=True)]
+    assert len(batches) == len(whole) - 2
+    assert all(torch.equal(one, other) for one, other in zip(batches, whole[2:], strict=True))
+
+
+def test_state_is_plain_and_small(shards: Path) -> None:
+    loader = make(shards)
+    list(islice(loader, 3))
+    state = loader.state_dict()
+    assert (state["epoch"], state["step"]) == (0, 3)
+    assert all(isinstance(value, int | str | bool) for value in state.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"batch_size": 8}, "global_batch_size"),
+        ({"split": "val"}, "shards"),
+        ({"shuffle": False}, "shuffle"),
+    ],
+)
+def test_a_state_of_another_order_is_refused(shards: Path, change: dict[str, Any], name: str) -> None:
+    state = make(shards, **change).state_dict()
+    with pytest.raises(
+        ShardError, match=f"the state has {name} .*; resume with the same shards, split, seed and batch_size"
+    ):
+        make(shards).load_state_dict(state)
+
+
+def test_a_state_of_other_shards_is_refused(shards: Path, flowers: Path, tmp_path: Path) -> None:
+    pack(flowers, tmp_path / "other", seed=1)
+    with pytest.raises(ShardError, match="the state has shards"):
+        make(tmp_path / "other").load_state_dict(make(shards).state_dict())
+
+
+@pytest.mark.parametrize("cache", ["auto", 0, 5_000_000, None])
+def test_pixels_do_not_depend_on_the_cache(shards: Path, cache: Any) -> None:
+    loader, plain = make(shards, cache=cache), make(shards, cache=None)
+    for _ in range(2):
+        for one, other in zip(loader, plain, strict=True):
+            assert torch.equal(one.images, other.images)
+
+
+def test_the_cache_keeps_no_more_than_its_limit() -> None:
+    decoded: list[int] = []
+
+    def decode(index: int) -> Any:
+        decoded.append(index)
+        return np.zeros((10, 10, 3), np.uint8)
+
+    from fastflower.cache import PixelCache
+
+    cache = PixelCache(decode, 650)
+    for _ in range(3):
+        for index in range(4):
+            cache(index)
+    assert decoded == [0, 1, 2, 3, 2, 3, 2, 3]
+
+
+def test_auto_caches_only_what_fits() -> None:
+    assert available_bytes() > 1 << 20
+    assert limit_of("auto", 1 << 20) == 1 << 20
+    assert limit_of("auto", 1 << 60) == 0
+    assert limit_of(None, 1) == 0
+    with pytest.raises(ArgumentError, match="cache must be 'auto', None or a number of bytes, got 'all'"):
+        limit_of("all", 1)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_threads_end_with_the_iterator(shards: Path, executor: Any) -> None:
+    loader = make(shards, executor=executor)
+    for _ in islice(loader, 1):
+        pass
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastflower")]
+
+
+@pytest.fixture
+def damaged(flowers: Path, tmp_path: Path) -> Path:
+    """Shards with one flipped bit in the image of sample 5 of split "train"."""
+    folder = tmp_path / "damaged"
+    pack(flowers, folder)
+    row = np.load(folder / "train.index.npy")[5]
+    with (folder / "train-000000.tar").open("r+b") as file:
+        file.seek(int(row["offset"]) + 2000)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    return folder
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_bit_rot_stops_the_epoch_and_names_the_sample(damaged: Path, executor: Any) -> None:
+    loader = make(damaged, executor=executor, shuffle=False)
+    key = loader.path_of(5)
+    message = rf"train-000000\.tar: sample [0-9A-Za-z_-]+ \({key}\): its bytes have changed.*checksum.*restore"
+    for _ in range(2):  # the loader goes on working after an error
+        with pytest.raises(SampleError, match=message):
+            list(loader)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_bytes_that_do_not_decode_stop_the_epoch_and_name_the_sample(
+    shards: Path, tmp_path: Path, executor: Any
+) -> None:
+    import shutil
+    import zlib
+
+    folder = shutil.copytree(shards, tmp_path / "broken")
+    rows = np.load(folder / "val.index.npy")
+    with (folder / "val-000000.tar").open("r+b") as file:  # garbage that was "packed": the checksum agrees
+        file.seek(int(rows[3]["offset"]))
+        file.write(b"x" * int(rows[3]["size"]))
+    rows["crc32"][3] = zlib.crc32(b"x" * int(rows[3]["size"]))
+    np.save(folder / "val.index.npy", rows)
+    loader = make(folder, split="val", executor=executor)
+    with pytest.raises(SampleError, match=rf"val-000000\.tar: sample .* \({loader.path_of(3)}\): cannot be decoded"):
+        list(loader)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch_size": 0}, ArgumentError, "batch_size must be at least 1, got 0"),
+        (
+            {"batch_size": 121},
+            ArgumentError,
+            r"batch_size 121 \* world_size 1 exceeds the 120 samples .* lower batch_size",
+        ),
+        ({"workers": 0}, ArgumentError, "workers must be at least 1"),
+        ({"dtype": torch.int32}, ArgumentError, "dtype must be one of torch.float32"),
+        ({"rank": 0}, ArgumentError, "rank and world_size belong together"),
+        ({"rank": 2, "world_size": 2}, ArgumentError, r"rank must lie in 0 \.\. world_size-1 = 1, got 2"),
+        ({"executor": "pil"}, ArgumentError, "executor must be 'opencv' or 'dali', got 'pil'"),
+        ({"executor": "dali", "cache": 10}, ArgumentError, "cache: executor='dali' keeps no decoded photographs"),
+        ({"split": "test"}, ShardError, "has no samples in split 'test'; it has train, val"),
+    ],
+)
+def test_arguments_outside_their_rule_are_named(
+    shards: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make(shards, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_a_gpu_is_an_error_with_the_remedy(shards: Path) -> None:
+    with pytest.raises(DeviceError, match=r"device='cuda': this machine.*has no CUDA; leave device out to use the CPU"):
+        make(shards, device="cuda")
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"has no manifest\.json, so it is not a finished pack; run tools/pack\.py"):
+        Loader(tmp_path)

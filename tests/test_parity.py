@@ -1,0 +1,150 @@
+"""Both executors against torchvision's functionals, given the same numbers."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import oracle
+import parity
+import pytest
+import torch
+from numpy.typing import NDArray
+from torchvision.transforms.v2 import functional as F
+
+from fastflower import Augment
+from fastflower.image import decode
+
+
+@pytest.fixture(scope="module")
+def encoded(photographs: list[Path]) -> list[bytes]:
+    return [path.read_bytes() for path in photographs[:128]]
+
+
+@pytest.mark.parametrize("case", parity.CASES)
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+def test_an_executor_draws_what_torchvision_draws(name: str, case: str, encoded: list[bytes]) -> None:
+    found = parity.differences(case, name, encoded)
+    worst = f"{case}, {name}: mean {found.mean():.2f}, worst photograph {found.max():.2f}"
+    assert len(found) >= 120, "too few photographs show enough to be compared"
+    assert found.mean() <= parity.CASES[case].limit, worst
+    assert found.max() <= 12, worst
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+def test_a_reduction_without_a_prefilter_would_be_noticed(name: str, encoded: list[bytes]) -> None:
+    """The limit of the reduction by four is tight enough: plain bilinear sampling is several times over it."""
+    case = parity.CASES["reduction by four"]
+    draw = parity.request(case.augment, encoded).draw
+    matrix = draw.matrix()
+    matrix[:, :, 2] += matrix[:, :, :2].sum(axis=2) / 2 - 0.5
+    wanted = parity.expected("reduction by four", tuple(encoded))
+    unfiltered = [
+        np.abs(
+            cv2.warpAffine(decode(data), warp, (56, 56), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP) - image
+        ).mean()
+        for data, warp, (image, _) in zip(encoded, matrix, wanted, strict=True)
+    ]
+    assert np.mean(unfiltered) > 3 * case.limit
+    assert parity.differences("reduction by four", name, encoded).mean() < case.limit
+
+
+def supersampled(photo: NDArray[np.uint8], matrix: NDArray[np.float64], size: tuple[int, int], factor: int = 6) -> Any:
+    """The truth: the mean of factor x factor bilinear samples over each output pixel."""
+    fine = matrix.copy()
+    fine[:, :2] /= factor
+    fine[:, 2] += fine[:, :2].sum(axis=1) / 2 - 0.5
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    shape = (size[1] * factor, size[0] * factor)
+    big = cv2.warpAffine(photo.astype(np.float32), fine, shape, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.resize(big, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+def test_one_resample_is_closer_to_the_truth_than_three(name: str, encoded: list[bytes]) -> None:
+    augment = Augment(
+        crop=(0.08, 1.0), rotate=10, translate=(0.1, 0.1), scale=(0.9, 1.1)
+    )  # torchvision resamples thrice
+    draw = parity.request(augment, encoded).draw
+    made = parity.render(name, augment, encoded)
+    ours, theirs = [], []
+    for row, (data, matrix) in enumerate(zip(encoded, draw.matrix(), strict=True)):
+        photo = decode(data)
+        chain, shown = oracle.render(photo, draw, row, augment)
+        truth = supersampled(photo, matrix, draw.size)
+        ours.append(np.abs(made[row] - truth)[shown].mean())
+        theirs.append(np.abs(chain - truth)[shown].mean())
+    assert np.mean(ours) < 0.75 * np.mean(theirs), f"ours {np.mean(ours):.2f}, torchvision's {np.mean(theirs):.2f}"
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+def test_the_neutral_view_of_a_photograph_of_the_output_size_is_the_photograph(name: str, encoded: list[bytes]) -> None:
+    frames = [parity.stretched(data) for data in encoded[:8]]
+    made = parity.render(name, Augment(resize=224), frames)
+    assert np.array_equal(made, np.stack([decode(data) for data in frames]))
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_normalisation_is_torchvisions(name: str, dtype: torch.dtype, encoded: list[bytes]) -> None:
+    levels = parity.render(name, Augment(), encoded[:8])
+    wanted = F.normalize(torch.from_numpy(levels).permute(0, 3, 1, 2) / 255, oracle.MEAN, oracle.STD).permute(
+        0, 2, 3, 1
+    )
+    made = parity.render(name, Augment(), encoded[:8], dtype)
+    # DALI normalises before it rounds to levels: half a level.
+    rounding = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    half_level = 0.0 if name == "opencv" else 0.5 / 255 / min(oracle.STD)
+    assert np.abs(made - wanted.numpy()).max() <= rounding + half_level
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+def test_erasing_blots_out_the_rectangle_drawn_and_nothing_else(name: str, encoded: list[bytes]) -> None:
+    augment = Augment(erase=1.0, erase_value=(0.0, 1.5, -1.0))
+    draw = parity.request(augment, encoded[:32]).draw
+    made = parity.render(name, augment, encoded[:32], torch.float32)
+    plain = parity.render(name, Augment(), encoded[:32], torch.float32)
+    assert (draw.erase[:, 2] > 0).all()
+    for image, whole, (top, left, height, width) in zip(made, plain, draw.erase, strict=True):
+        chw = torch.from_numpy(whole).permute(2, 0, 1)
+        value = torch.tensor(augment.erase_value)[:, None, None]
+        assert np.array_equal(image, F.erase(chw, top, left, height, width, value).permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+def test_a_pixel_goes_where_the_matrix_says(name: str) -> None:
+    """Settles the direction of both executors' warps, which DALI's documentation states both ways."""
+    photo = np.zeros((224, 224, 3), np.uint8)
+    photo[60:63, 150:153] = 255
+    encoded = [cv2.imencode(".png", photo)[1].tobytes()]
+    augment = Augment(resize=224, rotate=30, translate=(0.1, 0.1), flip=0.5)
+    for seed in range(5):
+        ((_, images),) = parity.executor(name, augment, torch.uint8, encoded).run(
+            [parity.request(augment, encoded, seed)]
+        )
+        rows, columns = np.nonzero(images[0, 0].numpy() > 40)
+        found = np.array([columns.mean() + 0.5, rows.mean() + 0.5])
+        matrix = parity.request(augment, encoded, seed).draw.matrix()[0]
+        assert np.allclose(matrix[:, :2] @ found + matrix[:, 2], [151.5, 61.5], atol=0.7)
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+def test_outside_the_crop_lies_black_or_the_photograph(name: str, encoded: list[bytes]) -> None:
+    fields: dict[str, Any] = {"crop": (0.2, 0.4), "rotate": 45}
+    drawn = parity.request(Augment(**fields), encoded[:32])
+    warp = drawn.draw.warp(drawn.sizes, "photo")
+    black = parity.render(name, Augment(**fields), encoded[:32])
+    filled = parity.render(name, Augment(**fields, fill="photo"), encoded[:32])
+    turned = np.abs(drawn.draw.rotate) > 20
+    assert turned.sum() > 5
+    assert (black[turned][:, :3, :3].max(axis=(1, 2, 3)) <= 3).all(), "a corner that is turned out of the crop is black"
+    inside = turned & ~warp.masked
+    assert inside.any()
+    assert np.abs(black - filled)[:, 90:134, 90:134].max() <= 1, "inside the crop nothing changes"
+    assert filled[inside][:, :3, :3].mean() > 20, "with fill='photo' its corner shows the photograph"
+
+
+def test_both_executors_make_the_same_batch(encoded: list[bytes]) -> None:
+    augment = parity.CASES["everything"].augment
+    one, other = (parity.render(name, augment, encoded[:64]) for name in parity.EXECUTORS)
+    assert np.abs(one - other).mean() < 2

@@ -1,0 +1,43 @@
+"""Every command and every block of Python in README.md runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_of_the_readme_runs(flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [text for language, text in BLOCKS if language == "python"]
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(flowers)
+    # The readme's run takes minutes; one epoch of small images takes the same path.
+    small = "size=48, resize=54, "
+    for text in blocks:
+        shortened = text.replace("Augment(", f"Augment({small}").replace("epochs=10", "epochs=1")
+        assert shortened != text or "Augment(" not in text
+        exec(compile(shortened, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_commands_of_the_readme_exist() -> None:
+    commands = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines() if line.strip()]
+    programs = {word for line in commands for word in line.split() if word.endswith(".py")}
+    assert programs
+    for program in programs:
+        done = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{program}: {done.stderr}"
+        for line in commands:
+            if program in line:
+                flags = re.findall(r"--[a-z.-]+", line.partition("#")[0])
+                assert all(flag in done.stdout or flag == "--recipe" for flag in flags), line
+
+
+def test_the_file_tree_of_the_readme_is_complete() -> None:
+    named = set(re.findall(r"^  (\w+\.py)", README, re.MULTILINE))
+    assert {path.name for path in (ROOT / "fastflower").glob("*.py")} - {"__init__.py"} == named

@@ -1,0 +1,270 @@
+"""The main job: train, resume, evaluate, predict, report."""
+
+import csv
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, pack, predict, train
+from fastflower.errors import ArgumentError, CheckpointError, DeviceError, FolderError, SampleError
+from fastflower.evaluation import view_of
+from fastflower.loader import Loader
+
+TINY = Recipe(
+    weights=None,
+    augment=Augment(size=48, resize=54, crop=(0.5, 1.0), flip=0.5),
+    epochs=3,
+    batch_size=24,
+    lr=0.005,
+    schedule="one_cycle",
+    precision="float32",
+)
+TIMES = {"images_per_second", "train_seconds", "wait_seconds", "val_seconds"}
+
+
+def losses(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows without what the clock says."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in history]
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return train(shards, TINY, out=tmp_path_factory.mktemp("runs") / "tiny", device="cpu")
+
+
+def test_a_run_leaves_what_was_promised(run: Report) -> None:
+    names = {path.name for path in run.folder.iterdir()}
+    assert names == {
+        "history.csv",
+        "checkpoint-best.pt",
+        "checkpoint-last.pt",
+        "report.html",
+        "curves.png",
+        "confusion.png",
+    }
+    with (run.folder / "history.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    assert rows == run.history
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert all(0 <= row["wait_seconds"] <= row["train_seconds"] for row in rows)
+
+
+def test_training_learns(shards: Path, tmp_path: Path) -> None:
+    """Chance is 20%; a network that sees the same 120 views ten times knows most of them."""
+    recipe = replace(TINY, augment=view_of(TINY), epochs=10, lr=0.01, schedule="cosine")
+    assert train(shards, recipe, out=tmp_path / "run", device="cpu").history[-1]["train_accuracy"] > 0.6
+
+
+def test_the_same_seed_gives_the_same_history_and_another_does_not(run: Report, shards: Path, tmp_path: Path) -> None:
+    assert losses(train(shards, TINY, out=tmp_path / "again", device="cpu").history) == losses(run.history)
+    other = train(shards, replace(TINY, seed=1, epochs=1), out=tmp_path / "other", device="cpu")
+    assert other.history[0]["train_loss"] != run.history[0]["train_loss"]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(run: Report, shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "resumed"
+    train(shards, TINY, out=folder, device="cpu")
+    last = Checkpoint.load(folder / "checkpoint-last.pt")
+    # As it stood after the first of three epochs: trained again from there with the same schedule.
+    first = tmp_path / "first"
+    first.mkdir()
+    _one_epoch(shards, first)
+    resumed = train(shards, TINY, out=first, resume=True, device="cpu")
+    assert losses(resumed.history) == losses(run.history)
+    for name, value in Checkpoint.load(first / "checkpoint-last.pt").model.items():
+        assert torch.equal(value, last.model[name]), name
+
+
+def _one_epoch(shards: Path, folder: Path) -> None:
+    """Stop a run after its first epoch, as a kill would."""
+
+    class KilledError(Exception):
+        pass
+
+    from fastflower import training
+
+    class Killed(training.Run):
+        def train_epoch(self, epoch: int) -> dict[str, float]:
+            if epoch == 1:
+                raise KilledError("killed")
+            return super().train_epoch(epoch)
+
+    with pytest.raises(KilledError, match="killed"), torch.random.fork_rng():
+        Killed(shards, TINY, folder, torch.device("cpu"), None).report()
+
+
+def test_training_leaves_the_callers_random_numbers_alone(shards: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    train(shards, replace(TINY, epochs=1), out=tmp_path / "run", device="cpu")
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_the_best_checkpoint_scores_what_the_history_says(run: Report, shards: Path) -> None:
+    scores = evaluate(run.checkpoint, shards, device="cpu")
+    best = max(run.history, key=lambda row: row["val_accuracy"])
+    assert scores.accuracy == best["val_accuracy"] == run.history[run.best_epoch - 1]["val_accuracy"]
+    assert scores.loss == pytest.approx(best["val_loss"], rel=1e-5)
+    assert run.scores is not None
+    assert np.array_equal(run.scores.confusion, scores.confusion)
+    assert scores.num_samples == 30
+
+
+def test_evaluation_agrees_with_a_plain_loop(run: Report, shards: Path) -> None:
+    checkpoint = Checkpoint.load(run.checkpoint)
+    network = checkpoint.network()
+    hits = 0
+    with torch.inference_mode():
+        for images, labels, _ in Loader(shards, "val", augment=view_of(TINY), batch_size=7, device="cpu"):
+            hits += int((network(images).argmax(1) == labels).sum())
+    assert evaluate(checkpoint, shards, device="cpu").accuracy == hits / 30
+
+
+def test_evaluation_covers_the_training_split_too(run: Report, shards: Path) -> None:
+    assert evaluate(run.checkpoint, shards, split="train", device="cpu").num_samples == 120
+
+
+def test_prediction_agrees_with_evaluation(run: Report, shards: Path, flowers: Path) -> None:
+    loader = Loader(shards, "val", device="cpu")
+    paths = [flowers / loader.path_of(index) for index in range(30)]
+    found = predict(run.checkpoint, paths, device="cpu")
+    scores = evaluate(run.checkpoint, shards, device="cpu")
+    assert [prediction.path for prediction in found] == paths
+    table = np.array([[prediction.probabilities[name] for name in scores.classes] for prediction in found])
+    assert np.allclose(table, scores.probabilities, atol=1e-5)
+    assert all(prediction.probability == max(prediction.probabilities.values()) for prediction in found)
+
+
+def test_prediction_takes_a_file_or_a_folder(run: Report, flowers: Path) -> None:
+    one = next((flowers / "rose").iterdir())
+    assert [prediction.path for prediction in predict(run.checkpoint, one, device="cpu")] == [one]
+    assert len(predict(run.checkpoint, flowers / "rose", device="cpu")) == 30
+
+
+def test_prediction_names_the_file_it_cannot_use(run: Report, flowers: Path, tmp_path: Path) -> None:
+    note, half = tmp_path / "note.jpg", tmp_path / "half.jpg"
+    note.write_text("not an image")
+    half.write_bytes(next((flowers / "rose").iterdir()).read_bytes()[:3000])
+    with pytest.raises(SampleError, match=r"note\.jpg: cannot be decoded as an image.*; name an image file"):
+        predict(run.checkpoint, note)
+    with pytest.raises(SampleError, match=r"half\.jpg: .*cut short; name an image file"):
+        predict(run.checkpoint, half)
+    with pytest.raises(SampleError, match=r"gone\.jpg: No such file or directory; name an image file"):
+        predict(run.checkpoint, tmp_path / "gone.jpg")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SampleError, match=r"empty: holds no images .*; name image files or another folder"):
+        predict(run.checkpoint, tmp_path / "empty")
+
+
+def test_the_report_is_one_file_that_opens_anywhere(run: Report) -> None:
+    html = (run.folder / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", html), "everything must be inside the file"
+    assert run.scores is not None
+    assert f"{100 * run.scores.accuracy:.1f}%" in html
+    assert html.count("<img") >= 2 + min(12, round(30 * (1 - run.scores.accuracy)))
+    assert all(name in html for name in run.scores.classes)
+
+
+def test_names_in_the_report_are_escaped(flowers: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "nasty"
+    for number, name in enumerate(["<b>bold</b>", "plain"]):
+        (folder / name.replace("/", "")).mkdir(parents=True)
+        for path in sorted(flowers.glob("*/*.jpg"))[number * 30 : number * 30 + 12]:
+            (folder / name.replace("/", "") / path.name).write_bytes(path.read_bytes())
+    pack(folder, tmp_path / "shards")
+    report = train(tmp_path / "shards", replace(TINY, epochs=1, batch_size=8), out=tmp_path / "run", device="cpu")
+    assert "<b>bold" not in (report.folder / "report.html").read_text()
+
+
+def test_shards_without_a_validation_split_can_be_trained_on(flowers: Path, tmp_path: Path) -> None:
+    pack(flowers, tmp_path / "shards", val_fraction=0)
+    report = train(tmp_path / "shards", replace(TINY, epochs=2), out=tmp_path / "run", device="cpu")
+    assert report.scores is None
+    assert report.best_epoch == 2
+    assert "no validation split" in (report.folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_stays_close(shards: Path, tmp_path: Path, precision: str) -> None:
+    recipe = replace(TINY, precision=precision, epochs=1)  # pyright: ignore[reportArgumentType]
+    low = train(shards, recipe, out=tmp_path / "run", device="cpu")
+    high = train(shards, replace(TINY, epochs=1), out=tmp_path / "high", device="cpu")
+    assert low.history[0]["train_loss"] == pytest.approx(high.history[0]["train_loss"], rel=0.05)
+
+
+def test_a_frozen_stage_stays_as_it_was(shards: Path, tmp_path: Path) -> None:
+    recipe = replace(TINY, epochs=1, freeze=1)
+    report = train(shards, recipe, out=tmp_path / "run", device="cpu")
+    torch.manual_seed(recipe.seed)
+    from fastflower.backbone import build
+
+    start = build("resnet18", 5, weights=None, freeze=1).state_dict()
+    trained = Checkpoint.load(report.checkpoint).model
+    frozen = [name for name in start if name.startswith(("conv1", "bn1", "layer1"))]
+    assert all(torch.equal(start[name], trained[name]) for name in frozen)
+    assert not torch.equal(start["layer2.0.conv1.weight"], trained["layer2.0.conv1.weight"])
+
+
+def test_out_folders_are_free_or_refused(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = replace(TINY, epochs=1)
+    assert train(shards, recipe, device="cpu").folder == Path("runs/resnet18")
+    assert train(shards, recipe, device="cpu").folder == Path("runs/resnet18-2")
+    with pytest.raises(
+        CheckpointError, match=r"resnet18: holds a run already; pass resume=True \(--resume\), or name another"
+    ):
+        train(shards, recipe, out="runs/resnet18", device="cpu")
+    with pytest.raises(ArgumentError, match="resume: name the run's folder with out"):
+        train(shards, recipe, resume=True, device="cpu")
+    with pytest.raises(
+        CheckpointError, match="was trained with another recipe; resume with the same, or name another out"
+    ):
+        train(shards, replace(recipe, lr=1.0), out="runs/resnet18", resume=True, device="cpu")
+
+
+def test_resuming_on_other_classes_is_refused(shards: Path, flowers: Path, tmp_path: Path) -> None:
+    train(shards, replace(TINY, epochs=1), out=tmp_path / "run", device="cpu")
+    other = tmp_path / "other"
+    for name in ("rose", "tulip"):
+        (other / name).symlink_to(flowers / name) if other.exists() else (
+            other.mkdir(),
+            (other / name).symlink_to(flowers / name),
+        )
+    pack(other, tmp_path / "shards")
+    with pytest.raises(
+        CheckpointError, match="was trained on daisy, dandelion, rose, sunflower, tulip; resume on the same shards"
+    ):
+        train(tmp_path / "shards", replace(TINY, epochs=1), out=tmp_path / "run", resume=True, device="cpu")
+    with pytest.raises(CheckpointError, match="holds the classes rose, tulip; the checkpoint was trained on daisy"):
+        evaluate(tmp_path / "run" / "checkpoint-best.pt", tmp_path / "shards", device="cpu")
+
+
+def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ArgumentError, match=r"backbone must be one of .*resnet18.*, got 'resnet19'"):
+        train(shards, replace(TINY, backbone="resnet19"), out=out, device="cpu")
+    with pytest.raises(CheckpointError, match=r"nowhere\.pth: does not exist; check the path"):
+        train(shards, replace(TINY, weights=str(tmp_path / "nowhere.pth")), out=out, device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match="has no CUDA; leave device out to use the CPU"):
+            train(shards, TINY, out=out, device="cuda")
+    with pytest.raises(
+        FolderError, match="does not exist; name a folder that holds one folder of images for each class"
+    ):
+        pack(tmp_path / "missing", out)
+    assert not out.exists()
+
+
+def test_evaluate_refuses_what_is_no_checkpoint(shards: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.pt"
+    text.write_text("hello")
+    with pytest.raises(CheckpointError, match=r"text\.pt: is not a file that torch\.save wrote, or is cut short"):
+        evaluate(text, shards)
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"other\.pt: is not a fastflower checkpoint; pass a checkpoint-best\.pt"):
+        evaluate(tmp_path / "other.pt", shards)
