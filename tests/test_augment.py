@@ -1,0 +1,544 @@
+"""What is drawn: the distributions of torchvision, one number at a time, and never a number that depends on another."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from math import log, sqrt
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import ArrayLike, NDArray
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from fastflower.augment import Augment, Draw, uniform
+from fastflower.errors import ArgumentError
+from fastflower.geometry import corners, transform
+
+LAW = settings(deadline=None, max_examples=60, derandomize=True)
+SAMPLES = 4000
+
+# Every augmentation, and the numbers of a Draw that it decides: (field, column or all).
+SWITCHED_ON: dict[str, Any] = {
+    "crop": (0.1, 0.9),
+    "flip": 0.5,
+    "flip_vertical": 0.5,
+    "rotate": 30.0,
+    "affine_rotate": 20.0,
+    "translate": (0.2, 0.1),
+    "scale": (0.5, 1.5),
+    "shear": (10.0, 20.0),
+    "brightness": 0.4,
+    "contrast": 0.3,
+    "saturation": 0.2,
+    "hue": 0.3,
+    "erase": 0.7,
+}
+DECIDES: dict[str, tuple[str, Any]] = {
+    **{name: (name, ...) for name in SWITCHED_ON},
+    "crop": ("roi", ...),
+    "flip": ("flip", (slice(None), 0)),
+    "flip_vertical": ("flip", (slice(None), 1)),
+}
+EVERYTHING = Augment(**SWITCHED_ON)
+ARRAYS = [field.name for field in fields(Draw) if field.name != "size"]
+
+
+def draw(augment: Augment, indices: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Draw:
+    """Draw for photographs whose size is a function of their index."""
+    numbers = np.asarray(indices)
+    return augment.draw(seed, epoch, numbers, np.stack([200 + 7 * numbers % 91, 180 + 11 * numbers % 203], axis=-1))
+
+
+def equal(one: Draw, other: Draw) -> bool:
+    return one.size == other.size and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ARRAYS)
+
+
+def assert_same_distribution(ours: ArrayLike, theirs: ArrayLike) -> None:
+    """Two-sample Kolmogorov-Smirnov at 1 in 10,000, and means within five standard errors."""
+    one, other = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    grid = np.unique(np.concatenate([one, other]))
+    below = [np.searchsorted(np.sort(values), grid, side="right") / len(values) for values in (one, other)]
+    samples = 1 / len(one) + 1 / len(other)
+    assert np.abs(below[0] - below[1]).max() < sqrt(-log(0.0001 / 2) / 2 * samples)
+    error = sqrt((one.var() + other.var()) / 2 * samples)
+    assert abs(one.mean() - other.mean()) <= 5 * error + 1e-12
+
+
+def theirs(sample: Callable[[], Any]) -> NDArray[np.float64]:
+    """What torchvision draws, one row a call; the generator that others use stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return np.array([sample() for _ in range(SAMPLES)], np.float64)
+
+
+@pytest.mark.parametrize("seed", [0, 1, -5, 2**63])
+@pytest.mark.parametrize("epoch", [0, 7])
+def test_the_default_draws_nothing(seed: int, epoch: int) -> None:
+    drawn = draw(Augment(), range(50), seed=seed, epoch=epoch)
+    neutral = replace(
+        drawn,
+        flip=np.zeros((50, 2), bool),
+        rotate=np.zeros(50),
+        affine_rotate=np.zeros(50),
+        translate=np.zeros((50, 2)),
+        scale=np.ones(50),
+        shear=np.zeros((50, 2)),
+        brightness=np.ones(50),
+        contrast=np.ones(50),
+        saturation=np.ones(50),
+        hue=np.zeros(50),
+        erase=np.zeros((50, 4), np.int64),
+    )
+    assert equal(drawn, neutral)
+    assert equal(drawn, draw(Augment(), range(50)))
+    assert np.allclose(transform(drawn.matrix(), corners(np.tile([0.0, 0, 224, 224], (50, 1)))), corners(drawn.roi))
+
+
+def test_a_draw_does_not_depend_on_its_batch() -> None:
+    whole = draw(EVERYTHING, range(40), epoch=3)
+    shuffled = np.random.default_rng(1).permutation(40)
+    together = draw(EVERYTHING, shuffled, epoch=3)
+    for name in ARRAYS:
+        assert np.array_equal(getattr(together, name), getattr(whole, name)[shuffled])
+    for index in range(40):
+        assert equal(draw(EVERYTHING, [index], epoch=3), whole.take(slice(index, index + 1)))
+
+
+@pytest.mark.parametrize("name", SWITCHED_ON)
+def test_a_draw_does_not_depend_on_other_augmentations(name: str) -> None:
+    alone = draw(Augment(**{name: SWITCHED_ON[name]}), range(200))
+    together, nothing = draw(EVERYTHING, range(200)), draw(Augment(), range(200))
+    array, columns = DECIDES[name]
+    assert np.array_equal(getattr(alone, array)[columns], getattr(together, array)[columns])
+    assert not np.array_equal(getattr(alone, array)[columns], getattr(nothing, array)[columns])
+    getattr(alone, array)[columns] = getattr(nothing, array)[columns]
+    assert equal(alone, nothing)  # it decides nothing else
+
+
+@pytest.mark.parametrize("name", SWITCHED_ON)
+def test_draws_differ_by_epoch_seed_and_index(name: str) -> None:
+    array, columns = DECIDES[name]
+    sizes = np.full((200, 2), 300)
+
+    def drawn(seed: int, epoch: int, first: int) -> NDArray[Any]:
+        return getattr(EVERYTHING.draw(seed, epoch, np.arange(first, first + 200), sizes), array)[columns]
+
+    variants = [drawn(0, 0, 0), drawn(0, 1, 0), drawn(1, 0, 0), drawn(1, 1, 0), drawn(0, 0, 1000)]
+    for number, one in enumerate(variants):
+        for other in variants[:number]:
+            assert (one != other).mean() > 0.1
+
+
+def test_fixed_draws_the_same_in_every_epoch() -> None:
+    fixed = replace(EVERYTHING, fixed=True)
+    assert equal(draw(fixed, range(50), epoch=0), draw(fixed, range(50), epoch=9))
+    assert not equal(draw(fixed, range(50)), draw(fixed, range(50), seed=1))
+    assert not equal(draw(EVERYTHING, range(50), epoch=0), draw(EVERYTHING, range(50), epoch=9))
+
+
+def test_taking_rows_keeps_their_numbers() -> None:
+    whole, part = draw(EVERYTHING, range(40)), draw(EVERYTHING, range(40)).take(slice(10, 25))
+    assert len(whole) == 40
+    assert len(part) == 15
+    assert equal(part, draw(EVERYTHING, range(10, 25)))
+
+
+def test_no_two_drawn_numbers_are_correlated() -> None:
+    drawn = replace(EVERYTHING, erase=1.0).draw(0, 0, np.arange(SAMPLES), np.full((SAMPLES, 2), 1000))
+    roi, erase = drawn.roi, drawn.erase.astype(float)
+    columns: dict[str, NDArray[Any]] = {
+        "crop's area": roi[:, 2] * roi[:, 3],
+        "crop's ratio": np.log(roi[:, 3] / roi[:, 2]),
+        "crop's top": roi[:, 0] / (1000 - roi[:, 2]),
+        "crop's left": roi[:, 1] / (1000 - roi[:, 3]),
+        "erase's area": erase[:, 2] * erase[:, 3],
+        "erase's top": erase[:, 0] / (224 - erase[:, 2]),
+        "erase's left": erase[:, 1] / (224 - erase[:, 3]),
+        "flip": drawn.flip[:, 0],
+        "flip_vertical": drawn.flip[:, 1],
+        "rotate": drawn.rotate,
+        "affine_rotate": drawn.affine_rotate,
+        "translate x": drawn.translate[:, 0],
+        "translate y": drawn.translate[:, 1],
+        "scale": drawn.scale,
+        "shear x": drawn.shear[:, 0],
+        "shear y": drawn.shear[:, 1],
+        "brightness": drawn.brightness,
+        "contrast": drawn.contrast,
+        "saturation": drawn.saturation,
+        "hue": drawn.hue,
+    }
+    correlation = np.corrcoef(np.array(list(columns.values()), np.float64)) - np.eye(len(columns))
+    worst = np.unravel_index(np.abs(correlation).argmax(), correlation.shape)
+    # Rectangles that fit select their area by their ratio a little; 0.08 is five standard deviations of no correlation.
+    assert np.abs(correlation).max() < 0.08, [list(columns)[column] for column in worst]
+
+
+def test_uniform_numbers_are_uniform_and_independent() -> None:
+    numbers = np.stack([uniform(0, epoch, np.arange(1000)) for epoch in range(8)])  # epochs, indices, slots
+    count = numbers.size
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert abs(numbers.mean() - 1 / 2) < 5 * sqrt(1 / 12 / count)
+    assert abs(numbers.var() - 1 / 12) < 5 * sqrt(1 / 180 / count)
+    assert len(np.unique(numbers)) == count
+    centred = (numbers - 1 / 2) * sqrt(12)
+    for axis in range(3):
+        for lag in (1, 2, 3, 7):
+            near, far = np.moveaxis(centred, axis, 0)[:-lag], np.moveaxis(centred, axis, 0)[lag:]
+            assert abs((near * far).mean()) < 5 / sqrt(near.size)
+    assert abs((uniform(0, 0, np.arange(9000)) - 1 / 2).ravel() @ (uniform(1, 0, np.arange(9000)) - 1 / 2).ravel()) < (
+        5 / 12 * sqrt(9000 * 64)
+    )
+
+
+def test_uniform_numbers_of_far_indices_are_no_copies() -> None:
+    numbers = uniform(0, 0, np.array([0, 1, 2**31, 2**32, 2**62, 2**62 + 1]))
+    assert numbers.shape[0] == 6
+    assert len(np.unique(numbers)) == numbers.size
+
+
+@pytest.mark.parametrize("size", [(375, 500), (900, 150), (150, 900), (64, 64)])
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.25, 0.5)])
+def test_crops_are_distributed_as_random_resized_crop_s(size: tuple[int, int], scale: tuple[float, float]) -> None:
+    blank = torch.empty(3, *size, device="meta")
+    peer = theirs(lambda: T.RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]))
+    ours = Augment(crop=scale).draw(0, 0, np.arange(SAMPLES), np.tile(size, (SAMPLES, 1))).roi
+    for column in range(4):
+        assert_same_distribution(ours[:, column], peer[:, column])
+    assert_same_distribution(ours[:, 2] * ours[:, 3], peer[:, 2] * peer[:, 3])
+    assert_same_distribution(ours[:, 3] / ours[:, 2], peer[:, 3] / peer[:, 2])
+    for corner in (0, 1):  # where there is a choice
+        free = [roi[roi[:, 2 + corner] < size[corner]] for roi in (ours, peer)]
+        if min(map(len, free)) > 100:
+            assert_same_distribution(*(roi[:, corner] / (size[corner] - roi[:, 2 + corner]) for roi in free))
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "ratio"),
+    [
+        pytest.param((10, 1000), (0.08, 1.0), (3 / 4, 4 / 3), id="wide"),
+        pytest.param((1000, 10), (0.08, 1.0), (3 / 4, 4 / 3), id="tall"),
+        pytest.param((7, 1001), (0.08, 1.0), (3 / 4, 4 / 3), id="odd"),
+        pytest.param((100, 100), (1.0, 1.0), (0.5, 0.9), id="square, narrow wanted"),
+        pytest.param((101, 300), (1.0, 1.0), (1.1, 1.3), id="wide, nearly square wanted"),
+    ],
+)
+def test_the_crop_where_none_fits_is_torchvision_s(
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+) -> None:
+    expected = T.RandomResizedCrop.get_params(torch.empty(3, *size, device="meta"), list(scale), list(ratio))
+    roi = Augment(crop=scale, crop_ratio=ratio).draw(0, 0, np.arange(20), np.tile(size, (20, 1))).roi
+    assert (roi == expected).all()
+
+
+@LAW
+@given(
+    height=st.integers(1, 4000),
+    width=st.integers(1, 4000),
+    crop=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(lambda pair: (min(pair), max(pair))),
+)
+def test_crops_are_whole_pixels_inside_the_photograph(height: int, width: int, crop: tuple[float, float]) -> None:
+    drawn = Augment(crop=crop).draw(0, 0, np.arange(50), np.tile((height, width), (50, 1)))
+    top, left, rows, columns = drawn.roi.T
+    assert (drawn.roi == np.rint(drawn.roi)).all()
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (rows >= 1).all()
+    assert (columns >= 1).all()
+    assert (top + rows <= height).all()
+    assert (left + columns <= width).all()
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(
+    height=st.integers(20, 700),
+    width=st.integers(20, 700),
+    resize=st.one_of(st.integers(20, 400), st.tuples(st.integers(20, 400), st.integers(20, 400))),
+    size=st.one_of(st.just(224), st.tuples(st.integers(1, 300), st.integers(1, 300))),
+)
+def test_the_validation_view_is_torchvision_s(
+    height: int, width: int, resize: int | tuple[int, int], size: int | tuple[int, int]
+) -> None:
+    wanted = list(resize) if isinstance(resize, tuple) else [resize]
+    blank = torch.empty(1, height, width, device="meta")
+    resized = F.resize(blank, wanted, InterpolationMode.NEAREST).shape[1:]
+    output = size if isinstance(size, tuple) else (size, size)
+    expected = []
+    for axis, photo in enumerate((height, width)):
+        # One row or column of indices, cropped by torchvision: beyond the photograph it pads with zeros.
+        line = torch.arange(1, resized[axis] + 1).reshape((1, -1, 1) if axis == 0 else (1, 1, -1))
+        shown = F.center_crop(line, [output[0], 1] if axis == 0 else [1, output[1]]).flatten()
+        first = int(shown.nonzero()[0])
+        expected.append((int(shown[first]) - 1 - first) * photo / resized[axis])
+    expected += [side * photo / of for side, photo, of in zip(output, (height, width), resized, strict=True)]
+    roi = Augment(resize=resize, size=size).draw(0, 0, [0], [[height, width]]).roi
+    assert np.allclose(roi, [expected], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("size", "area", "ratio"),
+    [
+        pytest.param((224, 224), (0.02, 0.33), (0.3, 3.3), id="torchvision's defaults"),
+        pytest.param((64, 200), (0.3, 0.9), (0.3, 3.3), id="many that do not fit"),
+        pytest.param((100, 100), (0.05, 0.1), (2.0, 5.0), id="tall"),
+    ],
+)
+def test_erased_rectangles_are_distributed_as_random_erasing_s(
+    size: tuple[int, int], area: tuple[float, float], ratio: tuple[float, float]
+) -> None:
+    blank = torch.empty(3, *size, device="meta")
+
+    def sample() -> tuple[int, ...]:
+        box = T.RandomErasing.get_params(blank, area, ratio, [0.0])[:4]
+        return (0, 0, 0, 0) if box[2:] == size else box  # the whole image stands for nothing
+
+    peer = theirs(sample)
+    augment = Augment(size=size, erase=1.0, erase_area=area, erase_ratio=ratio)
+    ours = augment.draw(0, 0, np.arange(SAMPLES), np.full((SAMPLES, 2), 300)).erase
+    assert_same_distribution(ours[:, 2] > 0, peer[:, 2] > 0)
+    ours, peer = ours[ours[:, 2] > 0], peer[peer[:, 2] > 0]
+    for column in range(4):
+        assert_same_distribution(ours[:, column], peer[:, column])
+    assert_same_distribution(ours[:, 2] / ours[:, 3], peer[:, 2] / peer[:, 3])
+    assert_same_distribution(ours[:, 2] * ours[:, 3], peer[:, 2] * peer[:, 3])
+    assert (ours[:, 0] + ours[:, 2] <= size[0]).all()
+    assert (ours[:, 1] + ours[:, 3] <= size[1]).all()
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.1, 0.5, 1.0])
+def test_chances_are_met(chance: float) -> None:
+    drawn = draw(Augment(flip=chance, flip_vertical=chance, erase=chance), range(SAMPLES))
+    bound = 5 * sqrt(chance * (1 - chance) / SAMPLES)
+    for hits in (drawn.flip[:, 0], drawn.flip[:, 1], drawn.erase[:, 2] > 0):
+        assert abs(hits.mean() - chance) <= bound
+
+
+@pytest.mark.parametrize("strength", [0.2, 1.5])
+def test_colour_factors_are_distributed_as_color_jitter_s(strength: float) -> None:
+    jitter = T.ColorJitter(strength, strength, strength, 0.1)
+    ranges: Any = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    peer = theirs(lambda: T.ColorJitter.get_params(*ranges)[1:])
+    drawn = draw(Augment(brightness=strength, contrast=strength, saturation=strength, hue=0.1), range(SAMPLES))
+    for column, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+        assert_same_distribution(getattr(drawn, name), peer[:, column])
+        low, high = ranges[column]
+        assert getattr(drawn, name).min() >= low
+        assert getattr(drawn, name).max() <= high
+
+
+def test_affine_parameters_are_distributed_as_random_affine_s() -> None:
+    size = (120, 200)
+
+    def sample() -> tuple[float, ...]:
+        degrees, shift, factors, slants = [-25.0, 25.0], [0.1, 0.3], [0.7, 1.2], [-10.0, 10.0, -30.0, 30.0]
+        angle, moved, scale, shear = T.RandomAffine.get_params(degrees, shift, factors, slants, [size[1], size[0]])
+        return angle, *moved, scale, *shear
+
+    peer = theirs(sample)
+    augment = Augment(size=size, affine_rotate=25, translate=(0.1, 0.3), scale=(0.7, 1.2), shear=(10, 30))
+    drawn = draw(augment, range(SAMPLES))
+    ours = [drawn.affine_rotate, *drawn.translate.T, drawn.scale, *drawn.shear.T]
+    for column, numbers in enumerate(ours):
+        assert_same_distribution(numbers, peer[:, column])
+    assert (drawn.translate == np.rint(drawn.translate)).all()
+    assert np.abs(drawn.translate).max(axis=0).tolist() == [20, 36]
+
+
+def test_angles_are_distributed_as_random_rotation_s() -> None:
+    peer = theirs(lambda: T.RandomRotation.get_params([-30.0, 30.0]))
+    assert_same_distribution(draw(Augment(rotate=30), range(SAMPLES)).rotate, peer)
+
+
+@pytest.mark.parametrize("flip", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("angle", [0, 90, 180, -90])
+@pytest.mark.parametrize(("affine_angle", "shift"), [(0, (0, 0)), (90, (0, 0)), (-90, (3, 1)), (0, (-2, 4))])
+def test_right_angles_and_shifts_move_pixels_as_torchvision_does(
+    flip: tuple[bool, bool], angle: int, affine_angle: int, shift: tuple[int, int]
+) -> None:
+    photo = torch.arange(1.0, 12 * 15 + 1).reshape(1, 12, 15)
+    drawn = replace(
+        Augment(size=8).draw(0, 0, [0], [[12, 15]]),
+        roi=np.array([[3.0, 5.0, 8.0, 8.0]]),
+        flip=np.array([flip]),
+        rotate=np.array([float(angle)]),
+        affine_rotate=np.array([float(affine_angle)]),
+        translate=np.array([shift], np.float64),
+    )
+    expected = F.crop(photo, 3, 5, 8, 8)
+    expected = F.hflip(expected) if flip[0] else expected
+    expected = F.vflip(expected) if flip[1] else expected
+    expected = F.affine(F.rotate(expected, angle), affine_angle, list(shift), 1.0, [0.0, 0.0])
+    y, x = np.mgrid[:8, :8] + 0.5
+    source = np.floor(transform(drawn.matrix(), np.stack([x, y], -1).reshape(1, -1, 2))[0]).astype(int)
+    shown = ((source >= [5, 3]) & (source < [13, 11])).all(axis=1)
+    pixels = np.where(shown, photo[0].numpy()[source[:, 1].clip(0, 11), source[:, 0].clip(0, 14)], 0)
+    assert np.array_equal(pixels.reshape(8, 8), expected[0].numpy())
+
+
+def test_a_counter_clockwise_turn_brings_the_right_edge_to_the_top() -> None:
+    """torchvision's rotate(+90); its affine(+90) turns the other way."""
+    drawn = Augment(size=10, crop=(1, 1), crop_ratio=(1, 1)).draw(0, 0, [0], [[10, 10]])
+    frame = corners(np.array([[0.0, 0.0, 10.0, 10.0]]))
+    turned = replace(drawn, rotate=np.array([90.0])).matrix()
+    assert np.allclose(transform(turned, frame), [[[10, 0], [10, 10], [0, 10], [0, 0]]])
+    other_way = replace(drawn, affine_rotate=np.array([90.0])).matrix()
+    assert np.allclose(transform(other_way, frame), [[[0, 10], [0, 0], [10, 0], [10, 10]]])
+    mirrored = replace(drawn, flip=np.array([[True, False]])).matrix()
+    assert np.allclose(transform(mirrored, frame), [[[10, 0], [0, 0], [0, 10], [10, 10]]])
+
+
+def test_one_draw_is_the_recorded_one() -> None:
+    drawn = replace(EVERYTHING, size=(160, 224), erase=1.0).draw(0, 0, [7], [[375, 500]])
+    recorded: dict[str, Any] = {
+        # GOLDEN
+    }
+    assert drawn.size == (160, 224)
+    assert recorded.keys() == set(ARRAYS)
+    for name, value in recorded.items():
+        assert np.allclose(getattr(drawn, name)[0], value, rtol=1e-14, atol=0), name
+
+
+@pytest.mark.parametrize("fill", ["black", "photo"])
+def test_fill_decides_what_is_visible(fill: str) -> None:
+    sizes = np.array([[300, 400], [90, 500]])
+    drawn = Augment(crop=(0.1, 0.2), rotate=30).draw(0, 0, [0, 1], sizes)
+    expected = drawn.roi if fill == "black" else [[0, 0, 300, 400], [0, 0, 90, 500]]
+    assert np.array_equal(drawn.warp(sizes, fill).visible, expected)
+
+
+def test_a_crop_beyond_the_photograph_shows_only_the_photograph() -> None:
+    drawn = Augment(resize=112, size=224).draw(0, 0, [0, 1], [[100, 100], [1, 1]])
+    assert np.allclose(drawn.roi, [[-50, -50, 200, 200], [-0.5, -0.5, 2, 2]])
+    warp = drawn.warp([[100, 100], [1, 1]], "black")
+    assert np.array_equal(warp.visible, [[0, 0, 100, 100], [0, 0, 1, 1]])
+    assert np.allclose(warp.quad, corners(np.array([[56.0, 56.0, 112.0, 112.0]] * 2)))
+    assert warp.masked.all()
+
+
+def test_each_resampling_of_torchvision_adds_half_a_triangle_to_the_footprint() -> None:
+    drawn = Augment(size=20, crop=(1, 1), crop_ratio=(1, 1)).draw(0, 0, range(6), np.full((6, 2), 20))
+    moved = replace(
+        drawn,
+        rotate=np.array([0, 5, 5, 5, 0, 0.0]),
+        affine_rotate=np.array([0, 0, 5, 0, 0, 0.0]),
+        shear=np.array([[0, 0], [0, 0], [0, 0], [0, 0], [0, 9], [0, 0.0]]),
+        translate=np.array([[0, 0]] * 5 + [[3, 2.0]]),
+    )
+    footprint = moved.warp(np.full((6, 2), 20), "black").footprint
+    assert np.allclose(footprint[[0, 1, 2, 3, 5]], np.array([1, 1.5, 2, 1.5, 1])[:, None])
+    assert footprint[4].min() >= 1.5
+
+
+@pytest.mark.parametrize("fill", ["black", "photo"])
+@pytest.mark.parametrize(
+    "augment",
+    [
+        Augment(crop=(0.5, 1.0), scale=(0.1, 0.1), translate=(1.0, 1.0), affine_rotate=180),
+        Augment(rotate=180, scale=(0.05, 20.0), shear=(80.0, 80.0), translate=(1.0, 1.0)),
+        Augment(resize=20),
+    ],
+)
+def test_no_draw_reads_outside_its_photograph(augment: Augment, fill: str) -> None:
+    sizes = np.random.default_rng(0).integers(1, 400, (500, 2))
+    region = augment.draw(0, 0, np.arange(500), sizes).warp(sizes, fill).region
+    assert (region[:, :2] >= 0).all()
+    assert (region[:, 2:] >= 1).all()
+    assert (region[:, :2] + region[:, 2:] <= sizes).all()
+
+
+@pytest.mark.parametrize("name", SWITCHED_ON)
+def test_moves_says_whether_rotation_shift_scale_or_shear_is_drawn(name: str) -> None:
+    augment = Augment(**{name: SWITCHED_ON[name]})
+    moving = {"rotate", "affine_rotate", "translate", "scale", "shear"}
+    assert augment.moves == (name in moving)
+    assert not Augment().moves
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        Augment(),
+        Augment(resize=224),
+        Augment(resize=223),
+        Augment(resize=(300, 200)),
+        Augment(resize=100, crop=(0.1, 1.0)),
+        Augment(flip=0.5, flip_vertical=0.5, brightness=0.5, erase=0.5),
+        *(Augment(**{name: SWITCHED_ON[name]}) for name in ("crop", "rotate", "affine_rotate", "translate", "scale")),
+        Augment(shear=(0.0, 5.0)),
+        Augment(crop=(0.5, 1.0), rotate=5),
+    ],
+)
+def test_uncovers_says_whether_some_output_shows_what_lies_outside(augment: Augment) -> None:
+    sizes = np.random.default_rng(0).integers(30, 900, (500, 2))
+    masked = augment.draw(0, 0, np.arange(500), sizes).warp(sizes, "black").masked
+    assert masked.any() == augment.uncovers
+
+
+def test_sizes_are_pairs_or_squares() -> None:
+    assert Augment(size=96).output_size == (96, 96)
+    assert Augment(size=(96, 128)).output_size == (96, 128)
+    assert draw(Augment(size=(96, 128)), [0]).size == (96, 128)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("size", 0, "at least 1"),
+        ("size", (224, 0), "at least 1"),
+        ("resize", 0, "at least 1"),
+        ("resize", (-1, 256), "at least 1"),
+        ("flip", 1.5, "a probability in [0, 1]"),
+        ("flip", -0.1, "a probability in [0, 1]"),
+        ("flip", float("nan"), "a probability in [0, 1]"),
+        ("flip_vertical", 2, "a probability in [0, 1]"),
+        ("erase", -1, "a probability in [0, 1]"),
+        ("rotate", -10, "0 or more"),
+        ("rotate", float("inf"), "0 or more"),
+        ("affine_rotate", -1, "0 or more"),
+        ("brightness", -0.2, "0 or more"),
+        ("contrast", float("nan"), "0 or more"),
+        ("saturation", -1, "0 or more"),
+        ("hue", 0.6, "in [0, 0.5]"),
+        ("hue", -0.1, "in [0, 0.5]"),
+        ("translate", (1.1, 0.0), "two fractions in [0, 1]"),
+        ("translate", (0.0, -0.1), "two fractions in [0, 1]"),
+        ("shear", (90.0, 0.0), "two angles in [0, 90) degrees"),
+        ("shear", (0.0, -5.0), "two angles in [0, 90) degrees"),
+        ("crop", (0.0, 1.0), "(least, most) with 0 < least <= most"),
+        ("crop", (0.5, 0.4), "(least, most) with 0 < least <= most"),
+        ("crop", (0.5, 1.1), "(least, most) of at most 1"),
+        ("crop_ratio", (1.2, 1.1), "(least, most) with 0 < least <= most"),
+        ("crop_ratio", (1.0, float("inf")), "(least, most) with 0 < least <= most"),
+        ("scale", (0.0, 1.0), "(least, most) with 0 < least <= most"),
+        ("erase_area", (0.3, 0.2), "(least, most) with 0 < least <= most"),
+        ("erase_area", (0.3, 1.2), "(least, most) of at most 1"),
+        ("erase_ratio", (-1.0, 2.0), "(least, most) with 0 < least <= most"),
+        ("fill", "white", "'black' or 'photo'"),
+        ("std", (0.2, 0.0, 0.2), "three numbers above 0"),
+    ],
+)
+def test_a_field_outside_its_rule_is_refused(field: str, value: Any, rule: str) -> None:
+    with pytest.raises(ArgumentError, match="Augment") as error:
+        Augment(**{field: value})
+    assert str(error.value) == f"Augment.{field} must be {rule}, got {value!r}."
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("crop", (1.0, 1.0)),
+        ("hue", 0.5),
+        ("flip", 1),
+        ("translate", (1.0, 1.0)),
+        ("erase_area", (0.1, 1.0)),
+        ("size", 1),
+    ],
+)
+def test_the_ends_of_a_range_are_allowed(field: str, value: Any) -> None:
+    assert getattr(Augment(**{field: value}), field) == value
