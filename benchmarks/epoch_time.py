@@ -103,6 +103,7 @@ def main(
     batch_size: int = 32,
     size: int = 224,
     max_images: int | None = None,
+    train_images: int | None = 640,
     device: str | None = None,
 ) -> None:
     """Time epochs of fastflower and of ImageFolder + DataLoader in turn.
@@ -114,7 +115,8 @@ def main(
         train_rounds: Counted rounds of feeding and training; 0 leaves it out.
         batch_size: Of both sides.
         size: Pixels of the square images.
-        max_images: Use only so many photographs, evenly spread.
+        max_images: Feed only so many photographs, evenly spread over the classes.
+        train_images: Likewise for training; None trains on all.
         device: None means CUDA where there is one, else the CPU.
     """
     chosen = resolve_device(device)
@@ -126,14 +128,15 @@ def main(
         "augment": Recipe(augment=augment).to_dict()["augment"],
         "baseline": "ImageFolder + DataLoader, torchvision v1 transforms on PIL, a worker a core, persistent",
     }
-    with photographs(data, max_images) as (folder, shards):
-        for name, make, count in (("feeding", feeding, rounds), ("training", training, train_rounds)):
-            if not count:
-                continue
+    parts = (("feeding", feeding, rounds, max_images), ("training", training, train_rounds, train_images))
+    for name, make, count, images in parts:
+        if not count:
+            continue
+        with photographs(data, images) as (folder, shards):
             sides = make(folder, shards, augment, batch_size, chosen)
             record.interleave(sides, count, chosen)
-            print(record.table(name, sides), flush=True)
-            content[name] = [{**side.to_dict(), "ratio": record.ratio(side, sides[0])} for side in sides]
+        print(record.table(name, sides), flush=True)
+        content[name] = [{**side.to_dict(), "ratio": record.ratio(side, sides[0])} for side in sides]
     path = record.write(out, "epoch_time", chosen, content)
     print(f"wrote {path}")
 

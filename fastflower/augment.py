@@ -204,7 +204,8 @@ class Augment:
     @property
     def uncovers(self) -> bool:
         """Whether an output may show what lies outside the crop, or outside the photograph."""
-        fits = self.crop is not None or min(_pair(self.resize)) >= max(self.output_size)
+        enough = all(side >= out for side, out in zip(_pair(self.resize), self.output_size, strict=True))
+        fits = self.crop is not None or enough
         return self.moves or not fits
 
     @property
@@ -258,7 +259,9 @@ class Augment:
             resized = np.where(sizes_N2 == shorter, self.resize, self.resize * sizes_N2 // shorter)
         size = np.array(self.output_size)
         factor = sizes_N2 / resized
-        return np.concatenate([np.rint((resized - size) / 2) * factor, size * factor], axis=1)
+        # torchvision rounds half to even what it cuts off, and pads one pixel less at the top and left than below and right.
+        start = np.where(resized < size, -((size - resized) // 2), np.rint((resized - size) / 2))
+        return np.concatenate([start * factor, size * factor], axis=1)
 
     def _random_crop(self, dice: "_Dice", sizes_N2: NDArray[np.int64], crop: tuple[float, float]) -> Floats:
         """torchvision's RandomResizedCrop.get_params: the first of ten attempts that fits, else the centre."""

@@ -1,6 +1,7 @@
 """torchvision classifiers with a new head, pretrained or not, with their first stages frozen or not."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ NAMES = tuple(
     for name in models.list_models(module=models)
     if name.startswith(("densenet", "vgg")) or name in {f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
 )
+
+# torchvision's own files of DenseNet spell norm1 as norm.1.
+_DOTTED = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 
 
 def build(name: str, num_classes: int, *, weights: str | None, freeze: int = 0) -> nn.Module:
@@ -99,26 +103,24 @@ def _downloaded(name: str, weights: str) -> nn.Module:
 
 def _load_file(model: nn.Module, name: str, path: Path) -> None:
     state = load_file(path)
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise CheckpointError(
             f"{path}: is not a state_dict; pass the path of a file that torch.save(model.state_dict(), path) wrote."
         )
     parent, attribute = _head(model)
     head = next(key for key, module in model.named_modules() if module is getattr(parent, attribute))
     own = model.state_dict()
-    wrong = [
-        key
-        for key in own
-        if not key.startswith(f"{head}.") and (key not in state or state[key].shape != own[key].shape)
-    ]
+    state = {_DOTTED.sub(r"\1", key): value for key, value in state.items()}
+    # A head is replaced anyway; the counters of batch norms are missing, or of shape (1,), in files of other origins.
+    body = [key for key in own if not key.startswith(f"{head}.") and not key.endswith("num_batches_tracked")]
+    wrong = [key for key in body if key not in state or state[key].shape != own[key].shape]
+    wrong += [key for key in state if key not in own]  # ResNet-34 holds all of ResNet-18
     if wrong:
         raise CheckpointError(
-            f"{path}: does not fit {name}: {len(wrong)} of its {len(own)} tensors are missing or have another shape "
+            f"{path}: does not fit {name}: {len(wrong)} tensors are missing, left over or of another shape "
             f"(first {wrong[0]!r}); pass the backbone that the file was saved from."
         )
-    model.load_state_dict(
-        {**own, **{key: value for key, value in state.items() if key in own and not key.startswith(f"{head}.")}}
-    )
+    model.load_state_dict(own | {key: state[key] for key in body})
     _log.info("%s: loaded into %s, with a new head", path, name)
 
 

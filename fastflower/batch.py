@@ -53,13 +53,13 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """
     available = torch.cuda.is_available()
     if device is None:
-        chosen = torch.device("cuda" if available else "cpu")
-        _log.info("device: %s (none was asked for)", chosen)
-        return chosen
-    chosen = torch.device(device)
+        _log.info("device: %s (none was asked for)", "cuda" if available else "cpu")
+    chosen = torch.device(device or ("cuda" if available else "cpu"))
     if chosen.type == "cuda" and not available:
         raise DeviceError(
             f"device={str(device)!r}: this machine, or this build of torch ({torch.__version__}), has no CUDA; "
             f"leave device out to use the CPU, or install an NVIDIA driver and a CUDA build of torch."
         )
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
     return chosen

@@ -45,9 +45,10 @@ class Checkpoint:
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's writer hides an OSError, such as a full disk, behind its own
+            reason = error if isinstance(error, OSError) else error.__context__ or error
             raise CheckpointError(
-                f"{path}: could not be written ({error}); what stood there before still does."
+                f"{path}: could not be written ({reason}); what stood there before still does."
             ) from error
         finally:
             part.unlink(missing_ok=True)
@@ -60,9 +61,9 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path}: is not a fastflower checkpoint; pass a checkpoint-best.pt that train wrote."
             )
-        if content["version"] != FORMAT_VERSION:
+        if content.get("version") != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: is checkpoint version {content['version']}, this fastflower reads version {FORMAT_VERSION}."
+                f"{path}: is checkpoint version {content.get('version')}, this fastflower reads version {FORMAT_VERSION}."
             )
         try:
             recipe = Recipe.from_dict(content["recipe"])

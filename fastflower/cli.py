@@ -1,6 +1,7 @@
 """The command line: each verb of the library, its flags made from its signature and docstring."""
 
 import inspect
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -16,10 +17,14 @@ from fastflower.errors import ArgumentError, FastflowerError
 def main(args: Sequence[str] | None = None) -> int:
     """Run a verb: `fastflower VERB ...`. Returns the exit status: 0, 1 for an error that was explained, 2 for wrong usage."""
     args = list(sys.argv[1:] if args is None else args)
-    if not args or args[0] in ("-h", "--help") or args[0] not in _VERBS:
+    if not args or args[0] not in _VERBS:
+        asked = bool(args) and args[0] in ("-h", "--help")
         lines = [f"  {name:10}{text}" for name, (_, text) in _VERBS.items()]
-        print("usage: fastflower VERB ... (fastflower VERB --help says more)", *lines, sep="\n")
-        return 0 if args and args[0] in ("-h", "--help") else 2
+        usage = "usage: fastflower VERB ... (fastflower VERB --help says more)"
+        print(usage, *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fastflower").setLevel(logging.INFO)
     verb, _ = _VERBS[args[0]]
@@ -111,7 +116,10 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
 def _predict(prog: str, args: Sequence[str]) -> None:
     from fastflower.prediction import predict
 
-    for found in predict(**_parse(prog, args, predict, checkpoint=Path, images=list[Path], device=str | None)):
+    values = _parse(prog, args, predict, checkpoint=Path, images=list[Path], device=str | None)
+    if not values["images"]:
+        raise ArgumentError("IMAGES must name at least one image file or folder, got none.")
+    for found in predict(**values):
         print(f"{found.path}: {found.class_name} ({found.probability:.1%})")
 
 

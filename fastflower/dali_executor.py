@@ -55,7 +55,7 @@ class DaliExecutor:
         self._options = {
             "batch_size": batch_size,
             "num_threads": workers,
-            "device_id": (device.index or 0) if device.type == "cuda" else None,
+            "device_id": device.index if device.type == "cuda" else None,
             "prefetch_queue_depth": _AHEAD,
         }
         self._pipe: Pipeline | None = None

@@ -185,7 +185,7 @@ class Loader:
         return Request(step, indices, sizes, self.augment.draw(self.seed, epoch, indices, sizes))
 
     def _put(self, tensor: Tensor) -> Tensor:
-        if tensor.device == self.device or self.device.type == "cpu":
+        if tensor.device.type == self.device.type:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 

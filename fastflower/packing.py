@@ -12,7 +12,7 @@ import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -161,7 +161,9 @@ def _workspace(out: Path) -> Iterator[Path]:
                     out.rmdir()
     except OSError as error:  # images that cannot be read are skipped, so it is about writing
         reason = error.strerror or error
-        raise FolderError(f"{out}: cannot be written ({reason}); make room, or name another folder with --out.") from error
+        raise FolderError(
+            f"{out}: cannot be written ({reason}); make room, or name another folder with --out."
+        ) from error
 
 
 def _identical(found: Folder) -> list[tuple[int, ...]]:
@@ -300,8 +302,7 @@ def _run(tasks: list[_Task], workers: int | None, executor: Executor | None) -> 
                     bar.update(len(futures[future].photos))
             return made
         finally:
-            for future in futures:
-                future.cancel()
+            wait([future for future in futures if not future.cancel()])  # those that run still write into the workspace
             if executor is None:
                 pool.shutdown(wait=True)
 

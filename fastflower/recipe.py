@@ -104,7 +104,7 @@ def scratch() -> Recipe:
         size=128, resize=146, crop=(0.25, 1.0), flip=0.5, rotate=10, brightness=0.2, contrast=0.2, saturation=0.2
     )
     return Recipe(
-        weights=None, augment=augment, epochs=10, lr=0.05, weight_decay=5e-4, schedule="one_cycle", label_smoothing=0.1
+        weights=None, augment=augment, epochs=10, lr=0.01, weight_decay=5e-4, schedule="one_cycle", label_smoothing=0.1
     )
 
 

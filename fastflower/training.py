@@ -72,7 +72,8 @@ class Run:
         common: dict[str, Any] = {"batch_size": recipe.batch_size, "device": device, "dtype": self.precision}
         self.loader = Loader(shards, "train", augment=recipe.augment, seed=recipe.seed, **common)
         self.classes = self.loader.manifest.classes
-        has_val = self.loader.manifest.splits["val"].samples > 0
+        splits = self.loader.manifest.splits
+        has_val = "val" in splits and splits["val"].samples > 0
         self.val = Loader(shards, "val", augment=view_of(recipe), **common) if has_val else None
         weights = None if start else recipe.weights
         model = build(recipe.backbone, len(self.classes), weights=weights, freeze=recipe.freeze)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fastflower import Augment
 from fastflower.augment import Draw
-from fastflower.batch import Executor, Request
+from fastflower.batch import Executor, Request, resolve_device
 from fastflower.dali_executor import DaliExecutor
 from fastflower.image import decode
 from fastflower.opencv_executor import OpencvExecutor
@@ -86,7 +86,7 @@ def executor(
         dtype,
         encoded.__getitem__,
         lambda index: decode(encoded[index]),
-        device=torch.device(device),
+        device=resolve_device(device),
         batch_size=len(encoded),
         workers=2,
     )

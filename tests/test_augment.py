@@ -154,8 +154,8 @@ def test_no_two_drawn_numbers_are_correlated() -> None:
     columns: dict[str, NDArray[Any]] = {
         "crop's area": roi[:, 2] * roi[:, 3],
         "crop's ratio": np.log(roi[:, 3] / roi[:, 2]),
-        "crop's top": roi[:, 0] / (1000 - roi[:, 2]),
-        "crop's left": roi[:, 1] / (1000 - roi[:, 3]),
+        "crop's top": roi[:, 0] / np.maximum(1, 1000 - roi[:, 2]),
+        "crop's left": roi[:, 1] / np.maximum(1, 1000 - roi[:, 3]),
         "erase's area": erase[:, 2] * erase[:, 3],
         "erase's top": erase[:, 0] / (224 - erase[:, 2]),
         "erase's left": erase[:, 1] / (224 - erase[:, 3]),
@@ -224,7 +224,8 @@ def test_crops_are_distributed_as_random_resized_crop_s(size: tuple[int, int], s
     [
         pytest.param((10, 1000), (0.08, 1.0), (3 / 4, 4 / 3), id="wide"),
         pytest.param((1000, 10), (0.08, 1.0), (3 / 4, 4 / 3), id="tall"),
-        pytest.param((7, 1001), (0.08, 1.0), (3 / 4, 4 / 3), id="odd"),
+        pytest.param((5, 501), (0.08, 1.0), (3 / 4, 4 / 3), id="wide, rounded up"),
+        pytest.param((501, 5), (0.08, 1.0), (3 / 4, 4 / 3), id="tall, rounded up"),
         pytest.param((100, 100), (1.0, 1.0), (0.5, 0.9), id="square, narrow wanted"),
         pytest.param((101, 300), (1.0, 1.0), (1.1, 1.3), id="wide, nearly square wanted"),
     ],
@@ -287,6 +288,7 @@ def test_the_validation_view_is_torchvision_s(
         pytest.param((224, 224), (0.02, 0.33), (0.3, 3.3), id="torchvision's defaults"),
         pytest.param((64, 200), (0.3, 0.9), (0.3, 3.3), id="many that do not fit"),
         pytest.param((100, 100), (0.05, 0.1), (2.0, 5.0), id="tall"),
+        pytest.param((8, 9), (0.3, 0.9), (0.5, 2.0), id="few pixels"),
     ],
 )
 def test_erased_rectangles_are_distributed_as_random_erasing_s(
@@ -396,7 +398,18 @@ def test_a_counter_clockwise_turn_brings_the_right_edge_to_the_top() -> None:
 def test_one_draw_is_the_recorded_one() -> None:
     drawn = replace(EVERYTHING, size=(160, 224), erase=1.0).draw(0, 0, [7], [[375, 500]])
     recorded: dict[str, Any] = {
-        # GOLDEN
+        "roi": [95.0, 196.0, 249.0, 267.0],
+        "flip": [True, False],
+        "rotate": 4.657036017034798,
+        "affine_rotate": -12.507787795853119,
+        "translate": [-8.0, 1.0],
+        "scale": 1.4739992766647612,
+        "shear": [-9.530587610815477, -8.596104552578566],
+        "brightness": 0.7147848205769822,
+        "contrast": 0.8804469533232336,
+        "saturation": 1.1210060640989918,
+        "hue": -0.13877230073635266,
+        "erase": [6, 2, 92, 49],
     }
     assert drawn.size == (160, 224)
     assert recorded.keys() == set(ARRAYS)
@@ -467,6 +480,8 @@ def test_moves_says_whether_rotation_shift_scale_or_shear_is_drawn(name: str) ->
         Augment(resize=224),
         Augment(resize=223),
         Augment(resize=(300, 200)),
+        Augment(resize=(300, 200), size=(300, 200)),
+        Augment(resize=250, size=(200, 300)),
         Augment(resize=100, crop=(0.1, 1.0)),
         Augment(flip=0.5, flip_vertical=0.5, brightness=0.5, erase=0.5),
         *(Augment(**{name: SWITCHED_ON[name]}) for name in ("crop", "rotate", "affine_rotate", "translate", "scale")),

@@ -1,0 +1,297 @@
+"""Networks: the head is new, the first stages stay as they are, and weights that do not fit are refused."""
+
+import copy
+import logging
+import re
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from fastflower.backbone import NAMES, build, frozen_modules, train_mode
+from fastflower.errors import ArgumentError, CheckpointError
+
+# The modules of every stage, and of the rest, by the prefix of their names.
+STAGES = {
+    "resnet18": [["conv1.", "bn1.", "layer1."], ["layer2."], ["layer3."], ["layer4."], ["fc."]],
+    "densenet121": [
+        ["features.conv0.", "features.norm0.", "features.denseblock1.", "features.transition1."],
+        ["features.denseblock2.", "features.transition2."],
+        ["features.denseblock3.", "features.transition3."],
+        ["features.denseblock4.", "features.norm5."],
+        ["classifier."],
+    ],
+    "vgg11_bn": [
+        ["features.0.", "features.1."],
+        ["features.4.", "features.5."],
+        ["features.8.", "features.9.", "features.11.", "features.12."],
+        ["features.15.", "features.16.", "features.18.", "features.19."],
+        ["features.22.", "features.23.", "features.25.", "features.26."],
+        ["classifier."],
+    ],
+}
+FREEZES = [(name, freeze) for name, stages in STAGES.items() for freeze in range(len(stages))]
+
+
+def prefixes(name: str, stages: slice) -> tuple[str, ...]:
+    return tuple(prefix for stage in STAGES[name][stages] for prefix in stage)
+
+
+def head_of(network: nn.Module) -> nn.Linear:
+    return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> dict[str, torch.Tensor]:
+    """A ResNet-18 for ImageNet's 1,000 classes, every tensor different from a new network's."""
+    torch.manual_seed(1)
+    state: dict[str, torch.Tensor] = models.resnet18(weights=None).state_dict()
+    for value in state.values():
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value).to(torch.float16))  # float16 stores them without a loss
+        else:
+            value.fill_(17)
+    return state
+
+
+def saved(tmp_path: Path, content: Any) -> str:
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    return str(path)
+
+
+def assert_loaded(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    own = network.state_dict()
+    for key, value in state.items():
+        if not key.startswith("fc.") and not key.endswith("num_batches_tracked"):
+            assert own[key].dtype == torch.float32
+            assert torch.equal(own[key], value.float()), key
+    assert tuple(own["fc.weight"].shape) == (5, 512)
+    assert not torch.equal(own["fc.weight"], state["fc.weight"][:5].float())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_backbone_gets_a_head_of_the_size_asked_for(name: str) -> None:
+    with torch.device("meta"):
+        network, original = build(name, 5, weights=None), models.get_model(name, weights=None)
+        assert network.eval()(torch.empty(2, 3, 224, 224)).shape == (2, 5)
+    assert head_of(network).out_features == 5
+    assert head_of(network).in_features == head_of(original).in_features
+    assert network.state_dict().keys() == original.state_dict().keys()
+
+
+def test_the_backbones_are_those_of_the_reports_and_their_kin() -> None:
+    assert {"resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121", "vgg11", "vgg16_bn"} <= set(
+        NAMES
+    )
+    assert not [name for name in NAMES if name.startswith(("resnext", "wide_resnet", "vit"))]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "vgg11"])
+def test_a_network_maps_images_to_finite_logits(name: str) -> None:
+    network = build(name, 3, weights=None).eval()
+    with torch.inference_mode():
+        logits = network(torch.rand(2, 3, 64, 64))
+    assert logits.shape == (2, 3)
+    assert logits.isfinite().all()
+    assert not torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize(("name", "freeze"), FREEZES)
+def test_the_first_stages_are_frozen_and_no_others(name: str, freeze: int) -> None:
+    with torch.device("meta"):
+        network = build(name, 5, weights=None, freeze=freeze)
+    frozen = {key for key, value in network.named_parameters() if not value.requires_grad}
+    assert frozen == {key for key, _ in network.named_parameters() if key.startswith(prefixes(name, slice(freeze)))}
+    everything = prefixes(name, slice(None))
+    assert all(key.startswith(everything) for key, _ in network.named_parameters())
+
+
+@pytest.mark.parametrize(("name", "stages"), [("resnet50", 4), ("resnet18", 4), ("densenet169", 4), ("vgg19", 5)])
+def test_more_stages_than_there_are_cannot_be_frozen(name: str, stages: int) -> None:
+    with torch.device("meta"):
+        build(name, 5, weights=None, freeze=stages)
+        with pytest.raises(
+            ArgumentError, match=rf"^freeze must be at most {stages}, the stages of this backbone, got {stages + 1}\.$"
+        ):
+            build(name, 5, weights=None, freeze=stages + 1)
+
+
+@pytest.mark.parametrize(("name", "freeze"), [("resnet18", 2), ("densenet121", 1), ("vgg11_bn", 3), ("resnet18", 0)])
+def test_statistics_of_frozen_stages_stay_as_they_are(name: str, freeze: int) -> None:
+    network = build(name, 5, weights=None, freeze=freeze)
+    network.eval()
+    train_mode(network, freeze)
+    before = copy.deepcopy(network.state_dict())
+    network(torch.rand(2, 3, 64, 64) + 1)
+    changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
+    statistics = {key for key in before if "running" in key or "num_batches" in key}
+    still = {key for key in statistics if key.startswith(prefixes(name, slice(freeze)))}
+    assert changed == statistics - still
+    assert (freeze == 0) == (still == set())
+    for key, module in network.named_modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.Dropout)):
+            assert module.training != f"{key}.".startswith(prefixes(name, slice(freeze))), key
+
+
+def test_frozen_modules_hold_all_parameters_of_their_stages_once() -> None:
+    network = models.resnet18(weights=None)
+    found = [id(value) for module in frozen_modules(network, 4) for value in module.parameters()]
+    assert len(found) == len(set(found)) == len(list(network.parameters())) - 2  # all but the head's
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_weights_come_from_a_file_of_any_floating_dtype(
+    tmp_path: Path, resnet18: dict[str, torch.Tensor], dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved(
+        tmp_path, {key: value.to(dtype) if value.is_floating_point() else value for key, value in resnet18.items()}
+    )
+    with caplog.at_level(logging.INFO, "fastflower"):
+        network = build("resnet18", 5, weights=path, freeze=1)
+    assert_loaded(network, resnet18)
+    assert caplog.messages == [f"{path}: loaded into resnet18, with a new head"]
+    assert not network.get_parameter("conv1.weight").requires_grad
+
+
+def test_weights_may_lack_the_head_and_the_counters(tmp_path: Path, resnet18: dict[str, torch.Tensor]) -> None:
+    """Files from before torch 0.4.1, torchvision's ResNets among them, do not count batches."""
+    state = {key: value for key, value in resnet18.items() if not key.startswith("fc.") and "num_batches" not in key}
+    assert_loaded(build("resnet18", 5, weights=saved(tmp_path, state)), resnet18)
+
+
+def test_weights_may_have_a_head_of_the_same_size_which_is_replaced(
+    tmp_path: Path, resnet18: dict[str, torch.Tensor]
+) -> None:
+    state = {**resnet18, "fc.weight": torch.ones(5, 512), "fc.bias": torch.ones(5)}
+    network = build("resnet18", 5, weights=saved(tmp_path, state))
+    assert_loaded(network, state)
+    assert not (head_of(network).bias == 1).any()
+
+
+def test_weights_of_densenet_may_be_spelt_as_torchvision_s_own_files(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        state = models.densenet121(weights=None).state_dict()
+    state = {key: torch.rand(value.shape) for key, value in state.items() if "num_batches" not in key}
+    dotted = {re.sub(r"(denselayer\d+\.)(norm|conv)([12])", r"\1\2.\3", key): value for key, value in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in dotted
+    own = build("densenet121", 5, weights=saved(tmp_path, dotted)).state_dict()
+    assert all(torch.equal(own[key], value) for key, value in state.items() if not key.startswith("classifier."))
+
+
+def test_a_relative_path_and_a_name_without_suffix_are_files(
+    tmp_path: Path, resnet18: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(resnet18, "DEFAULT")
+    assert_loaded(build("resnet18", 5, weights="DEFAULT"), resnet18)
+    assert_loaded(build("resnet18", 5, weights="./DEFAULT"), resnet18)
+
+
+def test_an_unknown_backbone_is_refused_and_the_known_are_named() -> None:
+    with pytest.raises(ArgumentError, match=r"^backbone must be one of densenet121, .*vgg19_bn, got 'resnet19'\.$"):
+        build("resnet19", 5, weights=None)
+
+
+def test_weights_of_an_unknown_name_are_refused_and_the_known_are_named() -> None:
+    with pytest.raises(
+        CheckpointError,
+        match=r"^weights='BEST': resnet50 has IMAGENET1K_V1, IMAGENET1K_V2; a file's path or None will do too\.$",
+    ):
+        build("resnet50", 5, weights="BEST")
+
+
+def test_weights_that_cannot_be_downloaded_are_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing is cached there
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    message = (
+        "weights='DEFAULT': resnet18's pretrained weights could not be downloaded (<urlopen error no route to host>). "
+        "Download them where there is a network, pass the file's path as weights, or train from scratch with "
+        "weights=None (--weights None)."
+    )
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        build("resnet18", 5, weights="DEFAULT")
+
+
+def test_a_missing_file_of_weights_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "no.pth"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: does not exist; check the path\\.$"):
+        build("resnet18", 5, weights=str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, these are no weights\n" * 50])
+def test_a_file_that_torch_did_not_write_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"weights\.pth: is not a file that torch\.save wrote, or is cut short \(.+\)\.$"
+    ):
+        build("resnet18", 5, weights=str(path))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_a_file_of_weights_that_is_cut_short_is_refused(tmp_path: Path, share: float) -> None:
+    path = Path(saved(tmp_path, {"conv1.weight": torch.rand(64, 3, 7, 7)}))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(
+        CheckpointError, match=r"weights\.pth: is not a file that torch\.save wrote, or is cut short \(.+\)\.$"
+    ):
+        build("resnet18", 5, weights=str(path))
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, models.resnet18(weights=None))  # a pickled network: code, not weights
+    with pytest.raises(
+        CheckpointError, match=r"weights\.pth: is not a file that torch\.save wrote, or is cut short \(.+"
+    ):
+        build("resnet18", 5, weights=path)
+
+
+def test_a_file_that_holds_a_list_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, [torch.zeros(3)])
+    with pytest.raises(CheckpointError, match=r"weights\.pth: holds a list, not a dictionary; pass another file\.$"):
+        build("resnet18", 5, weights=path)
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"epoch": 3}, {"state_dict": {"fc.bias": torch.zeros(3)}}, {0: torch.zeros(3)}]
+)
+def test_a_dictionary_that_is_no_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
+    path = saved(tmp_path, content)
+    with pytest.raises(
+        CheckpointError,
+        match=r"weights\.pth: is not a state_dict; pass the path of a file that "
+        r"torch\.save\(model\.state_dict\(\), path\) wrote\.$",
+    ):
+        build("resnet18", 5, weights=path)
+
+
+@pytest.mark.parametrize(
+    ("file", "backbone", "first"),
+    [
+        ("resnet18", "resnet34", "layer1.2.conv1.weight"),  # too few
+        ("resnet34", "resnet18", "layer1.2.conv1.weight"),  # too many
+        ("resnet18", "resnet50", "layer1.0.conv1.weight"),  # of another shape
+        ("resnet18", "vgg11", "features.0.weight"),
+    ],
+)
+def test_weights_of_another_network_are_refused(tmp_path: Path, file: str, backbone: str, first: str) -> None:
+    with torch.device("meta"):
+        state = models.get_model(file, weights=None).state_dict()
+    path = saved(tmp_path, {key: torch.zeros(1).expand(value.shape) for key, value in state.items()})
+    with pytest.raises(
+        CheckpointError,
+        match=rf"weights\.pth: does not fit {backbone}: \d+ tensors are missing, left over or of another shape "
+        rf"\(first '{re.escape(first)}'\); pass the backbone that the file was saved from\.$",
+    ):
+        build(backbone, 5, weights=path)

@@ -1,0 +1,236 @@
+"""Checkpoints come back as they were saved, load without running code, and are seen whole or not at all."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastflower.augment import Augment
+from fastflower.backbone import build
+from fastflower.checkpoint import FORMAT_VERSION, Checkpoint
+from fastflower.errors import CheckpointError
+from fastflower.recipe import Recipe
+
+CLASSES = ("daisy", "dandelion", "roses")
+RECIPE = Recipe(weights=None, augment=Augment(size=64, resize=(70, 80), crop=(0.25, 1.0), rotate=10), epochs=4, lr=0.02)
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    """A ResNet-18 with statistics that a new one does not have."""
+    torch.manual_seed(0)
+    network = build("resnet18", len(CLASSES), weights=None)
+    network(torch.rand(4, 3, 64, 64))
+    return network
+
+
+@pytest.fixture(scope="module")
+def checkpoint(network: nn.Module) -> Checkpoint:
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
+    network(torch.rand(2, 3, 64, 64)).sum().backward()
+    optimizer.step()
+    return Checkpoint(
+        recipe=RECIPE,
+        classes=CLASSES,
+        model=network.state_dict(),
+        epoch=2,
+        history=[{"epoch": 1, "loss": 1.5, "accuracy": 0.25}, {"epoch": 2, "loss": 1.25, "accuracy": 0.5}],
+        optimizer=optimizer.state_dict(),
+        rng=torch.get_rng_state(),
+        environment={"torch": torch.__version__, "device": "cpu"},
+    )
+
+
+@pytest.fixture
+def small() -> Checkpoint:
+    """One that is written in no time."""
+    return Checkpoint(recipe=RECIPE, classes=CLASSES, model={"weight": torch.arange(3.0)}, epoch=1)
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    """Equal values, of equal types, tensors bit by bit."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_equal(left, right)
+    else:
+        assert one == other
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    checkpoint.save(tmp_path / "checkpoint.pt")
+    loaded = Checkpoint.load(tmp_path / "checkpoint.pt")
+    assert loaded.recipe == checkpoint.recipe
+    assert dict(loaded.model).keys() == dict(checkpoint.model).keys()
+    for name in ("classes", "epoch", "history", "rng", "environment"):
+        assert_equal(getattr(loaded, name), getattr(checkpoint, name))
+    assert_equal(dict(loaded.model), dict(checkpoint.model))
+    assert_equal(loaded.optimizer, checkpoint.optimizer)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_paths_may_be_strings_and_the_rest_may_be_left_out(tmp_path: Path, small: Checkpoint) -> None:
+    small.save(str(tmp_path / "checkpoint.pt"))
+    loaded = Checkpoint.load(str(tmp_path / "checkpoint.pt"))
+    assert (loaded.history, loaded.optimizer, loaded.rng, loaded.environment) == ([], {}, None, {})
+
+
+def test_the_file_loads_without_running_code(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    checkpoint.save(tmp_path / "checkpoint.pt")
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert content["format"] == "fastflower"
+    assert content["version"] == FORMAT_VERSION
+    assert content["recipe"] == RECIPE.to_dict()
+
+
+def test_the_network_gives_the_logits_of_the_one_that_was_saved(
+    tmp_path: Path, network: nn.Module, checkpoint: Checkpoint
+) -> None:
+    checkpoint.save(tmp_path / "checkpoint.pt")
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = network.eval()(images)
+        restored = Checkpoint.load(tmp_path / "checkpoint.pt").network()
+        assert not restored.training
+        assert torch.equal(restored(images), expected)
+        assert not torch.allclose(build("resnet18", 3, weights=None).eval()(images), expected)
+
+
+def test_saving_replaces_what_stood_there(tmp_path: Path, small: Checkpoint) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"something else")
+    small.save(path)
+    assert Checkpoint.load(path).epoch == 1
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, small: Checkpoint) -> None:
+    resource = pytest.importorskip("resource")  # Unix has it
+    path = tmp_path / "checkpoint.pt"
+    small.save(path)
+    before = path.read_bytes()
+    large = Checkpoint(recipe=RECIPE, classes=CLASSES, model={"weight": torch.zeros(10**6)}, epoch=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(
+            CheckpointError,
+            match=r"checkpoint\.pt: could not be written \(\[Errno 27\] File too large\); what stood there before still does\.$",
+        ):
+            large.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_file_whole(
+    tmp_path: Path, small: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    small.save(path)
+    before = path.read_bytes()
+
+    def fail(_: object, file: Any) -> None:
+        file.write(before[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.save", fail)
+    with pytest.raises(
+        CheckpointError, match=r"could not be written \(\[Errno 28\] No space left on device\); what stood"
+    ):
+        small.save(path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path, small: Checkpoint) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"nowhere.checkpoint\.pt: could not be written \(.*No such file or directory"
+    ):
+        small.save(tmp_path / "nowhere" / "checkpoint.pt")
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: does not exist; check the path\\.$"):
+        Checkpoint.load(path)
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.zeros(3)}, {}, {"format": "webdataset", "version": 1}])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(
+        CheckpointError,
+        match=r"weights\.pth: is not a fastflower checkpoint; pass a checkpoint-best\.pt that train wrote\.$",
+    ):
+        Checkpoint.load(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, None])
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, small: Checkpoint, version: int | None) -> None:
+    path = tmp_path / "checkpoint.pt"
+    small.save(path)
+    content = torch.load(path, weights_only=True)
+    if version is None:
+        del content["version"]
+    else:
+        content["version"] = version
+    torch.save(content, path)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"checkpoint\.pt: is checkpoint version {version}, this fastflower reads version {FORMAT_VERSION}\.$",
+    ):
+        Checkpoint.load(path)
+
+
+def without(name: str) -> Any:
+    return lambda content: content.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        pytest.param(without("recipe"), "'recipe'", id="no recipe"),
+        pytest.param(without("classes"), "'classes'", id="no classes"),
+        pytest.param(without("model"), "'model'", id="no model"),
+        pytest.param(lambda content: content.update(more=1), "'more'", id="a name too many"),
+        pytest.param(lambda content: content["recipe"].update(speed=1), "'speed'", id="an unknown field"),
+        pytest.param(lambda content: content["recipe"].update(epochs=0), "Recipe.epochs must be at least 1", id="rule"),
+        pytest.param(lambda content: content["recipe"]["augment"].update(flip=2), "Augment.flip must be", id="flip"),
+        pytest.param(lambda content: content["recipe"].pop("augment"), "'augment'", id="no augment"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, small: Checkpoint, damage: Any, reason: str) -> None:
+    path = tmp_path / "checkpoint.pt"
+    small.save(path)
+    content = torch.load(path, weights_only=True)
+    damage(content)
+    torch.save(content, path)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"checkpoint\.pt: is damaged, or from another version of fastflower \(.*{re.escape(reason)}.*\)\.$",
+    ):
+        Checkpoint.load(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_checkpoint_that_is_cut_short_is_refused(tmp_path: Path, small: Checkpoint, share: float) -> None:
+    path = tmp_path / "checkpoint.pt"
+    small.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint\.pt: is not a file that torch\.save wrote, or is cut short \(.+\)\.$"
+    ):
+        Checkpoint.load(path)

@@ -1,0 +1,310 @@
+"""The command line: flags made from signatures, errors on stderr with a status, no traceback."""
+
+import inspect
+import logging
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import resnet18
+
+from fastflower import Augment, Checkpoint, Manifest, Recipe, evaluate, pack, predict, train
+from fastflower.cli import main
+from fastflower.recipe import PRESETS
+
+ROOT = Path(__file__).parent.parent
+VERBS: dict[str, Callable[..., Any]] = {"pack": pack, "train": train, "evaluate": evaluate, "predict": predict}
+CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """The command line turns fastflower's log on; other tests shall not see that."""
+    log = logging.getLogger("fastflower")
+    level = log.level
+    yield
+    log.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that has learnt nothing, for small images."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("run") / "checkpoint-best.pt"
+    Checkpoint(
+        recipe=Recipe(weights=None, augment=Augment(size=32, resize=36)),
+        classes=CLASSES,
+        model=resnet18(weights=None, num_classes=5).state_dict(),
+        epoch=1,
+    ).save(path)
+    return path
+
+
+def tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def error(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """The error of a run that fails with an explanation: all that it prints."""
+    assert main([*map(str, args)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    return line.removeprefix("error: ")
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Two classes of ten photographs, two the same, and two files that are none."""
+    for label, name in enumerate(("a", "b")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(10):
+            levels = np.random.default_rng(10 * label + number % 9).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(levels).save(tmp_path / f"data/{name}/{number}.jpg")
+    (tmp_path / "data/a/text.jpg").write_text("no picture")
+    (tmp_path / "data/b/notes.txt").write_text("no picture's name")
+    return tmp_path / "data"
+
+
+def test_pack_prints_counts_and_what_it_skipped(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["pack", str(mixed), "--out", str(out), "--val-fraction", "0.3", "--seed", "3"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 14 images in 1 shards",
+        "val: 6 images in 1 shards",
+        "skipped a/text.jpg: is no image",
+        "skipped b/notes.txt: is not named as an image",
+        "identical: a/0.jpg, a/9.jpg",
+        "identical: b/0.jpg, b/9.jpg",
+        f"wrote {out}",
+    ]
+    assert Manifest.load(out).options["seed"] == 3
+
+
+def test_the_program_packs_as_the_function_does(mixed: Path, tmp_path: Path) -> None:
+    (mixed / "b/0.jpg").write_bytes((mixed / "a/0.jpg").read_bytes())
+    done = tool("pack", mixed, "--out", tmp_path / "by tool", "--on-conflict", "keep", "--max-side", "8")
+    pack(mixed, tmp_path / "by function", on_conflict="keep", max_side=8)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "the same picture under two labels: a/0.jpg, a/9.jpg, b/0.jpg" in done.stdout.splitlines()
+    for path in (tmp_path / "by function").iterdir():
+        assert (tmp_path / "by tool" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_name_that_is_no_utf8_is_printed(mixed: Path, tmp_path: Path) -> None:
+    (mixed / b"a/caf\xe9.jpg".decode("utf-8", "surrogateescape")).write_text("no picture")
+    done = tool("pack", mixed, "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "skipped a/caf\\udce9.jpg: is no image" in done.stdout.splitlines()
+
+
+def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rule = "val_fraction must be 0 or more and less than 1, got 1.5."
+    assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--val-fraction", "1.5") == rule
+    missing = f"{tmp_path / 'no'}: does not exist; name a folder that holds one folder of images for each class."
+    assert error(capsys, "pack", tmp_path / "no", "--out", tmp_path / "out") == missing
+    bad = f"{mixed / 'a/text.jpg'}: is no image; remove or replace it, or pack with --on-bad skip."
+    assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--on-bad", "fail") == bad
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_program_that_fails_has_status_1_and_prints_no_traceback(tmp_path: Path) -> None:
+    done = tool("pack", tmp_path / "no")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"error: {tmp_path / 'no'}: does not exist; name a folder that holds one folder of images for each class.\n"
+    )
+
+
+@pytest.mark.parametrize("args", [[], ["fly"], ["--version"], ["Pack"]])
+def test_an_unknown_verb_is_wrong_usage_and_names_the_verbs(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(args) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("usage: fastflower VERB")
+    assert [line.split()[0] for line in printed.err.splitlines()[1:]] == list(VERBS)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_without_a_verb_names_the_verbs(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([flag]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert [line.split()[0] for line in printed.out.splitlines()[1:]] == list(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_unknown_flag_is_wrong_usage_and_is_named(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main([verb, "x", "y", "--no-such-flag", "1"])
+    assert "--no-such-flag" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["pack", "train", "evaluate", "predict"])
+def test_a_missing_argument_is_wrong_usage_and_is_named(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first = next(iter(inspect.signature(VERBS[verb]).parameters))
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main([verb])
+    assert first.upper() in capsys.readouterr().err
+
+
+def test_a_value_of_another_type_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["pack", "x", "--seed", "many"])
+    assert "--seed" in capsys.readouterr().err
+
+
+def flags_of(verb: str) -> tuple[set[str], set[str]]:
+    """(flags, positional arguments) that the signature asks for."""
+    flags: set[str] = set()
+    required: set[str] = set()
+    for name, parameter in inspect.signature(VERBS[verb]).parameters.items():
+        if parameter.default is parameter.empty:
+            required.add(name.upper())
+        elif name == "recipe":
+            flags |= {field.name for field in fields(Recipe)} - {"augment"}
+            flags |= {f"augment.{field.name}" for field in fields(Augment)}
+        else:
+            flags.add(name)
+    flags -= {"executor"}  # an object, which no command line can name
+    return {f"--{name.replace('_', '-')}" for name in flags}, required
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_each_parameter_of_the_signature(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags, required = flags_of(verb)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    shown = set(re.findall(r"--[a-z][\w.-]*", text))
+    assert flags <= shown
+    # The second of a pair such as --resume, --no-resume; --recipe, which picks a preset; --help itself.
+    pairs = {re.sub(r"^--(.*\.)?", r"--\1no-", flag) for flag in flags}
+    assert shown - flags - pairs - {"--help"} == ({"--recipe"} if verb == "train" else set())
+    assert all(re.search(rf"^\W*{name}\b", text, re.MULTILINE) for name in required)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_program_in_tools_is_its_verb(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"tools/{verb}.py", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(ROOT / "tools" / f"{verb}.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"usage: fastflower {verb} ")
+
+
+def test_help_of_pack_needs_no_torch() -> None:
+    program = (
+        "import runpy, sys\n"
+        f"path = {str(ROOT / 'tools' / 'pack.py')!r}\n"
+        "sys.argv = [path, '--help']\n"
+        "try:\n    runpy.run_path(path, run_name='__main__')\n"
+        "except SystemExit as end:\n    status = end.code\n"
+        "print('status', status, 'heavy', sorted({'torch', 'torchvision', 'nvidia', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "status 0 heavy []"
+
+
+@pytest.mark.parametrize("args", [["--recipe", "best"], ["--recipe=best"], ["--lr", "0.1", "--recipe", "best"]])
+def test_an_unknown_recipe_names_those_there_are(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert error(capsys, "train", "shards", *args) == f"--recipe must be one of {', '.join(PRESETS)}, got 'best'."
+
+
+def test_a_recipe_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert error(capsys, "train", "shards", "--recipe") == f"--recipe must be one of {', '.join(PRESETS)}, got ''."
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("style", ["{}={}", "{} {}"])
+def test_a_recipe_sets_the_defaults_that_help_shows(name: str, style: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["train", *style.format("--recipe", name).split(), "--help"])
+    text = re.sub(r"[^\w.:()-]+", " ", capsys.readouterr().out)  # without frames and line breaks
+    recipe = PRESETS[name]()
+    for flag in ("epochs", "lr", "batch_size", "schedule", "label_smoothing"):
+        found = re.search(rf"--{flag.replace('_', '-')} .*?\(default: (.*?)\)", text)
+        assert found is not None
+        assert found[1] == str(getattr(recipe, flag))
+
+
+def test_train_on_a_folder_that_is_no_pack_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    text = error(capsys, "train", tmp_path, "--weights", "None", "--device", "cpu", "--out", out)
+    assert text.startswith(f"{tmp_path}: has no manifest.json, so it is not a finished pack; run tools/pack.py")
+    assert not out.exists()
+
+
+def test_evaluate_scores_every_image_of_the_split(
+    checkpoint: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(checkpoint), str(shards), "--device", "cpu"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    scores = evaluate(checkpoint, shards, device="cpu")
+    assert first == f"30 images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}"
+    assert [line.split(":")[0].strip() for line in rest] == list(CLASSES)
+
+
+def test_evaluate_refuses_what_is_no_checkpoint(
+    flowers: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = next(flowers.glob("rose/*.jpg"))
+    pattern = rf"{re.escape(str(photo))}: is not a file that torch\.save wrote, or is cut short \(.+\)\."
+    assert re.fullmatch(pattern, error(capsys, "evaluate", photo, shards))
+    assert (
+        error(capsys, "evaluate", tmp_path / "no.pt", shards)
+        == f"{tmp_path / 'no.pt'}: does not exist; check the path."
+    )
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "state.pt")
+    text = f"{tmp_path / 'state.pt'}: is not a fastflower checkpoint; pass a checkpoint-best.pt that train wrote."
+    assert error(capsys, "evaluate", tmp_path / "state.pt", shards) == text
+
+
+def test_evaluate_refuses_an_unknown_split(checkpoint: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"{shards}: has no samples in split 'test'; it has train, val."
+    assert error(capsys, "evaluate", checkpoint, shards, "--split", "test") == text
+
+
+def test_predict_prints_a_line_an_image(checkpoint: Path, flowers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = [flowers / "tulip" / "0003.jpg", flowers / "rose" / "0001.jpg"]
+    assert main(["predict", str(checkpoint), *map(str, photos), "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = predict(checkpoint, photos, device="cpu")
+    assert lines == [f"{item.path}: {item.class_name} ({item.probability:.1%})" for item in found]
+    assert [item.path for item in found] == photos
+    assert {item.class_name for item in found} <= set(CLASSES)
+
+
+def test_predict_names_the_file_that_is_no_image_or_missing(
+    checkpoint: Path, flowers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, text, gone = flowers / "rose" / "0001.jpg", tmp_path / "text.jpg", tmp_path / "no.jpg"
+    text.write_text("no picture")
+    reason = "cannot be decoded as an image, or is cut short; name an image file."
+    assert error(capsys, "predict", checkpoint, good, text) == f"{text}: {reason}"
+    assert error(capsys, "predict", checkpoint, gone) == f"{gone}: No such file or directory; name an image file."
+    (tmp_path / "empty").mkdir()
+    assert error(capsys, "predict", checkpoint, tmp_path / "empty").startswith(
+        f"{tmp_path / 'empty'}: holds no images ("
+    )
+
+
+def test_predict_without_an_image_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "IMAGES must name at least one image file or folder, got none."
+    assert error(capsys, "predict", checkpoint) == text

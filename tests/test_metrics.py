@@ -1,0 +1,90 @@
+"""Scores against a hand-written loop and torch's cross-entropy."""
+
+from math import isnan
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from fastflower.metrics import score
+
+CLASSES = ("daisy", "dandelion", "roses", "sunflowers")
+
+
+def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    return torch.log_softmax(torch.from_numpy(logits), dim=1).numpy()
+
+
+def sure_of(predicted: list[int]) -> NDArray[np.float32]:
+    """Logits that leave no doubt."""
+    return np.eye(len(CLASSES), dtype=np.float32)[predicted] * 100
+
+
+def test_scores_equal_a_hand_written_loop(rng: np.random.Generator) -> None:
+    labels = rng.integers(0, 4, 200)
+    logits = rng.normal(size=(200, 4)).astype(np.float32)
+    logits[np.arange(200), labels] += 1
+    scores = score(CLASSES, labels, log_probabilities(logits))
+
+    confusion = [[0] * 4 for _ in range(4)]
+    hits, loss = 0, 0.0
+    for label, row in zip(labels.tolist(), logits.astype(np.float64).tolist(), strict=True):
+        best = max(range(4), key=row.__getitem__)
+        confusion[label][best] += 1
+        hits += best == label
+        exponentials = [float(np.exp(value)) for value in row]
+        loss -= float(np.log(exponentials[label] / sum(exponentials))) / 200
+    assert scores.confusion.tolist() == confusion
+    assert scores.num_samples == 200
+    assert scores.accuracy == pytest.approx(hits / 200)
+    assert scores.loss == pytest.approx(loss, rel=1e-5)
+    for number in range(4):
+        hit = confusion[number][number]
+        assert scores.recall[number] == pytest.approx(hit / sum(confusion[number]))
+        assert scores.precision[number] == pytest.approx(hit / sum(row[number] for row in confusion))
+    assert not np.allclose(scores.recall, scores.precision)
+
+
+def test_the_loss_is_torch_s_cross_entropy(rng: np.random.Generator) -> None:
+    labels = rng.integers(0, 4, 1000)
+    logits = (5 * rng.normal(size=(1000, 4))).astype(np.float32)
+    expected = functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+    assert score(CLASSES, labels, log_probabilities(logits)).loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_scores_keep_labels_and_probabilities_in_order(rng: np.random.Generator) -> None:
+    labels = rng.integers(0, 4, 50)
+    logits = rng.normal(size=(50, 4)).astype(np.float32)
+    scores = score(CLASSES, labels, log_probabilities(logits))
+    assert scores.classes == CLASSES
+    assert np.array_equal(scores.labels, labels)
+    assert np.allclose(scores.probabilities, torch.softmax(torch.from_numpy(logits), dim=1).numpy(), atol=1e-6)
+
+
+def test_perfect_predictions_score_one() -> None:
+    labels = np.array([0, 1, 2, 3, 3, 3])
+    scores = score(CLASSES, labels, log_probabilities(sure_of(labels.tolist())))
+    assert scores.accuracy == 1
+    assert scores.loss == pytest.approx(0, abs=1e-6)
+    assert scores.recall.tolist() == scores.precision.tolist() == [1, 1, 1, 1]
+    assert scores.confusion.tolist() == np.diag([1, 1, 1, 3]).tolist()
+
+
+def test_predictions_that_are_always_wrong_score_zero() -> None:
+    labels = np.array([0, 1, 2, 3])
+    scores = score(CLASSES, labels, log_probabilities(sure_of([1, 2, 3, 0])))
+    assert scores.accuracy == 0
+    assert scores.loss == pytest.approx(100)
+    assert scores.recall.tolist() == scores.precision.tolist() == [0, 0, 0, 0]
+    assert np.trace(scores.confusion) == 0
+
+
+def test_classes_without_samples_or_predictions_score_nan() -> None:
+    scores = score(CLASSES, np.array([0, 0, 1]), log_probabilities(sure_of([0, 2, 2])))
+    assert scores.recall[:2].tolist() == [0.5, 0]
+    assert [isnan(value) for value in scores.recall] == [False, False, True, True]
+    assert scores.precision[[0, 2]].tolist() == [1, 0]
+    assert [isnan(value) for value in scores.precision] == [False, True, False, True]
+    assert scores.accuracy == pytest.approx(1 / 3)

@@ -1,0 +1,337 @@
+"""torchvision's transforms, v1 and v2, read as an Augment: what is drawn follows, what cannot is refused by name."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision import transforms
+from torchvision.transforms import v2 as transforms_v2
+from torchvision.transforms.functional import InterpolationMode
+
+from fastflower.augment import Augment
+from fastflower.color import IMAGENET_MEAN, IMAGENET_STD
+from fastflower.errors import ArgumentError
+
+# Their annotations allow less than they take.
+v1: Any = transforms
+v2: Any = transforms_v2
+MEAN, STD = list(IMAGENET_MEAN), list(IMAGENET_STD)
+PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+VERSIONS = [pytest.param(v1, id="v1"), pytest.param(v2, id="v2")]
+TURNED = "colour is drawn as written but applied after all geometry"
+ORDERED = "ColorJitter's operations run in one order: brightness, contrast, saturation, hue"
+
+
+def to_tensor(version: Any) -> list[Any]:
+    return [v1.ToTensor()] if version is v1 else [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+
+
+def notes(caplog: pytest.LogCaptureFixture) -> list[str]:
+    assert all(record.name == "fastflower" and record.levelname == "WARNING" for record in caplog.records)
+    return [record.getMessage().removeprefix("Augment.from_torchvision: ") for record in caplog.records]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_student_s_resized_crop_flip_rotation_jitter_and_affine(
+    version: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    augment = Augment.from_torchvision(
+        version.Compose(
+            [
+                version.RandomResizedCrop(224),
+                version.RandomHorizontalFlip(p=0.1),
+                version.RandomVerticalFlip(),
+                version.RandomRotation(30),
+                version.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1),
+                version.RandomAffine(degrees=0, translate=(0.1, 0.1)),
+                *to_tensor(version),
+                version.Normalize(MEAN, STD),
+                version.RandomErasing(p=0.25),
+            ]
+        )
+    )
+    assert augment == Augment(
+        size=(224, 224),
+        crop=(0.08, 1.0),
+        flip=0.1,
+        flip_vertical=0.5,
+        rotate=30,
+        brightness=0.2,
+        contrast=0.2,
+        saturation=0.2,
+        hue=0.1,
+        translate=(0.1, 0.1),
+        erase=0.25,
+    )
+    assert notes(caplog) == [
+        "RandomRotation interpolates bilinearly, not nearest",
+        ORDERED,
+        f"{TURNED} (RandomAffine follows ColorJitter)",
+        "RandomAffine interpolates bilinearly, not nearest",
+    ]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_nothing_is_logged_when_nothing_differs(version: Any, caplog: pytest.LogCaptureFixture) -> None:
+    augment = Augment.from_torchvision(
+        version.Compose(
+            [
+                version.RandomResizedCrop((96, 128), scale=(0.25, 0.9), ratio=(0.5, 2.0)),
+                version.RandomHorizontalFlip(),
+                version.RandomRotation(10, interpolation=InterpolationMode.BILINEAR),
+                version.RandomAffine(5, (0.1, 0.2), (0.9, 1.1), (-3, 3, -4, 4), InterpolationMode.BILINEAR),
+                version.ColorJitter(saturation=0.5),
+                *to_tensor(version),
+                version.Normalize(MEAN, STD),
+                version.RandomErasing(0.5, (0.1, 0.2), (0.4, 2.0), value=0),
+            ]
+        )
+    )
+    assert augment == Augment(
+        size=(96, 128),
+        crop=(0.25, 0.9),
+        crop_ratio=(0.5, 2.0),
+        flip=0.5,
+        rotate=10,
+        affine_rotate=5,
+        translate=(0.1, 0.2),
+        scale=(0.9, 1.1),
+        shear=(3, 4),
+        saturation=0.5,
+        erase=0.5,
+        erase_area=(0.1, 0.2),
+        erase_ratio=(0.4, 2.0),
+    )
+    assert notes(caplog) == []
+
+
+def test_every_call_logs_again(caplog: pytest.LogCaptureFixture) -> None:
+    transform = v1.Compose([v1.RandomResizedCrop(64), v1.RandomRotation(5)])
+    for _ in range(2):
+        Augment.from_torchvision(transform)
+    assert notes(caplog) == ["RandomRotation interpolates bilinearly, not nearest"] * 2
+
+
+def test_colour_before_geometry_is_said_once_for_each_transform_that_follows(caplog: pytest.LogCaptureFixture) -> None:
+    Augment.from_torchvision(
+        v1.Compose([v1.ColorJitter(0.5), v1.RandomResizedCrop(64), v1.RandomHorizontalFlip(), v1.RandomVerticalFlip()])
+    )
+    assert notes(caplog) == [
+        f"{TURNED} ({name} follows ColorJitter)"
+        for name in ("RandomResizedCrop", "RandomHorizontalFlip", "RandomVerticalFlip")
+    ]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_resize_and_centre_crop_are_the_validation_view(version: Any, caplog: pytest.LogCaptureFixture) -> None:
+    steps = [version.Resize(256), version.CenterCrop(224), *to_tensor(version), version.Normalize(MEAN, STD)]
+    assert Augment.from_torchvision(version.Compose(steps)) == Augment(size=(224, 224), resize=256)
+    steps[:2] = [version.Resize([300]), version.CenterCrop((100, 200))]
+    assert Augment.from_torchvision(version.Compose(steps)) == Augment(size=(100, 200), resize=300)
+    steps[:2] = [version.Resize((300, 310)), version.CenterCrop([224])]
+    assert Augment.from_torchvision(version.Compose(steps)) == Augment(size=(224, 224), resize=(300, 310))
+    assert notes(caplog) == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_resize_to_height_and_width_fixes_the_size(version: Any) -> None:
+    augment = Augment.from_torchvision(version.Compose([version.Resize((120, 160)), version.RandomHorizontalFlip()]))
+    assert augment == Augment(size=(120, 160), resize=(120, 160), flip=0.5, **PLAIN)
+    assert augment.draw(0, 0, [0], [[77, 91]]).roi.tolist() == [[0, 0, 77, 91]]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_resize_before_a_resized_crop_is_left_out(version: Any, caplog: pytest.LogCaptureFixture) -> None:
+    augment = Augment.from_torchvision(version.Compose([version.Resize(256), version.RandomResizedCrop(224)]))
+    assert augment == Augment(size=(224, 224), crop=(0.08, 1.0), **PLAIN)
+    assert notes(caplog) == [
+        "Resize before RandomResizedCrop is left out: the crop takes the same share of the photograph itself"
+    ]
+
+
+def test_without_normalize_levels_stay_in_0_to_1() -> None:
+    augment = Augment.from_torchvision(v1.Compose([v1.RandomResizedCrop(64), v1.ToTensor()]))
+    assert (augment.mean, augment.std) == ((0, 0, 0), (1, 1, 1))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("value", "colour"), [(0.25, (0.25, 0.25, 0.25)), ((0.1, 0.5, 0.9), (0.1, 0.5, 0.9))])
+def test_a_value_erased_before_normalize_is_normalised(
+    version: Any, value: Any, colour: tuple[float, float, float]
+) -> None:
+    erasing, normalize = version.RandomErasing(1.0, value=value), version.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    crop = version.RandomResizedCrop(64)
+    before = Augment.from_torchvision(version.Compose([crop, *to_tensor(version), erasing, normalize]))
+    after = Augment.from_torchvision(version.Compose([crop, *to_tensor(version), normalize, erasing]))
+    assert after.erase_value == colour
+    expected = version.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))(torch.tensor(colour).reshape(3, 1, 1))
+    assert before.erase_value == pytest.approx(tuple(expected.flatten().tolist()), abs=1e-6)
+    assert replace(before, erase_value=colour) == after
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_nested_and_sequential_transforms_are_read_in_order(version: Any) -> None:
+    crop, flip = version.RandomResizedCrop(64), version.RandomHorizontalFlip(0.3)
+    rotation, jitter = version.RandomRotation(5), version.ColorJitter(0.4)
+    expected = Augment.from_torchvision(version.Compose([crop, flip, rotation, jitter]))
+    nested = version.Compose([version.Compose([crop, flip]), version.Compose([version.Compose([rotation]), jitter])])
+    assert Augment.from_torchvision(nested) == expected
+    assert Augment.from_torchvision(nn.Sequential(crop, nn.Sequential(flip, rotation), jitter)) == expected
+    assert Augment.from_torchvision(crop) == Augment(size=(64, 64), crop=(0.08, 1.0), **PLAIN)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_ranges_that_are_written_out_are_read(version: Any) -> None:
+    augment = Augment.from_torchvision(
+        version.Compose(
+            [
+                version.RandomResizedCrop(64),
+                version.RandomAffine((-7, 7), scale=(0.5, 2.0), shear=8),
+                version.ColorJitter(brightness=(0.7, 1.3), contrast=(0, 2.5), hue=(-0.2, 0.2)),
+            ]
+        )
+    )
+    assert (augment.affine_rotate, augment.scale, augment.shear) == (7, (0.5, 2.0), (8, 0))
+    assert (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (0.3, 1.5, 0, 0.2)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_conversions_and_identities_change_nothing(version: Any) -> None:
+    extra = (
+        [v1.PILToTensor(), v1.ConvertImageDtype(torch.float32)] if version is v1 else [v2.Identity(), v2.ToPureTensor()]
+    )
+    steps = [version.RandomResizedCrop(64), *extra]
+    assert Augment.from_torchvision(version.Compose(steps)) == Augment(size=(64, 64), crop=(0.08, 1.0), **PLAIN)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_drawn_follows(version: Any) -> None:
+    augment = Augment.from_torchvision(
+        version.Compose(
+            [
+                version.RandomResizedCrop(100, scale=(0.5, 0.6)),
+                version.RandomHorizontalFlip(p=0.1),
+                version.RandomRotation(30),
+                version.RandomAffine(0, translate=(0.1, 0.3)),
+                version.ColorJitter(contrast=0.2),
+            ]
+        )
+    )
+    count = 3000
+    drawn = augment.draw(0, 0, np.arange(count), np.full((count, 2), 400))
+    jitter = version.ColorJitter(contrast=0.2)
+    for numbers, low, high in (
+        (drawn.rotate, -30, 30),
+        (drawn.translate[:, 0], -10, 10),
+        (drawn.translate[:, 1], -30, 30),
+        (drawn.contrast, *jitter.contrast),
+        (drawn.roi[:, 2:].prod(axis=1) / 400**2, 0.5, 0.6),
+    ):
+        rounding = 0.015 * (high - low)  # a crop's sides are whole pixels
+        assert low - rounding <= numbers.min() < low + 0.02 * (high - low)
+        assert high - 0.02 * (high - low) < numbers.max() <= high + rounding
+    assert abs(drawn.flip[:, 0].mean() - 0.1) < 0.03
+    assert drawn.size == (100, 100)
+    assert not drawn.flip[:, 1].any()
+    assert (drawn.affine_rotate == 0).all()
+    assert (drawn.brightness == 1).all()
+
+
+CROP = v1.RandomResizedCrop(64)
+ERASING = v1.RandomErasing()
+REFUSED: list[tuple[list[Any], str]] = [
+    ([CROP, v1.Pad(4)], "Pad cannot be expressed by Augment, which knows RandomResizedCrop, Resize, CenterCrop, "),
+    ([v1.Lambda(print)], "Lambda cannot be expressed by Augment, which knows "),
+    ([v1.RandomCrop(64)], "RandomErasing. The nearest that can is RandomResizedCrop(size, scale=(0.5, 1))."),
+    ([v2.RandomCrop(64)], "RandomCrop cannot be expressed by Augment"),
+    ([CROP, v1.RandomPerspective()], "The nearest that can is RandomAffine(shear=...)."),
+    ([CROP, v1.Grayscale()], "The nearest that can is ColorJitter(saturation=...)."),
+    ([CROP, v1.RandomGrayscale()], "The nearest that can is ColorJitter(saturation=1)."),
+    ([CROP, v1.TrivialAugmentWide()], "The nearest that can is RandomRotation, ColorJitter and RandomAffine."),
+    ([CROP, v1.RandAugment()], "RandAugment cannot be expressed by Augment"),
+    ([CROP, v1.AutoAugment()], "AutoAugment cannot be expressed by Augment"),
+    ([CROP, v1.RandomApply([v1.ColorJitter(0.5)])], "RandomApply cannot be expressed by Augment"),
+    ([CROP, v1.RandomHorizontalFlip(), v1.RandomHorizontalFlip()], "RandomHorizontalFlip stands twice; draw it once."),
+    ([v1.Resize(256)], "Resize to one number leaves sizes unequal; add CenterCrop(size)."),
+    ([v1.RandomHorizontalFlip()], "The transform fixes no output size; start it with RandomResizedCrop(size)."),
+    ([], "The transform fixes no output size; start it with RandomResizedCrop(size)."),
+    ([v1.RandomRotation(5), CROP], "RandomResizedCrop stands after RandomRotation; crop first."),
+    (
+        [v1.RandomRotation(5), v1.RandomAffine(5), CROP],
+        "RandomResizedCrop stands after RandomAffine, RandomRotation; crop first.",
+    ),
+    ([ERASING, v1.Resize((64, 64))], "Resize stands after RandomErasing; crop first."),
+    ([v1.Resize(70), v1.RandomAffine(5), v1.CenterCrop(64)], "CenterCrop stands after RandomAffine; crop first."),
+    ([CROP, v1.Resize((64, 64))], "Resize is a second crop; keep one."),
+    ([v1.Resize((70, 70)), CROP], "RandomResizedCrop stands after a resize to a fixed size; drop that Resize."),
+    (
+        [v1.Resize(70), v1.CenterCrop(64), CROP],
+        "RandomResizedCrop stands after a resize to a fixed size; drop that Resize.",
+    ),
+    ([CROP, ERASING, v1.RandomHorizontalFlip()], "RandomHorizontalFlip stands after RandomErasing; erase last."),
+    ([CROP, ERASING, v1.RandomRotation(5)], "RandomRotation stands after RandomErasing; erase last."),
+    ([CROP, ERASING, v1.RandomAffine(5)], "RandomAffine stands after RandomErasing; erase last."),
+    ([CROP, ERASING, v1.ColorJitter(0.5)], "ColorJitter stands after RandomErasing; erase last."),
+    (
+        [v1.Resize(70, max_size=90), v1.CenterCrop(64)],
+        "Resize with max_size cannot be expressed; leave max_size out.",
+    ),
+    (
+        [v2.Resize(None, max_size=90), v2.CenterCrop(64)],
+        "Resize with max_size cannot be expressed; leave max_size out.",
+    ),
+    ([v1.CenterCrop(64)], "CenterCrop without Resize before it cuts sizes unequally; add Resize(256)."),
+    ([CROP, v1.CenterCrop(64)], "CenterCrop without Resize before it cuts sizes unequally; add Resize(256)."),
+    (
+        [CROP, v1.RandomRotation((0, 30))],
+        "RandomRotation with degrees (0.0, 30.0) is not symmetric; draw from (-x, x).",
+    ),
+    ([CROP, v1.RandomAffine((-5, 30))], "RandomAffine with degrees (-5.0, 30.0) is not symmetric; draw from (-x, x)."),
+    ([CROP, v1.RandomAffine(0, shear=(0, 9))], "RandomAffine with shear (0.0, 9.0) is not symmetric"),
+    ([CROP, v1.RandomAffine(0, shear=(-9, 9, 1, 2))], "RandomAffine with shear (1.0, 2.0) is not symmetric"),
+    ([CROP, v1.ColorJitter((0.5, 1.2))], "ColorJitter with brightness (-0.5, "),
+    ([CROP, v1.ColorJitter(contrast=(1.5, 2.0))], "ColorJitter with contrast (0.5, 1.0) is not symmetric"),
+    ([CROP, v1.ColorJitter(saturation=(0.0, 0.5))], "ColorJitter with saturation (-1.0, -0.5) is not symmetric"),
+    ([CROP, v1.ColorJitter(hue=(0.0, 0.1))], "ColorJitter with hue (0.0, 0.1) is not symmetric; draw from (-x, x)."),
+    (
+        [CROP, v1.RandomRotation(5, center=(1, 1))],
+        "RandomRotation about another centre cannot be expressed; leave center out.",
+    ),
+    (
+        [CROP, v2.RandomAffine(5, center=[1, 1])],
+        "RandomAffine about another centre cannot be expressed; leave center out.",
+    ),
+    (
+        [CROP, v1.RandomRotation(5, fill=128)],
+        "RandomRotation with fill=128 cannot be expressed; Augment fills black, or with the photograph (fill='photo').",
+    ),
+    ([CROP, v1.RandomAffine(5, fill=(0, 0, 1))], "RandomAffine with fill=(0, 0, 1) cannot be expressed"),
+    ([CROP, v1.RandomAffine(5), v1.RandomRotation(5)], "RandomRotation stands after RandomAffine; rotate first."),
+    (
+        [CROP, v1.RandomRotation(5, expand=True)],
+        "RandomRotation with expand=True changes the size; leave expand out.",
+    ),
+    ([CROP, v1.RandomErasing(value="random")], "RandomErasing with random values cannot be expressed; use value=0."),
+    ([CROP, v2.RandomErasing(value="random")], "RandomErasing with random values cannot be expressed; use value=0."),
+]
+
+
+@pytest.mark.parametrize(("steps", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
+def test_what_cannot_be_expressed_is_refused_by_name(
+    steps: list[Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        Augment.from_torchvision(v1.Compose(steps))
+    assert notes(caplog) == []
+
+
+def test_black_fill_may_be_written_out(caplog: pytest.LogCaptureFixture) -> None:
+    bilinear = InterpolationMode.BILINEAR
+    rotation, moved = v1.RandomRotation(5, bilinear, fill=[0, 0, 0]), v1.RandomAffine(5, interpolation=bilinear, fill=0)
+    augment = Augment.from_torchvision(v1.Compose([CROP, rotation, moved]))
+    assert (augment.rotate, augment.affine_rotate, augment.fill) == (5, 5, "black")
+    assert notes(caplog) == []
