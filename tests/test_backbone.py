@@ -3,6 +3,7 @@
 import copy
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -45,6 +46,15 @@ def head_of(network: nn.Module) -> nn.Linear:
     return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Layers of so few pixels gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def resnet18() -> dict[str, torch.Tensor]:
     """A ResNet-18 for ImageNet's 1,000 classes, every tensor different from a new network's."""
@@ -78,7 +88,6 @@ def assert_loaded(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
 def test_every_backbone_gets_a_head_of_the_size_asked_for(name: str) -> None:
     with torch.device("meta"):
         network, original = build(name, 5, weights=None), models.get_model(name, weights=None)
-        assert network.eval()(torch.empty(2, 3, 224, 224)).shape == (2, 5)
     assert head_of(network).out_features == 5
     assert head_of(network).in_features == head_of(original).in_features
     assert network.state_dict().keys() == original.state_dict().keys()
@@ -127,7 +136,7 @@ def test_statistics_of_frozen_stages_stay_as_they_are(name: str, freeze: int) ->
     network.eval()
     train_mode(network, freeze)
     before = copy.deepcopy(network.state_dict())
-    network(torch.rand(2, 3, 64, 64) + 1)
+    network(torch.rand(2, 3, 32, 32) + 1)
     changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
     statistics = {key for key in before if "running" in key or "num_batches" in key}
     still = {key for key in statistics if key.startswith(prefixes(name, slice(freeze)))}
@@ -282,13 +291,13 @@ def test_a_dictionary_that_is_no_state_dict_is_refused(tmp_path: Path, content: 
         ("resnet18", "resnet34", "layer1.2.conv1.weight"),  # too few
         ("resnet34", "resnet18", "layer1.2.conv1.weight"),  # too many
         ("resnet18", "resnet50", "layer1.0.conv1.weight"),  # of another shape
-        ("resnet18", "vgg11", "features.0.weight"),
+        ("resnet18", "densenet121", "features.conv0.weight"),
     ],
 )
 def test_weights_of_another_network_are_refused(tmp_path: Path, file: str, backbone: str, first: str) -> None:
     with torch.device("meta"):
         state = models.get_model(file, weights=None).state_dict()
-    path = saved(tmp_path, {key: torch.zeros(1).expand(value.shape) for key, value in state.items()})
+    path = saved(tmp_path, {key: torch.zeros(()).expand(value.shape) for key, value in state.items()})
     with pytest.raises(
         CheckpointError,
         match=rf"weights\.pth: does not fit {backbone}: \d+ tensors are missing, left over or of another shape "

@@ -1,6 +1,7 @@
 """Checkpoints come back as they were saved, load without running code, and are seen whole or not at all."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,28 @@ CLASSES = ("daisy", "dandelion", "roses")
 RECIPE = Recipe(weights=None, augment=Augment(size=64, resize=(70, 80), crop=(0.25, 1.0), rotate=10), epochs=4, lr=0.02)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Layers of so few pixels gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     """A ResNet-18 with statistics that a new one does not have."""
     torch.manual_seed(0)
     network = build("resnet18", len(CLASSES), weights=None)
-    network(torch.rand(4, 3, 64, 64))
+    network(torch.rand(4, 3, 32, 32))
     return network
 
 
 @pytest.fixture(scope="module")
 def checkpoint(network: nn.Module) -> Checkpoint:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
-    network(torch.rand(2, 3, 64, 64)).sum().backward()
+    network(torch.rand(2, 3, 32, 32)).sum().backward()
     optimizer.step()
     return Checkpoint(
         recipe=RECIPE,
@@ -40,7 +50,7 @@ def checkpoint(network: nn.Module) -> Checkpoint:
         history=[{"epoch": 1, "loss": 1.5, "accuracy": 0.25}, {"epoch": 2, "loss": 1.25, "accuracy": 0.5}],
         optimizer=optimizer.state_dict(),
         rng=torch.get_rng_state(),
-        environment={"torch": torch.__version__, "device": "cpu"},
+        environment={"torch": str(torch.__version__), "device": "cpu"},
     )
 
 
@@ -98,7 +108,7 @@ def test_the_network_gives_the_logits_of_the_one_that_was_saved(
     tmp_path: Path, network: nn.Module, checkpoint: Checkpoint
 ) -> None:
     checkpoint.save(tmp_path / "checkpoint.pt")
-    images = torch.rand(2, 3, 64, 64)
+    images = torch.rand(2, 3, 32, 32)
     with torch.inference_mode():
         expected = network.eval()(images)
         restored = Checkpoint.load(tmp_path / "checkpoint.pt").network()
@@ -110,7 +120,9 @@ def test_the_network_gives_the_logits_of_the_one_that_was_saved(
 def test_saving_replaces_what_stood_there(tmp_path: Path, small: Checkpoint) -> None:
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"something else")
-    small.save(path)
+    with path.open("rb") as reader:  # who reads the old file reads it to its end
+        small.save(path)
+        assert reader.read() == b"something else"
     assert Checkpoint.load(path).epoch == 1
 
 

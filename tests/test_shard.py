@@ -20,6 +20,7 @@ from webdataset.compat import WebDataset
 from fastflower import Manifest
 from fastflower.errors import SampleError, ShardError
 from fastflower.image import decode
+from fastflower.packing import key_of
 from fastflower.shard import ShardReader, ShardWriter, describe
 
 fn: Any = untyped_fn  # DALI makes their names at run time
@@ -149,6 +150,16 @@ def test_tar_lists_cls_jpg_and_json_of_each_sample_together_in_order(shards: Pat
         keys = [name.rpartition(".")[0] for name in listed[::3]]
         assert listed == [f"{key}.{ending}" for key in keys for ending in ("cls", "jpg", "json")]
         assert len(set(keys)) == len(keys)
+
+
+def test_keys_depend_on_the_whole_path_and_say_what_they_stand_for() -> None:
+    assert key_of("a/x.jpg") == key_of("a/x.jpg")
+    assert (
+        len({key_of(path) for path in ("a/x.jpg", "a/x.png", "b/x.jpg", "a_x.jpg", "a/x.JPG", "a/é.jpg", "a/è.jpg")})
+        == 7
+    )
+    assert key_of("rose/red 12.jpg").startswith("rose_red_12-")
+    assert len(key_of("c/" + "long" * 100 + "-end.jpg")) + len(".json") <= 100  # what a tar header holds
 
 
 def test_members_carry_no_time_owner_or_mode_of_this_machine(shards: Path) -> None:
