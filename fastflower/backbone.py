@@ -131,8 +131,11 @@ def load_file(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: does not exist; check the path.") from None
     except Exception as error:  # torch.load raises whatever zipfile, pickle and its own reader raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: is not a file that torch.save wrote, or is cut short ({reason}).") from error
+        # Not its text: torch's advice is to load with weights_only=False, which runs whatever code a file holds.
+        raise CheckpointError(
+            f"{path}: is not a file that torch.save wrote, is cut short, or holds more than tensors and plain values; "
+            f"pass another file."
+        ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a dictionary; pass another file.")
     return loaded

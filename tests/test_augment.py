@@ -1,26 +1,22 @@
 """What is drawn: the distributions of torchvision, one number at a time, and never a number that depends on another."""
 
-from collections.abc import Callable
 from dataclasses import fields, replace
-from math import log, sqrt
+from math import sqrt
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 from numpy.typing import ArrayLike, NDArray
-from torchvision import transforms as T
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from fastflower.augment import Augment, Draw, uniform
 from fastflower.errors import ArgumentError
 from fastflower.geometry import corners, transform
 
-LAW = settings(deadline=None, max_examples=60, derandomize=True)
 SAMPLES = 4000
+LAW = settings(deadline=None, max_examples=60, derandomize=True)
 
 # Every augmentation, and the numbers of a Draw that it decides: (field, column or all).
 SWITCHED_ON: dict[str, Any] = {
@@ -56,24 +52,6 @@ def draw(augment: Augment, indices: ArrayLike, *, seed: int = 0, epoch: int = 0)
 
 def equal(one: Draw, other: Draw) -> bool:
     return one.size == other.size and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ARRAYS)
-
-
-def assert_same_distribution(ours: ArrayLike, theirs: ArrayLike) -> None:
-    """Two-sample Kolmogorov-Smirnov at 1 in 10,000, and means within five standard errors."""
-    one, other = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    grid = np.unique(np.concatenate([one, other]))
-    below = [np.searchsorted(np.sort(values), grid, side="right") / len(values) for values in (one, other)]
-    samples = 1 / len(one) + 1 / len(other)
-    assert np.abs(below[0] - below[1]).max() < sqrt(-log(0.0001 / 2) / 2 * samples)
-    error = sqrt((one.var() + other.var()) / 2 * samples)
-    assert abs(one.mean() - other.mean()) <= 5 * error + 1e-12
-
-
-def theirs(sample: Callable[[], Any]) -> NDArray[np.float64]:
-    """What torchvision draws, one row a call; the generator that others use stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return np.array([sample() for _ in range(SAMPLES)], np.float64)
 
 
 @pytest.mark.parametrize("seed", [0, 1, -5, 2**63])
@@ -201,160 +179,6 @@ def test_uniform_numbers_of_far_indices_are_no_copies() -> None:
     numbers = uniform(0, 0, np.array([0, 1, 2**31, 2**32, 2**62, 2**62 + 1]))
     assert numbers.shape[0] == 6
     assert len(np.unique(numbers)) == numbers.size
-
-
-@pytest.mark.parametrize("size", [(375, 500), (900, 150), (150, 900), (64, 64)])
-@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.25, 0.5)])
-def test_crops_are_distributed_as_random_resized_crop_s(size: tuple[int, int], scale: tuple[float, float]) -> None:
-    blank = torch.empty(3, *size, device="meta")
-    peer = theirs(lambda: T.RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]))
-    ours = Augment(crop=scale).draw(0, 0, np.arange(SAMPLES), np.tile(size, (SAMPLES, 1))).roi
-    for column in range(4):
-        assert_same_distribution(ours[:, column], peer[:, column])
-    assert_same_distribution(ours[:, 2] * ours[:, 3], peer[:, 2] * peer[:, 3])
-    assert_same_distribution(ours[:, 3] / ours[:, 2], peer[:, 3] / peer[:, 2])
-    for corner in (0, 1):  # where there is a choice
-        free = [roi[roi[:, 2 + corner] < size[corner]] for roi in (ours, peer)]
-        if min(map(len, free)) > 100:
-            assert_same_distribution(*(roi[:, corner] / (size[corner] - roi[:, 2 + corner]) for roi in free))
-
-
-@pytest.mark.parametrize(
-    ("size", "scale", "ratio"),
-    [
-        pytest.param((10, 1000), (0.08, 1.0), (3 / 4, 4 / 3), id="wide"),
-        pytest.param((1000, 10), (0.08, 1.0), (3 / 4, 4 / 3), id="tall"),
-        pytest.param((5, 501), (0.08, 1.0), (3 / 4, 4 / 3), id="wide, rounded up"),
-        pytest.param((501, 5), (0.08, 1.0), (3 / 4, 4 / 3), id="tall, rounded up"),
-        pytest.param((100, 100), (1.0, 1.0), (0.5, 0.9), id="square, narrow wanted"),
-        pytest.param((101, 300), (1.0, 1.0), (1.1, 1.3), id="wide, nearly square wanted"),
-    ],
-)
-def test_the_crop_where_none_fits_is_torchvision_s(
-    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
-) -> None:
-    expected = T.RandomResizedCrop.get_params(torch.empty(3, *size, device="meta"), list(scale), list(ratio))
-    roi = Augment(crop=scale, crop_ratio=ratio).draw(0, 0, np.arange(20), np.tile(size, (20, 1))).roi
-    assert (roi == expected).all()
-
-
-@LAW
-@given(
-    height=st.integers(1, 4000),
-    width=st.integers(1, 4000),
-    crop=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(lambda pair: (min(pair), max(pair))),
-)
-def test_crops_are_whole_pixels_inside_the_photograph(height: int, width: int, crop: tuple[float, float]) -> None:
-    drawn = Augment(crop=crop).draw(0, 0, np.arange(50), np.tile((height, width), (50, 1)))
-    top, left, rows, columns = drawn.roi.T
-    assert (drawn.roi == np.rint(drawn.roi)).all()
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (rows >= 1).all()
-    assert (columns >= 1).all()
-    assert (top + rows <= height).all()
-    assert (left + columns <= width).all()
-
-
-@settings(deadline=None, max_examples=150, derandomize=True)
-@given(
-    height=st.integers(20, 700),
-    width=st.integers(20, 700),
-    resize=st.one_of(st.integers(20, 400), st.tuples(st.integers(20, 400), st.integers(20, 400))),
-    size=st.one_of(st.just(224), st.tuples(st.integers(1, 300), st.integers(1, 300))),
-)
-def test_the_validation_view_is_torchvision_s(
-    height: int, width: int, resize: int | tuple[int, int], size: int | tuple[int, int]
-) -> None:
-    wanted = list(resize) if isinstance(resize, tuple) else [resize]
-    blank = torch.empty(1, height, width, device="meta")
-    resized = F.resize(blank, wanted, InterpolationMode.NEAREST).shape[1:]
-    output = size if isinstance(size, tuple) else (size, size)
-    expected = []
-    for axis, photo in enumerate((height, width)):
-        # One row or column of indices, cropped by torchvision: beyond the photograph it pads with zeros.
-        line = torch.arange(1, resized[axis] + 1).reshape((1, -1, 1) if axis == 0 else (1, 1, -1))
-        shown = F.center_crop(line, [output[0], 1] if axis == 0 else [1, output[1]]).flatten()
-        first = int(shown.nonzero()[0])
-        expected.append((int(shown[first]) - 1 - first) * photo / resized[axis])
-    expected += [side * photo / of for side, photo, of in zip(output, (height, width), resized, strict=True)]
-    roi = Augment(resize=resize, size=size).draw(0, 0, [0], [[height, width]]).roi
-    assert np.allclose(roi, [expected], rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("size", "area", "ratio"),
-    [
-        pytest.param((224, 224), (0.02, 0.33), (0.3, 3.3), id="torchvision's defaults"),
-        pytest.param((64, 200), (0.3, 0.9), (0.3, 3.3), id="many that do not fit"),
-        pytest.param((100, 100), (0.05, 0.1), (2.0, 5.0), id="tall"),
-        pytest.param((8, 9), (0.3, 0.9), (0.5, 2.0), id="few pixels"),
-    ],
-)
-def test_erased_rectangles_are_distributed_as_random_erasing_s(
-    size: tuple[int, int], area: tuple[float, float], ratio: tuple[float, float]
-) -> None:
-    blank = torch.empty(3, *size, device="meta")
-
-    def sample() -> tuple[int, ...]:
-        box = T.RandomErasing.get_params(blank, area, ratio, [0.0])[:4]
-        return (0, 0, 0, 0) if box[2:] == size else box  # the whole image stands for nothing
-
-    peer = theirs(sample)
-    augment = Augment(size=size, erase=1.0, erase_area=area, erase_ratio=ratio)
-    ours = augment.draw(0, 0, np.arange(SAMPLES), np.full((SAMPLES, 2), 300)).erase
-    assert_same_distribution(ours[:, 2] > 0, peer[:, 2] > 0)
-    ours, peer = ours[ours[:, 2] > 0], peer[peer[:, 2] > 0]
-    for column in range(4):
-        assert_same_distribution(ours[:, column], peer[:, column])
-    assert_same_distribution(ours[:, 2] / ours[:, 3], peer[:, 2] / peer[:, 3])
-    assert_same_distribution(ours[:, 2] * ours[:, 3], peer[:, 2] * peer[:, 3])
-    assert (ours[:, 0] + ours[:, 2] <= size[0]).all()
-    assert (ours[:, 1] + ours[:, 3] <= size[1]).all()
-
-
-@pytest.mark.parametrize("chance", [0.0, 0.1, 0.5, 1.0])
-def test_chances_are_met(chance: float) -> None:
-    drawn = draw(Augment(flip=chance, flip_vertical=chance, erase=chance), range(SAMPLES))
-    bound = 5 * sqrt(chance * (1 - chance) / SAMPLES)
-    for hits in (drawn.flip[:, 0], drawn.flip[:, 1], drawn.erase[:, 2] > 0):
-        assert abs(hits.mean() - chance) <= bound
-
-
-@pytest.mark.parametrize("strength", [0.2, 1.5])
-def test_colour_factors_are_distributed_as_color_jitter_s(strength: float) -> None:
-    jitter = T.ColorJitter(strength, strength, strength, 0.1)
-    ranges: Any = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-    peer = theirs(lambda: T.ColorJitter.get_params(*ranges)[1:])
-    drawn = draw(Augment(brightness=strength, contrast=strength, saturation=strength, hue=0.1), range(SAMPLES))
-    for column, name in enumerate(("brightness", "contrast", "saturation", "hue")):
-        assert_same_distribution(getattr(drawn, name), peer[:, column])
-        low, high = ranges[column]
-        assert getattr(drawn, name).min() >= low
-        assert getattr(drawn, name).max() <= high
-
-
-def test_affine_parameters_are_distributed_as_random_affine_s() -> None:
-    size = (120, 200)
-
-    def sample() -> tuple[float, ...]:
-        degrees, shift, factors, slants = [-25.0, 25.0], [0.1, 0.3], [0.7, 1.2], [-10.0, 10.0, -30.0, 30.0]
-        angle, moved, scale, shear = T.RandomAffine.get_params(degrees, shift, factors, slants, [size[1], size[0]])
-        return angle, *moved, scale, *shear
-
-    peer = theirs(sample)
-    augment = Augment(size=size, affine_rotate=25, translate=(0.1, 0.3), scale=(0.7, 1.2), shear=(10, 30))
-    drawn = draw(augment, range(SAMPLES))
-    ours = [drawn.affine_rotate, *drawn.translate.T, drawn.scale, *drawn.shear.T]
-    for column, numbers in enumerate(ours):
-        assert_same_distribution(numbers, peer[:, column])
-    assert (drawn.translate == np.rint(drawn.translate)).all()
-    assert np.abs(drawn.translate).max(axis=0).tolist() == [20, 36]
-
-
-def test_angles_are_distributed_as_random_rotation_s() -> None:
-    peer = theirs(lambda: T.RandomRotation.get_params([-30.0, 30.0]))
-    assert_same_distribution(draw(Augment(rotate=30), range(SAMPLES)).rotate, peer)
 
 
 @pytest.mark.parametrize("flip", [(False, False), (True, False), (False, True), (True, True)])
@@ -493,6 +317,14 @@ def test_uncovers_says_whether_some_output_shows_what_lies_outside(augment: Augm
     sizes = np.random.default_rng(0).integers(30, 900, (500, 2))
     masked = augment.draw(0, 0, np.arange(500), sizes).warp(sizes, "black").masked
     assert masked.any() == augment.uncovers
+
+
+def test_erased_levels_are_those_that_normalise_to_the_value() -> None:
+    augment = Augment(erase_value=(0.5, -0.25, 1.0))
+    image = torch.tensor(augment.erase_levels).reshape(3, 1, 1) / 255
+    value = F.normalize(image, list(augment.mean), list(augment.std)).flatten().tolist()
+    assert value == pytest.approx(augment.erase_value, abs=1e-6)
+    assert Augment(erase_value=(99.0, -99.0, 0.0)).erase_levels == pytest.approx((255, 0, 255 * 0.406))
 
 
 def test_sizes_are_pairs_or_squares() -> None:

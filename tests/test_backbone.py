@@ -242,7 +242,8 @@ def test_a_file_that_torch_did_not_write_is_refused(tmp_path: Path, content: byt
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     with pytest.raises(
-        CheckpointError, match=r"weights\.pth: is not a file that torch\.save wrote, or is cut short \(.+\)\.$"
+        CheckpointError,
+        match=r"weights\.pth: is not a file that torch\.save wrote, is cut short, or holds more .*; pass another file\.$",
     ):
         build("resnet18", 5, weights=str(path))
 
@@ -253,7 +254,8 @@ def test_a_file_of_weights_that_is_cut_short_is_refused(tmp_path: Path, share: f
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(
-        CheckpointError, match=r"weights\.pth: is not a file that torch\.save wrote, or is cut short \(.+\)\.$"
+        CheckpointError,
+        match=r"weights\.pth: is not a file that torch\.save wrote, is cut short, or holds more .*; pass another file\.$",
     ):
         build("resnet18", 5, weights=str(path))
 
@@ -261,7 +263,8 @@ def test_a_file_of_weights_that_is_cut_short_is_refused(tmp_path: Path, share: f
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, models.resnet18(weights=None))  # a pickled network: code, not weights
     with pytest.raises(
-        CheckpointError, match=r"weights\.pth: is not a file that torch\.save wrote, or is cut short \(.+"
+        CheckpointError,
+        match=r"weights\.pth: is not a file that torch\.save wrote, is cut short, or holds more .*; pass another",
     ):
         build("resnet18", 5, weights=path)
 
