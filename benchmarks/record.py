@@ -80,7 +80,7 @@ def write(folder: Path, what: str, device: torch.device, content: dict[str, Any]
     record = {
         "what": what,
         "when": now.isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": COMMIT,
         "hardware": hardware(device),
         "versions": environment(device),
         **content,
@@ -125,3 +125,6 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
+
+
+COMMIT = _commit()  # when the program started, not when it ended

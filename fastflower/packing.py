@@ -6,6 +6,7 @@ of (input, options, seed). Work happens in OUT/.packing; files are renamed into 
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -336,23 +337,30 @@ def _check_result(manifest: Manifest) -> None:
 
 
 def _publish(manifest: Manifest, results: dict[str, list[_Made]], work: Path) -> None:
-    """Move finished files into place, the manifest last."""
-    out = manifest.folder
+    """Finish every file in the workspace, then rename them into place, the manifest last; all of them or none."""
+    parts: list[str] = []
     info: dict[str, object] = {}
     for name, group in results.items():
-        for made in group:
-            for ending in (".tar", ".idx"):
-                part = (work / made.shard.name).with_suffix(ending)
-                part.replace(out / part.name)
-        rows = work / f"{name}.index.npy"
+        parts += [made.shard.name for made in group]
+        parts += [str(Path(made.shard.name).with_suffix(".idx")) for made in group]
+        parts.append(f"{name}.index.npy")
+        rows = io.BytesIO()
         np.save(rows, index_rows([made.rows for made in group]))
-        rows.replace(out / rows.name)
+        write_atomically(work / parts[-1], rows.getvalue())
         info[name] = {
             "name": name,
             "num_samples": manifest.splits[name].samples,
             "filenames": [made.shard.name for made in group],
             "shard_lengths": [made.shard.samples for made in group],
         }
-    # What timm's ReaderWds reads.
-    write_atomically(out / "_info.json", (json.dumps({"splits": info}, indent=1) + "\n").encode())
-    write_atomically(out / FILE, manifest.to_json().encode("utf-8", "backslashreplace"))  # see ShardWriter.add
+    parts += ["_info.json", FILE]  # the former is what timm's ReaderWds reads
+    write_atomically(work / "_info.json", (json.dumps({"splits": info}, indent=1) + "\n").encode())
+    write_atomically(work / FILE, manifest.to_json().encode("utf-8", "backslashreplace"))  # see ShardWriter.add
+    placed: list[Path] = []
+    try:
+        for part in parts:
+            placed.append((work / part).replace(manifest.folder / part))
+    except OSError:
+        for path in placed:
+            path.unlink()
+        raise

@@ -10,8 +10,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from fastflower import Manifest
-from fastflower.errors import ShardError
+from fastflower import Manifest, pack
+from fastflower.errors import FolderError, ShardError
 from fastflower.manifest import INDEX_DTYPE, Shard, Split, write_atomically
 
 MANIFEST = Manifest(
@@ -205,3 +205,14 @@ def test_replacing_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="folder"):
         write_atomically(path, b"new")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pack_that_cannot_be_finished_leaves_no_shard_behind(flowers: Path, tmp_path: Path) -> None:
+    """A folder stands where one of the last files is to go: what was in place already is taken away again."""
+    out = tmp_path / "out"
+    (out / "_info.json" / "in the way").mkdir(parents=True)
+    with pytest.raises(
+        FolderError, match=r"out: cannot be written \(.*\); make room, or name another folder with --out"
+    ):
+        pack(flowers, out)
+    assert [path.name for path in out.iterdir()] == ["_info.json"]
