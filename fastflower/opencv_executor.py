@@ -106,9 +106,8 @@ class _Renderer:
 
     def empty(self, count: int) -> tuple[Tensor, NDArray[Any]]:
         """A batch to be filled: the tensor (N, 3, H, W), channels-last, and the same memory as (N, H, W, 3)."""
-        rows = np.empty(
-            (count, *self._size, 3), _storage(self._dtype)
-        )  # numpy asks the kernel for huge pages, torch does not
+        # By numpy, which asks the kernel for huge pages; torch does not.
+        rows = np.empty((count, *self._size, 3), _storage(self._dtype))
         return torch.from_numpy(rows).view(self._dtype).permute(0, 3, 1, 2), rows
 
     def jobs(self, request: Request) -> list[_Job]:

@@ -19,7 +19,7 @@ import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastflower import Checkpoint, FastflowerError, Report, evaluate, pack, train
-from fastflower.errors import CheckpointError
+from fastflower.errors import ArgumentError, CheckpointError
 from fastflower.metrics import Scores
 from fastflower.recipe import PRESETS
 
@@ -40,10 +40,12 @@ def main(
         weights: A state_dict to start from; without it torchvision's weights, or, where they cannot be downloaded, scratch.
         backbone: resnet18, or resnet50 with --weights.
         epochs: Instead of the recipe's number.
-        out: The folder of the run; what an earlier demo left there is removed.
+        out: The folder of the run; what an earlier demo left there, and nothing else, is removed.
     """
     start = time.perf_counter()
-    shutil.rmtree(out, ignore_errors=True)
+    if data is not None and data.resolve().is_relative_to(out.resolve()):
+        raise ArgumentError(f"--data {data}: lies inside --out {out}, which is cleared first; name another --out.")
+    _clear(out)
     folder = data or out / "flowers"
     if data is None:
         _step("drawing five kinds of flowers")
@@ -64,6 +66,16 @@ def main(
     _step("timing epochs against ImageFolder")
     timing = _timed(folder, out, Checkpoint.load(report.checkpoint).recipe.augment.output_size[0])
     _summary(report, scores, timing, time.perf_counter() - start)
+
+
+def _clear(out: Path) -> None:
+    """Remove what a demo writes; a folder may be named that holds other things."""
+    for name in ("flowers", "shards"):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+    patterns = ("checkpoint-*.pt", "history.csv", "report.html", "curves.png", "confusion.png", "epoch_time_*.json")
+    for path in [path for pattern in patterns for path in out.glob(pattern)]:
+        path.unlink()
 
 
 def _trained(out: Path, weights: Path | None, backbone: str | None, epochs: int | None) -> Report:
