@@ -4,14 +4,18 @@ import inspect
 import io
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastflower.errors import ArgumentError, FastflowerError
+from fastflower.errors import ArgumentError, FastflowerError, ShardError
+
+_MOST_LINES = 20  # of a kind; the manifest has all
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -67,15 +71,66 @@ def _parse(prog: str, args: Sequence[str], verb: Callable[..., Any], note: str =
 def _pack(prog: str, args: Sequence[str]) -> None:
     from fastflower.packing import pack
 
-    manifest = pack(**_parse(prog, args, pack, folder=Path, out=(Path, Path("shards")), executor=None))
+    address = tyro.conf.arg(
+        name="dask",
+        metavar="ADDRESS",
+        help="Of a Dask scheduler: pack on its workers, which see FOLDER and OUT under the same paths.",
+    )
+    values = _parse(
+        prog, args, pack, folder=Path, out=(Path, Path("shards")), executor=(Annotated[str | None, address], None)
+    )
+    with _dask(values.pop("executor")) as executor:
+        manifest = pack(**values, executor=executor)
     for name, split in manifest.splits.items():
         print(f"{name}: {split.samples} images in {len(split.shards)} shards")
-    for item in manifest.skipped:
-        print(f"skipped {item['path']}: {item['reason']}")
-    for group in manifest.duplicates:
-        kind = "the same picture under two labels" if group in manifest.label_conflicts else "identical"
-        print(f"{kind}: {', '.join(group)}")
+    twins = [group for group in manifest.duplicates if group not in manifest.label_conflicts]
+    _listed("skipped", [f"{item['path']}: {item['reason']}" for item in manifest.skipped])
+    _listed("the same picture under two labels:", map(", ".join, manifest.label_conflicts))
+    _listed("identical:", map(", ".join, twins))
+    near = [f"{item['path']} in {item['split']}, {item['train_path']} in train" for item in manifest.near_duplicates]
+    _listed("looks alike:", near)
+    if near:
+        print(f"{len(near)} images outside train look like one in train, so accuracy on them says little")
     print(f"wrote {manifest.folder}")
+
+
+def _listed(what: str, lines: Iterable[str]) -> None:
+    lines = list(lines)
+    for line in lines[:_MOST_LINES]:
+        print(f"{what} {line}")
+    if len(lines) > _MOST_LINES:
+        print(f"{what} {len(lines) - _MOST_LINES} more, in manifest.json")
+
+
+@contextmanager
+def _dask(address: str | None) -> Iterator[Executor | None]:
+    if address is None:
+        yield None
+        return
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ArgumentError("--dask needs the package distributed: pip install 'fastflower[dask]'.") from None
+    try:
+        client = Client(address, timeout=10)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(
+            f"--dask {address}: no scheduler answers there ({error}); name one as tcp://HOST:PORT."
+        ) from None
+    with client:
+        yield client.get_executor()
+
+
+def _verify(prog: str, args: Sequence[str]) -> None:
+    from fastflower.verification import verify
+
+    values = _parse(prog, args, verify, shards=Path)
+    problems = verify(**values)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise ShardError(f"{values['shards']}: {len(problems)} problems, named above.")
+    print(f"{values['shards']}: every byte is as it was packed")
 
 
 def _train(prog: str, args: Sequence[str]) -> None:
@@ -125,6 +180,7 @@ def _predict(prog: str, args: Sequence[str]) -> None:
 
 _VERBS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
     "pack": (_pack, "a folder of class folders into shards"),
+    "verify": (_verify, "check shards against their checksums and indexes"),
     "train": (_train, "a classifier on shards"),
     "evaluate": (_evaluate, "score a checkpoint on shards"),
     "predict": (_predict, "classify image files"),

@@ -1,7 +1,7 @@
-"""Decoding and transcoding single image files."""
+"""Decoding, transcoding and fingerprinting single image files."""
 
 import io
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -22,15 +22,30 @@ def decode(encoded: Any) -> NDArray[np.uint8]:
 
     Identical to Pillow's decoding of JPEG files. Raises SampleError when the bytes are no image, or not all of one.
     """
+    return _decoded(encoded, cv2.IMREAD_COLOR_RGB)
+
+
+def _decoded(encoded: Any, flags: int) -> NDArray[np.uint8]:
     data = np.frombuffer(encoded, np.uint8)
-    image: Any = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
+    image: Any = cv2.imdecode(data, flags) if data.size else None
     if image is None:
         raise SampleError("cannot be decoded as an image, or is cut short")
     return image
 
 
-def prepare(data: bytes, *, max_side: int | None, quality: int | None) -> tuple[bytes, tuple[int, int]]:
-    """The JPEG file to pack for an image file, proven by a full decode, and its upright (height, width).
+class Prepared(NamedTuple):
+    """An image as it is packed."""
+
+    encoded: bytes
+    """A JPEG file."""
+    size: tuple[int, int]
+    """Upright (height, width), pixels."""
+    hash: int
+    """Perceptual, 64 bits: images that look alike differ in few of them."""
+
+
+def prepare(data: bytes, *, max_side: int | None, quality: int | None) -> Prepared:
+    """The JPEG file to pack for an image file, proven by a full decode.
 
     The same bytes where they are a JPEG file in grey or RGB that needs no change; otherwise a transcoded RGB image.
     max_side  pixels, the longer side is reduced to it; quality  1 .. 95, every image is transcoded with it.
@@ -43,11 +58,15 @@ def prepare(data: bytes, *, max_side: int | None, quality: int | None) -> tuple[
                 raise SampleError(f"has {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
             too_large = max_side is not None and max(width, height) > max_side
             if image.format == "JPEG" and image.mode in ("L", "RGB") and quality is None and not too_large:
-                decoded_size = decode(data).shape[:2]
-                return data, (decoded_size[0], decoded_size[1])
+                # In grey every code of the file is read and nothing is refused less (3,960 damaged files, 1,701 refused
+                # by both); what is left out, the transform of chroma and the conversion of colours, cannot fail.
+                grey = _decoded(data, cv2.IMREAD_GRAYSCALE)
+                return Prepared(data, (grey.shape[0], grey.shape[1]), perceptual_hash(grey))
             upright = _upright_rgb(image)
     except SampleError as error:
         raise SampleError(_reason(data) or str(error)) from None
+    except MemoryError:  # says nothing about the image
+        raise
     except Exception as error:  # Pillow's readers raise whatever struct, zlib and they themselves raise
         raise SampleError(_plain(error)) from None
     if max_side is not None:
@@ -56,7 +75,29 @@ def prepare(data: bytes, *, max_side: int | None, quality: int | None) -> tuple[
         raise SampleError(f"has {width} x {height} pixels, more a side than a JPEG file's {_MAX_SIDE}; set max_side")
     target = io.BytesIO()
     upright.save(target, "JPEG", quality=quality or _QUALITY, subsampling=0 if quality is None else "4:2:0")
-    return target.getvalue(), (upright.height, upright.width)
+    return Prepared(
+        target.getvalue(), (upright.height, upright.width), perceptual_hash(np.asarray(upright.convert("L")))
+    )
+
+
+def perceptual_hash(grey: NDArray[np.uint8]) -> int:
+    """64 bits, one for each of the 8 x 8 lowest frequencies of the image's 32 x 32 reduction: is it above their median?
+
+    grey  (H, W) uint8. The hash of Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010,
+    section 3.2.1, with the median over all 64 as in the imagehash package.
+    """
+    height, width = grey.shape
+    whole = max(1, min(height, width) // 64)  # a reduction by an integer first takes a third of the time of one
+    if whole > 1:
+        cut = grey[: height // whole * whole, : width // whole * whole]
+        grey = cv2.resize(cut, (width // whole, height // whole), interpolation=cv2.INTER_AREA)  # pyright: ignore[reportAssignmentType]
+    small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    frequencies = (_COSINES @ small @ _COSINES.T).ravel()
+    return int.from_bytes(np.packbits(frequencies > np.partition(frequencies, 31)[31]).tobytes(), "big")
+
+
+# The first 8 of 32 rows of the discrete cosine transform (DCT-II), unscaled.
+_COSINES = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1)).astype(np.float32)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +14,7 @@ from fastflower.errors import ShardError
 
 FORMAT_VERSION = 1
 FILE = "manifest.json"
+INFO = "_info.json"
 
 INDEX_DTYPE = np.dtype(
     [
@@ -62,6 +64,12 @@ class Manifest:
     """Groups of files with identical bytes; a group lies in one split."""
     label_conflicts: tuple[tuple[str, ...], ...] = ()
     """Groups of files with identical bytes under different labels."""
+    near_duplicates: tuple[dict[str, Any], ...] = ()
+    """Look-alikes across the split: {"split", "path", "train_path", "distance"}, bits of a perceptual hash that differ."""
+    source_bytes: int | None = None
+    """Of the files that were packed; None where it is not known any more."""
+    packed_bytes: int = 0
+    """Of the images in the shards."""
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -98,6 +106,9 @@ class Manifest:
                 skipped=tuple(stored["skipped"]),
                 duplicates=tuple(map(tuple, stored["duplicates"])),
                 label_conflicts=tuple(map(tuple, stored["label_conflicts"])),
+                near_duplicates=tuple(stored["near_duplicates"]),
+                source_bytes=stored["source_bytes"],
+                packed_bytes=stored["packed_bytes"],
                 versions=stored["versions"],
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -108,6 +119,19 @@ class Manifest:
         fields = {"format": "fastflower", "version": FORMAT_VERSION, **asdict(self)}
         del fields["folder"]
         return json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
+
+    def to_info(self) -> str:
+        """The text of `_info.json`, which timm's reader of WebDataset shards reads."""
+        splits = {
+            name: {
+                "name": name,
+                "num_samples": split.samples,
+                "filenames": [shard.name for shard in split.shards],
+                "shard_lengths": [shard.samples for shard in split.shards],
+            }
+            for name, split in self.splits.items()
+        }
+        return json.dumps({"splits": splits}, indent=1) + "\n"
 
     def split(self, name: str) -> Split:
         """The split of that name, with at least one sample. Raises ShardError naming the splits there are."""
@@ -135,7 +159,7 @@ class Manifest:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is seen whole or not at all, also after a power cut."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # others may write the same file
     try:
         with part.open("wb") as file:
             file.write(data)
@@ -144,3 +168,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

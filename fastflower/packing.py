@@ -1,44 +1,45 @@
-"""Packs a folder of class folders into shards.
+"""Packs a folder of images into shards.
 
-Everything is planned from names and sizes first, so any worker can make any shard, and the bytes on disk are a function
-of (input, options, seed). Work happens in OUT/.packing; files are renamed into place at the end, the manifest last.
+The bytes on disk are a function of (input, options, seed). Work happens in OUT/.packing: the plan, a lock, and finished parts.
+A pack that is interrupted goes on from there; at the end files are renamed into place, the manifest last.
 """
 
 import fcntl
-import hashlib
-import io
-import json
 import os
-import re
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
+import cv2
 import numpy as np
+import PIL
 from tqdm import tqdm
 
-from fastflower.errors import ArgumentError, FolderError, SampleError
-from fastflower.folder import Folder, Photo, scan
-from fastflower.image import prepare
-from fastflower.manifest import FILE, Manifest, Shard, Split, write_atomically
-from fastflower.order import epoch_order
-from fastflower.shard import ShardWriter, describe, index_rows
+from fastflower.duplicates import nearest
+from fastflower.errors import ArgumentError, FolderError
+from fastflower.folder import Folder, scan
+from fastflower.manifest import FILE, INFO, Manifest, Split, sync, write_atomically
+from fastflower.part import Part, make_part
+from fastflower.planning import PLAN, Plan, check_same, load_plan, make_plan, save_plan, shard_name
+from fastflower.shard import index_rows, npy
 
 _WORK = ".packing"
-_MAX_SLUG = 64  # characters: with the hash and an ending it fits the 100 bytes of a tar header's name
+_ENDINGS = (".tar", ".idx", ".npy")
+_LISTS = ("classes.txt", "meta")
 
 
 def pack(
     folder: str | Path,
     out: str | Path = "shards",
     *,
-    split_by: Literal["class", "random"] = "class",
+    split_by: Literal["class", "random", "folder"] | None = None,
     val_fraction: float = 0.2,
     seed: int = 0,
     shard_bytes: int = 64 << 20,
@@ -46,78 +47,79 @@ def pack(
     quality: int | None = None,
     on_bad: Literal["skip", "fail"] = "skip",
     on_conflict: Literal["keep", "drop"] = "keep",
+    lists: bool = False,
     workers: int | None = None,
     executor: Executor | None = None,
 ) -> Manifest:
     """Pack FOLDER, one folder of images a class, into WebDataset shards in OUT.
 
     Every image is decoded in full; JPEG files are copied bit for bit, everything else is transcoded to JPEG. Images with
-    identical bytes stay in one split. The same folder, options and seed give the same bytes.
+    identical bytes stay in one split. The same folder, options and seed give the same bytes. When it is interrupted, the
+    same call goes on where it stopped.
 
     Args:
-        folder: The folder of class folders, read as torchvision's ImageFolder reads it.
-        out: The folder to write; must not hold a pack already.
-        split_by: "class" takes val_fraction of every class, "random" of all images together.
-        val_fraction: The share of the images that goes into split "val", 0 to less than 1.
+        folder: The folder: FOLDER/CLASS/** as torchvision's ImageFolder reads it, FOLDER/train/CLASS and FOLDER/val/CLASS, or
+            lists FOLDER/meta/train.txt, FOLDER/meta/val.txt and FOLDER/classes.txt.
+        out: The folder to write; must not hold a pack already, nor lie in FOLDER.
+        split_by: "class" takes val_fraction of every class, "random" of all images together, "folder" keeps the folder's own
+            split. By default the folder's own where it has one, else by class.
+        val_fraction: The share of the images that goes into split "val", 0 to less than 1; not used with the folder's own.
         seed: Of the split and of the order in the shards.
         shard_bytes: The most bytes of images in a shard.
         max_side: Pixels; reduces images whose longer side is longer.
         quality: JPEG quality, 1 to 95; transcodes every image.
         on_bad: "skip" lists images that do not decode in the manifest, "fail" stops at one.
         on_conflict: "drop" leaves out identical images that stand under different labels; "keep" reports them.
+        lists: Also write classes.txt, meta/train.txt and meta/val.txt, with lines "PATH LABEL".
         workers: Threads; all cores by default.
-        executor: Any concurrent.futures.Executor to make the shards, one a task, instead of threads.
+        executor: Any concurrent.futures.Executor to make the shards, one a task, in place of threads; what it runs on must
+            see FOLDER and OUT under the same paths.
 
-    Returns the manifest. Raises FolderError when the folder cannot be packed as it stands, ArgumentError for an argument
-    outside its rule.
+    Returns the manifest. Raises FolderError when the folder cannot be packed as it stands or OUT cannot be written,
+    ArgumentError for an argument outside its rule.
     """
     _check_arguments(split_by, val_fraction, shard_bytes, max_side, quality, on_bad, on_conflict, workers)
-    found, out = scan(folder), Path(out)
-    if (out / FILE).exists():
-        raise FolderError(f"{out}: holds a pack already; name another folder with --out, or remove this one.")
-    with _workspace(out) as work:
-        groups = _identical(found)
-        conflicts = [group for group in groups if len({found.photos[number].label for number in group}) > 1]
-        dropped = {number for group in conflicts for number in group} if on_conflict == "drop" else set[int]()
-        plan = _plan(found, groups, dropped, split_by, val_fraction, seed, shard_bytes)
-        tasks = {
-            name: [
-                _Task(found.root, work / _shard_name(name, number), photos, max_side, quality, on_bad)
-                for number, photos in enumerate(shards)
-            ]
-            for name, shards in plan.items()
-        }
-        made = _run([task for group in tasks.values() for task in group], workers, executor)
-        results = {name: _numbered(name, [made[task.out] for task in group], work) for name, group in tasks.items()}
-        skipped = [item for result in made.values() for item in result.skipped]
-        skipped += [{"path": path, "reason": "is not named as an image"} for path in found.ignored]
-        skipped += [{"path": found.photos[n].path, "reason": "stands under two labels"} for n in dropped]
-        manifest = Manifest(
-            folder=out,
-            classes=found.classes,
-            splits={name: _split(group, len(found.classes)) for name, group in results.items()},
-            options={
-                "split_by": split_by,
-                "val_fraction": val_fraction,
-                "seed": seed,
-                "shard_bytes": shard_bytes,
-                "max_side": max_side,
-                "quality": quality,
-                "on_bad": on_bad,
-                "on_conflict": on_conflict,
-            },
-            skipped=tuple(sorted(skipped, key=lambda item: item["path"])),
-            duplicates=tuple(tuple(found.photos[n].path for n in group) for group in groups),
-            label_conflicts=tuple(tuple(found.photos[n].path for n in group) for group in conflicts),
-            versions={"fastflower": version("fastflower")},
-        )
-        _check_result(manifest)
-        _publish(manifest, results, work)
+    folder, out = Path(folder), Path(out)
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise FolderError(f"{out}: lies in {folder}, where it would count as images; name another folder with --out.")
+    found = scan(folder)
+    split_by = split_by or ("folder" if found.splits else "class")
+    if split_by == "folder" and not found.splits:
+        raise ArgumentError(f"split_by must be 'class' or 'random' for {folder}, which has no split of its own.")
+    options: dict[str, Any] = {
+        "split_by": split_by,
+        "val_fraction": None if split_by == "folder" else val_fraction,
+        "seed": seed,
+        "shard_bytes": shard_bytes,
+        "max_side": max_side,
+        "quality": quality,
+        "on_bad": on_bad,
+        "on_conflict": on_conflict,
+        "lists": lists,
+    }
+    threads = workers or len(os.sched_getaffinity(0))
+    killed = (out / _WORK).exists()
+    with _workspace(out) as work, ThreadPoolExecutor(threads) as pool:
+        if (out / FILE).exists():
+            manifest = Manifest.load(out)
+            if not killed or manifest.options != options:
+                raise FolderError(f"{out}: holds a pack already; name another folder with --out, or remove this one.")
+            (work / PLAN).unlink(missing_ok=True)  # it was killed when all that was left was to remove the workspace
+            return manifest
+        plan = _begun(found, options, work, partial(_ahead, pool, 2 * threads))
+        try:
+            _withdraw(plan, work)
+            _run(plan, work, pool, threads, executor)
+            manifest = _publish(plan, work)
+        except FolderError:  # lies in the images, so going on would not help
+            (work / PLAN).unlink()
+            raise
+        (work / PLAN).unlink()
     return manifest
 
 
 def _check_arguments(
-    split_by: str,
+    split_by: str | None,
     val_fraction: float,
     shard_bytes: int,
     max_side: int | None,
@@ -127,7 +129,7 @@ def _check_arguments(
     workers: int | None,
 ) -> None:
     rules = [
-        ("split_by", split_by, split_by in ("class", "random"), "'class' or 'random'"),
+        ("split_by", split_by, split_by in (None, "class", "random", "folder"), "'class', 'random' or 'folder'"),
         ("val_fraction", val_fraction, 0 <= val_fraction < 1, "0 or more and less than 1"),
         ("shard_bytes", shard_bytes, shard_bytes >= 1, "at least 1"),
         ("max_side", max_side, max_side is None or max_side >= 1, "at least 1 pixel"),
@@ -143,224 +145,224 @@ def _check_arguments(
 
 @contextmanager
 def _workspace(out: Path) -> Iterator[Path]:
-    """OUT/.packing, locked against a second pack, removed at the end whatever happens; OUT too if it holds nothing else."""
+    """OUT/.packing, locked against a second pack. It stays while it holds a plan to go on with; OUT goes if it is empty."""
     work = out / _WORK
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        with (work / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise FolderError(
-                    f"{out}: another pack is writing here; wait for it, or name another folder with --out."
-                ) from None
+        with _locked(work):
             try:
                 yield work
             finally:
-                shutil.rmtree(work)
-                if not any(out.iterdir()):
-                    out.rmdir()
-    except OSError as error:  # images that cannot be read are skipped, so it is about writing
-        reason = error.strerror or error
-        raise FolderError(
-            f"{out}: cannot be written ({reason}); make room, or name another folder with --out."
-        ) from error
+                if not (work / PLAN).exists():
+                    shutil.rmtree(work)
+                    if not any(out.iterdir()):
+                        out.rmdir()
+    except (OSError, BrokenExecutor) as error:  # images that cannot be read are skipped, so it is not about them
+        if isinstance(error, OSError):
+            what = f"cannot be written ({error.strerror or error}); make room, or name another folder with --out."
+        else:
+            what = f"a worker died ({error}); pack with fewer workers where memory ran out."
+        again = " The same command goes on where this one stopped." if (work / PLAN).exists() else ""
+        raise FolderError(f"{out}: {what}{again}") from error
 
 
-def _identical(found: Folder) -> list[tuple[int, ...]]:
-    """Groups of photographs with the same bytes, by position in `found.photos`; only files of equal size are read."""
-    by_size: defaultdict[int, list[int]] = defaultdict(list)
-    for number, photo in enumerate(found.photos):
-        by_size[photo.size_bytes].append(number)
-    by_hash: defaultdict[bytes, list[int]] = defaultdict(list)
-    for numbers in by_size.values():
-        for number in numbers if len(numbers) > 1 else ():
+def _locked(work: Path) -> IO[str]:
+    """The open lock of a workspace, which is made where it is missing."""
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another pack, just finished, removes its workspace
+            lock = (work / "lock").open("w")
             try:
-                with (found.root / found.photos[number].path).open("rb") as file:
-                    by_hash[hashlib.file_digest(file, "sha256").digest()].append(number)
-            except OSError:
-                continue  # will be listed as skipped when its shard is made
-    return sorted(tuple(group) for group in by_hash.values() if len(group) > 1)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock.fileno()), (work / "lock").stat()):
+                    return lock
+            except BlockingIOError:
+                lock.close()
+                raise FolderError(
+                    f"{work.parent}: another pack is writing here; wait for it, or name another folder with --out."
+                ) from None
+            except FileNotFoundError:
+                lock.close()
 
 
-def _plan(
-    found: Folder,
-    groups: Sequence[tuple[int, ...]],
-    dropped: set[int],
-    split_by: str,
-    val_fraction: float,
-    seed: int,
-    shard_bytes: int,
-) -> dict[str, list[list[Photo]]]:
-    """Which photograph goes into which shard of which split, in order."""
-    group_of = {number: group for group in groups for number in group}
-    strata: defaultdict[int, list[int]] = defaultdict(list)
-    for number, photo in enumerate(found.photos):
-        if number not in dropped:
-            strata[photo.label if split_by == "class" else 0].append(number)
-    val: set[int] = set()
-    for numbers in strata.values():
-        wanted = round(len(numbers) * val_fraction)
-        taken = sum(number in val for number in numbers)  # with an identical image of another class
-        # Epochs -1 and -2 of the order function belong to packing: never the order of a training epoch.
-        for position in epoch_order(len(numbers), seed=seed, epoch=-1):
-            if taken >= wanted:
-                break
-            number = numbers[position]
-            if number not in val:
-                group = set(group_of.get(number, (number,))) - dropped
-                val |= group
-                taken += len(group.intersection(numbers)) if len(group) > 1 else 1
-    kept = [number for numbers in strata.values() for number in numbers]
-    plan = {"train": [n for n in kept if n not in val], "val": [n for n in kept if n in val]}
-    return {
-        name: list(_shards([found.photos[n] for n in sorted(numbers)], seed, shard_bytes))
-        for name, numbers in plan.items()
-    }
+def _begun(found: Folder, options: dict[str, Any], work: Path, mapped: Callable[..., Iterable[Any]]) -> Plan:
+    """The plan of the pack that was interrupted here, or a new one; saved, and read from the workspace in both cases."""
+    out = work.parent
+    versions = {"fastflower": version("fastflower"), "pillow": PIL.__version__, "opencv": cv2.__version__}
+    if not (work / PLAN).exists():
+        names = [INFO, *_LISTS] if options["lists"] else [INFO]
+        taken = [path.name for path in sorted(out.iterdir()) if path.name in names or path.suffix in _ENDINGS]
+        if taken:
+            raise FolderError(f"{out}: holds {taken[0]} already; name another folder with --out, or remove this one.")
+        save_plan(make_plan(found, options, versions, mapped), work)
+    plan = load_plan(work)
+    check_same(plan, found, options, versions, work)
+    return plan
 
 
-def _shards(photos: list[Photo], seed: int, shard_bytes: int) -> Iterator[list[Photo]]:
-    """Shuffle, and cut into as few shards of about equal size as `shard_bytes` allows."""
-    if not photos:
-        return
-    shuffled = [photos[position] for position in epoch_order(len(photos), seed=seed, epoch=-2)]
-    ends = np.cumsum([photo.size_bytes for photo in shuffled])
-    count = max(1, -(-int(ends[-1]) // shard_bytes))
-    numbers = np.minimum((ends - 1) * count // max(1, int(ends[-1])), count - 1)
-    for number in np.unique(numbers):
-        yield [shuffled[position] for position in np.flatnonzero(numbers == number)]
+def _ahead(pool: ThreadPoolExecutor, depth: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """As pool.map, with at most `depth` items begun that are not yet taken: memory does not grow with their number."""
+    begun: deque[Future[Any]] = deque()
+    for item in items:
+        begun.append(pool.submit(function, item))
+        if len(begun) >= depth:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
 
 
-def _shard_name(split: str, number: int) -> str:
-    return f"{split}-{number:06d}.tar"
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """One shard to make; can be sent to another process."""
-
-    root: Path
-    out: Path
-    photos: list[Photo]
-    max_side: int | None
-    quality: int | None
-    on_bad: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    shard: Shard
-    rows: list[tuple[int, ...]]
-    skipped: list[dict[str, str]]
-
-
-def _make(task: _Task, advance: Callable[[], object] = lambda: None) -> _Made:
-    """Write one shard and its DALI index into the workspace."""
-    skipped: list[dict[str, str]] = []
-    with ShardWriter(task.out) as writer:
-        for photo in task.photos:
-            try:
-                data = (task.root / photo.path).read_bytes()
-                image, size = prepare(data, max_side=task.max_side, quality=task.quality)
-            except (OSError, SampleError) as error:
-                reason = error.strerror if isinstance(error, OSError) else str(error)
-                if task.on_bad == "fail":
-                    remedy = "remove or replace it, or pack with --on-bad skip."
-                    raise FolderError(f"{task.root / photo.path}: {reason}; {remedy}") from error
-                skipped.append({"path": photo.path, "reason": str(reason)})
-            else:
-                writer.add(key_of(photo.path), image, photo.label, size, photo.path)
-            advance()
-    task.out.with_suffix(".idx").write_text(writer.dali_index())
-    return _Made(describe(task.out, task.out.name, len(writer.rows)), writer.rows, skipped)
-
-
-def key_of(path: str) -> str:
-    """A sample's key: the readable part of its path and a hash of all of it, [0-9A-Za-z_-]+.
-
-    DALI and webdataset lose samples, silently, whose keys hold other characters or a dot.
-    """
-    slug = re.sub(r"[^0-9A-Za-z_-]+", "_", path.rpartition(".")[0])[-_MAX_SLUG:]
-    return f"{slug}-{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
-
-
-def _run(tasks: list[_Task], workers: int | None, executor: Executor | None) -> dict[Path, _Made]:
-    """Make the shards, largest first; stop at the first error."""
-    total = sum(len(task.photos) for task in tasks)
-    tasks = sorted(tasks, key=lambda task: -sum(photo.size_bytes for photo in task.photos))
-    pool = executor or ThreadPoolExecutor(workers or os.cpu_count())
-    with tqdm(total=total, desc="pack", unit="image", disable=None) as bar:
-        futures: dict[Future[_Made], _Task] = {}
+def _run(plan: Plan, work: Path, pool: ThreadPoolExecutor, threads: int, executor: Executor | None) -> None:
+    """Make the parts; stop at the first error."""
+    work = work.absolute()  # elsewhere the current folder may be another
+    root = plan.found.root.absolute()
+    makers = executor or ThreadPoolExecutor(2)  # while one waits for the disk, the other keeps the pool busy
+    with tqdm(total=len(plan.order), desc="pack", unit="image", disable=None) as bar:
+        begun: list[Future[int]] = []
         try:
-            for task in tasks:
-                # A foreign executor may run elsewhere: there the bar moves a shard at a time.
-                submitted = pool.submit(_make, task) if executor else pool.submit(_make, task, bar.update)
-                futures[submitted] = task
-            made: dict[Path, _Made] = {}
-            for future in as_completed(futures):
-                made[futures[future].out] = future.result()
+            for number in range(len(plan.parts)):
+                if executor:  # it may run elsewhere: there the bar moves a shard at a time
+                    begun.append(makers.submit(make_part, root, work, number))
+                else:
+                    mapped = partial(_ahead, pool, threads + 2)
+                    begun.append(makers.submit(make_part, root, work, number, mapped, bar.update))
+            for future in as_completed(begun):
+                count = future.result()
                 if executor:
-                    bar.update(len(futures[future].photos))
-            return made
+                    bar.update(count)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # so that those that run end soon
+            raise
         finally:
-            wait([future for future in futures if not future.cancel()])  # those that run still write into the workspace
+            wait([future for future in begun if not future.cancel()])  # they still write into the workspace
             if executor is None:
-                pool.shutdown(wait=True)
+                makers.shutdown()
 
 
-def _numbered(split: str, group: list[_Made], work: Path) -> list[_Made]:
-    """Leave out shards of which no image decoded (DALI reads no empty shard), and number the others without a gap."""
-    kept: list[_Made] = []
-    for made in group:
-        if made.rows:
-            shard = replace(made.shard, name=_shard_name(split, len(kept)))
-            for ending in (".tar", ".idx"):
-                (work / made.shard.name).with_suffix(ending).replace((work / shard.name).with_suffix(ending))
-            kept.append(replace(made, shard=shard))
+def _kept(plan: Plan, work: Path) -> dict[str, list[tuple[str, Part]]]:
+    """By split, (name in the workspace, part) of the parts with images, which alone get a number: DALI reads no empty shard."""
+    kept: dict[str, list[tuple[str, Part]]] = {split: [] for split in plan.splits}
+    for split, name, *_ in plan.parts:
+        part = Part.load(work / f"{name}.npz")
+        if part.shard.samples:
+            shard = replace(part.shard, name=f"{shard_name(split, len(kept[split]))}.tar")
+            kept[split].append((name, replace(part, shard=shard)))
     return kept
 
 
-def _split(results: list[_Made], num_classes: int) -> Split:
-    counts = Counter(row[3] for result in results for row in result.rows)
-    shards = tuple(result.shard for result in results)
-    return Split(sum(counts.values()), tuple(counts[label] for label in range(num_classes)), shards)
+def _moves(kept: dict[str, list[tuple[str, Part]]], work: Path) -> list[tuple[Path, Path]]:
+    """(from, to) of tars and DALI's indexes."""
+    return [
+        (work / f"{name}{ending}", (work.parent / part.shard.name).with_suffix(ending))
+        for parts in kept.values()
+        for name, part in parts
+        for ending in (".tar", ".idx")
+    ]
 
 
-def _check_result(manifest: Manifest) -> None:
+def _withdraw(plan: Plan, work: Path) -> None:
+    """Take back what a pack that was killed while it published had in place already."""
+    if all((work / f"{part.name}.npz").exists() for part in plan.parts):
+        for source, target in _moves(_kept(plan, work), work):
+            if target.exists() and not source.exists():
+                target.replace(source)
+
+
+def _publish(plan: Plan, work: Path) -> Manifest:
+    """Finish every file in the workspace, then rename them into place, the manifest last; all of them or none."""
+    kept, out = _kept(plan, work), work.parent
+    parts = {split: [part for _, part in group] for split, group in kept.items()}
+    manifest = _described(plan, out, parts, [Part.load(work / f"{part.name}.npz").skipped for part in plan.parts])
+    moves = _moves(kept, work)
+    contents: dict[str, bytes] = {}
+    for split, group in parts.items():
+        contents[f"{split}.index.npy"] = npy(index_rows([part.rows for part in group]))
+    if plan.options["lists"]:
+        contents |= _lists(plan, parts)
+    contents |= {INFO: manifest.to_info().encode(), FILE: manifest.to_json().encode("utf-8", "backslashreplace")}
+    for name, data in contents.items():
+        (work / name).parent.mkdir(exist_ok=True)
+        write_atomically(work / name, data)
+        moves.append((work / name, out / name))
+    placed: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            if target.name == FILE:
+                sync(out)
+            target.parent.mkdir(exist_ok=True)
+            source.replace(target)
+            placed.append((source, target))
+        sync(out)
+    except OSError:
+        for source, target in placed:
+            target.replace(source)
+        raise
+    return manifest
+
+
+def _lists(plan: Plan, parts: dict[str, list[Part]]) -> dict[str, bytes]:
+    """classes.txt and a list for each split, in the folder's order; scan reads them."""
+    lists = {"classes.txt": "".join(f"{name}\n" for name in plan.found.classes).encode("utf-8", "surrogateescape")}
+    labels = plan.found.files["label"]
+    for split, group in parts.items():
+        numbers = np.sort(np.concatenate([np.zeros(0, np.int64), *(part.numbers for part in group)]))
+        lines = (f"{plan.found.path(number)} {labels[number]}\n" for number in numbers)
+        lists[f"meta/{split}.txt"] = b"".join(line.encode("utf-8", "surrogateescape") for line in lines)
+    return lists
+
+
+def _described(plan: Plan, out: Path, parts: dict[str, list[Part]], skipped: list[list[dict[str, str]]]) -> Manifest:
+    found, conflicts = plan.found, plan.conflicts()
+    dropped = [number for group in conflicts for number in group] if plan.options["on_conflict"] == "drop" else []
+    left_out = [item for group in skipped for item in group]
+    left_out += [{"path": path, "reason": reason} for path, reason in found.ignored]
+    left_out += [{"path": found.path(number), "reason": "stands under two labels"} for number in dropped]
+    splits: dict[str, Split] = {}
+    for split, group in parts.items():
+        counts = sum(
+            (np.bincount(part.rows["label"], minlength=len(found.classes)) for part in group), np.zeros(1, int)
+        )
+        counts = np.broadcast_to(counts, len(found.classes))
+        splits[split] = Split(int(counts.sum()), tuple(counts.tolist()), tuple(part.shard for part in group))
+    _check_counts(plan, splits["train"].class_counts, len(left_out))
+    every = [part for group in parts.values() for part in group]
+    return Manifest(
+        folder=out,
+        classes=found.classes,
+        splits=splits,
+        options=plan.options,
+        skipped=tuple(sorted(left_out, key=lambda item: item["path"])),
+        duplicates=tuple(tuple(found.path(number) for number in group) for group in plan.groups),
+        label_conflicts=tuple(tuple(found.path(number) for number in group) for group in conflicts),
+        near_duplicates=tuple(_near_duplicates(plan, parts)),
+        source_bytes=sum(int(found.files["size"][part.numbers].sum()) for part in every),
+        packed_bytes=sum(int(part.rows["size"].sum()) for part in every),
+        versions=plan.versions,
+    )
+
+
+def _check_counts(plan: Plan, counts: tuple[int, ...], left_out: int) -> None:
     """Every class must have something to learn from, or the split and the labels mean something else than was asked."""
-    for label, name in enumerate(manifest.classes):
-        if not manifest.splits["train"].class_counts[label]:
+    for label, name in enumerate(plan.found.classes):
+        if not counts[label]:
             raise FolderError(
                 f"class {name!r}: none of its images is left for training; add images, or remove the class folder. "
-                f"{len(manifest.skipped)} files were skipped in all."
+                f"{left_out} files were skipped in all."
             )
 
 
-def _publish(manifest: Manifest, results: dict[str, list[_Made]], work: Path) -> None:
-    """Finish every file in the workspace, then rename them into place, the manifest last; all of them or none."""
-    parts: list[str] = []
-    info: dict[str, object] = {}
-    for name, group in results.items():
-        parts += [made.shard.name for made in group]
-        parts += [str(Path(made.shard.name).with_suffix(".idx")) for made in group]
-        parts.append(f"{name}.index.npy")
-        rows = io.BytesIO()
-        np.save(rows, index_rows([made.rows for made in group]))
-        write_atomically(work / parts[-1], rows.getvalue())
-        info[name] = {
-            "name": name,
-            "num_samples": manifest.splits[name].samples,
-            "filenames": [made.shard.name for made in group],
-            "shard_lengths": [made.shard.samples for made in group],
-        }
-    parts += ["_info.json", FILE]  # the former is what timm's ReaderWds reads
-    write_atomically(work / "_info.json", (json.dumps({"splits": info}, indent=1) + "\n").encode())
-    write_atomically(work / FILE, manifest.to_json().encode("utf-8", "backslashreplace"))  # see ShardWriter.add
-    placed: list[Path] = []
-    try:
-        for part in parts:
-            placed.append((work / part).replace(manifest.folder / part))
-    except OSError:
-        for path in placed:
-            path.unlink()
-        raise
+def _near_duplicates(plan: Plan, parts: dict[str, list[Part]]) -> Iterator[dict[str, Any]]:
+    """For each image of the other splits the one most like it in "train", where there is one; in the order of their paths."""
+    train = parts["train"]
+    hashes = np.concatenate([part.hashes for part in train])
+    numbers = np.concatenate([part.numbers for part in train])
+    for split, group in parts.items():
+        if split != "train" and group:
+            mine = np.concatenate([part.numbers for part in group])
+            positions, distances = nearest(np.concatenate([part.hashes for part in group]), hashes)
+            near = np.flatnonzero(distances >= 0)
+            for place in near[np.argsort(mine[near])]:
+                yield {
+                    "split": split,
+                    "path": plan.found.path(int(mine[place])),
+                    "train_path": plan.found.path(int(numbers[positions[place]])),
+                    "distance": int(distances[place]),
+                }

@@ -1,0 +1,139 @@
+"""Makes one shard of a plan, in any process that sees the folders: a part, until it is renamed into place."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import threading
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastflower.errors import FolderError, SampleError
+from fastflower.folder import Folder
+from fastflower.image import Prepared, prepare
+from fastflower.manifest import Shard, write_atomically
+from fastflower.planning import load_plan
+from fastflower.shard import ShardWriter
+
+_MAX_SLUG = 64  # characters: with the hash and an ending it fits the 100 bytes of a tar header's name
+_CHUNK_BYTES = 1 << 20  # of images that a thread decodes in one go
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A finished part, as its record in the workspace tells it."""
+
+    shard: Shard
+    rows: NDArray[Any]
+    numbers: NDArray[np.int64]
+    """Of its images in the folder."""
+    hashes: NDArray[np.uint64]
+    skipped: list[dict[str, str]]
+
+    def save(self, path: Path) -> None:
+        """Write the record, whole or not at all."""
+        rest = json.dumps({"shard": asdict(self.shard), "skipped": self.skipped}).encode()
+        data = io.BytesIO()
+        np.savez(data, rows=self.rows, numbers=self.numbers, hashes=self.hashes, rest=np.frombuffer(rest, np.uint8))
+        write_atomically(path, data.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a record."""
+        with np.load(path) as record:
+            rest = json.loads(record["rest"].tobytes())
+            return cls(Shard(**rest["shard"]), record["rows"], record["numbers"], record["hashes"], rest["skipped"])
+
+
+def make_part(
+    root: Path,
+    work: Path,
+    number: int,
+    mapped: Callable[..., Iterable[Any]] = map,
+    advance: Callable[[int], object] = lambda _: None,
+) -> int:
+    """Make one part, unless it is there already: its tar, DALI's index and a record of both, which comes last.
+
+    Can run in any process that sees the folders, also twice at a time. Returns the number of images.
+    """
+    plan = load_plan(work)
+    name, numbers = plan.parts[number].name, plan.order[plan.parts[number].start : plan.parts[number].stop]
+    if _is_made(work, name):
+        advance(len(numbers))
+        return len(numbers)
+    prepared = partial(_prepared, root, plan.found, plan.options["max_side"], plan.options["quality"])
+    sizes = np.cumsum(plan.found.files["size"][numbers].astype(np.int64))
+    chunks = np.split(numbers, np.flatnonzero(np.diff(sizes // _CHUNK_BYTES)) + 1)
+    skipped: list[dict[str, str]] = []
+    kept: list[tuple[int, int]] = []
+    attempt = work / f"{name}.{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}.part"
+    try:
+        with attempt.open("wb", buffering=1 << 20) as file:
+            with ShardWriter(file) as writer:
+                for chunk, images in zip(chunks, mapped(prepared, chunks), strict=True):
+                    for image, made in zip(chunk, images, strict=True):
+                        path = plan.found.path(image)
+                        if isinstance(made, Prepared):
+                            label = int(plan.found.files["label"][image])
+                            writer.add(key_of(path), made.encoded, label, made.size, path, plan.found.classes[label])
+                            kept.append((int(image), made.hash))
+                        elif plan.options["on_bad"] == "fail":
+                            remedy = "remove or replace it, or pack with --on-bad skip."
+                            raise FolderError(f"{root / path}: {made}; {remedy}")
+                        else:
+                            skipped.append({"path": path, "reason": made})
+                    advance(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+        attempt.replace(work / f"{name}.tar")
+    finally:
+        attempt.unlink(missing_ok=True)
+    write_atomically(work / f"{name}.idx", writer.dali_index().encode())
+    numbers_kept = np.array([image for image, _ in kept], np.int64)
+    hashes = np.array([bits for _, bits in kept], np.uint64)
+    Part(writer.shard(f"{name}.tar"), writer.rows, numbers_kept, hashes, skipped).save(work / f"{name}.npz")
+    return len(numbers)
+
+
+def _prepared(
+    root: Path, found: Folder, max_side: int | None, quality: int | None, numbers: NDArray[np.int64]
+) -> list[Prepared | str]:
+    """Images, or why there is none."""
+    made: list[Prepared | str] = []
+    for number in numbers:
+        try:
+            data = (root / found.path(number)).read_bytes()
+            made.append(prepare(data, max_side=max_side, quality=quality))
+        except SampleError as error:
+            made.append(str(error))
+        except OSError as error:
+            made.append(error.strerror or str(error))
+    return made
+
+
+def _is_made(work: Path, name: str) -> bool:
+    """Whether a part is there, whole; also after a power cut."""
+    try:
+        shard = Part.load(work / f"{name}.npz").shard
+        with (work / f"{name}.tar").open("rb") as tar:
+            return hashlib.file_digest(tar, "sha256").hexdigest() == shard.sha256 and (work / f"{name}.idx").exists()
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
+
+
+def key_of(path: str) -> str:
+    """A sample's key: the readable part of its path and a hash of all of it, [0-9A-Za-z_-]+.
+
+    DALI and webdataset lose samples, silently, whose keys hold other characters or a dot. 64 bits of hash: of a million
+    names of which nothing is readable, two get the same key with a probability of 3e-8.
+    """
+    slug = re.sub(r"[^0-9A-Za-z_-]+", "_", path.rpartition(".")[0])[-_MAX_SLUG:]
+    return f"{slug}-{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"

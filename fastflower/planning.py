@@ -1,0 +1,198 @@
+"""Plans a pack from names and sizes, before any image is decoded, so that any worker can make any shard.
+
+A plan is saved in the workspace: it is what a pack that was interrupted goes on with, and what workers read.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastflower.duplicates import Groups, identical
+from fastflower.errors import FolderError
+from fastflower.folder import Folder
+from fastflower.manifest import write_atomically
+from fastflower.order import epoch_order
+
+PLAN = "plan.json"
+
+
+class Place(NamedTuple):
+    """A shard to make."""
+
+    split: str
+    name: str
+    """In the workspace; where no image of a shard decodes, those after it are renumbered."""
+    start: int
+    stop: int
+    """Its images, in order, are Plan.order[start:stop]."""
+
+
+def shard_name(split: str, number: int) -> str:
+    """Of a split's shard, without ending."""
+    return f"{split}-{number:06d}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Which image goes into which shard of which split, in order."""
+
+    found: Folder
+    options: dict[str, Any]
+    versions: dict[str, str]
+    """Of the libraries on which the bytes depend."""
+    groups: Groups
+    order: NDArray[np.int64]
+    """Numbers of images, shard after shard."""
+    parts: tuple[Place, ...]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return self.found.splits if self.options["split_by"] == "folder" else ("train", "val")
+
+    def conflicts(self) -> list[NDArray[np.int64]]:
+        """Groups of identical images under different labels."""
+        labels = self.found.files["label"]
+        return [group for group in self.groups if len(np.unique(labels[group])) > 1]
+
+
+def make_plan(
+    found: Folder, options: dict[str, Any], versions: dict[str, str], mapped: Callable[..., Iterable[Any]] = map
+) -> Plan:
+    """The plan is a function of the folder and the options alone. mapped  like the builtin map, to read on many threads."""
+    groups = identical(found, mapped)
+    plan = Plan(found, options, versions, groups, np.zeros(0, np.int64), ())
+    kept = np.ones(len(found), bool)
+    if options["on_conflict"] == "drop":
+        for group in plan.conflicts():
+            kept[group] = False
+    if options["split_by"] == "folder":
+        split = found.files["split"]
+    else:
+        split = _validation(found, groups, kept, options).astype(np.int32)
+    order: list[NDArray[np.int64]] = []
+    parts: list[Place] = []
+    for number, name in enumerate(plan.splits):
+        for count, shard in enumerate(_shards(found, np.flatnonzero(kept & (split == number)), options)):
+            start = parts[-1].stop if parts else 0
+            parts.append(Place(name, shard_name(name, count), start, start + len(shard)))
+            order.append(shard)
+    return Plan(found, options, versions, groups, np.concatenate(order or [plan.order]), tuple(parts))
+
+
+def _validation(found: Folder, groups: Groups, kept: NDArray[np.bool_], options: dict[str, Any]) -> NDArray[np.bool_]:
+    """Which images are for validation: of each class, or of all, the share asked for; groups are not divided."""
+    labels = found.files["label"] if options["split_by"] == "class" else np.zeros(len(found), np.int32)
+    group_of = np.full(len(found), -1, np.int32)
+    group_of[groups.members] = np.repeat(np.arange(len(groups.ends)), np.diff(groups.ends, prepend=0))
+    val = np.zeros(len(found), bool)
+    for label in np.unique(labels):
+        numbers = np.flatnonzero(kept & (labels == label))
+        wanted = round(len(numbers) * options["val_fraction"])
+        taken = int(val[numbers].sum())  # with an identical image of another class
+        # Epochs -1 and -2 of the order function belong to packing: never the order of a training epoch.
+        for position in epoch_order(len(numbers), seed=options["seed"], epoch=-1) if wanted else ():
+            if taken >= wanted:
+                break
+            number = numbers[position]
+            if not val[number]:
+                group = numbers[position : position + 1]
+                if group_of[number] >= 0:
+                    end = groups.ends[group_of[number]]
+                    start = groups.ends[group_of[number] - 1] if group_of[number] else 0
+                    group = groups.members[start:end]
+                    group = group[kept[group]]
+                val[group] = True
+                taken += int((labels[group] == label).sum())
+    return val
+
+
+def _shards(found: Folder, numbers: NDArray[np.int64], options: dict[str, Any]) -> list[NDArray[np.int64]]:
+    """Shuffle, and cut into as few shards of about equal size as `shard_bytes` allows."""
+    if not len(numbers):
+        return []
+    shuffled = numbers[epoch_order(len(numbers), seed=options["seed"], epoch=-2)]
+    ends = np.cumsum(found.files["size"][shuffled].astype(np.int64))
+    count = max(1, -(-int(ends[-1]) // options["shard_bytes"]))
+    places = np.minimum((ends - 1) * count // max(1, int(ends[-1])), count - 1)
+    return np.split(shuffled, np.flatnonzero(np.diff(places)) + 1)
+
+
+_ARRAYS = ("files", "paths", "order", "members", "ends")
+
+
+def save_plan(plan: Plan, work: Path) -> None:
+    """Write a plan into the workspace, plan.json last."""
+    found, groups = plan.found, plan.groups
+    for name, array in zip(_ARRAYS, (found.files, found.paths, plan.order, groups.members, groups.ends), strict=True):
+        with (work / f"{name}.npy").open("wb") as file:
+            np.save(file, array)
+            file.flush()
+            os.fsync(file.fileno())
+    content = {
+        "root": str(found.root),
+        "classes": found.classes,
+        "splits": found.splits,
+        "ignored": found.ignored,
+        "options": plan.options,
+        "versions": plan.versions,
+        "parts": plan.parts,
+    }
+    write_atomically(work / PLAN, json.dumps(content).encode())
+
+
+def load_plan(work: Path) -> Plan:
+    """Read the plan of a workspace; the arrays are memory-mapped."""
+    files, paths, order, members, ends = (np.load(work / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+    content = json.loads((work / PLAN).read_bytes())
+    ignored = tuple((path, reason) for path, reason in content["ignored"])
+    found = Folder(Path(content["root"]), tuple(content["classes"]), tuple(content["splits"]), files, paths, ignored)
+    parts = tuple(Place(*part) for part in content["parts"])
+    return Plan(found, content["options"], content["versions"], Groups(members, ends), order, parts)
+
+
+def check_same(plan: Plan, found: Folder, options: dict[str, Any], versions: dict[str, str], work: Path) -> None:
+    """Raise FolderError, naming what differs, when an interrupted plan is not for this folder with these options."""
+    before, now = plan.options | plan.versions, options | versions
+    for name in now:
+        if before.get(name) != now[name]:
+            raise FolderError(
+                f"{work}: the pack that was interrupted here had {name} {before.get(name)!r}, not {now[name]!r}; "
+                f"pack with the former to go on, or remove {work} to begin anew."
+            )
+    changed = _difference(plan.found, found)
+    if changed is not None:
+        raise FolderError(
+            f"{found.root / changed[0]}: {changed[1]} since the pack into {work.parent} was interrupted; "
+            f"undo that to go on, or remove {work} to begin anew."
+        )
+
+
+def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:
+    """The first file that differs, and how."""
+    count = min(len(before), len(now))
+    paths = np.flatnonzero(before.paths[: len(now.paths)] != now.paths[: len(before.paths)])
+    rows = np.flatnonzero(before.files[:count] != now.files[:count])
+    first = min(
+        int(np.searchsorted(now.files["path_end"], paths[0], "right")) if len(paths) else count,
+        int(rows[0]) if len(rows) else count,
+    )
+    old = before.path(first) if first < len(before) else None
+    new = now.path(first) if first < len(now) else None
+    if new is not None and new == old:
+        return new, "has changed"
+    if old is not None and (new is None or not (now.root / old).exists()):
+        return old, "is gone"
+    if new is not None:
+        return new, "was added"
+    others = sorted(set(before.ignored) ^ set(now.ignored))
+    if others:
+        return others[0][0], "was added, changed or removed"
+    if (before.classes, before.splits) != (now.classes, now.splits):
+        return "", "has other classes or splits"
+    return None
