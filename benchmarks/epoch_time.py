@@ -42,9 +42,9 @@ def photographs(data: Path | None, max_images: int | None) -> Iterator[tuple[Pat
 def some(folder: Path, into: Path, count: int) -> Path:
     """Links to at most `count` photographs, evenly spread over the classes."""
     found = scan(folder)
-    numbers = np.linspace(0, len(found.photos), min(count, len(found.photos)), endpoint=False).astype(int)
+    numbers = np.linspace(0, len(found), min(count, len(found)), endpoint=False).astype(int)
     for number in numbers:
-        path = found.photos[number].path
+        path = found.path(number)
         (into / path).parent.mkdir(parents=True, exist_ok=True)
         (into / path).symlink_to((folder / path).resolve())
     return into

@@ -8,7 +8,7 @@ import re
 import threading
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.errors import FolderError, SampleError
-from fastflower.folder import Folder
-from fastflower.image import Prepared, prepare
+from fastflower.image import prepare
 from fastflower.manifest import Shard, write_atomically
-from fastflower.planning import load_plan
-from fastflower.shard import ShardWriter
+from fastflower.planning import Plan, load_plan
+from fastflower.shard import Samples, ShardWriter
 
 _MAX_SLUG = 64  # characters: with the hash and an ending it fits the 100 bytes of a tar header's name
 _CHUNK_BYTES = 1 << 20  # of images that a thread decodes in one go
@@ -69,27 +68,19 @@ def make_part(
     if _is_made(work, name):
         advance(len(numbers))
         return len(numbers)
-    prepared = partial(_prepared, root, plan.found, plan.options["max_side"], plan.options["quality"])
     sizes = np.cumsum(plan.found.files["size"][numbers].astype(np.int64))
     chunks = np.split(numbers, np.flatnonzero(np.diff(sizes // _CHUNK_BYTES)) + 1)
     skipped: list[dict[str, str]] = []
-    kept: list[tuple[int, int]] = []
+    kept, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
     attempt = work / f"{name}.{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}.part"
     try:
-        with attempt.open("wb", buffering=1 << 20) as file:
+        with attempt.open("wb") as file:
             with ShardWriter(file) as writer:
-                for chunk, images in zip(chunks, mapped(prepared, chunks), strict=True):
-                    for image, made in zip(chunk, images, strict=True):
-                        path = plan.found.path(image)
-                        if isinstance(made, Prepared):
-                            label = int(plan.found.files["label"][image])
-                            writer.add(key_of(path), made.encoded, label, made.size, path, plan.found.classes[label])
-                            kept.append((int(image), made.hash))
-                        elif plan.options["on_bad"] == "fail":
-                            remedy = "remove or replace it, or pack with --on-bad skip."
-                            raise FolderError(f"{root / path}: {made}; {remedy}")
-                        else:
-                            skipped.append({"path": path, "reason": made})
+                for chunk, made in zip(chunks, mapped(partial(_prepared, root, plan), chunks), strict=True):
+                    writer.extend(made.samples)
+                    kept.append(np.array(made.numbers, np.int64))
+                    hashes.append(np.array(made.hashes, np.uint64))
+                    skipped += made.skipped
                     advance(len(chunk))
             file.flush()
             os.fsync(file.fileno())
@@ -97,25 +88,40 @@ def make_part(
     finally:
         attempt.unlink(missing_ok=True)
     write_atomically(work / f"{name}.idx", writer.dali_index().encode())
-    numbers_kept = np.array([image for image, _ in kept], np.int64)
-    hashes = np.array([bits for _, bits in kept], np.uint64)
-    Part(writer.shard(f"{name}.tar"), writer.rows, numbers_kept, hashes, skipped).save(work / f"{name}.npz")
+    shard = writer.shard(f"{name}.tar")
+    Part(shard, writer.rows, np.concatenate(kept), np.concatenate(hashes), skipped).save(work / f"{name}.npz")
     return len(numbers)
 
 
-def _prepared(
-    root: Path, found: Folder, max_side: int | None, quality: int | None, numbers: NDArray[np.int64]
-) -> list[Prepared | str]:
-    """Images, or why there is none."""
-    made: list[Prepared | str] = []
-    for number in numbers:
+@dataclass(slots=True)
+class _Chunk:
+    """Some samples, with their images' numbers and perceptual hashes, and what is left out."""
+
+    samples: Samples = field(default_factory=Samples)
+    numbers: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+
+def _prepared(root: Path, plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
+    """Read and prove images. Raises FolderError for one that is bad where the options say so."""
+    found, made = plan.found, _Chunk()
+    max_side, quality = plan.options["max_side"], plan.options["quality"]
+    for number in numbers.tolist():
+        path = found.path(number)
         try:
-            data = (root / found.path(number)).read_bytes()
-            made.append(prepare(data, max_side=max_side, quality=quality))
-        except SampleError as error:
-            made.append(str(error))
-        except OSError as error:
-            made.append(error.strerror or str(error))
+            image = prepare((root / path).read_bytes(), max_side=max_side, quality=quality)
+        except (OSError, SampleError) as error:
+            reason = str((isinstance(error, OSError) and error.strerror) or error)
+            if plan.options["on_bad"] == "fail":
+                remedy = "remove or replace it, or pack with --on-bad skip."
+                raise FolderError(f"{root / path}: {reason}; {remedy}") from error
+            made.skipped.append({"path": path, "reason": reason})
+            continue
+        label = int(found.files["label"][number])
+        made.samples.add(key_of(path), image.encoded, label, image.size, path, found.classes[label])
+        made.numbers.append(number)
+        made.hashes.append(image.hash)
     return made
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fastflower.errors import SampleError, ShardError
 from fastflower.image import prepare
 from fastflower.manifest import FILE, FORMAT_VERSION, INDEX_DTYPE, INFO, Manifest, Shard, Split, write_atomically
-from fastflower.shard import ShardWriter, index_rows, npy
+from fastflower.shard import Samples, ShardWriter, index_rows, npy
 
 _RESTORE = "restore it from a copy, or pack again"
 
@@ -114,7 +114,9 @@ def _read(path: Path) -> _Tar:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for key, label, image, note in _samples(tar):
                     size = prepare(image, max_side=None, quality=None).size
-                    writer.add(key, image, label, size, note["filename"], note["class"])
+                    sample = Samples()
+                    sample.add(key, image, label, size, note["filename"], note["class"])
+                    writer.extend(sample)
                     found.classes[label] = note["class"]
     except (OSError, tarfile.TarError, SampleError, ValueError, KeyError, TypeError) as error:
         missing = isinstance(error, FileNotFoundError)
