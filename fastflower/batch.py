@@ -1,8 +1,9 @@
 """What is asked of an executor (`Request`) and what a Loader yields (`Batch`)."""
 
 import logging
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastflower.augment import Draw
-from fastflower.errors import DeviceError
+from fastflower.errors import DeviceError, SampleError
 
 _log = logging.getLogger("fastflower")
 
@@ -30,12 +31,89 @@ class Batch(NamedTuple):
 class Request:
     """One batch to make: which samples, and the numbers drawn for them."""
 
+    epoch: int
     step: int
     indices: NDArray[Any]
-    """(N,) int64."""
+    """(N,) int64. An executor overwrites those of samples that it replaces."""
     sizes: NDArray[Any]
     """(N, 2) int64: height and width of their photographs."""
     draw: Draw
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Where a loader's time went. Reading, decoding and augmenting are sums over threads (with DALI reading alone)."""
+
+    images: int
+    workers: int
+    replaced: int
+    """Damaged samples that another stood in for."""
+    read_seconds: float
+    """Reading and checking checksums."""
+    decode_seconds: float
+    augment_seconds: float
+    wait_seconds: float
+    """In which the consumer waited for a batch."""
+    consume_seconds: float
+    """In which the consumer used a batch while the loader worked ahead."""
+
+    def __str__(self) -> str:
+        """The sums, and a sentence that says what holds the job back and what to do."""
+        count = max(1, self.images)
+        lines = [
+            f"{name:8} {seconds:8.2f} s {1000 * seconds / count:8.3f} ms an image"
+            for name, seconds in (
+                ("read", self.read_seconds),
+                ("decode", self.decode_seconds),
+                ("augment", self.augment_seconds),
+                ("wait", self.wait_seconds),
+                ("consume", self.consume_seconds),
+            )
+        ]
+        return "\n".join([*lines, self.verdict])
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        total = self.wait_seconds + self.consume_seconds
+        if not self.images or not total:
+            return "nothing was fed yet: iterate first."
+        share = self.wait_seconds / total
+        if share < 0.05:
+            return f"the consumer holds the job back: it waited for data {share:.0%} of the time; speed up the training step."
+        work = {"reading": self.read_seconds, "decoding": self.decode_seconds, "augmenting": self.augment_seconds}
+        slowest = max(work, key=lambda name: work[name])
+        advice = {
+            "reading": "put the shards on a faster disk, or into RAM",
+            "decoding": "keep decoded photographs (cache), pack smaller ones (max_side), or add cores (workers)",
+            "augmenting": "add cores (workers), or augment less: hue costs most",
+        }[slowest]
+        return f"feeding holds the job back: the consumer waited {share:.0%} of the time, most of it for {slowest}; {advice}."
+
+
+class Clock:
+    """Seconds spent, by what they were spent on. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._lock = Lock()
+
+    def add(self, what: str, seconds: float) -> None:
+        """Add to one of the sums."""
+        with self._lock:
+            self._seconds[what] = self._seconds.get(what, 0.0) + seconds
+
+    def __getitem__(self, what: str) -> float:
+        return self._seconds.get(what, 0.0)
+
+
+Replace = Callable[[Request, int, SampleError], Request]
+"""(request, row, what is wrong with the sample there) to the request with another sample in that row, or raises the error."""
+
+
+def refuse(_request: Request, _row: int, error: SampleError) -> Request:
+    """Replace nothing."""
+    raise error
 
 
 class Executor(Protocol):

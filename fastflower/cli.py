@@ -96,8 +96,8 @@ def _pack(prog: str, args: Sequence[str]) -> None:
 
 def _listed(what: str, lines: Iterable[str]) -> None:
     lines = list(lines)
-    for line in lines[:_MOST_LINES]:
-        print(f"{what} {line}")
+    for line in lines[:_MOST_LINES]:  # the name of a file may hold line breaks and commands to the terminal
+        print(what, "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line))
     if len(lines) > _MOST_LINES:
         print(f"{what} {len(lines) - _MOST_LINES} more, in manifest.json")
 
@@ -129,8 +129,9 @@ def _verify(prog: str, args: Sequence[str]) -> None:
     for problem in problems:
         print(problem)
     if problems:
-        raise ShardError(f"{values['shards']}: {len(problems)} problems, named above.")
-    print(f"{values['shards']}: every byte is as it was packed")
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ShardError(f"{values['shards']}: {count}, named above.")
+    print(f"{values['shards']}: every image decodes; tars, indexes and manifest agree")
 
 
 def _train(prog: str, args: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastflower import color, geometry
 from fastflower.augment import Augment
-from fastflower.batch import Request
+from fastflower.batch import Replace, Request, refuse
 from fastflower.errors import SampleError
 
 # DALI makes most of their names at run time.
@@ -42,6 +42,7 @@ class DaliExecutor:
         dtype: torch.dtype,
         encoded: Callable[[int], Any],
         prove: Callable[[int], object],
+        replace: Replace = refuse,
         *,
         device: torch.device,
         batch_size: int,
@@ -51,6 +52,7 @@ class DaliExecutor:
         self._dtype = dtype
         self._encoded = encoded
         self._prove = prove
+        self._replace = replace
         self._device = device
         self._options = {
             "batch_size": batch_size,
@@ -66,8 +68,9 @@ class DaliExecutor:
         # An error or an early end leaves batches in the pipeline, which it would yield later: it is kept only when drained.
         self._pipe = None
         started: deque[Request] = deque()
-        for request in requests:
-            self._feed(pipe, request)
+        for wanted in requests:
+            request, encoded = self._read(wanted)
+            self._feed(pipe, request, encoded)
             started.append(request)
             if primed or len(started) == _AHEAD:  # DALI's first run takes as many batches as it prefetches
                 pipe.schedule_run()
@@ -77,7 +80,7 @@ class DaliExecutor:
         drained = primed
         if not primed and started:
             for _ in range(_AHEAD - len(started)):
-                self._feed(pipe, started[-1])
+                self._feed(pipe, *self._read(started[-1]))
             pipe.schedule_run()
         while started:
             yield self._take(pipe, started.popleft())
@@ -88,12 +91,22 @@ class DaliExecutor:
         pipe.build()
         return pipe
 
-    def _feed(self, pipe: Pipeline, request: Request) -> None:
+    def _read(self, request: Request) -> tuple[Request, list[NDArray[np.uint8]]]:
+        """The bytes of a batch's files, and the batch with the samples that stand in for damaged ones."""
+        encoded: list[NDArray[np.uint8]] = []
+        while len(encoded) < len(request.indices):
+            try:
+                encoded.append(np.frombuffer(self._encoded(int(request.indices[len(encoded)])), np.uint8))
+            except SampleError as error:
+                request = self._replace(request, len(encoded), error)
+        return request, encoded
+
+    def _feed(self, pipe: Pipeline, request: Request, encoded: list[NDArray[np.uint8]]) -> None:
         draw, warp = request.draw, request.draw.warp(request.sizes, self._augment.fill)
         sigma, window = _gaussians(warp.footprint)
         mask = geometry.compose(_onto(warp.visible, draw.size), warp.photo)
         inputs: dict[str, Any] = {
-            "encoded": [np.frombuffer(self._encoded(int(index)), np.uint8) for index in request.indices],
+            "encoded": encoded,
             "start": warp.region[:, :2].astype(np.int32),
             "shape": warp.region[:, 2:].astype(np.int32),
             "matrix": warp.matrix.astype(np.float32),

@@ -107,6 +107,13 @@ def scan(root: str | Path) -> Folder:
     or a class without images.
     """
     root = Path(root)
+    try:
+        return _scanned(root)
+    except OSError as error:
+        raise FolderError(f"{error.filename or root}: cannot be read ({error.strerror}); make it readable.") from error
+
+
+def _scanned(root: Path) -> Folder:
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise FolderError(f"{root}: {what}; name a folder that holds one folder of images for each class.")
@@ -208,12 +215,14 @@ def _listed(root: Path, lists: dict[str, Path]) -> Folder:
         if len(set(classes)) < len(classes):
             raise FolderError(f"{named}: names a class twice; one line a class, in the order of the labels.")
     else:
-        classes = sorted({path.partition("/")[0] for _, path, _ in _lines(lists["train"])})
+        classes = sorted({path.partition("/")[0] for _, path, _ in _lines(lists["train"]) if "/" in path})
     labels = {name: label for label, name in enumerate(classes)}
     seen: set[int] = set()  # 64 bits of each path; paths themselves would not fit a million files
     for number, (split, file) in enumerate(lists.items()):
         for line, listed, label in _lines(file):
             where, first = f"{file}, line {line}", listed.partition("/")[0]
+            if "\0" in listed:
+                raise FolderError(f"{where}: holds a zero byte; save the list as UTF-8.")
             known = labels.get(first) if label is None else label
             if known is None:
                 raise FolderError(f"{where}: {listed!r} has no label and lies in no class folder; write PATH LABEL.")
@@ -223,8 +232,9 @@ def _listed(root: Path, lists: dict[str, Path]) -> Folder:
                 raise FolderError(
                     f"{where}: label {known} is not the place of {first!r} among the sorted class folders; add classes.txt."
                 )
-            path = f"{split}/{listed}" if (root / split / listed).exists() else listed
-            if (root / path).is_dir():
+            # Unlike Path's, these take a name that is too long for one of nothing.
+            path = f"{split}/{listed}" if os.path.exists(root / split / listed) else listed  # noqa: PTH110
+            if os.path.isdir(root / path):  # noqa: PTH112
                 raise FolderError(f"{where}: {path!r} is a folder; list its files.")
             if hash(path) in seen:
                 raise FolderError(f"{where}: {path!r} is listed twice; remove one of the lines.")

@@ -28,7 +28,12 @@ def decode(encoded: Any) -> NDArray[np.uint8]:
 
 def _decoded(encoded: Any, flags: int) -> NDArray[np.uint8]:
     data = np.frombuffer(encoded, np.uint8)
-    image: Any = cv2.imdecode(data, flags) if data.size else None
+    try:
+        image: Any = cv2.imdecode(data, flags) if data.size else None
+    except cv2.error as error:  # more pixels than OpenCV takes; or no memory, which says nothing about the image
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError(error.err) from None
+        image = None
     if image is None:
         raise SampleError("cannot be decoded as an image, or is cut short")
     return image
@@ -146,6 +151,8 @@ def _reason(data: bytes) -> str | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
+    except MemoryError:
+        raise
     except Exception as error:
         return _plain(error)
     return None

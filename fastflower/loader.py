@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastflower.augment import Augment
-from fastflower.batch import Batch, Executor, Request, resolve_device
+from fastflower.batch import Batch, Clock, Executor, Request, Stats, resolve_device
 from fastflower.cache import PixelCache, limit_of
 from fastflower.errors import ArgumentError, SampleError, ShardError
 from fastflower.image import decode
@@ -31,8 +32,7 @@ class Loader:
     """Iterates over the batches of one epoch at a time.
 
     Every `for` is a fresh epoch with its own order and draws, both functions of (seed, epoch): after a `break` the next
-    `for` begins the next epoch. Shuffled epochs drop the tail that does not fill a global batch; ordered ones
-    (`shuffle=False`) hold every sample exactly once.
+    `for` begins the next epoch. Every sample comes at most once an epoch, and exactly once where the tail is kept.
 
     Args:
         shards: The folder that `pack` wrote.
@@ -46,6 +46,10 @@ class Loader:
             fits, None nothing. With DALI nothing is kept.
         rank, world_size: Of torch.distributed where that is initialised, else 0 and 1.
         shuffle: None shuffles "train" only.
+        tail: What does not fill a global batch: "drop" (the default when shuffled), "keep" (the default when not: ranks get
+            uneven parts of it, a rank without a part one step less), or "pad" with the epoch's first samples.
+        on_bad: What a damaged sample does: "fail" stops the epoch with a SampleError, "skip" puts the next sample of the
+            index in its place; `replaced` counts them, and the log names each once.
         executor: "opencv" (the default without CUDA) or "dali".
         workers: Threads; all cores by default.
 
@@ -66,6 +70,8 @@ class Loader:
         rank: int | None = None,
         world_size: int | None = None,
         shuffle: bool | None = None,
+        tail: Literal["drop", "keep", "pad"] | None = None,
+        on_bad: Literal["fail", "skip"] = "fail",
         executor: Literal["opencv", "dali"] | None = None,
         workers: int | None = None,
     ) -> None:
@@ -78,12 +84,19 @@ class Loader:
         self.dtype = dtype or torch.float32
         self.rank, self.world_size = _place(rank, world_size)
         self.shuffle = split == "train" if shuffle is None else shuffle
-        self._reader = ShardReader(self.manifest, split)
+        self.tail = tail or ("drop" if self.shuffle else "keep")
+        self.on_bad = on_bad
+        self.replaced: dict[int, str] = {}
+        """Damaged samples, by index, and what is wrong with each."""
+        self._reader = ShardReader(self.manifest, split, strict=on_bad == "fail")
         self._check(workers)
         index = self._reader.index
         self._sizes = np.stack([index["height"], index["width"]], axis=1).astype(np.int64)
         self._labels = torch.from_numpy(index["label"].astype(np.int64))
-        self._executor = self._make_executor(executor, cache, workers or os.cpu_count() or 1)
+        self._clock = Clock()
+        self._images = 0
+        self._workers = workers or os.cpu_count() or 1
+        self._executor = self._make_executor(executor, cache, self._workers)
         self._next = (0, 0)  # (epoch, step) at which the next `for` begins
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
 
@@ -91,22 +104,26 @@ class Loader:
         rules = [
             ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
             ("workers", workers, workers is None or workers >= 1, "at least 1"),
+            ("tail", self.tail, self.tail in ("drop", "keep", "pad"), "'drop', 'keep' or 'pad'"),
+            ("on_bad", self.on_bad, self.on_bad in ("fail", "skip"), "'fail' or 'skip'"),
             ("dtype", self.dtype, self.dtype in _DTYPES, f"one of {', '.join(map(str, _DTYPES))}"),
         ]
         for name, value, holds, rule in rules:
             if not holds:
                 raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
-        if self.shuffle and self.global_batch_size > self.num_samples:
+        if self.tail == "drop" and self.global_batch_size > self.num_samples:
             raise ArgumentError(
                 f"batch_size {self.batch_size} * world_size {self.world_size} exceeds the {self.num_samples} samples of "
-                f"split {self.split!r}, so an epoch would have no step; lower batch_size."
+                f"split {self.split!r}, so an epoch would have no step; lower batch_size, or set tail."
             )
 
     def _make_executor(self, name: str | None, cache: Literal["auto"] | int | None, workers: int) -> Executor:
         name = name or ("dali" if self.device.type == "cuda" else "opencv")
         if name == "opencv":
             limit = limit_of(cache, 3 * int(self._sizes.prod(axis=1).sum()))
-            return OpencvExecutor(self.augment, self.dtype, PixelCache(self._decode, limit), workers=workers)
+            return OpencvExecutor(
+                self.augment, self.dtype, PixelCache(self._decode, limit), self._replace, workers=workers
+            )
         if name != "dali":
             raise ArgumentError(f"executor must be 'opencv' or 'dali', got {name!r}.")
         if isinstance(cache, int) and cache:
@@ -118,19 +135,31 @@ class Loader:
         return DaliExecutor(
             self.augment,
             self.dtype,
-            self._reader.encoded,
+            self._encoded,
             self._decode,
+            self._replace,
             device=self.device,
             batch_size=self.batch_size,
             workers=workers,
         )
 
-    def _decode(self, index: int) -> NDArray[np.uint8]:
+    def _encoded(self, index: int) -> memoryview:
+        start = perf_counter()
         try:
-            return decode(self._reader.encoded(index))
+            return self._reader.encoded(index)
+        finally:
+            self._clock.add("read", perf_counter() - start)
+
+    def _decode(self, index: int) -> NDArray[np.uint8]:
+        encoded = self._encoded(index)
+        start = perf_counter()
+        try:
+            return decode(encoded)
         except SampleError as error:
             place = self._reader.where(index)
-            raise (error if str(error).startswith(place) else SampleError(f"{place}: {error}")) from None
+            raise SampleError(f"{place}: {error}") from None
+        finally:
+            self._clock.add("decode", perf_counter() - start)
 
     def photo(self, index: int) -> NDArray[np.uint8]:
         """The whole decoded photograph of a sample, (H, W, 3) RGB; not to be written to."""
@@ -151,9 +180,9 @@ class Loader:
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        """Steps in an epoch: the same on every rank, but for one fewer where an ordered epoch's tail has none for it."""
-        steps = num_steps(self.num_samples, self.global_batch_size, drop_tail=self.shuffle)
-        return steps if self.shuffle or len(self._positions(steps - 1)) else steps - 1
+        """Steps in an epoch: the same on every rank, but for one fewer where a kept tail has no sample for it."""
+        steps = num_steps(self.num_samples, self.global_batch_size, drop_tail=self.tail == "drop")
+        return steps if self.tail != "keep" or len(self._positions(steps - 1)) else steps - 1
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, step = self._next
@@ -164,25 +193,54 @@ class Loader:
         steps = len(self)
         requests = (self._request(epoch, step) for step in range(start, steps))
         made = self._executor.run(requests)
+        asked = perf_counter()
         try:
             for request, images in made:
                 self._position = (epoch, request.step + 1) if request.step + 1 < steps else (epoch + 1, 0)
                 index = torch.from_numpy(request.indices)
-                yield Batch(self._put(images), self._put(self._labels[index]), self._put(index))
+                batch = Batch(self._put(images), self._put(self._labels[index]), self._put(index))
+                given = perf_counter()
+                self._clock.add("wait", given - asked)
+                self._images += len(index)
+                yield batch
+                asked = perf_counter()
+                self._clock.add("consume", asked - given)
         finally:
             made.close()
 
+    def stats(self) -> Stats:
+        """Where the time of all epochs so far went."""
+        names = ("read", "decode", "augment", "wait", "consume")
+        seconds = {f"{name}_seconds": self._clock[name] for name in names}
+        return Stats(images=self._images, workers=self._workers, replaced=len(self.replaced), **seconds)
+
     def _positions(self, step: int) -> NDArray[np.int64]:
-        return step_positions(
-            step, self.num_samples, self.global_batch_size, rank=self.rank, world_size=self.world_size
-        )
+        ranks = {"rank": self.rank, "world_size": self.world_size}
+        return step_positions(step, self.num_samples, self.global_batch_size, **ranks, pad=self.tail == "pad")
 
     def _request(self, epoch: int, step: int) -> Request:
         indices = self._positions(step)
         if self.shuffle:
             indices = permute(indices, self.num_samples, seed=self.seed, epoch=epoch)
+        return self._drawn(epoch, step, indices)
+
+    def _drawn(self, epoch: int, step: int, indices: NDArray[np.int64]) -> Request:
         sizes = self._sizes[indices]
-        return Request(step, indices, sizes, self.augment.draw(self.seed, epoch, indices, sizes))
+        return Request(epoch, step, indices, sizes, self.augment.draw(self.seed, epoch, indices, sizes))
+
+    def _replace(self, request: Request, row: int, error: SampleError) -> Request:
+        """The request with the next sample of the index in a row whose sample is damaged."""
+        indices = request.indices.copy()
+        damaged = int(indices[row])
+        if self.on_bad == "fail":
+            raise error
+        if damaged not in self.replaced:
+            self.replaced[damaged] = str(error)
+            _log.warning("another sample stands in for a damaged one: %s", error)
+        if len(self.replaced) == self.num_samples:
+            raise error
+        indices[row] = (damaged + 1) % self.num_samples
+        return self._drawn(request.epoch, request.step, indices)
 
     def _put(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == self.device.type:
@@ -220,6 +278,7 @@ class Loader:
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "shuffle": self.shuffle,
+            "tail": self.tail,
         }
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -116,9 +116,9 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of the file: the same manifest gives the same bytes."""
-        fields = {"format": "fastflower", "version": FORMAT_VERSION, **asdict(self)}
-        del fields["folder"]
-        return json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
+        stored = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "folder"}
+        content = {"format": "fastflower", "version": FORMAT_VERSION, **stored}
+        return json.dumps(content, indent=1, ensure_ascii=False, default=asdict) + "\n"  # asdict: splits
 
     def to_info(self) -> str:
         """The text of `_info.json`, which timm's reader of WebDataset shards reads."""
@@ -157,7 +157,7 @@ class Manifest:
         return rows
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that it is seen whole or not at all, also after a power cut."""
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # others may write the same file
     try:

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import cv2
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from fastflower import color, geometry
 from fastflower.augment import Augment
-from fastflower.batch import Request
+from fastflower.batch import Clock, Replace, Request, refuse
+from fastflower.errors import SampleError
 
 Pixels = NDArray[np.uint8]
 
@@ -28,9 +30,20 @@ _BOUNDARY = 0.75
 class OpencvExecutor:
     """Turns samples into batches. decoded(index) gives a sample's pixels and runs on the pool's threads."""
 
-    def __init__(self, augment: Augment, dtype: torch.dtype, decoded: Callable[[int], Pixels], *, workers: int) -> None:
+    def __init__(
+        self,
+        augment: Augment,
+        dtype: torch.dtype,
+        decoded: Callable[[int], Pixels],
+        replace: Replace = refuse,
+        clock: Clock | None = None,
+        *,
+        workers: int,
+    ) -> None:
         self._render = _Renderer(augment, dtype)
         self._decoded = decoded
+        self._replace = replace
+        self._clock = clock or Clock()
         self._workers = workers
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
@@ -57,10 +70,31 @@ class OpencvExecutor:
         jobs = self._render.jobs(request)
 
         def work(start: int) -> None:
+            rendering = 0.0
             for row in range(start, min(start + _CHUNK, len(indices))):
-                self._render(self._decoded(indices[row]), jobs[row], rows[row])
+                try:
+                    photo, job = self._decoded(indices[row]), jobs[row]
+                except SampleError as error:
+                    photo, job = self._instead(request, row, error)
+                before = perf_counter()
+                self._render(photo, job, rows[row])
+                rendering += perf_counter() - before
+            self._clock.add("augment", rendering)
 
         return images, [pool.submit(work, start) for start in range(0, len(indices), _CHUNK)]
+
+    def _instead(self, request: Request, row: int, error: SampleError) -> tuple[Pixels, "_Job"]:
+        """The next sample that is not damaged; its index goes into the request."""
+        other = request
+        while True:
+            other = self._replace(other, row, error)
+            try:
+                photo = self._decoded(int(other.indices[row]))
+            except SampleError as another:
+                error = another
+            else:
+                request.indices[row] = other.indices[row]
+                return photo, self._render.jobs(other)[row]
 
 
 def _finished(request: Request, images: Tensor, futures: list[Future[None]]) -> tuple[Request, Tensor]:

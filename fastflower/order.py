@@ -9,7 +9,7 @@ The bijection is a generalised Feistel network over Z_a x Z_b with a*b >= num_sa
 Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014, with Stafford's constants ("Mix13").
 
 Policies for what does not divide: training drops the tail of an epoch (a new order every epoch leaves out others each
-time), evaluation keeps it and gives the ranks uneven parts.
+time) or pads it with the epoch's first samples, evaluation keeps it and gives the ranks uneven parts.
 """
 
 from math import isqrt
@@ -113,9 +113,13 @@ def num_steps(num_samples: int, global_batch_size: int, *, drop_tail: bool) -> i
 
 
 def step_positions(
-    step: int, num_samples: int, global_batch_size: int, *, rank: int = 0, world_size: int = 1
+    step: int, num_samples: int, global_batch_size: int, *, rank: int = 0, world_size: int = 1, pad: bool = False
 ) -> NDArray[np.int64]:
-    """The positions in the epoch's order that `rank` sees in `step`, int64; fewer than a batch only at the tail."""
+    """The positions in the epoch's order that `rank` sees in `step`, int64; fewer than a batch only at the tail.
+
+    pad  fill the tail with the first positions of the epoch, again and again where those are too few.
+    """
     start = step * global_batch_size
-    part = rank_part(min(global_batch_size, num_samples - start), rank, world_size)
-    return np.arange(int(start + part.start), int(start + part.stop))
+    count = global_batch_size if pad else min(global_batch_size, num_samples - start)
+    part = rank_part(count, rank, world_size)
+    return np.arange(int(start + part.start), int(start + part.stop)) % num_samples

@@ -26,7 +26,7 @@ from fastflower.duplicates import nearest
 from fastflower.errors import ArgumentError, FolderError
 from fastflower.folder import Folder, scan
 from fastflower.manifest import FILE, INFO, Manifest, Split, sync, write_atomically
-from fastflower.part import Part, make_part
+from fastflower.part import STOP, Part, make_part
 from fastflower.planning import PLAN, Plan, check_same, load_plan, make_plan, save_plan, shard_name
 from fastflower.shard import index_rows, npy
 
@@ -80,7 +80,7 @@ def pack(
     """
     _check_arguments(split_by, val_fraction, shard_bytes, max_side, quality, on_bad, on_conflict, workers)
     folder, out = Path(folder), Path(out)
-    if out.resolve().is_relative_to(folder.resolve()):
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve raises at a link to itself
         raise FolderError(f"{out}: lies in {folder}, where it would count as images; name another folder with --out.")
     found = scan(folder)
     split_by = split_by or ("folder" if found.splits else "class")
@@ -98,15 +98,18 @@ def pack(
         "lists": lists,
     }
     threads = workers or len(os.sched_getaffinity(0))
-    killed = (out / _WORK).exists()
+    killed = _exists(out / _WORK)
     with _workspace(out) as work, ThreadPoolExecutor(threads) as pool:
         if (out / FILE).exists():
             manifest = Manifest.load(out)
-            if not killed or manifest.options != options:
+            files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
+            same = manifest.options == options and manifest.classes == found.classes
+            if not killed or not same or files != len(found) + len(found.ignored):
                 raise FolderError(f"{out}: holds a pack already; name another folder with --out, or remove this one.")
             (work / PLAN).unlink(missing_ok=True)  # it was killed when all that was left was to remove the workspace
             return manifest
         plan = _begun(found, options, work, partial(_ahead, pool, 2 * threads))
+        del found  # the plan has the same, mapped from files
         try:
             _withdraw(plan, work)
             _run(plan, work, pool, threads, executor)
@@ -161,8 +164,13 @@ def _workspace(out: Path) -> Iterator[Path]:
             what = f"cannot be written ({error.strerror or error}); make room, or name another folder with --out."
         else:
             what = f"a worker died ({error}); pack with fewer workers where memory ran out."
-        again = " The same command goes on where this one stopped." if (work / PLAN).exists() else ""
+        again = " The same command goes on where this one stopped." if _exists(work / PLAN) else ""
         raise FolderError(f"{out}: {what}{again}") from error
+
+
+def _exists(path: Path) -> bool:
+    """Also where the question is an error, such as a name that is too long; Path.exists raises it."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def _locked(work: Path) -> IO[str]:
@@ -196,7 +204,7 @@ def _begun(found: Folder, options: dict[str, Any], work: Path, mapped: Callable[
         save_plan(make_plan(found, options, versions, mapped), work)
     plan = load_plan(work)
     check_same(plan, found, options, versions, work)
-    return plan
+    return replace(plan, found=replace(plan.found, root=found.root))  # it may have moved
 
 
 def _ahead(pool: ThreadPoolExecutor, depth: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -214,13 +222,15 @@ def _run(plan: Plan, work: Path, pool: ThreadPoolExecutor, threads: int, executo
     """Make the parts; stop at the first error."""
     work = work.absolute()  # elsewhere the current folder may be another
     root = plan.found.root.absolute()
+    (work / STOP).unlink(missing_ok=True)
+    token = os.urandom(8)
     makers = executor or ThreadPoolExecutor(2)  # while one waits for the disk, the other keeps the pool busy
     with tqdm(total=len(plan.order), desc="pack", unit="image", disable=None) as bar:
         begun: list[Future[int]] = []
         try:
             for number in range(len(plan.parts)):
                 if executor:  # it may run elsewhere: there the bar moves a shard at a time
-                    begun.append(makers.submit(make_part, root, work, number))
+                    begun.append(makers.submit(make_part, root, work, number, token=token))
                 else:
                     mapped = partial(_ahead, pool, threads + 2)
                     begun.append(makers.submit(make_part, root, work, number, mapped, bar.update))
@@ -230,9 +240,11 @@ def _run(plan: Plan, work: Path, pool: ThreadPoolExecutor, threads: int, executo
                     bar.update(count)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # so that those that run end soon
+            if executor:
+                (work / STOP).touch()
             raise
-        finally:
-            wait([future for future in begun if not future.cancel()])  # they still write into the workspace
+        finally:  # They still write into the workspace. An executor's are not cancelled: dask calls so what runs on.
+            wait([future for future in begun if executor or not future.cancel()])
             if executor is None:
                 makers.shutdown()
 
@@ -260,10 +272,13 @@ def _moves(kept: dict[str, list[tuple[str, Part]]], work: Path) -> list[tuple[Pa
 
 def _withdraw(plan: Plan, work: Path) -> None:
     """Take back what a pack that was killed while it published had in place already."""
-    if all((work / f"{part.name}.npz").exists() for part in plan.parts):
-        for source, target in _moves(_kept(plan, work), work):
-            if target.exists() and not source.exists():
-                target.replace(source)
+    try:
+        moves = _moves(_kept(plan, work), work)
+    except OSError:  # a record is missing: nothing is in place yet; or it is damaged: what is gone is made again
+        return
+    for source, target in moves:
+        if target.exists() and not source.exists():
+            target.replace(source)
 
 
 def _publish(plan: Plan, work: Path) -> Manifest:
@@ -272,13 +287,7 @@ def _publish(plan: Plan, work: Path) -> Manifest:
     parts = {split: [part for _, part in group] for split, group in kept.items()}
     manifest = _described(plan, out, parts, [Part.load(work / f"{part.name}.npz").skipped for part in plan.parts])
     moves = _moves(kept, work)
-    contents: dict[str, bytes] = {}
-    for split, group in parts.items():
-        contents[f"{split}.index.npy"] = npy(index_rows([part.rows for part in group]))
-    if plan.options["lists"]:
-        contents |= _lists(plan, parts)
-    contents |= {INFO: manifest.to_info().encode(), FILE: manifest.to_json().encode("utf-8", "backslashreplace")}
-    for name, data in contents.items():
+    for name, data in _files(plan, manifest, parts):
         (work / name).parent.mkdir(exist_ok=True)
         write_atomically(work / name, data)
         moves.append((work / name, out / name))
@@ -296,6 +305,16 @@ def _publish(plan: Plan, work: Path) -> Manifest:
             target.replace(source)
         raise
     return manifest
+
+
+def _files(plan: Plan, manifest: Manifest, parts: dict[str, list[Part]]) -> Iterator[tuple[str, bytes | memoryview]]:
+    """(name, content) of what stands beside the tars, the manifest last."""
+    for split, group in parts.items():
+        yield f"{split}.index.npy", npy(index_rows([part.rows for part in group]))
+    if plan.options["lists"]:
+        yield from _lists(plan, parts).items()
+    yield INFO, manifest.to_info().encode()
+    yield FILE, manifest.to_json().encode("utf-8", "backslashreplace")
 
 
 def _lists(plan: Plan, parts: dict[str, list[Part]]) -> dict[str, bytes]:

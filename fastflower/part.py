@@ -22,8 +22,10 @@ from fastflower.manifest import Shard, write_atomically
 from fastflower.planning import Plan, load_plan
 from fastflower.shard import Samples, ShardWriter
 
+STOP = "stop"  # a file in the workspace: those that make parts are to end
 _MAX_SLUG = 64  # characters: with the hash and an ending it fits the 100 bytes of a tar header's name
 _CHUNK_BYTES = 1 << 20  # of images that a thread decodes in one go
+_SMALL = 1 << 12  # bytes: what every image counts for at least, for it takes memory besides its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,13 @@ class Part:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a record."""
-        with np.load(path) as record:
-            rest = json.loads(record["rest"].tobytes())
-            return cls(Shard(**rest["shard"]), record["rows"], record["numbers"], record["hashes"], rest["skipped"])
+        """Read a record. Raises OSError when it is missing or damaged."""
+        try:
+            with path.open("rb") as file, np.load(file) as record:  # given a path, it leaves a damaged file open
+                rest = json.loads(record["rest"].tobytes())
+                return cls(Shard(**rest["shard"]), record["rows"], record["numbers"], record["hashes"], rest["skipped"])
+        except (EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+            raise OSError(f"{path} is damaged: {error}") from error
 
 
 def make_part(
@@ -58,17 +63,22 @@ def make_part(
     number: int,
     mapped: Callable[..., Iterable[Any]] = map,
     advance: Callable[[int], object] = lambda _: None,
+    token: object = None,  # noqa: ARG001
 ) -> int:
     """Make one part, unless it is there already: its tar, DALI's index and a record of both, which comes last.
 
-    Can run in any process that sees the folders, also twice at a time. Returns the number of images.
+    Can run in any process that sees the folders, also twice at a time. Ends early where the workspace holds STOP.
+    token  tells this call from others: dask answers a call that it knows with what came of that one.
+    Returns the number of images.
     """
+    if (work / STOP).exists():
+        return 0
     plan = load_plan(work)
     name, numbers = plan.parts[number].name, plan.order[plan.parts[number].start : plan.parts[number].stop]
     if _is_made(work, name):
         advance(len(numbers))
         return len(numbers)
-    sizes = np.cumsum(plan.found.files["size"][numbers].astype(np.int64))
+    sizes = np.cumsum(np.maximum(plan.found.files["size"][numbers].astype(np.int64), _SMALL))
     chunks = np.split(numbers, np.flatnonzero(np.diff(sizes // _CHUNK_BYTES)) + 1)
     skipped: list[dict[str, str]] = []
     kept, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
@@ -77,6 +87,8 @@ def make_part(
         with attempt.open("wb") as file:
             with ShardWriter(file) as writer:
                 for chunk, made in zip(chunks, mapped(partial(_prepared, root, plan), chunks), strict=True):
+                    if (work / STOP).exists():
+                        return 0
                     writer.extend(made.samples)
                     kept.append(np.array(made.numbers, np.int64))
                     hashes.append(np.array(made.hashes, np.uint64))
@@ -87,7 +99,7 @@ def make_part(
         attempt.replace(work / f"{name}.tar")
     finally:
         attempt.unlink(missing_ok=True)
-    write_atomically(work / f"{name}.idx", writer.dali_index().encode())
+    write_atomically(work / f"{name}.idx", writer.dali_index())
     shard = writer.shard(f"{name}.tar")
     Part(shard, writer.rows, np.concatenate(kept), np.concatenate(hashes), skipped).save(work / f"{name}.npz")
     return len(numbers)
@@ -131,7 +143,7 @@ def _is_made(work: Path, name: str) -> bool:
         shard = Part.load(work / f"{name}.npz").shard
         with (work / f"{name}.tar").open("rb") as tar:
             return hashlib.file_digest(tar, "sha256").hexdigest() == shard.sha256 and (work / f"{name}.idx").exists()
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except OSError:
         return False
 
 

@@ -119,7 +119,7 @@ def _shards(found: Folder, numbers: NDArray[np.int64], options: dict[str, Any]) 
     shuffled = numbers[epoch_order(len(numbers), seed=options["seed"], epoch=-2)]
     ends = np.cumsum(found.files["size"][shuffled].astype(np.int64))
     count = max(1, -(-int(ends[-1]) // options["shard_bytes"]))
-    places = np.minimum((ends - 1) * count // max(1, int(ends[-1])), count - 1)
+    places = np.maximum(ends - 1, 0) * count // max(1, int(ends[-1]))  # images of no bytes may come first
     return np.split(shuffled, np.flatnonzero(np.diff(places)) + 1)
 
 
@@ -135,7 +135,7 @@ def save_plan(plan: Plan, work: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     content = {
-        "root": str(found.root),
+        "root": str(found.root.absolute()),
         "classes": found.classes,
         "splits": found.splits,
         "ignored": found.ignored,
@@ -186,7 +186,7 @@ def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:
     new = now.path(first) if first < len(now) else None
     if new is not None and new == old:
         return new, "has changed"
-    if old is not None and (new is None or not (now.root / old).exists()):
+    if old is not None and all(now.path(number) != old for number in range(first, len(now))):
         return old, "is gone"
     if new is not None:
         return new, "was added"

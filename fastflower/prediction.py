@@ -95,7 +95,7 @@ def _view(paths: Sequence[Path], checkpoint: Checkpoint, dtype: torch.dtype) -> 
         photos = list(pool.map(_read, paths))
     augment, indices = view_of(checkpoint.recipe), np.arange(len(paths))
     sizes = np.array([photo.shape[:2] for photo in photos], np.int64)
-    request = Request(0, indices, sizes, augment.draw(0, 0, indices, sizes))
+    request = Request(0, 0, indices, sizes, augment.draw(0, 0, indices, sizes))
     executor = OpencvExecutor(augment, dtype, photos.__getitem__, workers=os.cpu_count() or 1)
     ((_, images),) = executor.run([request])
     return images

@@ -75,7 +75,7 @@ class ShardWriter:
         self._digest = hashlib.sha256()
         self._bytes = 0
         self._rows = bytearray()
-        self._index = io.StringIO()
+        self._index = bytearray()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -92,7 +92,7 @@ class ShardWriter:
         for members in samples.members:
             # DALI's v1.2: extension, offset, size and name of each member (nvidia/dali/tools/wds2idx.py).
             line = [f"{ending} {start + offset} {size} {name}" for ending, offset, size, name in members]
-            self._index.write(" ".join(line) + "\n")
+            self._index += (" ".join(line) + "\n").encode()
         self._write(b"".join(samples.pieces))  # in one piece, so that threads seldom ask for Python's lock
         self.samples += len(samples.rows)
 
@@ -106,9 +106,9 @@ class ShardWriter:
         """(samples,) of INDEX_DTYPE, as if this were the split's first shard."""
         return np.frombuffer(self._rows, INDEX_DTYPE)
 
-    def dali_index(self) -> str:
-        """The text of the .idx file."""
-        return f"v1.2 {self.samples}\n{self._index.getvalue()}"
+    def dali_index(self) -> bytes:
+        """The content of the .idx file."""
+        return b"v1.2 %d\n%b" % (self.samples, self._index)
 
     def shard(self, name: str) -> Shard:
         """The manifest's entry for the finished tar, which is to be called `name`."""
@@ -127,24 +127,25 @@ def index_rows(shards: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return rows
 
 
-def npy(rows: NDArray[Any]) -> bytes:
+def npy(rows: NDArray[Any]) -> memoryview:
     """The bytes of a .npy file."""
     file = io.BytesIO()
     np.save(file, rows)
-    return file.getvalue()
+    return file.getbuffer()
 
 
 class ShardReader:
     """The samples of one split by index. Thread-safe; files are mapped into memory, opened at first use.
 
-    Raises ShardError at construction when a shard is missing or has another size than the manifest says.
+    strict  raise ShardError at construction when a shard is missing or has another size than the manifest says; else its
+    samples, as far as they are damaged, raise SampleError.
     """
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
+    def __init__(self, manifest: Manifest, split: str, *, strict: bool = True) -> None:
         self.index = manifest.index(split)
         self._paths = [manifest.folder / shard.name for shard in manifest.split(split).shards]
         self._maps: dict[int, mmap.mmap] = {}
-        for path, shard in zip(self._paths, manifest.split(split).shards, strict=True):
+        for path, shard in zip(self._paths, manifest.split(split).shards if strict else (), strict=strict):
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
                 found = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
@@ -154,7 +155,10 @@ class ShardReader:
         """The image file's bytes of a sample. Raises SampleError when they are not those that were packed."""
         row = self.index[index]
         start = int(row["offset"])
-        data = memoryview(self._map(int(row["shard"])))[start : start + int(row["size"])]
+        try:
+            data = memoryview(self._map(int(row["shard"])))[start : start + int(row["size"])]
+        except (OSError, ValueError) as error:  # missing, or empty
+            raise SampleError(f"{self.where(index)}: its shard cannot be read ({error}).") from None
         if zlib.crc32(data) != row["crc32"]:
             raise SampleError(
                 f"{self.where(index)}: its bytes have changed since it was packed (checksum mismatch); "
@@ -171,7 +175,7 @@ class ShardReader:
             header = self._map(shard)[start - _BLOCK : start]
             key = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name.rpartition(".")[0]
             return f"{place}: sample {key} ({self.path(index)})"
-        except (tarfile.HeaderError, ValueError, KeyError):
+        except (OSError, tarfile.HeaderError, ValueError, KeyError):
             return f"{place}: sample {index}"
 
     def path(self, index: int) -> str:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import logging
 import re
+import struct
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +18,12 @@ from numpy.typing import NDArray
 from fastflower.errors import SampleError, ShardError
 from fastflower.image import prepare
 from fastflower.manifest import FILE, FORMAT_VERSION, INDEX_DTYPE, INFO, Manifest, Shard, Split, write_atomically
+from fastflower.planning import PLAN, shard_name
 from fastflower.shard import Samples, ShardWriter, index_rows, npy
 
+_log = logging.getLogger("fastflower")
+
+_SPLITS = ("train", "val", "test")
 _RESTORE = "restore it from a copy, or pack again"
 
 
@@ -29,12 +35,12 @@ class _Tar:
     problem: str = ""
     shard: Shard | None = None
     rows: NDArray[Any] = field(default_factory=lambda: np.zeros(0, INDEX_DTYPE))
-    dali_index: str = ""
-    classes: dict[int, str] = field(default_factory=dict)
+    dali_index: bytes = b""
+    classes: set[tuple[int, str]] = field(default_factory=set)
 
     def key(self, sample: int) -> str:
         """Of its sample at that position."""
-        return self.dali_index.splitlines()[1 + sample].split()[3].removesuffix(".cls")
+        return self.dali_index.splitlines()[1 + sample].split()[3].decode().removesuffix(".cls")
 
 
 def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
@@ -42,65 +48,109 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
 
     Args:
         shards: The folder that pack wrote.
-        repair: Rebuild indexes and manifest from tars that are intact.
+        repair: Rebuild indexes and manifest from tars that are intact. Of a manifest that is lost, the options and the
+            lists of files that were skipped or are alike cannot be rebuilt.
 
     Returns what is wrong, after the repair: a line each that begins with the file; none when all is well. Raises
-    ShardError when there is no pack at all, or one of another version.
+    ShardError when there is no pack at all, one that is not finished, one of another version, or when a repair cannot
+    be written.
     """
     folder = Path(shards)
-    manifest, names, lost = _names(folder)
-    if not names:
+    manifest, lost = _manifest(folder)
+    trusted = None if lost else manifest
+    names = _names(folder, trusted)
+    if not any(names.values()):
         raise ShardError(f"{folder}: has no shards; name the folder that tools/pack.py wrote.")
     with ThreadPoolExecutor() as pool:
-        tars = list(pool.map(_read, [folder / name for name in names]))
-    groups = _groups(folder, manifest, tars)
+        read = {split: pool.map(_read, [folder / name for name in group]) for split, group in names.items()}
+        groups = {split: list(tars) for split, tars in read.items()}
+    problems: list[str] = []
+    expected: dict[str, bytes | memoryview] = {}
     for split, group in groups.items():
-        _compare(folder, manifest, split, group)
-    problems = [tar.problem for tar in tars if tar.problem]
-    expected: dict[str, bytes] = {}
-    for split, group in groups.items():
+        _compare(folder, trusted, split, group)
         good = [tar for tar in group if not tar.problem]
-        expected |= {tar.path.with_suffix(".idx").name: tar.dali_index.encode() for tar in good}
+        problems += [tar.problem for tar in group if tar.problem]
+        expected |= {tar.path.with_suffix(".idx").name: tar.dali_index for tar in good}
         if len(good) == len(group):
             expected[f"{split}.index.npy"] = npy(index_rows([tar.rows for tar in good]))
+    named = {name for group in names.values() for name in group}
+    for path in sorted(path for path in folder.glob("*.tar") if path.name not in named):
+        advice = f"move it away, or restore {FILE} from a copy"
+        problems.append(f"{path}: is no shard of this pack, as far as {FILE} tells; {advice}.")
     if not problems:
-        derived, problem = _derived(folder, manifest, groups)
-        problems += [problem] if problem else []
-        expected |= {INFO: derived.to_info().encode(), FILE: derived.to_json().encode("utf-8", "backslashreplace")}
+        try:
+            derived = _derived(folder, manifest, groups, lost)
+            expected |= {INFO: derived.to_info().encode(), FILE: derived.to_json().encode("utf-8", "backslashreplace")}
+        except ShardError as error:
+            problems.append(str(error))
     elif lost:
         problems.append(lost)
     for name, data in expected.items() if not (problems and lost) else ():
         path = folder / name
         if not path.is_file() or path.read_bytes() != data:
             if repair:
-                write_atomically(path, data)
+                _rebuild(path, data)
             else:
-                what = "does not say what the tars hold" if path.is_file() else "is missing"
+                what = "does not say what the tars hold" if path.exists() else "is missing"
                 problems.append(f"{path}: {what}; rebuild it with --repair.")
     return problems
 
 
-def _names(folder: Path) -> tuple[Manifest | None, list[str], str]:
-    """The manifest, the names of the tars that there are or should be, and why there is no manifest."""
-    names = {path.name for path in folder.glob("*.tar")}
+def _rebuild(path: Path, data: bytes | memoryview) -> None:
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        what = f"cannot be written ({error.strerror or error}); make room, or check what stands there"
+        raise ShardError(f"{path}: {what}, and repair again.") from error
+    _log.info("rebuilt %s", path)
+
+
+def _manifest(folder: Path) -> tuple[Manifest | None, str]:
+    """The manifest as far as it can be read, and why it cannot be trusted about the shards."""
+    path = folder / FILE
     try:
         manifest = Manifest.load(folder)
     except ShardError as error:
-        if _stored(folder / FILE, "version") not in (None, FORMAT_VERSION):
+        if _version(path) not in (None, FORMAT_VERSION):
             raise
-        for split in (_stored(folder / INFO, "splits") or {}).values():
-            names |= set(split["filenames"])
-        return None, sorted(names), str(error)
-    names |= {shard.name for split in manifest.splits.values() for shard in split.shards}
-    return manifest, sorted(names), ""
+        if (folder / ".packing" / PLAN).exists():
+            raise ShardError(f"{folder}: is a pack that was not finished; run the same tools/pack.py again.") from None
+        return None, str(error)
+    for split, described in manifest.splits.items():
+        for number, shard in enumerate(described.shards):
+            if shard.name != f"{shard_name(split, number)}.tar":
+                return manifest, f"{path}: names {shard.name} as shard {number} of {split}; {_RESTORE}."
+        if split not in _SPLITS:
+            return manifest, f"{path}: names a split {split}; {_RESTORE}."
+    return manifest, ""
 
 
-def _stored(path: Path, key: str) -> Any:
-    """A value of a JSON file, None where there is none."""
+def _version(path: Path) -> Any:
+    """That a manifest gives, None where it gives none."""
     try:
-        return json.loads(path.read_bytes())[key]
+        return json.loads(path.read_bytes())["version"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
+    """By split, the names of the tars that there should be: from the manifest or, without one, from the files that there are."""
+    if manifest:
+        return {split: [shard.name for shard in described.shards] for split, described in manifest.splits.items()}
+    try:
+        info = json.loads((folder / INFO).read_bytes())["splits"]
+        listed = [str(name) for split in info.values() for name in split["filenames"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        listed = []
+    counts = {split: 0 for split in _SPLITS if (folder / f"{split}.index.npy").exists()}
+    for name in [*listed, *(path.name for path in folder.glob("*.tar"))]:
+        if match := re.fullmatch(rf"({'|'.join(_SPLITS)})-(\d{{6}})\.tar", name):
+            counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    return {
+        split: [f"{shard_name(split, number)}.tar" for number in range(counts[split])]
+        for split in _SPLITS
+        if split in counts
+    }
 
 
 def _read(path: Path) -> _Tar:
@@ -112,13 +162,13 @@ def _read(path: Path) -> _Tar:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                for key, label, image, note in _samples(tar):
+                for key, label, image, source, class_name in _samples(tar):
                     size = prepare(image, max_side=None, quality=None).size
                     sample = Samples()
-                    sample.add(key, image, label, size, note["filename"], note["class"])
+                    sample.add(key, image, label, size, source, class_name)
                     writer.extend(sample)
-                    found.classes[label] = note["class"]
-    except (OSError, tarfile.TarError, SampleError, ValueError, KeyError, TypeError) as error:
+                    found.classes.add((label, class_name))
+    except (OSError, tarfile.TarError, SampleError, ValueError, KeyError, OverflowError, struct.error) as error:
         missing = isinstance(error, FileNotFoundError)
         what = "is missing" if missing else f"is damaged at or behind {key} ({error})"
         found.problem = f"{path}: {what}; {_RESTORE}."
@@ -133,8 +183,8 @@ class _Nothing:
     def write(self, data: bytes, /) -> None: ...
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, int, bytes, dict[str, str]]]:
-    """(key, label, image, note) of each KEY.cls, KEY.jpg and KEY.json."""
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, int, bytes, str, str]]:
+    """(key, label, image, original path, class) of each KEY.cls, KEY.jpg and KEY.json."""
     members = iter(tar)
     for first in members:
         data: list[bytes] = []
@@ -144,60 +194,62 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, int, bytes, dict[str, 
             if member is None or file is None or member.name != f"{key}.{ending}":
                 raise ValueError(f"{key} lacks its .{ending}")
             data.append(file.read())
-        yield key, int(data[0]), data[1], json.loads(data[2])
-
-
-def _groups(folder: Path, manifest: Manifest | None, tars: list[_Tar]) -> dict[str, list[_Tar]]:
-    """The tars by split, in order: as the manifest says or, without one, as their names do."""
-    groups: dict[str, list[_Tar]] = {split: [] for split in (manifest.splits if manifest else ("train", "val"))}
-    known = {shard.name: split for split in groups for shard in (manifest.splits[split].shards if manifest else ())}
-    for tar in tars:
-        match = re.fullmatch(r"(.+)-(\d{6})\.tar", tar.path.name)
-        split = known.get(tar.path.name) if manifest else match and match[1]
-        if not split or not match:
-            tar.problem = f"{tar.path}: is no shard of this pack; move it away."
-            continue
-        group = groups.setdefault(split, [])
-        if int(match[2]) != len(group):
-            tar.problem = tar.problem or f"{folder / split}-{len(group):06d}.tar: is missing; {_RESTORE}."
-        group.append(tar)
-    return groups
+        if not data[0].isdigit():
+            raise ValueError(f"{key} has no label")
+        match json.loads(data[2]):
+            case {"filename": str(source), "class": str(class_name)}:
+                yield key, int(data[0]), data[1], source, class_name
+            case _:
+                raise ValueError(f"{key} does not name its path and class")
 
 
 def _compare(folder: Path, manifest: Manifest | None, split: str, group: list[_Tar]) -> None:
     """Note in each tar how it differs from what was packed, as far as manifest or index still tell."""
-    try:
-        stored = np.load(folder / f"{split}.index.npy", mmap_mode="r")
-        stored = stored if stored.dtype == INDEX_DTYPE else np.zeros(0, INDEX_DTYPE)
-    except (OSError, ValueError, EOFError):
-        stored = np.zeros(0, INDEX_DTYPE)
+    stored = _stored_rows(folder, split)
     for number, tar in enumerate(group):
-        if tar.problem:
+        if not tar.shard or tar.problem:
             continue
-        rows = stored[stored["shard"] == number]
-        changed = np.flatnonzero(rows["crc32"] != tar.rows["crc32"]) if len(rows) == len(tar.rows) else []
-        if manifest and manifest.splits[split].shards[number] == tar.shard:
+        if manifest and manifest.splits[split].shards[number].sha256 == tar.shard.sha256:
             continue
+        rows, places = stored[stored["shard"] == number], ["offset", "size"]
+        same_places = len(rows) == len(tar.rows) and (rows[places] == tar.rows[places]).all()
+        changed = np.flatnonzero(rows["crc32"] != tar.rows["crc32"]) if same_places else []
         if len(changed):
-            tar.problem = (
-                f"{tar.path}: the image of {tar.key(int(changed[0]))} has changed since it was packed; {_RESTORE}."
-            )
+            what = f"the image of {tar.key(int(changed[0]))} has changed since it was packed"
+            tar.problem = f"{tar.path}: {what}; {_RESTORE}."
         elif manifest:
-            tar.problem = f"{tar.path}: is not the shard that was packed (sha256 differs); {_RESTORE}."
+            what = f"is not the shard that {FILE} describes (sha256 differs)"
+            tar.problem = f"{tar.path}: {what}; restore one of them from a copy, or pack again."
 
 
-def _derived(folder: Path, manifest: Manifest | None, groups: dict[str, list[_Tar]]) -> tuple[Manifest, str]:
-    """The manifest that these tars must have, and what of it cannot be known without the old one."""
-    names = {label: name for group in groups.values() for tar in group for label, name in tar.classes.items()}
-    classes = manifest.classes if manifest else tuple(names.get(label, "") for label in range(max(names) + 1))
+def _stored_rows(folder: Path, split: str) -> NDArray[Any]:
+    """Of a split's index, whatever its header says; none where there is no index."""
+    try:
+        data = (folder / f"{split}.index.npy").read_bytes()[len(npy(index_rows([]))) :]
+    except OSError:
+        data = b""
+    return np.frombuffer(data, INDEX_DTYPE, len(data) // INDEX_DTYPE.itemsize)
+
+
+def _derived(folder: Path, manifest: Manifest | None, groups: dict[str, list[_Tar]], lost: str) -> Manifest:
+    """The manifest that these tars must have. Raises ShardError, saying why, where nobody can know."""
+    again = f"; restore {FILE} from a copy, or pack again."
+    pairs = sorted(set[tuple[int, str]]().union(*(tar.classes for group in groups.values() for tar in group)))
+    classes = list(manifest.classes if manifest else ())
+    for label, name in pairs:
+        if label > len(classes):
+            raise ShardError(f"{folder / FILE}: is lost, and no sample tells the name of class {len(classes)}{again}")
+        classes[label : label + 1] = [name]
+    if len(dict(pairs)) < len(pairs) or len(set(classes)) < len(classes):
+        raise ShardError(f"{folder / FILE}: is lost, and the tars do not agree which label is which class{again}")
     splits: dict[str, Split] = {}
     for split, group in groups.items():
-        rows = index_rows([tar.rows for tar in group])
+        rows, stored = index_rows([tar.rows for tar in group]), _stored_rows(folder, split)
+        if lost and (len(stored) > len(rows) or (stored != rows[: len(stored)]).any()):
+            what = f"does not say what the tars hold, and {FILE}, which would tell what is right, is lost"
+            raise ShardError(f"{folder / f'{split}.index.npy'}: {what}{again}")
         counts = np.bincount(rows["label"], minlength=len(classes)).tolist()
         splits[split] = Split(len(rows), tuple(counts), tuple(tar.shard for tar in group if tar.shard))
-    problem = ""
-    if "" in classes:
-        problem = f"{folder / FILE}: is lost, and no sample tells the name of class {classes.index('')}; pack again."
     packed = sum(int(tar.rows["size"].sum()) for group in groups.values() for tar in group)
-    old = manifest or Manifest(folder=folder, classes=classes, splits=splits, options={})
-    return replace(old, splits=splits, packed_bytes=packed), problem
+    old = manifest or Manifest(folder=folder, classes=(), splits={}, options={})
+    return replace(old, classes=tuple(classes), splits=splits, packed_bytes=packed)

@@ -96,7 +96,7 @@ def request(augment: Augment, encoded: Sequence[bytes], seed: int = 0) -> Reques
     """All images as one batch."""
     indices = np.arange(len(encoded))
     sizes = np.array([decode(data).shape[:2] for data in encoded])
-    return Request(0, indices, sizes, augment.draw(seed, 0, indices, sizes))
+    return Request(0, 0, indices, sizes, augment.draw(seed, 0, indices, sizes))
 
 
 def render(
