@@ -121,9 +121,8 @@ class Loader:
         name = name or ("dali" if self.device.type == "cuda" else "opencv")
         if name == "opencv":
             limit = limit_of(cache, 3 * int(self._sizes.prod(axis=1).sum()))
-            return OpencvExecutor(
-                self.augment, self.dtype, PixelCache(self._decode, limit), self._replace, workers=workers
-            )
+            decoded = PixelCache(self._decode, limit)
+            return OpencvExecutor(self.augment, self.dtype, decoded, self._replace, self._clock, workers=workers)
         if name != "dali":
             raise ArgumentError(f"executor must be 'opencv' or 'dali', got {name!r}.")
         if isinstance(cache, int) and cache:
