@@ -6,7 +6,7 @@ size, worker, rank, or on which other augmentations are switched on. Shape suffi
 
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +22,8 @@ _ATTEMPTS = 10  # as many as torchvision's RandomResizedCrop and RandomErasing m
 # the chain is then 1.5 grey levels from torchvision's instead of 1.8, and no further from the truth (docs/augmentation.md).
 SOFTNESS = 0.5
 _DRAWS = 1  # separates the keys of draws from those of orders
+_MIXES = 2
+_WORD = (1 << 64) - 1
 
 
 class Slot(IntEnum):
@@ -116,6 +118,17 @@ class Draw:
         return Draw(**{name: value if name == "size" else value[rows] for name, value in values.items()})
 
 
+class Mix(NamedTuple):
+    """How the images of each pair are mixed; of P pairs."""
+
+    share: Floats
+    """(P,) of an image's own label; the rest is its neighbour's."""
+    box: NDArray[np.int64]
+    """(P, 4) top, left, height, width of the rectangle that is pasted from the neighbour."""
+    cut: NDArray[np.bool_]
+    """(P,) whether a rectangle is pasted, not the whole image blended."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augment:
     """A distribution of random changes. `Augment()` draws nothing: it is the validation view.
@@ -167,6 +180,10 @@ class Augment:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     """Normalisation: (level / 255 - mean) / std."""
+    mixup: float = 0.0
+    """Mix the images and labels of neighbours in the batch: the Beta distribution's parameter for their weights; 0: never."""
+    cutmix: float = 0.0
+    """Paste a rectangle of the neighbour instead, likewise; where both are given each pair is dealt one of them."""
     fixed: bool = False
     """Draw the same numbers for a sample in every epoch."""
 
@@ -175,7 +192,7 @@ class Augment:
             _check(all(side >= 1 for side in _pair(getattr(self, name))), name, "at least 1", self)
         for name in ("flip", "flip_vertical", "erase"):
             _check(0 <= getattr(self, name) <= 1, name, "a probability in [0, 1]", self)
-        for name in ("rotate", "affine_rotate", "brightness", "contrast", "saturation"):
+        for name in ("rotate", "affine_rotate", "brightness", "contrast", "saturation", "mixup", "cutmix"):
             _check(0 <= getattr(self, name) < np.inf, name, "0 or more", self)
         _check(0 <= self.hue <= 0.5, "hue", "in [0, 0.5]", self)
         _check(all(0 <= part <= 1 for part in self.translate), "translate", "two fractions in [0, 1]", self)
@@ -249,6 +266,29 @@ class Augment:
             hue=dice.between(-self.hue, self.hue, Slot.HUE),
             erase=self._erased(dice),
         )
+
+    def mix(self, seed: int, epoch: int, indices: ArrayLike) -> "Mix":
+        """Draw for the pairs (0, 1), (2, 3) ... of a batch of samples `indices`, (N,) with N even.
+
+        mixup: Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018. cutmix: Yun et al., "CutMix", 2019, section 3.1.
+        """
+        first = np.asarray(indices, np.int64)[::2]
+        height, width = self.output_size
+        share, box, cut = np.ones(len(first)), np.zeros((len(first), 4), np.int64), np.zeros(len(first), bool)
+        for pair, index in enumerate(first.tolist()):
+            dice = np.random.default_rng([seed & _WORD, 0 if self.fixed else epoch, index, _MIXES])
+            cut[pair] = dice.random() * (bool(self.mixup) + bool(self.cutmix)) >= bool(self.mixup)
+            alpha = self.cutmix if cut[pair] else self.mixup
+            share[pair] = dice.beta(alpha, alpha)
+            if cut[pair]:
+                half = np.sqrt(1 - share[pair]) / 2
+                centre = np.floor(dice.random(2) * (height, width))
+                reach = np.floor(half * np.array([height, width]))
+                corner = np.clip(centre - reach, 0, (height, width)).astype(int)
+                end = np.clip(centre + reach, 0, (height, width)).astype(int)
+                box[pair] = *corner, *(end - corner)
+                share[pair] = 1 - (end - corner).prod() / (height * width)
+        return Mix(share, box, cut)
 
     def _centre(self, sizes_N2: NDArray[np.int64]) -> Floats:
         """torchvision's Resize, then CenterCrop, with their roundings, as a rectangle of the source."""

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastflower.augment import Draw
+from fastflower.augment import Draw, Mix
 from fastflower.errors import DeviceError, SampleError
 
 _log = logging.getLogger("fastflower")
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     images: Tensor
     """(N, 3, H, W), an NCHW view of channels-last memory, in the loader's dtype; normalised unless that is uint8."""
     labels: Tensor
-    """(N,) int64."""
+    """(N,) int64; where the augment mixes images (N, classes) float32, the share of each class."""
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (hides tuple.index, which has no use here)
     """(N,) int64: the samples' positions in the split's index, which key every random number."""
 
@@ -122,6 +122,20 @@ class Executor(Protocol):
     def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
         """Yield each request, in order, with its images; takes requests ahead, and cleans up when closed."""
         ...
+
+
+def mixed(images: Tensor, labels: Tensor, mix: Mix, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, H, W), float, and labels (N,), mixed with those of the other in the pair; labels become (N, K) float32."""
+    partner = torch.arange(len(labels), device=labels.device) ^ 1
+    share = torch.from_numpy(mix.share).to(labels.device, torch.float32).repeat_interleave(2)[:, None]
+    classes = torch.nn.functional.one_hot(labels, num_classes).float()
+    blend = torch.where(torch.from_numpy(mix.cut).to(labels.device).repeat_interleave(2)[:, None], 1.0, share)
+    out = torch.lerp(images[partner], images, blend[:, :, None, None].to(images.dtype))
+    for pair, (top, left, height, width) in enumerate(mix.box.tolist()):
+        if height and width:
+            place = (slice(None), slice(top, top + height), slice(left, left + width))
+            out[2 * pair][place], out[2 * pair + 1][place] = images[2 * pair + 1][place], images[2 * pair][place]
+    return out.contiguous(memory_format=torch.channels_last), torch.lerp(classes[partner], classes, share)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastflower.augment import Augment
-from fastflower.batch import Batch, Clock, Executor, Request, Stats, resolve_device
+from fastflower.batch import Batch, Clock, Executor, Request, Stats, mixed, resolve_device
 from fastflower.cache import PixelCache, limit_of
 from fastflower.errors import ArgumentError, SampleError, ShardError
 from fastflower.image import decode
@@ -111,6 +111,12 @@ class Loader:
         for name, value, holds, rule in rules:
             if not holds:
                 raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
+        mixes = self.augment.mixup or self.augment.cutmix
+        if mixes and (self.batch_size % 2 or self.tail == "keep" or self.dtype == torch.uint8):
+            raise ArgumentError(
+                "augment: mixup and cutmix mix pairs of a batch, in floating point: they need an even batch_size, tail 'drop' or "
+                f"'pad' and a dtype other than uint8; got {self.batch_size}, {self.tail!r} and {self.dtype}."
+            )
         if self.tail == "drop" and self.global_batch_size > self.num_samples:
             raise ArgumentError(
                 f"batch_size {self.batch_size} * world_size {self.world_size} exceeds the {self.num_samples} samples of "
@@ -197,7 +203,7 @@ class Loader:
             for request, images in made:
                 self._position = (epoch, request.step + 1) if request.step + 1 < steps else (epoch + 1, 0)
                 index = torch.from_numpy(request.indices)
-                batch = Batch(self._put(images), self._put(self._labels[index]), self._put(index))
+                batch = self._mixed(epoch, Batch(self._put(images), self._put(self._labels[index]), self._put(index)))
                 given = perf_counter()
                 self._clock.add("wait", given - asked)
                 self._images += len(index)
@@ -206,6 +212,12 @@ class Loader:
                 self._clock.add("consume", asked - given)
         finally:
             made.close()
+
+    def _mixed(self, epoch: int, batch: Batch) -> Batch:
+        if not (self.augment.mixup or self.augment.cutmix):
+            return batch
+        mix = self.augment.mix(self.seed, epoch, batch.index.cpu())
+        return Batch(*mixed(batch.images, batch.labels, mix, len(self.manifest.classes)), batch.index)
 
     def stats(self) -> Stats:
         """Where the time of all epochs so far went."""

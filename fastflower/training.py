@@ -141,7 +141,8 @@ class Run:
                 self.scaler.update()
                 self.optimizer.zero_grad(set_to_none=True)
                 loss_sum += loss.detach().float() * len(labels)
-                hits += (logits.detach().argmax(dim=1) == labels).sum()
+                likeliest = labels if labels.ndim == 1 else labels.argmax(dim=1)  # of mixed images, the larger share
+                hits += (logits.detach().argmax(dim=1) == likeliest).sum()
                 samples += len(labels)
                 bar.update(len(labels))
                 asked = time.perf_counter()

@@ -146,8 +146,8 @@ def test_no_file_is_longer_than_400_lines() -> None:
     assert {str(path): length for path, length in lengths.items() if length > 400} == {}
 
 
-def test_the_library_stays_under_5000_lines() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in LIBRARY) < 5000
+def test_the_library_can_be_read_in_a_day() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in LIBRARY) < 6500
 
 
 def test_only_the_command_line_prints() -> None:
