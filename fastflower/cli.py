@@ -4,6 +4,7 @@ import inspect
 import io
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0 if asked else 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata and large images, without the file's name
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fastflower").setLevel(logging.INFO)
     verb, _ = _VERBS[args[0]]

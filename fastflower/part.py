@@ -26,6 +26,9 @@ STOP = "stop"  # a file in the workspace: those that make parts are to end
 _MAX_SLUG = 64  # characters: with the hash and an ending it fits the 100 bytes of a tar header's name
 _CHUNK_BYTES = 1 << 20  # of images that a thread decodes in one go
 _SMALL = 1 << 12  # bytes: what every image counts for at least, for it takes memory besides its own
+# np.load has Python parse what a file says of its array, which now and then fails in two threads at a time: SystemError,
+# https://github.com/python/cpython/issues/106905, still so in 3.11.7.
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,8 @@ class Part:
     def load(cls, path: Path) -> Self:
         """Read a record. Raises OSError when it is missing or damaged."""
         try:
-            with path.open("rb") as file, np.load(file) as record:  # given a path, it leaves a damaged file open
+            # Given a path, np.load leaves a damaged file open.
+            with _LOADING, path.open("rb") as file, np.load(file) as record:
                 rest = json.loads(record["rest"].tobytes())
                 return cls(Shard(**rest["shard"]), record["rows"], record["numbers"], record["hashes"], rest["skipped"])
         except (EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
@@ -73,7 +77,8 @@ def make_part(
     """
     if (work / STOP).exists():
         return 0
-    plan = load_plan(work)
+    with _LOADING:
+        plan = load_plan(work)
     name, numbers = plan.parts[number].name, plan.order[plan.parts[number].start : plan.parts[number].stop]
     if _is_made(work, name):
         advance(len(numbers))

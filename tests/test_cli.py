@@ -4,6 +4,7 @@ import inspect
 import logging
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,9 +21,12 @@ from torchvision.models import resnet18
 from fastflower import Augment, Checkpoint, Manifest, Recipe, evaluate, pack, predict, train
 from fastflower.cli import main
 from fastflower.recipe import PRESETS
+from fastflower.verification import verify
 
 ROOT = Path(__file__).parent.parent
-VERBS: dict[str, Callable[..., Any]] = {"pack": pack, "train": train, "evaluate": evaluate, "predict": predict}
+VERBS: dict[str, Callable[..., Any]] = {
+    "pack": pack, "verify": verify, "train": train, "evaluate": evaluate, "predict": predict,
+}  # fmt: skip
 CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
 
 
@@ -33,6 +37,16 @@ def _log_level() -> Iterator[None]:
     level = log.level
     yield
     log.setLevel(level)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """A pack that waits ten seconds for a scheduler where there is none, meanwhile."""
+    out = tmp_path_factory.mktemp("waiting") / "out"
+    command = [sys.executable, ROOT / "tools/pack.py", out, "--out", out, "--dask", "tcp://127.0.0.1:9"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +64,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return python(ROOT / "tools" / f"{name}.py", *args)
+
+
+def python(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, check=False)
 
 
 def error(capsys: pytest.CaptureFixture[str], *args: object) -> str:
@@ -104,11 +121,94 @@ def test_the_program_packs_as_the_function_does(mixed: Path, tmp_path: Path) -> 
         assert (tmp_path / "by tool" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_name_that_is_no_utf8_is_printed(mixed: Path, tmp_path: Path) -> None:
-    (mixed / b"a/caf\xe9.jpg".decode("utf-8", "surrogateescape")).write_text("no picture")
+def test_names_that_a_terminal_would_not_show_are_printed(mixed: Path, tmp_path: Path) -> None:
+    for name in (b"caf\xe9 \xc3\xb6.jpg", b"new\nline.jpg", b"\x1b[2J.jpg"):
+        (mixed / "a" / name.decode("utf-8", "surrogateescape")).write_text("no picture")
     done = tool("pack", mixed, "--out", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "skipped a/caf\\udce9.jpg: is no image" in done.stdout.splitlines()
+    for name in ("caf\\udce9 ö", "new\\nline", "\\x1b[2J"):
+        assert f"skipped a/{name}.jpg: is no image" in done.stdout.splitlines()
+
+
+def test_of_many_files_only_the_first_are_listed(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(20):
+        (mixed / f"a/text {number:02d}.jpg").write_text(f"no picture {number}")
+    assert main(["pack", str(mixed), "--out", str(tmp_path / "out"), "--val-fraction", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["train: 20 images in 1 shards", "val: 0 images in 0 shards"]
+    listed = [f"skipped a/text {number:02d}.jpg: is no image" for number in range(20)]
+    assert lines[2:24] == [*listed, "skipped 2 more, in manifest.json", "identical: a/0.jpg, a/9.jpg"]
+
+
+def test_images_that_look_alike_across_the_split_are_listed(
+    flowers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    for split in ("train", "val"):
+        for name in ("rose", "tulip"):
+            (data / split / name).mkdir(parents=True)
+            shutil.copy(flowers / name / f"000{(split, name) == ('val', 'tulip'):d}.jpg", data / split / name)
+    with Image.open(flowers / "rose/0000.jpg") as image:
+        image.save(data / "val/rose/0000.jpg", quality=60)
+    assert main(["pack", str(data), "--out", str(out), "--split-by", "folder", "--lists"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 2 images in 1 shards",
+        "val: 2 images in 1 shards",
+        "looks alike: val/rose/0000.jpg in val, train/rose/0000.jpg in train",
+        "1 images outside train look like one in train, so accuracy on them says little",
+        f"wrote {out}",
+    ]
+    assert (out / "meta/train.txt").read_text() == "train/rose/0000.jpg 0\ntrain/tulip/0000.jpg 1\n"
+    assert main(["pack", str(data), "--out", str(tmp_path / "random"), "--split-by", "random"]) == 0
+    assert Manifest.load(tmp_path / "random").options["split_by"] == "random"
+
+
+def test_verify_says_that_all_is_well(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(shards)]) == 0
+    assert capsys.readouterr() == (f"{shards}: every image decodes; tars, indexes and manifest agree\n", "")
+    text = f"{tmp_path}: has no shards; name the folder that tools/pack.py wrote."
+    assert error(capsys, "verify", tmp_path) == text
+
+
+def test_verify_names_what_is_wrong_and_repairs_it(shards: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    names: list[str] = []
+    for name, count in (("train.index.npy", "1 problem"), ("_info.json", "2 problems")):
+        (copy / name).unlink()
+        names.append(name)
+        done = tool("verify", copy)
+        assert (done.returncode, done.stderr) == (1, f"error: {copy}: {count}, named above.\n")
+        assert done.stdout == "".join(f"{copy / name}: is missing; rebuild it with --repair.\n" for name in names)
+    done = tool("verify", copy, "--repair")
+    assert (done.returncode, done.stderr) == (0, "".join(f"rebuilt {copy / name}\n" for name in names))
+    assert done.stdout == f"{copy}: every image decodes; tars, indexes and manifest agree\n"
+
+
+ON_DASK = """
+import sys
+from distributed import LocalCluster
+from fastflower.cli import main
+with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
+    status = main([*sys.argv[1:], "--dask", cluster.scheduler_address])
+    sys.exit(status or "make_part" not in cluster.scheduler.task_prefixes)
+"""
+
+
+def test_a_pack_on_dask_has_the_bytes_of_any_other(flowers: Path, shards: Path, tmp_path: Path) -> None:
+    done = python("-c", ON_DASK, "pack", flowers, "--out", tmp_path / "out", "--shard-bytes", 1 << 20)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == "train: 120 images in 6 shards"
+    for path in shards.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_dask_that_is_not_installed_is_explained(mixed: Path, tmp_path: Path) -> None:
+    program = "import sys; sys.modules['distributed'] = None; from fastflower.cli import main; sys.exit(main())"
+    done = python("-c", program, "pack", mixed, "--out", tmp_path / "out", "--dask", "tcp://127.0.0.1:9")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: --dask needs the package distributed: pip install 'fastflower[dask]'.\n"
 
 
 def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,14 +219,6 @@ def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytes
     bad = f"{mixed / 'a/text.jpg'}: is no image; remove or replace it, or pack with --on-bad skip."
     assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--on-bad", "fail") == bad
     assert not (tmp_path / "out").exists()
-
-
-def test_a_program_that_fails_has_status_1_and_prints_no_traceback(tmp_path: Path) -> None:
-    done = tool("pack", tmp_path / "no")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        f"error: {tmp_path / 'no'}: does not exist; name a folder that holds one folder of images for each class.\n"
-    )
 
 
 @pytest.mark.parametrize("args", [[], ["fly"], ["--version"], ["Pack"]])
@@ -148,25 +240,19 @@ def test_help_without_a_verb_names_the_verbs(flag: str, capsys: pytest.CaptureFi
     assert [line.split()[0] for line in printed.out.splitlines()[1:]] == list(VERBS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_an_unknown_flag_is_wrong_usage_and_is_named(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("args", [*(f"{verb} x y --no-such-flag 1" for verb in VERBS), "pack x --seed many"])
+def test_an_unknown_flag_or_value_is_wrong_usage_and_is_named(args: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
-        main([verb, "x", "y", "--no-such-flag", "1"])
-    assert "--no-such-flag" in capsys.readouterr().err
+        main(args.split())
+    assert args.split()[-2] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["pack", "train", "evaluate", "predict"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_missing_argument_is_wrong_usage_and_is_named(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     first = next(iter(inspect.signature(VERBS[verb]).parameters))
     with pytest.raises(SystemExit, match=r"^2$"):
         main([verb])
     assert first.upper() in capsys.readouterr().err
-
-
-def test_a_value_of_another_type_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match=r"^2$"):
-        main(["pack", "x", "--seed", "many"])
-    assert "--seed" in capsys.readouterr().err
 
 
 def flags_of(verb: str) -> tuple[set[str], set[str]]:
@@ -181,7 +267,8 @@ def flags_of(verb: str) -> tuple[set[str], set[str]]:
             flags |= {f"augment.{field.name}" for field in fields(Augment)}
         else:
             flags.add(name)
-    flags -= {"executor"}  # an object, which no command line can name
+    if verb == "pack":  # an executor is an object, which no command line can name
+        flags = flags - {"executor"} | {"dask"}
     return {f"--{name.replace('_', '-')}" for name in flags}, required
 
 
@@ -209,26 +296,25 @@ def test_each_program_in_tools_is_its_verb(
     assert capsys.readouterr().out.startswith(f"usage: fastflower {verb} ")
 
 
-def test_help_of_pack_needs_no_torch() -> None:
+@pytest.mark.parametrize("verb", ["pack", "verify"])
+def test_help_of_a_verb_that_needs_no_torch_imports_none(verb: str) -> None:
     program = (
         "import runpy, sys\n"
-        f"path = {str(ROOT / 'tools' / 'pack.py')!r}\n"
+        f"path = {str(ROOT / 'tools' / f'{verb}.py')!r}\n"
         "sys.argv = [path, '--help']\n"
         "try:\n    runpy.run_path(path, run_name='__main__')\n"
         "except SystemExit as end:\n    status = end.code\n"
         "print('status', status, 'heavy', sorted({'torch', 'torchvision', 'nvidia', 'matplotlib'} & set(sys.modules)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = python("-c", program)
     assert done.stdout.splitlines()[-1] == "status 0 heavy []"
 
 
-@pytest.mark.parametrize("args", [["--recipe", "best"], ["--recipe=best"], ["--lr", "0.1", "--recipe", "best"]])
-def test_an_unknown_recipe_names_those_there_are(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert error(capsys, "train", "shards", *args) == f"--recipe must be one of {', '.join(PRESETS)}, got 'best'."
-
-
-def test_a_recipe_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert error(capsys, "train", "shards", "--recipe") == f"--recipe must be one of {', '.join(PRESETS)}, got ''."
+@pytest.mark.parametrize("args", ["--recipe best", "--recipe=best", "--lr 0.1 --recipe best", "--recipe"])
+def test_an_unknown_recipe_names_those_there_are(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+    got = "best" if "best" in args else ""
+    text = f"--recipe must be one of {', '.join(PRESETS)}, got {got!r}."
+    assert error(capsys, "train", "shards", *args.split()) == text
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -261,8 +347,8 @@ def test_evaluate_scores_every_image_of_the_split(
     assert [line.split(":")[0].strip() for line in rest] == list(CLASSES)
 
 
-def test_evaluate_refuses_what_is_no_checkpoint(
-    flowers: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_evaluate_refuses_what_is_no_checkpoint_and_no_split(
+    checkpoint: Path, flowers: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photo = next(flowers.glob("rose/*.jpg"))
     pattern = rf"{re.escape(str(photo))}: is not a file that torch\.save wrote, is cut short, .*; pass another file\."
@@ -274,9 +360,6 @@ def test_evaluate_refuses_what_is_no_checkpoint(
     torch.save({"weight": torch.zeros(1)}, tmp_path / "state.pt")
     text = f"{tmp_path / 'state.pt'}: is not a fastflower checkpoint; pass a checkpoint-best.pt that train wrote."
     assert error(capsys, "evaluate", tmp_path / "state.pt", shards) == text
-
-
-def test_evaluate_refuses_an_unknown_split(checkpoint: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = f"{shards}: has no samples in split 'test'; it has train, val."
     assert error(capsys, "evaluate", checkpoint, shards, "--split", "test") == text
 
@@ -303,8 +386,15 @@ def test_predict_names_the_file_that_is_no_image_or_missing(
     assert error(capsys, "predict", checkpoint, tmp_path / "empty").startswith(
         f"{tmp_path / 'empty'}: holds no images ("
     )
-
-
-def test_predict_without_an_image_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "IMAGES must name at least one image file or folder, got none."
     assert error(capsys, "predict", checkpoint) == text
+
+
+def test_a_scheduler_that_does_not_answer_is_explained(waiting: subprocess.Popen[str], mixed: Path) -> None:
+    printed = {"tcp://127.0.0.1:9": waiting.communicate(timeout=15)}
+    done = tool("pack", mixed, "--dask", "scheduler")
+    assert (waiting.returncode, done.returncode) == (1, 1)
+    for address, (out, err) in {**printed, "scheduler": (done.stdout, done.stderr)}.items():
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith(f"error: --dask {address}: no scheduler answers there (")
+        assert err.endswith("); name one as tcp://HOST:PORT.\n")

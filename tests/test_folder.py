@@ -1,55 +1,141 @@
-"""Finding photographs: torchvision's ImageFolder is the oracle."""
+"""Finding images: torchvision's ImageFolder is the oracle."""
 
+import json
+import os
 import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
 from fastflower.errors import FolderError
-from fastflower.folder import EXTENSIONS, Folder, scan
+from fastflower.folder import EXTENSIONS, FILE_DTYPE, Folder, scan
 
 ENDINGS = "(.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp)"
+UNNAMED = "is not named as an image"
+READ_ALREADY = "is a link to a folder that was read already"
+NO_FILE = "is a pipe, socket or device"
 
 
 def touch(root: Path, *names: str) -> Path:
-    """Files of one byte: neither side opens a photograph to find it."""
+    """Files of one byte: neither side opens an image to find it."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"x")
     return root
 
 
+def paths(found: Folder) -> list[str]:
+    return [found.path(number) for number in range(len(found))]
+
+
+def images(found: Folder) -> list[tuple[str, int, int]]:
+    """(path, label, split) of each."""
+    files = found.files
+    return list(zip(paths(found), files["label"].tolist(), files["split"].tolist(), strict=True))
+
+
 def same_as_image_folder(root: Path) -> Folder:
     found, oracle = scan(root), ImageFolder(root)
     assert list(found.classes) == oracle.classes
-    assert {name: label for label, name in enumerate(found.classes)} == oracle.class_to_idx
-    assert [(str(root / photo.path), photo.label) for photo in found.photos] == oracle.samples
+    assert [(str(root / path), label) for path, label, _ in images(found)] == oracle.samples
+    assert (found.root, found.splits, found.files.dtype) == (root, (), FILE_DTYPE)
+    assert not found.files["split"].any()
     return found
+
+
+def refused(root: Path, text: str) -> None:
+    with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
+        scan(root)
 
 
 def test_drawn_flowers_are_found_as_image_folder_finds_them(flowers: Path) -> None:
     found = same_as_image_folder(flowers)
-    assert len(found.photos) == 150
-    assert all(photo.size_bytes == (flowers / photo.path).stat().st_size for photo in found.photos)
+    assert len(found) == len(found.files) == 150
     assert found.ignored == ()
+    assert images(scan(str(flowers))) == images(found)
+
+
+def test_sizes_and_times_are_those_of_the_file_system(flowers: Path) -> None:
+    found = scan(flowers)
+    seen = [(flowers / path).stat() for path in paths(found)]
+    expected = [(status.st_size, status.st_mtime_ns) for status in seen]
+    assert found.files[["size", "mtime_ns"]].tolist() == expected
+
+
+def test_a_file_of_five_gigabytes_and_one_from_before_1970_fit(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "b/1.jpg")
+    os.truncate(tmp_path / "a/1.jpg", 5 << 30)
+    os.utime(tmp_path / "b/1.jpg", ns=(0, -5_000_000_000))
+    files = scan(tmp_path).files
+    assert (files["size"][0], files["mtime_ns"][1]) == (5 << 30, -5_000_000_000)
 
 
 def test_every_extension_counts_in_any_case(tmp_path: Path) -> None:
     names = [f"a/{number}{ending}" for number, ending in enumerate(EXTENSIONS)]
     upper = [f"b/{number}{ending.upper()}" for number, ending in enumerate(EXTENSIONS)]
-    found = same_as_image_folder(touch(tmp_path, *names, *upper, "b/x.JpG", "b/.hidden.png", "b/.jpg"))
-    assert len(found.photos) == 2 * len(EXTENSIONS) + 3
+    touch(tmp_path, *names, *upper, "b/x.JpG", "b/.hidden.png", "b/.jpg")
+    assert len(same_as_image_folder(tmp_path)) == 2 * len(EXTENSIONS) + 3
 
 
 def test_nested_folders_stand_in_image_folders_order(tmp_path: Path) -> None:
     nested = ["a/z.jpg", "a/b/c.jpg", "a/b/a/d.jpg", "a/b-c/e.jpg", "a/B/f.jpg", "a/.h/g.jpg", "b/10.png", "b/9.png"]
-    assert len(same_as_image_folder(touch(tmp_path, *nested)).photos) == len(nested)
+    assert len(same_as_image_folder(touch(tmp_path, *nested))) == len(nested)
 
 
 def test_classes_sort_by_code_point_not_by_locale_or_number(tmp_path: Path) -> None:
     found = same_as_image_folder(touch(tmp_path, "b/1.jpg", "A/1.jpg", "a/1.jpg", "10/1.jpg", "9/1.jpg", "é/1.jpg"))
     assert found.classes == ("10", "9", "A", "a", "b", "é")
+
+
+NAME = st.text("aB9 -.é", min_size=1, max_size=3).filter(lambda name: name.strip("."))
+FILE = st.builds(str.__add__, NAME, st.sampled_from([".jpg", ".PNG", ".txt", ""])).map(lambda name: {name: None})
+TREE = st.recursive(FILE, lambda inside: st.dictionaries(NAME, inside, max_size=3), max_leaves=12)
+CLASSES = st.dictionaries(NAME.filter(lambda name: name[0] != "."), TREE, max_size=4)
+
+
+def grow(root: Path, tree: dict[str, Any]) -> None:
+    root.mkdir(exist_ok=True)
+    for name, inside in tree.items():
+        touch(root, name) if inside is None else grow(root / name, inside)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(tree=CLASSES)
+@example(tree={"a": {"1.jpg": None, "z": {"1.txt": None}}, "B": {"a": {"2.PNG": None}, ".a": {"1.jpg": None}}})
+def test_any_tree_is_found_as_image_folder_finds_it(tree: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        grow(root, tree)
+        try:
+            oracle = ImageFolder(root)
+        except FileNotFoundError:  # it has no classes, or one without images
+            oracle = None
+        if oracle is None or len(oracle.classes) == 1:
+            with pytest.raises(FolderError, match=r"has (no class folders|one class|no images)"):
+                scan(root)
+        else:
+            found = same_as_image_folder(root)
+            files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+            assert dict(found.ignored) == dict.fromkeys(files - set(paths(found)), UNNAMED)
+
+
+NAMES = ["x" * 251 + ".jpg", "🌹 rose.jpg", "two\nlines.jpg", " .jpg", "a\\b'\".jpg", os.fsdecode(b"\xff\xfe.jpg")]
+
+
+def test_strange_names_are_found_as_image_folder_finds_them(tmp_path: Path) -> None:
+    folders = ["🌹", os.fsdecode(b"not UTF-8 \xff"), "line\nbreak", "y" * 255]
+    found = same_as_image_folder(touch(tmp_path, *(f"{folder}/{name}" for folder in folders for name in NAMES)))
+    assert len(found) == len(folders) * len(NAMES)
+    assert all((tmp_path / path).is_file() for path in paths(found))
 
 
 def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
@@ -58,30 +144,129 @@ def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
     (tmp_path / "data/a/folder").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data/c").symlink_to(tmp_path / "elsewhere")
     found = same_as_image_folder(tmp_path / "data")
-    assert [photo.path for photo in found.photos if photo.label != 1] == [
-        "a/1.jpg",
-        "a/link.jpg",
-        "a/folder/one.jpg",
-        "c/one.jpg",
-    ]
+    assert paths(found) == ["a/1.jpg", "a/link.jpg", "a/folder/one.jpg", "b/1.jpg", "c/one.jpg"]
+    assert set(found.files["size"]) == {1}
 
 
-def test_a_link_to_nothing_is_found_so_that_it_can_be_reported(tmp_path: Path) -> None:
+def test_links_to_nothing_and_to_themselves_are_found_so_that_they_can_be_reported(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "b/1.jpg")
     (tmp_path / "a/gone.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a/itself.jpg").symlink_to(tmp_path / "a/itself.jpg")
+    (tmp_path / "a/itself").symlink_to(tmp_path / "a/itself")
     found = same_as_image_folder(tmp_path)
-    assert ("a/gone.jpg", 0) in [(photo.path, photo.size_bytes) for photo in found.photos]
+    assert paths(found) == ["a/1.jpg", "a/gone.jpg", "a/itself.jpg", "b/1.jpg"]
+    assert found.files["size"].tolist() == [1, 0, 0, 1]
+    assert found.ignored == (("a/itself", UNNAMED),)
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")  # on which ImageFolder raises OSError
+    assert images(scan(tmp_path)) == images(found)
+
+
+@pytest.mark.parametrize(
+    ("links", "read", "ignored"),
+    [
+        ({"a/x/up": "data/a", "a/x/self": "data/a/x"}, [], ["a/x/self", "a/x/up"]),
+        ({"a/x/to_y": "data/a/y", "a/y/to_x": "data/a/x"}, [], ["a/x/to_y", "a/y/to_x"]),
+        ({"a/0": "data/a/x"}, [], ["a/0"]),
+        ({"a/one": "elsewhere", "a/two": "elsewhere"}, ["a/one/1.jpg"], ["a/two"]),
+        ({"a/root": "data"}, ["a/root/b/1.jpg"], ["a/root/a"]),
+    ],
+)
+def test_each_folder_of_a_class_is_read_once_where_it_really_stands(
+    tmp_path: Path, links: dict[str, str], read: list[str], ignored: list[str]
+) -> None:
+    touch(tmp_path, "elsewhere/1.jpg", "data/a/x/1.jpg", "data/a/y/1.jpg", "data/b/1.jpg")
+    for path, target in links.items():
+        (tmp_path / "data" / path).symlink_to(tmp_path / target)
+    found = scan(tmp_path / "data")
+    assert paths(found) == [*read, "a/x/1.jpg", "a/y/1.jpg", "b/1.jpg"]
+    assert sorted(found.ignored) == [(path, READ_ALREADY) for path in ignored]
+
+
+def test_ten_folders_that_all_link_to_each_other_are_read_at_once(tmp_path: Path) -> None:
+    """ImageFolder would follow ten million paths."""
+    names = [f"a/{number}/1.jpg" for number in range(10)]
+    touch(tmp_path, *names, "b/1.jpg")
+    for here in range(10):
+        for there in range(10):
+            (tmp_path / f"a/{here}/to_{there}").symlink_to(tmp_path / f"a/{there}")
+    start = time.perf_counter()
+    found = scan(tmp_path)
+    assert time.perf_counter() - start < 2
+    assert paths(found) == [*names, "b/1.jpg"]
+    assert len(set(found.ignored)) == len(found.ignored) == 100
+
+
+def test_pipes_sockets_and_devices_are_ignored_and_never_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(touch(tmp_path, "a/1.jpg", "b/1.jpg"))  # a socket's path is at most 108 bytes long
+    os.mkfifo("a/pipe.jpg")
+    os.mkfifo("a/pipe")
+    Path("a/zero.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("b/socket.png")
+        found = scan(tmp_path)
+    assert paths(found) == ["a/1.jpg", "b/1.jpg"]
+    assert [path for path, _ in found.ignored] == ["a/pipe", "a/pipe.jpg", "a/zero.jpg", "b/socket.png"]
+    assert {reason for _, reason in found.ignored} == {NO_FILE}
+    listed = scan(write(tmp_path, {"train.txt": "a/1.jpg\na/pipe.jpg\nb/1.jpg\n"}))
+    assert (paths(listed), listed.ignored) == (["a/1.jpg", "b/1.jpg"], (("a/pipe.jpg", NO_FILE),))
+
+
+# Reads a folder as a user without rights; root, who has all, first becomes nobody.
+SCAN = """
+import json, os
+from fastflower.errors import FolderError
+from fastflower.folder import scan
+if os.getuid() == 0:
+    try:
+        os.setgroups([])
+        os.setuid(65534)
+    except OSError:
+        raise SystemExit(77)
+try:
+    found = scan(".")
+    print(json.dumps([[found.path(n), int(found.files["size"][n])] for n in range(len(found))] + [found.ignored]))
+except FolderError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def scanned_without_rights(root: Path) -> Any:
+    """In the current folder, for those above may be closed."""
+    root.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", SCAN], cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("root may not become another user on this machine")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_folders_that_cannot_be_read_are_listed_and_files_are_kept(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "a/file.jpg", "a/folder/1.jpg", "a/names/1.jpg", "b/1.jpg")
+    (tmp_path / "a/file.jpg").chmod(0o000)
+    (tmp_path / "a/folder").chmod(0o000)
+    (tmp_path / "a/names").chmod(0o744)  # names can be read, nothing else
+    files = [["a/1.jpg", 1], ["a/file.jpg", 1], ["a/names/1.jpg", 0], ["b/1.jpg", 1]]
+    ignored = [["a/folder", "is a folder that cannot be read (Permission denied)"]]
+    assert scanned_without_rights(tmp_path) == [*files, ignored]
+
+
+@pytest.mark.parametrize("name", ["train", "train.txt"])
+def test_what_must_be_read_and_cannot_be_is_named(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, *([name] if name.endswith(".txt") else ["train/a/1.jpg", "val/a/1.jpg"]))
+    (tmp_path / name).chmod(0o000)
+    assert scanned_without_rights(tmp_path) == f"{name}: cannot be read (Permission denied); make it readable."
 
 
 def test_other_files_in_class_folders_are_listed_as_ignored(tmp_path: Path) -> None:
     found = same_as_image_folder(touch(tmp_path, "a/1.jpg", "a/notes.txt", "a/sub/x.gif", "b/1.jpg", "b/jpg"))
-    assert found.ignored == ("a/notes.txt", "a/sub/x.gif", "b/jpg")
+    assert found.ignored == (("a/notes.txt", UNNAMED), ("a/sub/x.gif", UNNAMED), ("b/jpg", UNNAMED))
 
 
-def test_files_beside_the_class_folders_do_not_count(tmp_path: Path) -> None:
-    found = same_as_image_folder(touch(tmp_path, "a/1.jpg", "b/1.jpg", "cover.jpg", "labels.csv"))
-    assert [photo.path for photo in found.photos] == ["a/1.jpg", "b/1.jpg"]
-    assert found.ignored == ()
+def test_files_beside_the_class_folders_do_not_count_and_a_folder_is_no_image(tmp_path: Path) -> None:
+    found = same_as_image_folder(touch(tmp_path, "a/1.jpg/2.jpg", "b.jpg/1.jpg", "cover.jpg", "labels.csv"))
+    assert (paths(found), found.ignored) == (["a/1.jpg/2.jpg", "b.jpg/1.jpg"], ())
 
 
 def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
@@ -89,44 +274,126 @@ def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
     plain = touch(tmp_path / "plain", "a/1.jpg", "b/1.jpg")
     hidden = touch(tmp_path / "hidden", "a/1.jpg", "b/1.jpg", ".cache/1.jpg", ".git/HEAD")
     assert scan(hidden).classes == tuple(ImageFolder(plain).classes)
-    assert scan(hidden).photos == scan(plain).photos
+    assert images(scan(hidden)) == images(scan(plain))
 
 
-def test_a_path_may_be_text(flowers: Path) -> None:
-    assert scan(str(flowers)) == scan(flowers)
+@pytest.mark.parametrize(("name", "split"), [("val", "val"), ("valid", "val"), ("validation", "val"), ("test", "test")])
+def test_each_folder_of_a_split_is_read_as_image_folder_reads_it(tmp_path: Path, name: str, split: str) -> None:
+    touch(tmp_path, "train/a/2.jpg", "train/a/b/1.jpg", "train/b/1.jpg", f"{name}/a/3.jpg", f"{name}/b/1.png", "0.jpg")
+    samples = [(number, ImageFolder(tmp_path / top).samples) for number, top in enumerate(("train", name))]
+    found = scan(touch(tmp_path, ".git/x/1.jpg", "train/.cache/1.jpg", "train/cover.jpg", f"{name}/b/notes.txt"))
+    assert (found.classes, found.splits) == (("a", "b"), ("train", split))
+    assert images(found) == [
+        (str(Path(path).relative_to(tmp_path)), label, number) for number, group in samples for path, label in group
+    ]
+    assert found.ignored == ((f"{name}/b/notes.txt", UNNAMED),)
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    text = f"{tmp_path / 'no'}: does not exist; name a folder that holds one folder of images for each class."
-    with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
-        scan(tmp_path / "no")
+def test_a_class_may_lack_in_every_split_but_train(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/b/1.jpg", "validation/a/1.jpg", "validation/b/none.txt")
+    found = scan(tmp_path)
+    assert found.splits == ("train", "val", "test")
+    expected = [("train/a/1.jpg", 0, 0), ("train/b/1.jpg", 1, 0), ("validation/a/1.jpg", 0, 1), ("test/b/1.jpg", 1, 2)]
+    assert images(found) == expected
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    file = touch(tmp_path, "photo.jpg") / "photo.jpg"
-    text = f"{file}: is a file; name a folder that holds one folder of images for each class."
-    with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
-        scan(file)
+NO_SPLITS = [
+    ["train/1.jpg", "val/1.jpg"],
+    ["train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"],
+    ["train/steam/1.jpg", "test/x/1.jpg", "trolley/b/1.jpg"],
+    ["val/a/1.jpg", "test/a/1.jpg"],
+    ["a/1.jpg", "b/1.jpg", "val.txt", "classes.txt", "meta/train.txt/1.jpg"],
+]
 
 
-@pytest.mark.parametrize("names", [(), ("1.jpg", "2.jpg"), (".git/1.jpg",)])
-def test_a_folder_without_class_folders_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
-    touch(tmp_path, *names)
-    text = f"{tmp_path}: has no class folders; put the images of each class into a folder of its own."
-    with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
-        scan(tmp_path)
+@pytest.mark.parametrize("names", NO_SPLITS)
+def test_other_folders_named_as_splits_are_classes(tmp_path: Path, names: list[str]) -> None:
+    same_as_image_folder(touch(tmp_path, *names))
 
 
-def test_one_class_is_refused(tmp_path: Path) -> None:
-    text = f"{tmp_path}: has one class, 'rose'; a classifier needs at least two class folders."
-    with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
-        scan(touch(tmp_path, "rose/1.jpg"))
+TWO = ["train/a/1.jpg", "train/b/1.jpg"]
+NO_CLASSES = "{root}: has no class folders; put the images of each class into a folder of its own."
+ONE_CLASS = "{root}: has one class, 'a'; a classifier needs at least two class folders."
+NO_IMAGES = f": has no images {ENDINGS}; add some, or remove the class folder."
+TWICE = "{root}: has two folders for the same split (train, val, valid); remove or join one of them."
+NO_CLASS = "{root}/val/c: is no class of {root}/train; add the class there, or remove this folder."
+MISFITS = [
+    ([], NO_CLASSES),
+    (["1.jpg", ".git/1.jpg"], NO_CLASSES),
+    (["a/1.jpg"], ONE_CLASS),
+    (["train/a/1.jpg", "val/a/1.jpg"], ONE_CLASS),
+    (["a/1.jpg", "b/notes.txt"], "{root}/b" + NO_IMAGES),
+    ([*TWO, "val/a/1.jpg", "train/c/d/e"], "{root}/train/c" + NO_IMAGES),
+    ([*TWO, "valid/a/1.jpg", "val/b/1.jpg"], TWICE),
+    ([*TWO, "val/c/1.jpg"], NO_CLASS),
+]
 
 
-def test_a_class_without_images_is_refused_by_both(tmp_path: Path) -> None:
-    touch(tmp_path, "a/1.jpg", "b/notes.txt")
-    with pytest.raises(FileNotFoundError, match="classes b"):
-        ImageFolder(tmp_path)
-    text = f"{tmp_path / 'b'}: has no images {ENDINGS}; add some, or remove the class folder."
-    with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
-        scan(tmp_path)
+@pytest.mark.parametrize(("names", "text"), MISFITS)
+def test_a_folder_that_fits_no_layout_is_refused(tmp_path: Path, names: list[str], text: str) -> None:
+    refused(touch(tmp_path, *names), text.replace("{root}", str(tmp_path)))
+
+
+def test_a_missing_folder_and_a_file_are_named(tmp_path: Path) -> None:
+    remedy = "name a folder that holds one folder of images for each class."
+    refused(tmp_path / "no", f"{tmp_path / 'no'}: does not exist; {remedy}")
+    refused(touch(tmp_path, "1.jpg") / "1.jpg", f"{tmp_path / '1.jpg'}: is a file; {remedy}")
+
+
+def write(root: Path, lists: dict[str, str]) -> Path:
+    for name, text in lists.items():
+        touch(root, name).joinpath(name).write_bytes(os.fsencode(text))
+    return root
+
+
+@pytest.mark.parametrize("place", ["", "meta/"])
+@pytest.mark.parametrize("classes", ["classes.txt", "meta/classes.txt"])
+def test_lists_stand_in_meta_or_the_root(tmp_path: Path, place: str, classes: str) -> None:
+    """Labels are places in classes.txt, which need not be sorted; a line's last word is the label."""
+    train, val = "y 1 .jpg 1\r\n\r\n \t \nx.jpg 0 \nx.jpg 2 00001", "a/é.jpg \t 1\n" + NAMES[-1] + " 0\n"
+    lists = {f"{place}train.txt": train, f"{place}val.txt": val, classes: "second name \r\n\r\nfirst"}
+    found = scan(touch(write(tmp_path, lists), "x.jpg", f"train/{NAMES[-1]}", f"val/{NAMES[-1]}", "a/é.jpg"))
+    assert (found.classes, found.splits) == (("second name", "first"), ("train", "val"))
+    expected = [("y 1 .jpg", 1, 0), ("x.jpg", 0, 0), ("x.jpg 2", 1, 0), ("a/é.jpg", 1, 1), (f"val/{NAMES[-1]}", 0, 1)]
+    assert images(found) == expected
+    assert found.files["size"].tolist() == [0, 1, 0, 1, 1]  # what is missing is kept, so that it can be reported
+
+
+@pytest.mark.parametrize("labels", [("", ""), (" 0", " 1")])
+def test_without_classes_the_class_folders_of_train_are_the_classes(tmp_path: Path, labels: tuple[str, str]) -> None:
+    a, b = labels
+    train, long = f"b/x y.jpg{b}\na/1 2.jpg{a}\r\n", "b/" + "x" * 300 + ".jpg"
+    found = scan(write(tmp_path, {"train.txt": train, "test.txt": f"{long}{b}\nb/c/1.jpg{b}"}))
+    assert (found.classes, found.splits) == (("a", "b"), ("train", "test"))
+    assert images(found) == [("b/x y.jpg", 1, 0), ("a/1 2.jpg", 0, 0), (long, 1, 1), ("b/c/1.jpg", 1, 1)]
+
+
+AB = "a/1.jpg 0\nb/1.jpg 1\n"
+NO_LABEL = "has no label and lies in no class folder; write PATH LABEL."
+
+
+PLACE = "among the sorted class folders; add classes.txt."
+LISTS = [
+    ({"train.txt": AB + "3.jpg", "classes.txt": "a\nb"}, f"train.txt, line 3: '3.jpg' {NO_LABEL}"),
+    ({"train.txt": AB + "c.jpg -1", "classes.txt": "a\nb"}, f"train.txt, line 3: 'c.jpg -1' {NO_LABEL}"),
+    ({"meta/train.txt": "1.jpg\n2.jpg\n"}, f"meta/train.txt, line 1: '1.jpg' {NO_LABEL}"),
+    ({"train.txt": AB, "val.txt": "\nc/1.jpg"}, f"val.txt, line 2: 'c/1.jpg' {NO_LABEL}"),
+    ({"train.txt": AB + "\na/2 2"}, "train.txt, line 4: label 2 is not one of the 2 classes; add classes.txt."),
+    ({"train.txt": AB, "val.txt": "b/2.jpg 0"}, f"val.txt, line 1: label 0 is not the place of 'b' {PLACE}"),
+    ({"train.txt": AB + "a/2.jpg 1"}, f"train.txt, line 3: label 1 is not the place of 'a' {PLACE}"),
+    ({"train.txt": AB + "a 0", "classes.txt": "a\nb"}, "train.txt, line 3: 'a' is a folder; list its files."),
+    ({"train.txt": AB, "val.txt": "b 1"}, "val.txt, line 1: 'val/b' is a folder; list its files."),
+    ({"train.txt": AB + AB}, "train.txt, line 3: 'a/1.jpg' is listed twice; remove one of the lines."),
+    ({"train.txt": AB, "val.txt": AB}, "val.txt, line 1: 'a/1.jpg' is listed twice; remove one of the lines."),
+    ({"train.txt": "\n \r\n", "val.txt": ""}, "train.txt: lists no image; write lines PATH LABEL."),
+    ({"train.txt": os.fsdecode(AB.encode("utf-16"))}, "train.txt, line 1: holds a zero byte; save the list as UTF-8."),
+    (
+        {"train.txt": AB, "meta/classes.txt": "a\nb\n\na "},
+        "meta/classes.txt: names a class twice; one line a class, in the order of the labels.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("lists", "text"), LISTS)
+def test_an_error_in_a_list_is_named_with_file_and_line(tmp_path: Path, lists: dict[str, str], text: str) -> None:
+    refused(write(touch(tmp_path, "a/1.jpg", "b/1.jpg", "val/b/1.jpg"), lists), f"{tmp_path}/{text}")

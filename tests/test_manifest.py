@@ -3,12 +3,15 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from kill_packer import checksums
+from packs import drawn, exactly, interrupted
 
 from fastflower import Manifest, pack
 from fastflower.errors import FolderError, ShardError
@@ -27,7 +30,10 @@ MANIFEST = Manifest(
     skipped=({"path": "röse/x.jpg", "reason": "is no image"},),
     duplicates=(("daisy/1.jpg", "daisy/2.jpg"), ("daisy/3.jpg", "röse/1.jpg")),
     label_conflicts=(("daisy/3.jpg", "röse/1.jpg"),),
-    versions={"fastflower": "1.2.3"},
+    near_duplicates=({"split": "val", "path": "daisy/4.jpg", "train_path": "daisy/5.jpg", "distance": 3},),
+    source_bytes=12_345_678_901,
+    packed_bytes=30_000,
+    versions={"fastflower": "1.2.3", "pillow": "12.0", "opencv": "4.11"},
 )
 
 
@@ -43,14 +49,26 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     return stored(folder, json.dumps(values))
 
 
-def exactly(text: str) -> str:
-    return f"^{re.escape(text)}$"
-
-
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     loaded = Manifest.load(stored(tmp_path))
     assert loaded == replace(MANIFEST, folder=tmp_path)
     assert Manifest.load(str(tmp_path)) == loaded
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source_bytes": None},
+        {"classes": ("caf\udce9", "new\nline", '"quoted"\\')},
+        {"near_duplicates": (), "skipped": (), "duplicates": (), "label_conflicts": ()},
+    ],
+)
+def test_what_is_written_in_a_pack_is_read_back(tmp_path: Path, change: dict[str, Any]) -> None:
+    """As packing encodes it, for names need not be UTF-8."""
+    manifest = replace(MANIFEST, folder=tmp_path, **change)
+    text = manifest.to_json().encode("utf-8", "backslashreplace")
+    assert Manifest.load(stored(tmp_path, text)) == manifest
+    assert json.loads(text)["classes"] == list(manifest.classes)
 
 
 def test_the_same_manifest_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -64,7 +82,10 @@ def test_the_file_is_json_that_people_can_read() -> None:
     values = json.loads(text)
     assert (values["format"], values["version"]) == ("fastflower", 1)
     assert "röse" in text
-    assert "folder" not in values
+    assert list(values)[2:] == [item.name for item in fields(Manifest) if item.name != "folder"]
+    assert values["splits"]["train"]["shards"][1] == {"name": "b.tar", "samples": 1, "bytes": 10240, "sha256": "1" * 64}
+    assert values["near_duplicates"] == list(MANIFEST.near_duplicates)
+    assert (values["source_bytes"], values["packed_bytes"]) == (12_345_678_901, 30_000)
     assert text.endswith("}\n")
 
 
@@ -207,12 +228,28 @@ def test_replacing_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_pack_that_cannot_be_finished_leaves_no_shard_behind(flowers: Path, tmp_path: Path) -> None:
-    """A folder stands where one of the last files is to go: what was in place already is taken away again."""
-    out = tmp_path / "out"
-    (out / "_info.json" / "in the way").mkdir(parents=True)
-    with pytest.raises(
-        FolderError, match=r"out: cannot be written \(.*\); make room, or name another folder with --out"
-    ):
-        pack(flowers, out)
-    assert [path.name for path in out.iterdir()] == ["_info.json"]
+def test_many_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    contents = [bytes([number]) * 100_000 for number in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(write_atomically, [path] * 24, contents)) == [None] * 24
+    assert path.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pack_that_cannot_be_finished_shows_no_shard_and_goes_on_later(tmp_path: Path) -> None:
+    """A folder stands where one of the last files is to go: what was in place already is taken back."""
+    folder, out = drawn(tmp_path / "data", a=5, b=4), tmp_path / "out"
+    pack(folder, tmp_path / "expected", shard_bytes=4000)
+    interrupted(folder, out, parts=1, shard_bytes=4000)
+    (out / "_info.json").mkdir()
+    text = (
+        f"{out}: cannot be written (Is a directory); make room, or name another folder with --out. "
+        f"The same command goes on where this one stopped."
+    )
+    with pytest.raises(FolderError, match=exactly(text)):
+        pack(folder, out, shard_bytes=4000)
+    assert sorted(path.name for path in out.iterdir()) == [".packing", "_info.json"]
+    (out / "_info.json").rmdir()
+    pack(folder, out, shard_bytes=4000)
+    assert checksums(out) == checksums(tmp_path / "expected")

@@ -1,4 +1,4 @@
-"""Shards on disk: tar, WebDataset and DALI read them as we do, and damage is named."""
+"""Shards on disk: tar, WebDataset, DALI and timm read them as we do, and damage is named."""
 
 import hashlib
 import io
@@ -15,16 +15,22 @@ import numpy as np
 import pytest
 from nvidia.dali import fn as untyped_fn
 from nvidia.dali.pipeline import Pipeline
+from packs import NASTY, nasty, samples
+from PIL import Image
+from timm.data.readers.reader_factory import create_reader
 from webdataset.compat import WebDataset
 
-from fastflower import Manifest
+from fastflower import Manifest, pack
 from fastflower.errors import SampleError, ShardError
 from fastflower.image import decode
-from fastflower.packing import key_of
-from fastflower.shard import ShardReader, ShardWriter, describe
+from fastflower.manifest import INDEX_DTYPE
+from fastflower.shard import Samples, ShardReader, ShardWriter, index_rows
 
 fn: Any = untyped_fn  # DALI makes their names at run time
 SPLITS = ["train", "val"]
+LEFT_OPEN = pytest.mark.filterwarnings(
+    "ignore:unclosed file:ResourceWarning"
+)  # webdataset leaves its tars to be closed
 
 
 def tars(folder: Path, split: str) -> list[Path]:
@@ -43,6 +49,22 @@ def copy(shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "copy"))
 
 
+@pytest.fixture(scope="session")
+def nasty_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack of files with nasty names, in several shards."""
+    folder = tmp_path_factory.mktemp("nasty")
+    manifest = pack(nasty(folder / "data"), folder / "shards", shard_bytes=1 << 14)
+    assert manifest.skipped == ()
+    assert sum(split.samples for split in manifest.splits.values()) == 2 * len(NASTY) + 6
+    return folder / "shards"
+
+
+@pytest.fixture(params=["shards", "nasty_shards"])
+def both(request: pytest.FixtureRequest) -> Path:
+    """Two packs, of drawn flowers and of nasty names."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_sample_is_its_source_file(flowers: Path, shards: Path, split: str) -> None:
     manifest = Manifest.load(shards)
@@ -58,6 +80,14 @@ def test_the_splits_hold_every_photograph_once(flowers: Path, shards: Path) -> N
     manifest = Manifest.load(shards)
     found = [ShardReader(manifest, split).path(n) for split in SPLITS for n in range(manifest.split(split).samples)]
     assert sorted(found) == sorted(path.relative_to(flowers).as_posix() for path in flowers.glob("*/*.jpg"))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_tarfile_finds_what_the_index_tells(both: Path, split: str) -> None:
+    found = list(samples(both, split))
+    assert packed(both, split) == [(sample.image, sample.label) for sample in found]
+    reader = ShardReader(Manifest.load(both), split)
+    assert [reader.path(number) for number in range(len(found))] == [sample.path for sample in found]
 
 
 def test_shards_are_shuffled_over_all_classes(shards: Path) -> None:
@@ -82,12 +112,12 @@ def test_info_agrees_with_the_manifest(shards: Path) -> None:
         }
 
 
-def test_the_manifest_tells_the_truth(shards: Path) -> None:
-    for split in Manifest.load(shards).splits.values():
+def test_the_manifest_tells_the_truth(both: Path) -> None:
+    for split in Manifest.load(both).splits.values():
         for shard in split.shards:
-            data = (shards / shard.name).read_bytes()
+            data = (both / shard.name).read_bytes()
             assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-            with tarfile.open(shards / shard.name) as tar:
+            with tarfile.open(both / shard.name) as tar:
                 assert shard.samples == sum(name.endswith(".jpg") for name in tar.getnames())
         assert split.samples == sum(shard.samples for shard in split.shards) == sum(split.class_counts)
 
@@ -100,29 +130,32 @@ def test_the_index_tells_the_size_of_the_decoded_image(shards: Path, split: str)
         assert (reader.index[number]["height"], reader.index[number]["width"]) == (height, width)
 
 
-def test_dalis_index_is_what_wds2idx_writes(shards: Path, tmp_path: Path) -> None:
+def test_dalis_index_is_what_wds2idx_writes(both: Path, tmp_path: Path) -> None:
     program = Path(sys.executable).parent / "wds2idx"
-    for tar in sorted(shards.glob("*.tar")):
+    for tar in sorted(both.glob("*.tar")):
         subprocess.run([program, tar, tmp_path / "other.idx"], check=True, capture_output=True)
         assert tar.with_suffix(".idx").read_text() == (tmp_path / "other.idx").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves its tars to be closed
+@LEFT_OPEN
 @pytest.mark.parametrize("split", SPLITS)
-def test_webdataset_reads_every_sample(shards: Path, split: str) -> None:
-    names = [str(path) for path in tars(shards, split)]
-    samples = list(WebDataset(names, shardshuffle=False))
-    assert [(sample["jpg"], int(sample["cls"])) for sample in samples] == packed(shards, split)
-    reader = ShardReader(Manifest.load(shards), split)
-    assert [json.loads(sample["json"]) for sample in samples] == [
-        {"filename": reader.path(number)} for number in range(len(samples))
+def test_webdataset_reads_every_sample(both: Path, split: str) -> None:
+    names = [str(path) for path in tars(both, split)]
+    read = list(WebDataset(names, shardshuffle=False))
+    assert [(sample["jpg"], int(sample["cls"])) for sample in read] == packed(both, split)
+    found = list(samples(both, split))
+    assert [sample["__key__"] for sample in read] == [sample.key for sample in found]
+    classes = Manifest.load(both).classes
+    assert [json.loads(sample["json"]) for sample in read] == [
+        {"filename": sample.path, "class": classes[sample.label]} for sample in found
     ]
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_dali_reads_every_sample(shards: Path, split: str) -> None:
-    paths, expected = tars(shards, split), packed(shards, split)
-    pipeline = Pipeline(batch_size=30, num_threads=2, device_id=None, prefetch_queue_depth=1)
+def test_dali_reads_every_sample(both: Path, split: str) -> None:
+    paths, expected = tars(both, split), packed(both, split)
+    batch = len(expected) // len(paths)  # also over the edges of shards
+    pipeline = Pipeline(batch_size=batch, num_threads=2, device_id=None, prefetch_queue_depth=1)
     with pipeline:
         outputs = fn.readers.webdataset(
             paths=[str(path) for path in paths],
@@ -135,31 +168,36 @@ def test_dali_reads_every_sample(shards: Path, split: str) -> None:
     pipeline.build()
     assert pipeline.epoch_size("reader") == len(expected)
     found: list[tuple[bytes, int]] = []
-    for _ in range(len(expected) // 30):
+    while len(found) < len(expected):
         images, labels = pipeline.run()
         found += [
             (np.asarray(images.at(position)).tobytes(), int(np.asarray(labels.at(position)).tobytes()))
-            for position in range(30)
+            for position in range(batch)
         ]
-    assert found == expected
+    assert found[: len(expected)] == expected
 
 
-def test_tar_lists_cls_jpg_and_json_of_each_sample_together_in_order(shards: Path) -> None:
-    for path in sorted(shards.glob("*.tar")):
-        listed = subprocess.run(["tar", "tf", path], check=True, capture_output=True, text=True).stdout.split()
-        keys = [name.rpartition(".")[0] for name in listed[::3]]
-        assert listed == [f"{key}.{ending}" for key in keys for ending in ("cls", "jpg", "json")]
-        assert len(set(keys)) == len(keys)
+@LEFT_OPEN
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("training", [False, True])
+def test_timm_reads_every_sample(both: Path, split: str, training: bool) -> None:
+    """In order, or, to train on, in an order of its own."""
+    reader: Any = create_reader("wds/", str(both), split, is_training=training)
+    found = [(image.tobytes(), label) for image, label in reader]
+    expected = [(Image.open(io.BytesIO(image)).convert("RGB").tobytes(), label) for image, label in packed(both, split)]
+    assert len(reader) == len(found)
+    assert sorted(found) == sorted(expected)
+    assert training or found == expected
 
 
-def test_keys_depend_on_the_whole_path_and_say_what_they_stand_for() -> None:
-    assert key_of("a/x.jpg") == key_of("a/x.jpg")
-    assert (
-        len({key_of(path) for path in ("a/x.jpg", "a/x.png", "b/x.jpg", "a_x.jpg", "a/x.JPG", "a/é.jpg", "a/è.jpg")})
-        == 7
-    )
-    assert key_of("rose/red 12.jpg").startswith("rose_red_12-")
-    assert len(key_of("c/" + "long" * 100 + "-end.jpg")) + len(".json") <= 100  # what a tar header holds
+def test_tar_lists_cls_jpg_and_json_of_each_sample_together_in_order(both: Path) -> None:
+    for split in SPLITS:
+        found = list(samples(both, split))
+        for path in tars(both, split):
+            listed = subprocess.run(["tar", "tf", path], check=True, capture_output=True, text=True).stdout.split()
+            keys = [sample.key for sample in found if sample.shard == path.name]
+            assert listed == [f"{key}.{ending}" for key in keys for ending in ("cls", "jpg", "json")]
+        assert len({sample.key for sample in found}) == len(found)
 
 
 def test_members_carry_no_time_owner_or_mode_of_this_machine(shards: Path) -> None:
@@ -169,39 +207,116 @@ def test_members_carry_no_time_owner_or_mode_of_this_machine(shards: Path) -> No
             assert (member.mode, member.type) == (0o644, tarfile.REGTYPE)
 
 
-def write(path: Path, *images: bytes) -> ShardWriter:
-    with ShardWriter(path) as writer:
-        for number, image in enumerate(images):
-            writer.add(f"key-{number}", image, number, (2, 3), f"class/{number}.jpg")
+Item = tuple[str, bytes, int, str, str]  # key, image, label, source, class
+
+
+def several(*images: bytes) -> list[Item]:
+    return [(f"key-{n}", image, n, f"class/{n}.jpg", "class") for n, image in enumerate(images)]
+
+
+def collected(items: list[Item]) -> Samples:
+    made = Samples()
+    for key, image, label, source, name in items:
+        made.add(key, image, label, (2, 3), source, name)
+    return made
+
+
+def write(path: Path, *groups: list[Item]) -> ShardWriter:
+    with path.open("wb") as file, ShardWriter(file) as writer:
+        for group in groups:
+            writer.extend(collected(group))
     return writer
 
 
-@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 1024, 100_000])
-def test_offsets_hold_at_the_edges_of_tars_blocks(tmp_path: Path, size: int) -> None:
-    images = [bytes([number]) * size for number in (1, 2, 3)]
-    rows = write(tmp_path / "x.tar", *images).rows
-    whole = (tmp_path / "x.tar").read_bytes()
-    assert [whole[offset : offset + length] for offset, length, *_ in rows] == images
-    with tarfile.open(tmp_path / "x.tar") as tar:
-        assert [member.offset_data for member in tar if member.name.endswith(".jpg")] == [row[0] for row in rows]
+def by_tarfile(items: list[Item]) -> bytes:
+    """What Python's tarfile makes of it."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, image, label, source, name in items:
+            note = f'{{"filename": "{source}", "class": "{name}"}}'.encode()
+            for ending, content in (("cls", str(label).encode()), ("jpg", image), ("json", note)):
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return data.getvalue()
 
 
-def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("a.tar", "b.tar"):
-        write(tmp_path / name, b"one", b"two")
-    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
-    assert describe(tmp_path / "a.tar", "x", 2) == describe(tmp_path / "b.tar", "x", 2)
+LONGEST = "k" * (100 - len(".json"))
+ITEMS = [
+    *([("key", bytes(size), 0, "class/name.jpg", "class")] for size in (0, 1, 511, 512, 513, 1024, 100_000)),
+    *([("key", b"image", 0, "n" * size, "class")] for size in range(476, 484)),  # the .json goes over a block's edge
+    *(several(*[b"x" * 512] * number) for number in range(1, 12)),  # the end goes over a record's edge
+    [(key, b"image", 7, "name", "class") for key in ("k", "k" * 50, LONGEST)],
+    [("key", b"image", label, "name", "class") for label in (0, 9, 10, 12_345, 2**31 - 1)],
+    [("key", b"image", 0, "häß/日本 🌻.jpg", "häß")],
+    [],
+]
+
+
+@pytest.mark.parametrize("items", ITEMS, ids=range(len(ITEMS)))
+def test_a_shard_is_byte_for_byte_what_tarfile_writes(tmp_path: Path, items: list[Item]) -> None:
+    expected = by_tarfile(items)
+    writer = write(tmp_path / "x.tar", items)
+    assert (tmp_path / "x.tar").read_bytes() == expected
+    assert len(expected) % tarfile.RECORDSIZE == 0
+    shard = writer.shard("x.tar")
+    assert (shard.name, shard.samples) == ("x.tar", len(items))
+    assert (shard.bytes, shard.sha256) == (len(expected), hashlib.sha256(expected).hexdigest())
+    rows = writer.rows
+    assert rows.dtype == INDEX_DTYPE
+    assert [expected[row["offset"] : row["offset"] + row["size"]] for row in rows] == [item[1] for item in items]
+    assert rows["label"].tolist() == [item[2] for item in items]
+
+
+def test_a_shard_is_the_same_however_its_samples_come(tmp_path: Path) -> None:
+    items = several(*(b"x" * size for size in (0, 700, 512, 3, 2000, 1)))
+    whole = write(tmp_path / "whole.tar", items)
+    for number, cuts in enumerate([(1,), (3,), (0, 2, 2, 5), (1, 2, 3, 4, 5)]):
+        groups = [items[start:stop] for start, stop in zip((0, *cuts), (*cuts, None), strict=True)]
+        parts = write(tmp_path / f"{number}.tar", *groups)
+        assert (tmp_path / f"{number}.tar").read_bytes() == (tmp_path / "whole.tar").read_bytes()
+        assert parts.shard("x") == whole.shard("x")
+        assert parts.rows.tolist() == whole.rows.tolist()
+        assert parts.dali_index() == whole.dali_index()
+
+
+def test_a_shard_that_an_error_ended_has_no_end(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), (tmp_path / "x.tar").open("wb") as file, ShardWriter(file) as writer:  # noqa: PT012
+        writer.extend(collected(several(b"image")))
+        raise KeyError
+    whole = by_tarfile(several(b"image"))
+    cut = (tmp_path / "x.tar").read_bytes()
+    assert cut == whole[: len(cut)]
+    assert len(cut) == 6 * 512
+
+
+def numbered(*offsets: int) -> Any:
+    rows = np.zeros(len(offsets), INDEX_DTYPE)
+    rows["offset"] = offsets
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("shards", "expected"),
+    [([], []), ([()], []), ([(5, 6)], [0, 0]), ([(5, 6), (7,), (), (8, 9, 10)], [0, 0, 1, 3, 3, 3])],
+)
+def test_the_rows_of_a_split_are_those_of_its_shards_numbered(
+    shards: list[tuple[int, ...]], expected: list[int]
+) -> None:
+    rows = index_rows([numbered(*offsets) for offsets in shards])
+    assert rows.dtype == INDEX_DTYPE
+    assert rows["shard"].tolist() == expected
+    assert rows["offset"].tolist() == [offset for offsets in shards for offset in offsets]
 
 
 def test_a_path_that_is_no_utf8_is_read_back(tmp_path: Path) -> None:
     path = b"class/caf\xe9 \xc3\xb6.jpg".decode("utf-8", "surrogateescape")
-    with ShardWriter(tmp_path / "x.tar") as writer:
-        writer.add("key", b"image", 0, (1, 1), path)
+    write(tmp_path / "x.tar", [("key", b"image", 0, path, "caf\udce9")])
     with tarfile.open(tmp_path / "x.tar") as tar:
         note = tar.extractfile("key.json")
         assert note is not None
         text = note.read().decode("utf-8")
-    assert json.loads(text) == {"filename": path}
+    assert json.loads(text) == {"filename": path, "class": "caf\udce9"}
     assert "ö" in text
 
 

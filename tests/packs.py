@@ -1,0 +1,136 @@
+"""Small folders to pack, what tarfile finds in a pack, and packs that are interrupted."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflower import Manifest, pack
+from fastflower.folder import Folder
+
+# Stems of files. No reader may lose one of them; DALI and webdataset do where a key holds such characters.
+NASTY = [
+    "with space", "two.dots.here", ".dot", "..", "-dash", "ümläut", "日本語", "🌻", "quote'\"", "new\nline", "tab\there",
+    "a" * 251, "é" * 125, "semi;colon&", "%41", "back\\slash", "UPPER", "upper", "__key__", "x.cls", "x.json", "*?[]",
+    b"caf\xe9".decode("utf-8", "surrogateescape"),
+]  # fmt: skip
+
+
+def photo(seed: int, size: int = 24) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8))
+
+
+def drawn(root: Path, **counts: int) -> Path:
+    """A folder with so many different JPEG files in each class."""
+    for label, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            photo(1000 * label + number).save(root / name / f"{number:03d}.jpg")
+    return root
+
+
+def nasty(root: Path) -> Path:
+    """JPEG and PNG files of the same nasty stems, extensions in either case, in classes with nasty names."""
+    drawn(root, **{"plain": 2, "with space.and dot": 2, "ø 🌷": 2})
+    for number, name in enumerate(NASTY):
+        folder = root / ("plain" if number % 2 else "ø 🌷")
+        photo(5000 + number).save(folder / f"{name}.{('jpg', 'JPG')[number % 3 == 0]}", "JPEG")
+        photo(6000 + number).save(folder / f"{name}.{('png', 'PNG')[number % 4 == 0]}", "PNG")
+    return root
+
+
+class Sample(NamedTuple):
+    shard: str
+    key: str
+    label: int
+    image: bytes
+    path: str
+
+
+def samples(out: Path, split: str) -> Iterator[Sample]:
+    """What tarfile finds in the shards that the manifest names."""
+    for shard in Manifest.load(out).splits[split].shards:
+        with tarfile.open(out / shard.name) as tar:
+            data = {member.name: tar.extractfile(member).read() for member in tar}  # pyright: ignore[reportOptionalMemberAccess]
+        for key in [name.removesuffix(".jpg") for name in data if name.endswith(".jpg")]:
+            note = json.loads(data[f"{key}.json"])
+            yield Sample(shard.name, key, int(data[f"{key}.cls"]), data[f"{key}.jpg"], note["filename"])
+
+
+def paths(out: Path, split: str) -> set[str]:
+    return {sample.path for sample in samples(out, split)}
+
+
+def images(found: Folder) -> set[str]:
+    return {found.path(number) for number in range(len(found))}
+
+
+def exactly(text: str) -> str:
+    return f"^{re.escape(text)}$"
+
+
+class Stopping(Executor):
+    """Makes so many parts at once, and is interrupted at the next, as by Ctrl-C."""
+
+    def __init__(self, parts: int) -> None:
+        self.left = parts
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def interrupted(folder: Path, out: Path, *, parts: int, **options: Any) -> Path:
+    """OUT after a pack that made so many parts."""
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, out, executor=Stopping(parts), **options)
+    return out
+
+
+def child(folder: Path, out: Path, stop: str, action: str, **options: Any) -> subprocess.Popen[str]:
+    """A process that packs and does `action` before the first thing it does to files of which `stop` is true.
+
+    action, stop  Python, in which `event` names the thing as audit hooks have it, and `paths` what it is done to; in OUT
+    they are relative to it.
+    """
+    program = f"""if True:
+        import os, signal, sys
+        from fastflower import pack
+        def watch(event, args):
+            if not done and event in ("open", "os.rename", "os.remove", "os.rmdir"):
+                paths = [str(path).removeprefix({str(out)!r} + "/") for path in args[:2]]
+                if {stop}:
+                    done.append(event)
+                    {action}
+        done = []
+        sys.addaudithook(watch)
+        pack({str(folder)!r}, {str(out)!r}, **{options!r})
+    """
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", program], text=True, **pipes)
+
+
+def killed(folder: Path, out: Path, stop: str, **options: Any) -> Path:
+    """OUT after a pack that was killed before the first thing of which `stop` is true."""
+    process = child(folder, out, stop, "os.kill(os.getpid(), signal.SIGKILL)", **options)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    return out
+
+
+BEFORE_MANIFEST = "event == 'os.rename' and paths[1] == 'manifest.json'"  # when all else is in place
+BEFORE_CLEARING = "event == 'os.remove' and paths[0].endswith('/plan.json')"  # when the manifest is in place

@@ -1,0 +1,103 @@
+"""Packing on a real dask cluster: the same bytes, whoever dies, and no answer from an earlier pack."""
+
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client, LocalCluster
+from kill_packer import checksums
+from packs import drawn, exactly, paths
+
+from fastflower import pack
+from fastflower.errors import FolderError
+
+NOWHERE: Any = None
+SHARD_BYTES = 1 << 18  # drawn flowers: some 30 shards
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    cluster = LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=NOWHERE, silence_logs=logging.CRITICAL
+    )
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    with Client(cluster) as client:
+        yield client
+
+
+@pytest.fixture
+def executor(client: Client) -> Iterator[Executor]:
+    with client.get_executor() as executor:
+        yield executor
+
+
+@pytest.fixture(scope="module")
+def expected(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("expected") / "out"
+    pack(flowers, out, shard_bytes=SHARD_BYTES)
+    assert len(list(out.glob("*.tar"))) > 20
+    return checksums(out)
+
+
+def test_workers_of_dask_make_the_same_bytes(
+    flowers: Path, tmp_path: Path, executor: Executor, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with relative paths, which for the workers are relative to something else."""
+    monkeypatch.chdir(flowers.parent)
+    pack(flowers.name, os.path.relpath(tmp_path / "out"), shard_bytes=SHARD_BYTES, executor=executor)
+    assert checksums(tmp_path / "out") == expected
+
+
+def test_a_worker_that_is_killed_does_not_change_the_bytes(
+    flowers: Path, tmp_path: Path, cluster: LocalCluster, executor: Executor, expected: dict[str, str]
+) -> None:
+    out, victim = tmp_path / "out", next(iter(cluster.workers.values())).pid
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not list(out.glob(".packing/*.npz")):
+            time.sleep(0.001)
+        os.kill(victim, signal.SIGKILL)
+        killed.append(len(list(out.glob(".packing/*.npz"))))
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    pack(flowers, out, shard_bytes=SHARD_BYTES, executor=executor)
+    killer.join(timeout=10)
+    assert 1 <= killed[0] < 20  # in the middle
+    assert checksums(out) == expected
+
+
+def test_an_error_is_that_of_the_image_and_known_answers_are_not_given_again(
+    tmp_path: Path, executor: Executor
+) -> None:
+    """Dask remembers what came of a call as long as somebody holds on to it, here to the error."""
+    folder, out = drawn(tmp_path / "data", a=12, b=12), tmp_path / "out"
+    pack(folder, tmp_path / "expected", shard_bytes=2000, on_bad="fail")
+    bad = folder / next(iter(paths(tmp_path / "expected", "val")))
+    whole, times = bad.read_bytes(), (bad.stat().st_atime_ns, bad.stat().st_mtime_ns)
+    bad.write_bytes(bytes(len(whole)))
+    text = f"{bad}: is no image; remove or replace it, or pack with --on-bad skip."
+    with pytest.raises(FolderError, match=exactly(text)) as held:
+        pack(folder, out, shard_bytes=2000, on_bad="fail", executor=executor)
+    assert not out.exists()
+    bad.write_bytes(whole)
+    os.utime(bad, ns=times)
+    for _ in range(2):
+        pack(folder, out, shard_bytes=2000, on_bad="fail", executor=executor)
+        assert checksums(out) == checksums(tmp_path / "expected")
+        shutil.rmtree(out)
+    assert held.value

@@ -1,0 +1,220 @@
+"""A pack that is killed, or that the disk or a second pack stops, goes on to the same bytes."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import Future, ProcessPoolExecutor
+from errno import ENOSPC
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kill_packer import checksums
+from packs import BEFORE_MANIFEST, child, drawn, exactly, killed
+
+from fastflower import pack
+from fastflower.errors import FolderError
+
+PROGRAM = Path(__file__).with_name("kill_packer.py")
+OPTIONS: dict[str, Any] = {"shard_bytes": 4000, "lists": True}
+GOES_ON = "The same command goes on where this one stopped."
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Nine images: two shards to train on and one to validate."""
+    return drawn(tmp_path / "small", a=5, b=4)
+
+
+@pytest.fixture
+def expected(small: Path, tmp_path: Path) -> dict[str, str]:
+    """Of a pack that nobody interrupted."""
+    pack(small, tmp_path / "expected", **OPTIONS)
+    made = checksums(tmp_path / "expected")
+    assert {"train-000001.tar", "val-000000.tar", "meta/val.txt"} < made.keys()
+    return made
+
+
+def kills(folder: Path, work: Path, *arguments: str | Path) -> int:
+    """How often tests/kill_packer.py killed a pack."""
+    work.mkdir()
+    command = [sys.executable, PROGRAM, folder, work, "--shard-bytes", "4000", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    found = re.fullmatch(
+        r"(\d+) kills in \d+ attempts, 13 files, all bytes as if nobody had interrupted\n", done.stdout
+    )
+    assert found
+    return int(found[1])
+
+
+def test_a_pack_that_is_killed_at_any_step_goes_on_to_the_same_bytes(small: Path, tmp_path: Path) -> None:
+    assert kills(small, tmp_path / "work") > 80
+
+
+def test_a_pack_that_is_killed_at_random_moments_goes_on_to_the_same_bytes(small: Path, tmp_path: Path) -> None:
+    assert kills(small, tmp_path / "work", "--random", "5") == 5
+
+
+def test_a_pack_that_is_killed_again_while_it_goes_on_still_goes_on(small: Path, tmp_path: Path) -> None:
+    """First just before the manifest is put in place, when all else is there, then at each step."""
+    killed(small, tmp_path / "begun", BEFORE_MANIFEST, **OPTIONS)
+    assert (tmp_path / "begun/val-000000.tar").exists()
+    assert kills(small, tmp_path / "work", "--begin", tmp_path / "begun") > 30
+
+
+def test_a_full_disk_is_explained_and_the_pack_goes_on_when_there_is_room(
+    small: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    """A limit on the size of files stands for the disk."""
+    program = (
+        "import resource, sys; from fastflower.cli import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); sys.exit(main(sys.argv[1:]))"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", program, "pack", small, "--out", out, "--shard-bytes", "4000", "--lists"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    text = f"{out}: cannot be written (File too large); make room, or name another folder with --out. {GOES_ON}"
+    assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (1, "", f"error: {text}")
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in out.iterdir()] == [".packing"]
+    assert not list(out.rglob("*.part"))
+    pack(small, out, **OPTIONS)
+    assert checksums(out) == expected
+
+
+def refusal(folder: Path, out: Path) -> str | None:
+    """What a pack says against it, if anything."""
+    try:
+        pack(folder, out, workers=1, **OPTIONS)
+    except FolderError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_an_error_at_any_renaming_leaves_what_the_same_call_goes_on_with(
+    small: Path, tmp_path: Path, expected: dict[str, str], for_good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full at one moment, or from one moment on, when nothing can be taken back either."""
+    replace = Path.replace
+    out, number, calls = tmp_path / "out", 0, 0
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # some 60 packs need not wait for the disk
+
+    def fail(self: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == number or (for_good and calls > number):
+            raise OSError(ENOSPC, os.strerror(ENOSPC))
+        return replace(self, target)
+
+    text = f"{out}: cannot be written (No space left on device); make room, or name another folder with --out."
+    while True:
+        number += 1
+        calls = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", fail)
+            said = refusal(small, out)
+        if said is None:
+            break
+        assert said == (text if number == 1 else f"{text} {GOES_ON}")  # the first is that of the plan
+        visible = {path.name for path in out.iterdir()} if out.exists() else set[str]()
+        assert "manifest.json" not in visible
+        assert for_good or visible <= {".packing", "meta"}
+        pack(small, out, **OPTIONS)
+        assert checksums(out) == expected
+        shutil.rmtree(out)
+    assert checksums(out) == expected
+    # The plan; tar, index and record of three parts; seven other files, first in the workspace; then all into place.
+    assert calls == number - 1 == 1 + 3 * 3 + 7 + 3 * 2 + 7
+
+
+@pytest.mark.parametrize("stop", ["'train-000001.' in paths[0]", "paths[1] == 'val-000000.tar'"])
+def test_ctrl_c_keeps_what_was_made(small: Path, tmp_path: Path, expected: dict[str, str], stop: str) -> None:
+    """While parts are made, and while they are put in place."""
+    out = tmp_path / "out"
+    process = child(small, out, stop, "os.kill(os.getpid(), signal.SIGINT)", **OPTIONS)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert errors.splitlines()[-1] == "KeyboardInterrupt"
+    assert (out / ".packing/plan.json").exists()
+    assert (out / "train-000001.tar").exists() == ("val" in stop)
+    assert not list(out.rglob("*.part"))
+    pack(small, out, **OPTIONS)
+    assert checksums(out) == expected
+
+
+@pytest.mark.parametrize("ends", ["goes on", "dies"])
+def test_of_two_packs_the_second_says_so_and_the_first_is_not_disturbed(
+    small: Path, tmp_path: Path, expected: dict[str, str], ends: str
+) -> None:
+    out = tmp_path / "out"
+    first = child(small, out, "'train-000001' in paths[0]", "print('here', flush=True); input()", **OPTIONS)
+    assert first.stdout
+    assert first.stdout.readline() == "here\n"
+    before = {name: value for name, value in checksums(out).items() if ".part" not in name}
+    text = f"{out}: another pack is writing here; wait for it, or name another folder with --out."
+    with pytest.raises(FolderError, match=exactly(text)):
+        pack(small, out, **OPTIONS)
+    assert before.items() <= checksums(out).items()
+    if ends == "dies":
+        first.kill()
+    first.communicate("\n", timeout=30)
+    assert first.returncode == (0 if ends == "goes on" else -signal.SIGKILL)
+    if ends == "dies":
+        pack(small, out, **OPTIONS)
+    assert checksums(out) == expected
+
+
+class Dying(ProcessPoolExecutor):
+    """Its workers die at the second part."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.count = getattr(self, "count", 0) + 1
+        return super().submit(os._exit, 1) if self.count == 2 else super().submit(fn, *args, **kwargs)
+
+
+def test_a_worker_that_dies_is_explained_and_the_pack_goes_on(
+    small: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    out = tmp_path / "out"
+    reason = "A process in the process pool was terminated abruptly while the future was running or pending."
+    text = f"{out}: a worker died ({reason}); pack with fewer workers where memory ran out. {GOES_ON}"
+    with Dying(1, mp_context=get_context("spawn")) as executor, pytest.raises(FolderError, match=exactly(text)):
+        pack(small, out, executor=executor, **OPTIONS)
+    pack(small, out, **OPTIONS)
+    assert checksums(out) == expected
+
+
+def test_every_file_is_on_the_disk_before_it_gets_its_name(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut leaves cannot be tested here, but the order of calls can."""
+    steps: list[tuple[str, int | str]] = []
+    replace, fsync = Path.replace, os.fsync
+
+    def renamed(self: Path, target: Path) -> Path:
+        steps.append(("rename", self.stat().st_ino))
+        if target == tmp_path / "out/manifest.json":
+            steps.append(("manifest", ""))
+        return replace(self, target)
+
+    def synced(handle: int) -> None:
+        steps.append(("sync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    monkeypatch.setattr(Path, "replace", renamed)
+    monkeypatch.setattr(os, "fsync", synced)
+    pack(small, tmp_path / "out", **OPTIONS)
+    out = (tmp_path / "out").stat().st_ino
+    for place, (step, inode) in enumerate(steps):
+        assert step != "rename" or ("sync", inode) in steps[:place]
+    end = steps.index(("manifest", ""))
+    assert steps[end - 2] == ("sync", out)
+    assert steps[end + 1 :] == [("sync", out)]
+    for path in (tmp_path / "out").glob("*.*"):
+        assert ("sync", path.stat().st_ino) in steps

@@ -1,0 +1,195 @@
+"""The nastiest folder of images: each file ends where docs/format.md puts it, without a hang, a crash or a full memory."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from nasty_files import Expectation, make
+from numpy.typing import NDArray
+from nvidia.dali import fn as untyped_fn
+from nvidia.dali.pipeline import Pipeline
+from PIL import Image, ImageOps
+from webdataset.compat import WebDataset
+
+from fastflower import Manifest, pack
+from fastflower.errors import FolderError
+from fastflower.image import decode
+from fastflower.shard import ShardReader
+from fastflower.verification import verify
+
+fn: Any = untyped_fn  # DALI makes their names at run time
+SPLITS = ["train", "val"]
+# Damage at which libjpeg, and so every decoder here, only warns: bytes that mean nothing, with an end behind them.
+ONLY_WARNED_OF = {
+    "broken/zeros in the middle.jpg",
+    "broken/cut at a restart and ended.jpg",
+    "broken/13000 pixels a side.jpg",
+}
+TOLERANCE = 3.0  # mean grey levels, as in test_image
+SECONDS, BYTES = 60, 1 << 30
+
+PROGRAM = """
+import sys
+from fastflower.cli import main
+status = main(["pack", sys.argv[1], "--out", sys.argv[2], "--workers", "2", "--shard-bytes", "1000000"])
+print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+sys.exit(status)
+"""
+
+
+class Packed(NamedTuple):
+    folder: Path
+    out: Path
+    expected: dict[str, Expectation]
+    printed: str
+    errors: str
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """The folder, packed by the command line in a process of its own."""
+    folder, out = (tmp_path_factory.mktemp("nasty") / name for name in ("folder", "out"))
+    expected = make(folder)
+    command = [sys.executable, "-c", PROGRAM, folder, out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+    return Packed(folder, out, expected, done.stdout, done.stderr)
+
+
+class Sample(NamedTuple):
+    path: str
+    label: int
+    encoded: bytes
+    size: tuple[int, int]
+
+
+@pytest.fixture(scope="module")
+def samples(packed: Packed) -> dict[str, list[Sample]]:
+    """All that is in the shards, by split, in order."""
+    found: dict[str, list[Sample]] = {}
+    for split in SPLITS:
+        reader = ShardReader(Manifest.load(packed.out), split)
+        found[split] = [
+            Sample(reader.path(number), int(row["label"]), bytes(reader.encoded(number)), (row["height"], row["width"]))
+            for number, row in enumerate(reader.index)
+        ]
+    return found
+
+
+def source(packed: Packed, sample: Sample) -> bytes:
+    return (packed.folder / sample.path).read_bytes()
+
+
+def test_each_file_is_kept_transcoded_or_skipped_as_the_format_says(
+    packed: Packed, samples: dict[str, list[Sample]]
+) -> None:
+    skipped = [item["path"] for item in Manifest.load(packed.out).skipped]
+    every = [sample for split in SPLITS for sample in samples[split]]
+    kept = {sample.path for sample in every if sample.encoded == source(packed, sample)}
+    found: dict[str, str] = dict.fromkeys(skipped, "skipped")
+    found |= {sample.path: "kept" if sample.path in kept else "transcoded" for sample in every}
+    assert len(found) == len(skipped) + len(every)
+    expected = packed.expected | dict.fromkeys(ONLY_WARNED_OF, "kept")
+    wrong = {path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)}
+    assert {ascii(path): (expected.get(path), found.get(path)) for path in wrong} == {}
+
+
+def test_reasons_can_be_read(packed: Packed) -> None:
+    reasons = {item["reason"] for item in Manifest.load(packed.out).skipped}
+    assert len(reasons) >= 10
+    for reason in reasons:
+        assert re.fullmatch(r"\w[^\n]{5,150}", reason)
+        assert reason.isprintable()
+        assert not re.search(r"0x[0-9a-f]{6}|<|Traceback|Error|Exception", reason)
+
+
+def pillows(data: bytes) -> NDArray[Any]:
+    """The picture as Pillow has it, upright; 16-bit greys, which it would clip, scaled."""
+    with Image.open(io.BytesIO(data)) as image:
+        wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+        upright = ImageOps.exif_transpose(image)
+    if wide:
+        return np.repeat(np.asarray(upright)[..., None] / 257, 3, axis=2)
+    if upright.mode == "P":  # without the way over RGBA Pillow warns of a palette with alpha
+        upright = upright.convert("RGBA")
+    return np.asarray(upright.convert("RGB")).astype(float)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged EXIF
+def test_pictures_are_pillows(packed: Packed, samples: dict[str, list[Sample]]) -> None:
+    """The very pixels where the bytes are kept, close to them where they are not."""
+    for sample in (sample for split in SPLITS for sample in samples[split] if sample.path not in ONLY_WARNED_OF):
+        expected = pillows(source(packed, sample))
+        found = decode(sample.encoded)
+        assert found.shape == expected.shape == (*sample.size, 3), sample.path
+        distance = np.abs(found - expected).mean()
+        assert distance <= (TOLERANCE if packed.expected[sample.path] == "transcoded" else 0), sample.path
+
+
+def test_packing_takes_little_memory(packed: Packed) -> None:
+    found = re.search(r"VmHWM:\s+(\d+) kB", packed.printed)
+    assert found is not None
+    assert int(found[1]) * 1024 < BYTES
+
+
+def test_only_libjpeg_writes_to_the_terminal(packed: Packed) -> None:
+    """What it warns of names no file; it could be silenced for the whole process alone."""
+    assert re.fullmatch(r"(Corrupt JPEG data: .*\n)*", packed.errors)
+
+
+def test_each_line_that_is_printed_can_be_read(packed: Packed) -> None:
+    *lines, last, _ = packed.printed.partition("VmHWM")[0].split("\n")
+    assert last == f"wrote {packed.out}"
+    assert packed.printed.count("\nskipped ") == 21  # of which the last counts the rest
+    known = re.compile(r"(train|val|skipped|identical|looks alike):? .*|\d+ images outside train look like .*")
+    assert [line for line in lines if not line.isprintable() or not known.fullmatch(line)] == []
+
+
+def test_nothing_is_wrong_with_the_pack(packed: Packed) -> None:
+    assert verify(packed.out) == []
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves its tars to be closed
+@pytest.mark.parametrize("split", SPLITS)
+def test_webdataset_reads_every_sample(packed: Packed, samples: dict[str, list[Sample]], split: str) -> None:
+    names = [str(packed.out / shard.name) for shard in Manifest.load(packed.out).split(split).shards]
+    found = list(WebDataset(names, shardshuffle=False))
+    assert [sample["jpg"] for sample in found] == [sample.encoded for sample in samples[split]]
+    assert [int(sample["cls"]) for sample in found] == [sample.label for sample in samples[split]]
+    assert [json.loads(sample["json"])["filename"] for sample in found] == [sample.path for sample in samples[split]]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_dali_reads_every_sample(packed: Packed, samples: dict[str, list[Sample]], split: str) -> None:
+    paths = [packed.out / shard.name for shard in Manifest.load(packed.out).split(split).shards]
+    count = len(samples[split])
+    pipeline = Pipeline(batch_size=count, num_threads=2, device_id=None, prefetch_queue_depth=1)
+    with pipeline:
+        outputs = fn.readers.webdataset(
+            paths=[str(path) for path in paths],
+            index_paths=[str(path.with_suffix(".idx")) for path in paths],
+            ext=["jpg", "cls"],
+            missing_component_behavior="error",
+            name="reader",
+        )
+        pipeline.set_outputs(*outputs)
+    pipeline.build()
+    assert pipeline.epoch_size("reader") == count
+    images, labels = pipeline.run()
+    found = [(np.asarray(images.at(n)).tobytes(), int(np.asarray(labels.at(n)).tobytes())) for n in range(count)]
+    assert found == [(sample.encoded, sample.label) for sample in samples[split]]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_on_bad_fail_names_one_of_the_bad_files(packed: Packed, tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match=r"; remove or replace it, or pack with --on-bad skip\.$") as caught:
+        pack(packed.folder, tmp_path / "out", on_bad="fail")
+    named = {f"{packed.folder / item['path']}: {item['reason']}" for item in Manifest.load(packed.out).skipped}
+    assert str(caught.value).rpartition("; remove")[0] in named
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,360 @@
+"""One part of a pack: made by anyone, twice, at the same time, after damage, always the same bytes."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kill_packer import checksums
+from packs import drawn, exactly
+
+from fastflower import part as module
+from fastflower.errors import FolderError
+from fastflower.folder import scan
+from fastflower.manifest import INDEX_DTYPE, Shard
+from fastflower.part import STOP, Part, key_of, make_part
+from fastflower.planning import Plan, make_plan, save_plan
+
+NAME = "train-000000"
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Nine images, three of them bad."""
+    folder = drawn(tmp_path / "small", a=4, b=5)
+    (folder / "a/001.jpg").write_bytes(b"text")
+    (folder / "b/000.jpg").write_bytes(b"")
+    (folder / "b/004.jpg").unlink()
+    (folder / "b/004.jpg").symlink_to("nowhere")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_image_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 1 << 12)
+
+
+def planned(folder: Path, work: Path, **changes: Any) -> Plan:
+    """A workspace with the plan of one part."""
+    options = {"split_by": "class", "val_fraction": 0.0, "seed": 0, "shard_bytes": 1 << 30, "max_side": None}
+    options |= {"quality": None, "on_bad": "skip", "on_conflict": "keep", "lists": False}
+    plan = make_plan(scan(folder), options | changes, {})
+    work.mkdir(parents=True)
+    save_plan(plan, work)
+    return plan
+
+
+@pytest.fixture
+def work(small: Path, tmp_path: Path) -> Path:
+    planned(small, tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def expected(small: Path, tmp_path: Path) -> dict[str, str]:
+    """Of every file in a workspace where the part was made once."""
+    planned(small, tmp_path / "expected")
+    make_part(small, tmp_path / "expected", 0)
+    made = checksums(tmp_path / "expected")
+    assert {f"{NAME}.tar", f"{NAME}.idx", f"{NAME}.npz"} < made.keys()
+    return made
+
+
+def test_a_part_is_made_once(small: Path, work: Path, expected: dict[str, str]) -> None:
+    counts: list[int] = []
+    assert make_part(small, work, 0, advance=counts.append) == sum(counts) == 9
+    assert checksums(work) == expected
+    before = {path.name: path.stat() for path in work.iterdir()}
+    counts.clear()
+    assert make_part(small, work, 0, advance=counts.append) == sum(counts) == 9
+    assert {path.name: path.stat() for path in work.iterdir()} == before
+
+
+def test_the_record_tells_what_is_in_the_part(small: Path, work: Path) -> None:
+    make_part(small, work, 0)
+    part = Part.load(work / f"{NAME}.npz")
+    data = (work / f"{NAME}.tar").read_bytes()
+    assert part.shard == Shard(f"{NAME}.tar", 6, len(data), hashlib.sha256(data).hexdigest())
+    found = scan(small)
+    paths = [found.path(number) for number in part.numbers]
+    assert sorted(paths) == [f"a/00{n}.jpg" for n in (0, 2, 3)] + [f"b/00{n}.jpg" for n in (1, 2, 3)]
+    for path, row in zip(paths, part.rows, strict=True):
+        assert data[row["offset"] : row["offset"] + row["size"]] == (small / path).read_bytes()
+        assert row["label"] == int(path.startswith("b/"))
+    assert part.hashes.shape == (6,)
+    assert len(set(part.hashes.tolist())) == 6
+    assert sorted(part.skipped, key=lambda item: item["path"]) == [
+        {"path": "a/001.jpg", "reason": "is no image"},
+        {"path": "b/000.jpg", "reason": "is no image"},
+        {"path": "b/004.jpg", "reason": "No such file or directory"},
+    ]
+
+
+def test_two_at_a_time_do_not_disturb_each_other(small: Path, work: Path, expected: dict[str, str]) -> None:
+    """Two processes, of which neither ends its part before the other has begun."""
+    program = """if True:
+        import os, sys, time
+        from pathlib import Path
+        from fastflower.part import make_part
+
+        def meet(function, items):
+            for item in items:
+                yield function(item)
+                (work.parent / f"here-{os.getpid()}").touch()
+                while len(list(work.parent.glob("here-*"))) < 2:
+                    time.sleep(0.01)
+
+        root, work = Path(sys.argv[1]), Path(sys.argv[2])
+        sys.exit(make_part(root, work, 0, meet))
+    """
+    makers = [subprocess.Popen([sys.executable, "-c", program, small, work]) for _ in range(2)]
+    assert [maker.wait(30) for maker in makers] == [9, 9]
+    assert checksums(work) == expected
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, flipped, emptied])
+@pytest.mark.parametrize("ending", ["tar", "npz"])
+def test_a_damaged_part_is_made_again(
+    small: Path, work: Path, expected: dict[str, str], ending: str, damage: Callable[[Path], object]
+) -> None:
+    make_part(small, work, 0)
+    damage(work / f"{NAME}.{ending}")
+    assert checksums(work) != expected
+    make_part(small, work, 0)
+    assert checksums(work) == expected
+
+
+def test_a_part_without_dalis_index_is_made_again(small: Path, work: Path, expected: dict[str, str]) -> None:
+    make_part(small, work, 0)
+    (work / f"{NAME}.idx").unlink()
+    make_part(small, work, 0)
+    assert checksums(work) == expected
+
+
+def test_a_record_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> None:
+    """With every byte of it changed in turn, and cut at every place."""
+    path = tmp_path / "record.npz"
+    rows = np.arange(2 * INDEX_DTYPE.itemsize, dtype=np.uint8).view(INDEX_DTYPE)
+    shard = Shard("train-000000.tar", 2, 20480, "0" * 64)
+    reason = {"path": "ø/caf\udce9.jpg", "reason": "is no image"}
+    part = Part(shard, rows, np.array([3, 1]), np.array([7, 1 << 63], np.uint64), [reason])
+    part.save(path)
+    whole = path.read_bytes()
+
+    def same(data: bytes) -> bool:
+        path.write_bytes(data)
+        try:
+            read = Part.load(path)
+        except OSError:
+            return False
+        assert (read.shard, read.skipped) == (part.shard, part.skipped)
+        assert [read.rows.tolist(), read.numbers.tolist(), read.hashes.tolist()] == [
+            part.rows.tolist(), part.numbers.tolist(), part.hashes.tolist()
+        ]  # fmt: skip
+        assert (read.rows.dtype, read.numbers.dtype, read.hashes.dtype) == (INDEX_DTYPE, np.int64, np.uint64)
+        return True
+
+    assert same(whole)
+    for place in range(len(whole)):
+        for bits in (0x01, 0x80):
+            same(whole[:place] + bytes([whole[place] ^ bits]) + whole[place + 1 :])
+        if place % 7 == 0:
+            assert not same(whole[:place])
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        Part.load(path)
+
+
+def after(chunks: int, error: BaseException) -> Callable[..., Iterator[Any]]:
+    """Like map, but with an error in the middle."""
+
+    def mapped(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if number == chunks:
+                raise error
+            yield function(item)
+
+    return mapped
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 8])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), MemoryError()])
+def test_an_error_in_the_middle_leaves_nothing(
+    small: Path, work: Path, expected: dict[str, str], error: BaseException, chunks: int
+) -> None:
+    before = checksums(work)
+    with pytest.raises(type(error)):
+        make_part(small, work, 0, after(chunks, error))
+    assert checksums(work) == before
+    make_part(small, work, 0)
+    assert checksums(work) == expected
+
+
+def test_who_is_told_to_stop_leaves_nothing(small: Path, work: Path, expected: dict[str, str]) -> None:
+    before = checksums(work)
+    asked: list[int] = []
+
+    def stopped(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            asked.append(number)
+            if number == 3:
+                (work / STOP).touch()
+            yield function(item)
+
+    assert make_part(small, work, 0, stopped) == 0
+    assert asked == [0, 1, 2, 3]
+    assert make_part(small, work, 0, stopped) == 0  # and does not begin
+    assert asked == [0, 1, 2, 3]
+    (work / STOP).unlink()
+    assert checksums(work) == before
+    make_part(small, work, 0)
+    assert checksums(work) == expected
+
+
+def test_threads_that_finish_in_another_order_do_not_change_the_bytes(
+    small: Path, work: Path, expected: dict[str, str]
+) -> None:
+    finished: list[int] = []
+
+    def slow(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        def late(numbered: tuple[int, Any]) -> Any:
+            number, item = numbered
+            time.sleep(0.02 * (9 - number))
+            made = function(item)
+            finished.append(number)
+            return made
+
+        with ThreadPoolExecutor(9) as pool:
+            yield from pool.map(late, enumerate(items))
+
+    make_part(small, work, 0, slow)
+    assert finished[0] > finished[-1]
+    assert checksums(work) == expected
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3 << 12, 1 << 20, 1 << 40])
+def test_the_size_of_chunks_does_not_change_the_bytes(
+    small: Path, work: Path, expected: dict[str, str], chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk_bytes)
+    make_part(small, work, 0)
+    assert checksums(work) == expected
+
+
+def test_chunks_are_small_and_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file counts for its bytes, or for 4 KiB; the one that goes over the limit begins the next chunk."""
+    folder, limit = drawn(tmp_path / "data", a=20, b=20), 1 << 15
+    monkeypatch.setattr(module, "_CHUNK_BYTES", limit)
+    for number in range(0, 40, 3):
+        with (folder / "ab"[number % 2] / f"{number // 2:03d}.jpg").open("ab") as file:
+            file.write(bytes(number * 1000))
+    plan = planned(folder, tmp_path / "work")
+    chunks: list[Any] = []
+
+    def kept(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        chunks.extend(items)
+        return map(function, chunks)
+
+    make_part(folder, tmp_path / "work", 0, kept)
+    assert np.concatenate(chunks).tolist() == plan.order.tolist()
+    sizes = [np.maximum(plan.found.files["size"][chunk].astype(int), 1 << 12) for chunk in chunks]
+    assert [size.tolist() for size in sizes if size[1:].sum() > limit] == []
+    total = sum(size.sum() for size in sizes)
+    assert 0.5 * total / limit < len(chunks) <= total / limit + 1
+
+
+@pytest.mark.parametrize(("name", "reason"), [("a/001.jpg", "is no image"), ("b/004.jpg", "No such file or directory")])
+def test_a_bad_image_ends_it_where_it_was_asked(small: Path, tmp_path: Path, name: str, reason: str) -> None:
+    for other in {"a/001.jpg", "b/000.jpg", "b/004.jpg"} - {name}:
+        (small / other).unlink()
+    work = tmp_path / "work"
+    planned(small, work, on_bad="fail")
+    before = checksums(work)
+    text = f"{small / name}: {reason}; remove or replace it, or pack with --on-bad skip."
+    with pytest.raises(FolderError, match=exactly(text)):
+        make_part(small, work, 0)
+    assert checksums(work) == before
+
+
+def test_the_folder_may_have_moved_since_it_was_planned(small: Path, work: Path, expected: dict[str, str]) -> None:
+    make_part(small.rename(small.with_name("moved")), work, 0)
+    assert checksums(work) == expected
+
+
+def test_threads_of_one_process_do_not_disturb_each_other(small: Path, work: Path, expected: dict[str, str]) -> None:
+    barrier = threading.Barrier(2, timeout=20)
+
+    def meet(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            barrier.wait()
+            yield function(item)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [making.result() for making in [pool.submit(make_part, small, work, 0, meet) for _ in range(2)]] == [
+            9,
+            9,
+        ]
+    assert checksums(work) == expected
+
+
+def test_only_one_thread_at_a_time_loads_arrays(
+    small: Path, work: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11 may raise SystemError where two do."""
+    load, inside, most = np.load, [0], [0]
+
+    def watched(*args: Any, **options: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.002)
+        loaded = load(*args, **options)
+        inside[0] -= 1
+        return loaded
+
+    monkeypatch.setattr(np, "load", watched)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: make_part(small, work, 0), range(8)))
+    assert most == [1]
+    assert checksums(work) == expected
+
+
+def test_keys_depend_on_the_whole_path_and_say_what_they_stand_for() -> None:
+    several = ("a/x.jpg", "a/x.png", "b/x.jpg", "a_x.jpg", "a/x.JPG", "a/é.jpg", "a/è.jpg")
+    assert len({key_of(path) for path in several}) == 7
+    assert key_of("rose/red 12.jpg") == f"rose_red_12-{hashlib.sha256(b'rose/red 12.jpg').hexdigest()[:16]}"
+    assert len(key_of("c/" + "long" * 100 + "-end.jpg")) + len(".json") <= 100  # what a tar header holds
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(st.lists(st.binary(max_size=120), unique=True, max_size=8))
+def test_keys_of_any_paths_are_plain_short_and_different(paths: list[bytes]) -> None:
+    keys = [key_of(os.fsdecode(path)) for path in paths]
+    assert len(set(keys)) == len(keys)
+    for path, key in zip(paths, keys, strict=True):
+        assert re.fullmatch(r"[0-9A-Za-z_-]{0,64}-[0-9a-f]{16}", key)
+        assert key.endswith(hashlib.sha256(path).hexdigest()[:16])

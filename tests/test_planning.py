@@ -1,0 +1,401 @@
+"""Plans: nothing lost, groups together, fair splits, even shards; saved, and compared with what the folder is now."""
+
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastflower import planning
+from fastflower.errors import FolderError
+from fastflower.folder import scan
+from fastflower.planning import PLAN, Place, Plan, check_same, load_plan, make_plan, save_plan
+
+OPTIONS: dict[str, Any] = {"split_by": "class", "val_fraction": 0.25, "seed": 0, "shard_bytes": 1000}
+OPTIONS |= {"max_side": None, "quality": None, "on_bad": "skip", "on_conflict": "keep", "lists": False}
+VERSIONS = {"fastflower": "0.1.0", "pillow": "12.0.0", "opencv": "4.12.0"}
+
+
+def write(root: Path, contents: dict[str, bytes]) -> Path:
+    for name, content in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def numbered(root: Path, **counts: int) -> Path:
+    """Class folders with so many different files of one size."""
+    names = [f"{name}/{number:03d}.jpg" for name, count in counts.items() for number in range(count)]
+    return write(root, {name: name.rjust(20).encode() for name in names})
+
+
+def planned(root: Path, **options: Any) -> Plan:
+    return make_plan(scan(root), OPTIONS | options, VERSIONS)
+
+
+def shards(plan: Plan) -> Iterator[tuple[Place, list[int]]]:
+    return ((place, plan.order[place.start : place.stop].tolist()) for place in plan.parts)
+
+
+def split_of(plan: Plan) -> dict[int, str]:
+    return {number: place.split for place, numbers in shards(plan) for number in numbers}
+
+
+def drawn(root: Path, seed: int) -> Path:
+    """150 files of up to 300 bytes in three classes; a third are copies, of any class."""
+    rng = np.random.default_rng(seed)
+    contents: list[bytes] = []
+    for _ in range(150):
+        copied = contents and rng.random() < 0.3
+        contents.append(contents[rng.integers(len(contents))] if copied else rng.bytes(int(rng.integers(300))))
+    names = [f"{'abc'[min(2, number * number // 5000)]}/{number:03d}.jpg" for number in range(150)]
+    return write(root, dict(zip(names, contents, strict=True)))
+
+
+def kept_images(plan: Plan) -> list[int]:
+    """The oracle: read them all."""
+    found = plan.found
+    contents = [(found.root / found.path(number)).read_bytes() for number in range(len(found))]
+    labels: dict[bytes, set[int]] = defaultdict(set)
+    for content, label in zip(contents, found.files["label"].tolist(), strict=True):
+        labels[content].add(label)
+    drop = plan.options["on_conflict"] == "drop"
+    return [number for number, content in enumerate(contents) if len(labels[content]) == 1 or not drop]
+
+
+LAWS = [
+    {"split_by": split_by, "on_conflict": on_conflict, "seed": seed, "shard_bytes": (400, 5000, 1 << 20)[seed]}
+    for split_by in ("class", "random")
+    for on_conflict in ("keep", "drop")
+    for seed in range(3)
+]
+
+
+@pytest.mark.parametrize("options", LAWS)
+def test_every_kept_image_is_planned_once_and_groups_are_not_divided(tmp_path: Path, options: dict[str, Any]) -> None:
+    plan = planned(drawn(tmp_path, options["seed"]), **options)
+    kept = kept_images(plan)
+    assert plan.order.dtype == np.int64
+    assert sorted(plan.order.tolist()) == kept
+    assert (len(kept) < 150) == (options["on_conflict"] == "drop")
+    split = split_of(plan)
+    assert len(list(plan.groups)) > 10
+    for group in plan.groups:
+        assert len({split[number] for number in group.tolist() if number in split}) <= 1
+
+
+@pytest.mark.parametrize("options", LAWS)
+def test_the_share_for_validation_is_that_asked_for_but_for_the_rest_of_a_group(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    plan = planned(drawn(tmp_path, options["seed"]), **options)
+    labels, split = plan.found.files["label"], split_of(plan)
+    slack = max(len(group) for group in plan.groups) - 1
+    together = {number for group in plan.conflicts() for number in group.tolist()}
+    for label in range(3) if options["split_by"] == "class" else [None]:
+        numbers = [number for number in split if label is None or labels[number] == label]
+        val = [number for number in numbers if split[number] == "val"]
+        forced = 0 if label is None else len(together.intersection(val))  # by an equal image of another class
+        wanted = round(len(numbers) * 0.25)
+        assert wanted <= len(val) <= wanted + slack + forced
+
+
+@pytest.mark.parametrize("fraction", [0, 0.01, 0.2, 0.5, 0.99])
+def test_without_copies_the_share_is_exact(tmp_path: Path, fraction: float) -> None:
+    plan = planned(numbered(tmp_path, a=1, b=10, c=37), val_fraction=fraction)
+    by_class = Counter((split, int(plan.found.files["label"][number])) for number, split in split_of(plan).items())
+    for label, count in enumerate((1, 10, 37)):
+        val = round(count * fraction)
+        assert (by_class["val", label], by_class["train", label]) == (val, count - val)
+    at_random = Counter(split_of(planned(tmp_path, val_fraction=fraction, split_by="random")).values())
+    assert (at_random["val"], at_random["train"]) == (round(48 * fraction), 48 - round(48 * fraction))
+
+
+@pytest.mark.parametrize("split_by", ["class", "random"])
+def test_every_image_is_as_likely_to_be_for_validation(tmp_path: Path, split_by: str) -> None:
+    """400 seeds, 12 of 48: binomial with mean 100 and deviation 8.7; the furthest of 48 is within four deviations."""
+    found = scan(numbered(tmp_path, a=16, b=32))
+    counts = Counter[int]()
+    for seed in range(400):
+        plan = make_plan(found, OPTIONS | {"split_by": split_by, "seed": seed}, VERSIONS)
+        counts.update(number for number, split in split_of(plan).items() if split == "val")
+    assert sum(counts.values()) == 400 * 12
+    assert all(65 <= counts[number] <= 135 for number in range(48))
+
+
+def test_copies_count_in_each_of_their_classes_and_are_as_likely_for_validation(tmp_path: Path) -> None:
+    """Two classes of the same eight images: whichever are for validation, they are the share of both."""
+    found = scan(write(tmp_path, {f"{name}/{number}.jpg": b"%d" % number for name in "ab" for number in range(8)}))
+    seen = set[int]()
+    for seed in range(40):
+        split = split_of(make_plan(found, OPTIONS | {"seed": seed}, VERSIONS))
+        val = {number for number in split if split[number] == "val"}
+        assert len(val) == 4
+        seen |= val
+    assert seen == set(range(16))
+
+
+def test_a_folders_own_splits_are_kept_or_drawn_anew(tmp_path: Path) -> None:
+    numbered(tmp_path / "train", a=9, b=9)
+    numbered(tmp_path / "validation", a=3, b=2)
+    numbered(tmp_path / "test", a=2)  # the same bytes as others: its own splits are not changed for that
+    plan = planned(tmp_path, split_by="folder", val_fraction=None)
+    assert plan.splits == plan.found.splits == ("train", "val", "test")
+    top = {"train": "train", "val": "validation", "test": "test"}
+    assert len(split_of(plan)) == 25
+    assert all(plan.found.path(number).startswith(top[split]) for number, split in split_of(plan).items())
+    anew = planned(tmp_path, split_by="random")
+    assert anew.splits == ("train", "val")
+    assert len({anew.found.path(n).partition("/")[0] for n, split in split_of(anew).items() if split == "train"}) > 1
+
+
+def test_conflicts_are_the_groups_with_two_labels(tmp_path: Path) -> None:
+    names = ["a/1.jpg", "a/2.jpg", "a/3.jpg", "b/1.jpg", "b/2.jpg"]
+    plan = planned(write(tmp_path, dict(zip(names, [b"1", b"2", b"2", b"1", b"3"], strict=True))))
+    assert [group.tolist() for group in plan.groups] == [[0, 3], [1, 2]]
+    assert [group.tolist() for group in plan.conflicts()] == [[0, 3]]
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 100, 777, 5000, 30_000])
+def test_shards_follow_each_other_are_about_equal_and_as_few_as_fit(tmp_path: Path, shard_bytes: int) -> None:
+    plan = planned(drawn(tmp_path, 1), shard_bytes=shard_bytes)
+    starts = [0, *(place.stop for place in plan.parts)]
+    assert [place.start for place in plan.parts] == starts[:-1]
+    assert starts[-1] == len(plan.order)
+    assert all(place.stop > place.start for place in plan.parts)
+    for split in ("train", "val"):
+        mine = [(place, plan.found.files["size"][numbers]) for place, numbers in shards(plan) if place.split == split]
+        assert [place.name for place, _ in mine] == [f"{split}-{number:06d}" for number in range(len(mine))]
+        sizes = [int(size.sum()) for _, size in mine]
+        total, largest = sum(sizes), max(int(size.max()) for _, size in mine)
+        few = -(-total // shard_bytes)
+        assert len(sizes) == few if total / few > largest else len(sizes) <= few
+        assert all(abs(size - total / few) < largest for size in sizes) or total / few <= largest
+    assert [place.split for place in plan.parts] == sorted(place.split for place in plan.parts)
+
+
+def test_images_without_bytes_make_no_shard_of_their_own(tmp_path: Path) -> None:
+    contents = {f"{name}/{number}.jpg": b"" for name in "ab" for number in range(9)}
+    plan = planned(write(tmp_path / "empty", contents), val_fraction=0)
+    assert plan.parts == (Place("train", "train-000000", 0, 18),)
+    contents |= {"a/9.jpg": b"1" * 700, "b/9.jpg": b"2" * 700}
+    found = scan(write(tmp_path / "some", contents))
+    for seed in range(20):
+        plan = make_plan(found, OPTIONS | {"val_fraction": 0, "seed": seed}, VERSIONS)
+        assert [found.files["size"][numbers].sum() for _, numbers in shards(plan)] == [700, 700]
+
+
+def test_shards_mix_the_classes(tmp_path: Path) -> None:
+    plan = planned(numbered(tmp_path, a=200, b=200), shard_bytes=1000)
+    assert len(plan.parts) == 8
+    for _, numbers in shards(plan):
+        assert 0.2 < plan.found.files["label"][numbers].mean() < 0.8
+
+
+def test_a_plan_is_literally_this(tmp_path: Path) -> None:
+    """Whoever changes it changes what every folder is packed to."""
+    plan = planned(numbered(tmp_path, a=8, b=8), shard_bytes=100)
+    stops = {"train-000000": 4, "train-000001": 8, "train-000002": 12, "val-000000": 16}
+    assert {place.name: place.stop for place in plan.parts} == stops
+    assert plan.order.tolist() == [15, 4, 7, 14, 8, 13, 5, 0, 12, 2, 10, 6, 1, 3, 11, 9]
+
+
+def test_the_seed_changes_the_split_and_the_order(tmp_path: Path) -> None:
+    root = numbered(tmp_path, a=20, b=20)
+    plans = [planned(root, seed=seed) for seed in range(20)]
+    assert len({tuple(plan.order.tolist()) for plan in plans}) == 20
+    assert len({frozenset(plan.order.tolist()[-10:]) for plan in plans}) == 20  # those for validation
+    assert planned(root, seed=3).order.tolist() == plans[3].order.tolist()
+
+
+def same_plan(left: Plan, right: Plan) -> None:
+    for name in ("options", "versions", "parts", "splits", "found.classes", "found.splits", "found.ignored"):
+        assert attrgetter(name)(left) == attrgetter(name)(right)
+    assert left.found.root.absolute() == right.found.root.absolute()
+    for name in ("found.files", "found.paths", "order", "groups.members", "groups.ends"):
+        one, other = attrgetter(name)(left), attrgetter(name)(right)
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+def test_neither_threads_nor_the_file_systems_order_change_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = drawn(tmp_path / "data", 0)
+    (root / "a/linked").symlink_to(root / "c")
+    (root / "a/again").symlink_to(root / "c")
+    before, listed, opened = planned(root), os.listdir, os.scandir
+    rng, orders = np.random.default_rng(0), set[str]()
+
+    def shuffled(items: list[Any]) -> list[Any]:
+        mixed = [items[place] for place in rng.permutation(len(items))]
+        orders.add(str(mixed))
+        return mixed
+
+    for _ in range(5):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", lambda path: shuffled(listed(path)))
+            patch.setattr(os, "scandir", lambda path: iter(shuffled(list(opened(path)))))
+            same_plan(planned(root), before)
+    assert len(orders) > 25
+    with ThreadPoolExecutor(4) as pool:
+        same_plan(make_plan(scan(root), OPTIONS, VERSIONS, pool.map), before)
+
+
+STRANGE = os.fsdecode(b"not UTF-8 \xff\n") + "🌹 é"
+FOLDERS: dict[str, Callable[[Path], Path]] = {
+    "groups": lambda root: drawn(root, 0),
+    "no groups": lambda root: numbered(root, a=5, b=5),
+    "strange names": lambda root: write(
+        root, dict.fromkeys([f"{STRANGE}/{STRANGE}.jpg", "b/1.jpg", f"b/{STRANGE}"], b"")
+    ),
+    "splits": lambda root: numbered(numbered(root / "train", a=3, b=3).parent / "val", a=1).parent,
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_saved_plan_is_read_as_it_was(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the folder was named by a relative path, and the current folder is another now."""
+    FOLDERS[kind](tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    plan = planned(Path("data"), split_by="folder" if kind == "splits" else "class")
+    save_plan(plan, tmp_path)
+    monkeypatch.chdir("/")
+    loaded = load_plan(tmp_path)
+    assert loaded.found.root == tmp_path / "data"
+    for number in range(len(loaded.found)):
+        assert (loaded.found.root / loaded.found.path(number)).is_file()
+    monkeypatch.chdir(tmp_path)
+    same_plan(loaded, plan)
+    assert isinstance(loaded.found.files, np.memmap)  # a million files are shared by the workers
+    assert not loaded.order.flags.writeable
+
+
+def test_a_plan_that_could_not_be_saved_whole_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(numbered(tmp_path / "data", a=5, b=5))
+    real, count = np.save, iter(range(9))
+
+    def save(*arguments: Any) -> None:
+        if next(count) == 4:
+            raise OSError("No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(planning.np, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        save_plan(plan, tmp_path)
+    assert not (tmp_path / PLAN).exists()
+
+
+def interrupted(tmp_path: Path, contents: dict[str, bytes]) -> tuple[Path, Path, Plan]:
+    """A folder, the workspace of a pack of it, and the plan there. One of its images is a link to nothing."""
+    root, work = write(tmp_path / "data", contents), tmp_path / "out" / ".packing"
+    (root / "b/2.jpg").symlink_to("nowhere")
+    work.mkdir(parents=True)
+    save_plan(planned(root), work)
+    return root, work, load_plan(work)
+
+
+FILES = {name: name.encode() for name in ("a/1.jpg", "a/2.jpg", "a/notes.txt", "b/1.jpg", "b/3.jpg", "c/1.jpg")}
+OTHER = {"split_by": "random", "val_fraction": 0.5, "seed": 1, "shard_bytes": 2, "max_side": 64, "quality": 80}
+OTHER |= {"on_bad": "fail", "on_conflict": "drop", "lists": True, "pillow": "12.1", "opencv": "5.0", "fastflower": "2"}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_option_or_version_is_named(tmp_path: Path, name: str) -> None:
+    root, work, plan = interrupted(tmp_path, FILES)
+    options, versions = ({**group, name: OTHER[name]} if name in group else group for group in (OPTIONS, VERSIONS))
+    had = f"had {name} {(OPTIONS | VERSIONS)[name]!r}, not {OTHER[name]!r}"
+    text = f"{work}: the pack that was interrupted here {had}; pack with the former to go on, or remove {work} to begin anew."
+    with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
+        check_same(plan, scan(root), options, versions, work)
+
+
+def joined(root: Path) -> None:
+    """One path, which is the former two written one after another."""
+    (root / "a/1.jpg").unlink()
+    (root / "a/2.jpg").unlink()
+    write(root, {"a/1.jpga/2.jpg": b"a/1.jpg"})
+
+
+IGNORED = "was added, changed or removed"
+CHANGES: list[tuple[Callable[[Path], object], str, str]] = [
+    (lambda root: (root / "a/2.jpg").write_bytes(b"longer than before"), "a/2.jpg", "has changed"),
+    (lambda root: os.utime(root / "b/1.jpg", ns=(0, 1)), "b/1.jpg", "has changed"),
+    (lambda root: write(root, {"0/1.jpg": b""}), "0/1.jpg", "was added"),
+    (lambda root: write(root, {"c/2.jpg": b""}), "c/2.jpg", "was added"),
+    (lambda root: write(root, {"b/1b.jpg": b""}), "b/1b.jpg", "was added"),  # before the link to nothing
+    (lambda root: (root / "a/1.jpg").unlink(), "a/1.jpg", "is gone"),
+    (lambda root: shutil.rmtree(root / "c"), "c/1.jpg", "is gone"),
+    (lambda root: (root / "a/1.jpg").rename(root / "a/5.jpg"), "a/1.jpg", "is gone"),
+    (lambda root: (root / "b/3.jpg").rename(root / "b/0.jpg"), "b/0.jpg", "was added"),
+    (lambda root: (root / "a").rename(root / "z"), "a/1.jpg", "is gone"),
+    (joined, "a/1.jpg", "is gone"),
+    (lambda root: ((root / "a/2.jpg").unlink(), os.mkfifo(root / "a/2.jpg")), "a/2.jpg", "is gone"),
+    (lambda root: write(root, {"c/other.txt": b""}), "c/other.txt", IGNORED),
+    (lambda root: (root / "a/notes.txt").unlink(), "a/notes.txt", IGNORED),
+    (lambda root: write(root, {"train.txt": b"a/1.jpg\nb/1.jpg"}), "a/2.jpg", "is gone"),
+]
+
+
+@pytest.mark.parametrize(("change", "path", "how"), CHANGES)
+def test_what_has_changed_in_the_folder_is_named(
+    tmp_path: Path, change: Callable[[Path], object], path: str, how: str
+) -> None:
+    root, work, plan = interrupted(tmp_path, FILES)
+    check_same(plan, scan(root), OPTIONS, VERSIONS, work)
+    change(root)
+    since = f"since the pack into {work.parent} was interrupted"
+    text = f"{root / path}: {how} {since}; undo that to go on, or remove {work} to begin anew."
+    with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
+        check_same(plan, scan(root), OPTIONS, VERSIONS, work)
+
+
+def test_other_classes_or_splits_of_the_same_images_are_named(tmp_path: Path) -> None:
+    lists = {"train.txt": b"a/1.jpg 0\nb/1.jpg 1", "classes.txt": b"one\ntwo"}
+    root, work, plan = interrupted(tmp_path, FILES | lists)
+    for changed in ({"classes.txt": b"one\nthree"}, {"val.txt": b""}):
+        write(root, lists | changed)
+        text = f"{root}: has other classes or splits since the pack into {work.parent} was interrupted; "
+        with pytest.raises(FolderError, match=f"^{re.escape(text)}undo that"):
+            check_same(plan, scan(root), OPTIONS, VERSIONS, work)
+
+
+STATES = st.lists(st.sampled_from(["", "x", "yy", "link"]), min_size=8, max_size=8)
+PLACES = [f"{folder}/{name}.jpg" for folder in "ab" for name in ("1", "10", "3", "x")]
+
+
+def made(root: Path, states: list[str]) -> dict[str, str]:
+    contents = dict(zip(PLACES, states, strict=True)) | {"a/2.jpg": "z", "b/2.jpg": "z"}
+    write(root, {path: state.encode() for path, state in contents.items() if state not in ("", "link")})
+    for path, state in contents.items():
+        if state == "link":
+            (root / path).symlink_to("nowhere")
+        elif state:
+            os.utime(root / path, ns=(0, 0))
+    return {path: state for path, state in contents.items() if state}
+
+
+@settings(deadline=None, max_examples=80, derandomize=True)
+@given(before=STATES, now=STATES, same=st.booleans())
+def test_what_is_named_has_really_changed_and_so(before: list[str], now: list[str], same: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        old, new = made(Path(folder) / "old", before), made(Path(folder) / "new", before if same else now)
+        plan, found = planned(Path(folder) / "old"), scan(Path(folder) / "new")
+        try:
+            check_same(plan, found, OPTIONS, VERSIONS, Path("out/.packing"))
+        except FolderError as error:
+            path, how = str(error).removeprefix(f"{found.root}/").split(" since ")[0].split(": ")
+            assert old.get(path) != new.get(path)
+            assert how == ("was added" if path not in old else "is gone" if path not in new else "has changed")
+        else:
+            assert old == new

@@ -1,0 +1,226 @@
+"""A pack that was interrupted goes on with what is its own; other options, versions and folders are refused by name."""
+
+import inspect
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import PIL
+import pytest
+from kill_packer import checksums
+from packs import BEFORE_CLEARING, BEFORE_MANIFEST, drawn, exactly, interrupted, killed, paths, photo
+
+from fastflower import Manifest, pack, packing, part
+from fastflower.errors import FolderError
+from fastflower.planning import load_plan
+
+OPTIONS: dict[str, Any] = {"shard_bytes": 4000, "lists": True}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Nine images: two shards to train on and one to validate."""
+    return drawn(tmp_path / "small", a=5, b=4)
+
+
+@pytest.fixture
+def expected(small: Path, tmp_path: Path) -> dict[str, str]:
+    """Of a pack that nobody interrupted."""
+    pack(small, tmp_path / "expected", **OPTIONS)
+    made = checksums(tmp_path / "expected")
+    assert {"train-000001.tar", "val-000000.tar", "meta/val.txt"} < made.keys()
+    return made
+
+
+CHANGED: dict[str, Any] = {
+    "split_by": "random",
+    "val_fraction": 0.3,
+    "seed": 1,
+    "shard_bytes": 5000,
+    "max_side": 20,
+    "quality": 50,
+    "on_bad": "fail",
+    "on_conflict": "drop",
+    "lists": False,
+}
+
+
+def changed(name: str) -> dict[str, Any]:
+    return OPTIONS | {name: CHANGED[name]}
+
+
+def test_a_changed_option_is_named_and_changes_nothing(small: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+    assert CHANGED.keys() == inspect.signature(pack).parameters.keys() - {"folder", "out", "workers", "executor"}
+    out = interrupted(small, tmp_path / "out", parts=2, **OPTIONS)
+    before = checksums(out)
+    former = load_plan(out / ".packing").options
+    for name, value in CHANGED.items():
+        text = (
+            f"{out / '.packing'}: the pack that was interrupted here had {name} {former[name]!r}, not {value!r}; "
+            f"pack with the former to go on, or remove {out / '.packing'} to begin anew."
+        )
+        with pytest.raises(FolderError, match=exactly(text)):
+            pack(small, out, **changed(name))
+        assert checksums(out) == before
+    pack(small, out, workers=1, **OPTIONS)
+    assert checksums(out) == expected
+
+
+def test_another_version_is_named_and_changes_nothing(
+    small: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = interrupted(small, tmp_path / "out", parts=1, **OPTIONS)
+    before = checksums(out)
+    former = load_plan(out / ".packing").versions
+    places = {"fastflower": (packing, "version", lambda _: "9.9"), "pillow": (PIL, "__version__", "9.9")}
+    places["opencv"] = (cv2, "__version__", "9.9")
+    assert places.keys() == former.keys()
+    for name, place in places.items():
+        text = (
+            f"{out / '.packing'}: the pack that was interrupted here had {name} {former[name]!r}, not '9.9'; "
+            f"pack with the former to go on, or remove {out / '.packing'} to begin anew."
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(*place)
+            with pytest.raises(FolderError, match=exactly(text)):
+                pack(small, out, **OPTIONS)
+        assert checksums(out) == before
+    pack(small, out, **OPTIONS)
+    assert checksums(out) == expected
+
+
+CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "has changed": ("a/003.jpg", lambda path: photo(77).save(path)),
+    "is gone": ("a/004.jpg", Path.unlink),
+    "was added": ("b/0000.jpg", lambda path: photo(78).save(path)),
+    "was added, changed or removed": ("b/notes.txt", lambda path: path.write_text("mine")),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_changed_folder_is_named_and_changes_nothing(
+    small: Path, tmp_path: Path, expected: dict[str, str], how: str
+) -> None:
+    name, change = CHANGES[how]
+    out = interrupted(small, tmp_path / "out", parts=1, **OPTIONS)
+    before = checksums(out)
+    shutil.copytree(small, tmp_path / "copy")
+    change(small / name)
+    text = (
+        f"{small / name}: {how} since the pack into {out} was interrupted; "
+        f"undo that to go on, or remove {out / '.packing'} to begin anew."
+    )
+    with pytest.raises(FolderError, match=exactly(text)):
+        pack(small, out, **OPTIONS)
+    assert checksums(out) == before
+    shutil.rmtree(small)
+    (tmp_path / "copy").rename(small)
+    pack(small, out, **OPTIONS)
+    assert checksums(out) == expected
+
+
+def test_a_folder_that_was_moved_goes_on_from_another_current_folder(
+    small: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    interrupted(Path("small"), Path("out"), parts=1, **OPTIONS)
+    (tmp_path / "elsewhere").mkdir()
+    small.rename(tmp_path / "elsewhere/moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert pack("moved", "../out", **OPTIONS).skipped == ()
+    assert checksums(tmp_path / "out") == expected
+
+
+def test_finished_parts_are_not_made_again(
+    small: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = interrupted(small, tmp_path / "out", parts=2, **OPTIONS)
+    tars = {path.name: path.stat() for path in (out / ".packing").glob("*.tar")}
+    missing = load_plan(out / ".packing").parts[2]
+    prepared: list[bytes] = []
+
+    def counted(data: bytes, **options: Any) -> Any:
+        prepared.append(data)
+        return prepare(data, **options)
+
+    prepare = part.prepare
+    monkeypatch.setattr(part, "prepare", counted)
+    pack(small, out, **OPTIONS)
+    assert len(prepared) == missing.stop - missing.start == 2
+    assert {name: (out / name).stat().st_mtime_ns for name in tars} == {
+        name: stat.st_mtime_ns for name, stat in tars.items()
+    }
+    assert checksums(out) == expected
+
+
+@pytest.mark.parametrize("size", [0, 100, 700])
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_damaged_record_is_made_again(
+    small: Path, tmp_path: Path, expected: dict[str, str], size: int, placed: bool
+) -> None:
+    """Also when its part was in place in OUT already."""
+    out = killed(small, tmp_path / "out", BEFORE_MANIFEST if placed else "'index.npy' in paths[0]", **OPTIONS)
+    assert (out / "train-000000.tar").exists() == placed
+    os.truncate(out / ".packing/train-000000.npz", size)
+    pack(small, out, **OPTIONS)
+    assert checksums(out) == expected
+
+
+@pytest.mark.parametrize(
+    ("stop", "planned"),
+    [(BEFORE_CLEARING, True), ("event == 'os.rmdir' and paths[0] == '.packing'", False)],
+)
+def test_a_pack_that_was_killed_after_its_end_is_finished(
+    small: Path, tmp_path: Path, expected: dict[str, str], stop: str, planned: bool
+) -> None:
+    out = killed(small, tmp_path / "out", stop, **OPTIONS)
+    assert (out / ".packing").exists()
+    assert (out / ".packing/plan.json").exists() == planned
+    assert pack(small, out, **OPTIONS) == Manifest.load(out)
+    assert checksums(out) == expected
+
+
+def test_a_pack_that_was_killed_after_its_end_is_not_taken_for_another(
+    small: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    out = killed(small, tmp_path / "out", BEFORE_CLEARING, **OPTIONS)
+    one_more, other_class = drawn(tmp_path / "one-more", a=5, b=5), drawn(tmp_path / "other-class", a=5, c=4)
+    others = [*((small, changed(name)) for name in CHANGED), (one_more, OPTIONS), (other_class, OPTIONS)]
+    text = f"{out}: holds a pack already; name another folder with --out, or remove this one."
+    for folder, options in others:
+        with pytest.raises(FolderError, match=exactly(text)):
+            pack(folder, out, **options)
+    assert pack(small, out, **OPTIONS) == Manifest.load(out)
+    assert checksums(out) == expected
+
+
+def test_an_error_in_the_images_of_a_pack_that_goes_on_clears_it(small: Path, tmp_path: Path) -> None:
+    pack(small, tmp_path / "expected", **OPTIONS)
+    bad = small / next(iter(paths(tmp_path / "expected", "val")))
+    bad.write_bytes(bytes(bad.stat().st_size))  # of the same size, so that it is in the third part again
+    options = changed("on_bad")
+    out = interrupted(small, tmp_path / "out", parts=2, **options)
+    text = f"{bad}: is no image; remove or replace it, or pack with --on-bad skip."
+    with pytest.raises(FolderError, match=exactly(text)):
+        pack(small, out, **options)
+    assert not out.exists()
+
+
+def test_what_is_no_plan_does_no_harm(small: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    (out / ".packing/meta").mkdir(parents=True)
+    for name in (
+        "train-000000.tar",
+        "train-000000.npz",
+        "train-000007.tar",
+        "lock",
+        "stop",
+        "files.npy",
+        "meta/val.txt",
+    ):
+        (out / ".packing" / name).write_bytes(b"half")
+    pack(small, out, **OPTIONS)
+    assert checksums(out) == expected
