@@ -136,6 +136,15 @@ def _verify(prog: str, args: Sequence[str]) -> None:
     print(f"{values['shards']}: every image decodes; tars, indexes and manifest agree")
 
 
+def _doctor(prog: str, args: Sequence[str]) -> None:
+    from fastflower.diagnosis import diagnose
+    from fastflower.recipe import PRESETS, Recipe
+
+    preset, args = _preset(args, list(PRESETS))
+    recipe = (Annotated[Recipe, tyro.conf.arg(name="")], PRESETS[preset]())
+    print(diagnose(**_parse(prog, args, diagnose, shards=Path, recipe=recipe, device=str | None)))
+
+
 def _train(prog: str, args: Sequence[str]) -> None:
     from fastflower.recipe import PRESETS, Recipe
     from fastflower.training import train
@@ -184,6 +193,7 @@ def _predict(prog: str, args: Sequence[str]) -> None:
 _VERBS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
     "pack": (_pack, "a folder of class folders into shards"),
     "verify": (_verify, "check shards against their checksums and indexes"),
+    "doctor": (_doctor, "say what holds training back: reading, decoding, augmenting or the network"),
     "train": (_train, "a classifier on shards"),
     "evaluate": (_evaluate, "score a checkpoint on shards"),
     "predict": (_predict, "classify image files"),

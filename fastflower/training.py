@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD
 from tqdm import tqdm
 
@@ -133,16 +133,10 @@ class Run:
             for step, (images, labels, _) in enumerate(self.loader):
                 waited += time.perf_counter() - asked
                 lr = self._set_lr(epoch * steps + step, steps)
-                with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
-                    logits = self.model(images)
-                    loss = self.criterion(logits, labels)
-                self.scaler.scale(loss).backward()
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-                self.optimizer.zero_grad(set_to_none=True)
-                loss_sum += loss.detach().float() * len(labels)
+                loss, logits = self.step(images, labels)
+                loss_sum += loss.float() * len(labels)
                 likeliest = labels if labels.ndim == 1 else labels.argmax(dim=1)  # of mixed images, the larger share
-                hits += (logits.detach().argmax(dim=1) == likeliest).sum()
+                hits += (logits.argmax(dim=1) == likeliest).sum()
                 samples += len(labels)
                 bar.update(len(labels))
                 asked = time.perf_counter()
@@ -156,6 +150,17 @@ class Run:
             "train_seconds": seconds,
             "wait_seconds": waited,
         }
+
+    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One update of the network; returns the mean loss and the logits, (N, K), detached."""
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
+            logits = self.model(images)
+            loss = self.criterion(logits, labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), logits.detach()
 
     def _set_lr(self, step: int, steps_per_epoch: int) -> float:
         recipe = self.recipe

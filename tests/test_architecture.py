@@ -21,7 +21,7 @@ ORDER = [
     "errors", "order", "geometry", "color", "torchvision_compat", "augment", "schedule", "metrics", "recipe",
     "folder", "image", "duplicates", "manifest", "shard", "planning", "part", "packing", "verification",
     "batch", "opencv_executor", "dali_executor", "cache", "loader",
-    "backbone", "checkpoint", "evaluation", "prediction", "report", "training", "cli", "__init__",
+    "backbone", "checkpoint", "evaluation", "prediction", "report", "training", "diagnosis", "cli", "__init__",
 ]  # fmt: skip
 
 PUBLIC = {

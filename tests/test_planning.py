@@ -123,14 +123,14 @@ def test_without_copies_the_share_is_exact(tmp_path: Path, fraction: float) -> N
 
 @pytest.mark.parametrize("split_by", ["class", "random"])
 def test_every_image_is_as_likely_to_be_for_validation(tmp_path: Path, split_by: str) -> None:
-    """400 seeds, 12 of 48: binomial with mean 100 and deviation 8.7; the furthest of 48 is within four deviations."""
+    """200 seeds, 12 of 48: binomial with mean 50 and deviation 6.1; the furthest of 48 is within four deviations."""
     found = scan(numbered(tmp_path, a=16, b=32))
     counts = Counter[int]()
-    for seed in range(400):
+    for seed in range(200):
         plan = make_plan(found, OPTIONS | {"split_by": split_by, "seed": seed}, VERSIONS)
         counts.update(number for number, split in split_of(plan).items() if split == "val")
-    assert sum(counts.values()) == 400 * 12
-    assert all(65 <= counts[number] <= 135 for number in range(48))
+    assert sum(counts.values()) == 200 * 12
+    assert all(26 <= counts[number] <= 74 for number in range(48))
 
 
 def test_copies_count_in_each_of_their_classes_and_are_as_likely_for_validation(tmp_path: Path) -> None:
@@ -205,8 +205,7 @@ def test_shards_mix_the_classes(tmp_path: Path) -> None:
 def test_a_plan_is_literally_this(tmp_path: Path) -> None:
     """Whoever changes it changes what every folder is packed to."""
     plan = planned(numbered(tmp_path, a=8, b=8), shard_bytes=100)
-    stops = {"train-000000": 4, "train-000001": 8, "train-000002": 12, "val-000000": 16}
-    assert {place.name: place.stop for place in plan.parts} == stops
+    assert [place.stop for place in plan.parts] == [4, 8, 12, 16]
     assert plan.order.tolist() == [15, 4, 7, 14, 8, 13, 5, 0, 12, 2, 10, 6, 1, 3, 11, 9]
 
 

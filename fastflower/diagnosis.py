@@ -1,0 +1,85 @@
+"""Says what holds training back: the same loop as training, fed for some seconds, and the loader's clock."""
+
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from fastflower.batch import Stats, resolve_device
+from fastflower.errors import ArgumentError
+from fastflower.loader import Loader
+from fastflower.recipe import Recipe
+from fastflower.training import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What was measured; its text says what to do."""
+
+    feeding_rate: float
+    """Images/s of the loader alone, decoding each."""
+    training_rate: float
+    """Images/s of forward, backward and step on one batch again and again."""
+    stats: Stats
+    """Of the loader alone."""
+    device: str
+
+    def __str__(self) -> str:
+        """A short table and a sentence."""
+        faster = self.feeding_rate / self.training_rate
+        if faster >= 1:
+            sentence = f"training holds the job back: it can be fed {faster:.1f} times as fast as it takes images."
+        else:
+            sentence = self.stats.verdict
+        lines = [
+            f"feeding alone   {self.feeding_rate:8.0f} images/s, decoding each",
+            f"training alone  {self.training_rate:8.0f} images/s on {self.device}",
+            str(self.stats).rpartition("\n")[0],
+            sentence,
+        ]
+        return "\n".join(lines)
+
+
+def diagnose(
+    shards: str | Path, recipe: Recipe | None = None, *, seconds: float = 5.0, device: str | torch.device | None = None
+) -> Diagnosis:
+    """Feed SHARDS for some seconds without training, then train on one batch for as long.
+
+    Args:
+        shards: The folder that pack wrote.
+        recipe: What is to be trained.
+        seconds: Of each measurement, after its first batch.
+        device: None means CUDA where there is one, else the CPU.
+
+    Raises ShardError, ArgumentError and DeviceError as Loader does.
+    """
+    recipe = replace(recipe or Recipe(), weights=None)
+    if seconds <= 0:
+        raise ArgumentError(f"seconds must be above 0, got {seconds!r}.")
+    run = Run(shards, recipe, Path(shards), resolve_device(device), None)
+    feeding = Loader(
+        shards,
+        batch_size=recipe.batch_size,
+        augment=recipe.augment,
+        dtype=run.precision,
+        device=run.device,
+        cache=None,
+    )
+    batches = (batch for _ in count() for batch in feeding)
+    batch = next(batches)
+    images, start = 0, perf_counter()
+    while perf_counter() - start < seconds:
+        batch = next(batches)
+        images += len(batch.index)
+    feeding_rate = images / (perf_counter() - start)
+    batches.close()
+    run.step(batch.images, batch.labels)
+    steps, start = 0, perf_counter()
+    while perf_counter() - start < seconds:
+        loss, _ = run.step(batch.images, batch.labels)
+        loss.item()  # waits for the device
+        steps += 1
+    training_rate = steps * len(batch.index) / (perf_counter() - start)
+    return Diagnosis(feeding_rate, training_rate, feeding.stats(), str(run.device))

@@ -1,0 +1,49 @@
+"""What holds training back: measured on a real run, told in one sentence."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastflower import Augment, Loader, Recipe
+from fastflower.cli import main
+from fastflower.diagnosis import Diagnosis, diagnose
+from fastflower.errors import ArgumentError
+
+SMALL = Recipe(weights=None, augment=Augment(size=32, resize=36, flip=0.5, hue=0.1), batch_size=16)
+
+
+def test_both_rates_are_measured_and_the_slower_is_named(shards: Path) -> None:
+    found = diagnose(shards, SMALL, seconds=0.3, device="cpu")
+    assert found.stats.images > 0
+    assert found.feeding_rate > found.training_rate > 0
+    table = str(found).splitlines()
+    assert table[0].startswith("feeding alone ")
+    assert table[1].endswith("images/s on cpu")
+    assert table[-1].startswith("training holds the job back: it can be fed ")
+
+
+def test_where_feeding_is_slower_it_says_what_takes_the_time(shards: Path) -> None:
+    loader = Loader(shards, augment=SMALL.augment, batch_size=16, device="cpu", cache=None)
+    list(loader)
+    stats = loader.stats()
+    slow = {
+        "reading": replace(stats, read_seconds=99.0),
+        "decoding": replace(stats, decode_seconds=99.0),
+        "augmenting": replace(stats, augment_seconds=99.0),
+    }
+    for what, changed in slow.items():
+        sentence = str(Diagnosis(feeding_rate=10, training_rate=20, stats=changed, device="cpu")).splitlines()[-1]
+        assert sentence.startswith("feeding holds the job back: the consumer waited ")
+        assert f"most of it for {what}; " in sentence
+
+
+def test_a_diagnosis_of_no_time_is_refused(shards: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"^seconds must be above 0, got 0\.$"):
+        diagnose(shards, SMALL, seconds=0)
+
+
+def test_the_doctor_is_on_the_command_line(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--seconds", "0.2", "--device", "cpu", "--augment.size", "32", "--augment.resize", "36"]
+    assert main(["doctor", str(shards), *arguments]) == 0
+    assert "holds the job back" in capsys.readouterr().out
