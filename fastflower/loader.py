@@ -20,7 +20,7 @@ from fastflower.errors import ArgumentError, SampleError, ShardError
 from fastflower.image import decode
 from fastflower.manifest import Manifest
 from fastflower.opencv_executor import OpencvExecutor
-from fastflower.order import num_steps, permute, step_positions
+from fastflower.order import num_steps, permute, step_positions, windowed
 from fastflower.shard import ShardReader
 
 _log = logging.getLogger("fastflower")
@@ -46,6 +46,8 @@ class Loader:
             fits, None nothing. With DALI nothing is kept.
         rank, world_size: Of torch.distributed where that is initialised, else 0 and 1.
         shuffle: None shuffles "train" only.
+        window: Shards that a shuffled epoch reads at a time, shuffled over all of the window's samples; None: all. For storage
+            that is slow at random access, and where the shards do not fit the page cache.
         tail: What does not fill a global batch: "drop" (the default when shuffled), "keep" (the default when not: ranks get
             uneven parts of it, a rank without a part one step less), or "pad" with the epoch's first samples.
         on_bad: What a damaged sample does: "fail" stops the epoch with a SampleError, "skip" puts the next sample of the
@@ -70,6 +72,7 @@ class Loader:
         rank: int | None = None,
         world_size: int | None = None,
         shuffle: bool | None = None,
+        window: int | None = None,
         tail: Literal["drop", "keep", "pad"] | None = None,
         on_bad: Literal["fail", "skip"] = "fail",
         executor: Literal["opencv", "dali"] | None = None,
@@ -84,6 +87,8 @@ class Loader:
         self.dtype = dtype or torch.float32
         self.rank, self.world_size = _place(rank, world_size)
         self.shuffle = split == "train" if shuffle is None else shuffle
+        self.window = window
+        self._shard_samples = [shard.samples for shard in self.manifest.split(split).shards]
         self.tail = tail or ("drop" if self.shuffle else "keep")
         self.on_bad = on_bad
         self.replaced: dict[int, str] = {}
@@ -104,6 +109,7 @@ class Loader:
         rules = [
             ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
             ("workers", workers, workers is None or workers >= 1, "at least 1"),
+            ("window", self.window, self.window is None or self.window >= 1, "at least 1 shard"),
             ("tail", self.tail, self.tail in ("drop", "keep", "pad"), "'drop', 'keep' or 'pad'"),
             ("on_bad", self.on_bad, self.on_bad in ("fail", "skip"), "'fail' or 'skip'"),
             ("dtype", self.dtype, self.dtype in _DTYPES, f"one of {', '.join(map(str, _DTYPES))}"),
@@ -231,7 +237,9 @@ class Loader:
 
     def _request(self, epoch: int, step: int) -> Request:
         indices = self._positions(step)
-        if self.shuffle:
+        if self.shuffle and self.window is not None:
+            indices = windowed(indices, self._shard_samples, self.window, seed=self.seed, epoch=epoch)
+        elif self.shuffle:
             indices = permute(indices, self.num_samples, seed=self.seed, epoch=epoch)
         return self._drawn(epoch, step, indices)
 
@@ -289,6 +297,7 @@ class Loader:
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "shuffle": self.shuffle,
+            "window": self.window,
             "tail": self.tail,
         }
 

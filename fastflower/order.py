@@ -22,6 +22,7 @@ from fastflower.errors import ArgumentError
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: SplitMix64's increment
 MAX_SAMPLES = 1 << 62  # both halves of the network then fit 32 bits, and no product overflows
 _MASK = (1 << 64) - 1
+_WINDOWS = 3  # separates the keys of windows from those of epochs and draws
 # With eight rounds all 5,040 orders of seven samples are equally likely by the chi-square test, with four they are not.
 _ROUNDS = 8
 
@@ -123,3 +124,35 @@ def step_positions(
     count = global_batch_size if pad else min(global_batch_size, num_samples - start)
     part = rank_part(count, rank, world_size)
     return np.arange(int(start + part.start), int(start + part.stop)) % num_samples
+
+
+def windowed(
+    positions: ArrayLike, shard_samples: ArrayLike, window: int, *, seed: int, epoch: int
+) -> NDArray[np.int64]:
+    """As `permute`, but the order reads `window` shards at a time: shards in an order, the samples of each window shuffled.
+
+    positions  integers in 0 .. num_samples-1, shape (N,). shard_samples  samples of each shard, (S,), in the index's order.
+    O(N + S) time and memory; an epoch holds every sample once. Returns (N,) int64. Raises ArgumentError as `permute` does.
+    """
+    samples = np.asarray(shard_samples, np.int64)
+    values = np.asarray(positions, np.int64)
+    if window < 1:
+        raise ArgumentError(f"window must be at least 1 shard, got {window}.")
+    if values.size and not (int(values.min()) >= 0 and int(values.max()) < int(samples.sum())):
+        raise ArgumentError(
+            f"positions must lie in 0 .. {int(samples.sum()) - 1}, got {int(values.min())} .. {int(values.max())}."
+        )
+    shards = epoch_order(len(samples), seed=seed, epoch=epoch)
+    ends = np.cumsum(samples[shards])
+    begins = ends - samples[shards]
+    first_index = np.cumsum(samples) - samples  # of each shard, in the index
+    windows = np.searchsorted(ends, values, "right") // window
+    found = np.empty(len(values), np.int64)
+    for number in np.unique(windows):
+        rows = np.flatnonzero(windows == number)
+        begin, end = begins[number * window], ends[min((number + 1) * window, len(shards)) - 1]
+        key = stream_key(seed, int(number), _WINDOWS)
+        place = begin + permute(values[rows] - begin, int(end - begin), seed=key, epoch=epoch)
+        shard = np.searchsorted(ends, place, "right")
+        found[rows] = first_index[shards[shard]] + place - begins[shard]
+    return found

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from fastflower import Augment, Loader, pack
-from fastflower.cache import available_bytes, limit_of
+from fastflower.batch import Stats
+from fastflower.cache import PixelCache, available_bytes, limit_of
 from fastflower.errors import ArgumentError, DeviceError, ShardError
 from fastflower.order import epoch_order
 
@@ -117,20 +119,30 @@ def test_a_kept_tail_makes_a_shuffled_epoch_exact(shards: Path) -> None:
     assert sorted(joined(indices(loader))) == list(range(120))
 
 
-def test_stats_tell_who_waits_for_whom(shards: Path) -> None:
+def test_stats_add_up_over_epochs(shards: Path) -> None:
     loader = make(shards, cache=None)
     assert loader.stats().verdict == "nothing was fed yet: iterate first."
     list(loader)
-    fast = loader.stats()
-    assert fast.images == 112
-    assert min(fast.read_seconds, fast.decode_seconds, fast.augment_seconds) > 0
-    assert fast.verdict.startswith("feeding holds the job back: the consumer waited ")
-    slow = make(shards, cache=None, workers=1)
-    for _ in slow:
-        time.sleep(0.2)
-    assert slow.stats().consume_seconds > 1.2
-    assert slow.stats().verdict.startswith("the consumer holds the job back: it waited for data ")
-    assert "augment" in str(slow.stats())
+    first = loader.stats()
+    assert (first.images, first.replaced) == (112, 0)
+    assert min(first.read_seconds, first.decode_seconds, first.augment_seconds, first.wait_seconds) > 0
+    for _ in loader:
+        time.sleep(0.05)
+    second = loader.stats()
+    assert second.images == 224
+    assert second.consume_seconds - first.consume_seconds >= 7 * 0.05
+    assert second.decode_seconds > first.decode_seconds
+
+
+def test_a_verdict_names_who_waits_and_for_what() -> None:
+    spent = {"read_seconds": 1.0, "decode_seconds": 5.0, "augment_seconds": 2.0}
+    slow = Stats(images=10, workers=2, replaced=0, wait_seconds=4.0, consume_seconds=4.0, **spent)
+    assert slow.verdict.startswith(
+        "feeding holds the job back: the consumer waited 50% of the time, most of it for decoding; "
+    )
+    assert str(slow).splitlines()[1] == "decode       5.00 s  500.000 ms an image"
+    fast = replace(slow, wait_seconds=0.1)
+    assert fast.verdict.startswith("the consumer holds the job back: it waited for data 2% of the time; ")
 
 
 def test_a_break_is_followed_by_the_next_epoch(shards: Path) -> None:
@@ -169,7 +181,7 @@ def test_state_is_plain_and_small(shards: Path) -> None:
     list(islice(loader, 3))
     state = loader.state_dict()
     assert (state["epoch"], state["step"]) == (0, 3)
-    assert all(isinstance(value, int | str | bool) for value in state.values())
+    assert all(isinstance(value, int | str | bool | None) for value in state.values())
 
 
 @pytest.mark.parametrize(
@@ -180,6 +192,7 @@ def test_state_is_plain_and_small(shards: Path) -> None:
         ({"split": "val"}, "shards"),
         ({"shuffle": False}, "shuffle"),
         ({"tail": "pad"}, "tail"),
+        ({"window": 2}, "window"),
     ],
 )
 def test_a_state_of_another_order_is_refused(shards: Path, change: dict[str, Any], name: str) -> None:
@@ -210,8 +223,6 @@ def test_the_cache_keeps_no_more_than_its_limit() -> None:
     def decode(index: int) -> Any:
         decoded.append(index)
         return np.zeros((10, 10, 3), np.uint8)
-
-    from fastflower.cache import PixelCache
 
     cache = PixelCache(decode, 650)
     for _ in range(3):
@@ -247,6 +258,7 @@ def test_threads_end_with_the_iterator(shards: Path, executor: Any) -> None:
             r"batch_size 121 \* world_size 1 exceeds the 120 samples .* lower batch_size",
         ),
         ({"workers": 0}, ArgumentError, "workers must be at least 1"),
+        ({"window": 0}, ArgumentError, "window must be at least 1 shard, got 0"),
         ({"tail": "cut"}, ArgumentError, "tail must be 'drop', 'keep' or 'pad', got 'cut'"),
         ({"on_bad": "ignore"}, ArgumentError, "on_bad must be 'fail' or 'skip', got 'ignore'"),
         ({"dtype": torch.int32}, ArgumentError, "dtype must be one of torch.float32"),
