@@ -39,7 +39,7 @@ def many(folder: Path, count: int) -> None:
         (folder / f"class-{label}").mkdir(parents=True)
     for number in range(count):
         _, data = cv2.imencode(".jpg", rng.integers(0, 256, (16, 16, 3), np.uint8))
-        (folder / f"class-{number % CLASSES}" / f"image-{number:09d}.jpg").write_bytes(data)
+        (folder / f"class-{number % CLASSES}" / f"image-{number:09d}.jpg").write_bytes(data.tobytes())
 
 
 def main(counts: tuple[int, ...] = (10_000, 100_000, 1_000_000), out: Path = ROOT / "benchmarks" / "results") -> None:

@@ -48,7 +48,7 @@ def fastflower(folder: Path, out: Path, threads: int) -> int:
 
 def webdataset(samples: list[tuple[Path, int]], out: Path) -> int:
     """Its ShardWriter, fed with the files' bytes: no proof, no shuffle, no index."""
-    from webdataset import ShardWriter
+    from webdataset.writer import ShardWriter
 
     with ShardWriter(f"{out}/%06d.tar", maxsize=SHARD_BYTES, verbose=0) as writer:
         for number, (path, label) in enumerate(samples):
@@ -73,7 +73,7 @@ def litdata(samples: list[tuple[Path, int]], out: Path, threads: int) -> int:
 
 def mds(samples: list[tuple[Path, int]], out: Path) -> int:
     """MosaicML's MDSWriter, fed with the files' bytes."""
-    from streaming import MDSWriter
+    from streaming import MDSWriter  # pyright: ignore[reportMissingImports]
 
     with MDSWriter(out=str(out / "mds"), columns={"image": "bytes", "label": "int"}, size_limit=SHARD_BYTES) as writer:
         for path, label in samples:

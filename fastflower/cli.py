@@ -138,25 +138,28 @@ def _verify(prog: str, args: Sequence[str]) -> None:
 
 def _doctor(prog: str, args: Sequence[str]) -> None:
     from fastflower.diagnosis import diagnose
-    from fastflower.recipe import PRESETS, Recipe
 
-    preset, args = _preset(args, list(PRESETS))
-    recipe = (Annotated[Recipe, tyro.conf.arg(name="")], PRESETS[preset]())
-    print(diagnose(**_parse(prog, args, diagnose, shards=Path, recipe=recipe, device=str | None)))
+    print(diagnose(**_parse_recipe(prog, args, diagnose)))
 
 
 def _train(prog: str, args: Sequence[str]) -> None:
-    from fastflower.recipe import PRESETS, Recipe
     from fastflower.training import train
 
-    preset, args = _preset(args, list(PRESETS))
-    note = f"--recipe NAME, one of {', '.join(PRESETS)}, sets the fields of the recipe; the flags below change them."
-    recipe = (Annotated[Recipe, tyro.conf.arg(name="")], PRESETS[preset]())
-    report = train(**_parse(prog, args, train, note, shards=Path, recipe=recipe, out=Path | None, device=str | None))
+    report = train(**_parse_recipe(prog, args, train, out=Path | None))
     best = report.history[report.best_epoch - 1]
     if report.scores:
         print(f"best: epoch {report.best_epoch}, validation accuracy {best['val_accuracy']:.1%}")
     print(f"wrote {report.folder / 'report.html'}")
+
+
+def _parse_recipe(prog: str, args: Sequence[str], verb: Callable[..., Any], **changes: Any) -> dict[str, Any]:
+    """As _parse, for a verb on shards with a recipe, of which each field is a flag."""
+    from fastflower.recipe import PRESETS, Recipe
+
+    preset, args = _preset(args, list(PRESETS))
+    note = f"--recipe NAME, one of {', '.join(PRESETS)}, sets the fields of the recipe; the flags below change them."
+    recipe = (Annotated[Recipe, tyro.conf.arg(name="")], PRESETS[preset]())
+    return _parse(prog, args, verb, note, shards=Path, recipe=recipe, device=str | None, **changes)
 
 
 def _preset(args: Sequence[str], known: Sequence[str]) -> tuple[str, list[str]]:

@@ -6,6 +6,7 @@ A million files must fit, so what is found stands in arrays, not in objects.
 import os
 import stat
 import struct
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,7 +212,8 @@ def _listed(root: Path, lists: dict[str, Path]) -> Folder:
     found = _Found(root)
     named = _first(root, "classes.txt")
     if named is not None:
-        classes = [os.fsdecode(line).strip() for line in named.read_bytes().splitlines() if line.strip()]
+        lines = named.read_bytes().removeprefix(BOM_UTF8).splitlines()
+        classes = [os.fsdecode(line).strip() for line in lines if line.strip()]
         if len(set(classes)) < len(classes):
             raise FolderError(f"{named}: names a class twice; one line a class, in the order of the labels.")
     else:
@@ -249,7 +251,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str, int | None]]:
     """(line number, path, label or None) of each line of a list that is not empty."""
     with file.open("rb") as stream:
         for number, raw in enumerate(stream, 1):
-            text = os.fsdecode(raw.rstrip(b"\r\n"))
+            text = os.fsdecode(raw.removeprefix(BOM_UTF8 if number == 1 else b"").rstrip(b"\r\n"))
             path, *label = text.rsplit(maxsplit=1) or [""]
             if label and label[0].isascii() and label[0].isdigit():
                 yield number, path, int(label[0])

@@ -16,6 +16,8 @@ MAX_PIXELS = 178_956_970
 # Without a quality of the caller's: 95, full chroma, is the most that Pillow recommends.
 _QUALITY = 95
 _MAX_SIDE = 65_500  # pixels: of libjpeg
+# Pictures only: some of Pillow's other readers start programs, such as Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "ICO", "PCX", "TGA")
 
 
 def decode(encoded: Any) -> NDArray[np.uint8]:
@@ -67,7 +69,7 @@ def prepare(data: bytes, *, max_side: int | None, quality: int | None) -> Prepar
             # both); what is left out, the transform of chroma and the conversion of colours, cannot fail.
             grey = _decoded(data, cv2.IMREAD_GRAYSCALE)
             return Prepared(data, (grey.shape[0], grey.shape[1]), perceptual_hash(grey))
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_pixels(*image.size)
             upright = _upright_rgb(image)
     except SampleError as error:
@@ -91,17 +93,26 @@ def prepare(data: bytes, *, max_side: int | None, quality: int | None) -> Prepar
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(width, height) of a JPEG file that is kept as it is: grey or three colours of 8 bits, Huffman-coded. Else None.
 
+    Also None where anything else stands between the segments before the first scan: OpenCV skips it, DALI refuses the file.
     Pillow tells the same in four times the time, most of it holding Python's lock. Markers: ITU-T T.81, annex B.
     """
-    place = 2
+    place, size, orientations = 2, None, 0
     while data[:2] == b"\xff\xd8" and place + 10 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
+        if marker == 0xDA:  # the first scan
+            return size
+        if marker == 0xE1 and data[place + 4 : place + 8] == b"Exif":
+            orientations += 1
+            if orientations > 1:  # DALI 2.4 crashes where they differ
+                break
+        if marker in (0xC0, 0xC1, 0xC2):  # a frame: baseline, extended, progressive
+            bits, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
+            size = (width, height)
+            if bits != 8 or not width or not height or components not in (1, 3):
+                break
         if marker == 0xFF:  # a fill byte
             place += 1
-        elif marker in (0xC0, 0xC1, 0xC2):  # a frame: baseline, extended, progressive
-            bits, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
-            return (width, height) if bits == 8 and width and height and components in (1, 3) else None
-        elif 0xC3 <= marker <= 0xFE and marker not in _NO_SEGMENT:
+        elif 0xC0 <= marker <= 0xFE and marker not in _NO_SEGMENT:
             place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
         else:
             break
@@ -141,7 +152,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     upright = ImageOps.exif_transpose(image)
     if wide:
-        upright = Image.fromarray(np.rint(np.asarray(upright) / 257).astype(np.uint8))
+        upright = Image.fromarray(cv2.convertScaleAbs(np.asarray(upright).astype(np.uint16), alpha=1 / 257))
     upright.info.pop("transparency", None)  # dropped like every alpha; of a palette's, Pillow would warn
     return upright.convert("RGB")
 
@@ -149,7 +160,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 def _reason(data: bytes) -> str | None:
     """What Pillow says of a file that does not decode; None when Pillow decodes it."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             image.load()
     except MemoryError:
         raise

@@ -5,6 +5,7 @@ import os
 import threading
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Self
 
 import numpy as np
@@ -147,7 +148,7 @@ class Manifest:
         path = self.folder / f"{name}.index.npy"
         try:
             rows = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy evaluates the header
             raise ShardError(f"{path}: cannot be read ({error}); restore it from a copy or pack again.") from None
         if rows.dtype != INDEX_DTYPE or rows.shape != (split.samples,):
             raise ShardError(

@@ -10,7 +10,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -65,7 +65,7 @@ def pack(
             split. By default the folder's own where it has one, else by class.
         val_fraction: The share of the images that goes into split "val", 0 to less than 1; not used with the folder's own.
         seed: Of the split and of the order in the shards.
-        shard_bytes: The most bytes of images in a shard.
+        shard_bytes: Of images in a shard, about; exceeded by less than one image.
         max_side: Pixels; reduces images whose longer side is longer.
         quality: JPEG quality, 1 to 95; transcodes every image.
         on_bad: "skip" lists images that do not decode in the manifest, "fail" stops at one.
@@ -86,6 +86,8 @@ def pack(
     split_by = split_by or ("folder" if found.splits else "class")
     if split_by == "folder" and not found.splits:
         raise ArgumentError(f"split_by must be 'class' or 'random' for {folder}, which has no split of its own.")
+    if lists:
+        _check_names(found)
     options: dict[str, Any] = {
         "split_by": split_by,
         "val_fraction": None if split_by == "folder" else val_fraction,
@@ -146,6 +148,15 @@ def _check_arguments(
             raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
 
 
+def _check_names(found: Folder) -> None:
+    breaks = np.flatnonzero((found.paths == ord("\n")) | (found.paths == ord("\r")))
+    if len(breaks):
+        path = found.path(int(np.searchsorted(found.files["path_end"], breaks[0], "right")))
+        raise FolderError(
+            f"{str(found.root / path)!r}: has a line break in its name; rename it, or pack without --lists."
+        )
+
+
 @contextmanager
 def _workspace(out: Path) -> Iterator[Path]:
     """OUT/.packing, locked against a second pack. It stays while it holds a plan to go on with; OUT goes if it is empty."""
@@ -177,19 +188,17 @@ def _locked(work: Path) -> IO[str]:
     """The open lock of a workspace, which is made where it is missing."""
     while True:
         work.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # another pack, just finished, removes its workspace
-            lock = (work / "lock").open("w")
+        with suppress(FileNotFoundError), ExitStack() as stack:  # another pack, just finished, removes its workspace
+            lock = stack.enter_context((work / "lock").open("w"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(lock.fileno()), (work / "lock").stat()):
-                    return lock
             except BlockingIOError:
-                lock.close()
                 raise FolderError(
                     f"{work.parent}: another pack is writing here; wait for it, or name another folder with --out."
                 ) from None
-            except FileNotFoundError:
-                lock.close()
+            if os.path.samestat(os.fstat(lock.fileno()), (work / "lock").stat()):
+                stack.pop_all()
+                return lock
 
 
 def _begun(found: Folder, options: dict[str, Any], work: Path, mapped: Callable[..., Iterable[Any]]) -> Plan:

@@ -25,6 +25,7 @@ from fastflower.shard import Samples, ShardWriter
 STOP = "stop"  # a file in the workspace: those that make parts are to end
 _MAX_SLUG = 64  # characters: with the hash and an ending it fits the 100 bytes of a tar header's name
 _CHUNK_BYTES = 1 << 20  # of images that a thread decodes in one go
+_MAX_BYTES = 1 << 30  # of one image: more is no photograph, and several at a time would fill the memory
 _SMALL = 1 << 12  # bytes: what every image counts for at least, for it takes memory besides its own
 # np.load has Python parse what a file says of its array, which now and then fails in two threads at a time: SystemError,
 # https://github.com/python/cpython/issues/106905, still so in 3.11.7.
@@ -127,6 +128,8 @@ def _prepared(root: Path, plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
     for number in numbers.tolist():
         path = found.path(number)
         try:
+            if found.files["size"][number] > _MAX_BYTES:
+                raise SampleError(f"has {found.files['size'][number]} bytes, more than the limit of {_MAX_BYTES}")
             image = prepare((root / path).read_bytes(), max_side=max_side, quality=quality)
         except (OSError, SampleError) as error:
             reason = str((isinstance(error, OSError) and error.strerror) or error)

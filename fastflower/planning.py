@@ -106,9 +106,10 @@ def _validation(found: Folder, groups: Groups, kept: NDArray[np.bool_], options:
                     end = groups.ends[group_of[number]]
                     start = groups.ends[group_of[number] - 1] if group_of[number] else 0
                     group = groups.members[start:end]
-                    group = group[kept[group]]
-                val[group] = True
-                taken += int((labels[group] == label).sum())
+                inside = int((labels[group] == label).sum())
+                if taken + inside < len(numbers):  # something of a class is always left for training
+                    val[group] = True
+                    taken += inside
     return val
 
 

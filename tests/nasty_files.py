@@ -30,11 +30,11 @@ ARITHMETIC = base64.b64decode(
     "CgAQEAUBEBEF/9oADAMBAAIRAxEAPwD/AGYIwGwrKTPvHcKWKaT3olwrsMVQyK48iWvX6Hj/2Q=="
 )
 TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"  # orientation 6
+SIDES = (0, 13_000, 20_000, 65_535)
 NO_UTF8 = b"caf\xe9".decode("utf-8", "surrogateescape")
 
 
 def main() -> int:
-    """Make the folder, and print what is expected of each file."""
     for path, expectation in make(Path(sys.argv[1])).items():
         print(f"{expectation:10} {path!a}")
     return 0
@@ -43,12 +43,14 @@ def main() -> int:
 def make(folder: Path) -> dict[str, Expectation]:
     """Write the files into a new folder. Returns what packing has to do with each, by the path in the folder."""
     expected: dict[str, Expectation] = {}
+    twice = [segment(0xE1, TURNED[:25] + bytes([value]) + TURNED[26:]) for value in (6, 3)]
     groups: list[tuple[str, Expectation, Files]] = [
         ("jpeg", "kept", jpegs() | exifs()),
         ("formats", "transcoded", formats() | pngs() | tiffs()),
         ("broken", "kept", {"one good.jpg": encode(photo(1), "JPEG")}),
         ("broken", "skipped", broken_jpegs() | broken_others() | bombs() | not_images()),
         ("names.jpg", "kept", {name: encode(photo(100 + number), "JPEG") for number, name in enumerate(NAMES)}),
+        ("formats", "transcoded", {"exif, twice.jpg": with_segments(encode(photo(31), "JPEG"), *twice)}),
         ("names.jpg", "transcoded", {"same.png": encode(photo(2), "PNG")}),
         *((name, "kept", {"x.jpg": encode(photo(200 + number), "JPEG")}) for number, name in enumerate(CLASSES)),
         (".hidden", "kept", {"seen.jpg": encode(photo(3), "JPEG")}),
@@ -158,8 +160,7 @@ def exifs() -> Files:
         f"exif, {name}.jpg": with_segments(encode(photo(40 + number), "JPEG"), segment(0xE1, b"Exif\0\0" + data))
         for number, (name, data) in enumerate(made.items())
     }
-    twice = [segment(0xE1, b"Exif\0\0" + made[f"orientation {value}"]) for value in (6, 3)]
-    return files | {"exif, twice.jpg": with_segments(encode(photo(31), "JPEG"), *twice)}
+    return files
 
 
 def formats() -> Files:
@@ -173,6 +174,7 @@ def formats() -> Files:
     return {
         "arithmetic.jpg": ARITHMETIC,
         "lossless.jpg": lossless,
+        "stray bytes.jpg": encode(other, "JPEG").replace(b"\xff\xdb", bytes(20) + b"\xff\xdb", 1),
         "cmyk.jpg": cmyk,
         "ycck.jpg": patched(cmyk, adobe + 11, 2),
         "cmyk turned.jpg": encode(colour.convert("CMYK"), "JPEG", exif=TURNED),
@@ -302,9 +304,7 @@ def broken_jpegs() -> Files:
         "zeros to the end.jpg": whole[: len(whole) // 2] + bytes(len(whole) // 2),
         "12 bits.jpg": patched(whole, frame + 4, 12),
         "no height.jpg": patched(whole, frame + 5, 0, 0),
-        "no pixels.jpg": patched(whole, frame + 5, 0, 0, 0, 0),
-        "65535 pixels a side.jpg": patched(whole, frame + 5, *4 * [255]),
-        "13000 pixels a side.jpg": patched(whole, frame + 5, *divmod(13_000, 256), *divmod(13_000, 256)),
+        **{f"{side} pixels.jpg": patched(whole, frame + 5, *2 * divmod(side, 256)) for side in SIDES},
     }
 
 

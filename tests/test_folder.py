@@ -108,7 +108,7 @@ def grow(root: Path, tree: dict[str, Any]) -> None:
         touch(root, name) if inside is None else grow(root / name, inside)
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=100, derandomize=True)
 @given(tree=CLASSES)
 @example(tree={"a": {"1.jpg": None, "z": {"1.txt": None}}, "B": {"a": {"2.PNG": None}, ".a": {"1.jpg": None}}})
 def test_any_tree_is_found_as_image_folder_finds_it(tree: dict[str, Any]) -> None:
@@ -363,6 +363,7 @@ def test_lists_stand_in_meta_or_the_root(tmp_path: Path, place: str, classes: st
 def test_without_classes_the_class_folders_of_train_are_the_classes(tmp_path: Path, labels: tuple[str, str]) -> None:
     a, b = labels
     train, long = f"b/x y.jpg{b}\na/1 2.jpg{a}\r\n", "b/" + "x" * 300 + ".jpg"
+    touch(tmp_path, "b/0.jpg", "test/b/0.jpg")  # beside which a name of more than 255 bytes is an error
     found = scan(write(tmp_path, {"train.txt": train, "test.txt": f"{long}{b}\nb/c/1.jpg{b}"}))
     assert (found.classes, found.splits) == (("a", "b"), ("train", "test"))
     assert images(found) == [("b/x y.jpg", 1, 0), ("a/1 2.jpg", 0, 0), (long, 1, 1), ("b/c/1.jpg", 1, 1)]

@@ -1,22 +1,25 @@
 """A pack that is killed, or that the disk or a second pack stops, goes on to the same bytes."""
 
+import fcntl
+import gc
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import Future, ProcessPoolExecutor
+import time
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from errno import ENOSPC
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from kill_packer import checksums
-from packs import BEFORE_MANIFEST, child, drawn, exactly, killed
+from packs import BEFORE_MANIFEST, child, drawn, exactly, killed, samples
 
-from fastflower import pack
+from fastflower import pack, part
 from fastflower.errors import FolderError
 
 PROGRAM = Path(__file__).with_name("kill_packer.py")
@@ -156,11 +159,13 @@ def test_of_two_packs_the_second_says_so_and_the_first_is_not_disturbed(
     first = child(small, out, "'train-000001' in paths[0]", "print('here', flush=True); input()", **OPTIONS)
     assert first.stdout
     assert first.stdout.readline() == "here\n"
-    before = {name: value for name, value in checksums(out).items() if ".part" not in name}
+    while len(list(out.glob(".packing/*.npz"))) < 2 or list(out.glob(".packing/*.part")):
+        time.sleep(0.01)  # until the other two parts are made
+    before = checksums(out)
     text = f"{out}: another pack is writing here; wait for it, or name another folder with --out."
     with pytest.raises(FolderError, match=exactly(text)):
         pack(small, out, **OPTIONS)
-    assert before.items() <= checksums(out).items()
+    assert checksums(out) == before
     if ends == "dies":
         first.kill()
     first.communicate("\n", timeout=30)
@@ -188,6 +193,82 @@ def test_a_worker_that_dies_is_explained_and_the_pack_goes_on(
         pack(small, out, executor=executor, **OPTIONS)
     pack(small, out, **OPTIONS)
     assert checksums(out) == expected
+
+
+@pytest.mark.parametrize("third", [False, True])
+def test_the_lock_of_a_workspace_that_was_just_removed_is_worth_nothing(
+    small: Path, tmp_path: Path, expected: dict[str, str], third: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another pack ends between the opening of the lock and its locking; a third may have begun by then."""
+    out, flock = tmp_path / "out", fcntl.flock
+    locked: list[int] = []
+
+    def late(handle: IO[str], operation: int) -> None:
+        if not locked:
+            shutil.rmtree(out / ".packing")
+            if third:
+                (out / ".packing").mkdir()
+                (out / ".packing/lock").touch()
+        locked.append(os.fstat(handle.fileno()).st_ino)
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    pack(small, out, **OPTIONS)
+    gc.collect()
+    assert len(locked) == 2
+    assert checksums(out) == expected
+
+
+class LikeDask(Executor):
+    """While its tasks run, in two threads, it calls them pending: they can be "cancelled", and run on."""
+
+    def __init__(self) -> None:
+        self.pool, self.running = ThreadPoolExecutor(2), 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            self.running += 1
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except FolderError as error:
+                future.set_exception(error)
+            finally:
+                self.running -= 1
+
+        self.pool.submit(run)
+        return future
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_when_an_error_arrives_all_others_have_stopped_and_soon(
+    tmp_path: Path, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would still write into the workspace."""
+    folder = drawn(tmp_path / "data", a=20, b=20)
+    options: dict[str, Any] = {"shard_bytes": 25_000, "on_bad": "fail", "val_fraction": 0, "workers": 2}
+    pack(folder, tmp_path / "expected", **options)
+    bad = folder / next(samples(tmp_path / "expected", "train")).path
+    bad.write_bytes(bytes(bad.stat().st_size))  # of the same size, so that it is the first in the first shard again
+    prepare, prepared = part.prepare, list[bytes]()
+
+    def slowly(data: bytes, **options: Any) -> Any:
+        if data.strip(b"\0"):
+            prepared.append(data)
+            time.sleep(0.05)
+        return prepare(data, **options)
+
+    monkeypatch.setattr(part, "prepare", slowly)
+    monkeypatch.setattr(part, "_CHUNK_BYTES", 1 << 12)
+    executor = LikeDask()
+    text = f"{bad}: is no image; remove or replace it, or pack with --on-bad skip."
+    with pytest.raises(FolderError, match=exactly(text)):
+        pack(folder, tmp_path / "out", executor=executor if elsewhere else None, **options)
+    assert executor.running == 0
+    assert not (tmp_path / "out").exists()
+    assert len(prepared) < 15  # of twenty in the other shard
+    executor.pool.shutdown()
 
 
 def test_every_file_is_on_the_disk_before_it_gets_its_name(

@@ -304,3 +304,48 @@ def test_out_that_cannot_be_made_is_explained(small: Path, tmp_path: Path) -> No
         text = f"{out}: cannot be written ({reason}); make room, or name another folder with --out."
         with pytest.raises(FolderError, match=exactly(text)):
             pack(small, out)
+
+
+def test_lists_may_begin_with_a_byte_order_mark(small: Path, tmp_path: Path) -> None:
+    (small / "meta").mkdir()
+    marked = {"classes.txt": "a\nb\nc\n", "meta/train.txt": "a/000.jpg 0\nb/000.jpg 1\nc/000.jpg 2\n"}
+    for name, text in marked.items():
+        (small / name).write_text(text, encoding="utf-8-sig")
+    manifest = pack(small, tmp_path / "out")
+    assert manifest.classes == ("a", "b", "c")
+    assert paths(tmp_path / "out", "train") == {"a/000.jpg", "b/000.jpg", "c/000.jpg"}
+    assert manifest.skipped == ()
+
+
+def test_a_class_of_copies_of_one_image_stays_in_training(tmp_path: Path) -> None:
+    folder = drawn(tmp_path / "data", a=6, b=1)
+    for number in range(4):
+        shutil.copy(folder / "b/000.jpg", folder / f"b/copy-{number}.jpg")
+    for seed in range(3):
+        manifest = pack(folder, tmp_path / str(seed), val_fraction=0.4, seed=seed)
+        assert manifest.splits["train"].class_counts[1] == 5
+        assert manifest.splits["val"].class_counts[0] == 2
+
+
+def test_lists_refuse_a_name_with_a_line_break(small: Path, tmp_path: Path) -> None:
+    path = "b/two\nlines.jpg"
+    photo(1).save(small / path)
+    text = f"{str(small / path)!r}: has a line break in its name; rename it, or pack without --lists."
+    with pytest.raises(FolderError, match=exactly(text)):
+        pack(small, tmp_path / "out", lists=True)
+    assert not (tmp_path / "out").exists()
+    pack(small, tmp_path / "out")
+    assert path in paths(tmp_path / "out", "train") | paths(tmp_path / "out", "val")
+
+
+def test_a_file_of_more_than_a_gigabyte_is_not_read(small: Path, tmp_path: Path) -> None:
+    with (small / "a/zeros.jpg").open("wb") as file:
+        file.truncate((1 << 30) + 1)
+    manifest = pack(small, tmp_path / "out")
+    reason = "has 1073741825 bytes, more than the limit of 1073741824"
+    assert manifest.skipped == ({"path": "a/zeros.jpg", "reason": reason},)
+
+
+def test_formats_whose_readers_start_programs_are_no_images(small: Path, tmp_path: Path) -> None:
+    photo(1).save(small / "a/script.jpg", "EPS")
+    assert pack(small, tmp_path / "out").skipped == ({"path": "a/script.jpg", "reason": "is no image"},)

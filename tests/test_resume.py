@@ -134,20 +134,36 @@ def test_a_folder_that_was_moved_goes_on_from_another_current_folder(
     assert checksums(tmp_path / "out") == expected
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The images that are prepared from here on."""
+    prepared: list[bytes] = []
+    prepare = part.prepare
+
+    def noted(data: bytes, **options: Any) -> Any:
+        prepared.append(data)
+        return prepare(data, **options)
+
+    monkeypatch.setattr(part, "prepare", noted)
+    return prepared
+
+
+def test_what_is_in_place_already_is_taken_back_and_not_made_again(
+    small: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = killed(small, tmp_path / "out", BEFORE_MANIFEST, **OPTIONS)
+    prepared = counted(monkeypatch)
+    pack(small, out, **OPTIONS)
+    assert prepared == []
+    assert checksums(out) == expected
+
+
 def test_finished_parts_are_not_made_again(
     small: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = interrupted(small, tmp_path / "out", parts=2, **OPTIONS)
     tars = {path.name: path.stat() for path in (out / ".packing").glob("*.tar")}
     missing = load_plan(out / ".packing").parts[2]
-    prepared: list[bytes] = []
-
-    def counted(data: bytes, **options: Any) -> Any:
-        prepared.append(data)
-        return prepare(data, **options)
-
-    prepare = part.prepare
-    monkeypatch.setattr(part, "prepare", counted)
+    prepared = counted(monkeypatch)
     pack(small, out, **OPTIONS)
     assert len(prepared) == missing.stop - missing.start == 2
     assert {name: (out / name).stat().st_mtime_ns for name in tars} == {

@@ -121,6 +121,8 @@ def inside(name: str, place: int = 0, bit: int = 0) -> Change:
 def test_nothing_is_wrong_with_a_good_pack(data: Path, shards: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     pack(data, tmp_path / "out", **options)
     assert found(tmp_path / "out") == found(shards) == []
+    damage(tmp_path / "out" / MANIFEST, replaced(b'"val": ', b'"vaL": '))  # which may be empty
+    assert found(tmp_path / "out") == [f"{MANIFEST}: {REBUILD}"]
 
 
 @pytest.mark.parametrize("splits", [("train", "val"), ("train", "test"), ("train", "validation", "test")])
@@ -244,7 +246,6 @@ REPAIRABLE: dict[str, Sequence[Change]] = {
         replaced(b'"b"', b'"B"'),
         replaced(rb'"classes": \[[^]]+\]', b'"classes": []'),
         replaced(rb'packed_bytes": \d+', b'packed_bytes": 5'),
-        replaced(b'"val": ', b'"vaL": '),
         lambda before: before + b" ",
     ],
 }
@@ -318,8 +319,7 @@ def test_tars_that_are_missing_are_named_without_a_list_of_them(copy: Path) -> N
         damage(copy / name, gone)
     assert found(copy, repair=True) == [f"{INDEX}: {UNSURE}"]
     (copy / FIRST).rename(copy / "copy-000000.tar")
-    lines = [f"{FIRST}: {GONE}", f"copy-000000.tar: {AWAY}", NO_MANIFEST]
-    assert found(copy, repair=True) == lines
+    assert found(copy, repair=True) == [f"{FIRST}: {GONE}", f"copy-000000.tar: {AWAY}", NO_MANIFEST]
 
 
 @pytest.mark.parametrize(("labels", "unknown"), [((0, 2), 1), ((1, 2), 0), ((0, 2_000_000_000), 1)])
@@ -387,7 +387,7 @@ def test_any_flipped_bit_is_found_and_its_file_named(copy: Path) -> None:
     places = random.Random(0)
     for path in sorted(copy.iterdir()):
         good = path.read_bytes()
-        for _ in range(150 if path.name == MANIFEST else 20):
+        for _ in range(80 if path.name == MANIFEST else 12):
             bit = places.randrange(8 * len(good))
             damage(path, flipped(bit // 8, bit % 8))
             try:
