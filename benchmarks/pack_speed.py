@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -136,6 +138,7 @@ def main(data: Path | None = None, rounds: int = 5, out: Path = ROOT / "benchmar
             "images": len(found),
             "bytes": int(found.files["size"].sum()),
             "threads": threads,
+            "peers": dict(installed("webdataset", "litdata", "mosaicml-streaming", "opencv-python-headless")),
             "times_the_floor": 1 / ratio(sides[1], sides[0]),
             "sides": [timed.to_dict() for timed in sides],
         }
@@ -168,6 +171,13 @@ def has(module: str | None) -> bool:
         return True
     print(f"{module} is not installed and is left out: pip install '.[bench]'", file=sys.stderr)
     return False
+
+
+def installed(*names: str) -> Iterator[tuple[str, str]]:
+    """(name, version) of those distributions that are installed."""
+    for name in names:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 if __name__ == "__main__":
