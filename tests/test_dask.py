@@ -4,10 +4,8 @@ import logging
 import os
 import shutil
 import signal
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -61,24 +59,33 @@ def test_workers_of_dask_make_the_same_bytes(
     assert checksums(tmp_path / "out") == expected
 
 
-def test_a_worker_that_is_killed_does_not_change_the_bytes(
+class Deadly(Executor):
+    """Kills a process when the first part is made."""
+
+    def __init__(self, executor: Executor, victim: int) -> None:
+        self.executor, self.victim, self.killed = executor, victim, False
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = self.executor.submit(fn, *args, **kwargs)
+        future.add_done_callback(self.kill)
+        return future
+
+    def kill(self, _: object) -> None:
+        if not self.killed:
+            self.killed = True
+            os.kill(self.victim, signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_in_the_middle_does_not_change_the_bytes(
     flowers: Path, tmp_path: Path, cluster: LocalCluster, executor: Executor, expected: dict[str, str]
 ) -> None:
-    out, victim = tmp_path / "out", next(iter(cluster.workers.values())).pid
-    killed: list[int] = []
-
-    def kill() -> None:
-        while not list(out.glob(".packing/*.npz")):
-            time.sleep(0.001)
-        os.kill(victim, signal.SIGKILL)
-        killed.append(len(list(out.glob(".packing/*.npz"))))
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    pack(flowers, out, shard_bytes=SHARD_BYTES, executor=executor)
-    killer.join(timeout=10)
-    assert 1 <= killed[0] < 20  # in the middle
-    assert checksums(out) == expected
+    victim = next(iter(cluster.workers.values()))
+    before = victim.pid
+    deadly = Deadly(executor, before)
+    pack(flowers, tmp_path / "out", shard_bytes=SHARD_BYTES, executor=deadly)
+    assert deadly.killed
+    assert victim.pid != before
+    assert checksums(tmp_path / "out") == expected
 
 
 def test_an_error_is_that_of_the_image_and_known_answers_are_not_given_again(
