@@ -71,7 +71,7 @@ def loaded(sample: tuple[str, int]) -> dict[str, object]:
 
 def litdata(samples: list[tuple[Path, int]], out: Path, threads: int) -> int:
     """Its optimize, fed with the files' bytes."""
-    from litdata import optimize
+    from litdata import optimize  # pyright: ignore[reportMissingImports]
 
     inputs = [(str(path), label) for path, label in samples]
     with silent():
