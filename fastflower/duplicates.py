@@ -17,7 +17,7 @@ _TAIL = 4096  # bytes: the last of a compressed image tell it from others of its
 # of 712 is found again after JPEG quality 30 or a reduction to half.
 NEAR_BITS = 6
 
-_CHUNK = 1 << 20  # pairs compared at a time: 40 MB
+_CHUNK = 1 << 17  # pairs compared at a time: 7 MB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
