@@ -90,10 +90,10 @@ def nearest(queries: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> tuple[ND
     cuts = np.linspace(0, 64, NEAR_BITS + 2).astype(int)
     for low, high in pairwise(cuts):
         mask = np.uint64((1 << int(high - low)) - 1)
-        bands = (hashes >> np.uint64(low)) & mask
+        bands = ((hashes >> np.uint64(low)) & mask).astype(np.uint16)
         order = np.argsort(bands)
         bands, ordered = bands[order], hashes[order]
-        wanted = (queries >> np.uint64(low)) & mask
+        wanted = ((queries >> np.uint64(low)) & mask).astype(np.uint16)
         starts = np.searchsorted(bands, wanted, "left")
         counts = np.searchsorted(bands, wanted, "right") - starts
         ends = np.cumsum(counts)

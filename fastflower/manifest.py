@@ -158,12 +158,13 @@ class Manifest:
         return rows
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
+def write_atomically(path: Path, *pieces: bytes | bytearray | memoryview) -> None:
     """Write a file so that it is seen whole or not at all, also after a power cut."""
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # others may write the same file
     try:
         with part.open("wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

@@ -48,7 +48,7 @@ class Part:
         rest = json.dumps({"shard": asdict(self.shard), "skipped": self.skipped}).encode()
         data = io.BytesIO()
         np.savez(data, rows=self.rows, numbers=self.numbers, hashes=self.hashes, rest=np.frombuffer(rest, np.uint8))
-        write_atomically(path, data.getvalue())
+        write_atomically(path, data.getbuffer())
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -105,7 +105,7 @@ def make_part(
         attempt.replace(work / f"{name}.tar")
     finally:
         attempt.unlink(missing_ok=True)
-    write_atomically(work / f"{name}.idx", writer.dali_index())
+    write_atomically(work / f"{name}.idx", *writer.dali_index_pieces())
     shard = writer.shard(f"{name}.tar")
     Part(shard, writer.rows, np.concatenate(kept), np.concatenate(hashes), skipped).save(work / f"{name}.npz")
     return len(numbers)

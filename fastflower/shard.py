@@ -108,7 +108,11 @@ class ShardWriter:
 
     def dali_index(self) -> bytes:
         """The content of the .idx file."""
-        return b"v1.2 %d\n%b" % (self.samples, self._index)
+        return b"".join(self.dali_index_pieces())
+
+    def dali_index_pieces(self) -> tuple[bytes, bytearray]:
+        """The same in two pieces: of a million small files it would not fit the memory twice."""
+        return b"v1.2 %d\n" % self.samples, self._index
 
     def shard(self, name: str) -> Shard:
         """The manifest's entry for the finished tar, which is to be called `name`."""
