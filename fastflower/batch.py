@@ -81,6 +81,11 @@ class Stats:
         share = self.wait_seconds / total
         if share < 0.05:
             return f"the consumer holds the job back: it waited for data {share:.0%} of the time; speed up the training step."
+        waited = f"feeding holds the job back: the consumer waited {share:.0%} of the time"
+        if not self.augment_seconds:
+            return (
+                f"{waited}; what DALI does is not told apart; add cores (workers), or pack smaller images (max_side)."
+            )
         work = {"reading": self.read_seconds, "decoding": self.decode_seconds, "augmenting": self.augment_seconds}
         slowest = max(work, key=lambda name: work[name])
         advice = {
@@ -88,7 +93,7 @@ class Stats:
             "decoding": "keep decoded photographs (cache), pack smaller ones (max_side), or add cores (workers)",
             "augmenting": "add cores (workers), or augment less: hue costs most",
         }[slowest]
-        return f"feeding holds the job back: the consumer waited {share:.0%} of the time, most of it for {slowest}; {advice}."
+        return f"{waited}, most of it for {slowest}; {advice}."
 
 
 class Clock:

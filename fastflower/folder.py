@@ -235,8 +235,8 @@ def _listed(root: Path, lists: dict[str, Path]) -> Folder:
                     f"{where}: label {known} is not the place of {first!r} among the sorted class folders; add classes.txt."
                 )
             # Unlike Path's, these take a name that is too long for one of nothing.
-            path = f"{split}/{listed}" if os.path.exists(root / split / listed) else listed  # noqa: PTH110
-            if os.path.isdir(root / path):  # noqa: PTH112
+            path = f"{split}/{listed}" if os.path.exists(root / split / listed) else listed  # noqa: PTH110  (see above)
+            if os.path.isdir(root / path):  # noqa: PTH112  (see above)
                 raise FolderError(f"{where}: {path!r} is a folder; list its files.")
             if hash(path) in seen:
                 raise FolderError(f"{where}: {path!r} is listed twice; remove one of the lines.")

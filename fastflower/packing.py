@@ -181,7 +181,7 @@ def _workspace(out: Path) -> Iterator[Path]:
 
 def _exists(path: Path) -> bool:
     """Also where the question is an error, such as a name that is too long; Path.exists raises it."""
-    return os.path.exists(path)  # noqa: PTH110
+    return os.path.exists(path)  # noqa: PTH110  (which does not raise)
 
 
 def _locked(work: Path) -> IO[str]:

@@ -68,7 +68,7 @@ def make_part(
     number: int,
     mapped: Callable[..., Iterable[Any]] = map,
     advance: Callable[[int], object] = lambda _: None,
-    token: object = None,  # noqa: ARG001
+    token: object = None,  # noqa: ARG001  (only has to differ between calls)
 ) -> int:
     """Make one part, unless it is there already: its tar, DALI's index and a record of both, which comes last.
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from kill_packer import checksums
 from PIL import Image
 
 from fastflower import Manifest, pack
@@ -135,3 +136,47 @@ def killed(folder: Path, out: Path, stop: str, **options: Any) -> Path:
 
 BEFORE_MANIFEST = "event == 'os.rename' and paths[1] == 'manifest.json'"  # when all else is in place
 BEFORE_CLEARING = "event == 'os.remove' and paths[0].endswith('/plan.json')"  # when the manifest is in place
+
+
+NINE: dict[str, Any] = {"shard_bytes": 4000, "lists": True}
+"""Options with which `nine` images make two shards to train on and one to validate."""
+
+
+def nine(root: Path) -> Path:
+    return drawn(root, a=5, b=4)
+
+
+def uninterrupted(folder: Path, out: Path) -> dict[str, str]:
+    """The checksums of a pack of `nine` that nobody interrupted."""
+    pack(folder, out, **NINE)
+    made = checksums(out)
+    assert {"train-000001.tar", "val-000000.tar", "meta/val.txt"} < made.keys()
+    return made
+
+
+def read_by_dali(out: Path, split: str, batch_size: int) -> list[tuple[bytes, int]]:
+    """(image, label) of every sample, from DALI's own reader."""
+    from nvidia.dali import fn as untyped_fn
+    from nvidia.dali.pipeline import Pipeline
+
+    fn: Any = untyped_fn
+    paths = [out / shard.name for shard in Manifest.load(out).split(split).shards]
+    pipeline = Pipeline(batch_size=batch_size, num_threads=2, device_id=None, prefetch_queue_depth=1)
+    with pipeline:
+        outputs = fn.readers.webdataset(
+            paths=[str(path) for path in paths],
+            index_paths=[str(path.with_suffix(".idx")) for path in paths],
+            ext=["jpg", "cls"],
+            missing_component_behavior="error",
+            name="reader",
+        )
+        pipeline.set_outputs(*outputs)
+    pipeline.build()
+    size: Any = pipeline.epoch_size("reader")
+    found: list[tuple[bytes, int]] = []
+    while len(found) < size:
+        images, labels = pipeline.run()
+        for number in range(len(images)):
+            label = np.asarray(labels.at(number)).tobytes()
+            found.append((np.asarray(images.at(number)).tobytes(), int(label)))
+    return found[:size]

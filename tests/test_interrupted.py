@@ -17,29 +17,26 @@ from typing import IO, Any
 
 import pytest
 from kill_packer import checksums
-from packs import BEFORE_MANIFEST, child, drawn, exactly, killed, samples
+from packs import BEFORE_MANIFEST, NINE, child, drawn, exactly, killed, nine, samples, uninterrupted
 
 from fastflower import pack, part
 from fastflower.errors import FolderError
 
 PROGRAM = Path(__file__).with_name("kill_packer.py")
-OPTIONS: dict[str, Any] = {"shard_bytes": 4000, "lists": True}
+OPTIONS = NINE
 GOES_ON = "The same command goes on where this one stopped."
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """Nine images: two shards to train on and one to validate."""
-    return drawn(tmp_path / "small", a=5, b=4)
+    return nine(tmp_path / "small")
 
 
 @pytest.fixture
 def expected(small: Path, tmp_path: Path) -> dict[str, str]:
     """Of a pack that nobody interrupted."""
-    pack(small, tmp_path / "expected", **OPTIONS)
-    made = checksums(tmp_path / "expected")
-    assert {"train-000001.tar", "val-000000.tar", "meta/val.txt"} < made.keys()
-    return made
+    return uninterrupted(small, tmp_path / "expected")
 
 
 def kills(folder: Path, work: Path, *arguments: str | Path) -> int:

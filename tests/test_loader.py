@@ -141,6 +141,10 @@ def test_a_verdict_names_who_waits_and_for_what() -> None:
         "feeding holds the job back: the consumer waited 50% of the time, most of it for decoding; "
     )
     assert str(slow).splitlines()[1] == "decode       5.00 s  500.000 ms an image"
+    by_dali = replace(slow, decode_seconds=0.0, augment_seconds=0.0)
+    assert by_dali.verdict.startswith(
+        "feeding holds the job back: the consumer waited 50% of the time; what DALI does "
+    )
     fast = replace(slow, wait_seconds=0.1)
     assert fast.verdict.startswith("the consumer holds the job back: it waited for data 2% of the time; ")
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from nasty_files import Expectation, make
 from numpy.typing import NDArray
-from nvidia.dali import fn as untyped_fn
-from nvidia.dali.pipeline import Pipeline
+from packs import read_by_dali
 from PIL import Image, ImageOps
 from webdataset.compat import WebDataset
 
@@ -23,7 +22,6 @@ from fastflower.image import decode
 from fastflower.shard import ShardReader
 from fastflower.verification import verify
 
-fn: Any = untyped_fn  # DALI makes their names at run time
 SPLITS = ["train", "val"]
 # Damage at which libjpeg, and so every decoder here, only warns: bytes that mean nothing, with an end behind them.
 ONLY_WARNED_OF = {
@@ -167,22 +165,7 @@ def test_webdataset_reads_every_sample(packed: Packed, samples: dict[str, list[S
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_dali_reads_every_sample(packed: Packed, samples: dict[str, list[Sample]], split: str) -> None:
-    paths = [packed.out / shard.name for shard in Manifest.load(packed.out).split(split).shards]
-    count = len(samples[split])
-    pipeline = Pipeline(batch_size=count, num_threads=2, device_id=None, prefetch_queue_depth=1)
-    with pipeline:
-        outputs = fn.readers.webdataset(
-            paths=[str(path) for path in paths],
-            index_paths=[str(path.with_suffix(".idx")) for path in paths],
-            ext=["jpg", "cls"],
-            missing_component_behavior="error",
-            name="reader",
-        )
-        pipeline.set_outputs(*outputs)
-    pipeline.build()
-    assert pipeline.epoch_size("reader") == count
-    images, labels = pipeline.run()
-    found = [(np.asarray(images.at(n)).tobytes(), int(np.asarray(labels.at(n)).tobytes())) for n in range(count)]
+    found = read_by_dali(packed.out, split, len(samples[split]))
     assert found == [(sample.encoded, sample.label) for sample in samples[split]]
 
 

@@ -11,28 +11,37 @@ import cv2
 import PIL
 import pytest
 from kill_packer import checksums
-from packs import BEFORE_CLEARING, BEFORE_MANIFEST, drawn, exactly, interrupted, killed, paths, photo
+from packs import (
+    BEFORE_CLEARING,
+    BEFORE_MANIFEST,
+    NINE,
+    drawn,
+    exactly,
+    interrupted,
+    killed,
+    nine,
+    paths,
+    photo,
+    uninterrupted,
+)
 
 from fastflower import Manifest, pack, packing, part
 from fastflower.errors import FolderError
 from fastflower.planning import load_plan
 
-OPTIONS: dict[str, Any] = {"shard_bytes": 4000, "lists": True}
+OPTIONS = NINE
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """Nine images: two shards to train on and one to validate."""
-    return drawn(tmp_path / "small", a=5, b=4)
+    return nine(tmp_path / "small")
 
 
 @pytest.fixture
 def expected(small: Path, tmp_path: Path) -> dict[str, str]:
     """Of a pack that nobody interrupted."""
-    pack(small, tmp_path / "expected", **OPTIONS)
-    made = checksums(tmp_path / "expected")
-    assert {"train-000001.tar", "val-000000.tar", "meta/val.txt"} < made.keys()
-    return made
+    return uninterrupted(small, tmp_path / "expected")
 
 
 CHANGED: dict[str, Any] = {
