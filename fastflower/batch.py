@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -14,6 +15,8 @@ from fastflower.augment import Draw, Mix
 from fastflower.errors import DeviceError, SampleError
 
 _log = logging.getLogger("fastflower")
+
+Pixels = NDArray[np.uint8]
 
 
 class Batch(NamedTuple):
@@ -141,6 +144,16 @@ def mixed(images: Tensor, labels: Tensor, mix: Mix, num_classes: int) -> tuple[T
             place = (slice(None), slice(top, top + height), slice(left, left + width))
             out[2 * pair][place], out[2 * pair + 1][place] = images[2 * pair + 1][place], images[2 * pair][place]
     return out.contiguous(memory_format=torch.channels_last), torch.lerp(classes[partner], classes, share)
+
+
+def storage(dtype: torch.dtype) -> Any:
+    """The numpy dtype that stores `dtype`; numpy has no bfloat16, so its bits travel as uint16."""
+    return {torch.uint8: np.uint8, torch.float32: np.float32}.get(dtype, np.uint16)
+
+
+def as_numpy(tensor: Tensor) -> NDArray[Any]:
+    """The same memory in that dtype."""
+    return tensor.numpy() if tensor.dtype in (torch.float32, torch.uint8) else tensor.view(torch.uint16).numpy()
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

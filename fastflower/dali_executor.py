@@ -104,7 +104,7 @@ class DaliExecutor:
     def _feed(self, pipe: Pipeline, request: Request, encoded: list[NDArray[np.uint8]]) -> None:
         draw, warp = request.draw, request.draw.warp(request.sizes, self._augment.fill)
         sigma, window = _gaussians(warp.footprint)
-        mask = geometry.compose(_onto(warp.visible, draw.size), warp.photo)
+        mask = geometry.frame(warp, draw.size)
         inputs: dict[str, Any] = {
             "encoded": encoded,
             "start": warp.region[:, :2].astype(np.int32),
@@ -142,7 +142,7 @@ _NO_BLUR = 0.05  # a Gaussian so narrow has one weight
 def _gaussians(footprint_N2: geometry.Floats) -> tuple[geometry.Floats, NDArray[np.int64]]:
     """(sigma, window), each (N, 2), down and across, of Gaussians with the variance that interpolation lacks.
 
-    Up to a reduction by two the window has three weights and equals `geometry.blur_kernel`; beyond, a Gaussian of the
+    Up to a reduction by two the window has three weights and equals `geometry.blur_kernels`; beyond, a Gaussian of the
     same variance stands for the triangle.
     """
     variance = geometry.blur_variance(footprint_N2, np.ones(footprint_N2.shape, np.int64))
@@ -159,11 +159,6 @@ def _unused(augment: Augment) -> set[str]:
     if not augment.uncovers:
         unused.add("mask_matrix")
     return unused if augment.erase else unused | {"erase_anchor", "erase_shape"}
-
-
-def _onto(visible_N4: geometry.Floats, size: tuple[int, int]) -> geometry.Floats:
-    """Source to a blank frame of `size` that stands for the visible rectangle."""
-    return geometry.invert(geometry.resized_crop(visible_N4, size))
 
 
 @pipeline_def(enable_conditionals=True)

@@ -171,15 +171,62 @@ def blur_variance(footprint_N2: Floats, shrink_N2: NDArray[np.int64]) -> Floats:
     return np.where(missing >= MIN_VARIANCE, missing, 0.0)
 
 
-def blur_kernel(variance: float) -> NDArray[np.float32]:
-    """An odd number of weights of that variance, summing to 1: samples of a triangle.
+BLUR_TAPS = 5  # weights from the middle of the widest kernel: shrink_factors leaves reductions below 4
+
+
+def blur_kernels(variance_N2: Floats) -> Floats:
+    """Symmetric weights of those variances from the middle outwards, (N, 2, BLUR_TAPS): samples of a triangle, summing to 1.
 
     For a reduction by a whole number this is Pillow's triangle, and interpolation keeps it exactly: [1, 2, 1] / 4 for two.
     For the half-width w between m and m + 1, weights 1 - |j| / w for |j| <= m have the sum 2m + 1 - m(m+1) / w and the
-    second moment m(m+1)(2m+1) / 3 - m^2 (m+1)^2 / 2w: the ratio is solved for 1 / w.
+    second moment m(m+1)(2m+1) / 3 - m^2 (m+1)^2 / 2w: the ratio is solved for 1 / w. Where the variance is 0, m is 0.
     """
-    m = int(np.sqrt(6 * variance + 1))
+    m = np.sqrt(6 * variance_N2 + 1).astype(np.int64) * (variance_N2 > 0)
     pairs = m * (m + 1)
-    slope = (pairs * (2 * m + 1) / 3 - variance * (2 * m + 1)) / (pairs**2 / 2 - variance * pairs)
-    weights = 1 - slope * np.abs(np.arange(-m, m + 1))
-    return (weights / weights.sum()).astype(np.float32)
+    slope = (pairs * (2 * m + 1) / 3 - variance_N2 * (2 * m + 1)) / np.where(m, pairs**2 / 2 - variance_N2 * pairs, 1)
+    steps = np.arange(BLUR_TAPS)
+    weights = np.where(steps <= m[..., None], 1 - slope[..., None] * steps, 0.0)
+    return weights / (2 * weights.sum(axis=-1, keepdims=True) - weights[..., :1])
+
+
+def whole_kernel(weights: Floats) -> Floats:
+    """Both halves of a symmetric kernel, given from its middle outwards, without zeros at the ends: (K,), K odd."""
+    weights = weights[: np.flatnonzero(weights)[-1] + 1]
+    return np.concatenate([weights[:0:-1], weights])
+
+
+@dataclass(frozen=True, slots=True)
+class Resampling:
+    """A Warp for a renderer that averages boxes, blurs what is left of a reduction, then interpolates."""
+
+    region: NDArray[np.int64]
+    """(N, 4) top, left, height, width of the photograph: whole boxes."""
+    shrink: NDArray[np.int64]
+    """(N, 2) down, across: sides of the boxes."""
+    blur: Floats
+    """(N, 2) down, across: the variance of the blur, in boxes."""
+    matrix: Floats
+    """(N, 2, 3) destination to boxes, both counted in whole numbers at their centres."""
+
+
+def resampling(warp: Warp) -> Resampling:
+    """How such a renderer carries out a warp."""
+    shrink = shrink_factors(warp.footprint)
+    blur = blur_variance(warp.footprint, shrink)
+    matrix = centred(warp.matrix / shrink[:, ::-1, None])
+    boxes = np.minimum(shrink, warp.region[:, 2:])
+    region = warp.region.copy()
+    region[:, 2:] -= region[:, 2:] % boxes  # at most one box at the far edge is replaced by its neighbour
+    return Resampling(region, boxes, blur, matrix)
+
+
+def centred(matrix_N23: Floats) -> Floats:
+    """The same warps between pixels whose centres lie at whole numbers, as OpenCV counts."""
+    moved = matrix_N23.copy()
+    moved[:, :, 2] += moved[:, :, :2].sum(axis=2) / 2 - 0.5
+    return moved
+
+
+def frame(warp: Warp, size: tuple[int, int]) -> Floats:
+    """Destination to the shown part of the photograph, stretched over a frame of `size`, (N, 2, 3)."""
+    return compose(invert(resized_crop(warp.visible, size)), warp.photo)

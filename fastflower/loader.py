@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
 from fastflower.augment import Augment
 from fastflower.batch import Batch, Clock, Executor, Request, Stats, mixed, resolve_device
@@ -19,16 +20,16 @@ from fastflower.cache import PixelCache, limit_of
 from fastflower.errors import ArgumentError, SampleError, ShardError
 from fastflower.image import decode
 from fastflower.manifest import Manifest
-from fastflower.opencv_executor import OpencvExecutor
 from fastflower.order import num_steps, permute, step_positions, windowed
 from fastflower.shard import ShardReader
+from fastflower.thread_executor import ThreadExecutor
 
 _log = logging.getLogger("fastflower")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
-class Loader:
+class Loader(IterableDataset[Batch]):
     """Iterates over the batches of one epoch at a time.
 
     Every `for` is a fresh epoch with its own order and draws, both functions of (seed, epoch): after a `break` the next
@@ -52,7 +53,8 @@ class Loader:
             uneven parts of it, a rank without a part one step less), or "pad" with the epoch's first samples.
         on_bad: What a damaged sample does: "fail" stops the epoch with a SampleError, "skip" puts the next sample of the
             index in its place; `replaced` counts them, and the log names each once.
-        executor: "opencv" (the default without CUDA) or "dali".
+        executor: "dali" (the default with CUDA), "native", a kernel for processors with AVX2 (the default without, where there
+            is one), or "opencv". Their pixels differ by a grey level or two, their draws not at all.
         workers: Threads; all cores by default.
 
     Raises ShardError for shards that are missing or damaged, ArgumentError for an argument outside its rule, DeviceError.
@@ -75,7 +77,7 @@ class Loader:
         window: int | None = None,
         tail: Literal["drop", "keep", "pad"] | None = None,
         on_bad: Literal["fail", "skip"] = "fail",
-        executor: Literal["opencv", "dali"] | None = None,
+        executor: Literal["native", "opencv", "dali"] | None = None,
         workers: int | None = None,
     ) -> None:
         self.manifest = Manifest.load(shards)
@@ -130,16 +132,16 @@ class Loader:
             )
 
     def _make_executor(self, name: str | None, cache: Literal["auto"] | int | None, workers: int) -> Executor:
-        name = name or ("dali" if self.device.type == "cuda" else "opencv")
-        if name == "opencv":
+        if name in ("native", "opencv") or (name is None and self.device.type != "cuda"):
             limit = limit_of(cache, 3 * int(self._sizes.prod(axis=1).sum()))
             decoded = PixelCache(self._decode, limit)
-            return OpencvExecutor(self.augment, self.dtype, decoded, self._replace, self._clock, workers=workers)
-        if name != "dali":
-            raise ArgumentError(f"executor must be 'opencv' or 'dali', got {name!r}.")
+            parts = (self.augment, self.dtype, decoded, self._replace, self._clock)
+            return ThreadExecutor(*parts, workers=workers, renderer=name)
+        if name not in (None, "dali"):
+            raise ArgumentError(f"executor must be 'native', 'opencv' or 'dali', got {name!r}.")
         if isinstance(cache, int) and cache:
             raise ArgumentError(
-                "cache: executor='dali' keeps no decoded photographs; pass cache=None or executor='opencv'."
+                "cache: executor='dali' keeps no decoded photographs; pass cache=None or another executor."
             )
         from fastflower.dali_executor import DaliExecutor  # takes half a second to import
 
@@ -192,22 +194,34 @@ class Loader:
 
     def __len__(self) -> int:
         """Steps in an epoch: the same on every rank, but for one fewer where a kept tail has no sample for it."""
-        steps = num_steps(self.num_samples, self.global_batch_size, drop_tail=self.tail == "drop")
+        steps = self._steps
         return steps if self.tail != "keep" or len(self._positions(steps - 1)) else steps - 1
 
-    def __iter__(self) -> Iterator[Batch]:
-        epoch, step = self._next
-        self._next, self._position = (epoch + 1, 0), (epoch, step)
-        return self._batches(epoch, step)
+    @property
+    def _steps(self) -> int:
+        """Steps in an epoch over all ranks."""
+        return num_steps(self.num_samples, self.global_batch_size, drop_tail=self.tail == "drop")
 
-    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        steps = len(self)
-        requests = (self._request(epoch, step) for step in range(start, steps))
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ArgumentError(
+                f"num_workers must be 0, got {worker.num_workers}: a Loader has threads of its own, and each worker process "
+                f"would feed every batch."
+            )
+        self._position = self._next
+        return self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
+        # At the first batch, not in __iter__: torchdata and Lightning make iterators that they take no batch from.
+        epoch, start = self._position = self._next
+        self._next = (epoch + 1, 0)
+        requests = (self._request(epoch, step) for step in range(start, len(self)))
         made = self._executor.run(requests)
         asked = perf_counter()
         try:
             for request, images in made:
-                self._position = (epoch, request.step + 1) if request.step + 1 < steps else (epoch + 1, 0)
+                self._position = (epoch, request.step + 1) if request.step + 1 < self._steps else (epoch + 1, 0)
                 index = torch.from_numpy(request.indices)
                 batch = self._mixed(epoch, Batch(self._put(images), self._put(self._labels[index]), self._put(index)))
                 given = perf_counter()
@@ -216,6 +230,7 @@ class Loader:
                 yield batch
                 asked = perf_counter()
                 self._clock.add("consume", asked - given)
+            self._position = (epoch + 1, 0)  # where this rank has no part of the last step
         finally:
             made.close()
 

@@ -16,7 +16,7 @@ from fastflower.errors import SampleError
 from fastflower.evaluation import loader_dtype, view_of
 from fastflower.folder import EXTENSIONS
 from fastflower.image import decode
-from fastflower.opencv_executor import OpencvExecutor
+from fastflower.thread_executor import ThreadExecutor
 
 _BATCH_SIZE = 32
 
@@ -96,7 +96,7 @@ def _view(paths: Sequence[Path], checkpoint: Checkpoint, dtype: torch.dtype) -> 
     augment, indices = view_of(checkpoint.recipe), np.arange(len(paths))
     sizes = np.array([photo.shape[:2] for photo in photos], np.int64)
     request = Request(0, 0, indices, sizes, augment.draw(0, 0, indices, sizes))
-    executor = OpencvExecutor(augment, dtype, photos.__getitem__, workers=os.cpu_count() or 1)
+    executor = ThreadExecutor(augment, dtype, photos.__getitem__, workers=os.cpu_count() or 1)
     ((_, images),) = executor.run([request])
     return images
 

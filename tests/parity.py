@@ -23,9 +23,9 @@ from fastflower.augment import Draw
 from fastflower.batch import Executor, Request, resolve_device
 from fastflower.dali_executor import DaliExecutor
 from fastflower.image import decode
-from fastflower.opencv_executor import OpencvExecutor
+from fastflower.thread_executor import ThreadExecutor
 
-EXECUTORS = ("opencv", "dali")
+EXECUTORS = ("native", "opencv", "dali")
 JITTER: dict[str, Any] = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
 REPORTS: dict[str, Any] = {"crop": (0.08, 1.0), "flip": 0.5, "rotate": 10, "translate": (0.1, 0.1)}
 
@@ -79,8 +79,8 @@ def executor(
     name: str, augment: Augment, dtype: torch.dtype, encoded: Sequence[bytes], device: str = "cpu"
 ) -> Executor:
     """An executor over image files in memory."""
-    if name == "opencv":
-        return OpencvExecutor(augment, dtype, lambda index: decode(encoded[index]), workers=2)
+    if name != "dali":
+        return ThreadExecutor(augment, dtype, lambda index: decode(encoded[index]), workers=2, renderer=name)
     return DaliExecutor(
         augment,
         dtype,

@@ -14,7 +14,7 @@ from fastflower import Augment, Loader, pack
 from fastflower.errors import SampleError, ShardError
 
 RANDOM = Augment(size=64, resize=72, crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, hue=0.1)
-EXECUTORS = ["opencv", "dali"]
+EXECUTORS = ["native", "opencv", "dali"]
 
 
 def make(shards: Path, **options: Any) -> Loader:

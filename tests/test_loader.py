@@ -19,7 +19,7 @@ from fastflower.errors import ArgumentError, DeviceError, ShardError
 from fastflower.order import epoch_order
 
 RANDOM = Augment(size=64, resize=72, crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, hue=0.1)
-EXECUTORS = ["opencv", "dali"]
+EXECUTORS = ["native", "opencv", "dali"]
 
 
 def make(shards: Path, **options: Any) -> Loader:
@@ -268,7 +268,7 @@ def test_threads_end_with_the_iterator(shards: Path, executor: Any) -> None:
         ({"dtype": torch.int32}, ArgumentError, "dtype must be one of torch.float32"),
         ({"rank": 0}, ArgumentError, "rank and world_size belong together"),
         ({"rank": 2, "world_size": 2}, ArgumentError, r"rank must lie in 0 \.\. world_size-1 = 1, got 2"),
-        ({"executor": "pil"}, ArgumentError, "executor must be 'opencv' or 'dali', got 'pil'"),
+        ({"executor": "pil"}, ArgumentError, "executor must be 'native', 'opencv' or 'dali', got 'pil'"),
         ({"executor": "dali", "cache": 10}, ArgumentError, "cache: executor='dali' keeps no decoded photographs"),
         ({"split": "test"}, ShardError, "has no samples in split 'test'; it has train, val"),
     ],

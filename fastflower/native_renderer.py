@@ -1,0 +1,143 @@
+"""Carries out draws by `kernel.c`: blur, warp, colour and normalisation in two passes, where the processor has AVX2."""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from threading import local
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastflower import color, geometry
+from fastflower.augment import Augment
+from fastflower.batch import Pixels, Request
+from fastflower.opencv_renderer import shrunken
+
+_LIBRARY = Path(__file__).with_name("kernel.so")
+_KINDS = {torch.uint8: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+_FACTORS = ("brightness", "contrast", "saturation", "hue")
+
+
+class _Numbers(ctypes.Structure):
+    """kernel.c's Job."""
+
+    _fields_ = (
+        ("source", ctypes.c_void_p),
+        ("end", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("height", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("warp", ctypes.c_float * 6),
+        ("frame", ctypes.c_float * 6),
+        ("masked", ctypes.c_int32),
+        ("blurred", ctypes.c_int32),
+        ("blur", ctypes.c_float * (2 * geometry.BLUR_TAPS)),
+        *((name, ctypes.c_float) for name in _FACTORS),
+    )
+
+
+class _Output(ctypes.Structure):
+    """kernel.c's Output."""
+
+    _fields_ = (
+        ("height", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("multiply", ctypes.c_float * 3),
+        ("add", ctypes.c_float * 3),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One sample's draw, ready for the kernel but for the photograph."""
+
+    region: tuple[slice, slice]
+    shrink: tuple[int, int]
+    numbers: Any
+
+
+@cache
+def _kernel() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where the package has none or the processor lacks AVX2."""
+    if not _LIBRARY.exists() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return None
+    kernel = ctypes.CDLL(str(_LIBRARY))
+    kernel.render.argtypes = (ctypes.c_void_p,) * 4
+    kernel.render.restype = None
+    kernel.scratch_bytes.argtypes = (ctypes.c_int64,) * 4
+    kernel.scratch_bytes.restype = ctypes.c_int64
+    return kernel
+
+
+def available() -> bool:
+    """Whether this machine can use the kernel."""
+    return _kernel() is not None
+
+
+class NativeRenderer:
+    """Pixels in, one row of the batch out. Thread-safe."""
+
+    def __init__(self, augment: Augment, dtype: torch.dtype) -> None:
+        kernel = _kernel()
+        assert kernel is not None, "ask available() first"
+        self._kernel = kernel
+        self._fill = augment.fill
+        self._size = augment.output_size
+        multiply, add = color.normalize_factors(augment.mean, augment.std)
+        self._output = _Output(*self._size, _KINDS[dtype], tuple(multiply.tolist()), tuple(add.tolist()))
+        self._scratch = local()
+
+    def jobs(self, request: Request) -> list[_Job]:
+        """The draws of a batch, a value for each row."""
+        warp = request.draw.warp(request.sizes, self._fill)
+        how = geometry.resampling(warp)
+        count = len(request.indices)
+        numbers: Any = np.zeros(count, np.dtype(_Numbers))
+        numbers["warp"] = how.matrix.reshape(count, 6)
+        numbers["masked"] = warp.masked
+        if warp.masked.any():
+            numbers["frame"] = geometry.centred(geometry.frame(warp, self._size)).reshape(count, 6)
+        numbers["blurred"] = how.blur.any(axis=1)
+        numbers["blur"] = geometry.blur_kernels(how.blur).reshape(count, -1)
+        for name in _FACTORS:
+            numbers[name] = getattr(request.draw, name)
+        rows = (_Numbers * count).from_buffer(numbers)
+        return [
+            _Job((slice(top, top + height), slice(left, left + width)), (down, across), row)
+            for (top, left, height, width), (down, across), row in zip(
+                how.region.tolist(), how.shrink.tolist(), rows, strict=True
+            )
+        ]
+
+    def __call__(self, photo: Pixels, job: _Job, out: NDArray[Any], /) -> None:
+        """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8."""
+        source = shrunken(photo[job.region], job.shrink)
+        height, width, _ = source.shape
+        if height < 2 or width < 2:  # the kernel blends two rows and two columns
+            source = np.pad(source, ((0, height < 2), (0, width < 2), (0, 0)), mode="edge")
+            height, width, _ = source.shape
+        if source.strides[1:] != (3, 1) or source.strides[0] * height >= 1 << 31:
+            source = np.ascontiguousarray(source)
+        numbers = job.numbers
+        numbers.source = source.__array_interface__["data"][0]
+        numbers.stride = source.strides[0]
+        numbers.end = numbers.source + source.strides[0] * (height - 1) + 3 * width
+        numbers.height, numbers.width = height, width
+        self._kernel.render(
+            ctypes.addressof(numbers),
+            ctypes.addressof(self._output),
+            out.__array_interface__["data"][0],
+            self._scratch_for(height, width),
+        )
+
+    def _scratch_for(self, height: int, width: int) -> int:
+        """The address of this thread's scratch memory, large enough for a region."""
+        needed = self._kernel.scratch_bytes(height, width, *self._size)
+        if getattr(self._scratch, "size", 0) < needed:
+            self._scratch.memory = np.empty(needed, np.uint8)
+            self._scratch.size, self._scratch.address = needed, self._scratch.memory.__array_interface__["data"][0]
+        return self._scratch.address

@@ -1,0 +1,138 @@
+"""Carries out draws by OpenCV's SIMD kernels, which release the interpreter lock while they work."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastflower import color, geometry
+from fastflower.augment import Augment
+from fastflower.batch import Pixels, Request, as_numpy
+
+_WARP = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+_SUBPIXEL = 8  # bits of fraction in the corners given to fillPoly
+# fillPoly also paints the boundary, about a pixel wide: so far out, it darkens 0.3 shown pixels an image, and 17 at 0.
+_BOUNDARY = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One sample's draw, ready for OpenCV."""
+
+    region: tuple[slice, slice]
+    shrink: tuple[int, int]
+    blur: NDArray[np.float64] | None
+    matrix: NDArray[np.float64]
+    outside: NDArray[np.int32] | None
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: int
+
+
+class OpencvRenderer:
+    """Pixels in, one row of the batch out. Thread-safe: holds only constants."""
+
+    def __init__(self, augment: Augment, dtype: torch.dtype) -> None:
+        self._fill = augment.fill
+        self._size = augment.output_size
+        self._dtype = dtype
+        multiply, add = color.normalize_factors(augment.mean, augment.std)
+        levels = np.arange(256, dtype=np.float32)[:, None]
+        self._table = as_numpy(torch.from_numpy(levels * multiply + add).to(dtype))[:, None, :]
+        _height, width = self._size
+        self._multiply, self._add = (np.tile(factor, width) for factor in (multiply, add))
+
+    def jobs(self, request: Request) -> list[_Job]:
+        """The draws of a batch, a value for each row."""
+        draw = request.draw
+        warp = draw.warp(request.sizes, self._fill)
+        how = geometry.resampling(warp)
+        kernels = geometry.blur_kernels(how.blur)
+        frame = geometry.corners(np.array([-2.0, -2.0, self._size[0] + 4, self._size[1] + 4]))
+        quad = geometry.grow(warp.quad, _BOUNDARY)
+        hue = np.rint(draw.hue * 256).astype(int) % 256
+        jobs = []
+        for row, (top, left, height, width) in enumerate(how.region.tolist()):
+            outside = None
+            if warp.masked[row]:
+                polygons = np.stack([frame, quad[row]]) - 0.5
+                outside = np.rint(polygons * 2**_SUBPIXEL).astype(np.int32)
+            down, across = how.shrink[row].tolist()
+            jobs.append(
+                _Job(
+                    region=(slice(top, top + height), slice(left, left + width)),
+                    shrink=(down, across),
+                    blur=kernels[row] if how.blur[row].any() else None,
+                    matrix=how.matrix[row],
+                    outside=outside,
+                    brightness=float(draw.brightness[row]),
+                    contrast=float(draw.contrast[row]),
+                    saturation=float(draw.saturation[row]),
+                    hue=int(hue[row]),
+                )
+            )
+        return jobs
+
+    def __call__(self, photo: Pixels, job: _Job, out: NDArray[Any], /) -> None:
+        """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8."""
+        image = _toned(self._warped(photo[job.region], job), job.brightness, job.contrast)
+        if job.saturation != 1:
+            image = cv2.transform(image, color.saturation_matrix(job.saturation))
+        if job.hue:
+            image = _turned(image, job.hue)
+        self._written(image, out)
+
+    def _warped(self, source: Any, job: _Job) -> Any:
+        source = shrunken(source, job.shrink)
+        if job.blur is not None:
+            down, across = map(geometry.whole_kernel, job.blur)
+            source = cv2.sepFilter2D(source, -1, across, down, borderType=cv2.BORDER_REPLICATE)
+        height, width = self._size
+        image = cv2.warpAffine(source, job.matrix, (width, height), flags=_WARP, borderMode=cv2.BORDER_REPLICATE)
+        if job.outside is not None:
+            cv2.fillPoly(image, list(job.outside), (0, 0, 0), cv2.LINE_AA, _SUBPIXEL)
+        return image
+
+    def _written(self, image: Any, out: NDArray[Any]) -> None:
+        """Normalise into the batch, in its dtype."""
+        if self._dtype == torch.uint8:
+            out[...] = image
+        elif self._dtype == torch.float32:  # a product and a sum take half the time of a look-up
+            flat = out.reshape(out.shape[0], -1)
+            np.multiply(image.reshape(flat.shape), self._multiply, out=flat)
+            np.add(flat, self._add, out=flat)
+        else:
+            cv2.LUT(image, self._table, out)
+
+
+def shrunken(source: Any, shrink: tuple[int, int]) -> Any:
+    """The means of boxes of `shrink` (down, across) pixels, which `source` is made of."""
+    if shrink == (1, 1):
+        return source
+    down, across = shrink
+    size = (source.shape[1] // across, source.shape[0] // down)
+    return cv2.resize(source, size, interpolation=cv2.INTER_AREA)
+
+
+def _toned(image: Any, brightness: float, contrast: float) -> Any:
+    """Brightness, then contrast about the mean grey of the brightened image."""
+    if contrast == 1:
+        return image if brightness == 1 else cv2.LUT(image, color.quantized(color.brightness_table(brightness)))
+    levels = color.brightness_table(brightness)
+    if brightness > 1:  # clips: the mean must be taken afterwards
+        image = cv2.LUT(image, color.quantized(levels))
+        levels = color.brightness_table(1)
+        brightness = 1
+    mean = brightness * float(color.LUMA @ cv2.mean(image)[:3])
+    return cv2.LUT(image, color.quantized(color.contrast_table(levels, contrast, mean)))
+
+
+def _turned(image: Any, steps: int) -> Any:
+    """Turn the hue by steps / 256 of the wheel."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(steps)  # wraps, as the wheel does
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)

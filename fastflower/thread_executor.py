@@ -1,0 +1,128 @@
+"""Makes batches on the CPU: decoding and a renderer on a pool of threads, both of which release the interpreter lock."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastflower.augment import Augment
+from fastflower.batch import Clock, Pixels, Replace, Request, as_numpy, refuse, storage
+from fastflower.errors import ArgumentError, SampleError
+from fastflower.native_renderer import NativeRenderer, available
+from fastflower.opencv_renderer import OpencvRenderer
+
+_CHUNK = 8  # samples a task: long enough to hide the cost of a task, short enough to share a batch among the threads
+
+
+class Renderer(Protocol):
+    """Pixels in, one row of the batch out. Thread-safe."""
+
+    def jobs(self, request: Request) -> Sequence[Any]:
+        """The draws of a batch, a value for each row."""
+        ...
+
+    def __call__(self, photo: Pixels, job: Any, out: NDArray[Any], /) -> None:
+        """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8."""
+        ...
+
+
+class ThreadExecutor:
+    """Turns samples into batches. decoded(index) gives a sample's pixels and runs on the pool's threads.
+
+    renderer  "native" or "opencv"; None: native where there is one. Raises ArgumentError for "native" where there is none.
+    """
+
+    def __init__(
+        self,
+        augment: Augment,
+        dtype: torch.dtype,
+        decoded: Callable[[int], Pixels],
+        replace: Replace = refuse,
+        clock: Clock | None = None,
+        *,
+        workers: int,
+        renderer: str | None = None,
+    ) -> None:
+        if renderer == "native" and not available():
+            raise ArgumentError(
+                "executor='native' needs a Linux wheel of fastflower and a processor with AVX2; "
+                "leave executor out, or pass executor='opencv'."
+            )
+        native = available() if renderer is None else renderer == "native"
+        self._render: Renderer = NativeRenderer(augment, dtype) if native else OpencvRenderer(augment, dtype)
+        self._size = augment.output_size
+        self._dtype = dtype
+        erased = np.rint(augment.erase_levels) if dtype == torch.uint8 else np.array(augment.erase_value)
+        self._erased = as_numpy(torch.from_numpy(erased).to(dtype))
+        self._decoded = decoded
+        self._replace = replace
+        self._clock = clock or Clock()
+        self._workers = workers
+
+    def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
+        """Yield (request, images (N, 3, H, W), channels-last) in order. The threads end with the iterator."""
+        started: deque[tuple[Request, Tensor, list[Future[None]]]] = deque()
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="fastflower")
+        try:
+            for request in requests:
+                started.append((request, *self._start(pool, request)))
+                if self._enough(started):
+                    yield _finished(*started.popleft())
+            while started:
+                yield _finished(*started.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _enough(self, started: Sequence[tuple[Request, Tensor, list[Future[None]]]]) -> bool:
+        """Whether every thread has a task and one more waits, without the batch that is to be yielded."""
+        return sum(len(futures) for _, _, futures in started) - len(started[0][2]) > 2 * self._workers
+
+    def _start(self, pool: ThreadPoolExecutor, request: Request) -> tuple[Tensor, list[Future[None]]]:
+        indices = request.indices.tolist()
+        # By numpy, which asks the kernel for huge pages; torch does not.
+        rows = np.empty((len(indices), *self._size, 3), storage(self._dtype))
+        images = torch.from_numpy(rows).view(self._dtype).permute(0, 3, 1, 2)
+        jobs = self._render.jobs(request)
+
+        def work(start: int) -> None:
+            rendering = 0.0
+            for row in range(start, min(start + _CHUNK, len(indices))):
+                job, erase = jobs[row], request.draw.erase[row]
+                try:
+                    photo = self._decoded(indices[row])
+                except SampleError as error:
+                    photo, job, erase = self._instead(request, row, error)
+                before = perf_counter()
+                self._render(photo, job, rows[row])
+                if erase[2]:
+                    top, left, height, width = erase.tolist()
+                    rows[row, top : top + height, left : left + width] = self._erased
+                rendering += perf_counter() - before
+            self._clock.add("augment", rendering)
+
+        return images, [pool.submit(work, start) for start in range(0, len(indices), _CHUNK)]
+
+    def _instead(self, request: Request, row: int, error: SampleError) -> tuple[Pixels, Any, Any]:
+        """The next sample that is not damaged, and its draw; its index goes into the request."""
+        other = request
+        while True:
+            other = self._replace(other, row, error)
+            try:
+                photo = self._decoded(int(other.indices[row]))
+            except SampleError as another:
+                error = another
+            else:
+                request.indices[row] = other.indices[row]
+                return photo, self._render.jobs(other)[row], other.draw.erase[row]
+
+
+def _finished(request: Request, images: Tensor, futures: list[Future[None]]) -> tuple[Request, Tensor]:
+    for future in futures:
+        future.result()  # raises what a thread raised
+    return request, images

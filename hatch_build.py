@@ -1,0 +1,30 @@
+"""Compiles kernel.c into the package by a compiler that comes from PyPI: no user's machine needs one of its own."""
+
+import platform
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+_FLAGS = ["-O3", "-shared", "-s", "-mavx2", "-mfma", "-mf16c", "-Wall", "-Wextra", "-Werror"]
+
+
+class CustomBuildHook(BuildHookInterface[Any]):
+    """Adds kernel.so where it can run; elsewhere the wheel has none, and OpenCV takes its place."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002  (the interface's)
+        """Compile, and mark the wheel as one for Linux on x86-64 with glibc 2.17 or newer."""
+        if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+            return
+        if find_spec("ziglang") is None:
+            self.app.display_warning("ziglang is not installed: the package is built without its native kernel")
+            return
+        package = Path(self.root, "fastflower")
+        target = ["-target", "x86_64-linux-gnu.2.17", "-o", package / "kernel.so", package / "kernel.c"]
+        subprocess.run([sys.executable, "-m", "ziglang", "cc", *_FLAGS, *target], check=True)
+        build_data["artifacts"].append("fastflower/kernel.so")
+        build_data["pure_python"] = False
+        build_data["tag"] = "py3-none-manylinux_2_17_x86_64"

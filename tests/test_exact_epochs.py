@@ -1,0 +1,176 @@
+"""Epochs of a Loader for any number of samples, ranks and shards: exact, padded or cut as promised, wherever resumed.
+
+The loaders are real but for the pixels: a manifest and an index stand on the disk, photographs do not.
+"""
+
+from collections import Counter
+from collections.abc import Generator, Iterable
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastflower import Augment, Loader, Manifest
+from fastflower.batch import Request
+from fastflower.manifest import INDEX_DTYPE, Shard, Split
+
+COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any)
+TAILS = st.sampled_from(["drop", "keep", "pad"])
+WINDOWS = st.none() | st.integers(1, 9)
+EXAMPLES = settings(deadline=None, max_examples=100, derandomize=True)
+
+Ranks = list[list[list[int]]]
+"""The indices of the batches of every rank."""
+
+
+class NoPixels:
+    """An executor that makes nothing."""
+
+    def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
+        for request in requests:
+            yield request, torch.empty(len(request.indices), 0)
+
+
+class Unseen(Loader):
+    def _make_executor(self, *_: Any, **__: Any) -> NoPixels:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return NoPixels()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exact")
+
+
+def written(folder: Path, counts: list[int]) -> Path:
+    """A folder for shards of so many samples, without the shards."""
+    samples = sum(counts)
+    shards = tuple(Shard(f"{number}.tar", count, 0, str(number)) for number, count in enumerate(counts))
+    manifest = Manifest(
+        folder=folder, classes=("rose",), splits={"train": Split(samples, (samples,), shards)}, options={}
+    )
+    rows = np.zeros(samples, INDEX_DTYPE)
+    rows["width"] = rows["height"] = 40
+    np.save(folder / "train.index.npy", rows)
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return folder
+
+
+def make(folder: Path, world_size: int, **options: Any) -> list[Loader]:
+    """The loaders of all ranks."""
+    options |= {"augment": Augment(size=8), "device": "cpu", "cache": None, "on_bad": "skip", "world_size": world_size}
+    return [Unseen(folder, rank=rank, **options) for rank in range(world_size)]
+
+
+def fed(loaders: list[Loader]) -> Ranks:
+    return [[batch.index.tolist() for batch in loader] for loader in loaders]
+
+
+def joined(ranks: Ranks) -> list[list[int]]:
+    """The global batches; a rank without a part of the last has a step less."""
+    steps = max(map(len, ranks))
+    return [list(chain.from_iterable(rank[step] for rank in ranks if step < len(rank))) for step in range(steps)]
+
+
+@EXAMPLES
+@given(
+    counts=COUNTS,
+    world_size=st.integers(1, 6),
+    batch_size=st.integers(1, 8),
+    tail=TAILS,
+    shuffle=st.booleans(),
+    window=WINDOWS,
+    epoch=st.integers(0, 10**6),
+)
+@example(counts=[2, 0, 3], world_size=4, batch_size=1, tail="keep", shuffle=True, window=None, epoch=0)  # 4 + 1
+def test_an_epoch_over_all_ranks_is_whole_padded_or_cut_as_its_tail_says(
+    folder: Path,
+    counts: list[int],
+    world_size: int,
+    batch_size: int,
+    tail: str,
+    shuffle: bool,
+    window: int | None,
+    epoch: int,
+) -> None:
+    samples, share = sum(counts), batch_size * world_size
+    if tail == "drop" and share > samples:
+        tail = "pad"  # dropping would leave no step, which is refused
+    loaders = make(
+        written(folder, counts), world_size, batch_size=batch_size, tail=tail, shuffle=shuffle, window=window
+    )
+    for loader in loaders:
+        loader.set_epoch(epoch)
+    ranks = fed(loaders)
+    seen = Counter(index for batches in ranks for batch in batches for index in batch)
+    assert [len(batches) for batches in ranks] == [len(loader) for loader in loaders]
+    if tail == "keep":
+        assert seen == dict.fromkeys(range(samples), 1)
+        assert all(batch for batches in ranks for batch in batches)
+    else:
+        assert {len(batches) for batches in ranks} == {samples // share + (tail == "pad" and samples % share > 0)}
+        assert {len(batch) for batches in ranks for batch in batches} == {batch_size}
+    if tail == "drop":
+        assert set(seen.values()) == {1}
+        assert seen.total() == samples - samples % share
+    if tail == "pad":
+        assert seen.keys() == set(range(samples))
+        assert max(seen.values()) - min(seen.values()) <= 1
+    if not shuffle:
+        assert list(chain.from_iterable(joined(ranks))) == [at % samples for at in range(seen.total())]
+
+
+@EXAMPLES
+@given(
+    counts=COUNTS,
+    before=st.sampled_from([1, 2, 3, 4]),
+    after=st.sampled_from([1, 2, 3, 4]),
+    twelfth=st.integers(1, 3),
+    tail=TAILS,
+    window=WINDOWS,
+    epoch=st.integers(0, 99),
+    data=st.data(),
+)
+def test_an_epoch_stopped_anywhere_goes_on_at_any_world_size_as_if_it_had_not_been_stopped(
+    folder: Path,
+    counts: list[int],
+    before: int,
+    after: int,
+    twelfth: int,
+    tail: str,
+    window: int | None,
+    epoch: int,
+    data: st.DataObject,
+) -> None:
+    share = 12 * twelfth
+    if tail == "drop" and share > sum(counts):
+        tail = "pad"
+    written(folder, counts)
+
+    def loaders(world_size: int) -> list[Loader]:
+        return make(folder, world_size, batch_size=share // world_size, tail=tail, window=window)
+
+    (alone,) = loaders(1)
+    alone.set_epoch(epoch)
+    whole, following = joined(fed([alone])), joined(fed([alone]))
+    begun = loaders(before)
+    for loader in begun:
+        loader.set_epoch(epoch)
+    stop = data.draw(st.integers(0, min(map(len, begun))))  # ranks stop together
+    first = [[batch.index.tolist() for batch in islice(loader, stop)] for loader in begun]
+    states = [loader.state_dict() for loader in begun]
+    assert states == [states[0]] * before
+    resumed = loaders(after)
+    for loader in resumed:
+        loader.load_state_dict(states[-1])
+    rest = joined(fed(resumed))
+    if stop == len(whole):  # the state says that the next epoch begins
+        assert [*joined(first), *rest] == [*whole, *following]
+    else:
+        assert [*(joined(first) if stop else []), *rest] == whole
+        assert joined(fed(resumed)) == following

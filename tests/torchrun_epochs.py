@@ -1,0 +1,74 @@
+"""One process of torchrun: `torchrun ... torchrun_epochs.py SHARDS OUT [STATE]`; writes what its rank was fed into OUT.
+
+The ranks agree on the sum of what they were fed in every step of training, so a rank with a step more than another
+would wait for ever.
+"""
+
+import json
+import sys
+import zlib
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from fastflower import Augment, Batch, Loader
+
+GLOBAL_BATCH = 28  # leaves 8 of 120 and 2 of 30: a tail for train, and in val one that not every rank has a part of
+STOP = 2
+
+Fed = list[tuple[list[int], int]]
+"""For every batch the indices, and a checksum of the pixels."""
+
+
+def make(shards: str | Path, split: str, ranks: int, **options: Any) -> Loader:
+    augment = Augment(size=32, resize=36, crop=(0.2, 1.0), flip=0.5, hue=0.1)
+    batch_size = GLOBAL_BATCH // ranks
+    return Loader(shards, split, batch_size=batch_size, augment=augment, device="cpu", workers=1, **options)
+
+
+def fed(batches: Iterable[Batch]) -> Fed:
+    return [(batch.index.tolist(), pixels(batch)) for batch in batches]
+
+
+def pixels(batch: Batch) -> int:
+    """The sum of the images' checksums: those of the ranks add up to that of the whole batch."""
+    return sum(zlib.crc32(image.contiguous().numpy().tobytes()) for image in batch.images)
+
+
+def train(batches: Iterable[Batch]) -> tuple[Fed, list[int]]:
+    """What this rank was fed, and for every step the sum of all ranks' indices."""
+    found: Fed = []
+    sums: list[int] = []
+    for batch in batches:
+        total = batch.index.sum()
+        dist.all_reduce(total)
+        sums.append(int(total))
+        found += fed([batch])
+    return found, sums
+
+
+def main(shards: str, out: str, state: str | None = None) -> None:
+    dist.init_process_group("gloo")
+    world_size = dist.get_world_size()
+    report: dict[str, Any] = {}
+    for tail in ("drop", "pad"):
+        loader = make(shards, "train", world_size, tail=tail)
+        report[tail] = [train(loader) for _ in range(2)]
+    loader = make(shards, "train", world_size)
+    report["broken"] = [train(islice(loader, STOP))]
+    report["state"] = loader.state_dict()
+    report["broken"].append(train(loader))
+    report["val"] = fed(make(shards, "val", world_size))
+    if state is not None:
+        loader = make(shards, "train", world_size)
+        loader.load_state_dict(json.loads(Path(state).read_text()))
+        report["resumed"] = [train(loader) for _ in range(2)]
+    Path(out, f"{dist.get_rank()}_of_{world_size}.json").write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
