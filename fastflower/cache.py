@@ -56,20 +56,21 @@ def limit_of(cache: Literal["auto"] | int | None, decoded_bytes: int) -> int:
 class PixelCache:
     """Keeps decoded photographs, first come, until `limit_bytes` are reached. Thread-safe."""
 
-    def __init__(self, decode: Callable[[int], NDArray[np.uint8]], limit_bytes: int) -> None:
+    def __init__(self, decode: Callable[[int, int], NDArray[np.uint8]], limit_bytes: int) -> None:
         self._decode = decode
         self._free = limit_bytes
-        self._kept: dict[int, NDArray[np.uint8]] = {}
+        self._kept: dict[tuple[int, int], NDArray[np.uint8]] = {}
         self._lock = Lock()
 
-    def __call__(self, index: int) -> NDArray[np.uint8]:
-        """A photograph, (H, W, 3) uint8; not to be written to."""
-        found = self._kept.get(index)
+    def __call__(self, index: int, reduce: int) -> NDArray[np.uint8]:
+        """A photograph at a scale, (H, W, 3) uint8; not to be written to."""
+        key = (index, reduce)
+        found = self._kept.get(key)
         if found is not None:
             return found
-        image = self._decode(index)
+        image = self._decode(index, reduce)
         with self._lock:
-            if index not in self._kept and image.nbytes <= self._free:
+            if key not in self._kept and image.nbytes <= self._free:
                 self._free -= image.nbytes
-                self._kept[index] = image
+                self._kept[key] = image
         return image

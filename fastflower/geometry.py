@@ -153,13 +153,20 @@ def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness
     return Warp(inside, region, footprint, quad, ~covers(quad, size), matrix_N23, visible_N4)
 
 
+def reductions(footprint_N2: Floats) -> NDArray[np.int64]:
+    """The factor (N,), 1, 2, 4 or 8, by which a photograph may be decoded at reduced scale: at most half of its reduction."""
+    least = np.sqrt(footprint_N2.min(axis=1))
+    return np.where(least < 4, 1, np.where(least < 8, 2, np.where(least < 16, 4, 8)))
+
+
 def shrink_factors(footprint_N2: Floats) -> NDArray[np.int64]:
     """Whole factors (N, 2) by which a source is averaged in boxes before it is blurred and warped: 1 up to a reduction by 4.
 
-    Half of the reduction, so that two to three shrunken pixels are left to a destination pixel: one would pass a loose
-    look and be 1.9 grey levels off Pillow's triangle, two are 0.8 off.
+    Half of the reduction, so that two to four shrunken pixels are left to a destination pixel: one would pass a loose
+    look and be 1.9 grey levels off Pillow's triangle, two are 0.8 off. Multiples of the factor of decoding at reduced scale.
     """
-    return np.maximum(1, np.where(footprint_N2 < 16, 1, np.sqrt(footprint_N2) // 2)).astype(np.int64)
+    decoded = reductions(footprint_N2)[:, None]
+    return decoded * np.maximum(1, np.sqrt(footprint_N2) // (2 * decoded)).astype(np.int64)
 
 
 def blur_variance(footprint_N2: Floats, shrink_N2: NDArray[np.int64]) -> Floats:
@@ -199,10 +206,12 @@ def whole_kernel(weights: Floats) -> Floats:
 class Resampling:
     """A Warp for a renderer that averages boxes, blurs what is left of a reduction, then interpolates."""
 
+    reduce: NDArray[np.int64]
+    """(N,) the factor by which the photograph is reduced when it is decoded."""
     region: NDArray[np.int64]
-    """(N, 4) top, left, height, width of the photograph: whole boxes."""
+    """(N, 4) top, left, height, width of the decoded photograph: whole boxes."""
     shrink: NDArray[np.int64]
-    """(N, 2) down, across: sides of the boxes."""
+    """(N, 2) down, across: sides of the boxes, in its pixels."""
     blur: Floats
     """(N, 2) down, across: the variance of the blur, in boxes."""
     matrix: Floats
@@ -211,13 +220,16 @@ class Resampling:
 
 def resampling(warp: Warp) -> Resampling:
     """How such a renderer carries out a warp."""
-    shrink = shrink_factors(warp.footprint)
-    blur = blur_variance(warp.footprint, shrink)
-    matrix = centred(warp.matrix / shrink[:, ::-1, None])
-    boxes = np.minimum(shrink, warp.region[:, 2:])
-    region = warp.region.copy()
+    reduce, shrink = reductions(warp.footprint), shrink_factors(warp.footprint)
+    first = warp.region[:, :2] // reduce[:, None]
+    region = np.concatenate([first, -(-(warp.region[:, :2] + warp.region[:, 2:]) // reduce[:, None]) - first], axis=1)
+    matrix = warp.matrix.copy()
+    matrix[:, :, 2] += (warp.region[:, :2] - reduce[:, None] * first)[:, ::-1]
+    boxes = np.minimum(shrink // reduce[:, None], region[:, 2:])
     region[:, 2:] -= region[:, 2:] % boxes  # at most one box at the far edge is replaced by its neighbour
-    return Resampling(region, boxes, blur, matrix)
+    return Resampling(
+        reduce, region, boxes, blur_variance(warp.footprint, shrink), centred(matrix / shrink[:, ::-1, None])
+    )
 
 
 def centred(matrix_N23: Floats) -> Floats:

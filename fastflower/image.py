@@ -16,16 +16,30 @@ MAX_PIXELS = 178_956_970
 # Without a quality of the caller's: 95, full chroma, is the most that Pillow recommends.
 _QUALITY = 95
 _MAX_SIDE = 65_500  # pixels: of libjpeg
+_REDUCED = {  # the flags' constants include IMREAD_COLOR, which means BGR
+    factor: getattr(cv2, f"IMREAD_REDUCED_COLOR_{factor}") & ~cv2.IMREAD_COLOR for factor in (2, 4, 8)
+}
 # Pictures only: some of Pillow's other readers start programs, such as Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "ICO", "PCX", "TGA")
 
 
-def decode(encoded: Any) -> NDArray[np.uint8]:
+def decode(encoded: Any, reduce: int = 1) -> NDArray[np.uint8]:
     """Decode an image file's bytes to RGB, (H, W, 3) uint8, upright by its EXIF orientation.
+
+    reduce  1, 2, 4 or 8: a pixel for each box of so many, rounded up. In a JPEG file the low frequencies of its blocks give
+    them, for a fifth of the time that the whole takes (a tenth at 8).
 
     Identical to Pillow's decoding of JPEG files. Raises SampleError when the bytes are no image, or not all of one.
     """
-    return _decoded(encoded, cv2.IMREAD_COLOR_RGB)
+    if reduce == 1:
+        return _decoded(encoded, cv2.IMREAD_COLOR_RGB)
+    if bytes(encoded[:2]) == b"\xff\xd8":
+        return _decoded(encoded, cv2.IMREAD_COLOR_RGB | _REDUCED[reduce])
+    image = _decoded(encoded, cv2.IMREAD_COLOR_RGB)
+    height, width = (-(-side // reduce) for side in image.shape[:2])
+    missing = (height * reduce - image.shape[0], width * reduce - image.shape[1])
+    image = cv2.copyMakeBorder(image, 0, missing[0], 0, missing[1], cv2.BORDER_REPLICATE)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)  # pyright: ignore[reportReturnType]
 
 
 def _decoded(encoded: Any, flags: int) -> NDArray[np.uint8]:

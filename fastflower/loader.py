@@ -18,6 +18,7 @@ from fastflower.augment import Augment
 from fastflower.batch import Batch, Clock, Executor, Request, Stats, mixed, resolve_device
 from fastflower.cache import PixelCache, limit_of
 from fastflower.errors import ArgumentError, SampleError, ShardError
+from fastflower.geometry import reductions
 from fastflower.image import decode
 from fastflower.manifest import Manifest
 from fastflower.order import num_steps, permute, step_positions, windowed
@@ -133,7 +134,7 @@ class Loader(IterableDataset[Batch]):
 
     def _make_executor(self, name: str | None, cache: Literal["auto"] | int | None, workers: int) -> Executor:
         if name in ("native", "opencv") or (name is None and self.device.type != "cuda"):
-            limit = limit_of(cache, 3 * int(self._sizes.prod(axis=1).sum()))
+            limit = limit_of(cache, self._decoded_bytes())
             decoded = PixelCache(self._decode, limit)
             parts = (self.augment, self.dtype, decoded, self._replace, self._clock)
             return ThreadExecutor(*parts, workers=workers, renderer=name)
@@ -156,6 +157,21 @@ class Loader(IterableDataset[Batch]):
             workers=workers,
         )
 
+    def _decoded_bytes(self) -> int:
+        """What all photographs take when they are decoded: of large ones, an estimate from the scales that some are drawn at."""
+        sizes, size = self._sizes, self.augment.output_size
+        whole = 3 * int(sizes.prod(axis=1).sum())
+        if int(sizes.max()) < 4 * min(size):  # none is ever decoded at a reduced scale
+            return whole
+        rows = np.linspace(0, len(sizes) - 1, min(len(sizes), 256)).astype(np.int64)
+        areas = sizes[rows].prod(axis=1)
+        kept = np.zeros((len(rows), 9))  # bytes, by scale
+        for epoch in range(4):
+            draw = self.augment.draw(self.seed, epoch, rows, sizes[rows])
+            scale = reductions(draw.warp(sizes[rows], self.augment.fill).footprint)
+            kept[np.arange(len(rows)), scale] = areas / scale**2
+        return int(whole * kept.sum() / areas.sum())
+
     def _encoded(self, index: int) -> memoryview:
         start = perf_counter()
         try:
@@ -163,11 +179,11 @@ class Loader(IterableDataset[Batch]):
         finally:
             self._clock.add("read", perf_counter() - start)
 
-    def _decode(self, index: int) -> NDArray[np.uint8]:
+    def _decode(self, index: int, reduce: int = 1) -> NDArray[np.uint8]:
         encoded = self._encoded(index)
         start = perf_counter()
         try:
-            return decode(encoded)
+            return decode(encoded, reduce)
         except SampleError as error:
             place = self._reader.where(index)
             raise SampleError(f"{place}: {error}") from None

@@ -55,6 +55,7 @@ class _Output(ctypes.Structure):
 class _Job:
     """One sample's draw, ready for the kernel but for the photograph."""
 
+    reduce: int
     region: tuple[slice, slice]
     shrink: tuple[int, int]
     numbers: Any
@@ -106,15 +107,14 @@ class NativeRenderer:
         for name in _FACTORS:
             numbers[name] = getattr(request.draw, name)
         rows = (_Numbers * count).from_buffer(numbers)
+        columns = zip(how.reduce.tolist(), how.region.tolist(), how.shrink.tolist(), rows, strict=True)
         return [
-            _Job((slice(top, top + height), slice(left, left + width)), (down, across), row)
-            for (top, left, height, width), (down, across), row in zip(
-                how.region.tolist(), how.shrink.tolist(), rows, strict=True
-            )
+            _Job(reduce, (slice(top, top + height), slice(left, left + width)), (down, across), row)
+            for reduce, (top, left, height, width), (down, across), row in columns
         ]
 
     def __call__(self, photo: Pixels, job: _Job, out: NDArray[Any], /) -> None:
-        """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8."""
+        """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8, decoded at job.reduce."""
         source = shrunken(photo[job.region], job.shrink)
         height, width, _ = source.shape
         if height < 2 or width < 2:  # the kernel blends two rows and two columns

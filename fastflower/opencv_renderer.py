@@ -22,6 +22,7 @@ _BOUNDARY = 0.75
 class _Job:
     """One sample's draw, ready for OpenCV."""
 
+    reduce: int
     region: tuple[slice, slice]
     shrink: tuple[int, int]
     blur: NDArray[np.float64] | None
@@ -64,6 +65,7 @@ class OpencvRenderer:
             down, across = how.shrink[row].tolist()
             jobs.append(
                 _Job(
+                    reduce=int(how.reduce[row]),
                     region=(slice(top, top + height), slice(left, left + width)),
                     shrink=(down, across),
                     blur=kernels[row] if how.blur[row].any() else None,
@@ -78,7 +80,7 @@ class OpencvRenderer:
         return jobs
 
     def __call__(self, photo: Pixels, job: _Job, out: NDArray[Any], /) -> None:
-        """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8."""
+        """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8, decoded at job.reduce."""
         image = _toned(self._warped(photo[job.region], job), job.brightness, job.contrast)
         if job.saturation != 1:
             image = cv2.transform(image, color.saturation_matrix(job.saturation))

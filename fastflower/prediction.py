@@ -80,9 +80,9 @@ def _files(images: Iterable[str | Path]) -> Iterable[Path]:
             yield entry
 
 
-def _read(path: Path) -> NDArray[np.uint8]:
+def _read(path: Path, reduce: int = 1) -> NDArray[np.uint8]:
     try:
-        return decode(path.read_bytes())
+        return decode(path.read_bytes(), reduce)
     except OSError as error:
         raise SampleError(f"{path}: {error.strerror}; name an image file.") from None
     except SampleError as error:
@@ -96,7 +96,11 @@ def _view(paths: Sequence[Path], checkpoint: Checkpoint, dtype: torch.dtype) -> 
     augment, indices = view_of(checkpoint.recipe), np.arange(len(paths))
     sizes = np.array([photo.shape[:2] for photo in photos], np.int64)
     request = Request(0, 0, indices, sizes, augment.draw(0, 0, indices, sizes))
-    executor = ThreadExecutor(augment, dtype, photos.__getitem__, workers=os.cpu_count() or 1)
+
+    def decoded(index: int, reduce: int) -> NDArray[np.uint8]:
+        return photos[index] if reduce == 1 else _read(paths[index], reduce)
+
+    executor = ThreadExecutor(augment, dtype, decoded, workers=os.cpu_count() or 1)
     ((_, images),) = executor.run([request])
     return images
 

@@ -24,16 +24,16 @@ class Renderer(Protocol):
     """Pixels in, one row of the batch out. Thread-safe."""
 
     def jobs(self, request: Request) -> Sequence[Any]:
-        """The draws of a batch, a value for each row."""
+        """The draws of a batch, a value for each row; its attribute `reduce` says at which scale to decode the photograph."""
         ...
 
     def __call__(self, photo: Pixels, job: Any, out: NDArray[Any], /) -> None:
-        """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8."""
+        """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8, decoded at job.reduce."""
         ...
 
 
 class ThreadExecutor:
-    """Turns samples into batches. decoded(index) gives a sample's pixels and runs on the pool's threads.
+    """Turns samples into batches. decoded(index, reduce) gives a sample's pixels and runs on the pool's threads.
 
     renderer  "native" or "opencv"; None: native where there is one. Raises ArgumentError for "native" where there is none.
     """
@@ -42,7 +42,7 @@ class ThreadExecutor:
         self,
         augment: Augment,
         dtype: torch.dtype,
-        decoded: Callable[[int], Pixels],
+        decoded: Callable[[int, int], Pixels],
         replace: Replace = refuse,
         clock: Clock | None = None,
         *,
@@ -95,7 +95,7 @@ class ThreadExecutor:
             for row in range(start, min(start + _CHUNK, len(indices))):
                 job, erase = jobs[row], request.draw.erase[row]
                 try:
-                    photo = self._decoded(indices[row])
+                    photo = self._decoded(indices[row], job.reduce)
                 except SampleError as error:
                     photo, job, erase = self._instead(request, row, error)
                 before = perf_counter()
@@ -114,12 +114,13 @@ class ThreadExecutor:
         while True:
             other = self._replace(other, row, error)
             try:
-                photo = self._decoded(int(other.indices[row]))
+                job = self._render.jobs(other)[row]
+                photo = self._decoded(int(other.indices[row]), job.reduce)
             except SampleError as another:
                 error = another
             else:
                 request.indices[row] = other.indices[row]
-                return photo, self._render.jobs(other)[row], other.draw.erase[row]
+                return photo, job, other.draw.erase[row]
 
 
 def _finished(request: Request, images: Tensor, futures: list[Future[None]]) -> tuple[Request, Tensor]:

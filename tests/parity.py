@@ -49,6 +49,7 @@ CASES = {
     "validation view (resize 256, centre 224)": Case({}, whole=True),
     "resized crop": Case({"crop": (0.08, 1.0)}, whole=True),
     "reduction by four": Case({"resize": 64, "size": 56}, whole=True),
+    "reduction by sixteen": Case({"resize": 18, "size": 16}, whole=True),
     "left-right flip": Case({"flip": 0.5}),
     "upside-down flip": Case({"flip_vertical": 0.5}),
     "rotation 30": Case({"rotate": 30}),
@@ -80,7 +81,9 @@ def executor(
 ) -> Executor:
     """An executor over image files in memory."""
     if name != "dali":
-        return ThreadExecutor(augment, dtype, lambda index: decode(encoded[index]), workers=2, renderer=name)
+        return ThreadExecutor(
+            augment, dtype, lambda index, reduce: decode(encoded[index], reduce), workers=2, renderer=name
+        )
     return DaliExecutor(
         augment,
         dtype,

@@ -224,14 +224,14 @@ def test_pixels_do_not_depend_on_the_cache(shards: Path, cache: Any) -> None:
 def test_the_cache_keeps_no_more_than_its_limit() -> None:
     decoded: list[int] = []
 
-    def decode(index: int) -> Any:
+    def decode(index: int, _reduce: int) -> Any:
         decoded.append(index)
         return np.zeros((10, 10, 3), np.uint8)
 
     cache = PixelCache(decode, 650)
     for _ in range(3):
         for index in range(4):
-            cache(index)
+            cache(index, 1)
     assert decoded == [0, 1, 2, 3, 2, 3, 2, 3]
 
 

@@ -1,0 +1,134 @@
+"""Large photographs are decoded at reduced scale: near enough, cached as uncached, and the same in prediction."""
+
+import io
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastflower import Augment, Loader, pack, prediction
+from fastflower.cache import PixelCache
+from fastflower.geometry import reductions
+from fastflower.image import decode
+
+
+def encoded(image: NDArray[np.uint8], kind: str = "JPEG", **options: Any) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, kind, **options)
+    return data.getvalue()
+
+
+def boxes(image: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
+    """The means of boxes, the last of which repeat the edge."""
+    height, width = (-(-length // side) for length in image.shape[:2])
+    padded = np.pad(image, ((0, height * side - image.shape[0]), (0, width * side - image.shape[1]), (0, 0)), "edge")
+    return padded.reshape(height, side, width, side, 3).mean(axis=(1, 3))
+
+
+@pytest.fixture(scope="module")
+def large(photographs: list[Path]) -> list[NDArray[np.uint8]]:
+    """Photographs of about a megapixel, of no even size."""
+    return [cv2.resize(decode(path.read_bytes()), (1203, 901)) for path in photographs[::10]]  # pyright: ignore[reportReturnType]
+
+
+@pytest.fixture(scope="module")
+def shards(large: list[NDArray[np.uint8]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    for number, photo in enumerate(large):
+        (folder / "data" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        (folder / "data" / "ab"[number % 2] / f"{number}.jpg").write_bytes(encoded(photo, quality=90))
+    pack(folder / "data", folder / "shards", val_fraction=0)
+    return folder / "shards"
+
+
+@pytest.mark.parametrize("reduce", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_reduced_pixels_are_the_means_of_boxes(kind: str, reduce: int, large: list[NDArray[np.uint8]]) -> None:
+    data = [encoded(photo, kind) for photo in large]
+    pairs = [(decode(item, reduce).astype(float), boxes(decode(item), reduce)) for item in data]
+    assert all(one.shape == other.shape for one, other in pairs)
+    assert np.mean([np.abs(one - other).mean() for one, other in pairs]) < 0.6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_reduced_photographs_stand_upright(orientation: int, large: list[NDArray[np.uint8]]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(large[0][:896, :1200], exif=exif)
+    assert np.abs(decode(data, 4) - boxes(decode(data), 4)).mean() < 1
+
+
+def test_half_of_the_reduction_is_left_at_least() -> None:
+    footprint = np.array([[r**2, 3 * r**2] for r in np.geomspace(0.5, 100, 200)])
+    found = reductions(footprint)
+    assert set(found.tolist()) == {1, 2, 4, 8}
+    assert (np.diff(found) >= 0).all()
+    left = np.sqrt(footprint.min(axis=1)) / found
+    assert (left[found > 1] >= 2 - 1e-9).all()
+    assert (left[found < 8] < 4).all()
+
+
+AUGMENTS = {"views": Augment(size=64, resize=73), "crops": Augment(size=64, crop=(0.02, 1.0), flip=0.5, rotate=10)}
+
+
+@pytest.mark.parametrize("executor", ["native", "opencv"])
+@pytest.mark.parametrize("name", AUGMENTS)
+def test_a_cache_that_holds_some_changes_no_pixel(name: str, executor: Any, shards: Path) -> None:
+    options: dict[str, Any] = {
+        "batch_size": 5, "augment": AUGMENTS[name], "device": "cpu", "executor": executor, "tail": "keep",
+    }  # fmt: skip
+    loaders = [Loader(shards, cache=cache, **options) for cache in (None, "auto", 400_000)]
+    for _ in range(3):
+        for batches in zip(*loaders, strict=True):
+            assert all(torch.equal(batch.images, batches[0].images) for batch in batches)
+
+
+def test_a_large_photograph_is_never_decoded_whole_for_a_small_view(shards: Path) -> None:
+    loader = Loader(shards, batch_size=5, augment=AUGMENTS["views"], device="cpu", executor="opencv")
+    asked: set[int] = set()
+    for request in (loader._request(0, step) for step in range(len(loader))):
+        warp = request.draw.warp(request.sizes, "black")
+        asked |= set(reductions(warp.footprint).tolist())
+    assert asked == {4}  # 901 to 73 pixels: 12.3 times smaller
+
+
+def test_auto_counts_what_reduced_photographs_take(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept: list[PixelCache] = []
+    real = PixelCache.__init__
+
+    def spy(self: PixelCache, *args: Any) -> None:
+        real(self, *args)
+        kept.append(self)
+
+    monkeypatch.setattr(PixelCache, "__init__", spy)
+    caplog.set_level(logging.INFO, "fastflower")
+    for augment in AUGMENTS.values():
+        loader = Loader(shards, batch_size=5, augment=augment, device="cpu", tail="keep")
+        for _ in range(4):
+            assert sum(len(batch.labels) for batch in loader) == loader.num_samples
+        (cache,) = kept
+        held = sum(image.nbytes for image in cache._kept.values())
+        whole = loader.num_samples * 901 * 1203 * 3
+        estimate = loader._decoded_bytes()
+        assert held < 0.9 * whole
+        assert 0.9 * held <= estimate <= 1.1 * held
+        kept.clear()
+    assert len([line for line in caplog.messages if line.startswith("cache: ")]) == len(AUGMENTS), "each says it once"
+
+
+def test_prediction_sees_what_the_loader_sees(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "view_of", lambda _recipe: AUGMENTS["views"])
+    loader = Loader(shards, batch_size=5, augment=AUGMENTS["views"], device="cpu", shuffle=False)
+    batch = next(iter(loader))
+    paths = [shards.parent / "data" / loader.path_of(int(index)) for index in batch.index]
+    checkpoint: Any = SimpleNamespace(recipe=None)
+    assert torch.equal(prediction._view(paths, checkpoint, torch.float32), batch.images)
