@@ -22,6 +22,7 @@ import tyro
 from fastflower import Augment, Loader, Recipe, pack
 from fastflower.batch import resolve_device
 from fastflower.folder import scan
+from fastflower.native_renderer import available
 from fastflower.training import Run
 
 
@@ -65,7 +66,8 @@ def feeding(folder: Path, shards: Path, augment: Augment, batch_size: int, devic
         return sum(len(batch.labels) for batch in loader)
 
     decoding = Loader(shards, batch_size=batch_size, augment=augment, device=device, cache=None)
-    cached = Loader(shards, batch_size=batch_size, augment=augment, device=device, executor="opencv")
+    threads = "native" if available() else "opencv"
+    cached = Loader(shards, batch_size=batch_size, augment=augment, device=device, executor=threads)
     return [
         record.Side("ImageFolder + DataLoader", run_baseline),
         record.Side("fastflower, decoding every epoch", lambda: run_with(decoding)),

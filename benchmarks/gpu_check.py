@@ -24,6 +24,7 @@ import torch
 import tyro
 
 from fastflower import Augment, Loader, Recipe, pack, train
+from fastflower.native_renderer import available
 from fastflower.recipe import PRESETS, report_a
 
 Rows = list[tuple[str, str]]
@@ -48,8 +49,9 @@ def loader_rates(folder: Path, shards: Path, out: Path, device: torch.device, ba
     for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("uint8", torch.uint8)):
         loader = Loader(shards, batch_size=batch_size, augment=augment, device=device, dtype=dtype, executor="dali")
         sides.append(record.Side(f"DALI, {name}", lambda loader=loader: sum(len(batch.labels) for batch in loader)))
-    opencv = Loader(shards, batch_size=batch_size, augment=augment, device=device, cache=None, executor="opencv")
-    sides.append(record.Side("OpenCV, decoding every epoch", lambda: sum(len(batch.labels) for batch in opencv)))
+    threads = "native" if available() else "opencv"
+    on_cpu = Loader(shards, batch_size=batch_size, augment=augment, device=device, cache=None, executor=threads)
+    sides.append(record.Side(f"{threads}, decoding every epoch", lambda: sum(len(batch.labels) for batch in on_cpu)))
     record.interleave(sides, 5, device)
     print(record.table(f"feeding, batch {batch_size}", sides), flush=True)
     found = [{**side.to_dict(), "ratio": record.ratio(side, sides[0])} for side in sides]

@@ -56,7 +56,7 @@ class Loader(IterableDataset[Batch]):
             index in its place; `replaced` counts them, and the log names each once.
         executor: "dali" (the default with CUDA), "native", a kernel for processors with AVX2 (the default without, where there
             is one), or "opencv". Their pixels differ by a grey level or two, their draws not at all.
-        workers: Threads; all cores by default.
+        workers: Threads; by default one more than cores, so that none idles while a thread waits for Python's lock.
 
     Raises ShardError for shards that are missing or damaged, ArgumentError for an argument outside its rule, DeviceError.
     """
@@ -103,7 +103,7 @@ class Loader(IterableDataset[Batch]):
         self._labels = torch.from_numpy(index["label"].astype(np.int64))
         self._clock = Clock()
         self._images = 0
-        self._workers = workers or os.cpu_count() or 1
+        self._workers = workers or (os.cpu_count() or 1) + 1
         self._executor = self._make_executor(executor, cache, self._workers)
         self._next = (0, 0)  # (epoch, step) at which the next `for` begins
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded

@@ -289,3 +289,19 @@ def test_cuda_without_a_gpu_is_an_error_with_the_remedy(shards: Path) -> None:
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"has no manifest\.json, so it is not a finished pack; run tools/pack\.py"):
         Loader(tmp_path)
+
+
+def test_a_batch_that_is_held_stays_as_it_is(shards: Path) -> None:
+    """Memory is used again only when nobody holds the batch, or anything that looks into it."""
+    options: dict[str, Any] = {"batch_size": 16, "augment": RANDOM, "device": "cpu"}
+    expected = [batch.images for batch in Loader(shards, **options)]
+    loader = Loader(shards, **options)
+    views = [batch.images[1, :, ::2].numpy() for batch in loader]  # of memory that only these arrays hold
+    held = [batch for _ in range(2) for batch in loader]
+    assert all(np.array_equal(view, images[1, :, ::2].numpy()) for view, images in zip(views, expected, strict=True))
+    assert len({batch.images.data_ptr() for batch in held}) == len(held)
+
+
+def test_memory_of_batches_that_nobody_holds_is_used_again(shards: Path) -> None:
+    loader = Loader(shards, batch_size=16, augment=RANDOM, device="cpu", workers=1)
+    assert len({batch.images.data_ptr() for _ in range(6) for batch in loader}) < 3 * len(loader)

@@ -1,0 +1,55 @@
+"""The yardstick of feeding on the CPU: decoding and rendering in bare threads, and nothing else.
+
+No order, no checksum, no draws, no batches: the files' bytes lie in RAM, the numbers are drawn beforehand, and every thread
+writes into the same memory again and again. What is left is decoding, antialiasing, one warp, clipped colour, exact hue and
+normalisation to float32, by the renderers that the parity tests hold to torchvision.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastflower import Augment, Loader
+from fastflower.batch import Request
+from fastflower.image import decode
+from fastflower.native_renderer import NativeRenderer
+from fastflower.opencv_renderer import OpencvRenderer
+from fastflower.thread_executor import Renderer
+
+RENDERERS: dict[str, Callable[[Augment, torch.dtype], Renderer]] = {"native": NativeRenderer, "opencv": OpencvRenderer}
+
+
+def epoch_of(loader: Loader, renderer: str, workers: int, *, decoded: bool) -> Callable[[], int]:
+    """A function that renders every photograph of a loader's split once and returns their number.
+
+    decoded  photographs lie decoded in RAM, at the scale that is drawn.
+    """
+    render = RENDERERS[renderer](loader.augment, torch.float32)
+    numbers = range(loader.num_samples)
+    indices = np.array(numbers)
+    sizes = np.array([loader.photo(index).shape[:2] for index in numbers])
+    draw = loader.augment.draw(loader.seed, 0, indices, sizes)
+    jobs = render.jobs(Request(0, 0, indices, sizes, draw))
+    encoded = [bytes(loader._encoded(index)) for index in numbers]
+    photos = [decode(data, job.reduce) for data, job in zip(encoded, jobs, strict=True)] if decoded else None
+
+    def epoch() -> int:
+        order = np.random.default_rng().permutation(len(jobs)).tolist()
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(work, [order] * workers, [count()] * workers))  # all take numbers from one counter
+        return len(jobs)
+
+    def work(order: Sequence[int], numbers: Any) -> None:
+        out = np.empty((*loader.augment.output_size, 3), np.float32)
+        for number in numbers:
+            if number >= len(order):
+                return
+            index = order[number]
+            photo = photos[index] if photos else decode(encoded[index], jobs[index].reduce)
+            render(photo, jobs[index], out)
+
+    return epoch

@@ -1,0 +1,275 @@
+"""Feeding alone, by every way that is installed: python benchmarks/loader_rate.py [--data FOLDER]
+
+The clock runs from asking for an epoch's first batch until its last one is there, float32 on the CPU. Every way runs in a process
+of its own, which waits while the others run; ways take turns, round by round. CPU seconds are those of the process and its
+children during the counted rounds. Memory is the most anonymous and shared memory (Pss_Anon + Pss_Shmem, so that what is shared
+counts once and the page cache not at all) of process and children, sampled twenty times a second during two rounds that are
+not counted.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, Literal
+
+import baseline
+import peers
+import psutil
+import record
+import torch
+import tyro
+from epoch_time import some
+from pack_speed import installed, silent
+
+from fastflower import Augment, Loader, pack
+from fastflower.folder import scan
+from fastflower.image import decode
+
+Epoch = Callable[[], int]
+Kind = Literal["warm-up", "memory", "counted"]
+
+
+def ours(executor: Literal["native", "opencv"], cache: Literal["auto"] | None) -> Callable[[peers.Job], Epoch]:
+    """fastflower's loader; from RAM the first round, which is not counted, decodes."""
+
+    def way(job: peers.Job) -> Epoch:
+        augment = Augment.from_torchvision(baseline.augmentation())
+        loader = Loader(
+            job.shards, batch_size=job.batch_size, augment=augment, device="cpu", executor=executor, cache=cache
+        )
+        return lambda: sum(len(batch.labels) for batch in loader)
+
+    return way
+
+
+def floor(renderer: str, *, decoded: bool) -> Callable[[peers.Job], Epoch]:
+    """Bare threads; see floor.py."""
+
+    def way(job: peers.Job) -> Epoch:
+        import floor
+
+        augment = Augment.from_torchvision(baseline.augmentation())
+        loader = Loader(job.shards, batch_size=job.batch_size, augment=augment, device="cpu", cache=None)
+        return floor.epoch_of(loader, renderer, peers.WORKERS, decoded=decoded)
+
+    return way
+
+
+WAYS: dict[str, tuple[str | None, Callable[[peers.Job], Epoch]]] = {
+    "ImageFolder + DataLoader": (None, peers.imagefolder),
+    "torchvision v2 on tensors": (None, peers.torchvision_v2),
+    "webdataset": ("webdataset", peers.webdataset),
+    "DALI, CPU backend, the obvious graph": ("nvidia.dali", peers.dali),
+    "SPDL": ("spdl", peers.spdl),
+    "litdata": ("litdata", peers.litdata),
+    "MosaicML streaming": ("streaming", peers.mds),
+    "floor: OpenCV, decoding": (None, floor("opencv", decoded=False)),
+    "floor: native, decoding": (None, floor("native", decoded=False)),
+    "floor: OpenCV, from RAM": (None, floor("opencv", decoded=True)),
+    "floor: native, from RAM": (None, floor("native", decoded=True)),
+    "fastflower, OpenCV, decoding": (None, ours("opencv", None)),
+    "fastflower, native, decoding": (None, ours("native", None)),
+    "fastflower, OpenCV, from RAM": (None, ours("opencv", "auto")),
+    "fastflower, native, from RAM": (None, ours("native", "auto")),
+}
+# Of photographs that are made larger: enough to see how the ratio goes.
+FEW = [name for name in WAYS if "ImageFolder" in name or "v2" in name or "native" in name]
+
+
+@dataclass
+class Process:
+    """A way of feeding in a process of its own."""
+
+    name: str
+    job: peers.Job
+    images: int = 0
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    warm_up_seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        command = [sys.executable, __file__, "--way", self.name, "--data", self.job.folder]
+        command += ["--shards", self.job.shards, "--scratch", self.job.scratch]
+        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.tree = psutil.Process(self.child.pid)
+
+    def round(self, kind: Kind) -> None:
+        """Feed one epoch."""
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        over = Event()
+        watching = Thread(target=self._watch, args=(over,))
+        if kind != "counted":
+            watching.start()
+        before = self._cpu()
+        self.child.stdin.write("go\n")
+        self.child.stdin.flush()
+        line = self.child.stdout.readline()
+        over.set()
+        if not line:
+            raise RuntimeError(f"{self.name}: its process ended; run this program with --way to see why")
+        if kind == "counted":
+            self.cpu_seconds.append(self._cpu() - before)
+        else:
+            watching.join()
+        self.images, seconds = json.loads(line)
+        if kind != "memory":
+            (self.seconds if kind == "counted" else self.warm_up_seconds).append(seconds)
+
+    def end(self) -> None:
+        assert self.child.stdin is not None
+        self.child.stdin.close()
+        self.child.wait()
+
+    def _processes(self) -> list[psutil.Process]:
+        return [self.tree, *self.tree.children(recursive=True)]
+
+    def _cpu(self) -> float:
+        times = [process.cpu_times() for process in self._processes()]
+        own = self.tree.cpu_times()
+        return sum(part.user + part.system for part in times) + own.children_user + own.children_system
+
+    def _watch(self, over: Event) -> None:
+        while not over.wait(0.05):
+            self.peak_bytes = max(self.peak_bytes, sum(map(unreclaimable, self._processes())))
+
+    def to_side(self) -> record.Side:
+        return record.Side(self.name, lambda: 0, images=self.images, seconds=self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("name", "images", "seconds", "cpu_seconds", "warm_up_seconds", "peak_bytes")
+        return {name: getattr(self, name) for name in names}
+
+
+def unreclaimable(process: psutil.Process) -> int:
+    """Bytes of memory that is in no file; its share of what several processes have in common."""
+    try:
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+
+
+def serve(way: str, job: peers.Job) -> None:
+    """The process of one way: an epoch for each line on standard input, its images and seconds on standard output."""
+    job.scratch.mkdir(parents=True, exist_ok=True)
+    with silent():
+        epoch = WAYS[way][1](job)
+    for _line in sys.stdin:
+        start = time.perf_counter()
+        images = epoch()
+        print(json.dumps([images, time.perf_counter() - start]), flush=True)
+
+
+def measured(folder: Path, scratch: Path, names: list[str], rounds: int) -> list[Process]:
+    """Every way in turn."""
+    pack(folder, scratch / "shards", val_fraction=0, shard_bytes=4 << 20)  # webdataset needs a shard a worker
+    processes = [
+        Process(name, peers.Job(folder, scratch / "shards", scratch / f"way{number}"))
+        for number, name in enumerate(names)
+        if WAYS[name][0] is None or find_spec(WAYS[name][0] or "")
+    ]
+    counted: list[Kind] = ["counted"] * rounds
+    for kind in ("warm-up", "memory", *counted):
+        for process in processes:
+            process.round(kind)
+    for process in processes:
+        process.end()
+    return processes
+
+
+def table(title: str, processes: list[Process]) -> str:
+    """Rates, ratios to the first, CPU seconds and memory."""
+    rates = record.table(title, [process.to_side() for process in processes]).splitlines()
+    rates[1] += f"{'CPU s/1000':>12}{'peak MB':>9}"
+    for number, process in enumerate(processes):
+        cpu = 1000 * sum(process.cpu_seconds) / len(process.cpu_seconds) / process.images
+        rates[number + 2] += f"{cpu:12.2f}{process.peak_bytes / 1e6:9.0f}"
+    return "\n".join(rates)
+
+
+def growth(shards: Path, epochs: int) -> dict[str, list[int]]:
+    """Bytes that fastflower's process holds after each of many epochs, decoding and from RAM."""
+    found: dict[str, list[int]] = {}
+    for cache in (None, "auto"):
+        epoch = ours("native", cache)(peers.Job(shards, shards, shards))
+        found[str(cache)] = [unreclaimable(psutil.Process()) for _ in range(epochs) if epoch()]
+    return found
+
+
+def enlarged(folder: Path, into: Path, size: tuple[int, int], count: int) -> Path:
+    """`count` photographs, stretched to (width, height), as JPEG of quality 90."""
+    import cv2
+
+    few = some(folder, into / "few", count)
+    for path in sorted(few.glob("*/*")):
+        target = into / "large" / path.relative_to(few)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        photo = cv2.resize(decode(path.read_bytes()), size, interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(target), cv2.cvtColor(photo, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])
+    return into / "large"
+
+
+def main(
+    data: Path | None = None,
+    out: Path = record.ROOT / "benchmarks" / "results",
+    rounds: int = 5,
+    epochs: int = 50,
+    larger: bool = True,
+    way: str | None = None,
+    shards: Path | None = None,
+    scratch: Path | None = None,
+) -> None:
+    """Compare ways of feeding.
+
+    Args:
+        data: A folder of class folders; drawn flowers where it is left out.
+        out: Where the JSON goes.
+        rounds: Counted rounds.
+        epochs: Over which memory must not grow; 0 leaves it out.
+        larger: Also compare on photographs of 500 x 375 and 4000 x 3000 pixels, made by enlarging.
+        way: Serve one way over `data`, `shards` and `scratch` instead: what the processes run.
+        shards: See way.
+        scratch: See way.
+    """
+    if way is not None and data and shards and scratch:
+        return serve(way, peers.Job(data, shards, scratch))
+    with tempfile.TemporaryDirectory() as temporary:
+        room = Path(temporary)
+        folder = data.resolve() if data else room / "drawn"
+        if data is None:
+            subprocess.run([sys.executable, record.ROOT / "tools" / "draw_flowers.py", folder], check=True)
+        tasks: list[tuple[str, Path, list[str]]] = [
+            (f"{len(scan(folder))} photographs as they are", folder, list(WAYS))
+        ]
+        for size, count in (((500, 375), 640), ((4000, 3000), 64)) if larger else ():
+            title = f"{count} photographs of {size[0]} x {size[1]}"
+            tasks.append((title, enlarged(folder, room / title.replace(" ", "-"), size, count), FEW))
+        content: dict[str, Any] = {"clock": " ".join((__doc__ or "").split("\n\n")[1].split()), "feeding": {}}
+        for number, (title, photographs, names) in enumerate(tasks):
+            processes = measured(photographs, room / str(number), names, rounds)
+            print(table(title, processes), flush=True)
+            content["feeding"][title] = [process.to_dict() for process in processes]
+        if epochs:
+            content["growth"] = growth(room / "0" / "shards", epochs)
+            for cache, held in content["growth"].items():
+                kept = [f"{held[number] / 1e6:.0f}" for number in (0, len(held) // 2, -1)]
+                print(
+                    f"memory after epochs 1, {len(held) // 2 + 1} and {len(held)}, cache {cache}: {' '.join(kept)} MB"
+                )
+    names = ("webdataset", "litdata", "mosaicml-streaming", "spdl", "opencv-python-headless", "nvidia-dali-cuda130")
+    content["peers"] = dict(installed(*names))
+    print(f"wrote {record.write(out, 'loader_rate', torch.device('cpu'), content)}")
+    return None
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,209 @@
+"""Other ways of feeding the same photographs with the same augmentation, each as its makers recommend; a worker a core.
+
+A way takes a `Job` and gives a function that feeds one epoch of float32 batches and returns the number of images.
+"""
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import baseline
+import numpy as np
+import torch
+
+WORKERS = len(os.sched_getaffinity(0))
+Epoch = Callable[[], int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be fed."""
+
+    folder: Path
+    """Class folders."""
+    shards: Path
+    """The same, packed by fastflower without a validation split."""
+    scratch: Path
+    """An empty folder, for a way's own format."""
+    batch_size: int = 64
+
+    def samples(self) -> list[tuple[Path, int]]:
+        """(path, label) of every photograph."""
+        classes = sorted(entry for entry in self.folder.iterdir() if entry.is_dir())
+        return [(path, label) for label, entry in enumerate(classes) for path in sorted(entry.iterdir())]
+
+
+def counted(batches: Any) -> int:
+    return sum(len(labels) for _images, labels in batches)
+
+
+class Prepared:
+    """An encoded sample to (image, label), by PIL and v1 transforms."""
+
+    def __init__(self) -> None:
+        self._transform = baseline.augmentation()
+
+    def __call__(self, sample: dict[str, Any], *_: Any) -> tuple[torch.Tensor, int]:
+        from PIL import Image
+
+        return self._transform(Image.open(io.BytesIO(sample["image"])).convert("RGB")), sample["label"]
+
+
+def augmentation_v2() -> Any:
+    """baseline.augmentation by v2 transforms, on tensors."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    bilinear: Any = InterpolationMode.BILINEAR
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(224, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomRotation([-10, 10], bilinear),
+            v2.ColorJitter(0.2, 0.2, 0.2, 0.1),
+            v2.RandomAffine([0, 0], translate=[0.1, 0.1], interpolation=bilinear),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(baseline.MEAN, baseline.STD),
+        ]
+    )
+
+
+def imagefolder(job: Job) -> Epoch:
+    """torchvision's ImageFolder on PIL, v1 transforms, persistent workers: the baseline."""
+    loader = baseline.loader(job.folder, baseline.augmentation(), batch_size=job.batch_size, pin=False)
+    return lambda: counted(loader)
+
+
+def torchvision_v2(job: Job) -> Epoch:
+    """The same by v2 transforms on tensors that torchvision decodes."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.io import ImageReadMode, decode_image
+
+    def read(path: str) -> torch.Tensor:
+        return decode_image(path, ImageReadMode.RGB)
+
+    transform = augmentation_v2()
+    options: dict[str, Any] = {"shuffle": True, "drop_last": True, "num_workers": WORKERS, "persistent_workers": True}
+    loader = torch.utils.data.DataLoader(ImageFolder(job.folder, transform, loader=read), job.batch_size, **options)
+    return lambda: counted(loader)
+
+
+def webdataset(job: Job) -> Epoch:
+    """Its own pipeline over our shards, PIL and v1 transforms, batched in the workers."""
+    import webdataset
+
+    wds: Any = webdataset
+
+    transform = baseline.augmentation()
+    urls = sorted(map(str, job.shards.glob("train-*.tar")))
+    data: Any = wds.WebDataset(urls, shardshuffle=len(urls), nodesplitter=wds.split_by_node)
+    data = data.shuffle(1000).decode("pil").to_tuple("jpg", "cls").map_tuple(transform, int)
+    data = data.batched(job.batch_size, partial=False)
+    loader = wds.WebLoader(data, batch_size=None, num_workers=WORKERS, persistent_workers=True)
+    return lambda: counted(loader)
+
+
+def dali(job: Job) -> Epoch:
+    """The graph that its documentation suggests, a chain of operators, on its CPU backend."""
+    from nvidia.dali import fn as untyped_fn
+    from nvidia.dali import types as untyped_types
+    from nvidia.dali.pipeline import pipeline_def
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    fn: Any = untyped_fn
+    types: Any = untyped_types
+    options: dict[str, Any] = {"batch_size": job.batch_size, "num_threads": WORKERS, "device_id": None}
+
+    @pipeline_def(**options)
+    def graph() -> Any:
+        encoded, labels = fn.readers.file(file_root=str(job.folder), random_shuffle=True, name="reader")
+        images = fn.decoders.image(encoded)
+        images = fn.random_resized_crop(images, size=(224, 224))
+        images = fn.rotate(images, angle=fn.random.uniform(range=(-10.0, 10.0)), keep_size=True, fill_value=0)
+        images = fn.color_twist(
+            images,
+            brightness=fn.random.uniform(range=(0.8, 1.2)),
+            contrast=fn.random.uniform(range=(0.8, 1.2)),
+            saturation=fn.random.uniform(range=(0.8, 1.2)),
+            hue=fn.random.uniform(range=(-36.0, 36.0)),
+        )
+        offset = fn.random.uniform(range=(-22.4, 22.4), shape=2)
+        images = fn.warp_affine(images, matrix=fn.transforms.translation(offset=offset), fill_value=0)
+        images = fn.crop_mirror_normalize(
+            images,
+            mirror=fn.random.coin_flip(),
+            mean=[255 * part for part in baseline.MEAN],
+            std=[255 * part for part in baseline.STD],
+            dtype=types.FLOAT,
+        )
+        return images, labels
+
+    pipe = graph()
+    pipe.build()
+    feeding = DALIGenericIterator([pipe], ["images", "labels"], reader_name="reader", auto_reset=True)
+    return lambda: sum(len(batch["labels"]) for (batch,) in feeding)
+
+
+def spdl(job: Job) -> Epoch:
+    """Its pipeline of threads; torchvision's decoder, for its own asks for FFmpeg's libraries, and v2 transforms on tensors."""
+    from spdl.pipeline import PipelineBuilder  # pyright: ignore[reportMissingImports]
+    from torchvision.io import ImageReadMode, decode_image
+
+    transform = augmentation_v2()
+    torch.set_num_threads(1)
+    samples = job.samples()
+
+    def made(sample: tuple[Path, int]) -> tuple[torch.Tensor, int]:
+        return transform(decode_image(str(sample[0]), ImageReadMode.RGB)), sample[1]
+
+    def stacked(batch: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.stack([image for image, _ in batch]), torch.tensor([label for _, label in batch])
+
+    def epoch() -> int:
+        order = np.random.default_rng().permutation(len(samples))
+        pipeline = (
+            PipelineBuilder()
+            .add_source([samples[number] for number in order])
+            .pipe(made, concurrency=WORKERS)
+            .aggregate(job.batch_size, drop_last=True)
+            .pipe(stacked)
+            .add_sink(2)
+            .build(num_threads=WORKERS)
+        )
+        with pipeline.auto_stop():
+            return counted(pipeline)
+
+    return epoch
+
+
+def litdata(job: Job) -> Epoch:
+    """Its StreamingDataset and StreamingDataLoader over chunks of its own, PIL and v1 transforms."""
+    from litdata import StreamingDataLoader, StreamingDataset  # pyright: ignore[reportMissingImports]
+    from pack_speed import litdata as pack
+
+    pack(job.samples(), job.scratch, WORKERS)
+    data = StreamingDataset(str(job.scratch / "chunks"), shuffle=True, drop_last=True, transform=Prepared())
+    loader = StreamingDataLoader(
+        data, batch_size=job.batch_size, num_workers=WORKERS, drop_last=True, persistent_workers=True
+    )
+    return lambda: counted(loader)
+
+
+def mds(job: Job) -> Epoch:
+    """MosaicML's StreamingDataset over MDS shards, PIL and v1 transforms."""
+    from pack_speed import mds as pack
+    from streaming import StreamingDataset  # pyright: ignore[reportMissingImports]
+
+    pack(job.samples(), job.scratch)
+    prepared = Prepared()
+
+    class Photographs(StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            return prepared(super().__getitem__(at))
+
+    data = Photographs(local=str(job.scratch / "mds"), shuffle=True, batch_size=job.batch_size)
+    options: dict[str, Any] = {"drop_last": True, "num_workers": WORKERS, "persistent_workers": True}
+    loader = torch.utils.data.DataLoader(data, job.batch_size, **options)
+    return lambda: counted(loader)
