@@ -2,9 +2,9 @@
 
 The clock runs from asking for an epoch's first batch until its last one is there, float32 on the CPU. Every way runs in a process
 of its own, which waits while the others run; ways take turns, round by round. CPU seconds are those of the process and its
-children during the counted rounds. Memory is the most anonymous and shared memory (Pss_Anon + Pss_Shmem, so that what is shared
-counts once and the page cache not at all) of process and children, sampled twenty times a second during two rounds that are
-not counted.
+children during the counted rounds. Memory is that of process and children, at its most, sampled twenty times a second during
+two rounds that are not counted: resident sets summed, and what is in no file (Pss_Anon + Pss_Shmem), where memory that
+processes share counts once and the page cache not at all.
 """
 
 import json
@@ -93,7 +93,8 @@ class Process:
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     warm_up_seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
+    peak_resident_bytes: int = 0
+    peak_own_bytes: int = 0
 
     def __post_init__(self) -> None:
         command = [sys.executable, __file__, "--way", self.name, "--data", self.job.folder]
@@ -139,23 +140,26 @@ class Process:
 
     def _watch(self, over: Event) -> None:
         while not over.wait(0.05):
-            self.peak_bytes = max(self.peak_bytes, sum(map(unreclaimable, self._processes())))
+            resident, own = (sum(parts) for parts in zip(*map(memory, self._processes()), strict=True))
+            self.peak_resident_bytes = max(self.peak_resident_bytes, resident)
+            self.peak_own_bytes = max(self.peak_own_bytes, own)
 
     def to_side(self) -> record.Side:
         return record.Side(self.name, lambda: 0, images=self.images, seconds=self.seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("name", "images", "seconds", "cpu_seconds", "warm_up_seconds", "peak_bytes")
+        names = ("name", "images", "seconds", "cpu_seconds", "warm_up_seconds", "peak_resident_bytes", "peak_own_bytes")
         return {name: getattr(self, name) for name in names}
 
 
-def unreclaimable(process: psutil.Process) -> int:
-    """Bytes of memory that is in no file; its share of what several processes have in common."""
+def memory(process: psutil.Process) -> tuple[int, int]:
+    """Bytes that are resident, and those of them that are in no file; of the latter its share of what processes share."""
     try:
-        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
     except OSError:  # it has just ended
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+        return 0, 0
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return found["Rss"], found["Pss_Anon"] + found["Pss_Shmem"]
 
 
 def serve(way: str, job: peers.Job) -> None:
@@ -189,10 +193,10 @@ def measured(folder: Path, scratch: Path, names: list[str], rounds: int) -> list
 def table(title: str, processes: list[Process]) -> str:
     """Rates, ratios to the first, CPU seconds and memory."""
     rates = record.table(title, [process.to_side() for process in processes]).splitlines()
-    rates[1] += f"{'CPU s/1000':>12}{'peak MB':>9}"
+    rates[1] += f"{'CPU s/1000':>12}{'RSS MB':>8}{'own MB':>8}"
     for number, process in enumerate(processes):
         cpu = 1000 * sum(process.cpu_seconds) / len(process.cpu_seconds) / process.images
-        rates[number + 2] += f"{cpu:12.2f}{process.peak_bytes / 1e6:9.0f}"
+        rates[number + 2] += f"{cpu:12.2f}{process.peak_resident_bytes / 1e6:8.0f}{process.peak_own_bytes / 1e6:8.0f}"
     return "\n".join(rates)
 
 
@@ -201,7 +205,7 @@ def growth(shards: Path, epochs: int) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for cache in (None, "auto"):
         epoch = ours("native", cache)(peers.Job(shards, shards, shards))
-        found[str(cache)] = [unreclaimable(psutil.Process()) for _ in range(epochs) if epoch()]
+        found[str(cache)] = [memory(psutil.Process())[1] for _ in range(epochs) if epoch()]
     return found
 
 
