@@ -159,7 +159,7 @@ def _parse_recipe(prog: str, args: Sequence[str], verb: Callable[..., Any], **ch
     preset, args = _preset(args, list(PRESETS))
     note = f"--recipe NAME, one of {', '.join(PRESETS)}, sets the fields of the recipe; the flags below change them."
     recipe = (Annotated[Recipe, tyro.conf.arg(name="")], PRESETS[preset]())
-    return _parse(prog, args, verb, note, shards=Path, recipe=recipe, device=str | None, **changes)
+    return _parse(prog, args, verb, note, shards=str, recipe=recipe, device=str | None, **changes)
 
 
 def _preset(args: Sequence[str], known: Sequence[str]) -> tuple[str, list[str]]:
@@ -177,7 +177,7 @@ def _preset(args: Sequence[str], known: Sequence[str]) -> tuple[str, list[str]]:
 def _evaluate(prog: str, args: Sequence[str]) -> None:
     from fastflower.evaluation import evaluate
 
-    scores = evaluate(**_parse(prog, args, evaluate, checkpoint=Path, shards=Path, device=str | None))
+    scores = evaluate(**_parse(prog, args, evaluate, checkpoint=Path, shards=str, device=str | None))
     print(f"{scores.num_samples} images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}")
     for name, precision, recall in zip(scores.classes, scores.precision, scores.recall, strict=True):
         print(f"  {name}: precision {precision:.1%}, recall {recall:.1%}")

@@ -11,6 +11,7 @@ from fastflower.batch import Stats, resolve_device
 from fastflower.errors import ArgumentError
 from fastflower.loader import Loader
 from fastflower.recipe import Recipe
+from fastflower.store import Remote
 from fastflower.training import Run
 
 
@@ -43,12 +44,16 @@ class Diagnosis:
 
 
 def diagnose(
-    shards: str | Path, recipe: Recipe | None = None, *, seconds: float = 5.0, device: str | torch.device | None = None
+    shards: str | Path | Remote,
+    recipe: Recipe | None = None,
+    *,
+    seconds: float = 5.0,
+    device: str | torch.device | None = None,
 ) -> Diagnosis:
     """Feed SHARDS for some seconds without training, then train on one batch for as long.
 
     Args:
-        shards: The folder that pack wrote.
+        shards: The folder that `pack` wrote, or its address, as for Loader.
         recipe: What is to be trained.
         seconds: Of each measurement, after its first batch.
         device: None means CUDA where there is one, else the CPU.
@@ -58,7 +63,7 @@ def diagnose(
     recipe = replace(recipe or Recipe(), weights=None)
     if seconds <= 0:
         raise ArgumentError(f"seconds must be above 0, got {seconds!r}.")
-    run = Run(shards, recipe, Path(shards), resolve_device(device), None)
+    run = Run(shards, recipe, Path(), resolve_device(device), None)
     feeding = Loader(
         shards,
         batch_size=recipe.batch_size,

@@ -15,6 +15,7 @@ from fastflower.errors import CheckpointError
 from fastflower.loader import Loader
 from fastflower.metrics import Scores, score
 from fastflower.recipe import Recipe
+from fastflower.store import Remote
 
 _BATCH_SIZE = 64  # of a pass without gradients: does not change the scores
 
@@ -48,7 +49,7 @@ def measure(
 
 def evaluate(
     checkpoint: str | Path | Checkpoint,
-    shards: str | Path,
+    shards: str | Path | Remote,
     *,
     split: str = "val",
     device: str | torch.device | None = None,
@@ -57,7 +58,7 @@ def evaluate(
 
     Args:
         checkpoint: A checkpoint that `train` wrote.
-        shards: The folder that `pack` wrote.
+        shards: The folder that `pack` wrote, or its address, as for Loader.
         split: "train" or "val".
         device: None means CUDA where there is one, else the CPU.
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -21,12 +22,14 @@ from fastflower.errors import ArgumentError, SampleError, ShardError
 from fastflower.geometry import reductions
 from fastflower.image import decode
 from fastflower.manifest import Manifest
-from fastflower.order import num_steps, permute, step_positions, windowed
+from fastflower.order import balanced, num_steps, permute, shards_ahead, step_positions, windowed
 from fastflower.shard import ShardReader
+from fastflower.store import Remote, Store, remote
 from fastflower.thread_executor import ThreadExecutor
 
 _log = logging.getLogger("fastflower")
 
+_REMOTE_WINDOW = 8  # shards: with the packer's 64 MB half a gigabyte, some ten thousand photographs
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
@@ -37,7 +40,8 @@ class Loader(IterableDataset[Batch]):
     `for` begins the next epoch. Every sample comes at most once an epoch, and exactly once where the tail is kept.
 
     Args:
-        shards: The folder that `pack` wrote.
+        shards: The folder that `pack` wrote; also an address such as s3://bucket/shards, or a `fastflower.store.Remote`, of
+            which shards are downloaded ahead into a bounded cache.
         split: "train" or "val".
         batch_size: Samples a step on this rank; the global batch is batch_size * world_size.
         augment: What is drawn; None is `Augment()`, the validation view.
@@ -47,9 +51,10 @@ class Loader(IterableDataset[Batch]):
         cache: "auto" keeps decoded photographs in RAM when all fit in half of what is free, a number of bytes keeps what
             fits, None nothing. With DALI nothing is kept.
         rank, world_size: Of torch.distributed where that is initialised, else 0 and 1.
-        shuffle: None shuffles "train" only.
-        window: Shards that a shuffled epoch reads at a time, shuffled over all of the window's samples; None: all. For storage
-            that is slow at random access, and where the shards do not fit the page cache.
+        shuffle: None shuffles "train" only; "balanced" draws all classes equally often, for an epoch that is not exact any more:
+            samples of small classes come again, and some of large ones not at all.
+        window: Shards that a shuffled epoch reads at a time, shuffled over all of the window's samples; None: all, or 8 of an
+            address. For storage that is slow at random access, and where the shards do not fit the page cache.
         tail: What does not fill a global batch: "drop" (the default when shuffled), "keep" (the default when not: ranks get
             uneven parts of it, a rank without a part one step less), or "pad" with the epoch's first samples.
         on_bad: What a damaged sample does: "fail" stops the epoch with a SampleError, "skip" puts the next sample of the
@@ -63,7 +68,7 @@ class Loader(IterableDataset[Batch]):
 
     def __init__(
         self,
-        shards: str | Path,
+        shards: str | Path | Remote,
         split: str = "train",
         *,
         batch_size: int = 64,
@@ -74,14 +79,17 @@ class Loader(IterableDataset[Batch]):
         cache: Literal["auto"] | int | None = "auto",
         rank: int | None = None,
         world_size: int | None = None,
-        shuffle: bool | None = None,
+        shuffle: bool | Literal["balanced"] | None = None,
         window: int | None = None,
         tail: Literal["drop", "keep", "pad"] | None = None,
         on_bad: Literal["fail", "skip"] = "fail",
         executor: Literal["native", "opencv", "dali"] | None = None,
         workers: int | None = None,
     ) -> None:
-        self.manifest = Manifest.load(shards)
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        source = remote(shards)
+        self._store = Store(source) if source else None
+        self.manifest = self._store.manifest if self._store else Manifest.load(str(shards))
         self.split = split
         self.augment = augment or Augment()
         self.batch_size = batch_size
@@ -90,17 +98,21 @@ class Loader(IterableDataset[Batch]):
         self.dtype = dtype or torch.float32
         self.rank, self.world_size = _place(rank, world_size)
         self.shuffle = split == "train" if shuffle is None else shuffle
-        self.window = window
-        self._shard_samples = [shard.samples for shard in self.manifest.split(split).shards]
+        self.window = _REMOTE_WINDOW if window is None and self._store and self.shuffle else window
+        self._shards = self.manifest.split(split).shards
+        self._shard_samples = [shard.samples for shard in self._shards]
         self.tail = tail or ("drop" if self.shuffle else "keep")
         self.on_bad = on_bad
         self.replaced: dict[int, str] = {}
         """Damaged samples, by index, and what is wrong with each."""
-        self._reader = ShardReader(self.manifest, split, strict=on_bad == "fail")
+        self._reader = self._open(split)
         self._check(workers)
         index = self._reader.index
         self._sizes = np.stack([index["height"], index["width"]], axis=1).astype(np.int64)
         self._labels = torch.from_numpy(index["label"].astype(np.int64))
+        self._by_class = np.argsort(index["label"], kind="stable") if self.shuffle == "balanced" else None
+        if self._by_class is not None:
+            _log.info("shuffle: classes come equally often, so that an epoch does not hold every sample exactly once")
         self._clock = Clock()
         self._images = 0
         self._workers = workers or (os.cpu_count() or 1) + 1
@@ -108,10 +120,22 @@ class Loader(IterableDataset[Batch]):
         self._next = (0, 0)  # (epoch, step) at which the next `for` begins
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
 
+    def _open(self, split: str) -> ShardReader:
+        if self._store is None:
+            return ShardReader(self.manifest, split, strict=self.on_bad == "fail")
+        self._store.open(split, self.window or 1)
+        return ShardReader(self.manifest, split, strict=False, fetch=self._store.path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process: made again from the same arguments, at the same place; nothing kept goes along."""
+        place = {"rank": self.rank, "world_size": self.world_size}
+        return _made_again, (self._arguments | place, self._next, self._position)
+
     def _check(self, workers: int | None) -> None:
         rules = [
             ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
             ("workers", workers, workers is None or workers >= 1, "at least 1"),
+            ("shuffle", self.shuffle, self.shuffle in (True, False, "balanced"), "True, False or 'balanced'"),
             ("window", self.window, self.window is None or self.window >= 1, "at least 1 shard"),
             ("tail", self.tail, self.tail in ("drop", "keep", "pad"), "'drop', 'keep' or 'pad'"),
             ("on_bad", self.on_bad, self.on_bad in ("fail", "skip"), "'fail' or 'skip'"),
@@ -120,6 +144,10 @@ class Loader(IterableDataset[Batch]):
         for name, value, holds, rule in rules:
             if not holds:
                 raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
+        if self.shuffle == "balanced" and self.window is not None:
+            raise ArgumentError(
+                "window must be None with shuffle='balanced', which reads all shards; so must shards be local."
+            )
         mixes = self.augment.mixup or self.augment.cutmix
         if mixes and (self.batch_size % 2 or self.tail == "keep" or self.dtype == torch.uint8):
             raise ArgumentError(
@@ -248,7 +276,8 @@ class Loader(IterableDataset[Batch]):
                 self._clock.add("consume", asked - given)
             self._position = (epoch + 1, 0)  # where this rank has no part of the last step
         finally:
-            made.close()
+            with self._store.stopping() if self._store else nullcontext():
+                made.close()
 
     def _mixed(self, epoch: int, batch: Batch) -> Batch:
         if not (self.augment.mixup or self.augment.cutmix):
@@ -268,8 +297,15 @@ class Loader(IterableDataset[Batch]):
 
     def _request(self, epoch: int, step: int) -> Request:
         indices = self._positions(step)
+        if self._store and len(indices):
+            order = {"shuffle": self.shuffle, "seed": self.seed, "epoch": epoch}
+            ahead = shards_ahead(indices, self._shard_samples, self.window or 1, **order)
+            self._reader.keep(self._store.prefetch([self._shards[number].name for number in ahead]))
         if self.shuffle and self.window is not None:
             indices = windowed(indices, self._shard_samples, self.window, seed=self.seed, epoch=epoch)
+        elif self._by_class is not None:
+            counts = self.manifest.split(self.split).class_counts
+            indices = balanced(indices, self._by_class, counts, seed=self.seed, epoch=epoch)
         elif self.shuffle:
             indices = permute(indices, self.num_samples, seed=self.seed, epoch=epoch)
         return self._drawn(epoch, step, indices)
@@ -331,6 +367,12 @@ class Loader(IterableDataset[Batch]):
             "window": self.window,
             "tail": self.tail,
         }
+
+
+def _made_again(arguments: dict[str, Any], next_: tuple[int, int], position: tuple[int, int]) -> Loader:
+    loader = Loader(**arguments)
+    loader._next, loader._position = next_, position
+    return loader
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -23,6 +23,7 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: SplitMix64's i
 MAX_SAMPLES = 1 << 62  # both halves of the network then fit 32 bits, and no product overflows
 _MASK = (1 << 64) - 1
 _WINDOWS = 3  # separates the keys of windows from those of epochs and draws
+_CLASSES = 4
 # With eight rounds all 5,040 orders of seven samples are equally likely by the chi-square test, with four they are not.
 _ROUNDS = 8
 
@@ -156,3 +157,46 @@ def windowed(
         shard = np.searchsorted(ends, place, "right")
         found[rows] = first_index[shards[shard]] + place - begins[shard]
     return found
+
+
+def shards_ahead(
+    positions: ArrayLike, shard_samples: ArrayLike, window: int, *, shuffle: bool, seed: int, epoch: int
+) -> list[int]:
+    """The shards that hold `positions` of an epoch, those of the rest of their windows and of the window behind, in that order.
+
+    At the epoch's end the next epoch's first window stands behind. shuffle  False: the index's order, as if it were shuffled so.
+    """
+    samples = np.asarray(shard_samples, np.int64)
+    numbers = np.arange(len(samples))
+    shards, following = (
+        epoch_order(len(samples), seed=seed, epoch=epoch + next_) if shuffle else numbers for next_ in (0, 1)
+    )
+    ends = np.cumsum(samples[shards])
+    values = np.asarray(positions, np.int64)
+    first, last = np.searchsorted(ends, [values.min(), values.max()], "right") // window
+    wanted = [
+        *shards[first * window : (last + 2) * window],
+        *following[: max(0, (last + 2) * window - len(shards))][:window],
+    ]
+    return list(dict.fromkeys(int(shard) for shard in wanted))
+
+
+def balanced(
+    positions: ArrayLike, by_class: NDArray[np.int64], class_samples: ArrayLike, *, seed: int, epoch: int
+) -> NDArray[np.int64]:
+    """As `permute`, but every class comes equally often: an epoch of as many samples, some of them again, some not at all.
+
+    by_class  the indices of all samples, those of the first class first, (N,). class_samples  samples of each class, (K,).
+    Classes come equally often, but for one at most; a class's samples, too: none comes again before all have come.
+    """
+    counts = np.asarray(class_samples, np.int64)
+    classes = np.flatnonzero(counts)
+    rounds, turn = np.divmod(permute(positions, len(by_class), seed=seed, epoch=epoch), len(classes))
+    label = classes[turn]
+    cycle, place = np.divmod(rounds, counts[label])
+    found = (np.cumsum(counts) - counts)[label]
+    for key in np.unique(np.stack([label, cycle]), axis=1).T.tolist():
+        rows = np.flatnonzero((label == key[0]) & (cycle == key[1]))
+        cycle_seed = stream_key(seed, *key, _CLASSES)
+        found[rows] += permute(place[rows], int(counts[key[0]]), seed=cycle_seed, epoch=epoch)
+    return by_class[found]

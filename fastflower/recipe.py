@@ -24,6 +24,8 @@ class Recipe:
     epochs: int = 15
     batch_size: int = 32
     """Samples a step, over all ranks."""
+    balanced: bool = False
+    """Draw all classes equally often, however many samples they have; an epoch then is not exact."""
     lr: float = 0.001
     """Learning rate at the schedule's peak."""
     momentum: float = 0.9

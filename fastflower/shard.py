@@ -7,8 +7,9 @@ import mmap
 import struct
 import tarfile
 import zlib
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,9 +144,13 @@ class ShardReader:
 
     strict  raise ShardError at construction when a shard is missing or has another size than the manifest says; else its
     samples, as far as they are damaged, raise SampleError.
+    fetch  is called with the name of a shard before its file is opened, and has it there.
     """
 
-    def __init__(self, manifest: Manifest, split: str, *, strict: bool = True) -> None:
+    def __init__(
+        self, manifest: Manifest, split: str, *, strict: bool = True, fetch: Callable[[str], object] | None = None
+    ) -> None:
+        self._fetch = fetch
         self.index = manifest.index(split)
         self._paths = [manifest.folder / shard.name for shard in manifest.split(split).shards]
         self._maps: dict[int, mmap.mmap] = {}
@@ -193,7 +198,18 @@ class ShardReader:
     def _map(self, shard: int) -> mmap.mmap:
         found = self._maps.get(shard)
         if found is None:
-            with self._paths[shard].open("rb") as file:
+            with self._open(shard) as file:
                 found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             found = self._maps.setdefault(shard, found)  # another thread may have been first
         return found
+
+    def _open(self, shard: int) -> BinaryIO:
+        while self._fetch is not None:
+            self._fetch(self._paths[shard].name)
+            with suppress(FileNotFoundError):  # another process needed the room
+                return self._paths[shard].open("rb")
+        return self._paths[shard].open("rb")
+
+    def keep(self, names: Collection[str]) -> None:
+        """Let go of all other shards' files; bytes that were given out before stay readable."""
+        self._maps = {shard: found for shard, found in list(self._maps.items()) if self._paths[shard].name in names}

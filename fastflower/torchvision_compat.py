@@ -22,6 +22,8 @@ _NEAREST_KIN = {
     "TrivialAugmentWide": "RandomRotation, ColorJitter and RandomAffine",
     "RandAugment": "RandomRotation, ColorJitter and RandomAffine",
     "AutoAugment": "RandomRotation, ColorJitter and RandomAffine",
+    "MixUp": "the field mixup=alpha, which mixes neighbours of a batch",
+    "CutMix": "the field cutmix=alpha, which mixes neighbours of a batch",
 }
 
 
@@ -34,6 +36,9 @@ def fields_of(transform: object) -> dict[str, Any]:
     for step in _flatten(transform):
         name = type(step).__name__
         if name in _CONVERSIONS:
+            floating = getattr(getattr(step, "dtype", None), "is_floating_point", False)
+            scaled = getattr(step, "scale", True)
+            _require(not floating or scaled, name, "with scale=False leaves levels at 0 .. 255; pass scale=True")
             continue
         reader = _READERS.get(name)
         if reader is None:
@@ -89,6 +94,8 @@ class _Reading:
         _require("RandomErasing" not in self.seen, name, "stands after RandomErasing; erase last")
 
     def bilinear(self, name: str, step: Any) -> None:
+        antialias = getattr(step, "antialias", None)
+        _require(antialias is not False, name, "with antialias=False cannot be expressed; leave antialias out")
         mode = getattr(step.interpolation, "value", step.interpolation)
         if mode not in ("bilinear", 2):
             self.notes[f"{name} interpolates bilinearly, not {mode}"] = None

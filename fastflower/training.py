@@ -22,6 +22,7 @@ from fastflower.loader import Loader
 from fastflower.recipe import Recipe
 from fastflower.report import Report, write_history, write_report
 from fastflower.schedule import multiplier
+from fastflower.store import Remote
 
 _log = logging.getLogger("fastflower")
 
@@ -29,7 +30,7 @@ LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"
 
 
 def train(
-    shards: str | Path,
+    shards: str | Path | Remote,
     recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
     *,
     out: str | Path | None = None,
@@ -41,7 +42,7 @@ def train(
     On one machine, with the same number of threads, the same recipe and shards give the same history.
 
     Args:
-        shards: The folder that `pack` wrote.
+        shards: The folder that `pack` wrote, or its address, as for Loader.
         recipe: What to train, and how.
         out: The folder of the run; None takes the first of runs/BACKBONE, runs/BACKBONE-2, ... that is free.
         resume: Go on after the last finished epoch of the run in `out`; a run without a checkpoint starts afresh.
@@ -64,13 +65,14 @@ class Run:
     """A run under way: network, optimizer and loaders, as `train` uses them and benchmarks time them."""
 
     def __init__(
-        self, shards: str | Path, recipe: Recipe, folder: Path, device: torch.device, start: Checkpoint | None
+        self, shards: str | Path | Remote, recipe: Recipe, folder: Path, device: torch.device, start: Checkpoint | None
     ) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.folder, self.device = recipe, folder, device
         self.precision = loader_dtype(recipe)
         common: dict[str, Any] = {"batch_size": recipe.batch_size, "device": device, "dtype": self.precision}
-        self.loader = Loader(shards, "train", augment=recipe.augment, seed=recipe.seed, **common)
+        shuffle = "balanced" if recipe.balanced else True
+        self.loader = Loader(shards, "train", augment=recipe.augment, seed=recipe.seed, shuffle=shuffle, **common)
         self.classes = self.loader.manifest.classes
         splits = self.loader.manifest.splits
         has_val = "val" in splits and splits["val"].samples > 0

@@ -19,7 +19,7 @@ PROGRAMS = [path for name in ("tools", "benchmarks", "tests") for path in sorted
 # A file imports files above it only. Augment.from_torchvision imports torchvision_compat when it is called.
 ORDER = [
     "errors", "order", "geometry", "color", "torchvision_compat", "augment", "schedule", "metrics", "recipe",
-    "folder", "image", "duplicates", "manifest", "shard", "planning", "part", "packing", "verification",
+    "folder", "image", "duplicates", "manifest", "shard", "store", "planning", "part", "packing", "verification",
     "batch", "opencv_renderer", "native_renderer", "thread_executor", "dali_executor", "cache", "loader",
     "backbone", "checkpoint", "evaluation", "prediction", "report", "training", "diagnosis", "cli", "__init__",
 ]  # fmt: skip

@@ -37,6 +37,7 @@ UNUSUAL = Recipe(
     ),
     epochs=3,
     batch_size=7,
+    balanced=True,
     lr=0.3,
     momentum=0.0,
     weight_decay=0.01,

@@ -1,0 +1,309 @@
+"""Shards that are not local: a mirror in a bounded cache, filled ahead of need through fsspec.
+
+A mirror is a folder like any that `pack` wrote, named by its manifest's hash, in which tars come and go. Every tar is checked
+against the manifest's sha256 before it gets its name, so whoever finds it there can use it: processes share mirrors.
+"""
+
+import asyncio
+import fcntl
+import hashlib
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastflower.errors import ArgumentError, FastflowerError, ShardError
+from fastflower.manifest import FILE, Manifest, write_atomically
+
+_T = TypeVar("_T")
+_log = logging.getLogger("fastflower")
+
+_PIECE = 4 << 20  # bytes asked for at a time: each is tried again alone
+_TIMEOUT = 30.0  # seconds for a piece
+_ATTEMPTS = 8
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0  # seconds between attempts, doubled each time
+_THREADS = 4
+_GIGABYTE = 1 << 30
+
+
+def _default_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastflower"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remote:
+    """Shards at an address of fsspec's: s3://, gs://, https:// and others. A Loader takes one where it takes a folder."""
+
+    url: str
+    """Of the folder that `pack` wrote."""
+    folder: Path = field(default_factory=_default_folder)
+    """Where mirrors are kept, shared by all processes of a machine; ~/.cache/fastflower."""
+    limit_bytes: int = 64 * _GIGABYTE
+    """Of tars in it: those not used for longest make room, but for the shards of three windows."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What fsspec's file system is made with: storage_options, such as {"anon": True}."""
+
+
+def remote(shards: "str | Path | Remote") -> Remote | None:
+    """The shards as a Remote when they are not a local folder's."""
+    if isinstance(shards, Remote):
+        return shards
+    scheme, found, _ = str(shards).partition("://")
+    return Remote(url=str(shards)) if found and scheme != "file" else None
+
+
+class Store:
+    """The mirror of one Remote. Thread-safe; may be used by several processes at once.
+
+    Raises ArgumentError when the address's file system is not installed, ShardError when what is there cannot be read.
+    """
+
+    def __init__(self, source: Remote) -> None:
+        self.source = source
+        self._url = source.url.rstrip("/")
+        self._cache = source.folder.expanduser()
+        self._pool: ThreadPoolExecutor | None = None
+        self._reading: set[Future[bytes]] = set()
+        self._ahead: list[str] = []
+        self._wanted: set[str] = set()
+        self._stopping = False
+        self._lock = threading.Lock()
+        text = self._small(FILE)
+        self.folder = self._cache / hashlib.sha256(text).hexdigest()[:16]
+        self._have(FILE, text)
+        self.manifest = self._checked(FILE, lambda: Manifest.load(self.folder))
+        self._shards = {shard.name: shard for split in self.manifest.splits.values() for shard in split.shards}
+        for name in self._shards:
+            if Path(name).name != name:
+                raise ShardError(f"{self._url}/{FILE}: names a shard {name!r}, which is no file's name; pack again.")
+
+    def open(self, split: str, window: int) -> None:
+        """Have the split's index here. Raises ArgumentError when the limit does not hold three windows of shards."""
+        shards = self.manifest.split(split).shards
+        name = f"{split}.index.npy"
+        if not (self.folder / name).exists():
+            self._have(name, self._small(name))
+            self._checked(name, lambda: self.manifest.index(split))
+        total = sum(shard.bytes for shard in shards)
+        needed = min(total, 3 * window * max(shard.bytes for shard in shards))  # behind, here, ahead
+        if needed > self.source.limit_bytes:
+            raise ArgumentError(
+                f"limit_bytes must hold three windows of shards, here {needed} bytes, got {self.source.limit_bytes}; "
+                f"raise it, or lower the loader's window ({window})."
+            )
+        _log.info(
+            "%s: %d shards of split %r, %.2f GB; this machine downloads each at most once an epoch, and none again while all fit "
+            "the %.1f GB of %s",
+            self._url,
+            len(shards),
+            split,
+            total / 1e9,
+            self.source.limit_bytes / 1e9,
+            self.source.folder,
+        )
+
+    def _have(self, name: str, data: bytes) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / name).exists():
+                write_atomically(self.folder / name, data)
+        except OSError as error:
+            raise _unwritable(self.folder / name, error) from None
+
+    def _checked(self, name: str, load: Callable[[], _T]) -> _T:
+        """What a file holds. Where it cannot be loaded, it does not stay."""
+        try:
+            return load()
+        except ShardError as error:
+            (self.folder / name).unlink()
+            raise ShardError(f"{self._url}/{name}: {error}") from None
+
+    def prefetch(self, names: Sequence[str]) -> set[str]:
+        """Begin to download these shards, in this order. Returns the names that are kept, with those of the call before."""
+        if names == self._ahead:
+            return self._wanted
+        self._wanted = {*names, *self._ahead}
+        self._ahead = list(names)
+        for name in names:
+            try:
+                os.utime(self.folder / name)  # what was used last is kept, by other processes too
+            except FileNotFoundError:
+                with self._lock:
+                    if self._pool is None:
+                        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fastflower-download")
+                    self._pool.submit(self._download, name)
+        return self._wanted
+
+    def path(self, name: str) -> Path:
+        """The local file of a shard, which is waited for. Raises ShardError when it cannot be had."""
+        if not (self.folder / name).exists():
+            self._download(name)
+        return self.folder / name
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """All downloads end, also those that another thread waits for; afterwards new ones can begin."""
+        self._stopping = True
+        try:
+            with self._lock:
+                for future in self._reading:
+                    future.cancel()
+            yield
+            if self._pool is not None:
+                self._pool.shutdown(wait=True, cancel_futures=True)
+        finally:
+            self._pool, self._ahead, self._stopping = None, [], False
+
+    def _download(self, name: str) -> None:
+        """Have a shard here: of all threads and processes that want it, one downloads it."""
+        shard, path = self._shards[name], self.folder / name
+        with _locked(path.with_name(f"{name}.lock")):
+            if path.exists():
+                return
+            part = path.with_name(f"{name}.part")
+            try:
+                self._make_room(part, shard.bytes)
+                for attempt in count():
+                    digest = hashlib.sha256()
+                    with part.open("r+b") as file:
+                        for piece in self._pieces(name, shard.bytes):
+                            file.write(piece)
+                            digest.update(piece)
+                        os.fsync(file.fileno())
+                    if digest.hexdigest() == shard.sha256:
+                        part.replace(path)
+                        return
+                    self._pause(name, attempt, "its bytes are not those that the manifest names (checksum mismatch)")
+            except OSError as error:
+                raise _unwritable(path, error) from None
+            finally:
+                part.unlink(missing_ok=True)
+
+    def _make_room(self, part: Path, size: int) -> None:
+        """Make a file of `size`, and remove the tars that were not used for longest until it fits the limit."""
+        with _locked(self._cache / "room.lock"):
+            part.write_bytes(b"")
+            os.truncate(part, size)
+            found: list[tuple[float, int, Path]] = []
+            held = 0
+            for path in self._cache.glob("*/*.[tp]ar*"):  # tars, and parts of them
+                with suppress(FileNotFoundError):
+                    if path.suffix == ".part" and _abandoned(path):
+                        path.unlink()
+                        continue
+                    status = path.stat()
+                    held += status.st_size
+                    if path.suffix == ".tar" and not (path.parent == self.folder and path.name in self._wanted):
+                        found.append((status.st_mtime, status.st_size, path))
+            for _, freed, path in sorted(found):
+                if held <= self.source.limit_bytes:
+                    break
+                path.unlink(missing_ok=True)  # whoever has it mapped keeps it until he lets go
+                held -= freed
+
+    def _pieces(self, name: str, size: int) -> Iterator[bytes]:
+        for start in range(0, size, _PIECE):
+            yield self._tried(name, start, min(start + _PIECE, size), size)
+
+    def _small(self, name: str) -> bytes:
+        """The whole of a file of which only the name is known."""
+        return self._tried(name, None, None, None)
+
+    def _tried(self, name: str, start: int | None, end: int | None, size: int | None) -> bytes:
+        """Bytes start .. end of a file, tried again until they are there. Raises ShardError when that does not help."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                data = self._read(name, start, end)
+            except FastflowerError:
+                raise
+            except FileNotFoundError:
+                raise ShardError(f"{self._url}/{name}: is not there; name the folder that pack wrote.") from None
+            except PermissionError as error:
+                raise ShardError(f"{self._url}/{name}: may not be read ({error}); check the credentials.") from None
+            except Exception as error:  # whatever the file system's client raises
+                reason = str(error) or type(error).__name__
+            else:
+                if start is None or end is None or len(data) == end - start:
+                    return data
+                if len(data) == size:  # a server that knows no ranges
+                    return data[start:end]
+                reason = f"{len(data)} bytes came instead of {end - start}"
+            self._pause(name, attempt, reason)
+        raise AssertionError("the last pause raises")
+
+    def _read(self, name: str, start: int | None, end: int | None) -> bytes:
+        system, root = _file_system(self._url, self.source.options)  # each time: fsspec keeps one a process
+        if not system.async_impl:
+            return system.cat_file(f"{root}/{name}", start=start, end=end)
+        future = asyncio.run_coroutine_threadsafe(system._cat_file(f"{root}/{name}", start=start, end=end), system.loop)
+        with self._lock:
+            self._reading.add(future)
+        try:
+            if self._stopping:
+                raise CancelledError
+            return future.result(_TIMEOUT)
+        except TimeoutError:
+            raise OSError(f"nothing came for {_TIMEOUT:.0f} seconds") from None
+        finally:
+            future.cancel()
+            with self._lock:
+                self._reading.discard(future)
+
+    def _pause(self, name: str, attempt: int, reason: str) -> None:
+        """Wait before the next attempt, twice as long each time. Raises ShardError after the last."""
+        if self._stopping:
+            raise CancelledError
+        if attempt + 1 == _ATTEMPTS:
+            raise ShardError(
+                f"{self._url}/{name}: could not be read in {_ATTEMPTS} attempts ({reason}); "
+                f"check the connection and the server, then run again: what is here already is kept."
+            )
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0)
+        _log.warning("%s/%s: %s; trying again in %.1f s", self._url, name, reason, pause)
+        end = time.monotonic() + pause
+        while time.monotonic() < end and not self._stopping:
+            time.sleep(min(0.05, pause))
+
+
+def _unwritable(path: Path, error: OSError) -> ShardError:
+    return ShardError(
+        f"{path}: cannot be written ({error.strerror}); make room, or name another folder with Remote(folder=)."
+    )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the kernel takes back when the process ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _abandoned(part: Path) -> bool:
+    """Whether no process is downloading into a part any more."""
+    with part.with_suffix(".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """fsspec's file system of an address, and the path in it."""
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url, **options)
+    except ImportError as error:
+        raise ArgumentError(f"{url}: {error}; pip install 'fastflower[s3]', or [gcs] or [http].") from None
+    except ValueError as error:
+        raise ArgumentError(f"{url}: {error}; name a folder, or an address that fsspec knows.") from None
