@@ -1,4 +1,4 @@
-"""Decoded photographs kept in RAM."""
+"""Decoded photographs kept in memory: in RAM, or in a GPU's."""
 
 import logging
 import os
@@ -6,16 +6,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from fastflower.augment import Augment
 from fastflower.errors import ArgumentError
+from fastflower.geometry import reductions
 
 _log = logging.getLogger("fastflower")
 
-_SHARE = 0.5  # of the RAM that is free when the loader is made
+_SHARE = 0.5  # of the memory that is free when the loader is made
 
 
 def available_bytes() -> int:
@@ -31,10 +34,33 @@ def available_bytes() -> int:
     return max(0, min(limits))
 
 
-def limit_of(cache: Literal["auto"] | int | None, decoded_bytes: int) -> int:
-    """The bytes a loader may keep. "auto": everything where it fits half of the free RAM, else nothing; says which in the log.
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that can be had now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
-    decoded_bytes  what all photographs of the split take. Raises ArgumentError for another kind of `cache`.
+
+def decoded_bytes(sizes_N2: NDArray[np.int64], augment: Augment, seed: int) -> int:
+    """What photographs of those sizes take when they are decoded, each at all scales that it is drawn at.
+
+    Of large ones an estimate, from four epochs of 256.
+    """
+    whole = 3 * int(sizes_N2.prod(axis=1).sum())
+    if int(sizes_N2.max()) < 4 * min(augment.output_size):  # none is ever decoded at a reduced scale
+        return whole
+    rows = np.linspace(0, len(sizes_N2) - 1, min(len(sizes_N2), 256)).astype(np.int64)
+    areas = sizes_N2[rows].prod(axis=1)
+    kept = np.zeros((len(rows), 9))  # by scale
+    for epoch in range(4):
+        draw = augment.draw(seed, epoch, rows, sizes_N2[rows])
+        scale = reductions(draw.warp(sizes_N2[rows], augment.fill).footprint)
+        kept[np.arange(len(rows)), scale] = areas / scale**2
+    return int(whole * kept.sum() / areas.sum())
+
+
+def limit_of(cache: Literal["auto"] | int | None, needed: int, device: torch.device) -> int:
+    """The bytes a loader may keep on a device. "auto": all that it needs where that fits half of what is free; the log says.
+
+    needed  what all photographs of the split take. Raises ArgumentError for another kind of `cache`.
     """
     if cache is None:
         return 0
@@ -42,27 +68,28 @@ def limit_of(cache: Literal["auto"] | int | None, decoded_bytes: int) -> int:
         return cache
     if cache != "auto":
         raise ArgumentError(f"cache must be 'auto', None or a number of bytes, got {cache!r}.")
-    free = available_bytes()
-    fits = decoded_bytes <= _SHARE * free
+    free = free_bytes(device)
+    fits = needed <= _SHARE * free
     _log.info(
-        "cache: %.1f GB decoded, %.1f GB of RAM free: %s",
-        decoded_bytes / 1e9,
+        "cache: %.1f GB decoded, %.1f GB of %s free: %s",
+        needed / 1e9,
         free / 1e9,
+        "GPU memory" if device.type == "cuda" else "RAM",
         "each photograph is decoded once" if fits else "photographs are decoded every epoch",
     )
-    return decoded_bytes if fits else 0
+    return needed if fits else 0
 
 
 class PixelCache:
-    """Keeps decoded photographs, first come, until `limit_bytes` are reached. Thread-safe."""
+    """Keeps what `decode` gives, arrays or tensors, first come, until `limit_bytes` are reached. Thread-safe."""
 
-    def __init__(self, decode: Callable[[int, int], NDArray[np.uint8]], limit_bytes: int) -> None:
+    def __init__(self, decode: Callable[[int, int], Any], limit_bytes: int) -> None:
         self._decode = decode
         self._free = limit_bytes
-        self._kept: dict[tuple[int, int], NDArray[np.uint8]] = {}
+        self._kept: dict[tuple[int, int], Any] = {}
         self._lock = Lock()
 
-    def __call__(self, index: int, reduce: int) -> NDArray[np.uint8]:
+    def __call__(self, index: int, reduce: int = 1) -> Any:
         """A photograph at a scale, (H, W, 3) uint8; not to be written to."""
         key = (index, reduce)
         found = self._kept.get(key)

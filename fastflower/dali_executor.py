@@ -5,6 +5,8 @@ The only file that imports nvidia.dali. How DALI behaves where its documentation
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,31 +28,36 @@ fn: Any = untyped_fn
 types: Any = untyped_types
 
 _AHEAD = 2  # batches in the pipeline
+_CHUNK = 8  # samples a task
 _DTYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16}  # the others are made of FLOAT
 _FACTORS = ("brightness", "contrast", "saturation", "hue")
 
 
 class DaliExecutor:
-    """Turns samples' encoded bytes into batches.
+    """Turns samples into batches.
 
-    encoded(index) gives the bytes of a sample's image file; prove(index) raises SampleError when it does not decode.
+    source(index) gives the bytes of a sample's image file, or, if `decoded`, its pixels: (H, W, 3) uint8 on the device, an
+    array on the CPU and a tensor on a GPU. It runs on threads. prove(index) raises SampleError when a sample does not decode.
     """
 
     def __init__(
         self,
         augment: Augment,
         dtype: torch.dtype,
-        encoded: Callable[[int], Any],
+        source: Callable[[int], Any],
         prove: Callable[[int], object],
         replace: Replace = refuse,
         *,
         device: torch.device,
         batch_size: int,
         workers: int,
+        decoded: bool = False,
     ) -> None:
         self._augment = augment
         self._dtype = dtype
-        self._encoded = encoded
+        self._source = source
+        self._decoded = decoded
+        self._workers = workers
         self._prove = prove
         self._replace = replace
         self._device = device
@@ -68,45 +75,55 @@ class DaliExecutor:
         # An error or an early end leaves batches in the pipeline, which it would yield later: it is kept only when drained.
         self._pipe = None
         started: deque[Request] = deque()
-        for wanted in requests:
-            request, encoded = self._read(wanted)
-            self._feed(pipe, request, encoded)
-            started.append(request)
-            if primed or len(started) == _AHEAD:  # DALI's first run takes as many batches as it prefetches
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="fastflower") as pool:
+            for wanted in requests:
+                request, samples = self._read(pool, wanted)
+                self._feed(pipe, request, samples)
+                started.append(request)
+                if primed or len(started) == _AHEAD:  # DALI's first run takes as many batches as it prefetches
+                    pipe.schedule_run()
+                    primed = True
+                if len(started) == _AHEAD:
+                    yield self._take(pipe, started.popleft())
+            drained = primed
+            if not primed and started:
+                for _ in range(_AHEAD - len(started)):
+                    self._feed(pipe, *self._read(pool, started[-1]))
                 pipe.schedule_run()
-                primed = True
-            if len(started) == _AHEAD:
-                yield self._take(pipe, started.popleft())
-        drained = primed
-        if not primed and started:
-            for _ in range(_AHEAD - len(started)):
-                self._feed(pipe, *self._read(started[-1]))
-            pipe.schedule_run()
         while started:
             yield self._take(pipe, started.popleft())
         self._pipe = pipe if drained else None
 
     def _build(self) -> Pipeline:
-        pipe = _graph(self._augment, self._dtype, self._device.type == "cuda", **self._options)
+        pipe = _graph(self._augment, self._dtype, self._device.type == "cuda", self._decoded, **self._options)
         pipe.build()
         return pipe
 
-    def _read(self, request: Request) -> tuple[Request, list[NDArray[np.uint8]]]:
-        """The bytes of a batch's files, and the batch with the samples that stand in for damaged ones."""
-        encoded: list[NDArray[np.uint8]] = []
-        while len(encoded) < len(request.indices):
-            try:
-                encoded.append(np.frombuffer(self._encoded(int(request.indices[len(encoded)])), np.uint8))
-            except SampleError as error:
-                request = self._replace(request, len(encoded), error)
-        return request, encoded
+    def _read(self, pool: ThreadPoolExecutor, request: Request) -> tuple[Request, list[Any]]:
+        """The samples of a batch, and the batch with those that stand in for damaged ones."""
+        indices = request.indices.tolist()
+        chunks = [indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK)]
+        samples = list(chain.from_iterable(pool.map(lambda chunk: [self._sample(index) for index in chunk], chunks)))
+        for row, sample in enumerate(samples):
+            while isinstance(sample, SampleError):
+                request = self._replace(request, row, sample)
+                sample = samples[row] = self._sample(int(request.indices[row]))
+        return request, samples
 
-    def _feed(self, pipe: Pipeline, request: Request, encoded: list[NDArray[np.uint8]]) -> None:
+    def _sample(self, index: int) -> Any:
+        """What the graph is fed, or what is wrong with it."""
+        try:
+            sample = self._source(index)
+        except SampleError as error:
+            return error
+        return sample if self._decoded else np.frombuffer(sample, np.uint8)
+
+    def _feed(self, pipe: Pipeline, request: Request, samples: list[Any]) -> None:
         draw, warp = request.draw, request.draw.warp(request.sizes, self._augment.fill)
         sigma, window = _gaussians(warp.footprint)
         mask = geometry.frame(warp, draw.size)
         inputs: dict[str, Any] = {
-            "encoded": encoded,
+            "samples": samples,
             "start": warp.region[:, :2].astype(np.int32),
             "shape": warp.region[:, 2:].astype(np.int32),
             "matrix": warp.matrix.astype(np.float32),
@@ -162,7 +179,7 @@ def _unused(augment: Augment) -> set[str]:
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
+def _graph(augment: Augment, dtype: torch.dtype, gpu: bool, decoded: bool) -> Any:
     """decode, cut out, blur, warp, black out, colour, normalise, erase; what `augment` never draws is left out."""
 
     def placed(node: Any) -> Any:
@@ -171,10 +188,12 @@ def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
     def given(name: str, dtype: Any, ndim: int) -> Any:
         return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
-    # Fancy upsampling makes the GPU's chroma that of the CPU's decoder.
-    images = fn.decoders.image(
-        given("encoded", types.UINT8, 1), device="mixed" if gpu else "cpu", jpeg_fancy_upsampling=True
-    )
+    if decoded:
+        options = {"device": "gpu" if gpu else "cpu", "layout": "HWC"}
+        images = fn.external_source(name="samples", dtype=types.UINT8, ndim=3, **options)
+    else:  # fancy upsampling makes the GPU's chroma that of the CPU's decoder
+        encoded = given("samples", types.UINT8, 1)
+        images = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", jpeg_fancy_upsampling=True)
     images = fn.slice(images, given("start", types.INT32, 1), given("shape", types.INT32, 1), axes=(0, 1))
     sigma, window = given("sigma", types.FLOAT, 1), given("window", types.INT32, 1)
     if given("blurred", types.BOOL, 0):

@@ -17,9 +17,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fastflower.augment import Augment
 from fastflower.batch import Batch, Clock, Executor, Request, Stats, mixed, resolve_device
-from fastflower.cache import PixelCache, limit_of
+from fastflower.cache import PixelCache, decoded_bytes, limit_of
 from fastflower.errors import ArgumentError, SampleError, ShardError
-from fastflower.geometry import reductions
 from fastflower.image import decode
 from fastflower.manifest import Manifest
 from fastflower.order import balanced, num_steps, permute, shards_ahead, step_positions, windowed
@@ -48,8 +47,8 @@ class Loader(IterableDataset[Batch]):
         seed: Of the order and of the draws.
         device: Where batches are put; None means CUDA where there is one, else the CPU.
         dtype: Of the images: float32 (the default), bfloat16, float16, or uint8, which is not normalised.
-        cache: "auto" keeps decoded photographs in RAM when all fit in half of what is free, a number of bytes keeps what
-            fits, None nothing. With DALI nothing is kept.
+        cache: "auto" keeps decoded photographs when all fit in half of the RAM that is free, or of the GPU's memory with DALI;
+            a number of bytes keeps what fits, None nothing.
         rank, world_size: Of torch.distributed where that is initialised, else 0 and 1.
         shuffle: None shuffles "train" only; "balanced" draws all classes equally often, for an epoch that is not exact any more:
             samples of small classes come again, and some of large ones not at all.
@@ -162,43 +161,25 @@ class Loader(IterableDataset[Batch]):
 
     def _make_executor(self, name: str | None, cache: Literal["auto"] | int | None, workers: int) -> Executor:
         if name in ("native", "opencv") or (name is None and self.device.type != "cuda"):
-            limit = limit_of(cache, self._decoded_bytes())
-            decoded = PixelCache(self._decode, limit)
-            parts = (self.augment, self.dtype, decoded, self._replace, self._clock)
+            limit = limit_of(cache, decoded_bytes(self._sizes, self.augment, self.seed), torch.device("cpu"))
+            parts = (self.augment, self.dtype, PixelCache(self._decode, limit), self._replace, self._clock)
             return ThreadExecutor(*parts, workers=workers, renderer=name)
         if name not in (None, "dali"):
             raise ArgumentError(f"executor must be 'native', 'opencv' or 'dali', got {name!r}.")
-        if isinstance(cache, int) and cache:
-            raise ArgumentError(
-                "cache: executor='dali' keeps no decoded photographs; pass cache=None or another executor."
-            )
         from fastflower.dali_executor import DaliExecutor  # takes half a second to import
 
+        limit = limit_of(cache, 3 * int(self._sizes.prod(axis=1).sum()), self.device)
         return DaliExecutor(
             self.augment,
             self.dtype,
-            self._encoded,
+            PixelCache(self._decoded_on_device, limit) if limit else self._encoded,
             self._decode,
             self._replace,
             device=self.device,
             batch_size=self.batch_size,
             workers=workers,
+            decoded=limit > 0,
         )
-
-    def _decoded_bytes(self) -> int:
-        """What all photographs take when they are decoded: of large ones, an estimate from the scales that some are drawn at."""
-        sizes, size = self._sizes, self.augment.output_size
-        whole = 3 * int(sizes.prod(axis=1).sum())
-        if int(sizes.max()) < 4 * min(size):  # none is ever decoded at a reduced scale
-            return whole
-        rows = np.linspace(0, len(sizes) - 1, min(len(sizes), 256)).astype(np.int64)
-        areas = sizes[rows].prod(axis=1)
-        kept = np.zeros((len(rows), 9))  # bytes, by scale
-        for epoch in range(4):
-            draw = self.augment.draw(self.seed, epoch, rows, sizes[rows])
-            scale = reductions(draw.warp(sizes[rows], self.augment.fill).footprint)
-            kept[np.arange(len(rows)), scale] = areas / scale**2
-        return int(whole * kept.sum() / areas.sum())
 
     def _encoded(self, index: int) -> memoryview:
         start = perf_counter()
@@ -217,6 +198,10 @@ class Loader(IterableDataset[Batch]):
             raise SampleError(f"{place}: {error}") from None
         finally:
             self._clock.add("decode", perf_counter() - start)
+
+    def _decoded_on_device(self, index: int, _reduce: int) -> Any:
+        photo = self._decode(index)
+        return torch.from_numpy(photo).to(self.device) if self.device.type == "cuda" else photo
 
     def photo(self, index: int) -> NDArray[np.uint8]:
         """The whole decoded photograph of a sample, (H, W, 3) RGB; not to be written to."""

@@ -34,10 +34,10 @@ def test_dali_on_the_gpu_equals_its_cpu_backend(encoded: list[bytes]) -> None:
     assert np.abs(gpu - cpu).mean() < 1
 
 
-@pytest.mark.parametrize("executor", ["dali", "opencv"])
+@pytest.mark.parametrize(("executor", "cache"), [("dali", None), ("dali", "auto"), ("opencv", "auto")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
-def test_batches_arrive_on_the_gpu(shards: Path, executor: Any, dtype: torch.dtype) -> None:
-    loader = Loader(shards, batch_size=16, augment=RANDOM, device="cuda", executor=executor, dtype=dtype)
+def test_batches_arrive_on_the_gpu(shards: Path, executor: Any, cache: Any, dtype: torch.dtype) -> None:
+    loader = Loader(shards, batch_size=16, augment=RANDOM, device="cuda", executor=executor, cache=cache, dtype=dtype)
     plain = Loader(shards, batch_size=16, augment=RANDOM, device="cpu", dtype=dtype)
     for batch, other in zip(loader, plain, strict=True):
         assert batch.images.is_cuda

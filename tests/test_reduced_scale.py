@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastflower import Augment, Loader, pack, prediction
-from fastflower.cache import PixelCache
+from fastflower.cache import PixelCache, decoded_bytes
 from fastflower.geometry import reductions
 from fastflower.image import decode
 
@@ -118,7 +118,7 @@ def test_auto_counts_what_reduced_photographs_take(
         (cache,) = kept
         held = sum(image.nbytes for image in cache._kept.values())
         whole = loader.num_samples * 901 * 1203 * 3
-        estimate = loader._decoded_bytes()
+        estimate = decoded_bytes(loader._sizes, augment, loader.seed)
         assert held < 0.9 * whole
         assert 0.9 * held <= estimate <= 1.1 * held
         kept.clear()
