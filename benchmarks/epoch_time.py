@@ -22,7 +22,6 @@ import tyro
 from fastflower import Augment, Loader, Recipe, pack
 from fastflower.batch import resolve_device
 from fastflower.folder import scan
-from fastflower.native_renderer import available
 from fastflower.training import Run
 
 
@@ -66,8 +65,7 @@ def feeding(folder: Path, shards: Path, augment: Augment, batch_size: int, devic
         return sum(len(batch.labels) for batch in loader)
 
     decoding = Loader(shards, batch_size=batch_size, augment=augment, device=device, cache=None)
-    threads = "native" if available() else "opencv"
-    cached = Loader(shards, batch_size=batch_size, augment=augment, device=device, executor=threads)
+    cached = Loader(shards, batch_size=batch_size, augment=augment, device=device)
     return [
         record.Side("ImageFolder + DataLoader", run_baseline),
         record.Side("fastflower, decoding every epoch", lambda: run_with(decoding)),

@@ -43,15 +43,18 @@ def gpu_tests(out: Path) -> Rows:
 
 
 def loader_rates(folder: Path, shards: Path, out: Path, device: torch.device, batch_size: int) -> Rows:
-    """Feeding alone: both executors, three dtypes, against ImageFolder."""
+    """Feeding alone: DALI and threads, decoding and from memory, four dtypes, against ImageFolder."""
     augment = Augment.from_torchvision(baseline.augmentation())
     sides = epoch_time.feeding(folder, shards, augment, batch_size, device)
+    ways: dict[str, dict[str, Any]] = {}
     for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("uint8", torch.uint8)):
-        loader = Loader(shards, batch_size=batch_size, augment=augment, device=device, dtype=dtype, executor="dali")
-        sides.append(record.Side(f"DALI, {name}", lambda loader=loader: sum(len(batch.labels) for batch in loader)))
+        ways[f"DALI, {name}, decoding"] = {"dtype": dtype, "executor": "dali", "cache": None}
     threads = "native" if available() else "opencv"
-    on_cpu = Loader(shards, batch_size=batch_size, augment=augment, device=device, cache=None, executor=threads)
-    sides.append(record.Side(f"{threads}, decoding every epoch", lambda: sum(len(batch.labels) for batch in on_cpu)))
+    ways[f"threads, {threads}, decoding"] = {"executor": threads, "cache": None}
+    ways[f"threads, {threads}, from RAM"] = {"executor": threads}
+    for name, options in ways.items():
+        loader = Loader(shards, batch_size=batch_size, augment=augment, device=device, **options)
+        sides.append(record.Side(name, lambda loader=loader: sum(len(batch.labels) for batch in loader)))
     record.interleave(sides, 5, device)
     print(record.table(f"feeding, batch {batch_size}", sides), flush=True)
     found = [{**side.to_dict(), "ratio": record.ratio(side, sides[0])} for side in sides]
