@@ -181,7 +181,7 @@ class Loader(IterableDataset[Batch]):
             decoded=limit > 0,
         )
 
-    def _encoded(self, index: int) -> memoryview:
+    def _encoded(self, index: int) -> bytes:
         start = perf_counter()
         try:
             return self._reader.encoded(index)

@@ -3,13 +3,14 @@
 import hashlib
 import io
 import json
-import mmap
+import os
 import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from typing import Any, BinaryIO, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +141,9 @@ def npy(rows: NDArray[Any]) -> memoryview:
 
 
 class ShardReader:
-    """The samples of one split by index. Thread-safe; files are mapped into memory, opened at first use.
+    """The samples of one split by index. Thread-safe; files are opened at first use.
+
+    They are read, not mapped: a mapped file that is cut short kills the process, and its pages count as the process's memory.
 
     strict  raise ShardError at construction when a shard is missing or has another size than the manifest says; else its
     samples, as far as they are damaged, raise SampleError.
@@ -153,20 +156,20 @@ class ShardReader:
         self._fetch = fetch
         self.index = manifest.index(split)
         self._paths = [manifest.folder / shard.name for shard in manifest.split(split).shards]
-        self._maps: dict[int, mmap.mmap] = {}
+        self._files: dict[int, _File] = {}
         for path, shard in zip(self._paths, manifest.split(split).shards if strict else (), strict=strict):
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
                 found = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
                 raise ShardError(f"{path}: {found}; restore the shard from a copy, or pack again.")
 
-    def encoded(self, index: int) -> memoryview:
+    def encoded(self, index: int) -> bytes:
         """The image file's bytes of a sample. Raises SampleError when they are not those that were packed."""
         row = self.index[index]
         start = int(row["offset"])
         try:
-            data = memoryview(self._map(int(row["shard"])))[start : start + int(row["size"])]
-        except (OSError, ValueError) as error:  # missing, or empty
+            data = self._read(int(row["shard"]), start, int(row["size"]))
+        except OSError as error:
             raise SampleError(f"{self.where(index)}: its shard cannot be read ({error}).") from None
         if zlib.crc32(data) != row["crc32"]:
             raise SampleError(
@@ -181,7 +184,7 @@ class ShardReader:
         shard, start = int(row["shard"]), int(row["offset"])
         place = str(self._paths[shard])
         try:
-            header = self._map(shard)[start - _BLOCK : start]
+            header = self._read(shard, start - _BLOCK, _BLOCK)
             key = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name.rpartition(".")[0]
             return f"{place}: sample {key} ({self.path(index)})"
         except (OSError, tarfile.HeaderError, ValueError, KeyError):
@@ -190,26 +193,36 @@ class ShardReader:
     def path(self, index: int) -> str:
         """The path, relative to the packed folder, that a sample's image had: from the .json behind it."""
         row = self.index[index]
-        data = self._map(int(row["shard"]))
-        header = int(row["offset"]) + -(-int(row["size"]) // _BLOCK) * _BLOCK
-        note = tarfile.TarInfo.frombuf(data[header : header + _BLOCK], "utf-8", "replace")
-        return json.loads(data[header + _BLOCK : header + _BLOCK + note.size])["filename"]
+        shard, header = int(row["shard"]), int(row["offset"]) + -(-int(row["size"]) // _BLOCK) * _BLOCK
+        note = tarfile.TarInfo.frombuf(self._read(shard, header, _BLOCK), "utf-8", "replace")
+        return json.loads(self._read(shard, header + _BLOCK, note.size))["filename"]
 
-    def _map(self, shard: int) -> mmap.mmap:
-        found = self._maps.get(shard)
+    def _read(self, shard: int, start: int, size: int) -> bytes:
+        """Bytes of a shard; fewer where it ends before."""
+        found = self._files.get(shard)
         if found is None:
-            with self._open(shard) as file:
-                found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            found = self._maps.setdefault(shard, found)  # another thread may have been first
-        return found
+            found = self._files.setdefault(shard, self._open(shard))  # another thread may have been first
+        return os.pread(found.number, size, start)
 
-    def _open(self, shard: int) -> BinaryIO:
+    def _open(self, shard: int) -> "_File":
         while self._fetch is not None:
             self._fetch(self._paths[shard].name)
             with suppress(FileNotFoundError):  # another process needed the room
-                return self._paths[shard].open("rb")
-        return self._paths[shard].open("rb")
+                return _File(self._paths[shard])
+        return _File(self._paths[shard])
 
     def keep(self, names: Collection[str]) -> None:
-        """Let go of all other shards' files; bytes that were given out before stay readable."""
-        self._maps = {shard: found for shard, found in list(self._maps.items()) if self._paths[shard].name in names}
+        """Close all other shards' files."""
+        self._files = {shard: found for shard, found in list(self._files.items()) if self._paths[shard].name in names}
+
+
+class _File:
+    """An open file that is closed when nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)

@@ -152,3 +152,17 @@ def test_where_every_sample_is_damaged_the_epoch_stops(shards: Path, tmp_path: P
     with pytest.raises(SampleError, match=r"val-00000[01]\.tar: sample \d+: its bytes have changed"):
         list(loader)
     assert len(loader.replaced) == 30
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_shard_that_is_cut_while_it_is_read_stops_the_epoch_not_the_process(
+    shards: Path, tmp_path: Path, executor: Any
+) -> None:
+    folder = shutil.copytree(shards, tmp_path / "cut")
+    loader = make(folder, executor=executor, cache=None)
+    assert len(list(loader)) == len(loader)
+    for path in folder.glob("train-*.tar"):
+        with path.open("r+b") as file:
+            file.truncate(5000)
+    with pytest.raises(SampleError, match=r"train-00000\d\.tar: sample .*: its bytes have changed"):
+        list(loader)

@@ -298,13 +298,10 @@ def test_a_path_that_is_no_utf8_is_read_back(tmp_path: Path) -> None:
     assert "ö" in text
 
 
-def test_reading_is_by_any_index_and_does_not_copy(shards: Path) -> None:
+def test_reading_is_by_any_index(shards: Path) -> None:
     reader = ShardReader(Manifest.load(shards), "train")
-    forwards = [bytes(reader.encoded(number)) for number in range(120)]
-    assert [bytes(reader.encoded(number)) for number in reversed(range(120))] == forwards[::-1]
-    view = reader.encoded(5)
-    assert isinstance(view, memoryview)
-    assert view.readonly
+    forwards = [reader.encoded(number) for number in range(120)]
+    assert [reader.encoded(number) for number in reversed(range(120))] == forwards[::-1]
 
 
 @pytest.mark.parametrize("number", [0, 57, 119])
