@@ -21,7 +21,7 @@ from fastflower.cache import PixelCache, decoded_bytes, limit_of
 from fastflower.errors import ArgumentError, SampleError, ShardError
 from fastflower.image import decode
 from fastflower.manifest import Manifest
-from fastflower.order import balanced, num_steps, permute, shards_ahead, step_positions, windowed
+from fastflower.order import Windows, balanced, num_steps, permute, step_positions
 from fastflower.shard import ShardReader
 from fastflower.store import Remote, Store, remote
 from fastflower.thread_executor import ThreadExecutor
@@ -99,13 +99,14 @@ class Loader(IterableDataset[Batch]):
         self.shuffle = split == "train" if shuffle is None else shuffle
         self.window = _REMOTE_WINDOW if window is None and self._store and self.shuffle else window
         self._shards = self.manifest.split(split).shards
-        self._shard_samples = [shard.samples for shard in self._shards]
         self.tail = tail or ("drop" if self.shuffle else "keep")
         self.on_bad = on_bad
         self.replaced: dict[int, str] = {}
         """Damaged samples, by index, and what is wrong with each."""
         self._reader = self._open(split)
         self._check(workers)
+        counts = [shard.samples for shard in self._shards]
+        self._windows = Windows(counts, self.window or 1, seed=seed, shuffle=bool(self.shuffle))
         index = self._reader.index
         self._sizes = np.stack([index["height"], index["width"]], axis=1).astype(np.int64)
         self._labels = torch.from_numpy(index["label"].astype(np.int64))
@@ -283,11 +284,10 @@ class Loader(IterableDataset[Batch]):
     def _request(self, epoch: int, step: int) -> Request:
         indices = self._positions(step)
         if self._store and len(indices):
-            order = {"shuffle": self.shuffle, "seed": self.seed, "epoch": epoch}
-            ahead = shards_ahead(indices, self._shard_samples, self.window or 1, **order)
-            self._reader.keep(self._store.prefetch([self._shards[number].name for number in ahead]))
+            ahead = [self._shards[number].name for number in self._windows.ahead(indices, epoch)]
+            self._reader.keep(self._store.prefetch(ahead))
         if self.shuffle and self.window is not None:
-            indices = windowed(indices, self._shard_samples, self.window, seed=self.seed, epoch=epoch)
+            indices = self._windows.indices(indices, epoch)
         elif self._by_class is not None:
             counts = self.manifest.split(self.split).class_counts
             indices = balanced(indices, self._by_class, counts, seed=self.seed, epoch=epoch)

@@ -127,58 +127,70 @@ def step_positions(
     return np.arange(int(start + part.start), int(start + part.stop)) % num_samples
 
 
-def windowed(
-    positions: ArrayLike, shard_samples: ArrayLike, window: int, *, seed: int, epoch: int
-) -> NDArray[np.int64]:
-    """As `permute`, but the order reads `window` shards at a time: shards in an order, the samples of each window shuffled.
+class Windows:
+    """An order that reads `window` shards at a time: shards in an order, the samples of each window shuffled.
 
-    positions  integers in 0 .. num_samples-1, shape (N,). shard_samples  samples of each shard, (S,), in the index's order.
-    O(N + S) time and memory; an epoch holds every sample once. Returns (N,) int64. Raises ArgumentError as `permute` does.
+    As `permute` a pure function of (seed, epoch, position) under which an epoch holds every sample once. O(S) memory for S
+    shards; an epoch's are laid out when it is first asked for.
+
+    shard_samples  samples of each shard, (S,), in the index's order. shuffle  False: the index's order. Raises ArgumentError
+    for a window below 1.
     """
-    samples = np.asarray(shard_samples, np.int64)
-    values = np.asarray(positions, np.int64)
-    if window < 1:
-        raise ArgumentError(f"window must be at least 1 shard, got {window}.")
-    if values.size and not (int(values.min()) >= 0 and int(values.max()) < int(samples.sum())):
-        raise ArgumentError(
-            f"positions must lie in 0 .. {int(samples.sum()) - 1}, got {int(values.min())} .. {int(values.max())}."
-        )
-    shards = epoch_order(len(samples), seed=seed, epoch=epoch)
-    ends = np.cumsum(samples[shards])
-    begins = ends - samples[shards]
-    first_index = np.cumsum(samples) - samples  # of each shard, in the index
-    windows = np.searchsorted(ends, values, "right") // window
-    found = np.empty(len(values), np.int64)
-    for number in np.unique(windows):
-        rows = np.flatnonzero(windows == number)
-        begin, end = begins[number * window], ends[min((number + 1) * window, len(shards)) - 1]
-        key = stream_key(seed, int(number), _WINDOWS)
-        place = begin + permute(values[rows] - begin, int(end - begin), seed=key, epoch=epoch)
-        shard = np.searchsorted(ends, place, "right")
-        found[rows] = first_index[shards[shard]] + place - begins[shard]
-    return found
 
+    def __init__(self, shard_samples: ArrayLike, window: int, *, seed: int, shuffle: bool = True) -> None:
+        if window < 1:
+            raise ArgumentError(f"window must be at least 1 shard, got {window}.")
+        self._samples = np.asarray(shard_samples, np.int64)
+        self._first_index = np.cumsum(self._samples) - self._samples  # of each shard, in the index
+        self._window = window
+        self._seed = seed
+        self._shuffle = shuffle
+        self._laid_out: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
 
-def shards_ahead(
-    positions: ArrayLike, shard_samples: ArrayLike, window: int, *, shuffle: bool, seed: int, epoch: int
-) -> list[int]:
-    """The shards that hold `positions` of an epoch, those of the rest of their windows and of the window behind, in that order.
+    def _layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The epoch's shards in order, and the positions at which each ends."""
+        if self._laid_out is None or self._laid_out[0] != epoch:
+            shards = self._shards(epoch)
+            self._laid_out = (epoch, shards, np.cumsum(self._samples[shards]))
+        return self._laid_out[1:]
 
-    At the epoch's end the next epoch's first window stands behind. shuffle  False: the index's order, as if it were shuffled so.
-    """
-    samples = np.asarray(shard_samples, np.int64)
-    numbers = np.arange(len(samples))
-    shards, following = (
-        epoch_order(len(samples), seed=seed, epoch=epoch + next_) if shuffle else numbers for next_ in (0, 1)
-    )
-    ends = np.cumsum(samples[shards])
-    values = np.asarray(positions, np.int64)
-    first, last = np.searchsorted(ends, [values.min(), values.max()], "right") // window
-    wanted = [
-        *shards[first * window : (last + 2) * window],
-        *following[: max(0, (last + 2) * window - len(shards))][:window],
-    ]
-    return list(dict.fromkeys(int(shard) for shard in wanted))
+    def _shards(self, epoch: int) -> NDArray[np.int64]:
+        count = len(self._samples)
+        return epoch_order(count, seed=self._seed, epoch=epoch) if self._shuffle else np.arange(count)
+
+    def indices(self, positions: ArrayLike, epoch: int) -> NDArray[np.int64]:
+        """The indices of the samples that stand at `positions`, both (N,) integers. Raises ArgumentError as `permute` does."""
+        shards, ends = self._layout(epoch)
+        values = np.asarray(positions, np.int64)
+        if values.size and not (int(values.min()) >= 0 and int(values.max()) < int(ends[-1])):
+            raise ArgumentError(
+                f"positions must lie in 0 .. {int(ends[-1]) - 1}, got {int(values.min())} .. {int(values.max())}."
+            )
+        if not self._shuffle:
+            return values
+        windows = np.searchsorted(ends, values, "right") // self._window
+        found = np.empty(len(values), np.int64)
+        for number in np.unique(windows):
+            rows = np.flatnonzero(windows == number)
+            first = number * self._window
+            begin = ends[first] - self._samples[shards[first]]
+            end = ends[min(first + self._window, len(shards)) - 1]
+            key = stream_key(self._seed, int(number), _WINDOWS)
+            place = begin + permute(values[rows] - begin, int(end - begin), seed=key, epoch=epoch)
+            at = np.searchsorted(ends, place, "right")
+            found[rows] = self._first_index[shards[at]] + place - (ends[at] - self._samples[shards[at]])
+        return found
+
+    def ahead(self, positions: ArrayLike, epoch: int) -> list[int]:
+        """The shards of the windows that hold `positions`, then those of the next window: at the end the next epoch's first."""
+        shards, ends = self._layout(epoch)
+        values = np.asarray(positions, np.int64)
+        first, last = np.searchsorted(ends, [values.min(), values.max()], "right") // self._window
+        stop = (last + 2) * self._window
+        wanted = shards[first * self._window : stop].tolist()
+        if stop > len(shards):
+            wanted += self._shards(epoch + 1)[: min(stop - len(shards), self._window)].tolist()
+        return list(dict.fromkeys(wanted))
 
 
 def balanced(

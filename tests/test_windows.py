@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastflower import Augment, Loader
 from fastflower.errors import ArgumentError
-from fastflower.order import epoch_order, windowed
+from fastflower.order import Windows, epoch_order
 
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any)
 
@@ -20,17 +20,22 @@ COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any)
 def test_an_epoch_is_a_permutation_and_any_slice_of_it_the_same(
     counts: list[int], window: int, seed: int, epoch: int
 ) -> None:
-    whole = windowed(np.arange(sum(counts)), counts, window, seed=seed, epoch=epoch)
+    windows = Windows(counts, window, seed=seed)
+    whole = windows.indices(np.arange(sum(counts)), epoch)
     assert sorted(whole.tolist()) == list(range(sum(counts)))
     some = np.random.default_rng(seed).integers(0, sum(counts), 5)
-    assert windowed(some, counts, window, seed=seed, epoch=epoch).tolist() == whole[some].tolist()
+    assert (
+        windows.indices(some, epoch + 1).tolist()
+        == Windows(counts, window, seed=seed).indices(some, epoch + 1).tolist()
+    )
+    assert windows.indices(some, epoch).tolist() == whole[some].tolist()
 
 
 @given(counts=COUNTS, window=st.integers(1, 15), epoch=st.integers(0, 9))
 def test_no_shard_is_touched_before_its_window_or_after(counts: list[int], window: int, epoch: int) -> None:
     shard_of = np.repeat(np.arange(len(counts)), counts)
     shards = epoch_order(len(counts), seed=0, epoch=epoch)
-    touched = shard_of[windowed(np.arange(sum(counts)), counts, window, seed=0, epoch=epoch)]
+    touched = shard_of[Windows(counts, window, seed=0).indices(np.arange(sum(counts)), epoch)]
     start = 0
     for first in range(0, len(counts), window):
         inside = shards[first : first + window]
@@ -39,9 +44,28 @@ def test_no_shard_is_touched_before_its_window_or_after(counts: list[int], windo
         start += size
 
 
+@given(counts=COUNTS, window=st.integers(1, 5), shuffle=st.booleans(), data=st.data())
+def test_ahead_lie_the_shards_of_this_window_and_the_next(
+    counts: list[int], window: int, shuffle: bool, data: st.DataObject
+) -> None:
+    windows = Windows(counts, window, seed=0, shuffle=shuffle)
+    start = data.draw(st.integers(0, sum(counts) - 1))
+    positions = np.arange(start, data.draw(st.integers(start + 1, sum(counts))))
+    shard_of = np.repeat(np.arange(len(counts)), counts)
+    ahead = windows.ahead(positions, 3)
+    assert len(set(ahead)) == len(ahead)
+    assert set(shard_of[windows.indices(positions, 3)].tolist()) <= set(ahead)
+    orders = [epoch_order(len(counts), seed=0, epoch=epoch) if shuffle else np.arange(len(counts)) for epoch in (3, 4)]
+    parts = [order[first : first + window] for order in orders for first in range(0, len(counts), window)]
+    ends = np.cumsum([sum(counts[shard] for shard in part) for part in parts])
+    first, last = np.searchsorted(ends, [positions[0], positions[-1]], "right")
+    assert {shard for part in parts[first : last + 2] for shard in part.tolist()} <= set(ahead)
+    assert len(ahead) <= (last + 3 - first) * window
+
+
 def test_samples_are_mixed_over_the_whole_window() -> None:
     counts = [100] * 8
-    order = windowed(np.arange(800), counts, 4, seed=0, epoch=0)
+    order = Windows(counts, 4, seed=0).indices(np.arange(800), 0)
     for batch in order.reshape(-1, 50)[:8]:
         assert len(set((batch // 100).tolist())) == 4
     ranks = np.argsort(order)
@@ -50,10 +74,10 @@ def test_samples_are_mixed_over_the_whole_window() -> None:
 
 def test_windows_and_epochs_are_shuffled_differently() -> None:
     counts = [50] * 4
-    first = windowed(np.arange(200), counts, 2, seed=0, epoch=0)
+    first = Windows(counts, 2, seed=0).indices(np.arange(200), 0)
     assert not np.array_equal(first % 50, np.roll(first % 50, 100))
-    for change in ({"seed": 1, "epoch": 0}, {"seed": 0, "epoch": 1}):
-        assert not np.array_equal(first, windowed(np.arange(200), counts, 2, **change))
+    for seed, epoch in ((1, 0), (0, 1)):
+        assert not np.array_equal(first, Windows(counts, 2, seed=seed).indices(np.arange(200), epoch))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +90,7 @@ def test_windows_and_epochs_are_shuffled_differently() -> None:
 )
 def test_what_lies_outside_is_refused(positions: list[int], window: int, message: str) -> None:
     with pytest.raises(ArgumentError, match=f"^{message}$"):
-        windowed(positions, [4, 6], window, seed=0, epoch=0)
+        Windows([4, 6], window, seed=0).indices(positions, 0)
 
 
 def make(shards: Path, **options: Any) -> Loader:
