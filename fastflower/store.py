@@ -145,7 +145,7 @@ class Store:
     def path(self, name: str) -> Path:
         """The local file of a shard, which is waited for. Raises ShardError when it cannot be had."""
         if not (self.folder / name).exists():
-            self._download(name)
+            self._download(name, demanded=True)
         return self.folder / name
 
     @contextmanager
@@ -162,15 +162,16 @@ class Store:
         finally:
             self._pool, self._ahead, self._stopping = None, [], False
 
-    def _download(self, name: str) -> None:
-        """Have a shard here: of all threads and processes that want it, one downloads it."""
+    def _download(self, name: str, *, demanded: bool = False) -> None:
+        """Have a shard here: of all threads and processes that want it, one downloads it. demanded  it is waited for."""
         shard, path = self._shards[name], self.folder / name
         with _locked(path.with_name(f"{name}.lock")):
             if path.exists():
                 return
             part = path.with_name(f"{name}.part")
             try:
-                self._make_room(part, shard.bytes)
+                if not self._make_room(part, shard.bytes, demanded=demanded):
+                    return
                 for attempt in count():
                     digest = hashlib.sha256()
                     with part.open("r+b") as file:
@@ -187,27 +188,39 @@ class Store:
             finally:
                 part.unlink(missing_ok=True)
 
-    def _make_room(self, part: Path, size: int) -> None:
-        """Make a file of `size`, and remove the tars that were not used for longest until it fits the limit."""
+    def _make_room(self, part: Path, size: int, *, demanded: bool) -> bool:
+        """Make a file of `size` that fits the limit with the tars there, of which those that are worth least go.
+
+        Returns False, with nothing made, when only shards that come sooner could go and this one is not waited for.
+        """
         with _locked(self._cache / "room.lock"):
-            part.write_bytes(b"")
-            os.truncate(part, size)
-            found: list[tuple[float, int, Path]] = []
-            held = 0
+            found: list[tuple[int, float, int, Path]] = []
+            held = size
             for path in self._cache.glob("*/*.[tp]ar*"):  # tars, and parts of them
                 with suppress(FileNotFoundError):
-                    if path.suffix == ".part" and _abandoned(path):
+                    if path.suffix == ".part" and path != part and _abandoned(path):
                         path.unlink()
                         continue
                     status = path.stat()
-                    held += status.st_size
-                    if path.suffix == ".tar" and not (path.parent == self.folder and path.name in self._wanted):
-                        found.append((status.st_mtime, status.st_size, path))
-            for _, freed, path in sorted(found):
+                    held += status.st_size if path != part else 0
+                    if path.suffix == ".tar":
+                        found.append((self._worth(path), status.st_mtime, status.st_size, path))
+            for worth, _, freed, path in sorted(found):
                 if held <= self.source.limit_bytes:
                     break
-                path.unlink(missing_ok=True)  # whoever has it mapped keeps it until he lets go
+                if worth > 1 and not demanded:
+                    return False
+                path.unlink(missing_ok=True)  # whoever has it open keeps it until he lets go
                 held -= freed
+            part.write_bytes(b"")
+            os.truncate(part, size)
+            return True
+
+    def _worth(self, path: Path) -> int:
+        """0 for tars that are not wanted, 1 for those of the window behind, then the more the sooner they are read."""
+        if path.parent != self.folder or path.name not in self._wanted:
+            return 0
+        return 1 + (len(self._ahead) - self._ahead.index(path.name) if path.name in self._ahead else 0)
 
     def _pieces(self, name: str, size: int) -> Iterator[bytes]:
         for start in range(0, size, _PIECE):

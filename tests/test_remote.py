@@ -56,6 +56,13 @@ def tars(cache: Path) -> list[Path]:
     return sorted(cache.glob("*/*.tar"))
 
 
+def size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # it has just made room
+        return 0
+
+
 def assert_nothing_half_done(cache: Path) -> None:
     assert not list(cache.rglob("*.part"))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastflower")]
@@ -107,14 +114,15 @@ def test_the_cache_stays_within_its_limit(server: BadServer, shards: Path, tmp_p
     assert len(train) > 4
     limit = 3 * max(shard.bytes for shard in train)
     source = Remote(url=server.url, folder=tmp_path / "cache", limit_bytes=limit)
-    loader = Loader(source, **OPTIONS, window=1)
+    loader = Loader(
+        source, **{**OPTIONS, "batch_size": 2}, window=1
+    )  # few in flight, as in a window of tens of thousands
     for _ in range(2):
         seen: list[int] = []
         for batch in loader:
             seen += batch.index.tolist()
-            held = [path.stat().st_size for path in (tmp_path / "cache").glob("*/*.tar")]
-            assert sum(held) <= limit
-        assert len(set(seen)) == len(seen) == 8 * len(loader)
+            assert sum(map(size_of, (tmp_path / "cache").glob("*/*.tar"))) <= limit
+        assert sorted(seen) == list(range(120))
     assert len(tars(tmp_path / "cache")) < len(train)
     assert sum(server.sent[shard.name] for shard in train) <= 2 * sum(shard.bytes for shard in train) + limit
     assert_nothing_half_done(tmp_path / "cache")
