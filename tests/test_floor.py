@@ -1,0 +1,42 @@
+"""The yardstick of feeding measures what it says: the renderers that parity tests hold to torchvision, every photograph once."""
+
+import sys
+from pathlib import Path
+
+import parity
+import pytest
+
+from fastflower import Augment, Loader
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import floor
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+@pytest.mark.parametrize("renderer", floor.RENDERERS)
+def test_the_floor_renders_every_photograph_by_a_renderer_under_parity(
+    renderer: str, decoded: bool, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert renderer in parity.EXECUTORS
+    rendered: list[int] = []
+    make = floor.RENDERERS[renderer]
+
+    def counting(*arguments: object) -> object:
+        real = make(*arguments)  # pyright: ignore[reportArgumentType]
+
+        class Counting:
+            jobs = real.jobs
+
+            def __call__(self, photo: object, job: object, out: object) -> None:
+                rendered.append(id(job))
+                real(photo, job, out)  # pyright: ignore[reportArgumentType]
+
+        return Counting()
+
+    monkeypatch.setitem(floor.RENDERERS, renderer, counting)
+    loader = Loader(shards, batch_size=8, augment=Augment(size=32, crop=(0.3, 1.0), hue=0.1), device="cpu")
+    epoch = floor.epoch_of(loader, renderer, 2, decoded=decoded)
+    for number in (1, 2):
+        assert epoch() == loader.num_samples == 120
+        assert len(rendered) == 120 * number
+    assert len(set(rendered)) == 120
