@@ -1,7 +1,7 @@
 """How to train: a frozen value, and presets as functions. Derive one with `dataclasses.replace`."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
 from fastflower.augment import Augment
@@ -28,9 +28,18 @@ class Recipe:
     """Draw all classes equally often, however many samples they have; an epoch then is not exact."""
     lr: float = 0.001
     """Learning rate at the schedule's peak."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     momentum: float = 0.9
+    """Of SGD; Adam's first beta."""
     weight_decay: float = 0.0
+    """Of weights; norms and biases do not decay. "adamw" takes it apart from the gradient, the others add it to that."""
+    clip_norm: float | None = None
+    """Gradients of a greater norm, over all parameters, are scaled down to it."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged before each update; the last update of an epoch may have fewer."""
     schedule: Schedule = "step"
+    warmup_epochs: float = 0.0
+    """Over which the rate rises evenly to what the schedule says, from a hundredth of it; one_cycle warms up itself."""
     step_epochs: int = 7
     """With "step": epochs between two reductions."""
     gamma: float = 0.1
@@ -48,8 +57,16 @@ class Recipe:
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("lr", self.lr > 0, "above 0"),
+            ("optimizer", self.optimizer in ("sgd", "adam", "adamw"), "sgd, adam or adamw"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
+            (
+                "warmup_epochs",
+                self.warmup_epochs == 0 or (self.warmup_epochs > 0 and self.schedule != "one_cycle"),
+                "0 or more, and 0 with one_cycle",
+            ),
             (
                 "schedule",
                 self.schedule in ("constant", "step", "cosine", "one_cycle"),
@@ -100,6 +117,45 @@ def report_a() -> Recipe:
     return Recipe(augment=augment)
 
 
+def report_b() -> Recipe:
+    """As in the second student report: 20 epochs of SGD 0.9 at 0.001, StepLR(7, 0.1), batch 32.
+
+    Resized crop, flip with probability 0.1, rotation 30, jitter 0.2 and hue 0.1, a shift of 10%. The report leaves open: the
+    crop's scale (torchvision's 0.08 .. 1).
+    """
+    augment = replace(report_a().augment, flip=0.1, rotate=30)
+    return replace(report_a(), augment=augment, epochs=20)
+
+
+def report_b_batch64() -> Recipe:
+    """The second report's comparison of batch sizes."""
+    return replace(report_b(), batch_size=64)
+
+
+def report_b_resnet34() -> Recipe:
+    """The second report's comparison of networks."""
+    return replace(report_b(), backbone="resnet34")
+
+
+def report_c(batch_size: int = 32, backbone: str = "resnet18", freeze: int = 0) -> Recipe:
+    """As in the third student report: SGD with a decaying rate; crop, flips both ways, jitter.
+
+    The report leaves open: the amounts of jitter (here 0.2, hue 0.1), momentum, rate, schedule and epochs (here those of the
+    first report).
+    """
+    augment = replace(report_a().augment, rotate=0.0, translate=(0.0, 0.0), flip_vertical=0.5)
+    return Recipe(augment=augment, batch_size=batch_size, backbone=backbone, freeze=freeze)
+
+
+def report_d() -> Recipe:
+    """As in the fourth student report: ResNet-18, 25 epochs of Adam at 0.001, batch 32, a step schedule.
+
+    The report leaves open: the step (here 7 epochs by 0.1, as in the first report) and the amounts of rotation, jitter and
+    affine (those of the first report).
+    """
+    return replace(report_a(), optimizer="adam", epochs=25)
+
+
 def scratch() -> Recipe:
     """ResNet-18 from random weights at 128 pixels: the demo's recipe, chosen to be quick without a GPU."""
     augment = Augment(
@@ -127,6 +183,16 @@ def finetune() -> Recipe:
 PRESETS: dict[str, Callable[[], Recipe]] = {
     "default": Recipe,
     "report-a": report_a,
+    "report-b": report_b,
+    "report-b-batch64": report_b_batch64,
+    "report-b-resnet34": report_b_resnet34,
+    "report-c": report_c,
+    "report-c-batch64": lambda: report_c(64),
+    "report-c-batch128": lambda: report_c(128),
+    "report-c-resnet50": lambda: report_c(backbone="resnet50"),
+    "report-c-resnet50-frozen": lambda: report_c(backbone="resnet50", freeze=2),
+    "report-c-densenet121": lambda: report_c(backbone="densenet121"),
+    "report-d": report_d,
     "scratch": scratch,
     "finetune": finetune,
 }

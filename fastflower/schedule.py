@@ -7,6 +7,7 @@ Schedule = Literal["constant", "step", "cosine", "one_cycle"]
 
 # torch's OneCycleLR: share of the steps spent rising, and the divisors of the first and the last rate.
 _RISING, _FIRST, _LAST = 0.3, 25.0, 1e4
+_WARM = 0.01  # where a warm-up starts, as torch's LinearLR(start_factor=0.01)
 
 
 def multiplier(
@@ -29,6 +30,11 @@ def multiplier(
     if step <= peak:
         return _cosine(first, 1.0, step / peak)
     return _cosine(1.0, last, (step - peak) / max(1e-9, total_steps - 1 - peak))
+
+
+def warm_up(step: int, warmup_steps: float) -> float:
+    """The share of the scheduled rate in a linear warm-up: torch's LinearLR from 0.01 to 1 over `warmup_steps`."""
+    return 1.0 if step >= warmup_steps else _WARM + (1 - _WARM) * step / warmup_steps
 
 
 def _cosine(start: float, stop: float, share: float) -> float:

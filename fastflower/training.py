@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from tqdm import tqdm
 
 from fastflower.backbone import build, train_mode
@@ -21,7 +21,7 @@ from fastflower.evaluation import loader_dtype, measure, view_of
 from fastflower.loader import Loader
 from fastflower.recipe import Recipe
 from fastflower.report import Report, write_history, write_report
-from fastflower.schedule import multiplier
+from fastflower.schedule import multiplier, warm_up
 from fastflower.store import Remote
 
 _log = logging.getLogger("fastflower")
@@ -80,8 +80,7 @@ class Run:
         weights = None if start else recipe.weights
         model = build(recipe.backbone, len(self.classes), weights=weights, freeze=recipe.freeze)
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = SGD(trained, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        self.optimizer = optimizer_of(self.model, recipe)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.history: list[dict[str, float]] = []
@@ -134,8 +133,10 @@ class Run:
         with tqdm(total=steps * self.loader.global_batch_size, desc=label, unit="image", disable=None) as bar:
             for step, (images, labels, _) in enumerate(self.loader):
                 waited += time.perf_counter() - asked
+                together = min(self.recipe.accumulate, steps - step // self.recipe.accumulate * self.recipe.accumulate)
+                last = (step + 1) % self.recipe.accumulate == 0 or step + 1 == steps
                 lr = self._set_lr(epoch * steps + step, steps)
-                loss, logits = self.step(images, labels)
+                loss, logits = self.step(images, labels, together, update=last)
                 loss_sum += loss.float() * len(labels)
                 likeliest = labels if labels.ndim == 1 else labels.argmax(dim=1)  # of mixed images, the larger share
                 hits += (logits.argmax(dim=1) == likeliest).sum()
@@ -153,12 +154,17 @@ class Run:
             "wait_seconds": waited,
         }
 
-    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One update of the network; returns the mean loss and the logits, (N, K), detached."""
+    def step(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> tuple[Tensor, Tensor]:
+        """One batch, the gradients of `together` batches averaged before an update; (mean loss, logits (N, K)), detached."""
         with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
             logits = self.model(images)
             loss = self.criterion(logits, labels)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss / together).backward()
+        if not update:
+            return loss.detach(), logits.detach()
+        if self.recipe.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -174,6 +180,7 @@ class Run:
             step_epochs=recipe.step_epochs,
             gamma=recipe.gamma,
         )
+        lr *= warm_up(step, recipe.warmup_epochs * steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
@@ -199,6 +206,22 @@ class Run:
             return last
         self.model.load_state_dict(Checkpoint.load(self.folder / BEST).model)
         return measure(self.model, self.val, self.classes, self.device, self.precision)
+
+
+def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:
+    """The recipe's optimizer of what is trained. Matrices and kernels decay, norms and biases (one dimension) do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decaying = [parameter for parameter in trained if parameter.ndim > 1]
+    plain = [parameter for parameter in trained if parameter.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decaying, recipe.weight_decay), (plain, 0.0))
+        if parameters
+    ]
+    if recipe.optimizer == "sgd":
+        return SGD(groups, recipe.lr, momentum=recipe.momentum)
+    kind = Adam if recipe.optimizer == "adam" else AdamW
+    return kind(groups, recipe.lr, betas=(recipe.momentum, 0.999))
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
