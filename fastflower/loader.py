@@ -246,6 +246,8 @@ class Loader(IterableDataset[Batch]):
         # At the first batch, not in __iter__: torchdata and Lightning make iterators that they take no batch from.
         epoch, start = self._position = self._next
         self._next = (epoch + 1, 0)
+        if self._store:
+            self._store.begin()
         requests = (self._request(epoch, step) for step in range(start, len(self)))
         made = self._executor.run(requests)
         asked = perf_counter()
@@ -262,7 +264,7 @@ class Loader(IterableDataset[Batch]):
                 self._clock.add("consume", asked - given)
             self._position = (epoch + 1, 0)  # where this rank has no part of the last step
         finally:
-            with self._store.stopping() if self._store else nullcontext():
+            with self._store.ending() if self._store else nullcontext():
                 made.close()
 
     def _mixed(self, epoch: int, batch: Batch) -> Batch:

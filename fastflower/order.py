@@ -185,9 +185,11 @@ class Windows:
         """The shards of the windows that hold `positions`, then those of the next window: at the end the next epoch's first."""
         shards, ends = self._layout(epoch)
         values = np.asarray(positions, np.int64)
-        first, last = np.searchsorted(ends, [values.min(), values.max()], "right") // self._window
-        stop = (last + 2) * self._window
-        wanted = shards[first * self._window : stop].tolist()
+        windows = np.unique(np.searchsorted(ends, values, "right") // self._window)  # far apart in a padded tail
+        stop = (int(windows[-1]) + 2) * self._window
+        wanted: list[int] = []
+        for number in (*windows, windows[-1] + 1):
+            wanted += shards[number * self._window : (number + 1) * self._window].tolist()
         if stop > len(shards):
             wanted += self._shards(epoch + 1)[: min(stop - len(shards), self._window)].tolist()
         return list(dict.fromkeys(wanted))
@@ -199,7 +201,8 @@ def balanced(
     """As `permute`, but every class comes equally often: an epoch of as many samples, some of them again, some not at all.
 
     by_class  the indices of all samples, those of the first class first, (N,). class_samples  samples of each class, (K,).
-    Classes come equally often, but for one at most; a class's samples, too: none comes again before all have come.
+    Over an epoch classes come equally often, but for one at most, and so do the samples of a class; which of a large class come
+    changes every epoch.
     """
     counts = np.asarray(class_samples, np.int64)
     classes = np.flatnonzero(counts)

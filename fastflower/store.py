@@ -12,13 +12,16 @@ import os
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from fastflower.errors import ArgumentError, FastflowerError, ShardError
 from fastflower.manifest import FILE, Manifest, write_atomically
@@ -27,7 +30,8 @@ _T = TypeVar("_T")
 _log = logging.getLogger("fastflower")
 
 _PIECE = 4 << 20  # bytes asked for at a time: each is tried again alone
-_TIMEOUT = 30.0  # seconds for a piece
+_TIMEOUT = 60.0  # seconds for a piece
+_LOOK = 0.05  # seconds between looks at whether anybody still waits
 _ATTEMPTS = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0  # seconds between attempts, doubled each time
 _THREADS = 4
@@ -44,7 +48,7 @@ class Remote:
 
     url: str
     """Of the folder that `pack` wrote."""
-    folder: Path = field(default_factory=_default_folder)
+    folder: str | Path = field(default_factory=_default_folder)
     """Where mirrors are kept, shared by all processes of a machine; ~/.cache/fastflower."""
     limit_bytes: int = 64 * _GIGABYTE
     """Of tars in it: those not used for longest make room, but for the shards of three windows."""
@@ -69,9 +73,12 @@ class Store:
     def __init__(self, source: Remote) -> None:
         self.source = source
         self._url = source.url.rstrip("/")
-        self._cache = source.folder.expanduser()
-        self._pool: ThreadPoolExecutor | None = None
+        self._cache = Path(source.folder).expanduser()
+        self._threads: set[threading.Thread] = set()
+        self._queue: deque[str] = deque()
         self._reading: set[Future[bytes]] = set()
+        self._users = 0
+        self._process = os.getpid()
         self._ahead: list[str] = []
         self._wanted: set[str] = set()
         self._stopping = False
@@ -91,7 +98,7 @@ class Store:
         name = f"{split}.index.npy"
         if not (self.folder / name).exists():
             self._have(name, self._small(name))
-            self._checked(name, lambda: self.manifest.index(split))
+            self._checked(name, lambda: self._check_index(split))
         total = sum(shard.bytes for shard in shards)
         needed = min(total, 3 * window * max(shard.bytes for shard in shards))  # behind, here, ahead
         if needed > self.source.limit_bytes:
@@ -110,6 +117,13 @@ class Store:
             self.source.folder,
         )
 
+    def _check_index(self, split: str) -> None:
+        """Raises ShardError when the rows are not those of the manifest's shards."""
+        rows, shards = self.manifest.index(split), self.manifest.split(split).shards
+        counts = np.bincount(rows["shard"], minlength=len(shards)).tolist()
+        if counts != [shard.samples for shard in shards]:
+            raise ShardError(f"{split}.index.npy: counts other samples than {FILE} does; upload both from one pack.")
+
     def _have(self, name: str, data: bytes) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -126,46 +140,86 @@ class Store:
             (self.folder / name).unlink()
             raise ShardError(f"{self._url}/{name}: {error}") from None
 
+    def begin(self) -> None:
+        """An iterator begins to use the store; ends with `ending`."""
+        if self._process != os.getpid():  # forked: threads, and whoever held the lock, stayed behind
+            self._process, self._lock, self._threads, self._users = os.getpid(), threading.Lock(), set(), 0
+            self._reading.clear()
+            self._queue.clear()
+        with self._lock:
+            self._users += 1
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Of the last iterator in use: all downloads end, also those that are waited for."""
+        with self._lock:
+            self._users -= 1
+            self._stopping = self._users == 0
+            for future in self._reading if self._stopping else ():
+                future.cancel()
+        try:
+            yield
+            while self._stopping:
+                with self._lock:
+                    threads = list(self._threads)
+                if not threads:
+                    break
+                threads[0].join()
+        finally:
+            if self._stopping:
+                self._queue.clear()
+                self._ahead, self._stopping = [], False
+
     def prefetch(self, names: Sequence[str]) -> set[str]:
         """Begin to download these shards, in this order. Returns the names that are kept, with those of the call before."""
         if names == self._ahead:
             return self._wanted
         self._wanted = {*names, *self._ahead}
         self._ahead = list(names)
+        missing: list[str] = []
         for name in names:
             try:
                 os.utime(self.folder / name)  # what was used last is kept, by other processes too
             except FileNotFoundError:
-                with self._lock:
-                    if self._pool is None:
-                        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fastflower-download")
-                    self._pool.submit(self._download, name)
+                missing.append(name)
+            except OSError:  # another user's: it counts as used when he used it
+                continue
+        with self._lock:
+            self._queue = deque(missing)
+            while len(self._threads) < min(_THREADS, len(missing)):
+                # Daemons: the interpreter does not wait for them when it ends.
+                thread = threading.Thread(target=self._work, name="fastflower-download", daemon=True)
+                self._threads.add(thread)
+                thread.start()
         return self._wanted
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if self._stopping or not self._queue:
+                    self._threads.discard(threading.current_thread())
+                    return
+                name = self._queue.popleft()
+            with suppress(
+                FastflowerError, CancelledError, OSError
+            ):  # whoever needs the shard tries again, and says why not
+                self._download(name)
 
     def path(self, name: str) -> Path:
         """The local file of a shard, which is waited for. Raises ShardError when it cannot be had."""
-        if not (self.folder / name).exists():
-            self._download(name, demanded=True)
-        return self.folder / name
-
-    @contextmanager
-    def stopping(self) -> Iterator[None]:
-        """All downloads end, also those that another thread waits for; afterwards new ones can begin."""
-        self._stopping = True
+        path = self.folder / name
         try:
-            with self._lock:
-                for future in self._reading:
-                    future.cancel()
-            yield
-            if self._pool is not None:
-                self._pool.shutdown(wait=True, cancel_futures=True)
-        finally:
-            self._pool, self._ahead, self._stopping = None, [], False
+            if not path.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)  # someone may have cleared the cache
+                self._download(name, demanded=True)
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        return path
 
     def _download(self, name: str, *, demanded: bool = False) -> None:
         """Have a shard here: of all threads and processes that want it, one downloads it. demanded  it is waited for."""
         shard, path = self._shards[name], self.folder / name
-        with _locked(path.with_name(f"{name}.lock")):
+        with _locked(path.with_name(f"{name}.lock"), self._ending):
             if path.exists():
                 return
             part = path.with_name(f"{name}.part")
@@ -183,8 +237,6 @@ class Store:
                         part.replace(path)
                         return
                     self._pause(name, attempt, "its bytes are not those that the manifest names (checksum mismatch)")
-            except OSError as error:
-                raise _unwritable(path, error) from None
             finally:
                 part.unlink(missing_ok=True)
 
@@ -196,7 +248,7 @@ class Store:
         with _locked(self._cache / "room.lock"):
             found: list[tuple[int, float, int, Path]] = []
             held = size
-            for path in self._cache.glob("*/*.[tp]ar*"):  # tars, and parts of them
+            for path in (*self._cache.glob("*/*.tar"), *self._cache.glob("*/*.tar.part")):
                 with suppress(FileNotFoundError):
                     if path.suffix == ".part" and path != part and _abandoned(path):
                         path.unlink()
@@ -256,23 +308,31 @@ class Store:
         system, root = _file_system(self._url, self.source.options)  # each time: fsspec keeps one a process
         if not system.async_impl:
             return system.cat_file(f"{root}/{name}", start=start, end=end)
+        patience = _TIMEOUT if end is not None else 10 * _TIMEOUT  # a whole file
         future = asyncio.run_coroutine_threadsafe(system._cat_file(f"{root}/{name}", start=start, end=end), system.loop)
         with self._lock:
             self._reading.add(future)
         try:
-            if self._stopping:
-                raise CancelledError
-            return future.result(_TIMEOUT)
-        except TimeoutError:
-            raise OSError(f"nothing came for {_TIMEOUT:.0f} seconds") from None
+            deadline = time.monotonic() + patience
+            while True:
+                if self._ending():
+                    raise CancelledError
+                with suppress(TimeoutError):
+                    return future.result(min(_LOOK, max(0.0, deadline - time.monotonic())))
+                if time.monotonic() >= deadline:
+                    raise OSError(f"not all came within {patience:.0f} seconds")
         finally:
             future.cancel()
             with self._lock:
                 self._reading.discard(future)
 
+    def _ending(self) -> bool:
+        """Whether nobody waits for downloads any more: the last iterator, or the interpreter, ends."""
+        return self._stopping or getattr(threading, "_SHUTTING_DOWN", False)
+
     def _pause(self, name: str, attempt: int, reason: str) -> None:
         """Wait before the next attempt, twice as long each time. Raises ShardError after the last."""
-        if self._stopping:
+        if self._ending():
             raise CancelledError
         if attempt + 1 == _ATTEMPTS:
             raise ShardError(
@@ -282,8 +342,8 @@ class Store:
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0)
         _log.warning("%s/%s: %s; trying again in %.1f s", self._url, name, reason, pause)
         end = time.monotonic() + pause
-        while time.monotonic() < end and not self._stopping:
-            time.sleep(min(0.05, pause))
+        while time.monotonic() < end and not self._ending():
+            time.sleep(min(_LOOK, pause))
 
 
 def _unwritable(path: Path, error: OSError) -> ShardError:
@@ -293,11 +353,23 @@ def _unwritable(path: Path, error: OSError) -> ShardError:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel takes back when the process ends."""
+def _locked(path: Path, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Hold a lock that the kernel takes back when the process ends. Raises CancelledError when waiting is given up."""
+    process = os.getpid()
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if given_up():
+                    raise CancelledError from None
+                time.sleep(_LOOK / 2)
+        try:
+            yield
+        finally:
+            if os.getpid() == process:  # closing is not enough: a child that was forked meanwhile shares the open file
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _abandoned(part: Path) -> bool:

@@ -50,6 +50,30 @@ def test_any_part_of_an_epoch_is_that_part_of_the_whole(counts: list[int], data:
     assert np.array_equal(balanced(positions, by_class, counts, seed=3, epoch=5), whole[positions])
 
 
+def test_over_epochs_every_sample_comes() -> None:
+    """An epoch has room for 16 of the larger class's 30: each takes others."""
+    seen: Counter[int] = Counter()
+    for epoch in range(40):
+        _, indices = epoch_of([30, 3], 0, epoch)
+        seen.update(indices.tolist())
+    assert set(seen) == set(range(33))
+    large = sorted(seen.values())[:30]
+    assert large[0] > 0.5 * large[-1]
+
+
+def test_each_time_a_class_comes_round_its_samples_stand_in_another_order() -> None:
+    labels, indices = epoch_of([4, 400], 0, 0)
+    small = indices[labels[indices] == 0]
+    orders = {
+        tuple(np.argsort([np.flatnonzero(small == sample)[turn] for sample in sorted(set(small))]))
+        for turn in range(40)
+    }
+    assert len(orders) > 8
+    labels, indices = epoch_of([50, 50], 0, 0)
+    places = [np.searchsorted(np.flatnonzero(labels == label), indices[labels[indices] == label]) for label in (0, 1)]
+    assert not np.array_equal(places[0], places[1]), "two classes of one size stand in different orders"
+
+
 def test_epochs_and_seeds_differ_and_classes_stand_in_no_order() -> None:
     orders = [epoch_of([50, 200, 10], seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert len({tuple(indices.tolist()) for _, indices in orders}) == 3

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from bad_server import BadServer, serving
@@ -24,10 +25,13 @@ AUGMENT = Augment(size=16, resize=18, crop=(0.3, 1.0))
 OPTIONS: dict[str, Any] = {"batch_size": 8, "augment": AUGMENT, "device": "cpu", "workers": 2, "cache": None}
 
 
+IMPATIENT = {"_PIECE": 1 << 15, "_TIMEOUT": 1.0, "_FIRST_PAUSE": 0.01, "_LONGEST_PAUSE": 0.05}
+
+
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """As patient in attempts as ever, but not in seconds; pieces so small that each shard has dozens."""
-    for name, value in {"_PIECE": 1 << 15, "_TIMEOUT": 1.0, "_FIRST_PAUSE": 0.01, "_LONGEST_PAUSE": 0.05}.items():
+    for name, value in IMPATIENT.items():
         monkeypatch.setattr(store, name, value)
 
 
@@ -52,8 +56,8 @@ def assert_same(found: list[tuple[list[int], torch.Tensor]], expected: list[tupl
     assert all(torch.equal(one, other) for (_, one), (_, other) in zip(found, expected, strict=True))
 
 
-def tars(cache: Path) -> list[Path]:
-    return sorted(cache.glob("*/*.tar"))
+def tars(cache: str | Path) -> list[Path]:
+    return sorted(Path(cache).glob("*/*.tar"))
 
 
 def size_of(path: Path) -> int:
@@ -63,8 +67,8 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def assert_nothing_half_done(cache: Path) -> None:
-    assert not list(cache.rglob("*.part"))
+def assert_nothing_half_done(cache: str | Path) -> None:
+    assert not list(Path(cache).rglob("*.part"))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastflower")]
 
 
@@ -114,17 +118,16 @@ def test_the_cache_stays_within_its_limit(server: BadServer, shards: Path, tmp_p
     assert len(train) > 4
     limit = 3 * max(shard.bytes for shard in train)
     source = Remote(url=server.url, folder=tmp_path / "cache", limit_bytes=limit)
-    loader = Loader(
-        source, **{**OPTIONS, "batch_size": 2}, window=1
-    )  # few in flight, as in a window of tens of thousands
+    loader = Loader(source, **{**OPTIONS, "batch_size": 7}, window=1, tail="pad")
     for _ in range(2):
         seen: list[int] = []
         for batch in loader:
             seen += batch.index.tolist()
-            assert sum(map(size_of, (tmp_path / "cache").glob("*/*.tar"))) <= limit
-        assert sorted(seen) == list(range(120))
+            assert sum(map(size_of, (tmp_path / "cache").glob("*/*.tar*"))) <= limit
+        assert set(seen) == set(range(120))
+    # A file that has gone from the folder takes room on the disk as long as it is open.
+    assert len([file.path for file in psutil.Process().open_files() if str(tmp_path) in file.path]) < len(train)
     assert len(tars(tmp_path / "cache")) < len(train)
-    assert sum(server.sent[shard.name] for shard in train) <= 2 * sum(shard.bytes for shard in train) + limit
     assert_nothing_half_done(tmp_path / "cache")
 
 
@@ -170,7 +173,7 @@ def test_a_break_ends_the_downloads_and_the_next_epoch_is_whole(
     feeding = iter(loader)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "_ATTEMPTS", 2)
-        with pytest.raises(ShardError, match=r"could not be read in 2 attempts \(nothing came for 1 seconds\)"):
+        with pytest.raises(ShardError, match=r"could not be read in 2 attempts \(not all came within 1 seconds\)"):
             next(feeding)
     assert_nothing_half_done(source.folder)
     server.fault = lambda _name, _asked: None
@@ -228,7 +231,7 @@ def test_a_new_pack_at_the_address_is_not_mixed_with_the_old(
     (other / "manifest.json").write_text(json.dumps({**manifest, "versions": {}}))
     server.folder = other
     assert len(epochs(source, 1)) > 0
-    assert len([path for path in source.folder.iterdir() if path.is_dir()]) == 2
+    assert len([path for path in Path(source.folder).iterdir() if path.is_dir()]) == 2
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,9 @@ def test_nothing_is_left_of_an_epoch(end: str, executor: Any, shards: Path) -> N
 
 
 KILLED = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs inherit as ignored
 sys.path.insert(0, sys.argv[1])
 from test_smooth import AUGMENT, OPTIONS, Loader
 loader = Loader(Path(sys.argv[2]), **OPTIONS)
@@ -117,6 +118,17 @@ def test_a_pickled_loader_stands_where_it_stood(executor: Any, shards: Path) -> 
     again = pickle.loads(pickle.dumps(loader))
     assert again.state_dict() == loader.state_dict()
     assert all(torch.equal(one.images, other.images) for one, other in zip(again, loader, strict=True))
+
+
+def test_a_pickled_loader_keeps_its_rank(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it arrives, torch.distributed may not have been initialised."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_rank", lambda: 1)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 3)
+        loader = Loader(shards, **OPTIONS)
+    again = pickle.loads(pickle.dumps(loader))
+    assert (again.rank, again.world_size) == (loader.rank, loader.world_size) == (1, 3)
 
 
 def test_a_loader_runs_where_an_event_loop_runs(shards: Path) -> None:

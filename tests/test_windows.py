@@ -6,16 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastflower import Augment, Loader
 from fastflower.errors import ArgumentError
 from fastflower.order import Windows, epoch_order
 
+LAW = settings(deadline=None, derandomize=True)
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any)
 
 
+@LAW
 @given(counts=COUNTS, window=st.integers(1, 15), seed=st.integers(0, 99), epoch=st.integers(0, 9))
 def test_an_epoch_is_a_permutation_and_any_slice_of_it_the_same(
     counts: list[int], window: int, seed: int, epoch: int
@@ -31,6 +33,7 @@ def test_an_epoch_is_a_permutation_and_any_slice_of_it_the_same(
     assert windows.indices(some, epoch).tolist() == whole[some].tolist()
 
 
+@LAW
 @given(counts=COUNTS, window=st.integers(1, 15), epoch=st.integers(0, 9))
 def test_no_shard_is_touched_before_its_window_or_after(counts: list[int], window: int, epoch: int) -> None:
     shard_of = np.repeat(np.arange(len(counts)), counts)
@@ -44,6 +47,7 @@ def test_no_shard_is_touched_before_its_window_or_after(counts: list[int], windo
         start += size
 
 
+@LAW
 @given(counts=COUNTS, window=st.integers(1, 5), shuffle=st.booleans(), data=st.data())
 def test_ahead_lie_the_shards_of_this_window_and_the_next(
     counts: list[int], window: int, shuffle: bool, data: st.DataObject
