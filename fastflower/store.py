@@ -245,6 +245,7 @@ class Store:
 
         Returns False, with nothing made, when only shards that come sooner could go and this one is not waited for.
         """
+        least = self._worth(part.with_suffix(""))
         with _locked(self._cache / "room.lock"):
             found: list[tuple[int, float, int, Path]] = []
             held = size
@@ -260,7 +261,7 @@ class Store:
             for worth, _, freed, path in sorted(found):
                 if held <= self.source.limit_bytes:
                     break
-                if worth > 1 and not demanded:
+                if worth >= max(2, least) and not demanded:
                     return False
                 path.unlink(missing_ok=True)  # whoever has it open keeps it until he lets go
                 held -= freed
