@@ -69,6 +69,7 @@ CASES = {
 }
 
 
+@cache
 def stretched(encoded: bytes) -> bytes:
     """A photograph at 224 x 224, losslessly."""
     data = io.BytesIO()
