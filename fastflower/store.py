@@ -106,15 +106,12 @@ class Store:
                 f"limit_bytes must hold three windows of shards, here {needed} bytes, got {self.source.limit_bytes}; "
                 f"raise it, or lower the loader's window ({window})."
             )
+        bounds = f"{total / 1e9:.2f} GB in {len(shards)} shards, {self.source.limit_bytes / 1e9:.1f} GB of cache in {self._cache}"
         _log.info(
-            "%s: %d shards of split %r, %.2f GB; this machine downloads each at most once an epoch, and none again while all fit "
-            "the %.1f GB of %s",
+            "%s: split %r: %s; each machine downloads each shard once an epoch, or once if all fit",
             self._url,
-            len(shards),
             split,
-            total / 1e9,
-            self.source.limit_bytes / 1e9,
-            self.source.folder,
+            bounds,
         )
 
     def _check_index(self, split: str) -> None:
@@ -224,8 +221,12 @@ class Store:
                 return
             part = path.with_name(f"{name}.part")
             try:
-                if not self._make_room(part, shard.bytes, demanded=demanded):
-                    return
+                while not self._make_room(part, shard.bytes, demanded=demanded):
+                    if not demanded:
+                        return
+                    if self._ending():
+                        raise CancelledError
+                    time.sleep(_LOOK)
                 for attempt in count():
                     digest = hashlib.sha256()
                     with part.open("r+b") as file:
@@ -243,12 +244,13 @@ class Store:
     def _make_room(self, part: Path, size: int, *, demanded: bool) -> bool:
         """Make a file of `size` that fits the limit with the tars there, of which those that are worth least go.
 
-        Returns False, with nothing made, when only shards that come sooner could go and this one is not waited for.
+        Returns False, with nothing made, when only shards that come sooner could go and this one is not waited for, or when
+        others that are being downloaded take the room.
         """
         least = self._worth(part.with_suffix(""))
         with _locked(self._cache / "room.lock"):
             found: list[tuple[int, float, int, Path]] = []
-            held = size
+            held, busy = size, False
             for path in (*self._cache.glob("*/*.tar"), *self._cache.glob("*/*.tar.part")):
                 with suppress(FileNotFoundError):
                     if path.suffix == ".part" and path != part and _abandoned(path):
@@ -256,6 +258,7 @@ class Store:
                         continue
                     status = path.stat()
                     held += status.st_size if path != part else 0
+                    busy |= path.suffix == ".part" and path != part
                     if path.suffix == ".tar":
                         found.append((self._worth(path), status.st_mtime, status.st_size, path))
             for worth, _, freed, path in sorted(found):
@@ -265,6 +268,8 @@ class Store:
                     return False
                 path.unlink(missing_ok=True)  # whoever has it open keeps it until he lets go
                 held -= freed
+            if held > self.source.limit_bytes and busy:
+                return False
             part.write_bytes(b"")
             os.truncate(part, size)
             return True

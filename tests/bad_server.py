@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+# For fastflower.store: as patient in attempts as ever, but not in seconds; pieces so small that each shard has dozens.
+IMPATIENT = {"_PIECE": 1 << 15, "_TIMEOUT": 1.0, "_FIRST_PAUSE": 0.01, "_LONGEST_PAUSE": 0.05}
+
 Fault = Callable[[str, int], str | None]
 """(file name, how often it was asked for before) to what goes wrong: "503", "truncate", "stall", "flip", "whole" or None."""
 

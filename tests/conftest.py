@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from bad_server import IMPATIENT, BadServer, serving
 
-from fastflower import pack
+from fastflower import pack, store
+from fastflower.store import Remote
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,6 +47,21 @@ def shards(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "shards"
     pack(flowers, folder, shard_bytes=1 << 20)
     return folder
+
+
+@pytest.fixture
+def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
+    """A server of the packed photographs, and a store that is impatient with it."""
+    for name, value in IMPATIENT.items():
+        monkeypatch.setattr(store, name, value)
+    with serving(shards) as server:
+        yield server
+
+
+@pytest.fixture
+def source(server: BadServer, tmp_path: Path) -> Remote:
+    """Its address, with a cache of the test's own."""
+    return Remote(url=server.url, folder=tmp_path / "cache")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from bad_server import BadServer, serving
+from bad_server import BadServer
 
 from fastflower import Augment, Loader, Manifest, store
 from fastflower.errors import ArgumentError, ShardError
@@ -23,27 +23,6 @@ from fastflower.store import Remote
 pytest.importorskip("aiohttp")
 AUGMENT = Augment(size=16, resize=18, crop=(0.3, 1.0))
 OPTIONS: dict[str, Any] = {"batch_size": 8, "augment": AUGMENT, "device": "cpu", "workers": 2, "cache": None}
-
-
-IMPATIENT = {"_PIECE": 1 << 15, "_TIMEOUT": 1.0, "_FIRST_PAUSE": 0.01, "_LONGEST_PAUSE": 0.05}
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As patient in attempts as ever, but not in seconds; pieces so small that each shard has dozens."""
-    for name, value in IMPATIENT.items():
-        monkeypatch.setattr(store, name, value)
-
-
-@pytest.fixture
-def server(shards: Path) -> Iterator[BadServer]:
-    with serving(shards) as server:
-        yield server
-
-
-@pytest.fixture
-def source(server: BadServer, tmp_path: Path) -> Remote:
-    return Remote(url=server.url, folder=tmp_path / "cache")
 
 
 def epochs(shards: Any, count: int = 2, **options: Any) -> list[tuple[list[int], torch.Tensor]]:

@@ -7,36 +7,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_server import BadServer, serving
-from test_remote import IMPATIENT, OPTIONS
+from bad_server import BadServer
+from test_remote import OPTIONS
 
 from fastflower import Loader, store
 from fastflower.errors import ShardError
 from fastflower.store import Remote, Store
 
 pytest.importorskip("aiohttp")
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in IMPATIENT.items():
-        monkeypatch.setattr(store, name, value)
-
-
-@pytest.fixture
-def server(shards: Path) -> Iterator[BadServer]:
-    with serving(shards) as server:
-        yield server
-
-
-@pytest.fixture
-def source(server: BadServer, tmp_path: Path) -> Remote:
-    return Remote(url=server.url, folder=tmp_path / "cache")
 
 
 def names_of(made: Store) -> list[str]:
@@ -187,7 +169,8 @@ def test_one_iterator_may_end_while_another_goes_on(source: Remote, shards: Path
 FORKED = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
-from test_remote import IMPATIENT, OPTIONS
+from bad_server import IMPATIENT
+from test_remote import OPTIONS
 from fastflower import Loader, store
 from fastflower.store import Remote
 for name, value in IMPATIENT.items():
