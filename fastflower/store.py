@@ -108,10 +108,7 @@ class Store:
             )
         bounds = f"{total / 1e9:.2f} GB in {len(shards)} shards, {self.source.limit_bytes / 1e9:.1f} GB of cache in {self._cache}"
         _log.info(
-            "%s: split %r: %s; each machine downloads each shard once an epoch, or once if all fit",
-            self._url,
-            split,
-            bounds,
+            "%s: split %r: %s; a machine downloads each once an epoch, or once if all fit", self._url, split, bounds
         )
 
     def _check_index(self, split: str) -> None:
@@ -149,6 +146,9 @@ class Store:
     @contextmanager
     def ending(self) -> Iterator[None]:
         """Of the last iterator in use: all downloads end, also those that are waited for."""
+        if self._process != os.getpid():  # an iterator that a fork brought along: nothing of it runs here
+            yield
+            return
         with self._lock:
             self._users -= 1
             self._stopping = self._users == 0
@@ -197,9 +197,7 @@ class Store:
                     self._threads.discard(threading.current_thread())
                     return
                 name = self._queue.popleft()
-            with suppress(
-                FastflowerError, CancelledError, OSError
-            ):  # whoever needs the shard tries again, and says why not
+            with suppress(Exception):  # whoever needs the shard tries again, and says why not
                 self._download(name)
 
     def path(self, name: str) -> Path:
@@ -276,9 +274,10 @@ class Store:
 
     def _worth(self, path: Path) -> int:
         """0 for tars that are not wanted, 1 for those of the window behind, then the more the sooner they are read."""
+        ahead = self._ahead  # which the thread that asks for batches replaces
         if path.parent != self.folder or path.name not in self._wanted:
             return 0
-        return 1 + (len(self._ahead) - self._ahead.index(path.name) if path.name in self._ahead else 0)
+        return 1 + (len(ahead) - ahead.index(path.name) if path.name in ahead else 0)
 
     def _pieces(self, name: str, size: int) -> Iterator[bytes]:
         for start in range(0, size, _PIECE):

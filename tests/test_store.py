@@ -185,6 +185,8 @@ if sys.argv[4] == "during":
     feeding = iter(loader)
     next(feeding)
 child = os.fork()
+if not child and sys.argv[4] == "during":
+    feeding.close()
 loader.set_epoch(0)
 fed = sum(len(batch.index) for batch in loader)
 print(fed, flush=True)
@@ -259,3 +261,19 @@ def test_an_index_of_another_pack_is_refused(server: BadServer, source: Remote, 
     server.folder = folder
     with pytest.raises(ShardError, match=r"train.index.npy: counts other samples than manifest.json does; upload both"):
         Loader(source, **OPTIONS)
+
+
+def test_a_thread_that_fails_in_a_way_nobody_foresaw_does_not_hold_up_the_end(
+    source: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Store._download
+
+    def download(self: Store, name: str, *, demanded: bool = False) -> None:
+        if not demanded:
+            raise ValueError("unforeseen")
+        real(self, name, demanded=demanded)
+
+    monkeypatch.setattr(Store, "_download", download)
+    feeding = iter(Loader(source, **OPTIONS, window=1))
+    next(feeding)
+    ends_soon(feeding.close)  # pyright: ignore[reportAttributeAccessIssue]
