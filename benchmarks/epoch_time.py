@@ -1,8 +1,9 @@
 """Epochs of fastflower against ImageFolder + DataLoader, interleaved in one run: python benchmarks/epoch_time.py [--data FOLDER]
 
 The clock runs from asking for an epoch's first batch until its last batch is on the device, or, with the training step,
-until the device has finished the last step. Both sides drop the last, incomplete batch. Making loaders, starting workers,
-and on fastflower's cached side decoding, fall into the uncounted first round, whose time is recorded too.
+until every validation image is scored; images a second are training images. All sides drop the last, incomplete batch. Making
+loaders, starting workers, and on fastflower's cached side decoding, fall into the uncounted first round, whose time is
+recorded too.
 """
 
 import subprocess
@@ -19,15 +20,16 @@ import record
 import torch
 import tyro
 
-from fastflower import Augment, Loader, Recipe, pack
+from fastflower import Augment, Loader, Manifest, Recipe, pack
 from fastflower.batch import resolve_device
 from fastflower.folder import scan
+from fastflower.recipe import report_a
 from fastflower.training import Run
 
 
 @contextmanager
-def photographs(data: Path | None, max_images: int | None) -> Iterator[tuple[Path, Path]]:
-    """(class folders, the same packed without a validation split); without data they are drawn."""
+def photographs(data: Path | None, max_images: int | None, val_fraction: float = 0.0) -> Iterator[tuple[Path, Path]]:
+    """(class folders, or train/CLASS and val/CLASS, the same packed); without data they are drawn."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = data or Path(scratch, "drawn")
         if data is None:
@@ -35,8 +37,19 @@ def photographs(data: Path | None, max_images: int | None) -> Iterator[tuple[Pat
         if max_images is not None:
             folder = some(folder, Path(scratch, "some"), max_images)
         shards = Path(scratch, "shards")
-        pack(folder, shards, val_fraction=0)
-        yield folder, shards
+        pack(folder, shards, val_fraction=val_fraction)
+        yield split_folders(folder, shards, Path(scratch, "splits")) if val_fraction else folder, shards
+
+
+def split_folders(data: Path, shards: Path, into: Path) -> Path:
+    """Links SPLIT/CLASS/... to the photographs of each split, for ImageFolder."""
+    for split in Manifest.load(str(shards)).splits:
+        loader = Loader(shards, split, device="cpu", cache=None)
+        for index in range(loader.num_samples):
+            place = into / split / loader.path_of(index)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to((data / loader.path_of(index)).resolve())
+    return into
 
 
 def some(folder: Path, into: Path, count: int) -> Path:
@@ -73,26 +86,39 @@ def feeding(folder: Path, shards: Path, augment: Augment, batch_size: int, devic
     ]
 
 
-def training(folder: Path, shards: Path, augment: Augment, batch_size: int, device: torch.device) -> list[record.Side]:
-    """Loading and a ResNet-18 training step."""
-    transform = baseline.augmentation(augment.output_size[0])
-    plain = baseline.loader(folder, transform, batch_size=batch_size, pin=device.type == "cuda")
-    num_classes = len(plain.dataset.classes)  # pyright: ignore[reportAttributeAccessIssue]
-    slow = baseline.Trainer(num_classes, device, fast=False)
-    fast = baseline.Trainer(num_classes, device, fast=True)
-    recipe = Recipe(weights=None, augment=augment, batch_size=batch_size, epochs=10**6)
-    ours = Run(shards, recipe, shards, device, None)
-    epochs = iter(range(10**6))
+def training(
+    folder: Path, shards: Path, augment: Augment, batch_size: int, device: torch.device
+) -> tuple[list[record.Side], Run]:
+    """Loading, a ResNet-18 training step and a validation, report A's recipe; fastflower's side also as what it is made of."""
+    size, pin = augment.output_size[0], device.type == "cuda"
+    plain = baseline.loader(folder / "train", baseline.augmentation(size), batch_size=batch_size, pin=pin)
+    view = baseline.validation(folder / "val", size, pin=pin)
+    slow = baseline.Trainer(len(view.dataset.classes), device, fast=False)  # pyright: ignore[reportAttributeAccessIssue]
+    fast = baseline.Trainer(len(view.dataset.classes), device, fast=True)  # pyright: ignore[reportAttributeAccessIssue]
+    recipe = replace(report_a(), weights=None, augment=augment, batch_size=batch_size, epochs=10**6)
+    ours = Run(shards, recipe, shards, device)
+
+    def run_plain(trainer: baseline.Trainer) -> int:
+        images = trainer.epoch(plain)
+        baseline.accuracy(trainer.model, view, device, fast=trainer.fast)
+        return images
 
     def run_fastflower() -> int:
-        ours.train_epoch(next(epochs))
+        ours.history.append(ours.epoch(len(ours.history))[0])
         return len(ours.loader) * batch_size
 
-    return [
-        record.Side("ImageFolder loop, float32, NCHW", lambda: slow.epoch(plain)),
-        record.Side("ImageFolder loop, bfloat16, channels-last", lambda: fast.epoch(plain)),
+    sides = [
+        record.Side("ImageFolder loop, float32, NCHW", lambda: run_plain(slow)),
+        record.Side("ImageFolder loop, bfloat16, channels-last", lambda: run_plain(fast)),
         record.Side("fastflower, bfloat16, channels-last", run_fastflower),
     ]
+    return sides, ours
+
+
+def waited(run: Run, rounds: int) -> float:
+    """The share of the counted epochs, validation included, in which training waited for data."""
+    rows = run.history[-rounds:]
+    return sum(row["wait_seconds"] for row in rows) / sum(row["train_seconds"] + row["val_seconds"] for row in rows)
 
 
 def main(
@@ -103,7 +129,7 @@ def main(
     batch_size: int = 32,
     size: int = 224,
     max_images: int | None = None,
-    train_images: int | None = 640,
+    train_images: int | None = 800,
     device: str | None = None,
 ) -> None:
     """Time epochs of fastflower and of ImageFolder + DataLoader in turn.
@@ -116,7 +142,7 @@ def main(
         batch_size: Of both sides.
         size: Pixels of the square images.
         max_images: Feed only so many photographs, evenly spread over the classes.
-        train_images: Likewise for training; None trains on all.
+        train_images: Likewise for training, a fifth of them to validate; None trains on all.
         device: None means CUDA where there is one, else the CPU.
     """
     chosen = resolve_device(device)
@@ -128,15 +154,21 @@ def main(
         "augment": Recipe(augment=augment).to_dict()["augment"],
         "baseline": "ImageFolder + DataLoader, torchvision v1 transforms on PIL, a worker a core, persistent",
     }
-    parts = (("feeding", feeding, rounds, max_images), ("training", training, train_rounds, train_images))
-    for name, make, count, images in parts:
-        if not count:
-            continue
-        with photographs(data, images) as (folder, shards):
-            sides = make(folder, shards, augment, batch_size, chosen)
-            record.interleave(sides, count, chosen)
-        print(record.table(name, sides), flush=True)
-        content[name] = [{**side.to_dict(), "ratio": record.ratio(side, sides[0])} for side in sides]
+    if rounds:
+        with photographs(data, max_images) as (folder, shards):
+            sides = feeding(folder, shards, augment, batch_size, chosen)
+            record.interleave(sides, rounds, chosen)
+        print(record.table("feeding", sides), flush=True)
+        content["feeding"] = [{**side.to_dict(), "ratio": record.ratio(side, sides[0])} for side in sides]
+    if train_rounds:
+        with photographs(data, train_images, 0.2) as (folder, shards):
+            sides, run = training(folder, shards, augment, batch_size, chosen)
+            record.interleave(sides, train_rounds, chosen)
+        print(record.table("training and validation", sides))
+        share = waited(run, train_rounds)
+        print(f"fastflower waited for data {share:.1%} of the time", flush=True)
+        content["training"] = [{**side.to_dict(), "ratio": record.ratio(side, sides[0])} for side in sides]
+        content |= {"training_history": run.history, "training_waited": share}
     path = record.write(out, "epoch_time", chosen, content)
     print(f"wrote {path}")
 

@@ -1,16 +1,23 @@
-"""A pretrained ResNet-50 on photographs: python benchmarks/finetune.py --data FOLDER --weights FILE
+"""ResNet-50 from pretrained weights, against a plain torchvision loop: python benchmarks/finetune.py --data FOLDER --weights FILE
 
-Packs the folder and trains the recipe `finetune` once for each seed (of the split, the head, the order and the draws). The
-clock runs from the call of `train` until it returns, reading weights, validation, checkpoints and report included. Scored is
-the last epoch, so the validation split chooses nothing; the best epoch stands beside it.
+For each seed (of the split, the head, the order and the draws) one after the other: the plain loop of baseline.py, the recipe
+`finetune` and the recipe `finetune-long`, all on the same photographs, each in a process of its own. The clock runs from
+before the weights are read until the last epoch is validated, for fastflower until `train` returns, with its checkpoints and
+report; every side validates after every epoch. Scored is the last epoch: the validation split chooses nothing. A run that is
+finished is kept in --work, so that a benchmark that was stopped goes on where it was.
 """
 
-import tempfile
+import json
+import statistics
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import baseline
+import epoch_time
 import record
 import tyro
 
@@ -18,46 +25,100 @@ from fastflower import pack, train
 from fastflower.batch import resolve_device
 from fastflower.recipe import PRESETS
 
+PLAIN = "plain"
+EPOCHS = 5  # of the plain loop
+
+
+def prepare(data: Path, work: Path, seed: int) -> tuple[Path, Path]:
+    """(shards, the same split as folders train/CLASS and val/CLASS of links)."""
+    shards, folder = work / f"shards-{seed}", work / f"folder-{seed}"
+    if not folder.exists():
+        pack(data, shards, seed=seed)
+        epoch_time.split_folders(data, shards, folder)
+    return shards, folder
+
+
+def run(side: str, data: Path, work: Path, weights: Path, seed: int, device: str | None) -> dict[str, Any]:
+    """One training; accuracies of all its epochs and its seconds."""
+    shards, folder = prepare(data, work, seed)
+    chosen = resolve_device(device)
+    start = time.perf_counter()
+    if side.startswith(PLAIN):
+        plain = baseline.Finetuner(folder, weights, EPOCHS, frozen=side == PLAIN, seed=seed, device=chosen)
+        accuracies: list[float] = []
+        for _ in range(EPOCHS):
+            plain.epoch()
+            accuracies.append(plain.accuracy())
+        seconds = time.perf_counter() - start
+        return {"side": side, "seed": seed, "seconds": seconds, "accuracies": accuracies}
+    recipe = replace(PRESETS[side](), weights=str(weights), seed=seed)
+    report = train(shards, recipe, out=work / f"run-{side}-{seed}", device=chosen)
+    seconds = time.perf_counter() - start
+    accuracies = [row["val_accuracy"] for row in report.history]
+    stored = {**recipe.to_dict(), "weights": weights.name}
+    found = {"side": side, "seed": seed, "seconds": seconds, "accuracies": accuracies}
+    return {**found, "history": report.history, "recipe": stored}
+
+
+def table(runs: list[dict[str, Any]], sides: list[str]) -> str:
+    """Each side's accuracy after the last epoch and its seconds, and its differences from the plain loop, seed by seed."""
+    lines = [f"{'':28}{'accuracy':>9}{'min - max':>18}{'points more':>24}{'s':>8}{'share':>7}"]
+    plain = [entry for entry in runs if entry["side"] == sides[0]]
+    for side in sides:
+        mine = [entry for entry in runs if entry["side"] == side]
+        last = [100 * entry["accuracies"][-1] for entry in mine]
+        more = [100 * (one["accuracies"][-1] - other["accuracies"][-1]) for one, other in zip(mine, plain, strict=True)]
+        shares = [one["seconds"] / other["seconds"] for one, other in zip(mine, plain, strict=True)]
+        seconds = statistics.median(entry["seconds"] for entry in mine)
+        spread = f"{statistics.mean(more):+.2f} ({', '.join(f'{value:+.1f}' for value in more)})"
+        lines.append(
+            f"{side:28}{statistics.mean(last):8.2f}%{f'{min(last):.2f} - {max(last):.2f}':>18}{spread:>24}{seconds:8.0f}"
+            f"{statistics.mean(shares):7.2f}"
+        )
+    return "\n".join([*lines, f"n = {len(plain)} seeds"])
+
 
 def main(
     data: Path,
     weights: Path,
+    work: Path,
     out: Path = record.ROOT / "benchmarks" / "results",
-    seeds: int = 1,
-    epochs: int | None = None,
+    seeds: int = 3,
+    frozen: bool = True,
     device: str | None = None,
+    only: tuple[str, int] | None = None,
 ) -> None:
-    """Fine-tune and score.
+    """Fine-tune and compare.
 
     Args:
         data: A folder of class folders.
         weights: A state_dict of torchvision's resnet50.
+        work: Where shards, runs and what is finished are kept.
         out: Where the JSON goes.
-        seeds: How many runs, with seeds 0, 1, ...
-        epochs: Instead of the recipe's five.
+        seeds: How many runs of each side, with seeds 0, 1, ...
+        frozen: Leave the stem and the first stage as they are; the other way all is trained.
         device: None means CUDA where there is one, else the CPU.
+        only: One side and seed, in this process; what the others are started with.
     """
-    chosen = resolve_device(device)
-    runs: list[dict[str, object]] = []
-    accuracies: list[float] = []
+    if only is not None:
+        found = {**run(only[0], data, work, weights, only[1], device), "commit": record.COMMIT}
+        (work / f"{only[0]}-{only[1]}.json").write_text(json.dumps(found))
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    sides = [name if frozen else f"{name}-unfrozen" for name in (PLAIN, "finetune", "finetune-long")]
+    runs: list[dict[str, Any]] = []
     for seed in range(seeds):
-        recipe = PRESETS["finetune"]()
-        recipe = replace(recipe, weights=str(weights), seed=seed, epochs=epochs or recipe.epochs)
-        with tempfile.TemporaryDirectory() as scratch:
-            pack(data, Path(scratch, "shards"), seed=seed)
-            start = time.perf_counter()
-            report = train(Path(scratch, "shards"), recipe, out=Path(scratch, "run"), device=chosen)
-            seconds = time.perf_counter() - start
-        accuracies.append(report.history[-1]["val_accuracy"])
-        stored = {**recipe.to_dict(), "weights": weights.name}
-        runs.append({"seed": seed, "seconds": seconds, "history": report.history, "recipe": stored})
-        best = max(row["val_accuracy"] for row in report.history)
-        print(
-            f"seed {seed}: {accuracies[-1]:.2%} after the last epoch, {best:.2%} at best, {seconds:.0f} s", flush=True
-        )
-    spread = f", from {min(accuracies):.2%} to {max(accuracies):.2%}" if seeds > 1 else ""
-    print(f"mean {np.mean(accuracies):.2%}{spread} (n = {seeds})")
-    print(f"wrote {record.write(out, 'finetune', chosen, {'data': data.name, 'runs': runs})}")
+        for side in sides:
+            kept = work / f"{side}-{seed}.json"
+            if not kept.exists():
+                options = ["--only", side, str(seed), *(["--device", device] if device else [])]
+                places = ["--data", str(data), "--weights", str(weights), "--work", str(work)]
+                subprocess.run([sys.executable, __file__, *places, *options], check=True)
+            runs.append(json.loads(kept.read_text()))
+            print(f"{side}, seed {seed}: {runs[-1]['accuracies'][-1]:.2%}, {runs[-1]['seconds']:.0f} s", flush=True)
+    print(table(runs, sides))
+    content = {"clock": " ".join((__doc__ or "").split("\n\n")[1].split()), "data": data.name, "runs": runs}
+    print(f"wrote {record.write(out, sides[1], resolve_device(device), content)}")
 
 
 if __name__ == "__main__":

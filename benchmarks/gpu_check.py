@@ -62,12 +62,13 @@ def loader_rates(folder: Path, shards: Path, out: Path, device: torch.device, ba
     return [(f"feeding, batch {batch_size}: {side.name}", _rate(side, sides[0])) for side in sides]
 
 
-def epochs(folder: Path, shards: Path, out: Path, device: torch.device, batch_size: int) -> Rows:
-    """Feeding and training ResNet-18."""
+def epochs(data: Path, out: Path, device: torch.device, batch_size: int) -> Rows:
+    """Feeding, training and validating ResNet-18."""
     augment = Augment.from_torchvision(baseline.augmentation())
-    sides = epoch_time.training(folder, shards, augment, batch_size, device)
-    record.interleave(sides, 5, device)
-    print(record.table(f"training, batch {batch_size}", sides), flush=True)
+    with epoch_time.photographs(data, None, 0.2) as (folder, shards):
+        sides, _ = epoch_time.training(folder, shards, augment, batch_size, device)
+        record.interleave(sides, 5, device)
+    print(record.table(f"training and validation, batch {batch_size}", sides), flush=True)
     found = [{**side.to_dict(), "ratio": record.ratio(side, sides[0])} for side in sides]
     record.write(out, f"epoch_time_{batch_size}", device, {"batch_size": batch_size, "sides": found})
     return [(f"training, batch {batch_size}: {side.name}", _rate(side, sides[0])) for side in sides]
@@ -132,7 +133,7 @@ def main(out: Annotated[Path, tyro.conf.Positional], data: Path | None = None, w
             part(
                 f"feeding, batch {batch_size}", lambda size=batch_size: loader_rates(folder, shards, out, device, size)
             )
-            part(f"training, batch {batch_size}", lambda size=batch_size: epochs(folder, shards, out, device, size))
+            part(f"training, batch {batch_size}", lambda size=batch_size: epochs(folder, out, device, size))
         part("accuracy", lambda: accuracy(folder, out, device, weights))
     summary = {"hardware": record.hardware(device), "failed": failed, "rows": rows}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -26,19 +26,21 @@ _DOTTED = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 def build(name: str, num_classes: int, *, weights: str | None, freeze: int = 0) -> nn.Module:
     """A network that maps (N, 3, H, W) to logits (N, num_classes), on the CPU; its head is new.
 
-    weights  torchvision's name of pretrained weights, the path of a state_dict (any floating dtype), or None.
+    weights  torchvision's name of pretrained weights, the path of a state_dict or checkpoint (any floating dtype), its address
+    as https://HOST/FILE#sha256=CHECKSUM (downloaded once), or None. Their head stays where it has as many classes.
     Raises ArgumentError for an unknown name or more stages than there are, CheckpointError for weights that cannot be used.
     """
     if name not in NAMES:
         raise ArgumentError(f"backbone must be one of {', '.join(NAMES)}, got {name!r}.")
     if weights is None:
         model = models.get_model(name, weights=None)
-    elif _is_file_name(weights):
+        _fit_head(model, num_classes)
+    elif weights.startswith(("https://", "http://")) or _is_file_name(weights):
         model = models.get_model(name, weights=None)
-        _load_file(model, name, Path(weights))
+        _load_file(model, name, _fetched(weights) if "://" in weights else Path(weights), num_classes)
     else:
         model = _downloaded(name, weights)
-    _replace_head(model, num_classes)
+        _log.info("%s: %s", name, _fit_head(model, num_classes))
     for module in frozen_modules(model, freeze):
         module.requires_grad_(requires_grad=False)
     return model
@@ -79,9 +81,14 @@ def _head(model: nn.Module) -> tuple[nn.Module, str]:
     return model.get_submodule(parent), attribute
 
 
-def _replace_head(model: nn.Module, num_classes: int) -> None:
+def _fit_head(model: nn.Module, num_classes: int) -> str:
+    """A new head where it has not as many outputs; says what was done."""
     parent, attribute = _head(model)
-    setattr(parent, attribute, nn.Linear(getattr(parent, attribute).in_features, num_classes))
+    head: nn.Linear = getattr(parent, attribute)
+    if head.out_features == num_classes:
+        return f"its head of {num_classes} classes was kept"
+    setattr(parent, attribute, nn.Linear(head.in_features, num_classes))
+    return f"its head of {head.out_features} classes was replaced by a new one of {num_classes}"
 
 
 def _is_file_name(weights: str) -> bool:
@@ -101,17 +108,44 @@ def _downloaded(name: str, weights: str) -> nn.Module:
         raise CheckpointError(f"weights={weights!r}: {name} has {known}; a file's path or None will do too.") from error
 
 
-def _load_file(model: nn.Module, name: str, path: Path) -> None:
+def _fetched(address: str) -> Path:
+    """The file at https://HOST/FILE#sha256=CHECKSUM, downloaded into torch's folder of weights unless it lies there."""
+    url, _, checksum = address.partition("#sha256=")
+    if not re.fullmatch("[0-9a-f]{64}", checksum):
+        raise ArgumentError(
+            f"weights={address!r}: an address needs the file's checksum, {url.partition('#')[0]}#sha256=CHECKSUM; "
+            f"sha256sum FILE prints it."
+        )
+    path = Path(torch.hub.get_dir(), "checkpoints", f"{checksum[:16]}-{Path(url).name}")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), checksum, progress=False)
+        except RuntimeError:
+            raise CheckpointError(
+                f"weights: what {url} holds has another SHA-256 than {checksum}; check both, nothing was kept."
+            ) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"weights: {url} could not be downloaded ({error}); check the address, or pass a file's path."
+            ) from None
+    return path
+
+
+def _load_file(model: nn.Module, name: str, path: Path, num_classes: int) -> None:
     state = load_file(path)
+    if state.get("format") == "fastflower":
+        state = state["model"]
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise CheckpointError(
-            f"{path}: is not a state_dict; pass the path of a file that torch.save(model.state_dict(), path) wrote."
+            f"{path}: is neither a state_dict nor a fastflower checkpoint; pass the path of a file that "
+            f"torch.save(model.state_dict(), path) or train wrote."
         )
     parent, attribute = _head(model)
     head = next(key for key, module in model.named_modules() if module is getattr(parent, attribute))
     own = model.state_dict()
     state = {_DOTTED.sub(r"\1", key): value for key, value in state.items()}
-    # A head is replaced anyway; the counters of batch norms are missing, or of shape (1,), in files of other origins.
+    # The counters of batch norms are missing, or of shape (1,), in files of other origins.
     body = [key for key in own if not key.startswith(f"{head}.") and not key.endswith("num_batches_tracked")]
     wrong = [key for key in body if key not in state or state[key].shape != own[key].shape]
     wrong += [key for key in state if key not in own]  # ResNet-34 holds all of ResNet-18
@@ -121,7 +155,15 @@ def _load_file(model: nn.Module, name: str, path: Path) -> None:
             f"(first {wrong[0]!r}); pass the backbone that the file was saved from."
         )
     model.load_state_dict(own | {key: state[key] for key in body})
-    _log.info("%s: loaded into %s, with a new head", path, name)
+    weight, bias = state.get(f"{head}.weight"), state.get(f"{head}.bias")
+    if weight is None or bias is None or weight.ndim != 2 or len(weight) != len(bias):
+        _fit_head(model, num_classes)
+        told = f"which has no head, with a new one of {num_classes} classes"
+    else:
+        setattr(parent, attribute, nn.Linear(weight.shape[1], len(weight)))
+        getattr(parent, attribute).load_state_dict({"weight": weight, "bias": bias})
+        told = _fit_head(model, num_classes)
+    _log.info("%s: loaded into %s; %s", path, name, told)
 
 
 def load_file(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fastflower.augment import Augment
 from fastflower.errors import ArgumentError
 from fastflower.geometry import reductions
+from fastflower.ranks import ranks_here
 
 _log = logging.getLogger("fastflower")
 
@@ -69,6 +70,8 @@ def limit_of(cache: Literal["auto"] | int | None, needed: int, device: torch.dev
     if cache != "auto":
         raise ArgumentError(f"cache must be 'auto', None or a number of bytes, got {cache!r}.")
     free = free_bytes(device)
+    if device.type == "cpu":
+        free //= ranks_here()  # each keeps photographs of its own
     fits = needed <= _SHARE * free
     _log.info(
         "cache: %.1f GB decoded, %.1f GB of %s free: %s",
@@ -85,6 +88,7 @@ class PixelCache:
 
     def __init__(self, decode: Callable[[int, int], Any], limit_bytes: int) -> None:
         self._decode = decode
+        self.limit_bytes = limit_bytes
         self._free = limit_bytes
         self._kept: dict[tuple[int, int], Any] = {}
         self._lock = Lock()

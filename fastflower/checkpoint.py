@@ -1,7 +1,7 @@
 """A trained network and all that is needed to use it, or to go on training it, in one file."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,33 +12,42 @@ from fastflower.backbone import build, load_file
 from fastflower.errors import CheckpointError, FastflowerError
 from fastflower.recipe import Recipe
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """The state after an epoch. The file holds tensors and plain values only: it loads with weights_only=True."""
+    """The state after an epoch, or in the middle of one. The file loads with weights_only=True."""
 
     recipe: Recipe
     classes: tuple[str, ...]
     model: dict[str, Any]
-    """The network's state_dict."""
+    """The network's state_dict; where the recipe averages weights, the average."""
     epoch: int
     """Epochs that are finished."""
     history: list[dict[str, float]] = field(default_factory=list)
     """One row an epoch; see `Report`."""
     optimizer: dict[str, Any] = field(default_factory=dict)
-    rng: torch.Tensor | None = None
-    """torch's CPU generator, which dropout draws from."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """Of float16's loss scaling."""
+    trained: dict[str, Any] = field(default_factory=dict)
+    """Where the recipe averages weights: those that training goes on with."""
+    tally: dict[str, Any] = field(default_factory=dict)
+    """In mid-epoch: the losses, (steps,) float64, and hits of its steps so far, and the seconds they took."""
     environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Steps of the epoch under way that are done."""
+        return len(self.tally["losses"]) if self.tally else 0
 
     def save(self, path: str | Path) -> None:
         """Write the file so that it is seen whole or not at all."""
         path = Path(path)
         part = path.with_name(path.name + ".part")
-        names = ("classes", "model", "epoch", "history", "optimizer", "rng", "environment")
-        content = {"format": "fastflower", "version": FORMAT_VERSION, "recipe": self.recipe.to_dict()}
-        content |= {name: getattr(self, name) for name in names}
+        content = {"format": "fastflower", "version": FORMAT_VERSION}
+        content |= {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        content["recipe"] = self.recipe.to_dict()
         try:
             with part.open("wb") as file:
                 torch.save(content, file)
@@ -67,10 +76,10 @@ class Checkpoint:
             )
         try:
             recipe = Recipe.from_dict(content["recipe"])
-            fields = {
+            rest = {
                 key: value for key, value in content.items() if key not in ("format", "version", "recipe", "classes")
             }
-            return cls(recipe=recipe, classes=tuple(content["classes"]), **fields)
+            return cls(recipe=recipe, classes=tuple(content["classes"]), **rest)
         except (KeyError, TypeError, FastflowerError) as error:
             raise CheckpointError(f"{path}: is damaged, or from another version of fastflower ({error}).") from error
 

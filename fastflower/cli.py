@@ -3,6 +3,7 @@
 import inspect
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastflower.errors import ArgumentError, FastflowerError, ShardError
+from fastflower.errors import ArgumentError, FastflowerError, ShardError, StoppedError
 
 _MOST_LINES = 20  # of a kind; the manifest has all
 
@@ -37,6 +38,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with logging_redirect_tqdm():
             verb(f"fastflower {args[0]}", args[1:])
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        return 143  # 128 + SIGTERM, as the shell reports it
     except FastflowerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -145,8 +149,13 @@ def _doctor(prog: str, args: Sequence[str]) -> None:
 def _train(prog: str, args: Sequence[str]) -> None:
     from fastflower.training import train
 
+    first = os.environ.get("RANK", "0") == "0"  # torchrun's number: one of the ranks speaks
+    if not first:
+        logging.getLogger("fastflower").setLevel(logging.WARNING)
     report = train(**_parse_recipe(prog, args, train, out=Path | None))
     best = report.history[report.best_epoch - 1]
+    if not first:
+        return
     if report.scores:
         print(f"best: epoch {report.best_epoch}, validation accuracy {best['val_accuracy']:.1%}")
     print(f"wrote {report.folder / 'report.html'}")
@@ -178,7 +187,10 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
     from fastflower.evaluation import evaluate
 
     scores = evaluate(**_parse(prog, args, evaluate, checkpoint=Path, shards=str, device=str | None))
-    print(f"{scores.num_samples} images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}")
+    print(
+        f"{scores.num_samples} images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, "
+        f"macro-F1 {scores.macro_f1:.2%}, calibration error {scores.calibration_error:.2%}"
+    )
     for name, precision, recall in zip(scores.classes, scores.precision, scores.recall, strict=True):
         print(f"  {name}: precision {precision:.1%}, recall {recall:.1%}")
 

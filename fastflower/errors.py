@@ -26,4 +26,12 @@ class CheckpointError(FastflowerError):
 
 
 class DeviceError(FastflowerError):
-    """The device that was asked for is not there."""
+    """The device that was asked for is not there, or its memory does not suffice."""
+
+
+class TrainingError(FastflowerError):
+    """Training cannot go on: a loss that is not finite, or another rank that is gone."""
+
+
+class StoppedError(FastflowerError):
+    """SIGTERM ended training; its state was saved."""

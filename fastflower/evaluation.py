@@ -1,13 +1,15 @@
 """Scores of a trained network on a split."""
 
 from collections.abc import Iterable
+from math import log
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastflower import ranks
 from fastflower.augment import Augment
 from fastflower.batch import Batch, resolve_device
 from fastflower.checkpoint import Checkpoint
@@ -31,20 +33,31 @@ def loader_dtype(recipe: Recipe) -> torch.dtype:
     return getattr(torch, recipe.precision)
 
 
+def log_probabilities(network: nn.Module, images: Tensor, recipe: Recipe, *, tta: bool) -> Tensor:
+    """(N, K) float32, of a network in evaluation mode and images (N, 3, H, W) in the recipe's dtype.
+
+    tta  Of the mean of the probabilities of each image and its mirror image.
+    """
+    precision = loader_dtype(recipe)
+    views = [images, images.flip(3)] if tta else [images]
+    with torch.inference_mode(), torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        found = [torch.log_softmax(network(view).float(), dim=1) for view in views]
+    return torch.logsumexp(torch.stack(found), dim=0) - log(len(found))
+
+
 def measure(
-    model: nn.Module, batches: Iterable[Batch], classes: tuple[str, ...], device: torch.device, precision: torch.dtype
+    network: nn.Module, batches: Iterable[Batch], classes: tuple[str, ...], recipe: Recipe, *, tta: bool
 ) -> Scores:
-    """Scores of a network in evaluation mode over the batches; waits for the device once, at the end."""
-    labels: list[torch.Tensor] = []
-    outputs: list[torch.Tensor] = []
-    model.eval()
-    with torch.inference_mode():
-        for batch in batches:
-            with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-                logits = model(batch.images)
-            outputs.append(torch.log_softmax(logits.float(), dim=1))
-            labels.append(batch.labels)
-    return score(classes, np.asarray(torch.cat(labels).cpu()), np.asarray(torch.cat(outputs).cpu()))
+    """Scores of a network over the batches of all ranks, the same on each; waits for the device once, at the end."""
+    network.eval()
+    found = [
+        (batch.index, batch.labels, log_probabilities(network, batch.images, recipe, tta=tta)) for batch in batches
+    ]
+    columns = [torch.cat(column).cpu().numpy() for column in zip(*found, strict=True)]
+    parts = [part for part in ranks.gathered(columns) if part]
+    index, labels, outputs = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(index, kind="stable")
+    return score(classes, labels[order], outputs[order])
 
 
 def evaluate(
@@ -52,6 +65,7 @@ def evaluate(
     shards: str | Path | Remote,
     *,
     split: str = "val",
+    tta: bool | None = None,
     device: str | torch.device | None = None,
 ) -> Scores:
     """Score a checkpoint on every sample of a split, exactly once.
@@ -60,6 +74,7 @@ def evaluate(
         checkpoint: A checkpoint that `train` wrote.
         shards: The folder that `pack` wrote, or its address, as for Loader.
         split: "train" or "val".
+        tta: Score the mean probabilities of each image and its mirror image; None does as the recipe says.
         device: None means CUDA where there is one, else the CPU.
 
     Raises CheckpointError when the checkpoint cannot be used or was trained on other classes than the shards hold.
@@ -67,14 +82,13 @@ def evaluate(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)
     chosen, recipe = resolve_device(device), checkpoint.recipe
-    precision = loader_dtype(recipe)
     loader = Loader(
         shards,
         split,
         batch_size=_BATCH_SIZE,
         augment=view_of(recipe),
         device=chosen,
-        dtype=precision,
+        dtype=loader_dtype(recipe),
         shuffle=False,
         cache=None,
     )
@@ -85,4 +99,4 @@ def evaluate(
         )
     model = checkpoint.network().to(chosen, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     with tqdm(loader, desc="evaluate", unit="batch", disable=None) as batches:
-        return measure(model, batches, checkpoint.classes, chosen, precision)
+        return measure(model, batches, checkpoint.classes, recipe, tta=recipe.tta if tta is None else tta)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from fastflower import ranks
 from fastflower.augment import Augment
 from fastflower.batch import Batch, Clock, Executor, Request, Stats, mixed, resolve_device
 from fastflower.cache import PixelCache, decoded_bytes, limit_of
@@ -60,7 +61,8 @@ class Loader(IterableDataset[Batch]):
             index in its place; `replaced` counts them, and the log names each once.
         executor: "dali" (the default with CUDA), "native", a kernel for processors with AVX2 (the default without, where there
             is one), or "opencv". Their pixels differ by a grey level or two, their draws not at all.
-        workers: Threads; by default one more than cores, so that none idles while a thread waits for Python's lock.
+        workers: Threads; by default one more than cores, so that none idles while a thread waits for Python's lock. Ranks on
+            one machine share its cores.
 
     Raises ShardError for shards that are missing or damaged, ArgumentError for an argument outside its rule, DeviceError.
     """
@@ -115,8 +117,9 @@ class Loader(IterableDataset[Batch]):
             _log.info("shuffle: classes come equally often, so that an epoch does not hold every sample exactly once")
         self._clock = Clock()
         self._images = 0
-        self._workers = workers or (os.cpu_count() or 1) + 1
-        self._executor = self._make_executor(executor, cache, self._workers)
+        self._workers = workers or (os.cpu_count() or 1) // ranks.ranks_here() + 1
+        self._photos = self._keep_photos(executor, cache)
+        self._executor = self._make_executor(executor)
         self._next = (0, 0)  # (epoch, step) at which the next `for` begins
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
 
@@ -160,26 +163,34 @@ class Loader(IterableDataset[Batch]):
                 f"split {self.split!r}, so an epoch would have no step; lower batch_size, or set tail."
             )
 
-    def _make_executor(self, name: str | None, cache: Literal["auto"] | int | None, workers: int) -> Executor:
-        if name in ("native", "opencv") or (name is None and self.device.type != "cuda"):
-            limit = limit_of(cache, decoded_bytes(self._sizes, self.augment, self.seed), torch.device("cpu"))
-            parts = (self.augment, self.dtype, PixelCache(self._decode, limit), self._replace, self._clock)
-            return ThreadExecutor(*parts, workers=workers, renderer=name)
-        if name not in (None, "dali"):
-            raise ArgumentError(f"executor must be 'native', 'opencv' or 'dali', got {name!r}.")
+    def _on_threads(self, executor: str | None) -> bool:
+        if executor not in ("native", "opencv", "dali", None):
+            raise ArgumentError(f"executor must be 'native', 'opencv' or 'dali', got {executor!r}.")
+        return executor in ("native", "opencv") or (executor is None and self.device.type != "cuda")
+
+    def _keep_photos(self, executor: str | None, cache: Literal["auto"] | int | None) -> PixelCache:
+        if self._on_threads(executor):
+            needed = decoded_bytes(self._sizes, self.augment, self.seed)
+            return PixelCache(self._decode, limit_of(cache, needed, torch.device("cpu")))
+        limit = limit_of(cache, 3 * int(self._sizes.prod(axis=1).sum()), self.device)
+        return PixelCache(self._decoded_on_device, limit)
+
+    def _make_executor(self, name: str | None) -> Executor:
+        if self._on_threads(name):
+            parts = (self.augment, self.dtype, self._photos, self._replace, self._clock)
+            return ThreadExecutor(*parts, workers=self._workers, renderer=name)
         from fastflower.dali_executor import DaliExecutor  # takes half a second to import
 
-        limit = limit_of(cache, 3 * int(self._sizes.prod(axis=1).sum()), self.device)
         return DaliExecutor(
             self.augment,
             self.dtype,
-            PixelCache(self._decoded_on_device, limit) if limit else self._encoded,
+            self._photos if self._photos.limit_bytes else self._encoded,
             self._decode,
             self._replace,
             device=self.device,
             batch_size=self.batch_size,
-            workers=workers,
-            decoded=limit > 0,
+            workers=self._workers,
+            decoded=self._photos.limit_bytes > 0,
         )
 
     def _encoded(self, index: int) -> bytes:
@@ -195,8 +206,7 @@ class Loader(IterableDataset[Batch]):
         try:
             return decode(encoded, reduce)
         except SampleError as error:
-            place = self._reader.where(index)
-            raise SampleError(f"{place}: {error}") from None
+            raise SampleError(f"{self.where(index)}: {error}") from None
         finally:
             self._clock.add("decode", perf_counter() - start)
 
@@ -207,6 +217,10 @@ class Loader(IterableDataset[Batch]):
     def photo(self, index: int) -> NDArray[np.uint8]:
         """The whole decoded photograph of a sample, (H, W, 3) RGB; not to be written to."""
         return self._decode(index)
+
+    def where(self, index: int) -> str:
+        """Shard, key and original path of a sample, for messages."""
+        return self._reader.where(index)
 
     def path_of(self, index: int) -> str:
         """The path, relative to the packed folder, that a sample's image had."""
@@ -284,10 +298,15 @@ class Loader(IterableDataset[Batch]):
         return step_positions(step, self.num_samples, self.global_batch_size, **ranks, pad=self.tail == "pad")
 
     def _request(self, epoch: int, step: int) -> Request:
-        indices = self._positions(step)
-        if self._store and len(indices):
-            ahead = [self._shards[number].name for number in self._windows.ahead(indices, epoch)]
+        positions = self._positions(step)
+        if self._store and len(positions):
+            ahead = [self._shards[number].name for number in self._windows.ahead(positions, epoch)]
             self._reader.keep(self._store.prefetch(ahead))
+        return self._drawn(epoch, step, self.indices(epoch, step))
+
+    def indices(self, epoch: int, step: int) -> NDArray[np.int64]:
+        """(N,) the samples of a step of an epoch on this rank."""
+        indices = self._positions(step)
         if self.shuffle and self.window is not None:
             indices = self._windows.indices(indices, epoch)
         elif self._by_class is not None:
@@ -295,7 +314,7 @@ class Loader(IterableDataset[Batch]):
             indices = balanced(indices, self._by_class, counts, seed=self.seed, epoch=epoch)
         elif self.shuffle:
             indices = permute(indices, self.num_samples, seed=self.seed, epoch=epoch)
-        return self._drawn(epoch, step, indices)
+        return indices
 
     def _drawn(self, epoch: int, step: int, indices: NDArray[np.int64]) -> Request:
         sizes = self._sizes[indices]
@@ -319,6 +338,12 @@ class Loader(IterableDataset[Batch]):
         if tensor.device.type == self.device.type:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def set_augment(self, augment: Augment) -> None:
+        """Draw from another distribution from the next `for` on; photographs that are kept stay."""
+        self.augment = self._arguments["augment"] = augment
+        self._check(None)
+        self._executor = self._make_executor(self._arguments["executor"])
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next `for` at the start of this epoch."""
@@ -367,10 +392,7 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if (rank is None) != (world_size is None):
         raise ArgumentError("rank and world_size belong together; give both or neither.")
     if rank is None or world_size is None:
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized():
-            return distributed.get_rank(), distributed.get_world_size()
-        return 0, 1
+        return ranks.rank(), ranks.world_size()
     if not 0 <= rank < world_size:
         raise ArgumentError(f"rank must lie in 0 .. world_size-1 = {world_size - 1}, got {rank}.")
     return rank, world_size

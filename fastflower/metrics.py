@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+_BINS = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,23 @@ class Scores:
     def precision(self) -> Floats:
         """(K,) share of the samples given to each class that belong to it; NaN for a class never predicted."""
         return _ratio(np.diag(self.confusion), self.confusion.sum(axis=0))
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean over classes of 2 * hits / (samples + predictions); a class with neither is left out (scikit-learn's)."""
+        hits, both = np.diag(self.confusion), self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
+        return float(np.nanmean(_ratio(2 * hits, both)))
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error, in [0, 1]: how far probabilities of the predicted classes lie from the share that is right.
+
+        The mean over 15 bins of equal width of |accuracy - mean probability|, weighted by samples (Guo et al. 2017).
+        """
+        confidence = self.probabilities.max(axis=1).astype(np.float64)
+        gap = (self.probabilities.argmax(axis=1) == self.labels) - confidence
+        bins = np.minimum(np.ceil(confidence * _BINS).astype(np.int64) - 1, _BINS - 1)  # open below, closed above
+        return float(np.abs(np.bincount(bins, gap, _BINS)).sum() / len(gap))
 
 
 def score(classes: tuple[str, ...], labels_N: NDArray[np.int64], log_probabilities_NK: NDArray[np.float32]) -> Scores:

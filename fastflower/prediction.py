@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastflower.batch import Request, resolve_device
 from fastflower.checkpoint import Checkpoint
 from fastflower.errors import SampleError
-from fastflower.evaluation import loader_dtype, view_of
+from fastflower.evaluation import loader_dtype, log_probabilities, view_of
 from fastflower.folder import EXTENSIONS
 from fastflower.image import decode
 from fastflower.thread_executor import ThreadExecutor
@@ -60,9 +60,7 @@ def predict(
     for start in range(0, len(paths), _BATCH_SIZE):
         part = paths[start : start + _BATCH_SIZE]
         view = _view(part, checkpoint, precision).to(chosen)
-        with torch.inference_mode(), torch.autocast(chosen.type, dtype=precision, enabled=precision != torch.float32):
-            logits = model(view)
-        rows = torch.softmax(logits.float(), dim=1).tolist()
+        rows = log_probabilities(model, view, recipe, tta=recipe.tta).exp().tolist()
         found += [_prediction(path, row, checkpoint.classes) for path, row in zip(part, rows, strict=True)]
     return found
 

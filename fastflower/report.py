@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ class Report:
     """What `train` returns."""
 
     folder: Path
-    """Of the run: history.csv, checkpoint-best.pt, checkpoint-last.pt, report.html, curves.png, confusion.png."""
+    """Of the run: history.csv, checkpoint-best.pt, checkpoint-last.pt, report.html, curves.png, confusion.png, and where the
+    package is installed tensorboard."""
     history: list[dict[str, float]]
-    """A row an epoch: epoch, lr, train_loss, train_accuracy, images_per_second, train_seconds, wait_seconds, and where there
-    is a split "val" val_loss, val_accuracy and val_seconds."""
+    """A row an epoch: epoch, lr, size (pixels), train_loss, train_accuracy, images_per_second, train_seconds,
+    wait_seconds, and where there is a split "val" val_loss, val_accuracy and val_seconds."""
     best_epoch: int
     """Of the highest validation accuracy, counted from 1; the first of equals."""
     scores: Scores | None
@@ -41,8 +43,22 @@ class Report:
         return self.folder / "checkpoint-best.pt"
 
 
-def write_history(folder: Path, history: list[dict[str, float]]) -> None:
-    """Write history.csv whole, after every epoch."""
+def tensorboard(folder: Path) -> Any:
+    """A writer of the run's folder "tensorboard", or None where the package is not installed."""
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def write_history(folder: Path, history: list[dict[str, float]], board: Any = None) -> None:
+    """Write history.csv whole, after every epoch, and its last row to `board`."""
+    if board is not None:
+        for name, value in history[-1].items():
+            split, _, what = name.partition("_")
+            board.add_scalar(f"{what}/{split}" if split in ("train", "val") else name, value, history[-1]["epoch"])
+        board.flush()
     text = io.StringIO()
     writer = csv.DictWriter(text, list(history[-1]), lineterminator="\n")
     writer.writeheader()
@@ -58,7 +74,7 @@ def write_report(
     best_epoch: int,
     scores: Scores | None,
     val: Loader | None,
-) -> Report:
+) -> None:
     """Draw the run and write it into its folder."""
     pictures = {"curves": _curves(history)}
     mistakes: list[dict[str, Any]] = []
@@ -78,7 +94,6 @@ def write_report(
         mistakes=mistakes,
     )
     write_atomically(folder / "report.html", html.encode())
-    return Report(folder, history, best_epoch, scores)
 
 
 def _png(figure: Figure) -> bytes:

@@ -3,7 +3,7 @@
 from math import cos, pi
 from typing import Literal
 
-Schedule = Literal["constant", "step", "cosine", "one_cycle"]
+Schedule = Literal["constant", "step", "cosine", "one_cycle", "three_phase"]
 
 # torch's OneCycleLR: share of the steps spent rising, and the divisors of the first and the last rate.
 _RISING, _FIRST, _LAST = 0.3, 25.0, 1e4
@@ -17,7 +17,8 @@ def multiplier(
 
     "constant": 1. "step": gamma ** (epoch // step_epochs), torch's StepLR. "cosine": from 1 down to 0, torch's
     CosineAnnealingLR with T_max = total_steps, by steps. "one_cycle": up to 1 and down again, torch's OneCycleLR (cosine,
-    two phases, Smith and Topin 2018).
+    two phases, Smith and Topin 2018). "three_phase": after the recipe's warm-up, the first phase, gamma to the power of the
+    epochs, fractions counted (torch's ExponentialLR, by steps), until half of the steps; then a cosine from there down to 0.
     """
     if schedule == "constant":
         return 1.0
@@ -25,6 +26,10 @@ def multiplier(
         return gamma ** (step // steps_per_epoch // step_epochs)
     if schedule == "cosine":
         return (1 + cos(pi * step / total_steps)) / 2
+    if schedule == "three_phase":
+        half = total_steps / 2
+        decayed = gamma ** (min(step, half) / steps_per_epoch)
+        return decayed if step <= half else _cosine(decayed, 0.0, (step - half) / half)
     peak = _RISING * total_steps - 1
     first, last = 1 / _FIRST, 1 / (_FIRST * _LAST)
     if step <= peak:

@@ -3,24 +3,31 @@
 import logging
 import os
 import platform
-import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from fastflower import ranks
 from fastflower.backbone import build, train_mode
 from fastflower.batch import resolve_device
 from fastflower.checkpoint import Checkpoint
-from fastflower.errors import ArgumentError, CheckpointError
+from fastflower.errors import ArgumentError, CheckpointError, DeviceError, StoppedError, TrainingError
 from fastflower.evaluation import loader_dtype, measure, view_of
 from fastflower.loader import Loader
+from fastflower.metrics import Scores
+from fastflower.optimization import Average, optimizer_of
+from fastflower.order import stream_key
+from fastflower.progress import Tally, preemption
 from fastflower.recipe import Recipe
-from fastflower.report import Report, write_history, write_report
+from fastflower.report import Report, tensorboard, write_history, write_report
 from fastflower.schedule import multiplier, warm_up
 from fastflower.store import Remote
 
@@ -35,144 +42,239 @@ def train(
     *,
     out: str | Path | None = None,
     resume: bool = False,
+    save_steps: int | None = None,
     device: str | torch.device | None = None,
 ) -> Report:
     """Train on split "train", score split "val" after every epoch, and write checkpoints, history and report.
 
-    On one machine, with the same number of threads, the same recipe and shards give the same history.
+    On one machine, with the same number of threads, the same recipe and shards give the same history, also when training
+    was interrupted and resumed. SIGTERM saves after the step under way. Under torchrun the ranks share each batch.
 
     Args:
         shards: The folder that `pack` wrote, or its address, as for Loader.
         recipe: What to train, and how.
         out: The folder of the run; None takes the first of runs/BACKBONE, runs/BACKBONE-2, ... that is free.
-        resume: Go on after the last finished epoch of the run in `out`; a run without a checkpoint starts afresh.
+        resume: Go on where the run in `out` was saved last; a run without a checkpoint starts afresh.
+        save_steps: Also save after so many steps of an epoch, for epochs that take hours.
         device: None means CUDA where there is one, else the CPU.
 
-    Raises ShardError, CheckpointError, ArgumentError or DeviceError before anything is written.
+    Raises ShardError, CheckpointError, ArgumentError or DeviceError before anything is written; later StoppedError after
+    SIGTERM, TrainingError for a loss that is not finite or a rank that is gone, DeviceError when memory runs out.
     """
-    chosen = resolve_device(device)
-    folder = _folder(out, recipe, resume=resume)
-    start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
-    if start and start.recipe != recipe:
-        raise CheckpointError(
-            f"{folder / LAST}: was trained with another recipe; resume with the same, or name another out."
-        )
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        return Run(shards, recipe, folder, chosen, start).report()
+    if save_steps is not None and save_steps < 1:
+        raise ArgumentError(f"save_steps must be at least 1, got {save_steps!r}.")
+    with ranks.process_group(), torch.random.fork_rng(devices=range(torch.cuda.device_count())), preemption() as stop:
+        chosen = resolve_device(device)
+        folder = ranks.gathered(_folder(out, recipe, resume=resume))[0]
+        start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
+        if start and start.recipe != recipe:
+            raise CheckpointError(
+                f"{folder / LAST}: was trained with another recipe; resume with the same, or name another out."
+            )
+        try:
+            return Run(shards, recipe, folder, chosen, start, save_steps=save_steps, stop=stop).report()
+        except (RuntimeError, MemoryError) as error:
+            raise _explained(error, recipe, chosen) from error
 
 
 class Run:
     """A run under way: network, optimizer and loaders, as `train` uses them and benchmarks time them."""
 
     def __init__(
-        self, shards: str | Path | Remote, recipe: Recipe, folder: Path, device: torch.device, start: Checkpoint | None
+        self,
+        shards: str | Path | Remote,
+        recipe: Recipe,
+        folder: Path,
+        device: torch.device,
+        start: Checkpoint | None = None,
+        *,
+        save_steps: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        torch.manual_seed(recipe.seed)
         self.recipe, self.folder, self.device = recipe, folder, device
         self.precision = loader_dtype(recipe)
-        common: dict[str, Any] = {"batch_size": recipe.batch_size, "device": device, "dtype": self.precision}
+        self._save_steps, self._stop = save_steps, stop
+        batch_size = ranks.share(recipe.batch_size)
+        common: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": self.precision}
         shuffle = "balanced" if recipe.balanced else True
-        self.loader = Loader(shards, "train", augment=recipe.augment, seed=recipe.seed, shuffle=shuffle, **common)
+        self.loader = Loader(shards, "train", augment=recipe.augment_at(0), seed=recipe.seed, shuffle=shuffle, **common)
         self.classes = self.loader.manifest.classes
         splits = self.loader.manifest.splits
         has_val = "val" in splits and splits["val"].samples > 0
         self.val = Loader(shards, "val", augment=view_of(recipe), **common) if has_val else None
+        torch.manual_seed(recipe.seed)
         weights = None if start else recipe.weights
-        model = build(recipe.backbone, len(self.classes), weights=weights, freeze=recipe.freeze)
-        self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.optimizer = optimizer_of(self.model, recipe)
+        network = build(recipe.backbone, len(self.classes), weights=weights, freeze=recipe.freeze)
+        self.network: nn.Module = network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.optimizer = optimizer_of(self.network, recipe)
+        self.average = Average(self.network, recipe.ema) if recipe.ema else None
         self.criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.history: list[dict[str, float]] = []
+        self._interrupted: dict[str, Any] = {}
         if start:
             self._restore(start)
+        self._on_its_own: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.model: Callable[[Tensor], Tensor] = self._wrapped()
 
     def _restore(self, start: Checkpoint) -> None:
+        place = self.folder / LAST
         if start.classes != self.classes:
+            raise CheckpointError(f"{place}: was trained on {', '.join(start.classes)}; resume on the same shards.")
+        if len({(epoch, step) for epoch, step in ranks.gathered((start.epoch, start.step))}) > 1:
             raise CheckpointError(
-                f"{self.folder / LAST}: was trained on {', '.join(start.classes)}; resume on the same shards."
+                f"{place}: ranks found different ones; let `out` be a folder that all machines share."
             )
-        self.model.load_state_dict(start.model)
+        self.network.load_state_dict(start.trained or start.model)
+        if self.average:
+            self.average.network.load_state_dict(start.model)
         self.optimizer.load_state_dict(start.optimizer)
-        self.history = list(start.history)
-        if start.rng is not None:
-            torch.set_rng_state(start.rng)
-        _log.info("%s: resumed after epoch %d", self.folder, start.epoch)
+        self.scaler.load_state_dict(start.scaler)
+        self.history, self._interrupted = list(start.history), start.tally
+        now = environment(self.device)
+        for name in ("device", "threads", "torch", "ranks"):
+            if start.environment.get(name) != now[name]:
+                before = start.environment.get(name)
+                _log.warning("%s: %s was %s, now %s: the last bits will differ", place, name, before, now[name])
+        _log.info("%s: resumed in epoch %d after %d steps", self.folder, start.epoch + 1, start.step)
+
+    def _wrapped(self) -> Callable[[Tensor], Tensor]:
+        """The network as training calls it: on several ranks, and compiled where the recipe says so."""
+        model, cuda = self.network, self.device.type == "cuda"
+        if ranks.world_size() > 1:
+            if self.recipe.sync_batchnorm and not cuda:
+                raise ArgumentError("sync_batchnorm: torch has SyncBatchNorm on CUDA only; leave it out on the CPU.")
+            if self.recipe.sync_batchnorm:
+                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = DistributedDataParallel(
+                model, device_ids=[self.device] if cuda else None, gradient_as_bucket_view=True
+            )
+            self._on_its_own = model.no_sync
+        if self.recipe.compile:
+            return torch.compile(model, mode="reduce-overhead" if cuda else None)
+        return model
 
     def report(self) -> Report:
         """Train the epochs that are left; validate, save and log after each; write the report at the end."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        first = ranks.rank() == 0
+        if first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        board = tensorboard(self.folder) if first else None
         scores = None
-        for epoch in range(len(self.history), self.recipe.epochs):
-            row = {"epoch": epoch + 1, **self.train_epoch(epoch)}
-            scores = None
-            if self.val:
-                start = time.perf_counter()
-                scores = measure(self.model, self.val, self.classes, self.device, self.precision)
-                row |= {"val_loss": scores.loss, "val_accuracy": scores.accuracy}
-                row["val_seconds"] = time.perf_counter() - start
+        while not self._finished():
+            row, scores = self.epoch(len(self.history))
             self.history.append(row)
             self._save()
-            write_history(self.folder, self.history)
-            _log.info("%s", _line(row, self.recipe.epochs))
+            if first:
+                write_history(self.folder, self.history, board)
+                _log.info("%s", _line(row, self.recipe.epochs))
+            if not self._finished():
+                self._obey()
         best = best_epoch(self.history)
-        return write_report(
-            self.folder, self.recipe, self.classes, self.history, best, self._final_scores(scores), self.val
-        )
+        if self.val and (scores is None or best != len(self.history)):
+            self.scored.load_state_dict(Checkpoint.load(self.folder / BEST).model)
+            scores = self._score(self.val)
+        if first:
+            write_report(self.folder, self.recipe, self.classes, self.history, best, scores, self.val)
+        ranks.wait_for_all()
+        return Report(self.folder, self.history, best, scores)
+
+    def epoch(self, epoch: int) -> tuple[dict[str, float], Scores | None]:
+        """Train and validate: a row of the history, and the scores where there is a split "val"."""
+        row = {"epoch": epoch + 1, **self.train_epoch(epoch)}
+        if self.val is None:
+            return row, None
+        start = perf_counter()
+        scores = self._score(self.val)
+        row |= {"val_loss": scores.loss, "val_accuracy": scores.accuracy, "val_seconds": perf_counter() - start}
+        return row, scores
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the training split. Sums stay on the device and are read once, at the end."""
-        train_mode(self.model, self.recipe.freeze)
-        self.loader.set_epoch(epoch)
-        steps = len(self.loader)
-        loss_sum = torch.zeros((), device=self.device)
-        hits = torch.zeros((), dtype=torch.int64, device=self.device)
-        samples, waited, lr = 0, 0.0, 0.0
-        start = asked = time.perf_counter()
-        label = f"epoch {epoch + 1}/{self.recipe.epochs}"
-        with tqdm(total=steps * self.loader.global_batch_size, desc=label, unit="image", disable=None) as bar:
-            for step, (images, labels, _) in enumerate(self.loader):
-                waited += time.perf_counter() - asked
-                together = min(self.recipe.accumulate, steps - step // self.recipe.accumulate * self.recipe.accumulate)
-                last = (step + 1) % self.recipe.accumulate == 0 or step + 1 == steps
-                lr = self._set_lr(epoch * steps + step, steps)
-                loss, logits = self.step(images, labels, together, update=last)
-                loss_sum += loss.float() * len(labels)
-                likeliest = labels if labels.ndim == 1 else labels.argmax(dim=1)  # of mixed images, the larger share
-                hits += (logits.argmax(dim=1) == likeliest).sum()
-                samples += len(labels)
-                bar.update(len(labels))
-                asked = time.perf_counter()
-        train_loss, train_accuracy = loss_sum.item() / samples, hits.item() / samples  # waits for the device
-        seconds = time.perf_counter() - start
+        """One pass over the training split, or what an interruption left of it; its row of the history."""
+        recipe = self.recipe
+        train_mode(self.network, recipe.freeze)
+        augment, steps = recipe.augment_at(epoch), len(self.loader)
+        if augment != self.loader.augment:
+            self.loader.set_augment(augment)
+        tally = Tally(steps, self.device, self._interrupted)
+        self._interrupted = {}
+        self.loader.load_state_dict({**self.loader.state_dict(), "epoch": epoch, "step": tally.steps})
+        begun = perf_counter() - tally.seconds
+        label = f"epoch {epoch + 1}/{recipe.epochs}"
+        size = self.loader.global_batch_size
+        with tqdm(
+            total=steps * size, initial=tally.steps * size, desc=label, unit="image", disable=ranks.rank() > 0 or None
+        ) as bar:
+            asked = perf_counter()
+            for step, (images, labels, _) in enumerate(self.loader, start=tally.steps):
+                tally.waited += perf_counter() - asked
+                self._prepare(epoch * steps + step, steps)
+                first = step - step % recipe.accumulate
+                end = min(first + recipe.accumulate, steps)
+                loss, logits = self.step(images, labels, end - first, update=step + 1 == end)
+                tally.add(loss, logits, labels)
+                self._check(tally, epoch)
+                bar.update(size)
+                if step + 1 == end:
+                    if self.average:
+                        self.average.update(self.network, epoch * steps + step)
+                    tally.seconds = perf_counter() - begun
+                    self._obey(tally)
+                asked = perf_counter()
+        found = tally.state()
+        self._check(tally, epoch, last=True)
+        seconds = perf_counter() - begun
         return {
-            "lr": lr,
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "images_per_second": samples / seconds,
+            "lr": self._lr(epoch * steps + steps - 1, steps),
+            "size": augment.output_size[0],
+            "train_loss": found["losses"].mean().item(),
+            "train_accuracy": found["hits"] / (steps * size),
+            "images_per_second": steps * size / seconds,
             "train_seconds": seconds,
-            "wait_seconds": waited,
+            "wait_seconds": tally.waited,
         }
 
     def step(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> tuple[Tensor, Tensor]:
         """One batch, the gradients of `together` batches averaged before an update; (mean loss, logits (N, K)), detached."""
-        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
-            logits = self.model(images)
-            loss = self.criterion(logits, labels)
-        self.scaler.scale(loss / together).backward()
+        with self._on_its_own() if not update else nullcontext():
+            with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
+                logits = self.model(images)
+                loss = self.criterion(logits, labels)
+            self.scaler.scale(loss / together).backward()
         if not update:
             return loss.detach(), logits.detach()
         if self.recipe.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach(), logits.detach()
 
-    def _set_lr(self, step: int, steps_per_epoch: int) -> float:
+    @property
+    def scored(self) -> nn.Module:
+        """The network that is validated and kept."""
+        return self.average.network if self.average else self.network
+
+    def _score(self, val: Loader) -> Scores:
+        return measure(self.scored, val, self.classes, self.recipe, tta=self.recipe.tta)
+
+    def _finished(self) -> bool:
+        done, patience = len(self.history), self.recipe.patience
+        stale = patience is not None and done > 0 and done - best_epoch(self.history) >= patience
+        return done >= self.recipe.epochs or stale
+
+    def _prepare(self, step: int, steps_per_epoch: int) -> None:
+        """The rate of a step, counted over all epochs, and the random numbers of its dropout, which are functions of it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(step, steps_per_epoch)
+        cuda = self.device.type == "cuda"
+        generator = torch.cuda.default_generators[self.device.index] if cuda else torch.default_generator
+        generator.manual_seed(stream_key(self.recipe.seed, step, ranks.rank()) >> 1)
+
+    def _lr(self, step: int, steps_per_epoch: int) -> float:
         recipe = self.recipe
-        lr = recipe.lr * multiplier(
+        scheduled = multiplier(
             recipe.schedule,
             step,
             total_steps=recipe.epochs * steps_per_epoch,
@@ -180,48 +282,52 @@ class Run:
             step_epochs=recipe.step_epochs,
             gamma=recipe.gamma,
         )
-        lr *= warm_up(step, recipe.warmup_epochs * steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+        return recipe.lr * scheduled * warm_up(step, recipe.warmup_epochs * steps_per_epoch)
 
-    def _save(self) -> None:
+    def _check(self, tally: Tally, epoch: int, *, last: bool = False) -> None:
+        step = tally.not_finite(last=last)
+        if step is None:
+            return
+        places = [self.loader.where(index) for index in self.loader.indices(epoch, step).tolist()]
+        raise TrainingError(
+            f"{self.folder}: the loss is not finite in epoch {epoch + 1}, step {step + 1}. Lower lr, warm up (warmup_epochs) or "
+            f"clip gradients (clip_norm), and look at the batch; {LAST}, if there is one, is from before. The batch: "
+            f"{'; '.join(places)}"
+        )
+
+    def _obey(self, tally: Tally | None = None) -> None:
+        """Save in mid-epoch where that is due, and stop where a rank got SIGTERM."""
+        stop = ranks.any_rank(self._stop())
+        every = self._save_steps * self.recipe.accumulate if self._save_steps else 0
+        if tally and (stop or (every and tally.steps % every == 0)):
+            self._save(tally)
+        if stop:
+            step = (
+                f" in epoch {len(self.history) + 1}, step {tally.steps}"
+                if tally
+                else f" after epoch {len(self.history)}"
+            )
+            raise StoppedError(f"{self.folder}: stopped by SIGTERM{step}, and saved; resume=True (--resume) goes on.")
+
+    def _save(self, tally: Tally | None = None) -> None:
+        state = tally.state() if tally else {}
+        if ranks.rank() > 0:
+            return
         checkpoint = Checkpoint(
             recipe=self.recipe,
             classes=self.classes,
-            model=self.model.state_dict(),
+            model=self.scored.state_dict(),
+            trained=self.network.state_dict() if self.average else {},
             epoch=len(self.history),
             history=self.history,
+            tally=state,
             optimizer=self.optimizer.state_dict(),
-            rng=torch.get_rng_state(),
+            scaler=self.scaler.state_dict(),
             environment=environment(self.device),
         )
         checkpoint.save(self.folder / LAST)
-        if best_epoch(self.history) == len(self.history):
+        if not tally and best_epoch(self.history) == len(self.history):
             checkpoint.save(self.folder / BEST)
-
-    def _final_scores(self, last: Any) -> Any:
-        """Scores of the best checkpoint: measured again only where the best epoch is not the one just scored."""
-        if self.val is None or (last is not None and best_epoch(self.history) == len(self.history)):
-            return last
-        self.model.load_state_dict(Checkpoint.load(self.folder / BEST).model)
-        return measure(self.model, self.val, self.classes, self.device, self.precision)
-
-
-def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """The recipe's optimizer of what is trained. Matrices and kernels decay, norms and biases (one dimension) do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decaying = [parameter for parameter in trained if parameter.ndim > 1]
-    plain = [parameter for parameter in trained if parameter.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((decaying, recipe.weight_decay), (plain, 0.0))
-        if parameters
-    ]
-    if recipe.optimizer == "sgd":
-        return SGD(groups, recipe.lr, momentum=recipe.momentum)
-    kind = Adam if recipe.optimizer == "adam" else AdamW
-    return kind(groups, recipe.lr, betas=(recipe.momentum, 0.999))
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
@@ -240,9 +346,27 @@ def environment(device: torch.device) -> dict[str, str]:
         "device": f"{device.type}: {chip}",
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
+        "ranks": str(ranks.world_size()),
         "python": platform.python_version(),
         **found,
     }
+
+
+def _explained(error: RuntimeError | MemoryError, recipe: Recipe, device: torch.device) -> Exception:
+    """Our error for memory that ran out and for a rank that is gone; others as they are."""
+    said = str(error).strip().partition("\n")[0]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "t allocate memory" in said:
+        height, width = recipe.augment.output_size
+        return DeviceError(
+            f"batch_size {recipe.batch_size} of {height} x {width} pixels does not fit the memory of {device} ({said}); halve "
+            f"batch_size and double accumulate for the same updates, or lower augment.size."
+        )
+    if ranks.world_size() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in said.lower()):
+        return TrainingError(
+            f"rank {ranks.rank()}: another rank is gone ({said}); look at its log. torchrun --max-restarts with --resume goes on "
+            f"by itself."
+        )
+    return error
 
 
 def _folder(out: str | Path | None, recipe: Recipe, *, resume: bool) -> Path:

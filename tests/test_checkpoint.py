@@ -49,7 +49,8 @@ def checkpoint(network: nn.Module) -> Checkpoint:
         epoch=2,
         history=[{"epoch": 1, "loss": 1.5, "accuracy": 0.25}, {"epoch": 2, "loss": 1.25, "accuracy": 0.5}],
         optimizer=optimizer.state_dict(),
-        rng=torch.get_rng_state(),
+        trained={"weight": torch.arange(3.0)},
+        tally={"losses": torch.tensor([1.5, 0.5], dtype=torch.float64), "hits": 3, "seconds": 1.0, "waited": 0.5},
         environment={"torch": str(torch.__version__), "device": "cpu"},
     )
 
@@ -83,7 +84,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path, checkpoint: Che
     loaded = Checkpoint.load(tmp_path / "checkpoint.pt")
     assert loaded.recipe == checkpoint.recipe
     assert dict(loaded.model).keys() == dict(checkpoint.model).keys()
-    for name in ("classes", "epoch", "history", "rng", "environment"):
+    for name in ("classes", "epoch", "step", "history", "trained", "tally", "environment"):
         assert_equal(getattr(loaded, name), getattr(checkpoint, name))
     assert_equal(dict(loaded.model), dict(checkpoint.model))
     assert_equal(loaded.optimizer, checkpoint.optimizer)
@@ -93,7 +94,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path, checkpoint: Che
 def test_paths_may_be_strings_and_the_rest_may_be_left_out(tmp_path: Path, small: Checkpoint) -> None:
     small.save(str(tmp_path / "checkpoint.pt"))
     loaded = Checkpoint.load(str(tmp_path / "checkpoint.pt"))
-    assert (loaded.history, loaded.optimizer, loaded.rng, loaded.environment) == ([], {}, None, {})
+    assert (loaded.history, loaded.optimizer, loaded.step, loaded.environment) == ([], {}, 0, {})
 
 
 def test_the_file_loads_without_running_code(tmp_path: Path, checkpoint: Checkpoint) -> None:

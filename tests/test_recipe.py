@@ -6,16 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import StepLR
 
 from fastflower.augment import Augment
 from fastflower.backbone import build
 from fastflower.errors import ArgumentError
 from fastflower.recipe import PRESETS, Recipe
+from fastflower.schedule import multiplier, warm_up
 
 UNUSUAL = Recipe(
     backbone="densenet121",
     weights="weights/mine.pth",
     freeze=2,
+    sizes=(64, 96),
+    patience=4,
+    ema=0.99,
+    compile=True,
+    sync_batchnorm=True,
+    tta=True,
     augment=Augment(
         size=(96, 128),
         resize=(100, 140),
@@ -100,11 +108,15 @@ def test_a_recipe_cannot_be_changed_but_derived() -> None:
         ("momentum", 1.0, "in [0, 1)"),
         ("momentum", -0.1, "in [0, 1)"),
         ("weight_decay", -1e-4, "0 or more"),
-        ("schedule", "linear", "constant, step, cosine or one_cycle"),
+        ("schedule", "linear", "constant, step, cosine, one_cycle or three_phase"),
         ("step_epochs", 0, "at least 1"),
         ("gamma", 0.0, "above 0"),
         ("label_smoothing", 1.0, "in [0, 1)"),
         ("label_smoothing", -0.1, "in [0, 1)"),
+        ("sizes", (128, 0), "numbers of pixels, at least 1"),
+        ("patience", 0, "at least 1"),
+        ("ema", 1.0, "in (0, 1)"),
+        ("ema", 0.0, "in (0, 1)"),
         ("precision", "float64", "bfloat16, float16 or float32"),
     ],
 )
@@ -119,3 +131,136 @@ def test_a_stored_augment_outside_its_rule_is_refused() -> None:
     values["augment"]["flip"] = 2
     with pytest.raises(ArgumentError, match=r"Augment\.flip must be a probability in \[0, 1\], got 2\."):
         Recipe.from_dict(values)
+
+
+JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
+SHIFT = {"translate": (0.1, 0.1)}
+# What the reports say: backbone, optimizer, epochs, batch, stages frozen, batches an update; and what is drawn.
+A = ("resnet18", "sgd", 15, 32, 0, 1), {"flip": 0.5, "rotate": 10, **SHIFT, **JITTER}
+B = {"flip": 0.1, "rotate": 30, **SHIFT, **JITTER}
+C = {"flip": 0.5, "flip_vertical": 0.5, **JITTER}
+REPORTED: dict[str, tuple[tuple[str, str, int, int, int, int], dict[str, Any]]] = {
+    "report-a": A,
+    "report-b": (("resnet18", "sgd", 20, 32, 0, 1), B),
+    "report-b-batch64": (("resnet18", "sgd", 20, 64, 0, 1), B),
+    "report-b-resnet34": (("resnet34", "sgd", 20, 32, 0, 1), B),
+    "report-c": (("resnet18", "sgd", 15, 32, 0, 1), C),
+    "report-c-batch64": (("resnet18", "sgd", 15, 64, 0, 1), C),
+    "report-c-batch128": (("resnet18", "sgd", 15, 128, 0, 1), C),
+    "report-c-resnet50": (("resnet50", "sgd", 15, 128, 0, 1), C),
+    "report-c-resnet50-frozen": (("resnet50", "sgd", 15, 128, 2, 1), C),
+    "report-c-densenet121": (("densenet121", "sgd", 15, 128, 0, 1), C),
+    "report-d": (("resnet18", "adam", 25, 32, 0, 1), A[1]),
+    "report-d-50": (("resnet18", "adam", 50, 32, 0, 1), A[1]),
+    **{
+        f"report-e-{backbone}-freeze{freeze}-{kind}": (
+            (backbone, "adam", 10, 32, freeze, 2),
+            {"flip": 0.5, "erase": 0.5, "fixed": kind == "fixed"},
+        )
+        for backbone in ("resnet101", "resnet152", "vgg11")
+        for freeze in (2, 3)
+        for kind in ("fixed", "mixed")
+    },
+    "report-e-resnet101-40": (("resnet101", "adam", 40, 32, 2, 2), {"flip": 0.5, "erase": 0.5, "fixed": False}),
+}
+
+
+def test_every_recipe_of_a_report_is_in_the_table() -> None:
+    assert {name for name in PRESETS if name.startswith("report-")} == set(REPORTED)
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_the_recipe_of_a_report_is_what_the_report_says(name: str) -> None:
+    expected, drawn = REPORTED[name]
+    recipe = PRESETS[name]()
+    found = (
+        recipe.backbone,
+        recipe.optimizer,
+        recipe.epochs,
+        recipe.batch_size,
+        recipe.freeze,
+        recipe.accumulate,
+    )
+    assert found == expected
+    assert recipe.augment == Augment(crop=(0.08, 1.0), **drawn)
+    assert (recipe.momentum, recipe.weights, recipe.weight_decay) == (0.9, "DEFAULT", 0)
+    assert (recipe.sizes, recipe.ema, recipe.tta, recipe.patience) == ((), None, False, None)
+
+
+def rates(recipe: Recipe, steps_per_epoch: int = 1) -> list[float]:
+    """The rate of each step of a whole run."""
+    total = recipe.epochs * steps_per_epoch
+    return [
+        recipe.lr
+        * warm_up(step, recipe.warmup_epochs * steps_per_epoch)
+        * multiplier(
+            recipe.schedule,
+            step,
+            total_steps=total,
+            steps_per_epoch=steps_per_epoch,
+            step_epochs=recipe.step_epochs,
+            gamma=recipe.gamma,
+        )
+        for step in range(total)
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in REPORTED if name[7] in "abc"])
+def test_reports_a_to_c_are_trained_at_the_rates_of_step_lr(name: str) -> None:
+    recipe = PRESETS[name]()
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.001, momentum=0.9)
+    scheduler = StepLR(optimizer, 7, 0.1)
+    expected: list[float] = []
+    for _ in range(recipe.epochs):
+        expected += 3 * [optimizer.param_groups[0]["lr"]]
+        optimizer.step()
+        scheduler.step()
+    assert rates(recipe, 3) == pytest.approx(expected)
+
+
+def test_report_d_is_trained_at_one_thousandth_and_after_25_epochs_at_a_tenth_of_that() -> None:
+    assert rates(PRESETS["report-d"](), 3) == pytest.approx([0.001] * 75)
+    assert rates(PRESETS["report-d-50"](), 3) == pytest.approx([0.001] * 75 + [0.0001] * 75)
+
+
+def test_report_e_warms_up_for_an_epoch_and_its_long_run_falls_to_nothing() -> None:
+    found = rates(PRESETS["report-e-vgg11-freeze3-mixed"](), 10)
+    assert found[:10] == sorted(found[:10])
+    assert found[0] == pytest.approx(1e-6)
+    assert found[10:] == pytest.approx([1e-4] * 90)
+    long = rates(PRESETS["report-e-resnet101-40"](), 10)
+    assert PRESETS["report-e-resnet101-40"]().schedule == "three_phase"
+    assert long[::100] == pytest.approx([1e-6, 1e-4 * 0.9**10, 1e-4 * 0.9**20, 1e-4 * 0.9**20 / 2])
+    assert long[50:] == sorted(long[50:], reverse=True)
+    assert long[-1] < 1e-8
+
+
+@pytest.mark.parametrize("epochs", range(1, 14))
+def test_sizes_are_spread_evenly_over_the_epochs_in_order(epochs: int) -> None:
+    for count in range(1, epochs + 1):
+        sizes = tuple(range(32, 32 + count))
+        recipe = Recipe(epochs=epochs, sizes=sizes)
+        found = [recipe.augment_at(epoch).output_size for epoch in range(epochs)]
+        assert found == sorted(found)
+        assert {found.count((side, side)) for side in sizes} <= {epochs // count, -(-epochs // count)}
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 12])
+def test_the_last_epoch_has_the_last_size_also_where_there_are_more_sizes_than_epochs(epochs: int) -> None:
+    recipe = replace(PRESETS["finetune"](), epochs=epochs)
+    assert len(recipe.sizes) == 5
+    assert recipe.augment_at(epochs - 1).output_size == (176, 176)
+
+
+def test_a_size_scales_the_resize_and_keeps_proportions_and_all_else() -> None:
+    augment = replace(UNUSUAL.augment, size=(96, 128), resize=(100, 140))
+    recipe = Recipe(augment=augment, epochs=2, sizes=(48, 96))
+    assert recipe.augment_at(0) == replace(augment, size=(48, 64), resize=(50, 70))
+    assert recipe.augment_at(1) == augment
+    square = Recipe(augment=Augment(size=224, resize=256, flip=0.5), epochs=1, sizes=(112,))
+    assert square.augment_at(0) == Augment(size=112, resize=128, flip=0.5)
+
+
+def test_without_sizes_every_epoch_has_the_augment_itself() -> None:
+    recipe = Recipe()
+    assert all(recipe.augment_at(epoch) is recipe.augment for epoch in range(recipe.epochs))

@@ -45,6 +45,7 @@ def test_a_run_leaves_what_was_promised(run: Report) -> None:
         "report.html",
         "curves.png",
         "confusion.png",
+        "tensorboard",
     }
     with (run.folder / "history.csv").open() as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]

@@ -1,0 +1,58 @@
+"""Updates of the weights: the recipe's optimizer, and averaged weights."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from fastflower.recipe import Recipe
+
+
+def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:
+    """The recipe's optimizer of what is trained. Matrices and kernels decay, norms and biases (one dimension) do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decaying = [parameter for parameter in trained if parameter.ndim > 1]
+    plain = [parameter for parameter in trained if parameter.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decaying, recipe.weight_decay), (plain, 0.0))
+        if parameters
+    ]
+    if recipe.optimizer == "sgd":
+        # On the CPU fused SGD took 17 ms for a ResNet-50, torch's loop 12; fused Adam 16, the loop 46.
+        return SGD(groups, recipe.lr, momentum=recipe.momentum, fused=True if trained[0].is_cuda else None)
+    kind = Adam if recipe.optimizer == "adam" else AdamW
+    return kind(groups, recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
+
+
+class Average:
+    """An exponential moving average (EMA) of a network's weights and of its batch norms' statistics.
+
+    After n updates the decay is at most (1 + n) / (10 + n), so that the first weights are soon forgotten (as TensorFlow's
+    ExponentialMovingAverage with num_updates).
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = deepcopy(network).requires_grad_(requires_grad=False).eval()
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, updates: int) -> None:
+        """Take in the weights after the update that follows `updates` others."""
+        decay = min(self._decay, (1 + updates) / (10 + updates))
+        averages: list[Tensor] = []
+        current: list[Tensor] = []
+        for mine, theirs in zip(_tensors(self.network), _tensors(network), strict=True):
+            if mine.is_floating_point():
+                averages.append(mine)
+                current.append(theirs)
+            else:
+                mine.copy_(theirs)  # batch norms' counters
+        get_ema_multi_avg_fn(decay)(averages, current, None)
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*(parameter.detach() for parameter in network.parameters()), *network.buffers()]

@@ -1,0 +1,75 @@
+"""What an epoch has come to so far: losses and hits that are read without waiting for the device, and when to stop."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastflower import ranks
+
+_LOOKED_AT = 64  # steps: more than a device lags behind
+
+
+class Tally:
+    """Losses and hits of one epoch on this rank; `state` is what an interrupted epoch left, the same on every rank.
+
+    The losses of a CUDA device are copied into pinned memory as they come, so that nothing waits for the device before the end.
+    """
+
+    def __init__(self, steps: int, device: torch.device, state: dict[str, Any] | None = None) -> None:
+        self._before: Tensor = state["losses"] if state else torch.zeros(0, dtype=torch.float64)
+        self._before_hits = int(state["hits"]) if state else 0
+        self.seconds: float = state["seconds"] if state else 0.0
+        self.waited: float = state["waited"] if state else 0.0
+        self._losses = torch.zeros(steps - len(self._before), pin_memory=device.type == "cuda")
+        self._hits = torch.zeros((), dtype=torch.int64, device=device)
+        self._count = 0
+
+    @property
+    def steps(self) -> int:
+        """That are done."""
+        return len(self._before) + self._count
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """A step's mean loss and logits (N, K); labels (N,), or (N, K) of mixed images, of which the larger share counts."""
+        self._losses[self._count].copy_(loss, non_blocking=True)
+        self._hits += (logits.argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))).sum()
+        self._count += 1
+
+    def not_finite(self, *, last: bool = False) -> int | None:
+        """The first step whose loss is not finite, of the latest ones as far as they have arrived; `last`: of all."""
+        start = 0 if last else max(0, self._count - _LOOKED_AT)
+        found = (~torch.isfinite(self._losses[start : self._count])).nonzero()
+        return len(self._before) + start + int(found[0]) if len(found) else None
+
+    def state(self) -> dict[str, Any]:
+        """Of all ranks together: each step's mean loss, (steps,) float64, the hits, and this rank's seconds.
+
+        Waits for the device; all ranks must ask at the same step.
+        """
+        losses = torch.cat([self._before, self._mean_losses()])
+        hits = int(ranks.summed(self._hits.cpu())) + self._before_hits
+        return {"losses": losses, "hits": hits, "seconds": self.seconds, "waited": self.waited}
+
+    def _mean_losses(self) -> Tensor:
+        if self._hits.is_cuda:
+            torch.cuda.synchronize(self._hits.device)
+        return ranks.summed(self._losses[: self._count].double()) / ranks.world_size()
+
+
+@contextmanager
+def preemption() -> Iterator[Callable[[], bool]]:
+    """Within, SIGTERM ends nothing: what is yielded says whether it came. In threads other than the main one it never does."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)

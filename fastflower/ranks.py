@@ -1,0 +1,83 @@
+"""The processes that train together: torchrun's group, and the few sums and agreements that they need."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from fastflower.errors import ArgumentError
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun started, and leave them at the end; does nothing alone or where that was done."""
+    if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, 0 where there is only one."""
+    return dist.get_rank() if _together() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if _together() else 1
+
+
+def ranks_here() -> int:
+    """How many of them share this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def share(batch_size: int) -> int:
+    """A rank's part of a global batch. Raises ArgumentError where it cannot be cut into equal parts."""
+    count = world_size()
+    if batch_size % count:
+        raise ArgumentError(f"batch_size {batch_size} must be a multiple of the {count} ranks, which take equal parts.")
+    return batch_size // count
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all ranks of a CPU tensor, elementwise."""
+    total = values.clone()
+    if _together():
+        dist.all_reduce(total)
+    return total
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says so; all ranks must ask at the same place."""
+    return bool(summed(torch.tensor(int(flag)))) if _together() else flag
+
+
+def gathered(part: Any) -> list[Any]:
+    """The parts of all ranks, in their order; numpy arrays and plain values."""
+    if not _together():
+        return [part]
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, part)
+    return parts
+
+
+def wait_for_all() -> None:
+    """Go on when every rank is here."""
+    if _together():
+        dist.barrier()
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,179 @@
+"""Runs the experiments of the five reports this project began from, our numbers beside theirs: python tools/reports.py SHARDS
+
+Every experiment is a recipe, trained into OUT/RECIPE; one that was stopped goes on where it was, one that is finished is read.
+Writes OUT/reports.md, and a figure for each report. Ours is the best epoch, chosen on the validation split, as theirs.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import tyro
+from matplotlib.figure import Figure
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from fastflower import Checkpoint, FastflowerError, Recipe, train
+from fastflower.errors import StoppedError
+from fastflower.recipe import PRESETS
+from fastflower.training import LAST, best_epoch
+
+Letter = Literal["a", "b", "c", "d", "e"]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A row of a report: its recipe here, and what the report says of it."""
+
+    recipe: str
+    accuracy: float
+    """Percent of the validation photographs."""
+    seconds: float | None = None
+
+
+def _report_e(backbone: str, *accuracies: float) -> list[Experiment]:
+    """The report's four figures of a network in the order of its text; which is which it does not say."""
+    names = [f"report-e-{backbone}-freeze{freeze}-{kind}" for freeze in (2, 3) for kind in ("fixed", "mixed")]
+    return [Experiment(name, accuracy) for name, accuracy in zip(names, accuracies, strict=True)]
+
+
+BATCH_128 = Experiment("report-c-batch128", 92.6)
+FROZEN = Experiment("report-c-resnet50-frozen", 94.5)
+# Report, then what it compares: the title, and the experiments side by side.
+REPORTS: dict[Letter, dict[str, list[Experiment]]] = {
+    "a": {"ResNet-18": [Experiment("report-a", 93.33, 19 * 60 + 35)]},
+    "b": {
+        "batch size and network": [
+            Experiment("report-b", 93.2),
+            Experiment("report-b-batch64", 90.4),
+            Experiment("report-b-resnet34", 92.5),
+        ]
+    },
+    "c": {
+        "batch size": [Experiment("report-c", 90.2), Experiment("report-c-batch64", 91.4), BATCH_128],
+        "network": [BATCH_128, FROZEN, Experiment("report-c-densenet121", 94.2)],
+        "two stages frozen, or none": [FROZEN, Experiment("report-c-resnet50", 93.2)],
+    },
+    "d": {
+        "25 epochs, and 25 more": [
+            Experiment("report-d", 89.82, 3 * 60 + 20),
+            Experiment("report-d-50", 93.33, 6 * 60 + 49),
+        ]
+    },
+    "e": {
+        "ResNet-101": _report_e("resnet101", 80.43, 80.10, 80.10, 79.44),
+        "ResNet-152": _report_e("resnet152", 80.10, 79.70, 79.47, 78.50),
+        "VGG-11": _report_e("vgg11", 65.77, 64.00, 64.34, 62.00),
+        "40 epochs": [Experiment("report-e-resnet101-40", 80.49)],
+    },
+}
+
+Histories = dict[str, list[dict[str, float]]]
+"""Of the runs so far, by recipe."""
+
+
+def history_of(shards: str, name: str, recipe: Recipe, out: Path, device: str | None) -> list[dict[str, float]]:
+    """Of an experiment that is finished, or that now is."""
+    folder = out / name
+    if (folder / "report.html").exists() and (folder / LAST).exists():
+        kept = Checkpoint.load(folder / LAST)
+        if kept.recipe == recipe and kept.epoch >= 1 and not kept.step:
+            return kept.history
+    return train(shards, recipe, out=folder, resume=True, device=device).history
+
+
+def table(letters: Sequence[Letter], histories: Histories) -> str:
+    """Markdown: what was reported and what was found; a recipe that is compared twice stands twice."""
+    lines = [
+        "| report | compared | recipe | reported | ours, best epoch | last epoch | reported s | ours s | epochs |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for letter in letters:
+        for title, experiments in REPORTS[letter].items():
+            for one in experiments:
+                if one.recipe not in histories:
+                    continue
+                history = histories[one.recipe]
+                best = 100 * history[best_epoch(history) - 1]["val_accuracy"]
+                seconds = sum(row["train_seconds"] + row["val_seconds"] for row in history)
+                lines.append(
+                    f"| {letter.upper()} | {title} | {one.recipe} | {one.accuracy:.1f}% | {best:.1f}% | "
+                    f"{100 * history[-1]['val_accuracy']:.1f}% | {'' if one.seconds is None else round(one.seconds)} | "
+                    f"{seconds:.0f} | {len(history)} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def draw(letter: Letter, histories: Histories, path: Path) -> None:
+    """A row for each comparison: accuracy by epoch, reported figures dashed, and the bars of both."""
+    comparisons = REPORTS[letter]
+    figure = Figure(figsize=(11, 3.4 * len(comparisons)), layout="constrained")
+    grid = figure.subplots(len(comparisons), 2, squeeze=False)
+    for (curves, bars), (title, experiments) in zip(grid, comparisons.items(), strict=True):
+        shown = [one for one in experiments if one.recipe in histories]
+        for number, one in enumerate(shown):
+            history, color = histories[one.recipe], f"C{number}"
+            best = 100 * history[best_epoch(history) - 1]["val_accuracy"]
+            accuracies = [100 * row["val_accuracy"] for row in history]
+            curves.plot([row["epoch"] for row in history], accuracies, marker=".", color=color, label=one.recipe)
+            curves.axhline(one.accuracy, color=color, linestyle="--", linewidth=0.8)
+            bars.barh(number - 0.2, best, 0.38, color=color)
+            bars.barh(number + 0.2, one.accuracy, 0.38, color=color, alpha=0.4)
+            bars.text(best, number - 0.2, f" {best:.1f} here", va="center", fontsize=8)
+            bars.text(one.accuracy, number + 0.2, f" {one.accuracy:.1f} reported", va="center", fontsize=8)
+        curves.set(title=f"Report {letter.upper()}: {title}", xlabel="epoch", ylabel="validation accuracy, %")
+        curves.legend(fontsize=8)
+        bars.set_yticks(range(len(shown)), [one.recipe for one in shown], fontsize=8)
+        bars.set(xlabel="best validation accuracy, %", xlim=(0, 119))
+        bars.invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
+def reports(
+    shards: Annotated[str, tyro.conf.Positional],
+    report: tuple[Letter, ...] = get_args(Letter),
+    out: Path = Path("runs/reports"),
+    weights: str | None = "DEFAULT",
+    epochs: int | None = None,
+    device: str | None = None,
+) -> None:
+    """Train what reports describe, and compare.
+
+    Args:
+        shards: The folder that pack wrote, or its address.
+        report: Which of them: a to e.
+        out: Where the runs, the table and the figures go.
+        weights: Where training starts: torchvision's name of pretrained weights, or None for random weights.
+        epochs: Instead of each recipe's own, to see that all run.
+        device: None means CUDA where there is one, else the CPU.
+    """
+    histories: Histories = {}
+    for letter in report:
+        for one in (one for experiments in REPORTS[letter].values() for one in experiments):
+            recipe = replace(PRESETS[one.recipe](), weights=weights)
+            if one.recipe not in histories:
+                recipe = replace(recipe, epochs=epochs or recipe.epochs)
+                histories[one.recipe] = history_of(shards, one.recipe, recipe, out, device)
+                (out / "reports.md").write_text(table(report, histories))
+        draw(letter, histories, out / f"report-{letter}.png")
+    print(table(report, histories), end="")
+    print(f"wrote {out / 'reports.md'}")
+
+
+def main() -> int:
+    """The command line; errors that were explained end it with status 1, SIGTERM with 143."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("fastflower").setLevel(logging.INFO)
+    try:
+        with logging_redirect_tqdm():
+            tyro.cli(reports)
+    except FastflowerError as error:
+        print(error if isinstance(error, StoppedError) else f"error: {error}", file=sys.stderr)
+        return 143 if isinstance(error, StoppedError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
