@@ -91,41 +91,47 @@ class Trainer:
         return images_seen
 
 
-class Finetuner:
-    """A pretrained ResNet-50, its head new: SGD 0.9, one cycle to 0.02, label smoothing 0.1, bfloat16, channels-last.
+class OneCycle:
+    """The plain loop: SGD 0.9, one cycle, label smoothing 0.1, batch 32, bfloat16, channels-last.
 
-    Its strides of two lie on the 1x1 convolutions, as in ResNet v1, for which the weights that can be had here were trained.
-    frozen  the stem and the first stage stay as they are, their batch norms too.
+    random  the transforms before ToTensor. frozen  modules that stay as they are, their batch norms too.
     """
 
     def __init__(
-        self, folder: Path, weights: Path, epochs: int, *, frozen: bool, seed: int, device: torch.device
+        self,
+        model: nn.Module,
+        folder: Path,
+        random: list[Any],
+        size: int,
+        *,
+        lr: float,
+        weight_decay: float,
+        epochs: int,
+        device: torch.device,
+        frozen: tuple[nn.Module, ...] = (),
     ) -> None:
-        torch.manual_seed(seed)
-        random = [transforms.RandomResizedCrop(224, (0.25, 1.0)), transforms.RandomHorizontalFlip()]
         normalised = transforms.Compose([*random, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
         pin = device.type == "cuda"
         self.batches = loader(folder / "train", normalised, batch_size=32, pin=pin)
-        self.view = validation(folder / "val", pin=pin)
-        model = models.resnet50()
-        model.load_state_dict(torch.load(weights, weights_only=True))
-        for stage in (model.layer2, model.layer3, model.layer4):
-            first: Any = stage[0]
-            first.conv1.stride, first.conv2.stride = (2, 2), (1, 1)
-        model.fc = nn.Linear(model.fc.in_features, len(self.view.dataset.classes))  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-        self.frozen: list[nn.Module] = [model.conv1, model.bn1, model.layer1] if frozen else []
-        for module in self.frozen:
+        self.view = validation(folder / "val", size, pin=pin)
+        self.frozen, self.device = frozen, device
+        for module in frozen:
             module.requires_grad_(requires_grad=False)
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, lr=0.02, momentum=0.9, weight_decay=1e-4)
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
+            {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
         steps = epochs * len(self.batches)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=0.02, total_steps=steps)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, max_lr=lr, total_steps=steps, cycle_momentum=False
+        )
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-        self.device = device
 
-    def epoch(self) -> None:
-        """Train on every batch."""
+    def epoch(self) -> float:
+        """Train on every batch; the accuracy on the validation images afterwards."""
         self.model.train()
         for module in self.frozen:
             module.eval()
@@ -137,7 +143,15 @@ class Finetuner:
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad(set_to_none=True)
-
-    def accuracy(self) -> float:
-        """The share of the validation images that are right."""
         return accuracy(self.model, self.view, self.device, fast=True)
+
+
+def pretrained_resnet50(weights: Path, num_classes: int) -> models.ResNet:
+    """With strides of two on the 1x1 convolutions, as in ResNet v1, for which the weights that can be had here were trained."""
+    model = models.resnet50()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    for stage in (model.layer2, model.layer3, model.layer4):
+        first: Any = stage[0]
+        first.conv1.stride, first.conv2.stride = (2, 2), (1, 1)
+    model.fc = nn.Linear(model.fc.in_features, num_classes)
+    return model

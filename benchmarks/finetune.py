@@ -1,16 +1,14 @@
 """ResNet-50 from pretrained weights, against a plain torchvision loop: python benchmarks/finetune.py --data FOLDER --weights FILE
 
-For each seed (of the split, the head, the order and the draws) one after the other: the plain loop of baseline.py, the recipe
-`finetune` and the recipe `finetune-long`, all on the same photographs, each in a process of its own. The clock runs from
+For each seed (of the split, the head, the order and the draws) one after the other: the plain loop of baseline.py (224 pixels,
+the stem and the first stage frozen, or nothing), the recipe `finetune` and the recipe `finetune-long`, all on the same
+photographs, each in a process of its own. The clock runs from
 before the weights are read until the last epoch is validated, for fastflower until `train` returns, with its checkpoints and
 report; every side validates after every epoch. Scored is the last epoch: the validation split chooses nothing. A run that is
 finished is kept in --work, so that a benchmark that was stopped goes on where it was.
 """
 
-import json
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,9 @@ from typing import Any
 import baseline
 import epoch_time
 import record
+import torch
 import tyro
+from torchvision import transforms
 
 from fastflower import pack, train
 from fastflower.batch import resolve_device
@@ -44,11 +44,13 @@ def run(side: str, data: Path, work: Path, weights: Path, seed: int, device: str
     chosen = resolve_device(device)
     start = time.perf_counter()
     if side.startswith(PLAIN):
-        plain = baseline.Finetuner(folder, weights, EPOCHS, frozen=side == PLAIN, seed=seed, device=chosen)
-        accuracies: list[float] = []
-        for _ in range(EPOCHS):
-            plain.epoch()
-            accuracies.append(plain.accuracy())
+        torch.manual_seed(seed)
+        model = baseline.pretrained_resnet50(weights, len(list((folder / "train").iterdir())))
+        random = [transforms.RandomResizedCrop(224, (0.25, 1.0)), transforms.RandomHorizontalFlip()]
+        frozen = (model.conv1, model.bn1, model.layer1) if side == PLAIN else ()
+        rates: dict[str, Any] = {"lr": 0.02, "weight_decay": 1e-4}
+        plain = baseline.OneCycle(model, folder, random, 224, **rates, epochs=EPOCHS, device=chosen, frozen=frozen)
+        accuracies = [plain.epoch() for _ in range(EPOCHS)]
         seconds = time.perf_counter() - start
         return {"side": side, "seed": seed, "seconds": seconds, "accuracies": accuracies}
     recipe = replace(PRESETS[side](), weights=str(weights), seed=seed)
@@ -100,21 +102,16 @@ def main(
         device: None means CUDA where there is one, else the CPU.
         only: One side and seed, in this process; what the others are started with.
     """
-    if only is not None:
-        found = {**run(only[0], data, work, weights, only[1], device), "commit": record.COMMIT}
-        (work / f"{only[0]}-{only[1]}.json").write_text(json.dumps(found))
-        return
     work.mkdir(parents=True, exist_ok=True)
+    if only is not None:
+        record.keep(work, run(only[0], data, work, weights, only[1], device))
+        return
     sides = [name if frozen else f"{name}-unfrozen" for name in (PLAIN, "finetune", "finetune-long")]
+    options = ["--data", str(data), "--weights", str(weights), *(["--device", device] if device else [])]
     runs: list[dict[str, Any]] = []
     for seed in range(seeds):
         for side in sides:
-            kept = work / f"{side}-{seed}.json"
-            if not kept.exists():
-                options = ["--only", side, str(seed), *(["--device", device] if device else [])]
-                places = ["--data", str(data), "--weights", str(weights), "--work", str(work)]
-                subprocess.run([sys.executable, __file__, *places, *options], check=True)
-            runs.append(json.loads(kept.read_text()))
+            runs.append(record.kept(__file__, work, side, seed, options))
             print(f"{side}, seed {seed}: {runs[-1]['accuracies'][-1]:.2%}, {runs[-1]['seconds']:.0f} s", flush=True)
     print(table(runs, sides))
     content = {"clock": " ".join((__doc__ or "").split("\n\n")[1].split()), "data": data.name, "runs": runs}

@@ -5,6 +5,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -76,6 +77,21 @@ def table(title: str, sides: list[Side]) -> str:
             f"{statistics.median(side.seconds):8.2f}{ratio(side, sides[0]):7.2f}"
         )
     return "\n".join(lines)
+
+
+def kept(script: str, work: Path, side: str, seed: int, options: list[str]) -> dict[str, Any]:
+    """What `script ... --only SIDE SEED` leaves in WORK/SIDE-SEED.json, run in a process of its own unless it lies there."""
+    path = work / f"{side}-{seed}.json"
+    if not path.exists():
+        subprocess.run([sys.executable, script, *options, "--work", str(work), "--only", side, str(seed)], check=True)
+    return json.loads(path.read_text())
+
+
+def keep(work: Path, found: dict[str, Any]) -> None:
+    """Leave it there."""
+    part = work / "part"
+    part.write_text(json.dumps({**found, "commit": COMMIT}))
+    part.replace(work / f"{found['side']}-{found['seed']}.json")
 
 
 def write(folder: Path, what: str, device: torch.device, content: dict[str, Any]) -> Path:
