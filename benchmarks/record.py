@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastflower.training import environment
+from fastflower.checkpoint import environment
 
 ROOT = Path(__file__).parent.parent
 

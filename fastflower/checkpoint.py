@@ -1,13 +1,16 @@
 """A trained network and all that is needed to use it, or to go on training it, in one file."""
 
 import os
+import platform
 from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import nn
 
+from fastflower import ranks
 from fastflower.backbone import build, load_file
 from fastflower.errors import CheckpointError, FastflowerError
 from fastflower.recipe import Recipe
@@ -88,3 +91,18 @@ class Checkpoint:
         model = build(self.recipe.backbone, len(self.classes), weights=None)
         model.load_state_dict(self.model)
         return model.eval()
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Hardware and versions, for checkpoints and benchmark records."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    names = ("fastflower", "torch", "torchvision", "numpy", "opencv-python-headless")
+    found = {name: version(name) for name in names}
+    return {
+        "device": f"{device.type}: {chip}",
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "ranks": str(ranks.world_size()),
+        "python": platform.python_version(),
+        **found,
+    }

@@ -106,7 +106,7 @@ class Loader(IterableDataset[Batch]):
         self.replaced: dict[int, str] = {}
         """Damaged samples, by index, and what is wrong with each."""
         self._reader = self._open(split)
-        self._check(workers)
+        self._check(workers, self.augment)
         counts = [shard.samples for shard in self._shards]
         self._windows = Windows(counts, self.window or 1, seed=seed, shuffle=bool(self.shuffle))
         index = self._reader.index
@@ -134,7 +134,7 @@ class Loader(IterableDataset[Batch]):
         place = {"rank": self.rank, "world_size": self.world_size}
         return _made_again, (self._arguments | place, self._next, self._position)
 
-    def _check(self, workers: int | None) -> None:
+    def _check(self, workers: int | None, augment: Augment) -> None:
         rules = [
             ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
             ("workers", workers, workers is None or workers >= 1, "at least 1"),
@@ -151,7 +151,7 @@ class Loader(IterableDataset[Batch]):
             raise ArgumentError(
                 "window must be None with shuffle='balanced', which reads all shards; so must shards be local."
             )
-        mixes = self.augment.mixup or self.augment.cutmix
+        mixes = augment.mixup or augment.cutmix
         if mixes and (self.batch_size % 2 or self.tail == "keep" or self.dtype == torch.uint8):
             raise ArgumentError(
                 "augment: mixup and cutmix mix pairs of a batch, in floating point: they need an even batch_size, tail 'drop' or "
@@ -341,8 +341,8 @@ class Loader(IterableDataset[Batch]):
 
     def set_augment(self, augment: Augment) -> None:
         """Draw from another distribution from the next `for` on; photographs that are kept stay."""
+        self._check(None, augment)
         self.augment = self._arguments["augment"] = augment
-        self._check(None)
         self._executor = self._make_executor(self._arguments["executor"])
 
     def set_epoch(self, epoch: int) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from fastflower.errors import ArgumentError
@@ -71,6 +71,13 @@ def gathered(part: Any) -> list[Any]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, part)
     return parts
+
+
+def share_buffers(network: nn.Module) -> None:
+    """Give all ranks rank 0's statistics of batch norms, which each took from its own part of the last batch."""
+    if _together():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def wait_for_all() -> None:

@@ -1,11 +1,8 @@
 """Trains a recipe on shards: one straight loop."""
 
 import logging
-import os
-import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,8 +15,15 @@ from tqdm import tqdm
 from fastflower import ranks
 from fastflower.backbone import build, train_mode
 from fastflower.batch import resolve_device
-from fastflower.checkpoint import Checkpoint
-from fastflower.errors import ArgumentError, CheckpointError, DeviceError, StoppedError, TrainingError
+from fastflower.checkpoint import Checkpoint, environment
+from fastflower.errors import (
+    ArgumentError,
+    CheckpointError,
+    DeviceError,
+    FastflowerError,
+    StoppedError,
+    TrainingError,
+)
 from fastflower.evaluation import loader_dtype, measure, view_of
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
@@ -55,7 +59,7 @@ def train(
         recipe: What to train, and how.
         out: The folder of the run; None takes the first of runs/BACKBONE, runs/BACKBONE-2, ... that is free.
         resume: Go on where the run in `out` was saved last; a run without a checkpoint starts afresh.
-        save_steps: Also save after so many steps of an epoch, for epochs that take hours.
+        save_steps: Also save after so many updates of an epoch, for epochs that take hours.
         device: None means CUDA where there is one, else the CPU.
 
     Raises ShardError, CheckpointError, ArgumentError or DeviceError before anything is written; later StoppedError after
@@ -74,7 +78,10 @@ def train(
         try:
             return Run(shards, recipe, folder, chosen, start, save_steps=save_steps, stop=stop).report()
         except (RuntimeError, MemoryError) as error:
-            raise _explained(error, recipe, chosen) from error
+            explained = _explained(error, recipe, chosen)
+            if explained is None:
+                raise
+            raise explained from error
 
 
 class Run:
@@ -176,6 +183,8 @@ class Run:
             scores = self._score(self.val)
         if first:
             write_report(self.folder, self.recipe, self.classes, self.history, best, scores, self.val)
+        if board:
+            board.close()
         ranks.wait_for_all()
         return Report(self.folder, self.history, best, scores)
 
@@ -185,6 +194,7 @@ class Run:
         if self.val is None:
             return row, None
         start = perf_counter()
+        ranks.share_buffers(self.scored)
         scores = self._score(self.val)
         row |= {"val_loss": scores.loss, "val_accuracy": scores.accuracy, "val_seconds": perf_counter() - start}
         return row, scores
@@ -217,7 +227,7 @@ class Run:
                 bar.update(size)
                 if step + 1 == end:
                     if self.average:
-                        self.average.update(self.network, epoch * steps + step)
+                        self.average.update(self.network, (epoch * steps + step) // recipe.accumulate)
                     tally.seconds = perf_counter() - begun
                     self._obey(tally)
                 asked = perf_counter()
@@ -337,23 +347,8 @@ def best_epoch(history: list[dict[str, float]]) -> int:
     return max(range(len(history)), key=lambda row: history[row]["val_accuracy"]) + 1
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Hardware and versions, for checkpoints and benchmark records."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    names = ("fastflower", "torch", "torchvision", "numpy", "opencv-python-headless")
-    found = {name: version(name) for name in names}
-    return {
-        "device": f"{device.type}: {chip}",
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "ranks": str(ranks.world_size()),
-        "python": platform.python_version(),
-        **found,
-    }
-
-
-def _explained(error: RuntimeError | MemoryError, recipe: Recipe, device: torch.device) -> Exception:
-    """Our error for memory that ran out and for a rank that is gone; others as they are."""
+def _explained(error: Exception, recipe: Recipe, device: torch.device) -> FastflowerError | None:
+    """Our error for memory that ran out, or for a rank that is gone."""
     said = str(error).strip().partition("\n")[0]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "t allocate memory" in said:
         height, width = recipe.augment.output_size
@@ -366,7 +361,7 @@ def _explained(error: RuntimeError | MemoryError, recipe: Recipe, device: torch.
             f"rank {ranks.rank()}: another rank is gone ({said}); look at its log. torchrun --max-restarts with --resume goes on "
             f"by itself."
         )
-    return error
+    return None
 
 
 def _folder(out: str | Path | None, recipe: Recipe, *, resume: bool) -> Path:
