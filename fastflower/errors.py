@@ -30,7 +30,7 @@ class DeviceError(FastflowerError):
 
 
 class TrainingError(FastflowerError):
-    """Training cannot go on: a loss that is not finite, or another rank that is gone."""
+    """Training cannot go on: a loss that is not finite, a full disk, or another rank that is gone."""
 
 
 class StoppedError(FastflowerError):

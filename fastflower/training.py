@@ -63,7 +63,7 @@ def train(
         device: None means CUDA where there is one, else the CPU.
 
     Raises ShardError, CheckpointError, ArgumentError or DeviceError before anything is written; later StoppedError after
-    SIGTERM, TrainingError for a loss that is not finite or a rank that is gone, DeviceError when memory runs out.
+    SIGTERM, TrainingError for a loss that is not finite, a full disk or a rank that is gone, DeviceError when memory runs out.
     """
     if save_steps is not None and save_steps < 1:
         raise ArgumentError(f"save_steps must be at least 1, got {save_steps!r}.")
@@ -77,7 +77,7 @@ def train(
             )
         try:
             return Run(shards, recipe, folder, chosen, start, save_steps=save_steps, stop=stop).report()
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             explained = _explained(error, recipe, chosen)
             if explained is None:
                 raise
@@ -186,6 +186,7 @@ class Run:
         if board:
             board.close()
         ranks.wait_for_all()
+        self._obey()  # also where nothing is left to do, or a SIGTERM of the last epoch would be lost
         return Report(self.folder, self.history, best, scores)
 
     def epoch(self, epoch: int) -> tuple[dict[str, float], Scores | None]:
@@ -348,8 +349,10 @@ def best_epoch(history: list[dict[str, float]]) -> int:
 
 
 def _explained(error: Exception, recipe: Recipe, device: torch.device) -> FastflowerError | None:
-    """Our error for memory that ran out, or for a rank that is gone."""
+    """Our error for memory that ran out, for what the system refuses, as a full disk does, or for a rank that is gone."""
     said = str(error).strip().partition("\n")[0]
+    if isinstance(error, OSError) and error.strerror:
+        return TrainingError(f"{error.filename or 'the disk'}: {error.strerror}; mend that, and resume (--resume).")
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "t allocate memory" in said:
         height, width = recipe.augment.output_size
         return DeviceError(
