@@ -2,6 +2,7 @@
 
 import logging
 import re
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,9 @@ def _fetched(address: str) -> Path:
             raise CheckpointError(
                 f"weights: what {url} holds has another SHA-256 than {checksum}; check both, nothing was kept."
             ) from None
-        except OSError as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise CheckpointError(
-                f"weights: {url} could not be downloaded ({error}); check the address, or pass a file's path."
+                f"weights: {url} could not be downloaded ({str(error).strip()}); check the address, or pass a file's path."
             ) from None
     return path
 
@@ -135,8 +136,12 @@ def _fetched(address: str) -> Path:
 def _load_file(model: nn.Module, name: str, path: Path, num_classes: int) -> None:
     state = load_file(path)
     if state.get("format") == "fastflower":
-        state = state["model"]
-    if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+        state = state.get("model")
+    if (
+        not state
+        or not isinstance(state, dict)
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
+    ):
         raise CheckpointError(
             f"{path}: is neither a state_dict nor a fastflower checkpoint; pass the path of a file that "
             f"torch.save(model.state_dict(), path) or train wrote."
@@ -156,9 +161,14 @@ def _load_file(model: nn.Module, name: str, path: Path, num_classes: int) -> Non
         )
     model.load_state_dict(own | {key: state[key] for key in body})
     weight, bias = state.get(f"{head}.weight"), state.get(f"{head}.bias")
-    if weight is None or bias is None or weight.ndim != 2 or len(weight) != len(bias):
+    if (
+        weight is None
+        or bias is None
+        or weight.shape[1:] != own[f"{head}.weight"].shape[1:]
+        or len(weight) != len(bias)
+    ):
         _fit_head(model, num_classes)
-        told = f"which has no head, with a new one of {num_classes} classes"
+        told = f"it has no head that fits, a new one of {num_classes} classes was made"
     else:
         setattr(parent, attribute, nn.Linear(weight.shape[1], len(weight)))
         getattr(parent, attribute).load_state_dict({"weight": weight, "bias": bias})

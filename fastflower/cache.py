@@ -59,7 +59,7 @@ def decoded_bytes(sizes_N2: NDArray[np.int64], augment: Augment, seed: int) -> i
 
 
 def limit_of(cache: Literal["auto"] | int | None, needed: int, device: torch.device) -> int:
-    """The bytes a loader may keep on a device. "auto": all that it needs where that fits half of what is free; the log says.
+    """The bytes a loader may keep on a device. "auto": half of what is free, where all that it needs fits that; the log says.
 
     needed  what all photographs of the split take. Raises ArgumentError for another kind of `cache`.
     """
@@ -80,7 +80,7 @@ def limit_of(cache: Literal["auto"] | int | None, needed: int, device: torch.dev
         "GPU memory" if device.type == "cuda" else "RAM",
         "each photograph is decoded once" if fits else "photographs are decoded every epoch",
     )
-    return needed if fits else 0
+    return int(_SHARE * free) if fits else 0
 
 
 class PixelCache:

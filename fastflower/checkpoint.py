@@ -37,6 +37,8 @@ class Checkpoint:
     """Where the recipe averages weights: those that training goes on with."""
     tally: dict[str, Any] = field(default_factory=dict)
     """In mid-epoch: the losses, (steps,) float64, and hits of its steps so far, and the seconds they took."""
+    feeding: dict[str, Any] = field(default_factory=dict)
+    """The loader's `state_dict`, which says what it was fed from."""
     environment: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -117,6 +117,7 @@ class Loader(IterableDataset[Batch]):
             _log.info("shuffle: classes come equally often, so that an epoch does not hold every sample exactly once")
         self._clock = Clock()
         self._images = 0
+        self._drawing = self.augment
         self._workers = workers or (os.cpu_count() or 1) // ranks.ranks_here() + 1
         self._photos = self._keep_photos(executor, cache)
         self._executor = self._make_executor(executor)
@@ -260,6 +261,7 @@ class Loader(IterableDataset[Batch]):
         # At the first batch, not in __iter__: torchdata and Lightning make iterators that they take no batch from.
         epoch, start = self._position = self._next
         self._next = (epoch + 1, 0)
+        self._drawing = self.augment  # whatever it is set to meanwhile
         if self._store:
             self._store.begin()
         requests = (self._request(epoch, step) for step in range(start, len(self)))
@@ -282,9 +284,9 @@ class Loader(IterableDataset[Batch]):
                 made.close()
 
     def _mixed(self, epoch: int, batch: Batch) -> Batch:
-        if not (self.augment.mixup or self.augment.cutmix):
+        if not (self._drawing.mixup or self._drawing.cutmix):
             return batch
-        mix = self.augment.mix(self.seed, epoch, batch.index.cpu())
+        mix = self._drawing.mix(self.seed, epoch, batch.index.cpu())
         return Batch(*mixed(batch.images, batch.labels, mix, len(self.manifest.classes)), batch.index)
 
     def stats(self) -> Stats:
@@ -318,7 +320,7 @@ class Loader(IterableDataset[Batch]):
 
     def _drawn(self, epoch: int, step: int, indices: NDArray[np.int64]) -> Request:
         sizes = self._sizes[indices]
-        return Request(epoch, step, indices, sizes, self.augment.draw(self.seed, epoch, indices, sizes))
+        return Request(epoch, step, indices, sizes, self._drawing.draw(self.seed, epoch, indices, sizes))
 
     def _replace(self, request: Request, row: int, error: SampleError) -> Request:
         """The request with the next sample of the index in a row whose sample is damaged."""

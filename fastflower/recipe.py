@@ -102,7 +102,10 @@ class Recipe:
         """`augment` at the size that an epoch, counted from 0, is trained at."""
         if not self.sizes:
             return self.augment
-        side = self.sizes[min(epoch, self.epochs - 1) * len(self.sizes) // self.epochs]
+        last = (min(epoch, self.epochs - 1) + 1) * len(
+            self.sizes
+        )  # rounded up, so that the last epoch has the last size
+        side = self.sizes[-(-last // self.epochs) - 1]
         factor = side / self.augment.output_size[0]
         size, resize = _scaled(self.augment.size, factor), _scaled(self.augment.resize, factor)
         return replace(self.augment, size=size, resize=resize)

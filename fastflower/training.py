@@ -71,6 +71,10 @@ def train(
         chosen = resolve_device(device)
         folder = ranks.gathered(_folder(out, recipe, resume=resume))[0]
         start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
+        if len(set(ranks.gathered((start.epoch, start.step) if start else None))) > 1:
+            raise CheckpointError(
+                f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
+            )
         if start and start.recipe != recipe:
             raise CheckpointError(
                 f"{folder / LAST}: was trained with another recipe; resume with the same, or name another out."
@@ -166,6 +170,8 @@ class Run:
         first = ranks.rank() == 0
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self.history:  # a kill may have come before its last row
+                write_history(self.folder, self.history)
         board = tensorboard(self.folder) if first else None
         scores = None
         while not self._finished():
@@ -228,7 +234,8 @@ class Run:
                 bar.update(size)
                 if step + 1 == end:
                     if self.average:
-                        self.average.update(self.network, (epoch * steps + step) // recipe.accumulate)
+                        before = epoch * -(-steps // recipe.accumulate) + step // recipe.accumulate
+                        self.average.update(self.network, before)
                     tally.seconds = perf_counter() - begun
                     self._obey(tally)
                 asked = perf_counter()
@@ -322,6 +329,8 @@ class Run:
 
     def _save(self, tally: Tally | None = None) -> None:
         state = tally.state() if tally else {}
+        if tally:
+            self._check(tally, len(self.history), last=True)
         if ranks.rank() > 0:
             return
         checkpoint = Checkpoint(
@@ -332,13 +341,14 @@ class Run:
             epoch=len(self.history),
             history=self.history,
             tally=state,
+            feeding=self.loader.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             environment=environment(self.device),
         )
-        checkpoint.save(self.folder / LAST)
         if not tally and best_epoch(self.history) == len(self.history):
-            checkpoint.save(self.folder / BEST)
+            checkpoint.save(self.folder / BEST)  # first: what is resumed from LAST finds it
+        checkpoint.save(self.folder / LAST)
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
@@ -352,12 +362,13 @@ def _explained(error: Exception, recipe: Recipe, device: torch.device) -> Fastfl
     """Our error for memory that ran out, for what the system refuses, as a full disk does, or for a rank that is gone."""
     said = str(error).strip().partition("\n")[0]
     if isinstance(error, OSError) and error.strerror:
-        return TrainingError(f"{error.filename or 'the disk'}: {error.strerror}; mend that, and resume (--resume).")
+        return TrainingError(
+            f"{error.filename or 'disk'}: cannot be read or written ({error.strerror}); mend that, and resume (--resume)."
+        )
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "t allocate memory" in said:
-        height, width = recipe.augment.output_size
         return DeviceError(
-            f"batch_size {recipe.batch_size} of {height} x {width} pixels does not fit the memory of {device} ({said}); halve "
-            f"batch_size and double accumulate for the same updates, or lower augment.size."
+            f"batch_size {recipe.batch_size} does not fit the memory of {device} ({said}); halve batch_size and double "
+            f"accumulate for the same updates, or lower augment.size."
         )
     if ranks.world_size() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in said.lower()):
         return TrainingError(

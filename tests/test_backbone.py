@@ -26,6 +26,14 @@ STAGES = {
         ["features.denseblock4.", "features.norm5."],
         ["classifier."],
     ],
+    "vgg11": [
+        ["features.0."],
+        ["features.3."],
+        ["features.6.", "features.8."],
+        ["features.11.", "features.13."],
+        ["features.16.", "features.18."],
+        ["classifier."],
+    ],
     "vgg11_bn": [
         ["features.0.", "features.1."],
         ["features.4.", "features.5."],
@@ -163,7 +171,8 @@ def test_weights_come_from_a_file_of_any_floating_dtype(
     with caplog.at_level(logging.INFO, "fastflower"):
         network = build("resnet18", 5, weights=path, freeze=1)
     assert_loaded(network, resnet18)
-    assert caplog.messages == [f"{path}: loaded into resnet18, with a new head"]
+    told = "its head of 1000 classes was replaced by a new one of 5"
+    assert caplog.messages == [f"{path}: loaded into resnet18; {told}"]
     assert not network.get_parameter("conv1.weight").requires_grad
 
 
@@ -171,15 +180,6 @@ def test_weights_may_lack_the_head_and_the_counters(tmp_path: Path, resnet18: di
     """Files from before torch 0.4.1, torchvision's ResNets among them, do not count batches."""
     state = {key: value for key, value in resnet18.items() if not key.startswith("fc.") and "num_batches" not in key}
     assert_loaded(build("resnet18", 5, weights=saved(tmp_path, state)), resnet18)
-
-
-def test_weights_may_have_a_head_of_the_same_size_which_is_replaced(
-    tmp_path: Path, resnet18: dict[str, torch.Tensor]
-) -> None:
-    state = {**resnet18, "fc.weight": torch.ones(5, 512), "fc.bias": torch.ones(5)}
-    network = build("resnet18", 5, weights=saved(tmp_path, state))
-    assert_loaded(network, state)
-    assert not (head_of(network).bias == 1).any()
 
 
 def test_weights_of_densenet_may_be_spelt_as_torchvision_s_own_files(tmp_path: Path) -> None:
@@ -276,14 +276,22 @@ def test_a_file_that_holds_a_list_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [{}, {"epoch": 3}, {"state_dict": {"fc.bias": torch.zeros(3)}}, {0: torch.zeros(3)}]
+    "content",
+    [
+        {},
+        {"epoch": 3},
+        {"state_dict": {"fc.bias": torch.zeros(3)}},
+        {0: torch.zeros(3)},
+        {"format": "fastflower"},
+        {"format": "fastflower", "model": 3},
+    ],
 )
 def test_a_dictionary_that_is_no_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
     path = saved(tmp_path, content)
     with pytest.raises(
         CheckpointError,
-        match=r"weights\.pth: is not a state_dict; pass the path of a file that "
-        r"torch\.save\(model\.state_dict\(\), path\) wrote\.$",
+        match=r"weights\.pth: is neither a state_dict nor a fastflower checkpoint; pass the path of a file that "
+        r"torch\.save\(model\.state_dict\(\), path\) or train wrote\.$",
     ):
         build("resnet18", 5, weights=path)
 

@@ -239,7 +239,7 @@ def test_the_cache_keeps_no_more_than_its_limit() -> None:
 def test_auto_caches_only_what_fits() -> None:
     assert available_bytes() > 1 << 20
     cpu = torch.device("cpu")
-    assert limit_of("auto", 1 << 20, cpu) == 1 << 20
+    assert 1 << 20 <= limit_of("auto", 1 << 20, cpu) <= available_bytes()
     assert limit_of("auto", 1 << 60, cpu) == 0
     assert limit_of(None, 1, cpu) == 0
     with pytest.raises(ArgumentError, match="cache must be 'auto', None or a number of bytes, got 'all'"):

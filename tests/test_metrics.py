@@ -1,4 +1,4 @@
-"""Scores against a hand-written loop and torch's cross-entropy."""
+"""Scores against a hand-written loop, torch's cross-entropy and torchmetrics."""
 
 from math import isnan
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
 from fastflower.metrics import score
 
@@ -88,3 +89,56 @@ def test_classes_without_samples_or_predictions_score_nan() -> None:
     assert scores.precision[[0, 2]].tolist() == [1, 0]
     assert [isnan(value) for value in scores.precision] == [False, True, False, True]
     assert scores.accuracy == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 10, 500])
+def test_macro_f1_is_torchmetrics_and_a_hand_written_loop_s(rng: np.random.Generator, num_samples: int) -> None:
+    """Ten classes: with few samples, some have no sample, no prediction, or neither."""
+    classes = tuple(f"class {number}" for number in range(10))
+    for _ in range(20):
+        labels = rng.integers(0, 10, num_samples)
+        logits = rng.normal(size=(num_samples, 10)).astype(np.float32)
+        logits[np.arange(num_samples), labels] += 1
+        found = score(classes, labels, log_probabilities(logits)).macro_f1
+        theirs = MulticlassF1Score(10, average="macro")(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+        predicted = logits.argmax(axis=1)
+        each: list[float] = []
+        for number in range(10):
+            samples, predictions = labels == number, predicted == number
+            if samples.any() or predictions.any():
+                each.append(2 * (samples & predictions).sum() / (samples.sum() + predictions.sum()))
+        assert found == pytest.approx(sum(each) / len(each), rel=1e-9)
+        assert found == pytest.approx(theirs, rel=1e-5)
+
+
+def test_macro_f1_counts_a_class_that_is_only_predicted_and_leaves_out_one_that_is_not() -> None:
+    scores = score(CLASSES, np.array([0, 0, 1]), log_probabilities(sure_of([0, 2, 1])))
+    assert scores.macro_f1 == pytest.approx((2 / 3 + 1 + 0) / 3)
+
+
+@pytest.mark.parametrize("num_classes", [2, 5, 40])
+@pytest.mark.parametrize("sharpness", [0.1, 1, 5])
+def test_the_calibration_error_is_torchmetrics(rng: np.random.Generator, num_classes: int, sharpness: float) -> None:
+    labels = rng.integers(0, num_classes, 700)
+    logits = (sharpness * rng.normal(size=(700, num_classes))).astype(np.float32)
+    logits[np.arange(700), labels] += sharpness
+    logarithms = log_probabilities(logits)
+    theirs = MulticlassCalibrationError(num_classes, n_bins=15, norm="l1")
+    expected = theirs(torch.from_numpy(logarithms).exp(), torch.from_numpy(labels)).item()
+    found = score(tuple(map(str, range(num_classes))), labels, logarithms).calibration_error
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_calibration_error_of_certainty_is_the_share_that_is_wrong() -> None:
+    labels = np.array([0, 1, 2, 3])
+    for predicted, expected in (([0, 1, 2, 3], 0), ([1, 2, 3, 0], 1), ([0, 1, 2, 0], 0.25)):
+        found = score(CLASSES, labels, log_probabilities(sure_of(predicted))).calibration_error
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_probabilities_that_are_right_as_often_as_they_say_have_no_calibration_error() -> None:
+    probabilities = np.array([[0.5, 0.3, 0.2, 0.0]] * 10, np.float32)
+    labels = np.array([0] * 5 + [1] * 3 + [2] * 2)
+    found = score(CLASSES, labels, np.log(np.maximum(probabilities, 1e-30)))
+    assert found.accuracy == 0.5
+    assert found.calibration_error == pytest.approx(0, abs=1e-6)

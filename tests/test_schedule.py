@@ -1,12 +1,13 @@
 """The learning rate's multiplier against the schedulers of torch.optim."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler, OneCycleLR, StepLR
 
-from fastflower.schedule import Schedule, multiplier
+from fastflower.schedule import Schedule, multiplier, warm_up
 
 LR = 0.7
 
@@ -76,3 +77,38 @@ def test_one_cycle_rises_from_a_25th_to_the_peak_and_falls_to_almost_nothing() -
     assert max(rates) == pytest.approx(1)
     assert rates[:30] == sorted(rates[:30])
     assert rates[29:] == sorted(rates[29:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "epochs", "gamma"), [(1, 40, 0.9), (7, 40, 0.9), (10, 4, 0.5), (3, 2, 0.1)]
+)
+def test_three_phase_is_exponential_lr_and_then_cosine_annealing_lr(
+    steps_per_epoch: int, epochs: int, gamma: float
+) -> None:
+    found = ours("three_phase", steps_per_epoch * epochs, steps_per_epoch=steps_per_epoch, gamma=gamma)
+    decay = theirs(lambda optimizer: ExponentialLR(optimizer, gamma), epochs)
+    assert found[: len(found) // 2 : steps_per_epoch] == pytest.approx(decay[: epochs // 2], rel=1e-9)
+    half = len(found) // 2
+    cosine = theirs(lambda optimizer: CosineAnnealingLR(optimizer, T_max=half), half)
+    assert found[half:] == pytest.approx([decay[epochs // 2] * rate for rate in cosine], rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("epochs", [40, 41])
+def test_three_phase_warms_up_falls_without_a_jump_and_does_not_rise_again(epochs: int) -> None:
+    steps, warm = 500, 5 * 500
+    falling = ours("three_phase", epochs * steps, steps_per_epoch=steps, gamma=0.9)
+    rates = [rate * warm_up(step, warm) for step, rate in enumerate(falling)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[warm] == pytest.approx(0.9**5)
+    assert rates[:warm] == sorted(rates[:warm])
+    assert rates[warm:] == sorted(rates[warm:], reverse=True)
+    assert max(abs(one - other) for one, other in pairwise(rates)) < 1.01 / warm
+    assert max(rates[len(rates) // 2 :]) == pytest.approx(0.9 ** (epochs / 2), rel=1e-3)
+    assert 0 < rates[-1] < 1e-6
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 3])
+def test_three_phase_of_very_few_steps_falls_from_one(total_steps: int) -> None:
+    rates = ours("three_phase", total_steps)
+    assert rates[0] == 1
+    assert rates == sorted(rates, reverse=True)

@@ -4,6 +4,7 @@ import csv
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,38 +65,6 @@ def test_the_same_seed_gives_the_same_history_and_another_does_not(run: Report, 
     assert losses(train(shards, TINY, out=tmp_path / "again", device="cpu").history) == losses(run.history)
     other = train(shards, replace(TINY, seed=1, epochs=1), out=tmp_path / "other", device="cpu")
     assert other.history[0]["train_loss"] != run.history[0]["train_loss"]
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(run: Report, shards: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "resumed"
-    train(shards, TINY, out=folder, device="cpu")
-    last = Checkpoint.load(folder / "checkpoint-last.pt")
-    # As it stood after the first of three epochs: trained again from there with the same schedule.
-    first = tmp_path / "first"
-    first.mkdir()
-    _one_epoch(shards, first)
-    resumed = train(shards, TINY, out=first, resume=True, device="cpu")
-    assert losses(resumed.history) == losses(run.history)
-    for name, value in Checkpoint.load(first / "checkpoint-last.pt").model.items():
-        assert torch.equal(value, last.model[name]), name
-
-
-def _one_epoch(shards: Path, folder: Path) -> None:
-    """Stop a run after its first epoch, as a kill would."""
-
-    class KilledError(Exception):
-        pass
-
-    from fastflower import training
-
-    class Killed(training.Run):
-        def train_epoch(self, epoch: int) -> dict[str, float]:
-            if epoch == 1:
-                raise KilledError("killed")
-            return super().train_epoch(epoch)
-
-    with pytest.raises(KilledError, match="killed"), torch.random.fork_rng():
-        Killed(shards, TINY, folder, torch.device("cpu"), None).report()
 
 
 def test_training_leaves_the_callers_random_numbers_alone(shards: Path, tmp_path: Path) -> None:
@@ -269,3 +238,24 @@ def test_evaluate_refuses_what_is_no_checkpoint(shards: Path, tmp_path: Path) ->
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"other\.pt: is not a fastflower checkpoint; pass a checkpoint-best\.pt"):
         evaluate(tmp_path / "other.pt", shards)
+
+
+def test_a_compiled_network_trains_like_the_one_that_is_not(
+    run: Report, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced by torch.compile, but not turned into C++, which takes a minute."""
+    compile_ = torch.compile
+    modes: list[str | None] = []
+
+    def traced(model: Any, mode: str | None = None) -> Any:
+        modes.append(mode)
+        return compile_(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    found = train(shards, replace(TINY, compile=True), out=tmp_path / "run", device="cpu")
+    assert modes == [None]
+    for one, other in zip(losses(found.history), losses(run.history), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert evaluate(found.checkpoint, shards, device="cpu").accuracy == max(
+        row["val_accuracy"] for row in found.history
+    )

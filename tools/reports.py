@@ -15,7 +15,7 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastflower import Checkpoint, FastflowerError, Recipe, train
+from fastflower import Checkpoint, FastflowerError, Loader, Recipe, train
 from fastflower.errors import StoppedError
 from fastflower.recipe import PRESETS
 from fastflower.training import LAST, best_epoch
@@ -84,6 +84,11 @@ def history_of(shards: str, name: str, recipe: Recipe, out: Path, device: str | 
     return train(shards, recipe, out=folder, resume=True, device=device).history
 
 
+def seconds_of(history: list[dict[str, float]]) -> float:
+    """Of training and validating all epochs."""
+    return sum(row["train_seconds"] + row["val_seconds"] for row in history)
+
+
 def table(letters: Sequence[Letter], histories: Histories) -> str:
     """Markdown: what was reported and what was found; a recipe that is compared twice stands twice."""
     lines = [
@@ -97,7 +102,7 @@ def table(letters: Sequence[Letter], histories: Histories) -> str:
                     continue
                 history = histories[one.recipe]
                 best = 100 * history[best_epoch(history) - 1]["val_accuracy"]
-                seconds = sum(row["train_seconds"] + row["val_seconds"] for row in history)
+                seconds = seconds_of(history)
                 lines.append(
                     f"| {letter.upper()} | {title} | {one.recipe} | {one.accuracy:.1f}% | {best:.1f}% | "
                     f"{100 * history[-1]['val_accuracy']:.1f}% | {'' if one.seconds is None else round(one.seconds)} | "
@@ -121,12 +126,14 @@ def draw(letter: Letter, histories: Histories, path: Path) -> None:
             curves.axhline(one.accuracy, color=color, linestyle="--", linewidth=0.8)
             bars.barh(number - 0.2, best, 0.38, color=color)
             bars.barh(number + 0.2, one.accuracy, 0.38, color=color, alpha=0.4)
-            bars.text(best, number - 0.2, f" {best:.1f} here", va="center", fontsize=8)
-            bars.text(one.accuracy, number + 0.2, f" {one.accuracy:.1f} reported", va="center", fontsize=8)
+            taken = "" if one.seconds is None else f", {one.seconds:.0f} s"
+            bars.text(best, number - 0.2, f" here {best:.1f}, {seconds_of(history):.0f} s", va="center", fontsize=8)
+            bars.text(one.accuracy, number + 0.2, f" reported {one.accuracy:.1f}{taken}", va="center", fontsize=8)
         curves.set(title=f"Report {letter.upper()}: {title}", xlabel="epoch", ylabel="validation accuracy, %")
+        curves.xaxis.get_major_locator().set_params(integer=True)
         curves.legend(fontsize=8)
         bars.set_yticks(range(len(shown)), [one.recipe for one in shown], fontsize=8)
-        bars.set(xlabel="best validation accuracy, %", xlim=(0, 119))
+        bars.set(xlabel="best validation accuracy, %", xlim=(0, 129))
         bars.invert_yaxis()
     figure.savefig(path, dpi=110)
 
@@ -149,6 +156,7 @@ def reports(
         epochs: Instead of each recipe's own, to see that all run.
         device: None means CUDA where there is one, else the CPU.
     """
+    Loader(shards, "val", device="cpu", cache=None)  # shards without one are refused here, not after a training
     histories: Histories = {}
     for letter in report:
         for one in (one for experiments in REPORTS[letter].values() for one in experiments):

@@ -1,0 +1,399 @@
+"""Training that is killed, stopped, out of room, memory or numbers: what is left goes on to what nobody interrupted."""
+
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from training_runs import (
+    BEST,
+    LAST,
+    RECIPE,
+    assert_same,
+    assert_same_run,
+    before_call,
+    child,
+    kill,
+    killed,
+    place,
+    small,
+    terminate,
+    timeless,
+    written_history,
+)
+
+from fastflower import Augment, Checkpoint, Loader, train, training
+from fastflower.errors import ArgumentError, CheckpointError, DeviceError, StoppedError, TrainingError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As many as the child processes have: the last bits depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill loses nothing that was written, only a power cut does."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def _small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "resnet" not in request.fixturenames:
+        monkeypatch.setattr(training, "build", small)
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of the small network that nobody interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "build", small)
+        return train(shards, RECIPE, out=tmp_path_factory.mktemp("whole") / "run", device="cpu").folder
+
+
+@pytest.fixture(scope="module")
+def resnet(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe's own, a ResNet-18, for tests whose processes are not ours to patch."""
+    return train(shards, RECIPE, out=tmp_path_factory.mktemp("resnet") / "run", device="cpu").folder
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"accumulate": 2},
+    "averaged": {"ema": 0.9},
+    "progressive": {"sizes": (24, 32)},
+    "float16": {"precision": "float16"},
+    "all at once": {
+        "accumulate": 2,
+        "ema": 0.9,
+        "sizes": (24, 40),
+        "optimizer": "adamw",
+        "lr": 0.001,
+        "weight_decay": 0.05,
+        "clip_norm": 1.0,
+        "schedule": "cosine",
+        "warmup_epochs": 0.5,
+        "precision": "bfloat16",
+        "balanced": True,
+        "tta": True,
+        "augment": Augment(size=32, resize=36, crop=(0.5, 1.0), hue=0.1, erase=0.5, mixup=0.4),
+    },
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_that_is_killed_again_and_again_equals_an_uninterrupted_one(
+    shards: Path, tmp_path: Path, name: str
+) -> None:
+    """In either epoch, and before it got on at all; its network has dropout, whose masks must be the same too."""
+    recipe = replace(RECIPE, **VARIANTS[name])
+    one, other = tmp_path / "one", tmp_path / "other"
+    train(shards, recipe, out=one, device="cpu")
+    places: list[tuple[int, int]] = []
+    for batch in (4, 1, 6):
+        killed(shards, recipe, other, (training.Run, "step", batch), save_steps=2 // recipe.accumulate)
+        places.append(place(other))
+    assert places == [(0, 2), (0, 2), (1, 2)]
+    train(shards, recipe, out=other, resume=True, device="cpu")
+    assert_same_run(other, one)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param((training, "measure", 1), id="first validation"),
+        pytest.param((Checkpoint, "save", 3), id="between the first epoch's two checkpoints"),
+        pytest.param((training, "write_history", 1), id="before the first row"),
+        pytest.param((training, "write_history", 2), id="before the last row"),
+        pytest.param((training, "write_report", 1), id="before the report"),
+    ],
+)
+def test_a_run_that_is_killed_at_the_end_of_an_epoch_equals_an_uninterrupted_one(
+    shards: Path, tmp_path: Path, whole: Path, moment: tuple[Any, str, int]
+) -> None:
+    """The first checkpoint of all is that of the epoch's last step: what is resumed there has no step left."""
+    killed(shards, RECIPE, tmp_path / "run", moment, save_steps=5)
+    train(shards, RECIPE, out=tmp_path / "run", resume=True, device="cpu")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_process_that_is_killed_and_stopped_goes_on_to_what_nobody_interrupted(
+    shards: Path, tmp_path: Path, resnet: Path
+) -> None:
+    """By SIGKILL in the first epoch, by SIGTERM in the second, and again by SIGKILL while a checkpoint is half written."""
+    out = tmp_path / "run"
+    done = child("SIGKILL", "step", "4", recipe=RECIPE, shards=shards, out=out)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert place(out) == (0, 2)
+    done = child("SIGTERM", "step", "4", recipe=RECIPE, shards=shards, out=out)
+    assert done.returncode == 143, done.stderr
+    said = f"{out}: stopped by SIGTERM in epoch 2, step 1, and saved; resume=True (--resume) goes on."
+    assert done.stderr.splitlines()[-1] == said
+    assert done.stdout == ""
+    assert place(out) == (1, 1)
+    done = child("SIGKILL", "write", "2", recipe=RECIPE, shards=shards, out=out)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert f"{out}: resumed in epoch 2 after 1 steps" in done.stderr
+    assert "differ" not in done.stderr
+    assert place(out) == (1, 2)
+    assert (out / f"{LAST}.part").exists()
+    train(shards, RECIPE, out=out, resume=True, device="cpu")
+    assert_same_run(out, resnet)
+
+
+@pytest.mark.parametrize(
+    ("moment", "changes", "said"),
+    [
+        pytest.param((training.Run, "step", 7), {}, "in epoch 2, step 2", id="a step"),
+        pytest.param((training.Run, "step", 3), {"accumulate": 2}, "in epoch 1, step 4", id="before its update"),
+        pytest.param((training, "measure", 1), {}, "after epoch 1", id="validation"),
+        pytest.param((training, "measure", 2), {}, "after epoch 2", id="last validation"),
+    ],
+)
+def test_sigterm_stops_after_the_update_under_way_and_its_handler_does_not_stay(
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: Path,
+    moment: tuple[Any, str, int],
+    changes: dict[str, Any],
+    said: str,
+) -> None:
+    out, recipe = tmp_path / "run", replace(RECIPE, **changes)
+    ours: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: ours.append(number))
+    try:
+        handler = signal.getsignal(signal.SIGTERM)
+        with monkeypatch.context() as patch:
+            before_call(*moment, terminate, patch)
+            with pytest.raises(StoppedError, match=rf"run: stopped by SIGTERM {said}, and saved; resume=True \(--re"):
+                train(shards, recipe, out=out, device="cpu")
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert ours == []
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if recipe == RECIPE:
+        train(shards, recipe, out=out, resume=True, device="cpu")
+        assert_same_run(out, whole)
+
+
+def test_training_in_another_thread_leaves_signals_alone(shards: Path, tmp_path: Path, whole: Path) -> None:
+    seen: set[Any] = set()
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def work() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            before_call(training.Run, "step", 1, lambda: seen.add(signal.getsignal(signal.SIGTERM)), patch)
+            torch.set_num_threads(1)
+            train(shards, RECIPE, out=tmp_path / "run", device="cpu")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == {handler}
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.fixture
+def begun(shards: Path, tmp_path: Path) -> Path:
+    """A run that was stopped after the second epoch's fourth step."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_call(training.Run, "step", 9, terminate, patch)
+        with pytest.raises(StoppedError, match="in epoch 2, step 4"):
+            train(shards, RECIPE, out=tmp_path / "begun", device="cpu")
+    return tmp_path / "begun"
+
+
+def test_a_checkpoint_of_mid_epoch_loads_without_running_code(begun: Path, whole: Path) -> None:
+    content = torch.load(begun / LAST, weights_only=True)
+    last = Checkpoint.load(begun / LAST)
+    assert (last.epoch, last.step) == (1, 4)
+    assert_same(content["tally"], last.tally)
+    losses: torch.Tensor = last.tally["losses"]
+    assert (losses.shape, losses.dtype) == ((4,), torch.float64)
+    assert losses.isfinite().all()
+    row = written_history(whole)[1]
+    # The fifth step's loss is not there yet, and no batch has more than 24 hits.
+    assert 0 < 5 * row["train_loss"] - losses.sum().item() < 10
+    assert 0 <= 120 * row["train_accuracy"] - last.tally["hits"] <= 24
+    assert timeless(last.history) == timeless(written_history(whole))[:1]
+
+
+def test_resuming_with_other_threads_is_said(
+    shards: Path, begun: Path, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    same = shutil.copytree(begun, begun.with_name("same"))
+    with caplog.at_level(logging.WARNING, "fastflower"):
+        train(shards, RECIPE, out=same, resume=True, device="cpu")
+        assert caplog.messages == []
+        torch.set_num_threads(2)
+        try:
+            report = train(shards, RECIPE, out=begun, resume=True, device="cpu")
+        finally:
+            torch.set_num_threads(1)
+    assert caplog.messages == [f"{begun / LAST}: threads was 1, now 2: the last bits will differ"]
+    assert report.history[1]["train_loss"] == pytest.approx(written_history(whole)[1]["train_loss"], rel=1e-3)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(shards: Path, tmp_path: Path, resnet: Path) -> None:
+    resource = pytest.importorskip("resource")  # Unix has it
+    out = tmp_path / "run"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            full = (resource.RLIMIT_FSIZE, (1 << 20, hard))
+            before_call(training.Run, "step", 4, lambda: resource.setrlimit(*full), patch)
+            with pytest.raises(
+                CheckpointError, match=r"last\.pt: could not be written \(.*File too large\); what stood there before"
+            ):
+                train(shards, RECIPE, out=out, save_steps=2, device="cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert place(out) == (0, 2)
+    assert not (out / f"{LAST}.part").exists()
+    train(shards, RECIPE, out=out, resume=True, device="cpu")
+    assert_same_run(out, resnet)
+
+
+def test_a_disk_that_has_no_room_for_the_history_is_named_and_the_run_goes_on(
+    shards: Path, tmp_path: Path, whole: Path
+) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device", "history.csv")
+
+    with pytest.MonkeyPatch.context() as patch:
+        before_call(training, "write_history", 1, full, patch)
+        with pytest.raises(
+            TrainingError, match=r"^history\.csv: cannot be read or written \(No space left on device\); mend"
+        ):
+            train(shards, RECIPE, out=tmp_path / "run", device="cpu")
+    train(shards, RECIPE, out=tmp_path / "run", resume=True, device="cpu")
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("save_steps", [None, 1])
+def test_a_loss_that_is_not_finite_is_named_with_its_batch_and_never_saved(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int | None
+) -> None:
+    """Also when the run is resumed and comes to the same batch."""
+    out, step = tmp_path / "run", training.Run.step
+    loader = Loader(shards, batch_size=24, seed=RECIPE.seed, augment=RECIPE.augment, device="cpu")
+    poison = loader.indices(1, 2)
+    keys = "; ".join(loader.where(index) for index in poison.tolist())
+
+    def poisoned(self: training.Run, images: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        state = self.loader.state_dict()  # after this batch
+        return step(self, images * math.nan if (state["epoch"], state["step"]) == (1, 3) else images, *rest, **options)
+
+    monkeypatch.setattr(training.Run, "step", poisoned)
+    advice = (
+        f"{out}: the loss is not finite in epoch 2, step 3. Lower lr, warm up (warmup_epochs) or clip gradients (clip_norm), "
+        f"and look at the batch; {LAST}, if there is one, is from before. The batch: {keys}"
+    )
+    for _ in range(2):
+        with pytest.raises(TrainingError, match=f"^{re.escape(advice)}$"):
+            train(shards, RECIPE, out=out, resume=True, save_steps=save_steps, device="cpu")
+        last = Checkpoint.load(out / LAST)
+        assert (last.epoch, last.step) == (1, 2 if save_steps else 0)
+        assert all(value.isfinite().all() for value in last.model.values())
+
+
+def test_a_rate_that_is_far_too_high_is_named(shards: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, lr=1e30, schedule="constant")
+    with pytest.raises(
+        TrainingError, match=r"run: the loss is not finite in epoch 1, step [2-5]\. Lower lr, .* sample rose_"
+    ):
+        train(shards, recipe, out=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run" / LAST).exists()
+
+
+def gone() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore that nobody reads.")
+
+
+def too_much() -> None:
+    torch.empty(10**15)
+
+
+def no_memory() -> None:
+    raise MemoryError("Unable to allocate 7.28 PiB for an array")
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (gone, r"CUDA out of memory\. Tried to allocate 20\.00 MiB\."),
+        (too_much, ".*can't allocate memory.*"),
+        (no_memory, "Unable to allocate 7.28 PiB for an array"),
+    ],
+)
+def test_memory_that_runs_out_is_explained(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: Callable[[], None], said: str
+) -> None:
+    before_call(nn.CrossEntropyLoss, "forward", 1, cause, monkeypatch)
+    message = (
+        rf"^batch_size 24 does not fit the memory of cpu \({said}\); halve batch_size and double "
+        r"accumulate for the same updates, or lower augment\.size\.$"
+    )
+    with pytest.raises(DeviceError, match=message):
+        train(shards, RECIPE, out=tmp_path / "run", device="cpu")
+
+
+def test_another_error_of_torch_passes_through_as_it_is(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    def fail() -> None:
+        raise error
+
+    before_call(nn.CrossEntropyLoss, "forward", 1, fail, monkeypatch)
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied$") as caught:
+        train(shards, RECIPE, out=tmp_path / "run", device="cpu")
+    assert caught.value is error
+    assert error.__cause__ is None
+
+
+def test_save_steps_of_none_are_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"^save_steps must be at least 1, got 0\.$"):
+        train(shards, RECIPE, out=tmp_path / "run", save_steps=0, device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_patience_ends_a_run_that_gets_no_better_and_it_stays_ended(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal is no better; a better epoch begins the count again. Killed in between, the count goes on."""
+    recipe = replace(RECIPE, patience=2, epochs=12)
+    accuracies = [0.2, 0.1, 0.3, 0.3, 0.1, 0.9]
+
+    class Scored(training.Run):
+        def _score(self, val: Loader) -> Any:
+            scores = super()._score(val)
+            hits = round(30 * accuracies[len(self.history)]) if len(self.history) < len(accuracies) else 0
+            scores.confusion[:] = 0
+            scores.confusion[0, :2] = hits, 30 - hits
+            return scores
+
+    monkeypatch.setattr(training, "Run", Scored)
+    killed(shards, recipe, tmp_path / "run", (Scored, "train_epoch", 5))
+    report = train(shards, recipe, out=tmp_path / "run", resume=True, device="cpu")
+    assert [round(row["val_accuracy"], 2) for row in report.history] == [0.2, 0.1, 0.3, 0.3, 0.1]
+    assert report.best_epoch == 3
+    assert Checkpoint.load(tmp_path / "run" / BEST).epoch == 3
+    before_call(Scored, "train_epoch", 1, kill, monkeypatch)
+    assert train(shards, recipe, out=tmp_path / "run", resume=True, device="cpu").history == report.history

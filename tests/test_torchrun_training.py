@@ -1,0 +1,159 @@
+"""Training under torchrun: two ranks are one process, and a rank that is killed holds nothing up."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchrun_trainings import RECIPES
+from training_runs import BEST, DIE, LAST, RECIPE, TRAIN, assert_same_run, flags, timeless, written_history
+
+from fastflower import Checkpoint, evaluate, train
+
+TESTS = Path(__file__).parent
+KILL = [DIE, "SIGKILL", "step", "8"]  # the second epoch's third step
+AVERAGED = replace(RECIPE, ema=0.9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As many as each rank has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def launched(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    # One thread each, and names that need no network: torchrun would look up the machine's own name.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    # Else torch 2.15 gives restarted ranks the store of those before, where they may find addresses of processes that are gone.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, "--max-restarts", str(restarts), *arguments]
+    # The limit only ends a hang; a launch takes seconds.
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+
+
+def command(shards: Path, out: Path) -> list[str | Path]:
+    """The command line of a run whose averaged weights and batch norms' statistics must survive, too."""
+    return [TRAIN, shards, "--out", out, "--resume", "--save-steps", "2", "--device", "cpu", *flags(AVERAGED)]
+
+
+@pytest.fixture(scope="module")
+def launch(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Of torchrun_trainings.py: its folder, and what it said."""
+    out = tmp_path_factory.mktemp("ranks")
+    return out, launched(TESTS / "torchrun_trainings.py", shards, out).stderr
+
+
+def found(launch: tuple[Path, str], name: str) -> list[dict[str, Any]]:
+    """What a training came to on each rank."""
+    out, said = launch
+    paths = [out / f"{name} {rank}.json" for rank in range(2)]
+    assert all(path.exists() for path in paths), said
+    return [json.loads(path.read_text()) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run of tools/train.py on two ranks that nobody interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = launched(*command(shards, out))
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+@pytest.mark.parametrize(("name", "updates"), [("frozen", 10), ("accumulated", 6)])
+def test_two_ranks_train_as_one_process_does(
+    launch: tuple[Path, str], shards: Path, tmp_path: Path, name: str, updates: int
+) -> None:
+    """Where batch norms do not see a rank's part of a batch in place of the whole."""
+    alone = timeless(train(shards, RECIPES[name], out=tmp_path / "run", device="cpu").history)
+    for rank in found(launch, name):
+        assert (rank["steps"], rank["updates"]) == (10, updates)
+        for row, expected in zip(timeless(rank["history"]), alone, strict=True):
+            assert row == pytest.approx(expected, rel=1e-5)
+            for exact in ("epoch", "lr", "size", "train_accuracy", "val_accuracy"):
+                assert row[exact] == expected[exact]
+    one, other = (Checkpoint.load(folder / LAST).model for folder in (tmp_path / "run", launch[0] / name))
+    assert all(torch.allclose(one[key], other[key], rtol=1e-4, atol=1e-6) for key in one)
+
+
+@pytest.mark.parametrize("name", ["frozen", "accumulated"])
+def test_the_ranks_agree_on_the_history(launch: tuple[Path, str], name: str) -> None:
+    first, second = (timeless(rank["history"]) for rank in found(launch, name))
+    assert first == second == timeless(written_history(launch[0] / name))
+
+
+def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], shards: Path
+) -> None:
+    """Also where each rank's batch norms have seen other images."""
+    out, _ = whole
+    best = Checkpoint.load(out / BEST)
+    row = written_history(out)[best.epoch - 1]
+    scores = evaluate(best, shards, device="cpu")
+    assert scores.accuracy == row["val_accuracy"]
+    assert scores.loss == pytest.approx(row["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("not divisible", "ArgumentError: batch_size 15 must be a multiple of the 2 ranks, which take equal parts."),
+        (
+            "synchronous",
+            "ArgumentError: sync_batchnorm: torch has SyncBatchNorm on CUDA only; leave it out on the CPU.",
+        ),
+        (
+            "apart",
+            f"CheckpointError: run/{LAST}: ranks found different ones; let out be a folder that all machines share.",
+        ),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused_by_each(launch: tuple[Path, str], name: str, message: str) -> None:
+    assert found(launch, name) == [{"error": message}] * 2
+    assert not (launch[0] / name).exists()
+
+
+def test_one_rank_writes_and_speaks(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, done = whole
+    best, wrote = done.stdout.splitlines()
+    assert best.startswith("best: epoch ")
+    assert wrote == f"wrote {out / 'report.html'}"
+    assert [row["epoch"] for row in written_history(out)] == [1, 2]
+    assert len((out / "history.csv").read_text().splitlines()) == 3
+    assert done.stderr.count("epoch 1/2: train loss") == 1
+    assert {path.name for path in out.glob("*checkpoint*")} == {LAST, BEST}
+    if (out / "tensorboard").exists():
+        assert len(list((out / "tensorboard").iterdir())) == 1
+
+
+def test_a_rank_that_is_killed_ends_the_job_and_leaves_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = launched(DIE, "SIGKILL", "step", "4", *command(shards, out))
+    assert done.returncode != 0
+    assert "error: rank 0: another rank is gone" in done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert "wrote" not in done.stdout
+    last = Checkpoint.load(out / LAST)
+    assert (last.epoch, last.step) == (0, 2)
+
+
+def test_a_rank_that_is_killed_is_started_again_and_the_run_equals_one_that_nobody_interrupted(
+    shards: Path, tmp_path: Path, whole: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    out = tmp_path / "run"
+    done = launched(*KILL, *command(shards, out), restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert f"{out}: resumed in epoch 2 after 2 steps" in done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
+    assert done.stdout.count("wrote ") == 1
+    assert_same_run(out, whole[0])

@@ -1,0 +1,68 @@
+"""One process of torchrun: `torchrun ... torchrun_trainings.py SHARDS OUT` trains several recipes one after the other.
+
+Writes into OUT what each came to on this rank, a history and the number of steps or the message of an error.
+"""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from training_runs import LAST, RECIPE
+
+from fastflower import Recipe, train
+from fastflower.errors import FastflowerError
+from fastflower.training import Run
+
+FROZEN = replace(RECIPE, freeze=4)
+RECIPES = {
+    "frozen": FROZEN,
+    "accumulated": replace(FROZEN, accumulate=2),
+    "not divisible": replace(RECIPE, batch_size=15),
+    "synchronous": replace(RECIPE, sync_batchnorm=True),
+}
+
+
+def come_to(shards: str, recipe: Recipe, out: Path) -> dict[str, Any]:
+    steps: list[bool] = []
+    step = Run.step
+
+    def counted(*values: Any, update: bool = True, **options: Any) -> Any:
+        steps.append(update)
+        return step(*values, update=update, **options)
+
+    Run.step = counted
+    try:
+        history = train(shards, recipe, out=out, resume=True, device="cpu").history
+    except FastflowerError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        Run.step = step
+    return {"history": history, "steps": len(steps), "updates": sum(steps)}
+
+
+def main(shards: str, place: str) -> None:
+    # Ranks that wait for each other in vain end soon.
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    out, rank = Path(place), dist.get_rank()
+    for name, recipe in RECIPES.items():
+        (out / f"{name} {rank}.json").write_text(json.dumps(come_to(shards, recipe, out / name)))
+    # Two machines that share no folder: a checkpoint stands on one.
+    machine = out / f"machine {rank}"
+    machine.mkdir()
+    os.chdir(machine)
+    if rank == 0:
+        Path("run").mkdir()
+        shutil.copy(out / "frozen" / LAST, "run")
+    dist.barrier()
+    (out / f"apart {rank}.json").write_text(json.dumps(come_to(shards, FROZEN, Path("run"))))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,51 @@
+"""Runs a program that gets a signal at a given moment: python tests/train_and_die.py SIGNAL WHERE CALL PROGRAM ARGUMENT ...
+
+CALL counts from 1: with WHERE "step" the batches that are trained on, with "write" the checkpoints, of which that one is
+then half written. Of torchrun's processes only the second rank's first incarnation gets the signal.
+"""
+
+import io
+import os
+import runpy
+import signal
+import sys
+from itertools import count
+from typing import Any
+
+import torch
+
+from fastflower.training import Run
+
+
+def main(name: str, where: str, call: str, program: str, *arguments: str) -> None:
+    doomed = os.environ.get("RANK", "1") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    calls = count(1)
+    step, save = Run.step, torch.save
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.Signals[name])
+
+    def dying_step(*values: Any, **options: Any) -> Any:
+        if next(calls) == int(call):
+            die()
+        return step(*values, **options)
+
+    def dying_save(content: Any, file: Any) -> None:
+        if next(calls) == int(call):
+            whole = io.BytesIO()
+            save(content, whole)
+            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+            file.flush()
+            die()
+        save(content, file)
+
+    if doomed and where == "step":
+        Run.step = dying_step
+    elif doomed:
+        torch.save = dying_save
+    sys.argv = [program, *arguments]
+    runpy.run_path(program, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

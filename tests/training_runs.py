@@ -1,0 +1,145 @@
+"""What the tests of interrupted and of shared training have in common: a tiny run, its ends, and what makes two equal."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastflower import Augment, Checkpoint, Recipe, train
+
+TRAIN = Path(__file__).parent.parent / "tools" / "train.py"
+DIE = Path(__file__).with_name("train_and_die.py")
+LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"
+RECIPE = Recipe(
+    weights=None,
+    augment=Augment(size=32, resize=36, crop=(0.5, 1.0), flip=0.5),
+    epochs=2,
+    batch_size=24,
+    lr=0.01,
+    schedule="one_cycle",
+    precision="float32",
+)
+"""Of the 120 drawn photographs two epochs of five steps."""
+
+CLOCK = {"images_per_second", "train_seconds", "wait_seconds", "val_seconds"}
+
+
+def flags(recipe: Recipe) -> list[str]:
+    """What to write on the command line for a recipe."""
+    return [*_flags(recipe, Recipe(), "--"), *_flags(recipe.augment, Recipe().augment, "--augment.")]
+
+
+def _flags(value: Any, default: Any, prefix: str) -> list[str]:
+    found: list[str] = []
+    for entry in fields(value):
+        wanted = getattr(value, entry.name)
+        if wanted != getattr(default, entry.name) and entry.name != "augment":
+            found.append(prefix + entry.name.replace("_", "-"))
+            found += map(str, wanted if isinstance(wanted, tuple) else [wanted])
+    return found
+
+
+def timeless(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows without what the clock says."""
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in history]
+
+
+def written_history(folder: Path) -> list[dict[str, float]]:
+    with (folder / "history.csv").open() as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Both finished, with the same history and, bit for bit, the same weights and state of the optimizer."""
+    for name in (LAST, BEST):
+        left, right = Checkpoint.load(one / name), Checkpoint.load(other / name)
+        assert timeless(left.history) == timeless(right.history)
+        assert (left.epoch, left.tally) == (right.epoch, {})
+        for part in ("model", "trained", "optimizer", "scaler"):
+            assert_same(getattr(left, part), getattr(right, part))
+    assert timeless(written_history(one)) == timeless(written_history(other))
+    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equal values; tensors bit by bit."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    else:
+        assert one == other
+
+
+def place(out: Path) -> tuple[int, int]:
+    """(epochs, steps of the next one) that are done, as the last checkpoint has it."""
+    last = Checkpoint.load(out / LAST)
+    return last.epoch, last.step
+
+
+def small(_backbone: str, classes: int, **_: Any) -> nn.Module:
+    """In place of a ResNet: a network that has all that an interruption could lose, dropout too, and trains in no time."""
+    model = nn.Sequential()
+    layers = (nn.Conv2d(3, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.3), nn.AdaptiveAvgPool2d(4))
+    model.add_module("features", nn.Sequential(*layers))
+    model.add_module("classifier", nn.Sequential(nn.Flatten(), nn.Linear(256, classes)))
+    return model
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+def kill() -> None:
+    raise KilledError("killed")
+
+
+def before_call(place: Any, name: str, number: int, act: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
+    """Let `act` come before call number `number`, counted from 1, of a function."""
+    function, calls = getattr(place, name), count(1)
+
+    def acting(*values: Any, **options: Any) -> Any:
+        if next(calls) == number:
+            act()
+        return function(*values, **options)
+
+    patch.setattr(place, name, acting)
+
+
+def killed(shards: Path, recipe: Recipe, out: Path, moment: tuple[Any, str, int], **options: Any) -> None:
+    """Train, or go on, until a call of a function."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_call(*moment, kill, patch)
+        with pytest.raises(KilledError, match="killed"):
+            train(shards, recipe, out=out, resume=True, device="cpu", **options)
+
+
+def terminate() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def child(*moment: str, recipe: Recipe, shards: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """tools/train.py in a process of its own; moment as in train_and_die.py, or nothing."""
+    program = [DIE, *moment, TRAIN] if moment else [TRAIN]
+    command = [sys.executable, *program, shards, "--out", out, "--resume", "--save-steps", "2", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # The limit only ends a hang; a child takes seconds.
+    return subprocess.run(
+        [*command, *flags(recipe)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
