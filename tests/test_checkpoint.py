@@ -1,7 +1,6 @@
 """Checkpoints come back as they were saved, load without running code, and are seen whole or not at all."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,6 @@ from fastflower.recipe import Recipe
 
 CLASSES = ("daisy", "dandelion", "roses")
 RECIPE = Recipe(weights=None, augment=Augment(size=64, resize=(70, 80), crop=(0.25, 1.0), rotate=10), epochs=4, lr=0.02)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Layers of so few pixels gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

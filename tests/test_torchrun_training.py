@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,6 @@ from fastflower import Checkpoint, evaluate, train
 TESTS = Path(__file__).parent
 KILL = [DIE, "SIGKILL", "step", "8"]  # the second epoch's third step
 AVERAGED = replace(RECIPE, ema=0.9)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As many as each rank has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def launched(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedProcess[str]:

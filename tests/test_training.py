@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training_runs import timeless
 
 from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, pack, predict, train
 from fastflower.errors import ArgumentError, CheckpointError, DeviceError, FolderError, SampleError
@@ -24,12 +25,6 @@ TINY = Recipe(
     schedule="one_cycle",
     precision="float32",
 )
-TIMES = {"images_per_second", "train_seconds", "wait_seconds", "val_seconds"}
-
-
-def losses(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The rows without what the clock says."""
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in history]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +57,7 @@ def test_training_learns(shards: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_history_and_another_does_not(run: Report, shards: Path, tmp_path: Path) -> None:
-    assert losses(train(shards, TINY, out=tmp_path / "again", device="cpu").history) == losses(run.history)
+    assert timeless(train(shards, TINY, out=tmp_path / "again", device="cpu").history) == timeless(run.history)
     other = train(shards, replace(TINY, seed=1, epochs=1), out=tmp_path / "other", device="cpu")
     assert other.history[0]["train_loss"] != run.history[0]["train_loss"]
 
@@ -254,7 +249,7 @@ def test_a_compiled_network_trains_like_the_one_that_is_not(
     monkeypatch.setattr(torch, "compile", traced)
     found = train(shards, replace(TINY, compile=True), out=tmp_path / "run", device="cpu")
     assert modes == [None]
-    for one, other in zip(losses(found.history), losses(run.history), strict=True):
+    for one, other in zip(timeless(found.history), timeless(run.history), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     assert evaluate(found.checkpoint, shards, device="cpu").accuracy == max(
         row["val_accuracy"] for row in found.history
