@@ -132,10 +132,7 @@ class Run:
         place = self.folder / LAST
         if start.classes != self.classes:
             raise CheckpointError(f"{place}: was trained on {', '.join(start.classes)}; resume on the same shards.")
-        if len({(epoch, step) for epoch, step in ranks.gathered((start.epoch, start.step))}) > 1:
-            raise CheckpointError(
-                f"{place}: ranks found different ones; let `out` be a folder that all machines share."
-            )
+        self.loader.load_state_dict(start.feeding)  # refuses other shards
         self.network.load_state_dict(start.trained or start.model)
         if self.average:
             self.average.network.load_state_dict(start.model)

@@ -12,7 +12,7 @@ import torch
 from training_runs import timeless
 
 from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, pack, predict, train
-from fastflower.errors import ArgumentError, CheckpointError, DeviceError, FolderError, SampleError
+from fastflower.errors import ArgumentError, CheckpointError, DeviceError, FolderError, SampleError, ShardError
 from fastflower.evaluation import view_of
 from fastflower.loader import Loader
 
@@ -254,3 +254,11 @@ def test_a_compiled_network_trains_like_the_one_that_is_not(
     assert evaluate(found.checkpoint, shards, device="cpu").accuracy == max(
         row["val_accuracy"] for row in found.history
     )
+
+
+def test_a_run_goes_on_with_its_own_shards_only(flowers: Path, shards: Path, tmp_path: Path) -> None:
+    recipe = replace(TINY, epochs=1)
+    train(shards, recipe, out=tmp_path / "run", device="cpu")
+    pack(flowers, tmp_path / "others", seed=1)
+    with pytest.raises(ShardError, match=r"the state has shards '\w+', this loader '\w+'; resume with the same shards"):
+        train(tmp_path / "others", recipe, out=tmp_path / "run", resume=True, device="cpu")
