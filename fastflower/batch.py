@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastflower.augment import Draw, Mix
-from fastflower.errors import DeviceError, SampleError
+from fastflower.errors import ArgumentError, DeviceError, SampleError
 
 _log = logging.getLogger("fastflower")
 
@@ -159,12 +159,17 @@ def as_numpy(tensor: Tensor) -> NDArray[Any]:
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device asked for; None means CUDA where there is one, else the CPU, and says which in the log.
 
-    Raises DeviceError for CUDA where there is none.
+    Raises DeviceError for CUDA where there is none, ArgumentError for what is no device.
     """
     available = torch.cuda.is_available()
     if device is None:
         _log.info("device: %s (none was asked for)", "cuda" if available else "cpu")
-    chosen = torch.device(device or ("cuda" if available else "cpu"))
+    try:
+        chosen = torch.device(device or ("cuda" if available else "cpu"))
+    except RuntimeError:
+        raise ArgumentError(
+            f"device must be cpu, cuda or cuda:NUMBER, got {device!r}; leave it out for CUDA where there is one."
+        ) from None
     if chosen.type == "cuda" and not available:
         raise DeviceError(
             f"device={str(device)!r}: this machine, or this build of torch ({torch.__version__}), has no CUDA; "

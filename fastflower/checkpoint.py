@@ -12,10 +12,11 @@ from torch import nn
 
 from fastflower import ranks
 from fastflower.backbone import build, load_file
-from fastflower.errors import CheckpointError, FastflowerError
+from fastflower.errors import ArgumentError, CheckpointError, FastflowerError
 from fastflower.recipe import Recipe
 
 FORMAT_VERSION = 2
+LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"  # in the folder of a run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,3 +109,24 @@ def environment(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         **found,
     }
+
+
+def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
+    """Where a run goes: `out`, or the first of runs/BACKBONE, runs/BACKBONE-2, ... that is free; makes nothing.
+
+    Raises ArgumentError where it cannot be made, CheckpointError where it holds a run that is not to be resumed.
+    """
+    if out is None:
+        if resume:
+            raise ArgumentError("resume: name the run's folder with out (--out).")
+        tries = (Path("runs", backbone + (f"-{number}" if number > 1 else "")) for number in range(1, 10**6))
+        return next(folder for folder in tries if not folder.exists())
+    folder = Path(out)
+    stands = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (stands.is_dir() and os.access(stands, os.W_OK | os.X_OK)):
+        raise ArgumentError(
+            f"out: {folder} cannot be made, {stands} is no folder that can be written to; name another."
+        )
+    if not resume and (folder / LAST).exists():
+        raise CheckpointError(f"{folder}: holds a run already; pass resume=True (--resume), or name another out.")
+    return folder

@@ -110,6 +110,14 @@ class Recipe:
         size, resize = _scaled(self.augment.size, factor), _scaled(self.augment.resize, factor)
         return replace(self.augment, size=size, resize=resize)
 
+    def differences(self, other: "Recipe") -> str:
+        """What another recipe has otherwise, field by field."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        for values in (mine, theirs):
+            values |= {f"augment.{name}": value for name, value in values.pop("augment").items()}
+        found = (f"{name} {theirs[name]!r} (now {value!r})" for name, value in mine.items() if value != theirs[name])
+        return ", ".join(found)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints and benchmark records."""
         return asdict(self)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fastflower import ranks
 from fastflower.backbone import build, train_mode
 from fastflower.batch import resolve_device
-from fastflower.checkpoint import Checkpoint, environment
+from fastflower.checkpoint import BEST, LAST, Checkpoint, environment, run_folder
 from fastflower.errors import (
     ArgumentError,
     CheckpointError,
@@ -36,8 +36,6 @@ from fastflower.schedule import multiplier, warm_up
 from fastflower.store import Remote
 
 _log = logging.getLogger("fastflower")
-
-LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"
 
 
 def train(
@@ -65,11 +63,13 @@ def train(
     Raises ShardError, CheckpointError, ArgumentError or DeviceError before anything is written; later StoppedError after
     SIGTERM, TrainingError for a loss that is not finite, a full disk or a rank that is gone, DeviceError when memory runs out.
     """
+    if not isinstance(recipe, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError(f"recipe must be a Recipe, got {recipe!r}; fastflower.recipe.PRESETS has them by name.")
     if save_steps is not None and save_steps < 1:
         raise ArgumentError(f"save_steps must be at least 1, got {save_steps!r}.")
     with ranks.process_group(), torch.random.fork_rng(devices=range(torch.cuda.device_count())), preemption() as stop:
         chosen = resolve_device(device)
-        folder = ranks.gathered(_folder(out, recipe, resume=resume))[0]
+        folder = ranks.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
         start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
         if len(set(ranks.gathered((start.epoch, start.step) if start else None))) > 1:
             raise CheckpointError(
@@ -77,7 +77,8 @@ def train(
             )
         if start and start.recipe != recipe:
             raise CheckpointError(
-                f"{folder / LAST}: was trained with another recipe; resume with the same, or name another out."
+                f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name another out, "
+                f"which may start from this file (weights)."
             )
         try:
             return Run(shards, recipe, folder, chosen, start, save_steps=save_steps, stop=stop).report()
@@ -144,7 +145,10 @@ class Run:
             if start.environment.get(name) != now[name]:
                 before = start.environment.get(name)
                 _log.warning("%s: %s was %s, now %s: the last bits will differ", place, name, before, now[name])
-        _log.info("%s: resumed in epoch %d after %d steps", self.folder, start.epoch + 1, start.step)
+        if self._finished():
+            _log.info("%s: was finished after epoch %d", self.folder, start.epoch)
+        else:
+            _log.info("%s: resumed in epoch %d after %d steps", self.folder, start.epoch + 1, start.step)
 
     def _wrapped(self) -> Callable[[Tensor], Tensor]:
         """The network as training calls it: on several ranks, and compiled where the recipe says so."""
@@ -375,20 +379,9 @@ def _explained(error: Exception, recipe: Recipe, device: torch.device) -> Fastfl
     return None
 
 
-def _folder(out: str | Path | None, recipe: Recipe, *, resume: bool) -> Path:
-    if out is None:
-        if resume:
-            raise ArgumentError("resume: name the run's folder with out (--out).")
-        tries = (Path("runs", recipe.backbone + (f"-{number}" if number > 1 else "")) for number in range(1, 10**6))
-        return next(folder for folder in tries if not folder.exists())
-    folder = Path(out)
-    if not resume and (folder / LAST).exists():
-        raise CheckpointError(f"{folder}: holds a run already; pass resume=True (--resume), or name another out.")
-    return folder
-
-
 def _line(row: dict[str, float], epochs: int) -> str:
     text = f"epoch {row['epoch']:.0f}/{epochs}: train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:.1%}"
     if "val_accuracy" in row:
         text += f", val loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.1%}"
-    return f"{text}, {row['images_per_second']:.0f} images/s, {row['wait_seconds']:.1f} of {row['train_seconds']:.1f} s waiting"
+    text += f", {row['size']:.0f} pixels, {row['images_per_second']:.0f} images/s"
+    return f"{text}, {row['wait_seconds']:.1f} of {row['train_seconds']:.1f} s waiting"

@@ -105,7 +105,7 @@ def rows(out: Path) -> list[list[str]]:
     """The cells of the table's rows."""
     lines = (out / "reports.md").read_text().splitlines()
     assert lines[0].startswith("| report | compared | recipe | reported |")
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:] if line.startswith("|")]
 
 
 def test_reports_trains_each_recipe_once_and_compares(
@@ -177,13 +177,16 @@ def test_reports_finishes_a_run_without_a_report_and_does_not_mix_runs_of_other_
 ) -> None:
     reports.reports(str(shards), ("b",), tmp_path, None, 1, "cpu")
     text = (tmp_path / "reports.md").read_text()
+    assert text.endswith("\n\nPretrained weights: None; epochs: 1.\n")
     (tmp_path / "one" / "report.html").unlink()
     trained.clear()
     reports.reports(str(shards), ("b",), tmp_path, None, 1, "cpu")
     assert trained == ["one"]
     assert (tmp_path / "one" / "report.html").exists()
     assert (tmp_path / "reports.md").read_text() == text
-    with pytest.raises(CheckpointError, match="was trained with another recipe; resume with the same, or name another"):
+    with pytest.raises(
+        CheckpointError, match=r"was trained with epochs 1 \(now 2\); resume with that, or name another"
+    ):
         reports.reports(str(shards), ("b",), tmp_path, None, 2, "cpu")
 
 

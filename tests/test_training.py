@@ -186,10 +186,13 @@ def test_out_folders_are_free_or_refused(shards: Path, tmp_path: Path, monkeypat
         train(shards, recipe, out="runs/resnet18", device="cpu")
     with pytest.raises(ArgumentError, match="resume: name the run's folder with out"):
         train(shards, recipe, resume=True, device="cpu")
+    other = replace(recipe, lr=1.0, augment=replace(recipe.augment, flip=0.25))
     with pytest.raises(
-        CheckpointError, match="was trained with another recipe; resume with the same, or name another out"
+        CheckpointError,
+        match=r"was trained with lr 0\.005 \(now 1\.0\), augment\.flip 0\.5 \(now 0\.25\); resume with that, or name another "
+        r"out, which may start from this file \(weights\)\.$",
     ):
-        train(shards, replace(recipe, lr=1.0), out="runs/resnet18", resume=True, device="cpu")
+        train(shards, other, out="runs/resnet18", resume=True, device="cpu")
 
 
 def test_resuming_on_other_classes_is_refused(shards: Path, flowers: Path, tmp_path: Path) -> None:
@@ -213,6 +216,18 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
     out = tmp_path / "run"
     with pytest.raises(ArgumentError, match=r"backbone must be one of .*resnet18.*, got 'resnet19'"):
         train(shards, replace(TINY, backbone="resnet19"), out=out, device="cpu")
+    with pytest.raises(ArgumentError, match=r"recipe must be a Recipe, got 'scratch'; fastflower\.recipe\.PRESETS has"):
+        train(shards, "scratch", out=out, device="cpu")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        ArgumentError, match="device must be cpu, cuda or cuda:NUMBER, got 'gpu'; leave it out for CUDA"
+    ):
+        train(shards, TINY, out=out, device="gpu")
+    (tmp_path / "file").touch()
+    message = (
+        rf"out: {tmp_path}/file/run cannot be made, {tmp_path}/file is no folder that can be written to; name another"
+    )
+    with pytest.raises(ArgumentError, match=message):
+        train(shards, TINY, out=tmp_path / "file" / "run", device="cpu")
     with pytest.raises(CheckpointError, match=r"nowhere\.pth: does not exist; check the path"):
         train(shards, replace(TINY, weights=str(tmp_path / "nowhere.pth")), out=out, device="cpu")
     if not torch.cuda.is_available():

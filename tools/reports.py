@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastflower import Checkpoint, FastflowerError, Loader, Recipe, train
+from fastflower.checkpoint import LAST
 from fastflower.errors import StoppedError
 from fastflower.recipe import PRESETS
-from fastflower.training import LAST, best_epoch
+from fastflower.training import best_epoch
 
 Letter = Literal["a", "b", "c", "d", "e"]
 
@@ -166,7 +167,10 @@ def reports(
                 histories[one.recipe] = history_of(shards, one.recipe, recipe, out, device)
                 (out / "reports.md").write_text(table(report, histories))
         draw(letter, histories, out / f"report-{letter}.png")
-    print(table(report, histories), end="")
+    text = table(report, histories)
+    text += f"\nPretrained weights: {weights}; epochs: {epochs or 'as the reports say'}.\n"
+    (out / "reports.md").write_text(text)
+    print(text, end="")
     print(f"wrote {out / 'reports.md'}")
 
 
