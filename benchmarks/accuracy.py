@@ -5,6 +5,7 @@ pixels); what differs is who decodes, draws, orders and augments. Scored is the 
 pair, with the 95% interval of its mean by Student's t. Nothing is timed, other work may run beside it.
 """
 
+import shutil
 import statistics
 from dataclasses import replace
 from math import sqrt
@@ -36,10 +37,11 @@ def run(side: str, data: Path, work: Path, size: int, epochs: int, seed: int, de
     """One training; accuracies of all its epochs."""
     shards, folder, start = work / f"shards-{seed}", work / f"folder-{seed}", work / f"start-{seed}.pth"
     if not folder.exists():
+        shutil.rmtree(shards, ignore_errors=True)
         manifest = pack(data, shards, val_fraction=0.4, seed=seed)
-        epoch_time.split_folders(data, shards, folder)
         torch.manual_seed(seed)
         torch.save(models.resnet18(num_classes=len(manifest.classes)).state_dict(), start)
+        epoch_time.split_folders(data, shards, folder)
     chosen, recipe = resolve_device(device), recipe_of(size, epochs, seed, start)
     if side == "fastflower":
         report = train(shards, recipe, out=work / f"run-{seed}", resume=True, device=chosen)

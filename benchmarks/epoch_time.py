@@ -6,6 +6,7 @@ loaders, starting workers, and on fastflower's cached side decoding, fall into t
 recorded too.
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,13 +44,15 @@ def photographs(data: Path | None, max_images: int | None, val_fraction: float =
 
 def split_folders(data: Path, shards: Path, into: Path) -> Path:
     """Links SPLIT/CLASS/... to the photographs of each split, for ImageFolder."""
+    part = into.with_name(f"{into.name}.part")  # a part of the photographs must not be taken for all
+    shutil.rmtree(part, ignore_errors=True)
     for split in Manifest.load(str(shards)).splits:
         loader = Loader(shards, split, device="cpu", cache=None)
         for index in range(loader.num_samples):
-            place = into / split / loader.path_of(index)
+            place = part / split / loader.path_of(index)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to((data / loader.path_of(index)).resolve())
-    return into
+    return part.rename(into)
 
 
 def some(folder: Path, into: Path, count: int) -> Path:

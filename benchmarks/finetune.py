@@ -8,6 +8,7 @@ report; every side validates after every epoch. Scored is the last epoch: the va
 finished is kept in --work, so that a benchmark that was stopped goes on where it was.
 """
 
+import shutil
 import statistics
 import time
 from dataclasses import replace
@@ -33,6 +34,7 @@ def prepare(data: Path, work: Path, seed: int) -> tuple[Path, Path]:
     """(shards, the same split as folders train/CLASS and val/CLASS of links)."""
     shards, folder = work / f"shards-{seed}", work / f"folder-{seed}"
     if not folder.exists():
+        shutil.rmtree(shards, ignore_errors=True)
         pack(data, shards, seed=seed)
         epoch_time.split_folders(data, shards, folder)
     return shards, folder

@@ -93,7 +93,8 @@ def _fit_head(model: nn.Module, num_classes: int) -> str:
 
 
 def _is_file_name(weights: str) -> bool:
-    return Path(weights).suffix != "" or "/" in weights or Path(weights).exists()
+    named = "_Weights." in weights  # as ResNet18_Weights.IMAGENET1K_V1
+    return (Path(weights).suffix != "" and not named) or "/" in weights or Path(weights).exists()
 
 
 def _downloaded(name: str, weights: str) -> nn.Module:

@@ -63,7 +63,7 @@ class Checkpoint:
         except (OSError, RuntimeError) as error:  # torch's writer hides an OSError, such as a full disk, behind its own
             reason = error if isinstance(error, OSError) else error.__context__ or error
             raise CheckpointError(
-                f"{path}: could not be written ({reason}); what stood there before still does."
+                f"{path}: could not be written ({reason}); what stood there before still does. Make room, and resume."
             ) from error
         finally:
             part.unlink(missing_ok=True)
@@ -78,7 +78,8 @@ class Checkpoint:
             )
         if content.get("version") != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: is checkpoint version {content.get('version')}, this fastflower reads version {FORMAT_VERSION}."
+                f"{path}: is checkpoint version {content.get('version')}, this fastflower reads version {FORMAT_VERSION}; "
+                f"train again, or use the one that wrote it."
             )
         try:
             recipe = Recipe.from_dict(content["recipe"])
@@ -87,7 +88,9 @@ class Checkpoint:
             }
             return cls(recipe=recipe, classes=tuple(content["classes"]), **rest)
         except (KeyError, TypeError, FastflowerError) as error:
-            raise CheckpointError(f"{path}: is damaged, or from another version of fastflower ({error}).") from error
+            raise CheckpointError(
+                f"{path}: is damaged, or from another version of fastflower ({error}); pass another."
+            ) from error
 
     def network(self) -> nn.Module:
         """The trained network in evaluation mode, on the CPU."""

@@ -22,7 +22,7 @@ class SampleError(FastflowerError):
 
 
 class CheckpointError(FastflowerError):
-    """A checkpoint or a file of weights cannot be used."""
+    """A checkpoint or a file of weights cannot be used, or not be written."""
 
 
 class DeviceError(FastflowerError):
@@ -30,7 +30,7 @@ class DeviceError(FastflowerError):
 
 
 class TrainingError(FastflowerError):
-    """Training cannot go on: a loss that is not finite, a full disk, or another rank that is gone."""
+    """Training cannot go on: a loss or weights that are not finite, a rank that is gone, a folder that refuses a file."""
 
 
 class StoppedError(FastflowerError):

@@ -271,7 +271,7 @@ class Loader(IterableDataset[Batch]):
             for request, images in made:
                 self._position = (epoch, request.step + 1) if request.step + 1 < self._steps else (epoch + 1, 0)
                 index = torch.from_numpy(request.indices)
-                batch = self._mixed(epoch, Batch(self._put(images), self._put(self._labels[index]), self._put(index)))
+                batch = self._mixed(request, Batch(self._put(images), self._put(self._labels[index]), self._put(index)))
                 given = perf_counter()
                 self._clock.add("wait", given - asked)
                 self._images += len(index)
@@ -283,10 +283,10 @@ class Loader(IterableDataset[Batch]):
             with self._store.ending() if self._store else nullcontext():
                 made.close()
 
-    def _mixed(self, epoch: int, batch: Batch) -> Batch:
+    def _mixed(self, request: Request, batch: Batch) -> Batch:
         if not (self._drawing.mixup or self._drawing.cutmix):
             return batch
-        mix = self._drawing.mix(self.seed, epoch, batch.index.cpu())
+        mix = self._drawing.mix(self.seed, request.epoch, request.indices)
         return Batch(*mixed(batch.images, batch.labels, mix, len(self.manifest.classes)), batch.index)
 
     def stats(self) -> Stats:

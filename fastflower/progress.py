@@ -40,11 +40,11 @@ class Tally:
         self._hits += (logits.argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))).sum()
         self._count += 1
 
-    def not_finite(self, *, last: bool = False) -> int | None:
-        """The first step whose loss is not finite, of the latest ones as far as they have arrived; `last`: of all."""
-        start = 0 if last else max(0, self._count - _LOOKED_AT)
-        found = (~torch.isfinite(self._losses[start : self._count])).nonzero()
-        return len(self._before) + start + int(found[0]) if len(found) else None
+    def not_finite(self) -> int | None:
+        """The first step whose loss is not finite, of this rank's latest ones as far as they have arrived."""
+        start = max(0, self._count - _LOOKED_AT)
+        step = first_not_finite(self._losses[start : self._count])
+        return None if step is None else len(self._before) + start + step
 
     def state(self) -> dict[str, Any]:
         """Of all ranks together: each step's mean loss, (steps,) float64, the hits, and this rank's seconds.
@@ -61,15 +61,21 @@ class Tally:
         return ranks.summed(self._losses[: self._count].double()) / ranks.world_size()
 
 
+def first_not_finite(losses: Tensor) -> int | None:
+    """The first of them, (steps,), that is infinite or no number."""
+    found = (~torch.isfinite(losses)).nonzero()
+    return int(found[0]) if len(found) else None
+
+
 @contextmanager
 def preemption() -> Iterator[Callable[[], bool]]:
     """Within, SIGTERM ends nothing: what is yielded says whether it came. In threads other than the main one it never does."""
-    asked = threading.Event()
+    asked: list[int] = []  # not an Event: its lock would wait for ever when a second signal comes while it is set
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield lambda: False
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     try:
-        yield asked.is_set
+        yield lambda: bool(asked)
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler in C

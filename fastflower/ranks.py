@@ -9,18 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from fastflower.errors import ArgumentError
+from fastflower.errors import ArgumentError, DeviceError
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Join the processes that torchrun started, and leave them at the end; does nothing alone or where that was done."""
+def process_group(device: str | torch.device | None) -> Iterator[None]:
+    """Join the processes that torchrun started, and leave them at the end; does nothing alone or where that was done.
+
+    Each rank takes the GPU of its number on the machine, unless `device` is the CPU. Raises DeviceError where there are fewer.
+    """
     if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
         yield
         return
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and str(device or "cuda").startswith("cuda")
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        here, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if here >= found:
+            raise DeviceError(
+                f"rank {here} of this machine has no GPU, there are {found}; start at most so many ranks on it."
+            )
+        torch.cuda.set_device(here)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield

@@ -66,6 +66,7 @@ class Recipe:
     """Of the head's weights, the order, the draws and dropout."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(self.sizes))  # a list, too, equals what a checkpoint holds
         rules = [
             ("freeze", self.freeze >= 0, "0 or more"),
             ("sizes", all(side >= 1 for side in self.sizes), "numbers of pixels, at least 1"),

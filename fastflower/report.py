@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,10 +44,26 @@ class Report:
         return self.folder / "checkpoint-best.pt"
 
 
+def best_epoch(history: list[dict[str, float]]) -> int:
+    """The first epoch, counted from 1, of the highest validation accuracy; the last where nothing was validated."""
+    if "val_accuracy" not in history[-1]:
+        return len(history)
+    return max(range(len(history)), key=lambda row: history[row]["val_accuracy"]) + 1
+
+
+def epoch_line(row: dict[str, float], epochs: int) -> str:
+    """A row of the history in words."""
+    text = f"epoch {row['epoch']:.0f}/{epochs}: train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:.1%}"
+    if "val_accuracy" in row:
+        text += f", val loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.1%}"
+    text += f", {row['size']:.0f} pixels, {row['images_per_second']:.0f} images/s"
+    return f"{text}, {row['wait_seconds']:.1f} of {row['train_seconds']:.1f} s waiting"
+
+
 def tensorboard(folder: Path) -> Any:
-    """A writer of the run's folder "tensorboard", or None where the package is not installed."""
+    """As a context: a writer of the run's folder "tensorboard", or None where the package is not installed."""
     if find_spec("tensorboard") is None:
-        return None
+        return nullcontext()
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder / "tensorboard"))

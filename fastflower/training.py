@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,13 +30,15 @@ from fastflower.loader import Loader
 from fastflower.metrics import Scores
 from fastflower.optimization import Average, optimizer_of
 from fastflower.order import stream_key
-from fastflower.progress import Tally, preemption
+from fastflower.progress import Tally, first_not_finite, preemption
 from fastflower.recipe import Recipe
-from fastflower.report import Report, tensorboard, write_history, write_report
+from fastflower.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report
 from fastflower.schedule import multiplier, warm_up
 from fastflower.store import Remote
 
 _log = logging.getLogger("fastflower")
+
+_ADVICE = "lower lr, warm up (warmup_epochs) or clip gradients (clip_norm)"
 
 
 def train(
@@ -61,26 +64,31 @@ def train(
         device: None means CUDA where there is one, else the CPU.
 
     Raises ShardError, CheckpointError, ArgumentError or DeviceError before anything is written; later StoppedError after
-    SIGTERM, TrainingError for a loss that is not finite, a full disk or a rank that is gone, DeviceError when memory runs out.
+    SIGTERM, TrainingError for a loss that is not finite or a rank that is gone, DeviceError when memory runs out, and
+    CheckpointError or TrainingError when the disk is full.
     """
     if not isinstance(recipe, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"recipe must be a Recipe, got {recipe!r}; fastflower.recipe.PRESETS has them by name.")
     if save_steps is not None and save_steps < 1:
         raise ArgumentError(f"save_steps must be at least 1, got {save_steps!r}.")
-    with ranks.process_group(), torch.random.fork_rng(devices=range(torch.cuda.device_count())), preemption() as stop:
+    with (
+        ranks.process_group(device),
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        preemption() as stop,
+    ):
         chosen = resolve_device(device)
-        folder = ranks.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
-        start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
-        if len(set(ranks.gathered((start.epoch, start.step) if start else None))) > 1:
-            raise CheckpointError(
-                f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
-            )
-        if start and start.recipe != recipe:
-            raise CheckpointError(
-                f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name another out, "
-                f"which may start from this file (weights)."
-            )
         try:
+            folder = ranks.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
+            start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
+            if len(set(ranks.gathered((start.epoch, start.step) if start else None))) > 1:
+                raise CheckpointError(
+                    f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
+                )
+            if start and start.recipe != recipe:
+                raise CheckpointError(
+                    f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name another "
+                    f"out, which may start from this file (weights)."
+                )
             return Run(shards, recipe, folder, chosen, start, save_steps=save_steps, stop=stop).report()
         except (RuntimeError, MemoryError, OSError) as error:
             explained = _explained(error, recipe, chosen)
@@ -103,7 +111,8 @@ class Run:
         save_steps: int | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.recipe, self.folder, self.device = recipe, folder, device
+        self.recipe, self.folder, self.device = recipe, folder, resolve_device(device)
+        device = self.device
         self.precision = loader_dtype(recipe)
         self._save_steps, self._stop = save_steps, stop
         batch_size = ranks.share(recipe.batch_size)
@@ -137,7 +146,10 @@ class Run:
         self.network.load_state_dict(start.trained or start.model)
         if self.average:
             self.average.network.load_state_dict(start.model)
+        fused = [group["fused"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(start.optimizer)
+        for group, kept in zip(self.optimizer.param_groups, fused, strict=True):
+            group["fused"] = kept  # as suits this device, not the one before
         self.scaler.load_state_dict(start.scaler)
         self.history, self._interrupted = list(start.history), start.tally
         now = environment(self.device)
@@ -162,8 +174,10 @@ class Run:
                 model, device_ids=[self.device] if cuda else None, gradient_as_bucket_view=True
             )
             self._on_its_own = model.no_sync
+        # CUDA graphs overwrite gradients that wait for those of the next batch.
+        graphs = cuda and self.recipe.accumulate == 1
         if self.recipe.compile:
-            return torch.compile(model, mode="reduce-overhead" if cuda else None)
+            return torch.compile(model, mode="reduce-overhead" if graphs else None)
         return model
 
     def report(self) -> Report:
@@ -173,25 +187,23 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.history:  # a kill may have come before its last row
                 write_history(self.folder, self.history)
-        board = tensorboard(self.folder) if first else None
         scores = None
-        while not self._finished():
-            row, scores = self.epoch(len(self.history))
-            self.history.append(row)
-            self._save()
-            if first:
-                write_history(self.folder, self.history, board)
-                _log.info("%s", _line(row, self.recipe.epochs))
-            if not self._finished():
-                self._obey()
+        with tensorboard(self.folder) if first else nullcontext() as board:
+            while not self._finished():
+                row, scores = self.epoch(len(self.history))
+                self.history.append(row)
+                self._save()
+                if first:
+                    write_history(self.folder, self.history, board)
+                    _log.info("%s", epoch_line(row, self.recipe.epochs))
+                if not self._finished():
+                    self._obey()
         best = best_epoch(self.history)
         if self.val and (scores is None or best != len(self.history)):
             self.scored.load_state_dict(Checkpoint.load(self.folder / BEST).model)
             scores = self._score(self.val)
         if first:
             write_report(self.folder, self.recipe, self.classes, self.history, best, scores, self.val)
-        if board:
-            board.close()
         ranks.wait_for_all()
         self._obey()  # also where nothing is left to do, or a SIGTERM of the last epoch would be lost
         return Report(self.folder, self.history, best, scores)
@@ -204,6 +216,11 @@ class Run:
         start = perf_counter()
         ranks.share_buffers(self.scored)
         scores = self._score(self.val)
+        if not isfinite(scores.loss):
+            raise TrainingError(
+                f"{self.folder}: the validation loss is not finite after epoch {epoch + 1}; {_ADVICE}. {LAST}, if there is one, "
+                f"is from before."
+            )
         row |= {"val_loss": scores.loss, "val_accuracy": scores.accuracy, "val_seconds": perf_counter() - start}
         return row, scores
 
@@ -219,9 +236,13 @@ class Run:
         self.loader.load_state_dict({**self.loader.state_dict(), "epoch": epoch, "step": tally.steps})
         begun = perf_counter() - tally.seconds
         label = f"epoch {epoch + 1}/{recipe.epochs}"
-        size = self.loader.global_batch_size
+        batch_size = self.loader.global_batch_size
         with tqdm(
-            total=steps * size, initial=tally.steps * size, desc=label, unit="image", disable=ranks.rank() > 0 or None
+            total=steps * batch_size,
+            initial=tally.steps * batch_size,
+            desc=label,
+            unit="image",
+            disable=ranks.rank() > 0 or None,
         ) as bar:
             asked = perf_counter()
             for step, (images, labels, _) in enumerate(self.loader, start=tally.steps):
@@ -231,8 +252,8 @@ class Run:
                 end = min(first + recipe.accumulate, steps)
                 loss, logits = self.step(images, labels, end - first, update=step + 1 == end)
                 tally.add(loss, logits, labels)
-                self._check(tally, epoch)
-                bar.update(size)
+                self._check(tally.not_finite(), epoch)
+                bar.update(batch_size)
                 if step + 1 == end:
                     if self.average:
                         before = epoch * -(-steps // recipe.accumulate) + step // recipe.accumulate
@@ -241,14 +262,14 @@ class Run:
                     self._obey(tally)
                 asked = perf_counter()
         found = tally.state()
-        self._check(tally, epoch, last=True)
+        self._check(first_not_finite(found["losses"]), epoch)
         seconds = perf_counter() - begun
         return {
             "lr": self._lr(epoch * steps + steps - 1, steps),
             "size": augment.output_size[0],
             "train_loss": found["losses"].mean().item(),
-            "train_accuracy": found["hits"] / (steps * size),
-            "images_per_second": steps * size / seconds,
+            "train_accuracy": found["hits"] / (steps * batch_size),
+            "images_per_second": steps * batch_size / seconds,
             "train_seconds": seconds,
             "wait_seconds": tally.waited,
         }
@@ -303,15 +324,14 @@ class Run:
         )
         return recipe.lr * scheduled * warm_up(step, recipe.warmup_epochs * steps_per_epoch)
 
-    def _check(self, tally: Tally, epoch: int, *, last: bool = False) -> None:
-        step = tally.not_finite(last=last)
+    def _check(self, step: int | None, epoch: int) -> None:
+        """Raise for the step whose loss is not finite, if there is one."""
         if step is None:
             return
         places = [self.loader.where(index) for index in self.loader.indices(epoch, step).tolist()]
         raise TrainingError(
-            f"{self.folder}: the loss is not finite in epoch {epoch + 1}, step {step + 1}. Lower lr, warm up (warmup_epochs) or "
-            f"clip gradients (clip_norm), and look at the batch; {LAST}, if there is one, is from before. The batch: "
-            f"{'; '.join(places)}"
+            f"{self.folder}: the loss is not finite in epoch {epoch + 1}, step {step + 1}; {_ADVICE}, and look at the batch. "
+            f"{LAST}, if there is one, is from before. The batch: {'; '.join(places)}"
         )
 
     def _obey(self, tally: Tally | None = None) -> None:
@@ -331,7 +351,9 @@ class Run:
     def _save(self, tally: Tally | None = None) -> None:
         state = tally.state() if tally else {}
         if tally:
-            self._check(tally, len(self.history), last=True)
+            self._check(first_not_finite(state["losses"]), len(self.history))
+        if not torch.stack([parameter.isfinite().all() for parameter in self.network.parameters()]).all():
+            raise TrainingError(f"{self.folder}: weights are not finite any more, and were not saved; {_ADVICE}.")
         if ranks.rank() > 0:
             return
         checkpoint = Checkpoint(
@@ -352,13 +374,6 @@ class Run:
         checkpoint.save(self.folder / LAST)
 
 
-def best_epoch(history: list[dict[str, float]]) -> int:
-    """The first epoch, counted from 1, of the highest validation accuracy; the last where nothing was validated."""
-    if "val_accuracy" not in history[-1]:
-        return len(history)
-    return max(range(len(history)), key=lambda row: history[row]["val_accuracy"]) + 1
-
-
 def _explained(error: Exception, recipe: Recipe, device: torch.device) -> FastflowerError | None:
     """Our error for memory that ran out, for what the system refuses, as a full disk does, or for a rank that is gone."""
     said = str(error).strip().partition("\n")[0]
@@ -366,7 +381,11 @@ def _explained(error: Exception, recipe: Recipe, device: torch.device) -> Fastfl
         return TrainingError(
             f"{error.filename or 'disk'}: cannot be read or written ({error.strerror}); mend that, and resume (--resume)."
         )
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "t allocate memory" in said:
+    if (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "t allocate memory" in said
+        or "out of memory" in said
+    ):
         return DeviceError(
             f"batch_size {recipe.batch_size} does not fit the memory of {device} ({said}); halve batch_size and double "
             f"accumulate for the same updates, or lower augment.size."
@@ -377,11 +396,3 @@ def _explained(error: Exception, recipe: Recipe, device: torch.device) -> Fastfl
             f"by itself."
         )
     return None
-
-
-def _line(row: dict[str, float], epochs: int) -> str:
-    text = f"epoch {row['epoch']:.0f}/{epochs}: train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:.1%}"
-    if "val_accuracy" in row:
-        text += f", val loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.1%}"
-    text += f", {row['size']:.0f} pixels, {row['images_per_second']:.0f} images/s"
-    return f"{text}, {row['wait_seconds']:.1f} of {row['train_seconds']:.1f} s waiting"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -108,9 +108,14 @@ def test_an_epoch_updates_once_for_each_group_of_batches_and_for_what_is_left(sh
     assert seen == [3, 3, 3, 3, 3, 3, 1]
 
 
-def test_clipping_limits_the_update(shards: Path, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
-    images, labels = batch
-    free, clipped = run(shards, lr=1.0, momentum=0.0), run(shards, lr=1.0, momentum=0.0, clip_norm=1e-3)
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_clipping_limits_the_update(
+    shards: Path, batch: tuple[torch.Tensor, torch.Tensor], precision: Literal["float32", "float16"]
+) -> None:
+    """Also where the loss is scaled: it is the gradients without the scale that are clipped."""
+    images, labels = batch[0].to(getattr(torch, precision)), batch[1]
+    common: dict[str, Any] = {"lr": 1.0, "momentum": 0.0, "precision": precision}
+    free, clipped = run(shards, **common), run(shards, **common, clip_norm=1e-3)
     lengths: list[float] = []
     for made in (free, clipped):
         before = torch.cat([parameter.detach().flatten().clone() for parameter in made.network.parameters()])

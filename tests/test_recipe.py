@@ -85,6 +85,10 @@ def test_presets_name_backbones_that_can_be_built(recipe: Recipe) -> None:
     assert logits.shape == (1, 5)
 
 
+def test_sizes_may_be_a_list() -> None:
+    assert replace(Recipe(), sizes=[64, 96]) == replace(Recipe(), sizes=(64, 96))  # pyright: ignore[reportArgumentType]
+
+
 def test_presets_differ() -> None:
     assert len({preset() for preset in PRESETS.values()}) == len(PRESETS)
 

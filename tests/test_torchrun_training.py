@@ -147,3 +147,12 @@ def test_a_rank_that_is_killed_is_started_again_and_the_run_equals_one_that_nobo
     assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
     assert done.stdout.count("wrote ") == 1
     assert_same_run(out, whole[0])
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = launched(DIE, "SIGTERM", "step", "3", *command(shards, out))
+    assert done.returncode != 0
+    assert f"{out}: stopped by SIGTERM in epoch 1, step 3, and saved; resume=True (--resume) goes on." in done.stderr
+    last = Checkpoint.load(out / LAST)
+    assert (last.epoch, last.step) == (0, 3)

@@ -19,7 +19,7 @@ from fastflower import Checkpoint, FastflowerError, Loader, Recipe, train
 from fastflower.checkpoint import LAST
 from fastflower.errors import StoppedError
 from fastflower.recipe import PRESETS
-from fastflower.training import best_epoch
+from fastflower.report import best_epoch
 
 Letter = Literal["a", "b", "c", "d", "e"]
 
@@ -80,7 +80,8 @@ def history_of(shards: str, name: str, recipe: Recipe, out: Path, device: str | 
     folder = out / name
     if (folder / "report.html").exists() and (folder / LAST).exists():
         kept = Checkpoint.load(folder / LAST)
-        if kept.recipe == recipe and kept.epoch >= 1 and not kept.step:
+        trained_on = Loader(shards, batch_size=1, device="cpu", cache=None).state_dict()["shards"]
+        if kept.recipe == recipe and kept.feeding["shards"] == trained_on:
             return kept.history
     return train(shards, recipe, out=folder, resume=True, device=device).history
 

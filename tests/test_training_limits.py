@@ -1,0 +1,81 @@
+"""What must not be lost or saved when training stops: the clock, the best checkpoint, weights that are still numbers."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_runs import BEST, LAST, RECIPE, assert_same_run, before_call, killed, small, terminate
+
+from fastflower import Checkpoint, train, training
+from fastflower.errors import StoppedError, TrainingError
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "build", small)
+
+
+def test_the_seconds_of_an_interrupted_epoch_count(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_call(training.Run, "step", 3, terminate, monkeypatch)
+    with pytest.raises(StoppedError, match="stopped by SIGTERM in epoch 1, step 3, and saved"):
+        train(shards, RECIPE, out=tmp_path, device="cpu")
+    last = Checkpoint.load(tmp_path / LAST)
+    last.tally["seconds"] += 1000
+    last.tally["waited"] += 500
+    last.save(tmp_path / LAST)
+    first, second = train(shards, RECIPE, out=tmp_path, resume=True, device="cpu").history
+    assert first["train_seconds"] > 1000 > second["train_seconds"]
+    assert first["wait_seconds"] > 500 > second["wait_seconds"]
+    assert first["images_per_second"] < 1
+
+
+def test_a_kill_between_the_checkpoints_of_the_best_epoch_does_not_lose_it(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "best_epoch", lambda _: 1)
+    whole = tmp_path / "whole"
+    train(shards, RECIPE, out=whole, device="cpu")
+    killed(shards, RECIPE, tmp_path / "run", (Checkpoint, "save", 2))
+    train(shards, RECIPE, out=tmp_path / "run", resume=True, device="cpu")
+    assert Checkpoint.load(whole / BEST).epoch == 1
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("save_steps", [None, 1])
+def test_weights_that_are_no_numbers_are_never_saved(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int | None
+) -> None:
+    """As when a gradient overflows in the last step of an epoch, whose loss still was finite."""
+    step, done = training.Run.step, [0]
+
+    def breaking(self: training.Run, *values: Any, **options: Any) -> Any:
+        found = step(self, *values, **options)
+        done[0] += 1
+        if done[0] == 10:  # the last of the second epoch
+            with torch.no_grad():
+                next(self.network.parameters()).fill_(torch.nan)
+        return found
+
+    monkeypatch.setattr(training.Run, "step", breaking)
+    advice = "lower lr, warm up (warmup_epochs) or clip gradients (clip_norm)"
+    message = (
+        f"{tmp_path}: the validation loss is not finite after epoch 2; {advice}. {LAST}, if there is one, is from before."
+        if save_steps is None
+        else f"{tmp_path}: weights are not finite any more, and were not saved; {advice}."
+    )
+    with pytest.raises(TrainingError, match=f"^{re.escape(message)}$"):
+        train(shards, RECIPE, out=tmp_path, save_steps=save_steps, device="cpu")
+    last = Checkpoint.load(tmp_path / LAST)
+    assert (last.epoch, last.step) == ((1, 0) if save_steps is None else (1, 4))
+    assert all(value.isfinite().all() for value in last.model.values())
+
+
+def test_two_signals_stop_training_as_one_does(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before_call(training.Run, "step", 2, lambda: (terminate(), terminate()), monkeypatch)
+    with pytest.raises(StoppedError, match="stopped by SIGTERM in epoch 1, step 2, and saved"):
+        train(shards, replace(RECIPE, epochs=1), out=tmp_path, device="cpu")
