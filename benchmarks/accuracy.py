@@ -22,6 +22,7 @@ from torchvision import models, transforms
 
 from fastflower import Recipe, pack, train
 from fastflower.batch import resolve_device
+from fastflower.evaluation import precision_of
 from fastflower.recipe import scratch
 
 SIDES = ("plain", "fastflower")
@@ -57,8 +58,9 @@ def run(side: str, data: Path, work: Path, size: int, epochs: int, seed: int, de
             transforms.RandomRotation(recipe.augment.rotate, transforms.InterpolationMode.BILINEAR),
             transforms.ColorJitter(recipe.augment.brightness, recipe.augment.contrast, recipe.augment.saturation),
         ]
-        rates: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-        plain = baseline.OneCycle(model, folder, random, size, **rates, epochs=epochs, device=chosen)
+        how: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "epochs": epochs}
+        dtype = precision_of(recipe, chosen)
+        plain = baseline.OneCycle(model, folder, random, size, **how, device=chosen, dtype=dtype)
         accuracies = [plain.epoch() for _ in range(epochs)]
     stored = {**recipe.to_dict(), "weights": start.name}
     return {"side": side, "seed": seed, "accuracies": accuracies, "recipe": stored}

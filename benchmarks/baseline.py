@@ -50,12 +50,12 @@ def validation(folder: Path, size: int = 224, *, pin: bool) -> DataLoader[Any]:
     return DataLoader(ImageFolder(folder, normalised), 64, pin_memory=pin, **workers)
 
 
-def accuracy(model: nn.Module, view: DataLoader[Any], device: torch.device, *, fast: bool) -> float:
-    """The share of the validation images that are right; `fast` as for Trainer."""
+def accuracy(model: nn.Module, view: DataLoader[Any], device: torch.device, dtype: torch.dtype | None) -> float:
+    """The share of the validation images that are right; `dtype` as for Trainer."""
     model.eval()
-    layout = torch.channels_last if fast else torch.contiguous_format
+    layout = torch.contiguous_format if dtype is None else torch.channels_last
     hits = seen = 0
-    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast):
+    with torch.inference_mode(), autocast(device, dtype):
         for cpu_images, labels in view:
             images = cpu_images.to(device, non_blocking=True, memory_format=layout)
             hits += int((model(images).argmax(1).cpu() == labels).sum())
@@ -63,13 +63,18 @@ def accuracy(model: nn.Module, view: DataLoader[Any], device: torch.device, *, f
     return hits / seen
 
 
-class Trainer:
-    """ResNet-18 from random weights; SGD 0.9 at 0.001. `fast` adds bfloat16 autocast and channels-last memory."""
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Off for float32 and None."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype not in (None, torch.float32))
 
-    def __init__(self, num_classes: int, device: torch.device, *, fast: bool) -> None:
+
+class Trainer:
+    """ResNet-18 from random weights; SGD 0.9 at 0.001. dtype  of autocast, on channels-last memory; None: float32, NCHW."""
+
+    def __init__(self, num_classes: int, device: torch.device, dtype: torch.dtype | None) -> None:
         torch.manual_seed(0)
-        self.device, self.fast = device, fast
-        self.layout = torch.channels_last if fast else torch.contiguous_format
+        self.device, self.dtype = device, dtype
+        self.layout = torch.contiguous_format if dtype is None else torch.channels_last
         model: nn.Module = models.resnet18(num_classes=num_classes)
         self.model = model.to(device).to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.001, momentum=0.9)
@@ -82,7 +87,7 @@ class Trainer:
         for cpu_images, cpu_labels in batches:
             images = cpu_images.to(self.device, non_blocking=True, memory_format=self.layout)
             labels = cpu_labels.to(self.device, non_blocking=True)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.fast):
+            with autocast(self.device, self.dtype):
                 loss = self.criterion(self.model(images), labels)
             loss.backward()
             self.optimizer.step()
@@ -92,9 +97,9 @@ class Trainer:
 
 
 class OneCycle:
-    """The plain loop: SGD 0.9, one cycle, label smoothing 0.1, batch 32, bfloat16, channels-last.
+    """The plain loop: SGD 0.9, one cycle, label smoothing 0.1, batch 32, channels-last.
 
-    random  the transforms before ToTensor. frozen  modules that stay as they are, their batch norms too.
+    random  the transforms before ToTensor. dtype  of autocast. frozen  modules that stay as they are, their batch norms too.
     """
 
     def __init__(
@@ -108,13 +113,14 @@ class OneCycle:
         weight_decay: float,
         epochs: int,
         device: torch.device,
+        dtype: torch.dtype,
         frozen: tuple[nn.Module, ...] = (),
     ) -> None:
         normalised = transforms.Compose([*random, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
         pin = device.type == "cuda"
         self.batches = loader(folder / "train", normalised, batch_size=32, pin=pin)
         self.view = validation(folder / "val", size, pin=pin)
-        self.frozen, self.device = frozen, device
+        self.frozen, self.device, self.dtype = frozen, device, dtype
         for module in frozen:
             module.requires_grad_(requires_grad=False)
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -137,13 +143,13 @@ class OneCycle:
             module.eval()
         for cpu_images, labels in self.batches:
             images = cpu_images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            with autocast(self.device, self.dtype):
                 loss = self.criterion(self.model(images), labels.to(self.device, non_blocking=True))
             loss.backward()
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return accuracy(self.model, self.view, self.device, fast=True)
+        return accuracy(self.model, self.view, self.device, self.dtype)
 
 
 def pretrained_resnet50(weights: Path, num_classes: int) -> models.ResNet:

@@ -96,14 +96,15 @@ def training(
     size, pin = augment.output_size[0], device.type == "cuda"
     plain = baseline.loader(folder / "train", baseline.augmentation(size), batch_size=batch_size, pin=pin)
     view = baseline.validation(folder / "val", size, pin=pin)
-    slow = baseline.Trainer(len(view.dataset.classes), device, fast=False)  # pyright: ignore[reportAttributeAccessIssue]
-    fast = baseline.Trainer(len(view.dataset.classes), device, fast=True)  # pyright: ignore[reportAttributeAccessIssue]
     recipe = replace(report_a(), weights=None, augment=augment, batch_size=batch_size, epochs=10**6)
     ours = Run(shards, recipe, shards, device)
+    slow = baseline.Trainer(len(ours.classes), device, None)
+    fast = baseline.Trainer(len(ours.classes), device, ours.precision)
+    precision = str(ours.precision).removeprefix("torch.")
 
     def run_plain(trainer: baseline.Trainer) -> int:
         images = trainer.epoch(plain)
-        baseline.accuracy(trainer.model, view, device, fast=trainer.fast)
+        baseline.accuracy(trainer.model, view, device, trainer.dtype)
         return images
 
     def run_fastflower() -> int:
@@ -112,8 +113,8 @@ def training(
 
     sides = [
         record.Side("ImageFolder loop, float32, NCHW", lambda: run_plain(slow)),
-        record.Side("ImageFolder loop, bfloat16, channels-last", lambda: run_plain(fast)),
-        record.Side("fastflower, bfloat16, channels-last", run_fastflower),
+        record.Side(f"ImageFolder loop, {precision}, channels-last", lambda: run_plain(fast)),
+        record.Side(f"fastflower, {precision}, channels-last", run_fastflower),
     ]
     return sides, ours
 

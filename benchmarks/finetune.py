@@ -24,6 +24,7 @@ from torchvision import transforms
 
 from fastflower import pack, train
 from fastflower.batch import resolve_device
+from fastflower.evaluation import precision_of
 from fastflower.recipe import PRESETS
 
 PLAIN = "plain"
@@ -50,8 +51,9 @@ def run(side: str, data: Path, work: Path, weights: Path, seed: int, device: str
         model = baseline.pretrained_resnet50(weights, len(list((folder / "train").iterdir())))
         random = [transforms.RandomResizedCrop(224, (0.25, 1.0)), transforms.RandomHorizontalFlip()]
         frozen = (model.conv1, model.bn1, model.layer1) if side == PLAIN else ()
-        rates: dict[str, Any] = {"lr": 0.02, "weight_decay": 1e-4}
-        plain = baseline.OneCycle(model, folder, random, 224, **rates, epochs=EPOCHS, device=chosen, frozen=frozen)
+        how: dict[str, Any] = {"lr": 0.02, "weight_decay": 1e-4, "epochs": EPOCHS, "frozen": frozen}
+        dtype = precision_of(PRESETS["finetune"](), chosen)
+        plain = baseline.OneCycle(model, folder, random, 224, **how, device=chosen, dtype=dtype)
         accuracies = [plain.epoch() for _ in range(EPOCHS)]
         seconds = time.perf_counter() - start
         return {"side": side, "seed": seed, "seconds": seconds, "accuracies": accuracies}

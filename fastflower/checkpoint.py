@@ -99,8 +99,8 @@ class Checkpoint:
         return model.eval()
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Hardware and versions, for checkpoints and benchmark records."""
+def environment(device: torch.device, precision: torch.dtype | None = None) -> dict[str, str]:
+    """Hardware, versions and, of training, its precision: for checkpoints and benchmark records."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     names = ("fastflower", "torch", "torchvision", "numpy", "opencv-python-headless")
     found = {name: version(name) for name in names}
@@ -110,6 +110,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "ranks": str(ranks.world_size()),
         "python": platform.python_version(),
+        **({"precision": str(precision).removeprefix("torch.")} if precision else {}),
         **found,
     }
 

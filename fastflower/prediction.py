@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastflower.batch import Request, resolve_device
 from fastflower.checkpoint import Checkpoint
 from fastflower.errors import SampleError
-from fastflower.evaluation import loader_dtype, log_probabilities, view_of
+from fastflower.evaluation import log_probabilities, precision_of, view_of
 from fastflower.folder import EXTENSIONS
 from fastflower.image import decode
 from fastflower.thread_executor import ThreadExecutor
@@ -54,13 +54,13 @@ def predict(
         checkpoint = Checkpoint.load(checkpoint)
     paths = list(_files([images] if isinstance(images, (str, Path)) else images))
     chosen, recipe = resolve_device(device), checkpoint.recipe
-    precision = loader_dtype(recipe)
+    precision = precision_of(recipe, chosen)
     model = checkpoint.network().to(chosen, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     found: list[Prediction] = []
     for start in range(0, len(paths), _BATCH_SIZE):
         part = paths[start : start + _BATCH_SIZE]
         view = _view(part, checkpoint, precision).to(chosen)
-        rows = log_probabilities(model, view, recipe, tta=recipe.tta).exp().tolist()
+        rows = log_probabilities(model, view, tta=recipe.tta).exp().tolist()
         found += [_prediction(path, row, checkpoint.classes) for path, row in zip(part, rows, strict=True)]
     return found
 

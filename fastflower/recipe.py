@@ -54,8 +54,9 @@ class Recipe:
     """With "step": the factor of each reduction; with "three_phase": of each epoch of its second phase."""
     label_smoothing: float = 0.0
     """Probability spread over all classes, [0, 1)."""
-    precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of autocast; float16 scales the loss; float32 switches autocast off."""
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of autocast; float16 scales the loss; float32 switches autocast off; "auto": the fastest of these that keeps accuracy
+    where it runs: bfloat16 where the device computes in it, float16 on CUDA otherwise, float32 on other processors."""
     compile: bool = False
     """torch.compile, with CUDA graphs on CUDA: for small batches there; on two cores it did not pay (docs/log.md)."""
     sync_batchnorm: bool = False
@@ -93,7 +94,11 @@ class Recipe:
             ("step_epochs", self.step_epochs >= 1, "at least 1"),
             ("gamma", self.gamma > 0, "above 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
-            ("precision", self.precision in ("bfloat16", "float16", "float32"), "bfloat16, float16 or float32"),
+            (
+                "precision",
+                self.precision in ("auto", "bfloat16", "float16", "float32"),
+                "auto, bfloat16, float16 or float32",
+            ),
         ]
         for name, holds, rule in rules:
             if not holds:

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import random
+import sys
 import threading
 import time
 from collections import deque
@@ -146,7 +147,8 @@ class Store:
     @contextmanager
     def ending(self) -> Iterator[None]:
         """Of the last iterator in use: all downloads end, also those that are waited for."""
-        if self._process != os.getpid():  # an iterator that a fork brought along: nothing of it runs here
+        # A fork brought it along, and nothing of it runs here; or the interpreter ends, and threads stand still, locks in hand.
+        if self._process != os.getpid() or sys.is_finalizing():
             yield
             return
         with self._lock:
@@ -156,11 +158,7 @@ class Store:
                 future.cancel()
         try:
             yield
-            while self._stopping:
-                with self._lock:
-                    threads = list(self._threads)
-                if not threads:
-                    break
+            while self._stopping and (threads := list(self._threads)):
                 threads[0].join()
         finally:
             if self._stopping:
@@ -233,7 +231,8 @@ class Store:
                             digest.update(piece)
                         os.fsync(file.fileno())
                     if digest.hexdigest() == shard.sha256:
-                        part.replace(path)
+                        with _locked(self._cache / "room.lock"):  # or whoever counts would meet it under neither name
+                            part.replace(path)
                         return
                     self._pause(name, attempt, "its bytes are not those that the manifest names (checksum mismatch)")
             finally:

@@ -25,7 +25,7 @@ from fastflower.errors import (
     StoppedError,
     TrainingError,
 )
-from fastflower.evaluation import loader_dtype, measure, view_of
+from fastflower.evaluation import measure, precision_of, view_of
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
 from fastflower.optimization import Average, optimizer_of
@@ -113,7 +113,7 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, resolve_device(device)
         device = self.device
-        self.precision = loader_dtype(recipe)
+        self.precision = precision_of(recipe, device)
         self._save_steps, self._stop = save_steps, stop
         batch_size = ranks.share(recipe.batch_size)
         common: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": self.precision}
@@ -130,7 +130,7 @@ class Run:
         self.optimizer = optimizer_of(self.network, recipe)
         self.average = Average(self.network, recipe.ema) if recipe.ema else None
         self.criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.history: list[dict[str, float]] = []
         self._interrupted: dict[str, Any] = {}
         if start:
@@ -152,8 +152,8 @@ class Run:
             group["fused"] = kept  # as suits this device, not the one before
         self.scaler.load_state_dict(start.scaler)
         self.history, self._interrupted = list(start.history), start.tally
-        now = environment(self.device)
-        for name in ("device", "threads", "torch", "ranks"):
+        now = environment(self.device, self.precision)
+        for name in ("device", "precision", "threads", "torch", "ranks"):
             if start.environment.get(name) != now[name]:
                 before = start.environment.get(name)
                 _log.warning("%s: %s was %s, now %s: the last bits will differ", place, name, before, now[name])
@@ -297,7 +297,7 @@ class Run:
         return self.average.network if self.average else self.network
 
     def _score(self, val: Loader) -> Scores:
-        return measure(self.scored, val, self.classes, self.recipe, tta=self.recipe.tta)
+        return measure(self.scored, val, self.classes, tta=self.recipe.tta)
 
     def _finished(self) -> bool:
         done, patience = len(self.history), self.recipe.patience
@@ -367,7 +367,7 @@ class Run:
             feeding=self.loader.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
-            environment=environment(self.device),
+            environment=environment(self.device, self.precision),
         )
         if not tally and best_epoch(self.history) == len(self.history):
             checkpoint.save(self.folder / BEST)  # first: what is resumed from LAST finds it

@@ -121,7 +121,7 @@ def test_a_recipe_cannot_be_changed_but_derived() -> None:
         ("patience", 0, "at least 1"),
         ("ema", 1.0, "in (0, 1)"),
         ("ema", 0.0, "in (0, 1)"),
-        ("precision", "float64", "bfloat16, float16 or float32"),
+        ("precision", "float64", "auto, bfloat16, float16 or float32"),
     ],
 )
 def test_a_field_outside_its_rule_is_refused(field: str, value: Any, rule: str) -> None:

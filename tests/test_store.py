@@ -1,5 +1,6 @@
 """The cache of remote shards by itself: what goes first, who waits for whom, what a fork, an exit and a full disk do."""
 
+import fcntl
 import json
 import logging
 import os
@@ -76,6 +77,30 @@ def test_making_room_leaves_other_files_that_are_being_written(source: Remote) -
     made.path(names_of(made)[0])
     assert written.read_bytes() == b"half"
     assert sorted(path.name for path in made.folder.glob("val*")) == [written.name]
+
+
+def test_a_shard_gets_its_name_while_nobody_counts(source: Remote, server: BadServer) -> None:
+    """Whoever makes room looks for tars, then for parts: one renamed in between would take room that nobody knows of."""
+    made = Store(source)
+    path = made.folder / names_of(made)[0]
+    with (Path(source.folder) / "room.lock").open("w") as counting:
+
+        def count(_name: str, asked: int) -> None:
+            if not asked:
+                fcntl.flock(counting, fcntl.LOCK_EX)
+
+        server.fault = count
+        thread = threading.Thread(target=made.path, args=(path.name,))
+        thread.start()
+        while path.name not in server.sent or server.sent[path.name] < made._shards[path.name].bytes:
+            time.sleep(0.01)
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert not path.exists()
+        assert path.with_name(f"{path.name}.part").exists()
+        fcntl.flock(counting, fcntl.LOCK_UN)
+        thread.join(20)
+    assert path.exists()
 
 
 def test_pauses_double_up_to_the_longest(
@@ -169,14 +194,16 @@ def test_one_iterator_may_end_while_another_goes_on(source: Remote, shards: Path
 FORKED = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
-from bad_server import IMPATIENT
+from bad_server import IMPATIENT, deafen
 from test_remote import OPTIONS
 from fastflower import Loader, store
 from fastflower.store import Remote
 for name, value in IMPATIENT.items():
     setattr(store, name, value)
 loader = Loader(Remote(url=sys.argv[2], folder=sys.argv[3]), **OPTIONS, window=1)
-if sys.argv[4] == "exit":
+if sys.argv[4] == "deaf exit":
+    deafen(store.Store, loader._store.manifest.split("train").shards[loader._windows.ahead([0], 0)[0]].name)
+if sys.argv[4].endswith("exit"):
     feeding = iter(loader)
     next(feeding)
     print("fed", flush=True)
@@ -216,9 +243,11 @@ def test_a_forked_process_downloads_for_itself(when: str, server: BadServer, tmp
     assert (process.returncode, out) == (0, "120\n120\n"), err[-2000:]
 
 
-def test_an_exit_does_not_wait_for_downloads(server: BadServer, tmp_path: Path) -> None:
-    server.fault = lambda name, asked: "stall" if name.endswith(".tar") and asked > 60 else None
-    process = program(server, tmp_path / "cache", "exit")
+@pytest.mark.parametrize("what", ["exit", "deaf exit"])
+def test_an_exit_does_not_wait_for_downloads(what: str, server: BadServer, tmp_path: Path) -> None:
+    """Neither for a server that stalls, nor for a thread that does not notice that the interpreter ends."""
+    server.fault = lambda name, asked: "stall" if what == "exit" and name.endswith(".tar") and asked > 60 else None
+    process = program(server, tmp_path / "cache", what)
     assert process.stdout is not None
     assert process.stdout.readline() == "fed\n"
     start = time.monotonic()

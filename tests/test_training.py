@@ -1,6 +1,7 @@
 """The main job: train, resume, evaluate, predict, report."""
 
 import csv
+import platform
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from training_runs import timeless
 
 from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, pack, predict, train
 from fastflower.errors import ArgumentError, CheckpointError, DeviceError, FolderError, SampleError, ShardError
-from fastflower.evaluation import view_of
+from fastflower.evaluation import precision_of, view_of
 from fastflower.loader import Loader
 
 TINY = Recipe(
@@ -160,6 +161,18 @@ def test_lower_precision_stays_close(shards: Path, tmp_path: Path, precision: st
     low = train(shards, recipe, out=tmp_path / "run", device="cpu")
     high = train(shards, replace(TINY, epochs=1), out=tmp_path / "high", device="cpu")
     assert low.history[0]["train_loss"] == pytest.approx(high.history[0]["train_loss"], rel=0.05)
+
+
+def test_precision_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    if platform.machine() == "x86_64":  # oneDNN's own condition for bfloat16, which torch states in other words
+        fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        assert precision_of(Recipe(), cpu) == (torch.bfloat16 if fast else torch.float32)
+    assert precision_of(Recipe(precision="bfloat16"), cpu) == torch.bfloat16
+    for ampere, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda found=ampere, **_: found)
+        assert precision_of(Recipe(), cuda) == expected
+        assert precision_of(Recipe(precision="float32"), cuda) == torch.float32
 
 
 def test_a_frozen_stage_stays_as_it_was(shards: Path, tmp_path: Path) -> None:
