@@ -99,9 +99,13 @@ class Draw:
         matrix = geometry.compose(geometry.resized_crop(self.roi, self.size), geometry.flips(self.flip, self.size))
         still = np.zeros_like(self.shear)
         # torchvision's rotate turns counter-clockwise and its affine clockwise.
-        rotation = geometry.affine(-self.rotate, still, np.ones_like(self.scale), still, self.size)
-        moved = geometry.affine(self.affine_rotate, self.translate, self.scale, self.shear, self.size)
-        return geometry.compose(matrix, geometry.compose(rotation, moved))
+        if self.rotate.any():
+            rotation = geometry.affine(-self.rotate, still, np.ones_like(self.scale), still, self.size)
+            matrix = geometry.compose(matrix, rotation)
+        if any(part.any() for part in (self.affine_rotate, self.translate, self.scale - 1, self.shear)):
+            moved = geometry.affine(self.affine_rotate, self.translate, self.scale, self.shear, self.size)
+            matrix = geometry.compose(matrix, moved)
+        return matrix
 
     def warp(self, sizes_N2: ArrayLike, fill: str) -> geometry.Warp:
         """The geometry as an executor needs it, for photographs of `sizes`, (N, 2) height and width."""
@@ -321,6 +325,8 @@ class Augment:
 
     def _erased(self, dice: "_Dice") -> NDArray[np.int64]:
         """torchvision's RandomErasing.get_params: the first of ten attempts that is smaller than the image, else nothing."""
+        if not self.erase:
+            return np.zeros((len(dice.numbers_NS), 4), np.int64)
         size = np.broadcast_to(np.array(self.output_size, np.int64), (len(dice.numbers_NS), 2))
         # erase_ratio is height to width, crop_ratio width to height.
         box_NA2 = dice.sides(self.erase_area, size.prod(axis=1), self.erase_ratio, Slot.ERASE_BOX)[..., ::-1]

@@ -4,15 +4,16 @@ import logging
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastflower.augment import Draw, Mix
+from fastflower.augment import Augment, Draw, Mix
 from fastflower.errors import ArgumentError, DeviceError, SampleError
+from fastflower.geometry import Warp
 
 _log = logging.getLogger("fastflower")
 
@@ -38,9 +39,21 @@ class Request:
     step: int
     indices: NDArray[Any]
     """(N,) int64. An executor overwrites those of samples that it replaces."""
-    sizes: NDArray[Any]
-    """(N, 2) int64: height and width of their photographs."""
     draw: Draw
+    warp: Warp
+    """The draw's geometry, for photographs of their sizes."""
+
+    @classmethod
+    def drawn(
+        cls, augment: Augment, indices: NDArray[Any], sizes: NDArray[Any], *, seed: int, epoch: int, step: int
+    ) -> Self:
+        """The request for samples `indices`, (N,) int64, whose photographs have `sizes`, (N, 2) height and width."""
+        draw = augment.draw(seed, epoch, indices, sizes)
+        return cls(epoch, step, indices, draw, draw.warp(sizes, augment.fill))
+
+    def take(self, step: int, rows: slice) -> "Request":
+        """Some of the samples, as a step of its own."""
+        return Request(self.epoch, step, self.indices[rows], self.draw.take(rows), self.warp.take(rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

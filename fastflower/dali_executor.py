@@ -119,15 +119,15 @@ class DaliExecutor:
         return sample if self._decoded else np.frombuffer(sample, np.uint8)
 
     def _feed(self, pipe: Pipeline, request: Request, samples: list[Any]) -> None:
-        draw, warp = request.draw, request.draw.warp(request.sizes, self._augment.fill)
+        draw, warp = request.draw, request.warp
         sigma, window = _gaussians(warp.footprint)
         mask = geometry.frame(warp, draw.size)
         inputs: dict[str, Any] = {
             "samples": samples,
             "start": warp.region[:, :2].astype(np.int32),
             "shape": warp.region[:, 2:].astype(np.int32),
-            "matrix": warp.matrix.astype(np.float32),
-            "mask_matrix": mask.astype(np.float32),
+            "matrix": np.ascontiguousarray(warp.matrix, np.float32),
+            "mask_matrix": np.ascontiguousarray(mask, np.float32),
             "blurred": (sigma > _NO_BLUR).any(axis=1),
             "sigma": sigma.astype(np.float32),
             "window": window.astype(np.int32),

@@ -86,7 +86,6 @@ class NativeRenderer:
         kernel = _kernel()
         assert kernel is not None, "ask available() first"
         self._kernel = kernel
-        self._fill = augment.fill
         self._size = augment.output_size
         multiply, add = color.normalize_factors(augment.mean, augment.std)
         self._output = _Output(*self._size, _KINDS[dtype], tuple(multiply.tolist()), tuple(add.tolist()))
@@ -94,7 +93,7 @@ class NativeRenderer:
 
     def jobs(self, request: Request) -> list[_Job]:
         """The draws of a batch, a value for each row."""
-        warp = request.draw.warp(request.sizes, self._fill)
+        warp = request.warp
         how = geometry.resampling(warp)
         count = len(request.indices)
         numbers: Any = np.zeros(count, np.dtype(_Numbers))

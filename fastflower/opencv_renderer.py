@@ -38,7 +38,6 @@ class OpencvRenderer:
     """Pixels in, one row of the batch out. Thread-safe: holds only constants."""
 
     def __init__(self, augment: Augment, dtype: torch.dtype) -> None:
-        self._fill = augment.fill
         self._size = augment.output_size
         self._dtype = dtype
         multiply, add = color.normalize_factors(augment.mean, augment.std)
@@ -49,8 +48,7 @@ class OpencvRenderer:
 
     def jobs(self, request: Request) -> list[_Job]:
         """The draws of a batch, a value for each row."""
-        draw = request.draw
-        warp = draw.warp(request.sizes, self._fill)
+        draw, warp = request.draw, request.warp
         how = geometry.resampling(warp)
         kernels = geometry.blur_kernels(how.blur)
         frame = geometry.corners(np.array([-2.0, -2.0, self._size[0] + 4, self._size[1] + 4]))

@@ -93,7 +93,7 @@ def _view(paths: Sequence[Path], checkpoint: Checkpoint, dtype: torch.dtype) -> 
         photos = list(pool.map(_read, paths))
     augment, indices = view_of(checkpoint.recipe), np.arange(len(paths))
     sizes = np.array([photo.shape[:2] for photo in photos], np.int64)
-    request = Request(0, 0, indices, sizes, augment.draw(0, 0, indices, sizes))
+    request = Request.drawn(augment, indices, sizes, seed=0, epoch=0, step=0)
 
     def decoded(index: int, reduce: int) -> NDArray[np.uint8]:
         return photos[index] if reduce == 1 else _read(paths[index], reduce)

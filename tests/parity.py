@@ -100,7 +100,7 @@ def request(augment: Augment, encoded: Sequence[bytes], seed: int = 0) -> Reques
     """All images as one batch."""
     indices = np.arange(len(encoded))
     sizes = np.array([decode(data).shape[:2] for data in encoded])
-    return Request(0, 0, indices, sizes, augment.draw(seed, 0, indices, sizes))
+    return Request.drawn(augment, indices, sizes, seed=seed, epoch=0, step=0)
 
 
 def render(

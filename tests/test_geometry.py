@@ -18,7 +18,6 @@ from fastflower.geometry import (
     blur_variance,
     compose,
     corners,
-    covers,
     flips,
     grow,
     intersect,
@@ -216,25 +215,25 @@ def holds(quad: Floats, point: tuple[float, float]) -> bool:
     return inside
 
 
-def test_covers_agrees_with_a_point_in_polygon_test(rng: np.random.Generator) -> None:
+def test_masked_agrees_with_a_point_in_polygon_test(rng: np.random.Generator) -> None:
     size, count = (30, 50), 600
-    rois = np.concatenate([rng.uniform(-40, 10, (count, 2)), rng.uniform(20, 140, (count, 2))], axis=1)
+    visible = np.concatenate([rng.uniform(-40, 10, (count, 2)), rng.uniform(20, 140, (count, 2))], axis=1)
     moved = affine(
         rng.uniform(-180, 180, count), np.zeros((count, 2)), np.ones(count), rng.uniform(-30, 30, (count, 2)), size
     )
-    quads = transform(moved, corners(rois))
-    quads[::2] = quads[::2, ::-1]  # the other sense of rotation
-    quads[::3] = transform(flips(np.array([[True, False]]), size), quads[::3])
+    moved[::3] = compose(flips(np.array([[True, False]]), size), moved[::3])
+    warp = plan(moved, visible, size, np.zeros(count))
     frame = [(0.0, 0.0), (50.0, 0.0), (50.0, 30.0), (0.0, 30.0)]
-    expected = np.array([all(holds(quad, point) for point in frame) for quad in quads])
+    expected = np.array([all(holds(quad, point) for point in frame) for quad in warp.quad])
     assert 0.1 < expected.mean() < 0.9
-    assert np.array_equal(covers(quads, size), expected)
+    assert np.array_equal(~warp.masked, expected)
 
 
-@pytest.mark.parametrize("clockwise", [True, False])
-def test_covers_counts_coinciding_edges_as_covered(clockwise: bool) -> None:
-    quads = corners(np.array([[0, 0, 30, 50], [0, 0, 30, 49.99], [0.01, 0, 29.99, 50], [-1, -1, 32, 52]], np.float64))
-    assert covers(quads if clockwise else quads[:, ::-1], (30, 50)).tolist() == [True, False, False, True]
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_coinciding_edges_leave_nothing_black(mirrored: bool) -> None:
+    visible = np.array([[0, 0, 30, 50], [0, 0, 30, 49.99], [0.01, 0, 29.99, 50], [-1, -1, 32, 52]], np.float64)
+    matrix = flips(np.full((4, 2), mirrored), (30, 50))
+    assert plan(matrix, visible, (30, 50), np.zeros(4)).masked.tolist() == [False, True, True, False]
 
 
 @LAW

@@ -24,7 +24,7 @@ DTYPES = [torch.uint8, torch.float32, torch.float16, torch.bfloat16]
 def request(augment: Augment, photos: list[NDArray[np.uint8]], seed: int = 0) -> Request:
     indices = np.arange(len(photos))
     sizes = np.array([photo.shape[:2] for photo in photos])
-    return Request(0, 0, indices, sizes, augment.draw(seed, 0, indices, sizes))
+    return Request.drawn(augment, indices, sizes, seed=seed, epoch=0, step=0)
 
 
 def render(kind: Any, augment: Augment, photos: list[NDArray[np.uint8]], dtype: torch.dtype) -> torch.Tensor:

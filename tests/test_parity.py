@@ -132,7 +132,7 @@ def test_a_pixel_goes_where_the_matrix_says(name: str) -> None:
 def test_outside_the_crop_lies_black_or_the_photograph(name: str, encoded: list[bytes]) -> None:
     fields: dict[str, Any] = {"crop": (0.2, 0.4), "rotate": 45}
     drawn = parity.request(Augment(**fields), encoded[:32])
-    warp = drawn.draw.warp(drawn.sizes, "photo")
+    warp = parity.request(Augment(**fields, fill="photo"), encoded[:32]).warp
     black = parity.render(name, Augment(**fields), encoded[:32])
     filled = parity.render(name, Augment(**fields, fill="photo"), encoded[:32])
     turned = np.abs(drawn.draw.rotate) > 20

@@ -95,9 +95,8 @@ def test_a_cache_that_holds_some_changes_no_pixel(name: str, executor: Any, shar
 def test_a_large_photograph_is_never_decoded_whole_for_a_small_view(shards: Path) -> None:
     loader = Loader(shards, batch_size=5, augment=AUGMENTS["views"], device="cpu", executor="opencv")
     asked: set[int] = set()
-    for request in (loader._request(0, step) for step in range(len(loader))):
-        warp = request.draw.warp(request.sizes, "black")
-        asked |= set(reductions(warp.footprint).tolist())
+    for request in loader._requests(0, 0):
+        asked |= set(reductions(request.warp.footprint).tolist())
     assert asked == {4}  # 901 to 73 pixels: 12.3 times smaller
 
 
@@ -146,7 +145,7 @@ def test_reduced_or_whole_a_photograph_lies_in_the_same_place(renderer: Any, mon
         size=(64, 48), crop=(0.3, 0.9), crop_ratio=(0.4, 2.5), rotate=15, flip=0.5, flip_vertical=0.5, fill="photo"
     )
     indices, sizes = np.arange(24), np.full((24, 2), photo.shape[:2])
-    request = Request(0, 0, indices, sizes, augment.draw(0, 0, indices, sizes))
+    request = Request.drawn(augment, indices, sizes, seed=0, epoch=0, step=0)
 
     def render() -> NDArray[Any]:
         executor = ThreadExecutor(
@@ -156,7 +155,7 @@ def test_reduced_or_whole_a_photograph_lies_in_the_same_place(renderer: Any, mon
         return images.float().numpy()
 
     reduced = render()
-    footprint = request.draw.warp(sizes, augment.fill).footprint
+    footprint = request.warp.footprint
     assert set(reductions(footprint).tolist()) >= {4, 8}
     monkeypatch.setattr(geometry, "reductions", lambda footprint: np.ones(len(footprint), np.int64))
     assert np.abs(reduced - render()).mean() < 3
