@@ -47,18 +47,24 @@ class Checkpoint:
         """Steps of the epoch under way that are done."""
         return len(self.tally["losses"]) if self.tally else 0
 
-    def save(self, path: str | Path) -> None:
-        """Write the file so that it is seen whole or not at all."""
+    def save(self, path: str | Path, *, twin: str | Path | None = None) -> None:
+        """Write the file so that it is seen whole or not at all.
+
+        twin  A file that this checkpoint was just saved to: where there are hard links `path` becomes another name of it, at no
+              cost. Files are replaced and never written to, so that what is saved to one name later leaves the other as it is.
+        """
         path = Path(path)
         part = path.with_name(path.name + ".part")
         content = {"format": "fastflower", "version": FORMAT_VERSION}
         content |= {entry.name: getattr(self, entry.name) for entry in fields(self)}
         content["recipe"] = self.recipe.to_dict()
         try:
-            with part.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
+            part.unlink(missing_ok=True)  # of a kill; to write to it would be to write to its twin
+            if twin is None or not _linked(Path(twin), part):
+                with part.open("wb") as file:
+                    torch.save(content, file)
+                    file.flush()
+                    os.fsync(file.fileno())
             part.replace(path)
         except (OSError, RuntimeError) as error:  # torch's writer hides an OSError, such as a full disk, behind its own
             reason = error if isinstance(error, OSError) else error.__context__ or error
@@ -97,6 +103,15 @@ class Checkpoint:
         model = build(self.recipe.backbone, len(self.classes), weights=None)
         model.load_state_dict(self.model)
         return model.eval()
+
+
+def _linked(file: Path, name: Path) -> bool:
+    """Give a file another name; False where the file system has no hard links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        return False
+    return True
 
 
 def environment(device: torch.device, precision: torch.dtype | None = None) -> dict[str, str]:

@@ -369,9 +369,10 @@ class Run:
             scaler=self.scaler.state_dict(),
             environment=environment(self.device, self.precision),
         )
-        if not tally and best_epoch(self.history) == len(self.history):
-            checkpoint.save(self.folder / BEST)  # first: what is resumed from LAST finds it
-        checkpoint.save(self.folder / LAST)
+        best = self.folder / BEST if not tally and best_epoch(self.history) == len(self.history) else None
+        if best:
+            checkpoint.save(best)  # first: what is resumed from LAST finds it
+        checkpoint.save(self.folder / LAST, twin=best)
 
 
 def _explained(error: Exception, recipe: Recipe, device: torch.device) -> FastflowerError | None:

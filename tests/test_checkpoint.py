@@ -1,6 +1,8 @@
 """Checkpoints come back as they were saved, load without running code, and are seen whole or not at all."""
 
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +242,48 @@ def test_a_checkpoint_that_is_cut_short_is_refused(tmp_path: Path, small: Checkp
         match=r"checkpoint\.pt: is not a file that torch\.save wrote, is cut short, or holds more .*; pass another file\.$",
     ):
         Checkpoint.load(path)
+
+
+def test_two_names_of_one_checkpoint_are_written_once(tmp_path: Path, small: Checkpoint) -> None:
+    """And part as soon as something else is saved under either."""
+    best, last = tmp_path / "best.pt", tmp_path / "last.pt"
+    last.write_bytes(b"something else")
+    small.save(best)
+    small.save(last, twin=best)
+    assert best.samefile(last)
+    kept = best.read_bytes()
+    replace(small, epoch=2).save(last)
+    assert best.read_bytes() == kept
+    assert [Checkpoint.load(path).epoch for path in (best, last)] == [1, 2]
+    small.save(last, twin=best)
+    small.save(last, twin=best)
+    replace(small, epoch=3).save(best)
+    assert [Checkpoint.load(path).epoch for path in (best, last)] == [3, 1]
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "last.pt"}
+
+
+def test_a_kill_between_two_names_does_not_let_the_next_save_write_to_both(tmp_path: Path, small: Checkpoint) -> None:
+    best, last = tmp_path / "best.pt", tmp_path / "last.pt"
+    small.save(best)
+    last.with_name("last.pt.part").hardlink_to(best)  # what is left when it comes before the new name stands
+    kept = best.read_bytes()
+    replace(small, epoch=2).save(last)
+    assert best.read_bytes() == kept
+    last.with_name("last.pt.part").hardlink_to(best)
+    small.save(last, twin=best)
+    assert best.samefile(last)
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "last.pt"}
+
+
+def test_a_file_system_without_hard_links_holds_two_files(
+    tmp_path: Path, small: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    best, last = tmp_path / "best.pt", tmp_path / "last.pt"
+    small.save(best)
+    small.save(last, twin=best)
+    assert not best.samefile(last)
+    assert Checkpoint.load(last).epoch == Checkpoint.load(best).epoch == 1
