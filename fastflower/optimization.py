@@ -21,11 +21,39 @@ def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:
         for parameters, decay in ((decaying, recipe.weight_decay), (plain, 0.0))
         if parameters
     ]
+    cuda = trained[0].is_cuda
+    # A CUDA graph reads the rate anew at each replay where it lies on the device: as float32, which is what torch's kernels take.
+    rate = torch.tensor(recipe.lr, dtype=torch.float32, device=trained[0].device) if cuda else recipe.lr
     if recipe.optimizer == "sgd":
         # On the CPU fused SGD took 17 ms for a ResNet-50, torch's loop 12; fused Adam 16, the loop 46.
-        return SGD(groups, recipe.lr, momentum=recipe.momentum, fused=True if trained[0].is_cuda else None)
+        return SGD(groups, rate, momentum=recipe.momentum, fused=True if cuda else None)
     kind = Adam if recipe.optimizer == "adam" else AdamW
-    return kind(groups, recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
+    return kind(groups, rate, betas=(recipe.momentum, 0.999), fused=True, capturable=cuda)
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """The learning rate of the next update; where it is a tensor it stays where it lies."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def plain_state(optimizer: Optimizer) -> dict[str, Any]:
+    """Its state_dict with the rate as a number, as it is on any device."""
+    state = optimizer.state_dict()
+    return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
+
+
+def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load what `plain_state` gave, also on another device; fused, capturable and where the rate lies stay as they are here."""
+    own = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    rate = optimizer.param_groups[0]["lr"]  # of all groups
+    for group, before in zip(optimizer.param_groups, own, strict=True):
+        group |= {name: before[name] for name in ("lr", "fused", "capturable") if name in before}
+    set_rate(optimizer, rate)
 
 
 class Average:
@@ -45,7 +73,7 @@ class Average:
         decay = min(self._decay, (1 + updates) / (10 + updates))
         averages: list[Tensor] = []
         current: list[Tensor] = []
-        for mine, theirs in zip(_tensors(self.network), _tensors(network), strict=True):
+        for mine, theirs in zip(tensors_of(self.network), tensors_of(network), strict=True):
             if mine.is_floating_point():
                 averages.append(mine)
                 current.append(theirs)
@@ -54,5 +82,6 @@ class Average:
         get_ema_multi_avg_fn(decay)(averages, current, None)
 
 
-def _tensors(network: nn.Module) -> list[Tensor]:
+def tensors_of(network: nn.Module) -> list[Tensor]:
+    """All that a network consists of: parameters, detached, and buffers."""
     return [*(parameter.detach() for parameter in network.parameters()), *network.buffers()]

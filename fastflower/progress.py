@@ -34,10 +34,10 @@ class Tally:
         """That are done."""
         return len(self._before) + self._count
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """A step's mean loss and logits (N, K); labels (N,), or (N, K) of mixed images, of which the larger share counts."""
+    def add(self, loss: Tensor, hits: Tensor) -> None:
+        """A step's mean loss and hits, (), on the device."""
         self._losses[self._count].copy_(loss, non_blocking=True)
-        self._hits += (logits.argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))).sum()
+        self._hits += hits
         self._count += 1
 
     def not_finite(self) -> int | None:

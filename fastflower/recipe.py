@@ -59,6 +59,9 @@ class Recipe:
     where it runs: bfloat16 where the device computes in it, float16 on CUDA otherwise, float32 on other processors."""
     compile: bool = False
     """torch.compile, with CUDA graphs on CUDA: for small batches there; on two cores it did not pay (docs/log.md)."""
+    graph: bool = True
+    """CUDA graphs: a step is recorded once for each size and replayed; ignored on the CPU, on several ranks, and with accumulate,
+    compile or float16."""
     sync_batchnorm: bool = False
     """Batch norms of all ranks together (SyncBatchNorm): CUDA only."""
     tta: bool = False

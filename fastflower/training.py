@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from fastflower import ranks
@@ -28,12 +27,13 @@ from fastflower.errors import (
 from fastflower.evaluation import measure, precision_of, view_of
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
-from fastflower.optimization import Average, optimizer_of
+from fastflower.optimization import Average, optimizer_of, plain_state, restore, set_rate
 from fastflower.order import stream_key
 from fastflower.progress import Tally, first_not_finite, preemption
 from fastflower.recipe import Recipe
 from fastflower.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report
 from fastflower.schedule import multiplier, warm_up
+from fastflower.stepping import Stepper, fastest_convolutions, generator_of, graphs_of
 from fastflower.store import Remote
 
 _log = logging.getLogger("fastflower")
@@ -129,14 +129,15 @@ class Run:
         self.network: nn.Module = network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.optimizer = optimizer_of(self.network, recipe)
         self.average = Average(self.network, recipe.ema) if recipe.ema else None
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.history: list[dict[str, float]] = []
         self._interrupted: dict[str, Any] = {}
         if start:
             self._restore(start)
-        self._on_its_own: Callable[[], AbstractContextManager[object]] = nullcontext
-        self.model: Callable[[Tensor], Tensor] = self._wrapped()
+        train_mode(self.network, recipe.freeze)
+        capture = graphs_of(recipe, device, self.precision)
+        parts = (self.network, self.optimizer, self.scaler)  # as restored: a graph is of these very tensors
+        self._stepper = Stepper(*parts, recipe, device, self.precision, capture)
 
     def _restore(self, start: Checkpoint) -> None:
         place = self.folder / LAST
@@ -146,10 +147,7 @@ class Run:
         self.network.load_state_dict(start.trained or start.model)
         if self.average:
             self.average.network.load_state_dict(start.model)
-        fused = [group["fused"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(start.optimizer)
-        for group, kept in zip(self.optimizer.param_groups, fused, strict=True):
-            group["fused"] = kept  # as suits this device, not the one before
+        restore(self.optimizer, start.optimizer)
         self.scaler.load_state_dict(start.scaler)
         self.history, self._interrupted = list(start.history), start.tally
         now = environment(self.device, self.precision)
@@ -161,24 +159,6 @@ class Run:
             _log.info("%s: was finished after epoch %d", self.folder, start.epoch)
         else:
             _log.info("%s: resumed in epoch %d after %d steps", self.folder, start.epoch + 1, start.step)
-
-    def _wrapped(self) -> Callable[[Tensor], Tensor]:
-        """The network as training calls it: on several ranks, and compiled where the recipe says so."""
-        model, cuda = self.network, self.device.type == "cuda"
-        if ranks.world_size() > 1:
-            if self.recipe.sync_batchnorm and not cuda:
-                raise ArgumentError("sync_batchnorm: torch has SyncBatchNorm on CUDA only; leave it out on the CPU.")
-            if self.recipe.sync_batchnorm:
-                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            model = DistributedDataParallel(
-                model, device_ids=[self.device] if cuda else None, gradient_as_bucket_view=True
-            )
-            self._on_its_own = model.no_sync
-        # CUDA graphs overwrite gradients that wait for those of the next batch.
-        graphs = cuda and self.recipe.accumulate == 1
-        if self.recipe.compile:
-            return torch.compile(model, mode="reduce-overhead" if graphs else None)
-        return model
 
     def report(self) -> Report:
         """Train the epochs that are left; validate, save and log after each; write the report at the end."""
@@ -237,21 +217,18 @@ class Run:
         begun = perf_counter() - tally.seconds
         label = f"epoch {epoch + 1}/{recipe.epochs}"
         batch_size = self.loader.global_batch_size
-        with tqdm(
-            total=steps * batch_size,
-            initial=tally.steps * batch_size,
-            desc=label,
-            unit="image",
-            disable=ranks.rank() > 0 or None,
-        ) as bar:
+        options: dict[str, Any] = {"total": steps * batch_size, "initial": tally.steps * batch_size, "unit": "image"}
+        with (
+            fastest_convolutions(self.device),
+            tqdm(desc=label, disable=ranks.rank() > 0 or None, **options) as bar,
+        ):
             asked = perf_counter()
             for step, (images, labels, _) in enumerate(self.loader, start=tally.steps):
                 tally.waited += perf_counter() - asked
                 self._prepare(epoch * steps + step, steps)
                 first = step - step % recipe.accumulate
                 end = min(first + recipe.accumulate, steps)
-                loss, logits = self.step(images, labels, end - first, update=step + 1 == end)
-                tally.add(loss, logits, labels)
+                tally.add(*self.step(images, labels, end - first, update=step + 1 == end))
                 self._check(tally.not_finite(), epoch)
                 bar.update(batch_size)
                 if step + 1 == end:
@@ -275,21 +252,8 @@ class Run:
         }
 
     def step(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> tuple[Tensor, Tensor]:
-        """One batch, the gradients of `together` batches averaged before an update; (mean loss, logits (N, K)), detached."""
-        with self._on_its_own() if not update else nullcontext():
-            with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
-                logits = self.model(images)
-                loss = self.criterion(logits, labels)
-            self.scaler.scale(loss / together).backward()
-        if not update:
-            return loss.detach(), logits.detach()
-        if self.recipe.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), logits.detach()
+        """One batch, the gradients of `together` batches averaged before an update; (mean loss, hits), until the next step."""
+        return self._stepper(images, labels, together, update=update)
 
     @property
     def scored(self) -> nn.Module:
@@ -306,11 +270,8 @@ class Run:
 
     def _prepare(self, step: int, steps_per_epoch: int) -> None:
         """The rate of a step, counted over all epochs, and the random numbers of its dropout, which are functions of it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(step, steps_per_epoch)
-        cuda = self.device.type == "cuda"
-        generator = torch.cuda.default_generators[self.device.index] if cuda else torch.default_generator
-        generator.manual_seed(stream_key(self.recipe.seed, step, ranks.rank()) >> 1)
+        set_rate(self.optimizer, self._lr(step, steps_per_epoch))
+        generator_of(self.device).manual_seed(stream_key(self.recipe.seed, step, ranks.rank()) >> 1)
 
     def _lr(self, step: int, steps_per_epoch: int) -> float:
         recipe = self.recipe
@@ -365,7 +326,7 @@ class Run:
             history=self.history,
             tally=state,
             feeding=self.loader.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            optimizer=plain_state(self.optimizer),
             scaler=self.scaler.state_dict(),
             environment=environment(self.device, self.precision),
         )

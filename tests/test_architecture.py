@@ -21,8 +21,8 @@ ORDER = [
     "errors", "order", "geometry", "color", "torchvision_compat", "augment", "schedule", "metrics", "recipe",
     "folder", "image", "duplicates", "manifest", "shard", "store", "planning", "part", "packing", "verification",
     "batch", "opencv_renderer", "native_renderer", "thread_executor", "dali_executor", "ranks", "cache", "loader",
-    "backbone", "checkpoint", "evaluation", "prediction", "report", "optimization", "progress", "training",
-    "diagnosis", "cli", "__init__",
+    "backbone", "checkpoint", "evaluation", "prediction", "report", "optimization", "progress", "stepping",
+    "training", "diagnosis", "cli", "__init__",
 ]  # fmt: skip
 
 PUBLIC = {

@@ -22,6 +22,7 @@ UNUSUAL = Recipe(
     patience=4,
     ema=0.99,
     compile=True,
+    graph=False,
     sync_batchnorm=True,
     tta=True,
     augment=Augment(

@@ -1,0 +1,215 @@
+"""What needs CUDA: steps that are recorded as graphs, a host that never waits, memory that does not grow, resuming."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training_runs import LAST, RECIPE, KilledError, before_call, kill, timeless
+
+from fastflower import Augment, Checkpoint, Recipe, train, training
+from fastflower.optimization import plain_state
+from fastflower.stepping import Graphs, Outcome
+from fastflower.training import Run
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda", 0)
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 0.001, "weight_decay": 0.05, "clip_norm": 0.5, "ema": 0.9}
+MIXED = Augment(size=32, resize=36, crop=(0.5, 1.0), mixup=0.4)
+
+
+def network(_backbone: str, classes: int, **_: Any) -> nn.Module:
+    """Of layers alone whose gradients are added up in one order on CUDA too; with batch norms and dropout."""
+    model, features = nn.Sequential(), nn.Sequential()
+    for channels_in, channels in ((3, 16), (16, 32)):
+        features.extend([nn.Conv2d(channels_in, channels, 3, stride=2), nn.BatchNorm2d(channels), nn.ReLU()])
+    features.extend([nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1)])  # to one pixel: a mean
+    model.add_module("features", features)
+    model.add_module("classifier", nn.Sequential(nn.Flatten(), nn.Linear(32, classes)))
+    return model
+
+
+@pytest.fixture
+def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same kernels in every run: no timing of convolutions, which may choose another each time."""
+    monkeypatch.setattr(training, "build", network)
+    monkeypatch.setattr(training, "fastest_convolutions", lambda _: nullcontext())
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each replay of a CUDA graph."""
+    found: list[int] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        found.append(id(graph))
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    return found
+
+
+def assert_close(one: list[dict[str, float]], other: list[dict[str, float]], tolerance: float) -> None:
+    """Histories without what the clock says."""
+    for row, expected in zip(timeless(one), timeless(other), strict=True):
+        assert row == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("changes", "graphs"),
+    [({}, 1), (ADAMW, 1), ({"sizes": (24, 32)}, 2), ({"augment": MIXED}, 1), ({"precision": "bfloat16"}, 1)],
+    ids=["sgd", "adamw, clipped, averaged", "progressive", "mixed images", "bfloat16"],
+)
+@pytest.mark.usefixtures("repeatable")
+def test_a_run_of_graphs_equals_one_of_kernels(
+    shards: Path, tmp_path: Path, replays: list[int], changes: dict[str, Any], graphs: int
+) -> None:
+    """Were a mask of dropout another one, or a warm-up not undone, they would be far apart."""
+    recipe = replace(RECIPE, **changes)
+    kernels = train(shards, replace(recipe, graph=False), out=tmp_path / "kernels", device="cuda")
+    assert replays == []
+    found = train(shards, recipe, out=tmp_path / "graphs", device="cuda")
+    assert (len(replays), len(set(replays))) == (10, graphs)
+    assert_close(found.history, kernels.history, 1e-3)
+    one, other = (Checkpoint.load(report.folder / LAST) for report in (found, kernels))
+    for name, value in one.model.items():
+        assert torch.allclose(value, other.model[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_a_resnet_of_graphs_learns_as_one_of_kernels(shards: Path, tmp_path: Path, replays: list[int]) -> None:
+    """The whole of it: a ResNet-18 in bfloat16, convolutions timed, and DALI's threads that go on during the recording."""
+    recipe = replace(RECIPE, augment=Augment(size=64, resize=72, flip=0.5), precision="bfloat16")
+    kernels = train(shards, replace(recipe, graph=False), out=tmp_path / "kernels", device="cuda")
+    found = train(shards, recipe, out=tmp_path / "graphs", device="cuda")
+    assert len(replays) == 10
+    for row, expected in zip(found.history, kernels.history, strict=True):
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=0.1)
+    assert not torch.backends.cudnn.benchmark
+
+
+def state_of(run: Run) -> dict[str, Tensor]:
+    """All that a step changes, copied to the CPU; state of an optimizer that made none yet is zero."""
+    named = {**dict(run.network.named_parameters()), **dict(run.network.named_buffers())}
+    for number, state in plain_state(run.optimizer)["state"].items():
+        named |= {f"{number} {name}": value for name, value in state.items() if value.any()}
+    found = {name: value.detach().cpu().clone() for name, value in named.items()}
+    return found | {"random": torch.cuda.get_rng_state(CUDA)}
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+@pytest.mark.parametrize("changes", [{}, ADAMW], ids=["sgd", "adamw"])
+def test_recording_leaves_everything_as_it_was(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], updates: int
+) -> None:
+    """Bit for bit, of a ResNet-18."""
+    monkeypatch.setattr(training, "graphs_of", lambda *_: None)
+    run = Run(shards, replace(RECIPE, **changes), Path("unused"), CUDA)
+    torch.manual_seed(0)
+    images = torch.randn(24, 3, 32, 32, device=CUDA).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(24, device=CUDA) % 5
+    for _ in range(updates):
+        run.step(images, labels)
+    graphs = Graphs(CUDA)
+
+    def record(function: Callable[[], Outcome]) -> Callable[[], Outcome]:
+        graphs(function)
+        return lambda: (torch.zeros((), device=CUDA), torch.zeros((), device=CUDA, dtype=torch.int64))
+
+    parts = (run.network, run.optimizer, run.scaler, run.recipe, CUDA, torch.float32, record)
+    before = state_of(run)
+    training.Stepper(*parts)(images, labels)
+    after = state_of(run)
+    assert after.keys() == before.keys()
+    assert [name for name, value in before.items() if not torch.equal(value, after[name])] == []
+    assert all(parameter.grad is None for parameter in run.network.parameters())
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("changes", [{}, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_the_host_never_waits_for_the_device_in_an_epoch(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: bool, changes: dict[str, Any]
+) -> None:
+    """From the first step to the last, once photographs are decoded and graphs recorded: then torch raises where it waits."""
+    run = Run(shards, replace(RECIPE, graph=graph, **changes), tmp_path, CUDA)
+    for epoch in range(2):
+        run.train_epoch(epoch)
+    step, steps, numbers = run.step, len(run.loader), count(1)
+
+    def watched(*values: Any, **options: Any) -> Any:
+        number = next(numbers)
+        if number == 1:
+            torch.cuda.set_sync_debug_mode("error")
+        found = step(*values, **options)
+        if number == steps:
+            torch.cuda.set_sync_debug_mode("default")
+        return found
+
+    monkeypatch.setattr(run, "step", watched)
+    try:
+        run.train_epoch(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert next(numbers) == steps + 1
+
+
+def test_memory_does_not_grow_from_epoch_to_epoch(shards: Path, tmp_path: Path) -> None:
+    run = Run(shards, replace(RECIPE, epochs=50), tmp_path, CUDA)
+    gc.collect()  # what tests before left in cycles
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(CUDA)
+    seen: dict[int, tuple[int, int]] = {}
+    for epoch in range(50):
+        run.history.append(run.epoch(epoch)[0])
+        gc.collect()
+        torch.cuda.synchronize(CUDA)
+        seen[epoch + 1] = torch.cuda.memory_allocated(CUDA), torch.cuda.max_memory_reserved(CUDA)
+    assert seen[50] == pytest.approx(seen[3], rel=0.01), seen
+
+
+def killed_on(device: str, shards: Path, recipe: Recipe, out: Path, batch: int) -> None:
+    """Train, or go on, on a device, until this many batches came."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_call(Run, "step", batch, kill, patch)
+        with pytest.raises(KilledError, match="killed"):
+            train(shards, recipe, out=out, resume=True, save_steps=2, device=device)
+
+
+@pytest.mark.parametrize("changes", [{}, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.usefixtures("repeatable")
+def test_a_run_of_graphs_that_is_killed_goes_on_to_the_history_of_one_that_was_not(
+    shards: Path, tmp_path: Path, replays: list[int], changes: dict[str, Any]
+) -> None:
+    recipe, out = replace(RECIPE, **changes), tmp_path / "run"
+    whole = train(shards, recipe, out=tmp_path / "whole", device="cuda")
+    assert len(replays) == 10
+    for batch in (4, 6):
+        killed_on("cuda", shards, recipe, out, batch)
+    resumed = train(shards, recipe, out=out, resume=True, device="cuda")
+    assert len(replays) == 10 + 3 + 5 + 3
+    assert_close(resumed.history, whole.history, 1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.usefixtures("repeatable")
+def test_a_run_goes_from_the_gpu_to_the_cpu_and_back(shards: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    recipe, out = replace(RECIPE, **changes), tmp_path / "run"
+    killed_on("cuda", shards, recipe, out, 4)
+    groups = Checkpoint.load(out / LAST).optimizer["param_groups"]
+    assert {type(group["lr"]) for group in groups} == {float}
+    killed_on("cpu", shards, recipe, out, 6)
+    report = train(shards, recipe, out=out, resume=True, device="cuda")
+    assert [row["epoch"] for row in report.history] == [1, 2]
+    assert all(row["train_loss"] > 0 for row in report.history)
