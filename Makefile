@@ -25,8 +25,7 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest tests/test_store.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_store.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -145,12 +145,17 @@ class Executor(Protocol):
         ...
 
 
-def mixed(images: Tensor, labels: Tensor, mix: Mix, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, H, W), float, and labels (N,), mixed with those of the other in the pair; labels become (N, K) float32."""
+def mixed(
+    images: Tensor, labels: Tensor, mix: Mix, num_classes: int, put: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, H, W), float, and labels (N,), mixed with those of the other in the pair; labels become (N, K) float32.
+
+    put  brings a tensor of the host to where they are, without waiting for a GPU.
+    """
     partner = torch.arange(len(labels), device=labels.device) ^ 1
-    share = torch.from_numpy(mix.share).to(labels.device, torch.float32).repeat_interleave(2)[:, None]
-    classes = torch.nn.functional.one_hot(labels, num_classes).float()
-    blend = torch.where(torch.from_numpy(mix.cut).to(labels.device).repeat_interleave(2)[:, None], 1.0, share)
+    numbers = np.repeat(np.stack([mix.share, np.where(mix.cut, 1.0, mix.share)]), 2, axis=1).astype(np.float32)
+    share, blend = put(torch.from_numpy(numbers))[:, :, None]
+    classes = (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()  # one_hot waits for a GPU
     out = torch.lerp(images[partner], images, blend[:, :, None, None].to(images.dtype))
     for pair, (top, left, height, width) in enumerate(mix.box.tolist()):
         if height and width:

@@ -1,4 +1,4 @@
-"""Decoded photographs kept in memory: in RAM, or in a GPU's."""
+"""Decoded photographs kept in RAM, and how much memory there is for them, in RAM or in a GPU."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -84,16 +84,15 @@ def limit_of(cache: Literal["auto"] | int | None, needed: int, device: torch.dev
 
 
 class PixelCache:
-    """Keeps what `decode` gives, arrays or tensors, first come, until `limit_bytes` are reached. Thread-safe."""
+    """Keeps what `decode` gives, first come, until `limit_bytes` are reached. Thread-safe."""
 
-    def __init__(self, decode: Callable[[int, int], Any], limit_bytes: int) -> None:
+    def __init__(self, decode: Callable[[int, int], NDArray[np.uint8]], limit_bytes: int) -> None:
         self._decode = decode
-        self.limit_bytes = limit_bytes
         self._free = limit_bytes
-        self._kept: dict[tuple[int, int], Any] = {}
+        self._kept: dict[tuple[int, int], NDArray[np.uint8]] = {}
         self._lock = Lock()
 
-    def __call__(self, index: int, reduce: int = 1) -> Any:
+    def __call__(self, index: int, reduce: int = 1) -> NDArray[np.uint8]:
         """A photograph at a scale, (H, W, 3) uint8; not to be written to."""
         key = (index, reduce)
         found = self._kept.get(key)

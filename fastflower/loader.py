@@ -18,14 +18,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 from fastflower import ranks
 from fastflower.augment import Augment
 from fastflower.batch import Batch, Clock, Executor, Request, Stats, mixed, resolve_device
-from fastflower.cache import PixelCache, decoded_bytes, limit_of
+from fastflower.cache import decoded_bytes
 from fastflower.errors import ArgumentError, SampleError, ShardError
+from fastflower.executors import choose, maker
 from fastflower.image import decode
 from fastflower.manifest import Manifest
 from fastflower.order import Windows, balanced, num_steps, permute, step_positions
 from fastflower.shard import ShardReader
 from fastflower.store import Remote, Store, remote
-from fastflower.thread_executor import ThreadExecutor
 
 _log = logging.getLogger("fastflower")
 
@@ -49,8 +49,8 @@ class Loader(IterableDataset[Batch]):
         seed: Of the order and of the draws.
         device: Where batches are put; None means CUDA where there is one, else the CPU.
         dtype: Of the images: float32 (the default), bfloat16, float16, or uint8, which is not normalised.
-        cache: "auto" keeps decoded photographs when all fit in half of the RAM that is free, or of the GPU's memory with DALI;
-            a number of bytes keeps what fits, None nothing.
+        cache: "auto" keeps decoded photographs when all fit in half of the RAM that is free, with CUDA of the GPU's memory; a
+            number of bytes keeps what fits, None nothing.
         rank, world_size: Of torch.distributed where that is initialised, else 0 and 1.
         shuffle: None shuffles "train" only; "balanced" draws all classes equally often, for an epoch that is not exact any more:
             samples of small classes come again, and some of large ones not at all.
@@ -60,8 +60,9 @@ class Loader(IterableDataset[Batch]):
             uneven parts of it, a rank without a part one step less), or "pad" with the epoch's first samples.
         on_bad: What a damaged sample does: "fail" stops the epoch with a SampleError, "skip" puts the next sample of the
             index in its place; `replaced` counts them, and the log names each once.
-        executor: "dali" (the default with CUDA), "native", a kernel for processors with AVX2 (the default without, where there
-            is one), or "opencv". Their pixels differ by a grey level or two, their draws not at all.
+        executor: With CUDA "triton" (the default where photographs are kept: two kernels render from the GPU's memory) or "dali"
+            (otherwise: decodes on the GPU, every epoch); "native", a kernel for processors with AVX2 (the default without CUDA,
+            where there is one), or "opencv". Their pixels differ by a grey level or two, their draws not at all.
         workers: Threads; by default one more than cores, so that none idles while a thread waits for Python's lock. Ranks on
             one machine share its cores.
 
@@ -85,7 +86,7 @@ class Loader(IterableDataset[Batch]):
         window: int | None = None,
         tail: Literal["drop", "keep", "pad"] | None = None,
         on_bad: Literal["fail", "skip"] = "fail",
-        executor: Literal["native", "opencv", "dali"] | None = None,
+        executor: Literal["native", "opencv", "dali", "triton"] | None = None,
         workers: int | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -120,8 +121,11 @@ class Loader(IterableDataset[Batch]):
         self._images = 0
         self._drawing = self.augment
         self._workers = workers or (os.cpu_count() or 1) // ranks.ranks_here() + 1
-        self._photos = self._keep_photos(executor, cache)
-        self._executor = self._make_executor(executor)
+        chosen = choose(executor, self.device, cache, lambda: decoded_bytes(self._sizes, self.augment, seed))
+        options = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, "workers": self._workers}
+        sources = (self._encoded, self._decode, self._replace, self._clock)
+        self._made_for = maker(*chosen, *sources, num_samples=self.num_samples, **options)
+        self._executor = self._make_executor()
         self._next = (0, 0)  # (epoch, step) at which the next `for` begins
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
 
@@ -165,35 +169,8 @@ class Loader(IterableDataset[Batch]):
                 f"split {self.split!r}, so an epoch would have no step; lower batch_size, or set tail."
             )
 
-    def _on_threads(self, executor: str | None) -> bool:
-        if executor not in ("native", "opencv", "dali", None):
-            raise ArgumentError(f"executor must be 'native', 'opencv' or 'dali', got {executor!r}.")
-        return executor in ("native", "opencv") or (executor is None and self.device.type != "cuda")
-
-    def _keep_photos(self, executor: str | None, cache: Literal["auto"] | int | None) -> PixelCache:
-        if self._on_threads(executor):
-            needed = decoded_bytes(self._sizes, self.augment, self.seed)
-            return PixelCache(self._decode, limit_of(cache, needed, torch.device("cpu")))
-        limit = limit_of(cache, 3 * int(self._sizes.prod(axis=1).sum()), self.device)
-        return PixelCache(self._decoded_on_device, limit)
-
-    def _make_executor(self, name: str | None) -> Executor:
-        if self._on_threads(name):
-            parts = (self.augment, self.dtype, self._photos, self._replace, self._clock)
-            return ThreadExecutor(*parts, workers=self._workers, renderer=name)
-        from fastflower.dali_executor import DaliExecutor  # takes half a second to import
-
-        return DaliExecutor(
-            self.augment,
-            self.dtype,
-            self._photos if self._photos.limit_bytes else self._encoded,
-            self._decode,
-            self._replace,
-            device=self.device,
-            batch_size=self.batch_size,
-            workers=self._workers,
-            decoded=self._photos.limit_bytes > 0,
-        )
+    def _make_executor(self) -> Executor:
+        return self._made_for(self.augment)
 
     def _encoded(self, index: int) -> bytes:
         start = perf_counter()
@@ -211,10 +188,6 @@ class Loader(IterableDataset[Batch]):
             raise SampleError(f"{self.where(index)}: {error}") from None
         finally:
             self._clock.add("decode", perf_counter() - start)
-
-    def _decoded_on_device(self, index: int, _reduce: int) -> Any:
-        photo = self._decode(index)
-        return torch.from_numpy(photo).to(self.device) if self.device.type == "cuda" else photo
 
     def photo(self, index: int) -> NDArray[np.uint8]:
         """The whole decoded photograph of a sample, (H, W, 3) RGB; not to be written to."""
@@ -287,7 +260,7 @@ class Loader(IterableDataset[Batch]):
         if not (self._drawing.mixup or self._drawing.cutmix):
             return batch
         mix = self._drawing.mix(self.seed, request.epoch, request.indices)
-        return Batch(*mixed(batch.images, batch.labels, mix, len(self.manifest.classes)), batch.index)
+        return Batch(*mixed(batch.images, batch.labels, mix, len(self.manifest.classes), self._put), batch.index)
 
     def stats(self) -> Stats:
         """Where the time of all epochs so far went."""
@@ -352,7 +325,7 @@ class Loader(IterableDataset[Batch]):
         """Draw from another distribution from the next `for` on; photographs that are kept stay."""
         self._check(None, augment)
         self.augment = self._arguments["augment"] = augment
-        self._executor = self._make_executor(self._arguments["executor"])
+        self._executor = self._make_executor()
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next `for` at the start of this epoch."""

@@ -1,5 +1,6 @@
 """Drawn flowers, packed shards, and the rule for tests that need a GPU."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from fastflower import pack, store
 from fastflower.store import Remote
 
 ROOT = Path(__file__).parent.parent
+if not torch.cuda.is_available():  # Triton's kernels run in its interpreter, which it asks for when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

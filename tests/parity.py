@@ -24,8 +24,9 @@ from fastflower.batch import Executor, Request, resolve_device
 from fastflower.dali_executor import DaliExecutor
 from fastflower.image import decode
 from fastflower.thread_executor import ThreadExecutor
+from fastflower.triton_executor import DevicePhotos, TritonExecutor
 
-EXECUTORS = ("native", "opencv", "dali")
+EXECUTORS = ("native", "opencv", "dali", "triton")
 JITTER: dict[str, Any] = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
 REPORTS: dict[str, Any] = {"crop": (0.08, 1.0), "flip": 0.5, "rotate": 10, "translate": (0.1, 0.1)}
 
@@ -81,10 +82,15 @@ def executor(
     name: str, augment: Augment, dtype: torch.dtype, encoded: Sequence[bytes], device: str = "cpu"
 ) -> Executor:
     """An executor over image files in memory."""
+
+    def decoded(index: int, reduce: int) -> Any:
+        return decode(encoded[index], reduce)
+
+    if name == "triton":
+        photos = DevicePhotos(len(encoded), 1 << 30, resolve_device(device))
+        return TritonExecutor(augment, dtype, decoded, photos, workers=2)
     if name != "dali":
-        return ThreadExecutor(
-            augment, dtype, lambda index, reduce: decode(encoded[index], reduce), workers=2, renderer=name
-        )
+        return ThreadExecutor(augment, dtype, decoded, workers=2, renderer=name)
     return DaliExecutor(
         augment,
         dtype,

@@ -20,7 +20,8 @@ PROGRAMS = [path for name in ("tools", "benchmarks", "tests") for path in sorted
 ORDER = [
     "errors", "order", "geometry", "color", "torchvision_compat", "augment", "schedule", "metrics", "recipe",
     "folder", "image", "duplicates", "manifest", "shard", "store", "planning", "part", "packing", "verification",
-    "batch", "opencv_renderer", "native_renderer", "thread_executor", "dali_executor", "ranks", "cache", "loader",
+    "batch", "opencv_renderer", "native_renderer", "thread_executor", "dali_executor", "triton_kernels",
+    "triton_executor", "ranks", "cache", "executors", "loader",
     "backbone", "checkpoint", "evaluation", "prediction", "report", "optimization", "progress", "stepping",
     "training", "diagnosis", "cli", "__init__",
 ]  # fmt: skip
@@ -72,7 +73,12 @@ def test_a_file_imports_only_files_above_it(path: Path) -> None:
 
 def test_only_the_dali_executor_imports_dali() -> None:
     assert [path.stem for path in LIBRARY if "nvidia" in tops(path)] == ["dali_executor"]
-    assert [path.stem for path in LIBRARY if "dali_executor" in files_imported(path)] == ["loader"]
+    assert [path.stem for path in LIBRARY if "dali_executor" in files_imported(path)] == ["executors"]
+
+
+def test_only_the_kernels_import_triton() -> None:
+    assert [path.stem for path in LIBRARY if "triton" in tops(path)] == ["triton_kernels"]
+    assert [path.stem for path in LIBRARY if "triton_kernels" in files_imported(path)] == ["triton_executor"]
 
 
 def test_the_library_imports_no_program() -> None:
@@ -148,7 +154,7 @@ def test_no_file_is_longer_than_400_lines() -> None:
 
 
 def test_the_library_can_be_read_in_a_day() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in LIBRARY) < 7500
+    assert sum(len(path.read_text().splitlines()) for path in LIBRARY) < 8000
 
 
 def test_only_the_command_line_prints() -> None:

@@ -1,5 +1,7 @@
-"""What needs CUDA: DALI on the GPU against torchvision, against the CPU, and under the training loop."""
+"""What needs CUDA: both of a GPU's executors against torchvision and the CPU, beside slow consumers, and under training."""
 
+import shutil
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from fastflower import Augment, Loader, Recipe, evaluate, train
+from fastflower.errors import SampleError
 
 pytestmark = pytest.mark.gpu
 
@@ -21,12 +24,19 @@ def encoded(photographs: list[Path]) -> list[bytes]:
     return [path.read_bytes() for path in photographs[:128]]
 
 
+@pytest.mark.parametrize("name", ["dali", "triton"])
 @pytest.mark.parametrize("case", parity.CASES)
-def test_dali_on_the_gpu_draws_what_torchvision_draws(case: str, encoded: list[bytes]) -> None:
-    found = parity.differences(case, "dali", encoded, device="cuda")
+def test_a_gpu_draws_what_torchvision_draws(case: str, name: str, encoded: list[bytes]) -> None:
+    found = parity.differences(case, name, encoded, device="cuda")
     worst = f"{case}: mean {found.mean():.2f}, worst photograph {found.max():.2f}"
     assert found.mean() <= parity.CASES[case].limit, worst
     assert found.max() <= 12, worst
+
+
+@pytest.mark.parametrize("name", ["dali", "triton"])
+def test_a_gpu_makes_what_opencv_makes(name: str, encoded: list[bytes]) -> None:
+    gpu, cpu = (parity.render(way, RANDOM, encoded, device=where) for way, where in ((name, "cuda"), ("opencv", "cpu")))
+    assert np.abs(gpu - cpu).mean() < 2
 
 
 def test_dali_on_the_gpu_equals_its_cpu_backend(encoded: list[bytes]) -> None:
@@ -34,27 +44,118 @@ def test_dali_on_the_gpu_equals_its_cpu_backend(encoded: list[bytes]) -> None:
     assert np.abs(gpu - cpu).mean() < 1
 
 
-@pytest.mark.parametrize(("executor", "cache"), [("dali", None), ("dali", "auto"), ("opencv", "auto")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
+def test_dali_hands_its_memory_to_torch(dtype: torch.dtype, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pointers: list[int] = []
+    real = torch.from_dlpack
+
+    def spy(tensor: Any) -> torch.Tensor:
+        pointers.append(tensor.data_ptr())
+        return real(tensor)
+
+    monkeypatch.setattr(torch, "from_dlpack", spy)
+    loader = Loader(shards, batch_size=16, augment=RANDOM, device="cuda", executor="dali", cache=None, dtype=dtype)
+    assert [batch.images.data_ptr() for batch in loader] == pointers
+
+
+WAYS = [("dali", None), ("triton", None), ("triton", "auto"), ("triton", 20_000_000), ("opencv", "auto")]
+
+
+@pytest.mark.parametrize(("executor", "cache"), WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
 def test_batches_arrive_on_the_gpu(shards: Path, executor: Any, cache: Any, dtype: torch.dtype) -> None:
     loader = Loader(shards, batch_size=16, augment=RANDOM, device="cuda", executor=executor, cache=cache, dtype=dtype)
     plain = Loader(shards, batch_size=16, augment=RANDOM, device="cpu", dtype=dtype)
-    for batch, other in zip(loader, plain, strict=True):
-        assert batch.images.is_cuda
-        assert batch.labels.is_cuda
-        assert batch.index.tolist() == other.index.tolist()
-        assert batch.images.dtype == dtype
-        assert batch.images.is_contiguous(memory_format=torch.channels_last)
-        scale = 1.0 if dtype == torch.uint8 else 255 * 0.225
-        assert (batch.images.float().cpu() - other.images.float()).abs().mean().item() * scale < 2
+    for _ in range(2):
+        for batch, other in zip(loader, plain, strict=True):
+            assert batch.images.is_cuda
+            assert batch.labels.is_cuda
+            assert batch.index.tolist() == other.index.tolist()
+            assert batch.images.dtype == dtype
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            scale = 1.0 if dtype == torch.uint8 else 255 * 0.225
+            assert (batch.images.float().cpu() - other.images.float()).abs().mean().item() * scale < 2
 
 
-def test_two_runs_give_the_same_batches_and_kept_batches_stay(shards: Path) -> None:
+@pytest.mark.parametrize(("executor", "cache"), WAYS)
+def test_whatever_a_slow_consumer_does_to_its_batches_the_others_are_as_they_should_be(
+    shards: Path, executor: Any, cache: Any
+) -> None:
+    """A consumer that lags behind, writes into each batch and lets it go: memory used again too soon would show."""
+    loader = Loader(shards, batch_size=8, augment=RANDOM, device="cuda", executor=executor, cache=cache)
+    expected: list[torch.Tensor] = []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            torch.cuda.synchronize()
+            expected.append(batch.images.cpu())
+    load = torch.randn(4096, 4096, device="cuda")
+    found: list[torch.Tensor] = []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            for _ in range(10):  # some milliseconds, in which the host runs ahead
+                load = torch.tanh(load @ load)
+            found.append(batch.images.clone())
+            batch.images.fill_(float("nan"))
+            del batch
+    torch.cuda.synchronize()
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("executor", ["dali", "triton"])
+def test_two_loaders_share_a_gpu(shards: Path, executor: Any) -> None:
+    def loader(split: str) -> Loader:
+        return Loader(shards, split, batch_size=10, augment=RANDOM, device="cuda", executor=executor, tail="drop")
+
+    alone = {split: [batch.images.cpu() for batch in loader(split)] for split in ("train", "val")}
+    pairs = zip(loader("train"), loader("val"), strict=False)
+    for number, (train_batch, val_batch) in enumerate(pairs):
+        assert torch.equal(train_batch.images.cpu(), alone["train"][number])
+        assert torch.equal(val_batch.images.cpu(), alone["val"][number])
+
+
+@pytest.mark.parametrize("executor", ["dali", "triton"])
+def test_a_failure_names_its_sample_and_the_process_goes_on(shards: Path, tmp_path: Path, executor: Any) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "broken"))
+    rows = np.load(folder / "val.index.npy")
+    with (folder / "val-000000.tar").open("r+b") as file:  # garbage that was "packed": the checksum agrees
+        file.seek(int(rows[3]["offset"]))
+        file.write(b"x" * int(rows[3]["size"]))
+    rows["crc32"][3] = zlib.crc32(b"x" * int(rows[3]["size"]))
+    np.save(folder / "val.index.npy", rows)
+    broken = Loader(folder, "val", batch_size=8, augment=RANDOM, device="cuda", executor=executor)
+    for _ in range(3):
+        with pytest.raises(
+            SampleError, match=rf"val-000000\.tar: sample .* \({broken.path_of(3)}\): cannot be decoded"
+        ):
+            list(broken)
+    assert sum(len(batch.index) for batch in Loader(shards, "val", device="cuda", executor=executor)) == 30
+
+
+@pytest.mark.parametrize(("executor", "cache"), WAYS)
+def test_two_runs_give_the_same_batches_and_kept_batches_stay(shards: Path, executor: Any, cache: Any) -> None:
     """Batches are kept while the pipeline goes on: a buffer used again would show."""
-    runs = [list(Loader(shards, batch_size=8, augment=RANDOM, device="cuda")) for _ in range(2)]
+    options: dict[str, Any] = {"executor": executor, "cache": cache, "device": "cuda", "augment": RANDOM}
+    runs = [list(Loader(shards, batch_size=8, **options)) for _ in range(2)]
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.index, other.index)
+
+
+def test_mixing_waits_for_nothing(shards: Path) -> None:
+    augment = replace(RANDOM, mixup=0.2, cutmix=1.0)
+    loader, plain = (Loader(shards, batch_size=8, augment=augment, device=device) for device in ("cuda", "cpu"))
+    list(loader)  # kernels are compiled, photographs decoded
+    loader.set_epoch(0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = list(loader)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for batch, other in zip(batches, plain, strict=True):
+        assert torch.allclose(batch.labels.cpu(), other.labels)
+        assert (batch.images.cpu() - other.images).abs().mean().item() * 58 < 2
 
 
 def test_the_main_job_runs_on_the_gpu(shards: Path, tmp_path: Path) -> None:

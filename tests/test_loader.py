@@ -216,6 +216,8 @@ def test_a_state_of_other_shards_is_refused(shards: Path, flowers: Path, tmp_pat
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("cache", ["auto", 0, 5_000_000])
 def test_pixels_do_not_depend_on_the_cache(shards: Path, cache: Any, executor: Any) -> None:
+    if executor == "dali" and cache == 5_000_000:
+        pytest.skip("DALI keeps nothing, and refuses to be told so")
     loader, plain = (make(shards, cache=kept, executor=executor) for kept in (cache, None))
     for _ in range(2):
         for one, other in zip(loader, plain, strict=True):
@@ -270,7 +272,7 @@ def test_threads_end_with_the_iterator(shards: Path, executor: Any) -> None:
         ({"dtype": torch.int32}, ArgumentError, "dtype must be one of torch.float32"),
         ({"rank": 0}, ArgumentError, "rank and world_size belong together"),
         ({"rank": 2, "world_size": 2}, ArgumentError, r"rank must lie in 0 \.\. world_size-1 = 1, got 2"),
-        ({"executor": "pil"}, ArgumentError, "executor must be 'native', 'opencv' or 'dali', got 'pil'"),
+        ({"executor": "pil"}, ArgumentError, "executor must be one of native, opencv, dali, triton, got 'pil'"),
         ({"split": "test"}, ShardError, "has no samples in split 'test'; it has train, val"),
     ],
 )

@@ -46,7 +46,7 @@ def test_pairs_are_mixed_as_a_plain_loop_mixes_them() -> None:
             expected[row][inside] = images[other][inside]
         else:
             expected[row] = share * images[row] + (1 - share) * images[other]
-    found, found_shares = mixed(torch.from_numpy(images), torch.from_numpy(labels), mix, 3)
+    found, found_shares = mixed(torch.from_numpy(images), torch.from_numpy(labels), mix, 3, torch.clone)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(found_shares.numpy(), shares, atol=1e-6)
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -108,7 +108,7 @@ def test_unmixed_images_lie_in_what_was_mixed(shards: Path) -> None:
     plain = next(iter(make(shards, augment=Augment(size=32, resize=36, flip=0.5))))
     batch = next(iter(make(shards)))
     mix = BOTH.mix(0, 0, plain.index)
-    images, labels = mixed(plain.images, plain.labels, mix, 5)
+    images, labels = mixed(plain.images, plain.labels, mix, 5, torch.clone)
     assert torch.equal(images, batch.images)
     assert torch.equal(labels, batch.labels)
     assert not torch.equal(plain.images, batch.images)

@@ -1,0 +1,73 @@
+"""Which executor makes a loader's batches, and how much it may keep decoded."""
+
+import os
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from fastflower.augment import Augment
+from fastflower.batch import Clock, Executor, Pixels, Replace
+from fastflower.cache import PixelCache, limit_of
+from fastflower.errors import ArgumentError
+from fastflower.native_renderer import available
+from fastflower.thread_executor import ThreadExecutor
+
+_NAMES = ("native", "opencv", "dali", "triton")
+_WORD_BYTES = 4  # of a pixel in a GPU's memory, RGB and a spare; in RAM it takes three
+
+
+def choose(
+    name: str | None, device: torch.device, cache: Literal["auto"] | int | None, needed: Callable[[], int]
+) -> tuple[str, int]:
+    """(executor, bytes that it may keep decoded). needed  what all photographs of a split take at three bytes a pixel.
+
+    Raises ArgumentError for an executor that does not go with the device or the cache.
+    """
+    if name not in (*_NAMES, None):
+        raise ArgumentError(f"executor must be one of {', '.join(_NAMES)}, got {name!r}.")
+    cuda = device.type == "cuda"
+    if name == "triton" and not cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ArgumentError(f"executor='triton' needs device='cuda', got {str(device)!r}; leave executor out.")
+    if name == "dali" and isinstance(cache, int) and cache:
+        raise ArgumentError(
+            f"cache must be None with executor='dali', which keeps nothing, got {cache!r}; leave it out."
+        )
+    if name == "triton" or (name is None and cuda and cache is not None):
+        limit = limit_of(cache, needed() // 3 * _WORD_BYTES, device)
+        return ("triton", limit) if name or limit else ("dali", 0)
+    if name == "dali" or (name is None and cuda):
+        return "dali", 0
+    return name or ("native" if available() else "opencv"), limit_of(cache, needed(), torch.device("cpu"))
+
+
+def maker(
+    name: str,
+    limit_bytes: int,
+    encoded: Callable[[int], bytes],
+    decode: Callable[[int, int], Pixels],
+    replace: Replace,
+    clock: Clock,
+    *,
+    num_samples: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int,
+    workers: int,
+) -> Callable[[Augment], Executor]:
+    """A function that makes executors for one augment after another, all over the same kept photographs."""
+    if name == "dali":
+        from fastflower.dali_executor import DaliExecutor  # takes half a second to import
+
+        def prove(index: int) -> Pixels:
+            return decode(index, 1)
+
+        options = {"device": device, "batch_size": batch_size, "workers": workers}
+        return lambda augment: DaliExecutor(augment, dtype, encoded, prove, replace, **options)
+    if name == "triton":
+        from fastflower.triton_executor import DevicePhotos, TritonExecutor
+
+        photos = DevicePhotos(num_samples, limit_bytes, device)
+        return lambda augment: TritonExecutor(augment, dtype, decode, photos, replace, workers=workers)
+    kept = PixelCache(decode, limit_bytes)
+    return lambda augment: ThreadExecutor(augment, dtype, kept, replace, clock, workers=workers, renderer=name)

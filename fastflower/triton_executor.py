@@ -1,0 +1,256 @@
+"""Renders on a GPU by two Triton kernels, from photographs that lie decoded in its memory; threads decode what does not yet.
+
+Copies and kernels run on a stream of their own, a batch ahead of whoever consumes; his stream waits for an event.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastflower import color, geometry
+from fastflower import triton_kernels as kernels
+from fastflower.augment import Augment
+from fastflower.batch import Pixels, Replace, Request, refuse
+from fastflower.errors import SampleError
+
+_CHUNK = 8  # samples a task
+_BLOCK, _WARPS = (
+    512,
+    8,
+)  # output pixels a program; compiled for compute capability 9.0 at most 48 registers a thread, no spills
+_ROW_BYTES = 8 * kernels.WHOLE + 4 * kernels.FRACTIONS
+_FACTORS = {"brightness": kernels.BRIGHTNESS, "contrast": kernels.CONTRAST}
+_FACTORS |= {"saturation": kernels.SATURATION, "hue": kernels.HUE}
+
+
+class DevicePhotos:
+    """Decoded photographs in a device's memory, first come, until `limit_bytes` are reached; a pixel takes a word of four bytes.
+
+    Samples that come in one batch lie in one piece, and stay where they are.
+    """
+
+    def __init__(self, num_samples: int, limit_bytes: int, device: torch.device) -> None:
+        self.device = device
+        self._address = np.zeros((num_samples, 4), np.int64)  # at scales 1, 2, 4 and 8; 0: not here
+        self._width = np.zeros((num_samples, 4), np.int64)
+        self._free = limit_bytes
+        self._pieces: list[Tensor] = []
+
+    def missing(self, indices_N: NDArray[np.int64], reduce_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of samples that are not here at their scale."""
+        return np.flatnonzero(self._address[indices_N, np.log2(reduce_N).astype(int)] == 0)
+
+    def places(
+        self,
+        indices_N: NDArray[np.int64],
+        reduce_N: NDArray[np.int64],
+        rows_M: NDArray[np.int64],
+        photos: Sequence[Pixels],
+        pool: ThreadPoolExecutor,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor | None]:
+        """(addresses (N,), widths (N,), memory to hold on to until the kernel is launched).
+
+        photos  those that were missing, (H, W, 3) uint8, of the batch's rows `rows_M`. On the GPU's current stream.
+        """
+        level = np.log2(reduce_N).astype(int)
+        address, width = self._address[indices_N, level], self._width[indices_N, level]
+        if not photos:
+            return address, width, None
+        pixels = np.array([photo.shape[0] * photo.shape[1] for photo in photos])
+        ends = np.cumsum(pixels)
+        staged = torch.empty(int(ends[-1]), dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        words = staged.numpy().view(np.uint8).reshape(-1, 4)
+
+        def stage(start: int) -> None:
+            for number in range(start, min(start + _CHUNK, len(photos))):
+                photo = photos[number]
+                place = words[ends[number] - pixels[number] : ends[number]].reshape(*photo.shape[:2], 4)
+                cv2.cvtColor(photo, cv2.COLOR_RGB2RGBA, dst=place)
+
+        list(pool.map(stage, range(0, len(photos), _CHUNK)))
+        piece = staged.to(self.device, non_blocking=True)
+        address[rows_M] = piece.data_ptr() + 4 * (ends - pixels)
+        width[rows_M] = [photo.shape[1] for photo in photos]
+        if piece.nbytes <= self._free:
+            self._free -= piece.nbytes
+            self._pieces.append(piece)
+            self._address[indices_N[rows_M], level[rows_M]] = address[rows_M]
+            self._width[indices_N[rows_M], level[rows_M]] = width[rows_M]
+        return address, width, piece
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A batch of which the rows that are not on the device are being decoded."""
+
+    request: Request
+    how: geometry.Resampling
+    rows: NDArray[np.int64]
+    futures: list[Future[list[Any]]]
+
+
+class TritonExecutor:
+    """Turns samples into batches. decode(index, reduce) gives a sample's pixels and runs on threads.
+
+    On the CPU it runs in Triton's interpreter, for tests: TRITON_INTERPRET=1.
+    """
+
+    def __init__(
+        self,
+        augment: Augment,
+        dtype: torch.dtype,
+        decode: Callable[[int, int], Pixels],
+        photos: DevicePhotos,
+        replace: Replace = refuse,
+        *,
+        workers: int,
+    ) -> None:
+        self._augment = augment
+        self._dtype = dtype
+        self._decode = decode
+        self._photos = photos
+        self._replace = replace
+        self._workers = workers
+        self._device = photos.device
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        multiply, add = color.normalize_factors(augment.mean, augment.std)
+        erased = np.rint(augment.erase_levels) if dtype == torch.uint8 else np.array(augment.erase_value)
+        with self._ours():
+            self._constants = torch.from_numpy(np.concatenate([multiply, add, erased]).astype(np.float32)).to(
+                self._device
+            )
+
+    def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
+        """Yield (request, images (N, 3, H, W), channels-last) in order. The threads end with the iterator."""
+        started: deque[_Started] = deque()
+        launched: deque[tuple[Request, Tensor, Any]] = deque()
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="fastflower")
+        try:
+            for request in requests:
+                started.append(self._start(pool, request))
+                if self._enough(started):
+                    launched.append(self._launch(pool, started.popleft()))
+                if len(launched) > 1:
+                    yield self._handed_over(*launched.popleft())
+            while started or launched:
+                if started:
+                    launched.append(self._launch(pool, started.popleft()))
+                if len(launched) > 1 or not started:
+                    yield self._handed_over(*launched.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _enough(self, started: Sequence[_Started]) -> bool:
+        """Whether the first batch is decoded, or every thread has a task and one more waits without it."""
+        waiting = sum(len(batch.futures) for batch in started) - len(started[0].futures)
+        return all(future.done() for future in started[0].futures) or waiting > 2 * self._workers
+
+    def _start(self, pool: ThreadPoolExecutor, request: Request) -> _Started:
+        """Begin to decode what is not on the device."""
+        how = geometry.resampling(request.warp)
+        rows = self._photos.missing(request.indices, how.reduce)
+        wanted = list(zip(request.indices[rows].tolist(), how.reduce[rows].tolist(), strict=True))
+
+        def decode(part: list[tuple[int, int]]) -> list[Any]:
+            return [self._decoded(*sample) for sample in part]
+
+        parts = [wanted[start : start + _CHUNK] for start in range(0, len(wanted), _CHUNK)]
+        return _Started(request, how, rows, [pool.submit(decode, part) for part in parts])
+
+    def _decoded(self, index: int, reduce: int) -> Any:
+        """The pixels, or what is wrong with the sample."""
+        try:
+            return self._decode(index, reduce)
+        except SampleError as error:
+            return error
+
+    def _launch(self, pool: ThreadPoolExecutor, batch: _Started) -> tuple[Request, Tensor, Any]:
+        """Copy what was decoded to the device, and render: (request, images, the event after which they are there)."""
+        request, how = batch.request, batch.how
+        photos = [photo for future in batch.futures for photo in future.result()]
+        for number, row in enumerate(batch.rows.tolist()):
+            while isinstance(photos[number], SampleError):
+                request = self._replace(request, row, photos[number])
+                how = geometry.resampling(request.warp)
+                photos[number] = self._decoded(int(request.indices[row]), int(how.reduce[row]))
+        with self._ours():
+            # Memory that is freed at the end of this block is used again by what comes later on the same stream.
+            address, width, _held = self._photos.places(request.indices, how.reduce, batch.rows, photos, pool)
+            images = self._rendered(self._tables(request, how, address, width), len(address))
+            return request, images, self._stream.record_event() if self._stream else None
+
+    def _tables(
+        self, request: Request, how: geometry.Resampling, address: NDArray[np.int64], width: NDArray[np.int64]
+    ) -> Tensor:
+        """Every number of the batch, as `triton_kernels` lays them out, in memory that a GPU can copy from by itself."""
+        count = len(address)
+        memory = torch.empty(count * _ROW_BYTES, dtype=torch.uint8, pin_memory=self._stream is not None)
+        bytes_of_whole = count * kernels.WHOLE * 8
+        whole = memory[:bytes_of_whole].view(torch.int64).numpy().reshape(count, kernels.WHOLE)
+        numbers = memory[bytes_of_whole:].view(torch.float32).numpy().reshape(count, kernels.FRACTIONS)
+        top, left = how.region[:, 0], how.region[:, 1]
+        whole[:, kernels.ADDRESS] = address + 4 * (top * width + left)
+        whole[:, kernels.STRIDE] = width
+        whole[:, kernels.HEIGHT : kernels.WIDTH + 1] = how.region[:, 2:] // how.shrink
+        whole[:, kernels.BOX_DOWN : kernels.BOX_ACROSS + 1] = how.shrink
+        kernel = geometry.blur_kernels(how.blur)
+        whole[:, kernels.REACH_DOWN : kernels.REACH_ACROSS + 1] = (kernel[:, :, 1:] != 0).sum(axis=2)
+        whole[:, kernels.MASKED] = request.warp.masked
+        whole[:, kernels.ERASE :] = request.draw.erase
+        numbers[:, kernels.WARP : kernels.FRAME] = how.matrix.reshape(count, 6)
+        if request.warp.masked.any():
+            frame = geometry.centred(geometry.frame(request.warp, self._augment.output_size))
+            numbers[:, kernels.FRAME : kernels.BLUR_DOWN] = frame.reshape(count, 6)
+        numbers[:, kernels.BLUR_DOWN : kernels.BRIGHTNESS].reshape(count, 2, -1)[:, :, :-1] = kernel
+        numbers[:, [kernels.BLUR_ACROSS - 1, kernels.BRIGHTNESS - 1]] = 0
+        for name, column in _FACTORS.items():
+            numbers[:, column] = getattr(request.draw, name)
+        return memory
+
+    def _rendered(self, memory: Tensor, count: int) -> Tensor:
+        """(N, 3, H, W), channels-last."""
+        augment, (height, width) = self._augment, self._augment.output_size
+        tables = memory.to(self._device, non_blocking=True)
+        bytes_of_whole = count * kernels.WHOLE * 8
+        whole, numbers = tables[:bytes_of_whole].view(torch.int64), tables[bytes_of_whole:].view(torch.float32)
+        out = torch.empty((count, height, width, 3), dtype=self._dtype, device=self._device)
+        block = _BLOCK if self._stream else _power_of_two(height * width)  # the interpreter takes its time for each
+        blocks = -(-height * width // block)
+        size = {"H": height, "W": width, "BLOCK": block, "num_warps": _WARPS}
+        drawn = {"SATURATION": augment.saturation > 0, "HUE": augment.hue > 0, "ERASE": augment.erase > 0}
+        drawn["NORMAL"] = self._dtype != torch.uint8
+        grid = (blocks, count)
+        if augment.contrast:
+            planes = torch.empty((count, 3, height, width), dtype=torch.float16, device=self._device)
+            greys = torch.empty((count, blocks), dtype=torch.float32, device=self._device)
+            kernels.warp[grid](whole, numbers, planes, greys, **size)
+            parts = (whole, numbers, planes, greys, self._constants, out)
+            kernels.colour[grid](*parts, **size, **drawn, BLOCKS=_power_of_two(blocks))
+        else:
+            kernels.render[grid](whole, numbers, self._constants, out, **size, **drawn)
+        return out.permute(0, 3, 1, 2)
+
+    def _handed_over(self, request: Request, images: Tensor, made: Any) -> tuple[Request, Tensor]:
+        """To the consumer's stream, which waits for them; the host does not."""
+        if made is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(made)
+            images.record_stream(current)  # its memory is not used again before that stream is done with it
+        return request, images
+
+    def _ours(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _power_of_two(number: int) -> int:
+    """The next one that is not smaller."""
+    return 1 << (number - 1).bit_length()

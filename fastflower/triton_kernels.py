@@ -1,0 +1,280 @@
+"""Two kernels that render a batch on a GPU: warp, then colour. The only file that imports triton.
+
+What they compute is `kernel.c`'s: boxes, blur, one bilinear interpolation, then brightness, contrast, saturation, hue and
+normalisation, without rounding in between. Every number of a sample is a row of two tables, whose columns have names here.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+# Columns of the table of whole numbers, (N, WHOLE) int64. Sides are counted in boxes, which are BOX_* pixels each.
+WHOLE = 13
+ADDRESS, STRIDE, HEIGHT, WIDTH, BOX_DOWN, BOX_ACROSS, REACH_DOWN, REACH_ACROSS, MASKED = range(9)
+ERASE = 9  # top, left, height, width
+# Columns of the table of fractions, (N, FRACTIONS) float32.
+FRACTIONS = 28
+WARP, FRAME, BLUR_DOWN, BLUR_ACROSS = (
+    0,
+    6,
+    12,
+    18,
+)  # six numbers each: of the blur from its middle outwards, then a zero
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(24, 28)
+
+_c: Any = tl.constexpr
+_jit: Any = triton.jit  # its stubs know nothing of launching
+_WHOLE, _FRACTIONS = _c(WHOLE), _c(FRACTIONS)
+_ADDRESS, _STRIDE, _HEIGHT, _WIDTH, _MASKED, _ERASE = map(_c, (ADDRESS, STRIDE, HEIGHT, WIDTH, MASKED, ERASE))
+_BOX_DOWN, _BOX_ACROSS, _REACH_DOWN, _REACH_ACROSS = map(_c, (BOX_DOWN, BOX_ACROSS, REACH_DOWN, REACH_ACROSS))
+_WARP, _FRAME, _BLUR_DOWN, _BLUR_ACROSS = map(_c, (WARP, FRAME, BLUR_DOWN, BLUR_ACROSS))
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = map(_c, (BRIGHTNESS, CONTRAST, SATURATION, HUE))
+
+
+@_jit
+def _clamp(value, low, high):
+    return tl.minimum(tl.maximum(value, low), high)
+
+
+@_jit
+def _luma(r, g, b):
+    """ITU-R BT.601, as color.LUMA."""
+    return 0.299 * r + 0.587 * g + 0.114 * b
+
+
+@_jit
+def _red(word):
+    return (word & 255).to(tl.float32)
+
+
+@_jit
+def _green(word):
+    return ((word >> 8) & 255).to(tl.float32)
+
+
+@_jit
+def _blue(word):
+    return ((word >> 16) & 255).to(tl.float32)
+
+
+@_jit
+def _tap(weights, step, share):
+    """The weight of tap `step` where a blur of those weights is followed by interpolation with `share` of the next pixel."""
+    near = tl.load(weights + tl.maximum(step, -step))
+    far = tl.load(weights + tl.maximum(step - 1, 1 - step))
+    return (1 - share) * near + share * far
+
+
+@_jit
+def _sampled(whole, fractions, row, column):
+    """The photograph at the places that the warp gives to output pixels (row, column): r, g, b in 0 .. 255."""
+    photo = tl.load(whole + _ADDRESS).to(tl.pointer_type(tl.int32))
+    stride = tl.load(whole + _STRIDE)
+    height = tl.load(whole + _HEIGHT).to(tl.int32)
+    width = tl.load(whole + _WIDTH).to(tl.int32)
+    box_down = tl.load(whole + _BOX_DOWN).to(tl.int32)
+    box_across = tl.load(whole + _BOX_ACROSS).to(tl.int32)
+    reach_down = tl.load(whole + _REACH_DOWN).to(tl.int32)
+    reach_across = tl.load(whole + _REACH_ACROSS).to(tl.int32)
+    warp = fractions + _WARP
+    x = tl.load(warp) * column + (tl.load(warp + 1) * row + tl.load(warp + 2))
+    y = tl.load(warp + 3) * column + (tl.load(warp + 4) * row + tl.load(warp + 5))
+    x = _clamp(x, 0.0, width - 1.0)
+    y = _clamp(y, 0.0, height - 1.0)
+    x0 = x.to(tl.int32)
+    y0 = y.to(tl.int32)
+    across = x - x0
+    down = y - y0
+    r = tl.zeros_like(x)
+    g = tl.zeros_like(x)
+    b = tl.zeros_like(x)
+    if reach_down + reach_across + box_down + box_across == 2:  # nothing but interpolation
+        x1 = tl.minimum(x0 + 1, width - 1)
+        upper = photo + y0 * stride
+        lower = photo + tl.minimum(y0 + 1, height - 1) * stride
+        p00 = tl.load(upper + x0)
+        p01 = tl.load(upper + x1)
+        p10 = tl.load(lower + x0)
+        p11 = tl.load(lower + x1)
+        w00 = (1 - down) * (1 - across)
+        w01 = (1 - down) * across
+        w10 = down * (1 - across)
+        w11 = down * across
+        r = w00 * _red(p00) + w01 * _red(p01) + w10 * _red(p10) + w11 * _red(p11)
+        g = w00 * _green(p00) + w01 * _green(p01) + w10 * _green(p10) + w11 * _green(p11)
+        b = w00 * _blue(p00) + w01 * _blue(p01) + w10 * _blue(p10) + w11 * _blue(p11)
+    else:
+        for i in range(-reach_down, reach_down + 2):
+            weight_down = _tap(fractions + _BLUR_DOWN, i, down)
+            top = _clamp(y0 + i, 0, height - 1) * box_down
+            for j in range(-reach_across, reach_across + 2):
+                weight = weight_down * _tap(fractions + _BLUR_ACROSS, j, across)
+                left = _clamp(x0 + j, 0, width - 1) * box_across
+                for k in range(0, box_down):
+                    for m in range(0, box_across):
+                        word = tl.load(photo + (top + k) * stride + left + m)
+                        r += weight * _red(word)
+                        g += weight * _green(word)
+                        b += weight * _blue(word)
+        share = 1.0 / (box_down * box_across)
+        r *= share
+        g *= share
+        b *= share
+    return r, g, b
+
+
+@_jit
+def _inside(place, size):
+    """How much of output pixels lies inside a frame of that size: 1, and falling to 0 over a pixel at its edges."""
+    return _clamp(tl.minimum(place + 1, size - place), 0.0, 1.0)
+
+
+@_jit
+def _warped(whole, fractions, row, column, H: tl.constexpr, W: tl.constexpr):
+    """Sampled, black outside of what is shown, and brightened."""
+    r, g, b = _sampled(whole, fractions, row, column)
+    factor = tl.zeros_like(r) + tl.load(fractions + _BRIGHTNESS)
+    if tl.load(whole + _MASKED) != 0:
+        frame = fractions + _FRAME
+        u = tl.load(frame) * column + (tl.load(frame + 1) * row + tl.load(frame + 2))
+        v = tl.load(frame + 3) * column + (tl.load(frame + 4) * row + tl.load(frame + 5))
+        factor *= _inside(u, W) * _inside(v, H)
+    return tl.minimum(r * factor, 255.0), tl.minimum(g * factor, 255.0), tl.minimum(b * factor, 255.0)
+
+
+@_jit
+def _ramp(hue, centre, offset, sign):
+    """One channel of HSV to RGB: clamp(|distance| - 1, 0, 1) or clamp(2 - |distance|, 0, 1); "HSL and HSV", Wikipedia."""
+    return _clamp(tl.abs(hue - centre) * sign + offset, 0.0, 1.0)
+
+
+@_jit
+def _turned(r, g, b, turns):
+    high = tl.maximum(r, tl.maximum(g, b))
+    low = tl.minimum(r, tl.minimum(g, b))
+    chroma = high - low
+    scale = 1.0 / tl.maximum(chroma, 1e-6)
+    hue = (r - g) * scale + 4.0
+    hue = tl.where(g == high, (b - r) * scale + 2.0, hue)
+    hue = tl.where(r == high, (g - b) * scale, hue)
+    hue += 6.0 * turns
+    hue -= 6.0 * tl.floor(hue / 6.0)
+    return (
+        low + chroma * _ramp(hue, 3.0, -1.0, 1.0),
+        low + chroma * _ramp(hue, 2.0, 2.0, -1.0),
+        low + chroma * _ramp(hue, 4.0, 2.0, -1.0),
+    )
+
+
+@_jit
+def _written(out, n, pixel, valid, r, g, b, H: tl.constexpr, W: tl.constexpr):
+    """Three channels of a pixel; whole levels where the output is uint8."""
+    place = out + (n.to(tl.int64) * (H * W) + pixel) * 3
+    if out.dtype.element_ty == tl.uint8:
+        r = tl.floor(r + 0.5)
+        g = tl.floor(g + 0.5)
+        b = tl.floor(b + 0.5)
+    tl.store(place, r.to(out.dtype.element_ty), mask=valid)
+    tl.store(place + 1, g.to(out.dtype.element_ty), mask=valid)
+    tl.store(place + 2, b.to(out.dtype.element_ty), mask=valid)
+
+
+@_jit
+def _coloured(
+    whole, fractions, row, column, r, g, b, constants,
+    SATURATION: tl.constexpr, HUE: tl.constexpr, ERASE: tl.constexpr, NORMAL: tl.constexpr,
+):  # fmt: skip
+    """Saturated, turned, normalised and erased. constants  three factors, three summands, three values of what is erased."""
+    if SATURATION:
+        saturation = tl.load(fractions + _SATURATION)
+        grey = (1 - saturation) * _luma(r, g, b)
+        r = _clamp(saturation * r + grey, 0.0, 255.0)
+        g = _clamp(saturation * g + grey, 0.0, 255.0)
+        b = _clamp(saturation * b + grey, 0.0, 255.0)
+    if HUE:
+        r, g, b = _turned(r, g, b, tl.load(fractions + _HUE))
+    if NORMAL:
+        r = r * tl.load(constants) + tl.load(constants + 3)
+        g = g * tl.load(constants + 1) + tl.load(constants + 4)
+        b = b * tl.load(constants + 2) + tl.load(constants + 5)
+    if ERASE:
+        top = tl.load(whole + _ERASE)
+        left = tl.load(whole + _ERASE + 1)
+        below = (row >= top) & (row < top + tl.load(whole + _ERASE + 2))
+        hit = below & (column >= left) & (column < left + tl.load(whole + _ERASE + 3))
+        r = tl.where(hit, tl.load(constants + 6), r)
+        g = tl.where(hit, tl.load(constants + 7), g)
+        b = tl.where(hit, tl.load(constants + 8), b)
+    return r, g, b
+
+
+@_jit
+def warp(
+    whole, fractions, planes, greys, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first of two kernels where contrast is drawn: warp into `planes`, (N, 3, H, W) float16, and add up the grey.
+
+    greys  (N, blocks) float32: the sum of each block, so that the mean is the same however blocks are scheduled.
+    """
+    block, n = tl.program_id(0), tl.program_id(1)
+    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    valid = pixel < H * W
+    row = pixel // W
+    column = pixel - row * W
+    r, g, b = _warped(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, H, W)
+    place = planes + n.to(tl.int64) * (3 * H * W) + pixel
+    tl.store(place, r.to(tl.float16), mask=valid)
+    tl.store(place + H * W, g.to(tl.float16), mask=valid)
+    tl.store(place + 2 * H * W, b.to(tl.float16), mask=valid)
+    grey = tl.sum(tl.where(valid, _luma(r, g, b), 0.0), axis=0)
+    tl.store(greys + n * tl.num_programs(0) + block, grey)
+
+
+@_jit
+def colour(
+    whole, fractions, planes, greys, constants, out,
+    H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    SATURATION: tl.constexpr, HUE: tl.constexpr, ERASE: tl.constexpr, NORMAL: tl.constexpr,
+):  # fmt: skip
+    """The second: contrast about the mean grey, and all that follows, into `out`, (N, H, W, 3)."""
+    block, n = tl.program_id(0), tl.program_id(1)
+    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    valid = pixel < H * W
+    row = pixel // W
+    column = pixel - row * W
+    place = planes + n.to(tl.int64) * (3 * H * W) + pixel
+    r = tl.load(place, mask=valid, other=0.0).to(tl.float32)
+    g = tl.load(place + H * W, mask=valid, other=0.0).to(tl.float32)
+    b = tl.load(place + 2 * H * W, mask=valid, other=0.0).to(tl.float32)
+    blocks = tl.num_programs(0)
+    numbers = tl.arange(0, BLOCKS)
+    mean = tl.sum(tl.load(greys + n * blocks + numbers, mask=numbers < blocks, other=0.0), axis=0) / (H * W)
+    contrast = tl.load(fractions + n * _FRACTIONS + _CONTRAST)
+    base = (1 - contrast) * mean
+    r = _clamp(contrast * r + base, 0.0, 255.0)
+    g = _clamp(contrast * g + base, 0.0, 255.0)
+    b = _clamp(contrast * b + base, 0.0, 255.0)
+    r, g, b = _coloured(
+        whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, r, g, b, constants, SATURATION, HUE, ERASE, NORMAL
+    )
+    _written(out, n, pixel, valid, r, g, b, H, W)
+
+
+@_jit
+def render(
+    whole, fractions, constants, out,
+    H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    SATURATION: tl.constexpr, HUE: tl.constexpr, ERASE: tl.constexpr, NORMAL: tl.constexpr,
+):  # fmt: skip
+    """Both at once where no contrast is drawn."""
+    block, n = tl.program_id(0), tl.program_id(1)
+    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    valid = pixel < H * W
+    row = pixel // W
+    column = pixel - row * W
+    r, g, b = _warped(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, H, W)
+    r, g, b = _coloured(
+        whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, r, g, b, constants, SATURATION, HUE, ERASE, NORMAL
+    )
+    _written(out, n, pixel, valid, r, g, b, H, W)

@@ -1,0 +1,218 @@
+"""Rendering from a GPU's memory, in Triton's interpreter on the CPU, and what the compiler makes of it for real GPUs.
+
+Photographs are magnified where it does not matter: the interpreter takes its time for each weight of a blur.
+"""
+
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import parity
+import pytest
+import torch
+from test_damaged_samples import flip_a_bit
+
+from fastflower import Augment, Loader, pack
+from fastflower.errors import ArgumentError, SampleError
+from fastflower.executors import choose
+from fastflower.native_renderer import available
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without CUDA")
+
+AUGMENT = Augment(size=(150, 170), crop=(0.1, 0.2), flip=0.5, rotate=10, brightness=0.3, contrast=0.3, erase=0.5)
+OPTIONS: dict[str, Any] = {"batch_size": 5, "augment": AUGMENT, "device": "cpu", "workers": 2, "tail": "keep"}
+
+
+@pytest.fixture(scope="module")
+def few(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 photographs, packed: 15 to train on."""
+    folder = tmp_path_factory.mktemp("few")
+    for path in flowers.glob("*/000[0-3].jpg"):
+        (folder / "flowers" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / "flowers" / path.parent.name)
+    pack(folder / "flowers", folder / "shards", val_fraction=0.25)
+    return folder / "shards"
+
+
+def images_of(loader: Loader, epochs: int = 1) -> list[tuple[list[int], torch.Tensor]]:
+    return [(batch.index.tolist(), batch.images) for _ in range(epochs) for batch in loader]
+
+
+def test_batches_are_those_of_the_other_executors(few: Path) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8):
+        ours = images_of(Loader(few, executor="triton", dtype=dtype, **OPTIONS))
+        theirs = images_of(Loader(few, executor="opencv", dtype=dtype, **OPTIONS))
+        assert [index for index, _ in ours] == [index for index, _ in theirs]
+        for (_, one), (_, other) in zip(ours, theirs, strict=True):
+            assert one.dtype == dtype
+            assert one.shape == other.shape
+            assert one.is_contiguous(memory_format=torch.channels_last)
+            scale = 1.0 if dtype == torch.uint8 else 255 * 0.225
+            assert (one.float() - other.float()).abs().mean().item() * scale < 1
+
+
+def test_whatever_is_kept_the_images_are_the_same_and_photographs_are_decoded_once(
+    few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Counter[int] = Counter()
+    real = Loader._decode
+
+    def counting(self: Loader, index: int, reduce: int = 1) -> Any:
+        asked[index] += 1
+        return real(self, index, reduce)
+
+    monkeypatch.setattr(Loader, "_decode", counting)
+    kept = images_of(Loader(few, executor="triton", **OPTIONS), 2)
+    assert set(asked.values()) == {1}
+    asked.clear()
+    for cache in (None, 3_000_000):
+        found = images_of(Loader(few, executor="triton", cache=cache, **OPTIONS), 2)
+        assert [index for index, _ in found] == [index for index, _ in kept]
+        assert all(torch.equal(one, other) for (_, one), (_, other) in zip(found, kept, strict=True))
+    assert set(asked.values()) == {3, 4}, "nothing is kept, and then some"
+
+
+def test_photographs_stay_for_another_augment_and_are_kept_at_each_scale(few: Path) -> None:
+    loader = Loader(few, executor="triton", shuffle=False, **OPTIONS)
+    images_of(loader)
+    small = Augment(size=24, resize=26)
+    loader.set_augment(small)
+    again = images_of(loader)
+    fresh = images_of(Loader(few, executor="triton", shuffle=False, **{**OPTIONS, "augment": small}))
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(again, fresh, strict=True))
+    plain = images_of(Loader(few, executor="opencv", shuffle=False, **{**OPTIONS, "augment": small}))
+    assert np.mean([(one - other).abs().mean() for (_, one), (_, other) in zip(again, plain, strict=True)]) < 1 / 58
+
+
+def test_a_damaged_sample_is_named_or_replaced(few: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(few, tmp_path / "copy"))
+    whole = images_of(Loader(few, executor="triton", shuffle=False, **OPTIONS))
+    for index in (3, 4, 14):
+        flip_a_bit(folder, "train", index)
+    failing = Loader(folder, executor="triton", shuffle=False, **OPTIONS)
+    for _ in range(2):
+        failing.set_epoch(0)
+        with pytest.raises(SampleError, match=rf"\({failing.path_of(3)}\): its bytes have changed"):
+            images_of(failing)
+    loader = Loader(folder, executor="triton", shuffle=False, on_bad="skip", **OPTIONS)
+    for _ in range(2):
+        loader.set_epoch(0)
+        found = images_of(loader)
+        assert [i for index, _ in found for i in index] == [0, 1, 2, 5, 5, *range(5, 14), 0]
+        assert torch.equal(found[0][1][:3], whole[0][1][:3])
+        assert torch.equal(found[0][1][3], whole[1][1][0]), "of sample 5"
+    assert sorted(loader.replaced) == [3, 4, 14]
+
+
+def test_it_resumes_travels_and_leaves_nothing_behind(few: Path) -> None:
+    whole = images_of(Loader(few, executor="triton", **OPTIONS))
+    first = Loader(few, executor="triton", **OPTIONS)
+    iterator = iter(first)
+    next(iterator)
+    later = Loader(few, executor="triton", **OPTIONS)
+    later.load_state_dict(first.state_dict())
+    for loader in (later, pickle.loads(pickle.dumps(later))):
+        rest = images_of(loader)
+        assert all(torch.equal(one, other) for (_, one), (_, other) in zip(rest, whole[1:], strict=True))
+    iterator.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastflower")]
+
+
+def test_two_at_once_share_nothing(few: Path) -> None:
+    one, other = (Loader(few, executor="triton", seed=seed, **OPTIONS) for seed in (0, 1))
+    expected = [images_of(loader) for loader in (one, other)]
+    for loader in (one, other):
+        loader.set_epoch(0)
+    for (left, right), *alone in zip(zip(one, other, strict=True), *expected, strict=True):
+        assert torch.equal(left.images, alone[0][1])
+        assert torch.equal(right.images, alone[1][1])
+
+
+@pytest.mark.skipif(not available(), reason="compared with the native kernel, which this machine cannot run")
+def test_images_of_one_pixel_and_photographs_of_one_row(tmp_path: Path) -> None:
+    from PIL import Image
+
+    encoded: list[bytes] = []
+    for size in ((1, 1), (7, 1), (1, 9), (300, 2)):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8)).save(tmp_path / "x.png")
+        encoded.append((tmp_path / "x.png").read_bytes())
+    for augment in (Augment(size=1, resize=1), Augment(size=5, resize=5), Augment(size=4, crop=(0.2, 1.0), rotate=180)):
+        ours, theirs = (parity.render(name, augment, encoded) for name in ("triton", "native"))
+        assert np.abs(ours - theirs).max() <= 2
+
+
+def test_what_does_not_go_together_is_refused(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArgumentError, match="cache must be None with executor='dali', which keeps nothing, got 1000"):
+        Loader(few, executor="dali", **{**OPTIONS, "cache": 1000})
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ArgumentError, match="executor='triton' needs device='cuda', got 'cpu'; leave executor out"):
+        Loader(few, executor="triton", **OPTIONS)
+    wrong: Any = "cuda"
+    with pytest.raises(ArgumentError, match="executor must be one of native, opencv, dali, triton, got 'cuda'"):
+        Loader(few, executor=wrong, **OPTIONS)
+
+
+def test_with_cuda_photographs_that_fit_are_kept_and_others_are_decoded_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
+    assert choose(None, cuda, "auto", lambda: 300) == ("triton", 500)
+    assert choose(None, cuda, "auto", lambda: 390) == ("dali", 0), "a pixel takes four bytes there"
+    assert choose(None, cuda, None, lambda: 300) == ("dali", 0)
+    assert choose(None, cuda, 100, lambda: 300) == ("triton", 100)
+    assert choose("triton", cuda, "auto", lambda: 390) == ("triton", 0)
+    assert choose("dali", cuda, "auto", lambda: 300) == ("dali", 0)
+    assert choose("opencv", cuda, 7, lambda: 300) == ("opencv", 7)
+
+
+COMPILE = """
+import re, subprocess, sys
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastflower import triton_kernels as kernels
+from fastflower.triton_executor import _BLOCK, _WARPS
+
+tables = {"whole": "*i64", "fractions": "*fp32"}
+halves = {"planes": "*fp16", "greys": "*fp32"}
+size = {"H": 224, "W": 224, "BLOCK": _BLOCK}
+drawn = {"SATURATION": True, "HUE": True, "ERASE": True, "NORMAL": True}
+tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+for capability in (80, 90):
+    for out in ("*fp32", "*fp16", "*bf16", "*u8"):
+        ends = {"constants": "*fp32", "out": out}
+        for kernel, pointers, constants in (
+            (kernels.warp, {**tables, **halves}, size),
+            (kernels.colour, {**tables, **halves, **ends}, {**size, "BLOCKS": 128, **drawn, "NORMAL": out != "*u8"}),
+            (kernels.render, {**tables, **ends}, {**size, **drawn, "NORMAL": out != "*u8"}),
+        ):
+            signature = {name: pointers.get(name, "constexpr") for name in kernel.arg_names}
+            values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+            made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": _WARPS})
+            path = Path(sys.argv[1], "kernel.cubin")
+            path.write_bytes(made.asm["cubin"])
+            said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+            print(kernel.__name__, capability, out, *re.findall(r"(?:REG|STACK):\\d+", said))
+"""
+
+
+def test_the_kernels_compile_for_gpus_without_spilling_registers(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 24
+    for line in lines:
+        registers, stack = map(int, re.findall(r":(\d+)", line))
+        assert (registers <= 64, stack) == (True, 0), line
