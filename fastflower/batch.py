@@ -58,7 +58,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Where a loader's time went. Reading, decoding and augmenting are sums over threads (with DALI reading alone)."""
+    """Where a loader's time went. Reading, decoding and augmenting are sums over threads: not what a GPU or DALI does."""
 
     images: int
     workers: int
@@ -99,9 +99,7 @@ class Stats:
             return f"the consumer holds the job back: it waited for data {share:.0%} of the time; speed up the training step."
         waited = f"feeding holds the job back: the consumer waited {share:.0%} of the time"
         if not self.augment_seconds:
-            return (
-                f"{waited}; what DALI does is not told apart; add cores (workers), or pack smaller images (max_side)."
-            )
+            return f"{waited}; what a GPU or DALI does is not told apart; add cores (workers), or pack smaller images (max_side)."
         work = {"reading": self.read_seconds, "decoding": self.decode_seconds, "augmenting": self.augment_seconds}
         slowest = max(work, key=lambda name: work[name])
         advice = {

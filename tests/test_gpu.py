@@ -44,20 +44,6 @@ def test_dali_on_the_gpu_equals_its_cpu_backend(encoded: list[bytes]) -> None:
     assert np.abs(gpu - cpu).mean() < 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
-def test_dali_hands_its_memory_to_torch(dtype: torch.dtype, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pointers: list[int] = []
-    real = torch.from_dlpack
-
-    def spy(tensor: Any) -> torch.Tensor:
-        pointers.append(tensor.data_ptr())
-        return real(tensor)
-
-    monkeypatch.setattr(torch, "from_dlpack", spy)
-    loader = Loader(shards, batch_size=16, augment=RANDOM, device="cuda", executor="dali", cache=None, dtype=dtype)
-    assert [batch.images.data_ptr() for batch in loader] == pointers
-
-
 WAYS = [("dali", None), ("triton", None), ("triton", "auto"), ("triton", 20_000_000), ("opencv", "auto")]
 
 

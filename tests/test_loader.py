@@ -143,7 +143,7 @@ def test_a_verdict_names_who_waits_and_for_what() -> None:
     assert str(slow).splitlines()[1] == "decode       5.00 s  500.000 ms an image"
     by_dali = replace(slow, decode_seconds=0.0, augment_seconds=0.0)
     assert by_dali.verdict.startswith(
-        "feeding holds the job back: the consumer waited 50% of the time; what DALI does "
+        "feeding holds the job back: the consumer waited 50% of the time; what a GPU or DALI does "
     )
     fast = replace(slow, wait_seconds=0.1)
     assert fast.verdict.startswith("the consumer holds the job back: it waited for data 2% of the time; ")
@@ -308,3 +308,21 @@ def test_a_batch_that_is_held_stays_as_it_is(shards: Path) -> None:
 def test_memory_of_batches_that_nobody_holds_is_used_again(shards: Path) -> None:
     loader = Loader(shards, batch_size=16, augment=RANDOM, device="cpu", workers=1)
     assert len({batch.images.data_ptr() for _ in range(6) for batch in loader}) < 3 * len(loader)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
+def test_dali_hands_its_memory_to_torch(
+    device: str, dtype: torch.dtype, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pointers: list[int] = []
+    real = torch.from_dlpack
+
+    def spy(tensor: Any) -> torch.Tensor:
+        pointers.append(tensor.data_ptr())
+        return real(tensor)
+
+    monkeypatch.setattr(torch, "from_dlpack", spy)
+    loader = make(shards, executor="dali", device=device, dtype=dtype)
+    assert [batch.images.data_ptr() for batch in loader] == pointers
+    assert pointers

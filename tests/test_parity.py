@@ -1,5 +1,6 @@
 """All executors against torchvision's functionals, given the same numbers."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import parity
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from fastflower import Augment
@@ -149,6 +151,20 @@ def test_outside_the_crop_lies_black_or_the_photograph(name: str, encoded: list[
     assert inside.any()
     assert np.abs(black - filled)[:, 90:134, 90:134].max() <= 1, "inside the crop nothing changes"
     assert filled[inside][:, :3, :3].mean() > 20, "with fill='photo' its corner shows the photograph"
+
+
+@pytest.mark.parametrize("name", ["native", "dali", "triton"])
+def test_exif_orientation_is_obeyed_where_only_a_part_is_decoded(name: str, encoded: list[bytes]) -> None:
+    photo = Image.open(io.BytesIO(encoded[0])).convert("RGB")
+    turned: list[bytes] = []
+    for orientation in range(1, 9):
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[0x0112] = orientation
+        photo.save(file, "JPEG", quality=95, exif=exif)
+        turned.append(file.getvalue())
+    augment = Augment(size=150, crop=(0.1, 0.2))
+    ours, theirs = (parity.render(executor, augment, turned) for executor in (name, "opencv"))
+    assert np.abs(ours - theirs).mean(axis=(1, 2, 3)).max() < 1
 
 
 @pytest.mark.parametrize(("name", "limit"), [("native", 1.0), ("dali", 2.0), ("triton", 1.0)])
