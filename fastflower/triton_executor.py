@@ -1,6 +1,8 @@
 """Renders on a GPU by two Triton kernels, from photographs that lie decoded in its memory; threads decode what does not yet.
 
-Copies and kernels run on a stream of their own, a batch ahead of whoever consumes; his stream waits for an event.
+Copies and kernels run on a stream of their own, a batch ahead of the consumer. His stream waits for an event before he has a
+batch, and ours waits for what he has asked for so far before it writes the next one but one: he may run ahead of the GPU as
+far as he likes, and the memory of batches that he let go is used again without growing.
 """
 
 from collections import deque
@@ -40,6 +42,8 @@ class DevicePhotos:
 
     def __init__(self, num_samples: int, limit_bytes: int, device: torch.device) -> None:
         self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        """All that touches them runs on it."""
         self._address = np.zeros((num_samples, 4), np.int64)  # at scales 1, 2, 4 and 8; 0: not here
         self._width = np.zeros((num_samples, 4), np.int64)
         self._free = limit_bytes
@@ -59,7 +63,7 @@ class DevicePhotos:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor | None]:
         """(addresses (N,), widths (N,), memory to hold on to until the kernel is launched).
 
-        photos  those that were missing, (H, W, 3) uint8, of the batch's rows `rows_M`. On the GPU's current stream.
+        photos  those that were missing, (H, W, 3) uint8, of the batch's rows `rows_M`.
         """
         level = np.log2(reduce_N).astype(int)
         address, width = self._address[indices_N, level], self._width[indices_N, level]
@@ -121,7 +125,7 @@ class TritonExecutor:
         self._replace = replace
         self._workers = workers
         self._device = photos.device
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._stream = photos.stream
         multiply, add = color.normalize_factors(augment.mean, augment.std)
         erased = np.rint(augment.erase_levels) if dtype == torch.uint8 else np.array(augment.erase_value)
         with self._ours():
@@ -148,6 +152,8 @@ class TritonExecutor:
                     yield self._handed_over(*launched.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            if self._stream:  # batches that nobody took are freed here, and may still be written to
+                torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _enough(self, started: Sequence[_Started]) -> bool:
         """Whether the first batch is decoded, or every thread has a task and one more waits without it."""
@@ -182,11 +188,16 @@ class TritonExecutor:
                 request = self._replace(request, row, photos[number])
                 how = geometry.resampling(request.warp)
                 photos[number] = self._decoded(int(request.indices[row]), int(how.reduce[row]))
+        shape = (len(request.indices), *self._augment.output_size, 3)
+        images = torch.empty(shape, dtype=self._dtype, device=self._device)  # the consumer's stream owns it
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with self._ours():
             # Memory that is freed at the end of this block is used again by what comes later on the same stream.
             address, width, _held = self._photos.places(request.indices, how.reduce, batch.rows, photos, pool)
-            images = self._rendered(self._tables(request, how, address, width), len(address))
-            return request, images, self._stream.record_event() if self._stream else None
+            self._render(self._tables(request, how, address, width), images)
+            made = self._stream.record_event() if self._stream else None
+        return request, images.permute(0, 3, 1, 2), made
 
     def _tables(
         self, request: Request, how: geometry.Resampling, address: NDArray[np.int64], width: NDArray[np.int64]
@@ -205,7 +216,7 @@ class TritonExecutor:
         kernel = geometry.blur_kernels(how.blur)
         whole[:, kernels.REACH_DOWN : kernels.REACH_ACROSS + 1] = (kernel[:, :, 1:] != 0).sum(axis=2)
         whole[:, kernels.MASKED] = request.warp.masked
-        whole[:, kernels.ERASE :] = request.draw.erase
+        whole[:, kernels.ERASE : kernels.ERASE + 4] = request.draw.erase
         numbers[:, kernels.WARP : kernels.FRAME] = how.matrix.reshape(count, 6)
         if request.warp.masked.any():
             frame = geometry.centred(geometry.frame(request.warp, self._augment.output_size))
@@ -216,13 +227,12 @@ class TritonExecutor:
             numbers[:, column] = getattr(request.draw, name)
         return memory
 
-    def _rendered(self, memory: Tensor, count: int) -> Tensor:
-        """(N, 3, H, W), channels-last."""
-        augment, (height, width) = self._augment, self._augment.output_size
+    def _render(self, memory: Tensor, out: Tensor) -> None:
+        """Write `out`, (N, H, W, 3)."""
+        augment, (count, height, width, _) = self._augment, out.shape
         tables = memory.to(self._device, non_blocking=True)
         bytes_of_whole = count * kernels.WHOLE * 8
         whole, numbers = tables[:bytes_of_whole].view(torch.int64), tables[bytes_of_whole:].view(torch.float32)
-        out = torch.empty((count, height, width, 3), dtype=self._dtype, device=self._device)
         block = _BLOCK if self._stream else _power_of_two(height * width)  # the interpreter takes its time for each
         blocks = -(-height * width // block)
         size = {"H": height, "W": width, "BLOCK": block, "num_warps": _WARPS}
@@ -237,14 +247,13 @@ class TritonExecutor:
             kernels.colour[grid](*parts, **size, **drawn, BLOCKS=_power_of_two(blocks))
         else:
             kernels.render[grid](whole, numbers, self._constants, out, **size, **drawn)
-        return out.permute(0, 3, 1, 2)
 
     def _handed_over(self, request: Request, images: Tensor, made: Any) -> tuple[Request, Tensor]:
         """To the consumer's stream, which waits for them; the host does not."""
         if made is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(made)
-            images.record_stream(current)  # its memory is not used again before that stream is done with it
+            images.record_stream(current)  # for whoever changes streams between two batches; else it does nothing
         return request, images
 
     def _ours(self) -> AbstractContextManager[object]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 # Columns of the table of whole numbers, (N, WHOLE) int64. Sides are counted in boxes, which are BOX_* pixels each.
-WHOLE = 13
+WHOLE = 14  # the last is spare: rows of an even number of them keep both tables aligned to 16 bytes, for any N
 ADDRESS, STRIDE, HEIGHT, WIDTH, BOX_DOWN, BOX_ACROSS, REACH_DOWN, REACH_ACROSS, MASKED = range(9)
 ERASE = 9  # top, left, height, width
 # Columns of the table of fractions, (N, FRACTIONS) float32.
