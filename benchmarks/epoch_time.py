@@ -47,7 +47,7 @@ def split_folders(data: Path, shards: Path, into: Path) -> Path:
     part = into.with_name(f"{into.name}.part")  # a part of the photographs must not be taken for all
     shutil.rmtree(part, ignore_errors=True)
     for split in Manifest.load(str(shards)).splits:
-        loader = Loader(shards, split, device="cpu", cache=None)
+        loader = Loader(shards, split, batch_size=1, device="cpu", cache=None)
         for index in range(loader.num_samples):
             place = part / split / loader.path_of(index)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -66,16 +66,20 @@ def some(folder: Path, into: Path, count: int) -> Path:
     return into
 
 
-def feeding(folder: Path, shards: Path, augment: Augment, batch_size: int, device: torch.device) -> list[record.Side]:
-    """Loading alone, float32 batches on the device."""
-    plain = baseline.loader(
-        folder, baseline.augmentation(augment.output_size[0]), batch_size=batch_size, pin=device.type == "cuda"
-    )
+def plain_feeding(folder: Path, size: int, batch_size: int, device: torch.device) -> record.Side:
+    """The baseline of loading alone, float32 batches on the device."""
+    plain = baseline.loader(folder, baseline.augmentation(size), batch_size=batch_size, pin=device.type == "cuda")
 
-    def run_baseline() -> int:
+    def run() -> int:
         return sum(
             len(labels.to(device)) for images, labels in plain if images.to(device, non_blocking=True) is not None
         )
+
+    return record.Side("ImageFolder + DataLoader", run)
+
+
+def feeding(folder: Path, shards: Path, augment: Augment, batch_size: int, device: torch.device) -> list[record.Side]:
+    """Loading alone, float32 batches on the device."""
 
     def run_with(loader: Loader) -> int:
         return sum(len(batch.labels) for batch in loader)
@@ -83,7 +87,7 @@ def feeding(folder: Path, shards: Path, augment: Augment, batch_size: int, devic
     decoding = Loader(shards, batch_size=batch_size, augment=augment, device=device, cache=None)
     cached = Loader(shards, batch_size=batch_size, augment=augment, device=device)
     return [
-        record.Side("ImageFolder + DataLoader", run_baseline),
+        plain_feeding(folder, augment.output_size[0], batch_size, device),
         record.Side("fastflower, decoding every epoch", lambda: run_with(decoding)),
         record.Side("fastflower, decoded once (the default)", lambda: run_with(cached)),
     ]

@@ -1,145 +1,311 @@
-"""Everything that a machine with CUDA is asked to show: python benchmarks/gpu_check.py OUT [--data FOLDER] [--weights FILE]
+"""Everything that a machine with CUDA is asked to show: python benchmarks/gpu_check.py OUT --data FOLDER --weights FILE
 
-Runs the tests marked `gpu`, times feeding and epochs against ImageFolder, trains to an accuracy, prints a short table last
-and leaves JSON in OUT. Ends with status 2 on a machine without CUDA, and 1 when a part failed; the other parts still run.
+Each part runs in a process of its own, so that none costs the others, not even by a kernel that leaves the GPU unusable; it
+leaves its figures in a JSON file of OUT while it goes on, and what fails in OUT/failures.log. Eight files at most. A short table
+comes last. Ends with status 2 on a machine without CUDA, and 1 when something failed.
 """
 
-import json
+import csv
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import replace
+import tomllib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
-import baseline
 import epoch_time
+import gpu_feeding
+import gpu_training
 import record
 import torch
 import tyro
+from gpu_feeding import verdict
 
-from fastflower import Augment, Loader, Recipe, pack, train
-from fastflower.native_renderer import available
-from fastflower.recipe import PRESETS, report_a
+from fastflower import pack
 
-Rows = list[tuple[str, str]]
+Name = Literal["tests", "feeding", "kernels", "overlap", "epochs", "runs", "accuracy", "memory"]
+SECONDS: dict[str, float] = {
+    "tests": 150,
+    "feeding": 240,
+    "kernels": 120,
+    "overlap": 270,
+    "epochs": 120,
+    "runs": 180,
+    "accuracy": 300,
+    "memory": 120,
+}
+"""After which a part begins nothing more; together 25 minutes."""
+_GRACE = 60  # seconds until it is ended
+_LEAST = 20  # seconds that a part is begun with
 
-
-def gpu_tests(out: Path) -> Rows:
-    """pytest -m gpu; the whole log is kept."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(record.ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, cwd=record.ROOT, env=environment, capture_output=True, text=True, check=False)
-    (out / "gpu_tests.log").write_text(done.stdout + done.stderr)
-    last = [line for line in done.stdout.splitlines() if line.strip()][-1]
-    if done.returncode:
-        raise RuntimeError(f"pytest -m gpu: {last}; see gpu_tests.log")
-    return [("tests marked gpu", last.strip("= "))]
-
-
-def loader_rates(folder: Path, shards: Path, out: Path, device: torch.device, batch_size: int) -> Rows:
-    """Feeding alone: DALI and threads, decoding and from memory, four dtypes, against ImageFolder."""
-    augment = Augment.from_torchvision(baseline.augmentation())
-    sides = epoch_time.feeding(folder, shards, augment, batch_size, device)
-    ways: dict[str, dict[str, Any]] = {}
-    for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("uint8", torch.uint8)):
-        ways[f"DALI, {name}, decoding"] = {"dtype": dtype, "executor": "dali", "cache": None}
-    threads = "native" if available() else "opencv"
-    ways[f"threads, {threads}, decoding"] = {"executor": threads, "cache": None}
-    ways[f"threads, {threads}, from RAM"] = {"executor": threads}
-    for name, options in ways.items():
-        loader = Loader(shards, batch_size=batch_size, augment=augment, device=device, **options)
-        sides.append(record.Side(name, lambda loader=loader: sum(len(batch.labels) for batch in loader)))
-    record.interleave(sides, 5, device)
-    print(record.table(f"feeding, batch {batch_size}", sides), flush=True)
-    found = [{**side.to_dict(), "ratio": record.ratio(side, sides[0])} for side in sides]
-    record.write(out, f"loader_rates_{batch_size}", device, {"batch_size": batch_size, "sides": found})
-    return [(f"feeding, batch {batch_size}: {side.name}", _rate(side, sides[0])) for side in sides]
+RUN_SECONDS, TRAIN_SECONDS = 20.0, 6.0  # of report A, process and training, the goals
+RUNS = {"report A": ("report-a", 3), "report D, 25 epochs": ("report-d", 1), "report D, 50 epochs": ("report-d-50", 1)}
 
 
-def epochs(data: Path, out: Path, device: torch.device, batch_size: int) -> Rows:
-    """Feeding, training and validating ResNet-18."""
-    augment = Augment.from_torchvision(baseline.augmentation())
-    with epoch_time.photographs(data, None, 0.2) as (folder, shards):
-        sides, _ = epoch_time.training(folder, shards, augment, batch_size, device)
-        record.interleave(sides, 5, device)
-    print(record.table(f"training and validation, batch {batch_size}", sides), flush=True)
-    found = [{**side.to_dict(), "ratio": record.ratio(side, sides[0])} for side in sides]
-    record.write(out, f"epoch_time_{batch_size}", device, {"batch_size": batch_size, "sides": found})
-    return [(f"training, batch {batch_size}: {side.name}", _rate(side, sides[0])) for side in sides]
+@dataclass(frozen=True)
+class Place:
+    """Where photographs lie, and shards of them that `prepare` makes."""
+
+    data: Path
+    """Class folders."""
+    scratch: Path
+    weights: Path | None = None
+    """A ResNet-50 state_dict."""
+
+    @property
+    def all(self) -> Path:
+        """Shards with one split, "train"."""
+        return self.scratch / "all"
+
+    @property
+    def split(self) -> Path:
+        """Shards with two."""
+        return self.scratch / "split"
+
+    @property
+    def folders(self) -> Path:
+        """The same split, as train/CLASS and val/CLASS."""
+        return self.scratch / "folders"
+
+    def prepare(self) -> None:
+        pack(self.data, self.all, val_fraction=0)
+        pack(self.data, self.split)
+        epoch_time.split_folders(self.data, self.split, self.folders)
 
 
-def accuracy(folder: Path, out: Path, device: torch.device, weights: Path | None) -> Rows:
-    """Whole runs: report A from scratch, and ResNet-50 from weights where a file is given; seconds from call to report."""
-    runs: dict[str, Recipe] = {"report A, from scratch": replace(report_a(), weights=None)}
-    if weights is not None:
-        runs["ResNet-50, fine-tuned"] = replace(PRESETS["finetune"](), weights=str(weights))
-    rows: Rows = []
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        pack(folder, Path(scratch, "shards"))
-        for name, recipe in runs.items():
-            start = time.perf_counter()
-            report = train(Path(scratch, "shards"), recipe, out=Path(scratch, name.replace(" ", "-")), device=device)
-            seconds = time.perf_counter() - start
-            best = report.history[report.best_epoch - 1]["val_accuracy"]
-            last = report.history[-1]["val_accuracy"]
-            found[name] = {"seconds": seconds, "history": report.history, "recipe": recipe.to_dict()}
-            rows.append((name, f"{last:.1%} after the last epoch, {best:.1%} at best, {seconds:.1f} s (n = 1)"))
-    record.write(out, "accuracy", device, found)
-    return rows
+PARTS: dict[str, Callable[[record.Part, Place], None]] = {
+    "tests": lambda part, _: tests(part, record.ROOT / "tests"),
+    "feeding": lambda part, place: gpu_feeding.feeding(part, place.data, place.all),
+    "kernels": lambda part, place: gpu_feeding.kernels(part, place.all),
+    "overlap": lambda part, place: gpu_training.overlap(part, place.split),
+    "epochs": lambda part, place: gpu_training.epochs(part, place.folders, place.split),
+    "runs": lambda part, place: runs(part, place.split, place.scratch),
+    "accuracy": lambda part, place: gpu_training.accuracy(part, place.data, place.weights, place.scratch),
+    "memory": lambda part, place: gpu_training.memory(part, place.split),
+}
 
 
-def _rate(side: record.Side, first: record.Side) -> str:
-    median, low, high = statistics.median(side.rates), min(side.rates), max(side.rates)
-    return (
-        f"{median:.0f} images/s ({low:.0f} - {high:.0f}, n = {len(side.rates)}), {record.ratio(side, first):.2f} times"
-    )
+def tests(part: record.Part, folder: Path) -> None:
+    """The files with tests that are marked `gpu`: others may need packages that the machine lacks."""
+    files = [str(path) for path in sorted(folder.glob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files]
+
+    def run() -> None:
+        done = subprocess.run(
+            command,
+            cwd=record.ROOT,
+            env=surroundings(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=part.ends - time.perf_counter() + _GRACE / 2,
+            check=False,
+        )
+        lines = [line for line in done.stdout.splitlines() if line.strip()] or ["pytest said nothing"]
+        part.found["said"] = lines[-1]
+        if done.returncode:
+            part.row("tests marked gpu", lines[-1].strip("= "))
+            raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stdout[-60_000:]}")
+        part.row("tests marked gpu", lines[-1].strip("= "))
+
+    part.attempt("tests", run)
 
 
-def main(out: Annotated[Path, tyro.conf.Positional], data: Path | None = None, weights: Path | None = None) -> int:
+def surroundings(*folders: Path) -> dict[str, str]:
+    """The environment of processes, in which fastflower is found."""
+    paths = [*map(str, folders), str(record.ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def runs(
+    part: record.Part,
+    shards: Path,
+    scratch: Path,
+    *,
+    chosen: dict[str, tuple[str, int]] = RUNS,
+    flags: tuple[str, ...] = (),
+) -> None:
+    """Whole runs of tools/train.py, from the start of its process until its exit, with checkpoints and report. All from random
+    weights: ResNet-18's pretrained ones are downloaded by torchvision, for which there may be no network.
+
+    chosen  (recipe, n) by name. flags  for all of them.
+    """
+    for name, (recipe, count) in chosen.items():
+        part.found[name] = []
+        for number in range(count):
+            what = f"{name}, run {number + 1}"
+            arguments = [
+                str(shards),
+                "--recipe",
+                recipe,
+                "--weights",
+                "None",
+                "--out",
+                str(scratch / f"{recipe}-{number}"),
+            ]
+            part.attempt(
+                what, partial(_run, part, part.found[name], [*arguments, *flags], scratch / f"{recipe}-{number}")
+            )
+        done = part.found[name]
+        if done:
+            whole, train, val = ([run[key] for run in done] for key in ("seconds", "train_seconds", "val_seconds"))
+            goals = (RUN_SECONDS, TRAIN_SECONDS) if recipe == "report-a" else (None, None)
+            part.row(f"{name}, from random weights: process", seconds(whole, goals[0]))
+            part.row(f"{name}: training", seconds(train, goals[1]))
+            part.row(f"{name}: validation", seconds(val))
+            part.row(f"{name}: best validation accuracy", f"{max(run['best_accuracy'] for run in done):.1%}")
+
+
+def _run(part: record.Part, done: list[dict[str, Any]], arguments: list[str], out: Path) -> None:
+    command = [sys.executable, str(record.ROOT / "tools" / "train.py"), *arguments]
+    with tempfile.TemporaryFile("w+") as output:
+        start = time.perf_counter()
+        limit = max(60.0, part.ends - start)
+        try:
+            how: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT, "env": surroundings()}
+            status = subprocess.run(command, timeout=limit, check=False, **how).returncode
+        except subprocess.TimeoutExpired:
+            status = f"none: it was ended after {limit:.0f} s"
+        taken = time.perf_counter() - start
+        if status != 0 or not (out / "checkpoint-best.pt").exists():
+            output.seek(0)
+            raise RuntimeError(f"{' '.join(command)}: status {status}\n{output.read()[-20_000:]}")
+    with (out / "history.csv").open() as file:
+        history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    found: dict[str, Any] = {name: sum(row[name] for row in history) for name in ("train_seconds", "val_seconds")}
+    best = max(row["val_accuracy"] for row in history)
+    done.append({"seconds": taken, **found, "best_accuracy": best, "command": arguments, "history": history})
+
+
+def seconds(times: list[float], goal: float | None = None) -> str:
+    text = f"{statistics.median(times):.1f} s ({min(times):.1f} - {max(times):.1f}, n = {len(times)})"
+    return text if goal is None else f"{text}; goal: under {goal:.0f} s, {verdict(statistics.median(times) < goal)}"
+
+
+def prepared_metadata(scratch: Path) -> list[Path]:
+    """Where a checkout that is not installed has its version, which checkpoints name; nothing where it is installed."""
+    try:
+        version("fastflower")
+    except PackageNotFoundError:
+        project = tomllib.loads((record.ROOT / "pyproject.toml").read_text())["project"]
+        folder = scratch / "site" / f"fastflower-{project['version']}.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fastflower\nVersion: {project['version']}\n")
+        sys.path.insert(0, str(folder.parent))
+        return [folder.parent]
+    return []
+
+
+def do(name: str, out: Path, device: torch.device, place: Place, seconds: float) -> int:
+    """One part, in this process; 1 when something of it failed."""
+    module: Any = next(module for module in (sys.modules[__name__], gpu_feeding, gpu_training) if hasattr(module, name))
+    clock = (getattr(module, name).__doc__ or "").partition("\n\n")[0]
+    group = "state" if name in ("tests", "memory") else name  # eight files with the log
+    part = record.Part(name, out, device, clock=clock, seconds=seconds, group=group)
+    part.save()
+    PARTS[name](part, place)
+    part.save(finished=True)
+    return 1 if part.failed else 0
+
+
+def in_turn(
+    out: Path, names: Sequence[str], command: Callable[[str, float], list[str]], limit: float, *folders: Path
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """(rows of all parts, those that failed). command(name, seconds) does a part in a process of its own."""
+    ends, failed = time.perf_counter() + limit, []
+    rows: list[tuple[str, str]] = []
+    for name in names:
+        start = time.perf_counter()
+        seconds = min(SECONDS.get(name, limit), ends - start)
+        if seconds < min(_LEAST, limit):
+            rows.append((name, "LEFT OUT, out of time"))
+            continue
+        print(f"{name}:", flush=True)
+        with tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(
+                command(name, seconds), stderr=errors, env=surroundings(*folders), process_group=0
+            )
+            try:
+                status = process.wait(seconds + _GRACE)
+            except BaseException as error:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, 9)
+                process.wait()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                status = f"none: it was ended after {seconds + _GRACE:.0f} s"
+            errors.seek(0)
+            said = errors.read().decode(errors="replace")[-20_000:]
+        found = record.parts(out).get(name, {})
+        rows += [tuple(row) for row in found.get("rows", [])]
+        if status != 0:
+            failed.append(name)
+        if status != 0 and not (status == 1 and found.get("finished")):
+            record.log(out, f"{name}: ended with status {status}", said)
+            rows.append((name, "FAILED, see failures.log"))
+        print(f"{name}: {time.perf_counter() - start:.0f} s, status {status}", flush=True)
+    return rows, failed
+
+
+def main(
+    out: Annotated[Path, tyro.conf.Positional],
+    data: Path | None = None,
+    weights: Path | None = None,
+    parts: tuple[Name, ...] = get_args(Name),
+    limit: float = sum(SECONDS.values()),
+    commit: str | None = None,
+    only: Name | None = None,
+    scratch: Path | None = None,
+) -> int:
     """Run every GPU check.
 
     Args:
-        out: Where JSON and logs go.
+        out: Where JSON and the log of failures go.
         data: A folder of class folders; drawn flowers where it is left out.
-        weights: A ResNet-50 state_dict to fine-tune.
+        weights: A ResNet-50 state_dict to fine-tune; without, that part is left out.
+        parts: Which, in their own order.
+        limit: Seconds in all; a part that would begin later is left out.
+        commit: Of the checkout, where there is no git to ask.
+        only: Do this part in this process, over what --scratch holds; what the processes are started with.
+        scratch: See only.
     """
     if not torch.cuda.is_available():
         print(f"no CUDA on this machine (torch {torch.__version__}): nothing was run")
         return 2
-    device = torch.device("cuda")
+    record.COMMIT = commit or record.COMMIT
+    if only and scratch and data:
+        return do(only, out, torch.device("cuda", 0), Place(data, scratch, weights), limit)
     out.mkdir(parents=True, exist_ok=True)
-    rows: Rows = []
-    failed: list[str] = []
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        room = Path(folder)
+        photographs = data.resolve() if data else room / "drawn"
+        if data is None:
+            subprocess.run([sys.executable, record.ROOT / "tools" / "draw_flowers.py", photographs], check=True)
+        site = prepared_metadata(room)
+        Place(photographs, room).prepare()
+        print(f"prepared: {time.perf_counter() - begun:.0f} s", flush=True)
 
-    def part(name: str, run: Callable[[], Rows]) -> None:
-        try:
-            rows.extend(run())
-        except Exception:  # the machine is borrowed: what one part meets must not cost the others
-            failed.append(name)
-            rows.append((name, "FAILED, see failures.log"))
-            with (out / "failures.log").open("a") as log:
-                log.write(f"{name}\n{traceback.format_exc()}\n")
+        def command(name: str, seconds: float) -> list[str]:
+            given = ["--data", photographs, "--scratch", room, "--only", name, "--limit", seconds]
+            given += ["--commit", record.COMMIT, *(["--weights", weights.resolve()] if weights else [])]
+            return [sys.executable, __file__, *map(str, [out.resolve(), *given])]
 
-    part("tests marked gpu", lambda: gpu_tests(out))
-    with epoch_time.photographs(data, None) as (folder, shards):
-        for batch_size in (32, 256):
-            part(
-                f"feeding, batch {batch_size}", lambda size=batch_size: loader_rates(folder, shards, out, device, size)
-            )
-            part(f"training, batch {batch_size}", lambda size=batch_size: epochs(folder, out, device, size))
-        part("accuracy", lambda: accuracy(folder, out, device, weights))
-    summary = {"hardware": record.hardware(device), "failed": failed, "rows": rows}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"\n{torch.cuda.get_device_name(device)}")
+        left = limit - (time.perf_counter() - begun)
+        rows, failed = in_turn(out, [name for name in SECONDS if name in parts], command, left, *site)
+    print(f"\n{torch.cuda.get_device_name()}, {time.perf_counter() - begun:.0f} s")
     for name, value in rows:
-        print(f"  {name:52} {value}")
+        print(f"  {name:60} {value}")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 

@@ -1,5 +1,6 @@
 """Interleaved timing, the table it prints and the JSON it leaves: see README.md beside this file for the rules."""
 
+import gc
 import json
 import os
 import platform
@@ -7,9 +8,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +44,46 @@ class Side:
         return [self.images / seconds for seconds in self.seconds]
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key not in ("run", "clear")}
+        names = (
+            "name",
+            "images",
+            "seconds",
+            "warm_up_seconds",
+        )  # not asdict, which would copy what `run` holds, networks too
+        return {name: getattr(self, name) for name in names}
 
 
-def interleave(sides: list[Side], rounds: int, device: torch.device) -> None:
-    """Run every side once uncounted, then `rounds` times in turn, so that drift hits all alike."""
+def interleave(
+    sides: Sequence[Side],
+    rounds: int,
+    device: torch.device,
+    *,
+    ends: float = inf,
+    failed: Callable[[str, Exception], object] | None = None,
+) -> list[Side]:
+    """Run every side once uncounted, then `rounds` times in turn, so that drift hits all alike; gives the sides that ran.
+
+    ends  When, of perf_counter, no further round is begun; one is counted all the same. failed  is told of a side that raises,
+    which is then left out; the first of them, the baseline, may not.
+    """
+    left = list(sides)
     for number in range(rounds + 1):
-        for side in sides:
-            _wait(device)
-            start = time.perf_counter()
-            side.images = side.run()
-            _wait(device)
-            (side.seconds if number else side.warm_up_seconds).append(time.perf_counter() - start)
-            side.clear()
+        if number > 1 and time.perf_counter() > ends:
+            break
+        for side in list(left):
+            try:
+                _wait(device)
+                start = time.perf_counter()
+                side.images = side.run()
+                _wait(device)
+                (side.seconds if number else side.warm_up_seconds).append(time.perf_counter() - start)
+                side.clear()
+            except Exception as error:
+                if failed is None or side is sides[0]:
+                    raise
+                left.remove(side)
+                failed(side.name, error)
+    return left
 
 
 def _wait(device: torch.device) -> None:
@@ -62,6 +94,25 @@ def _wait(device: torch.device) -> None:
 def ratio(side: Side, baseline: Side) -> float:
     """How many times the baseline's rate: the median over rounds of the ratio within a round."""
     return statistics.median(mine / theirs for mine, theirs in zip(side.rates, baseline.rates, strict=True))
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """n, median, min and max."""
+    return {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def summary(side: Side, baseline: Side) -> dict[str, Any]:
+    """A side's raw timings and what they come to, beside its baseline."""
+    return {**side.to_dict(), "images_per_second": spread(side.rates), "baseline": baseline.name} | {
+        "n": len(side.seconds),
+        "ratio": ratio(side, baseline),
+    }
+
+
+def rate(side: Side, baseline: Side | None = None) -> str:
+    """The same in words."""
+    text = f"{statistics.median(side.rates):.0f} images/s ({min(side.rates):.0f} - {max(side.rates):.0f}, n = {len(side.rates)})"
+    return text if baseline is None else f"{text}, {ratio(side, baseline):.2f} times"
 
 
 def table(title: str, sides: list[Side]) -> str:
@@ -94,22 +145,108 @@ def keep(work: Path, found: dict[str, Any]) -> None:
     part.replace(work / f"{found['side']}-{found['seed']}.json")
 
 
-def write(folder: Path, what: str, device: torch.device, content: dict[str, Any]) -> Path:
-    """Write FOLDER/WHAT_DEVICE_YYYYMMDD.json with everything needed to run it again."""
-    now = datetime.now(UTC)
+def result_path(folder: Path, what: str, device: torch.device) -> Path:
+    """FOLDER/WHAT_DEVICE_YYYYMMDD.json."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return folder / f"{what}_{chip.replace(' ', '-').lower()}_{datetime.now(UTC):%Y%m%d}.json"
+
+
+def write(folder: Path, what: str, device: torch.device, content: dict[str, Any]) -> Path:
+    """Write that file, seen whole or not at all, with everything needed to run it again."""
     record = {
         "what": what,
-        "when": now.isoformat(timespec="seconds"),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": COMMIT,
         "hardware": hardware(device),
-        "versions": environment(device),
+        "versions": {**environment(device), **_others(device)},
         **content,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{what}_{chip.replace(' ', '-').lower()}_{now:%Y%m%d}.json"
-    path.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    return path
+    path = result_path(folder, what, device)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    return part.replace(path)
+
+
+class Part:
+    """A part of a check that must bring home what it has: it ends in time, fails in pieces, and is on the disk after each piece.
+
+    Parts of the same `group` share a file, each under its name. What fails is told in OUT/failures.log.
+    """
+
+    def __init__(
+        self, name: str, out: Path, device: torch.device, *, clock: str = "", seconds: float = inf, group: str = ""
+    ) -> None:
+        self.name, self.out, self.device, self.group = name, out, device, group or name
+        self.start = time.perf_counter()
+        self.ends = self.start + seconds
+        self.rows: list[tuple[str, str]] = []
+        """What is worth a line of the table: its name and its figures."""
+        self.failed: list[str] = []
+        self.left_out: list[str] = []
+        self.found: dict[str, Any] = {}
+        """Figures, for the JSON."""
+        self._clock = " ".join(clock.split())
+
+    @property
+    def over(self) -> bool:
+        """Whether its time is up."""
+        return time.perf_counter() > self.ends
+
+    def row(self, name: str, value: str) -> None:
+        self.rows.append((name, value))
+        print(f"  {name:60} {value}", flush=True)
+
+    def attempt(self, what: str, run: Callable[[], object]) -> None:
+        """Do a piece, unless time is up; what it raises is written down, and costs the others nothing."""
+        if self.over:
+            self.left_out.append(what)
+            self.row(what, "LEFT OUT, out of time")
+        else:
+            try:
+                run()
+            except Exception as error:
+                self.fail(what, error)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        self.save()
+
+    def fail(self, what: str, error: Exception) -> None:
+        self.failed.append(what)
+        self.row(what, "FAILED, see failures.log")
+        log(self.out, f"{self.name}: {what}", "".join(traceback.format_exception(error)))
+
+    def save(self, *, finished: bool = False) -> None:
+        """Write all that was found so far."""
+        content = {
+            "clock": self._clock,
+            "seconds": time.perf_counter() - self.start,
+            "finished": finished,
+            "failed": self.failed,
+            "left_out": self.left_out,
+            "rows": self.rows,
+            **self.found,
+        }
+        what = f"gpu_{self.group}"
+        path = result_path(self.out, what, self.device)
+        kept = json.loads(path.read_text())["parts"] if path.exists() else {}
+        write(self.out, what, self.device, {"parts": {**kept, self.name: content}})
+
+
+def parts(out: Path) -> dict[str, Any]:
+    """What parts left in a folder, by name."""
+    found: dict[str, Any] = {}
+    for path in sorted(out.glob("gpu_*.json")):
+        found |= json.loads(path.read_text())["parts"]
+    return found
+
+
+def log(out: Path, what: str, text: str) -> None:
+    """Add to OUT/failures.log."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "failures.log").open("a") as file:
+        file.write(f"{what}\n{text.rstrip()}\n\n")
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -130,7 +267,20 @@ def hardware(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+        with suppress(OSError, subprocess.SubprocessError):
+            asked = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+            done = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10)
+            found["driver_power_clock"] = done.stdout.strip()
     return found
+
+
+def _others(device: torch.device) -> dict[str, str]:
+    """Versions of what renders and computes beside torch."""
+    found: dict[str, str] = {}
+    for name in ("nvidia-dali-cuda130", "triton"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found | ({"cudnn": str(torch.backends.cudnn.version())} if device.type == "cuda" else {})
 
 
 def _commit() -> str:

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,11 @@ def part(tmp_path: Path) -> record.Part:
 def left(part: record.Part) -> dict[str, Any]:
     """What the part left on the disk, after a look at what every file must hold."""
     assert part.failed == [], (part.out / "failures.log").read_text()
+    part.save(finished=True)
     (path,) = part.out.glob("*.json")
     content = json.loads(path.read_text())
     assert path.name == f"gpu_tried_cpu_{time.strftime('%Y%m%d', time.gmtime())}.json"
-    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"] == version("torch")
     assert {"triton", "nvidia-dali-cuda130"} <= content["versions"].keys()
     assert {"commit", "when", "hardware"} <= content.keys()
     found = content["parts"]["tried"]
@@ -83,13 +85,13 @@ def row_of(part: record.Part, name: str) -> str:
 
 
 def test_feeding_is_timed_by_every_way_against_the_baseline(place: gpu_check.Place, part: record.Part) -> None:
-    chosen = [way for way in gpu_feeding.ways(1) if "bfloat16" in way.name]
-    assert len(chosen) == 8
-    gpu_feeding.feeding(part, place.data, place.all, batch_sizes=(8,), rounds=2, augment=MAGNIFIED, chosen=chosen)
+    chosen = [way for way in gpu_feeding.ways(1) if "bfloat16" in way.name and "65%" not in way.name]
+    assert len(chosen) == 7
+    gpu_feeding.feeding(part, place.data, place.all, batch_sizes=(8,), rounds=1, augment=MAGNIFIED, chosen=chosen)
     sides = left(part)["batch_8"]
     assert [side["name"] for side in sides[1:]] == [way.name for way in chosen]
     for side in sides:
-        check_side(side, 2, "ImageFolder + DataLoader")
+        check_side(side, 1, "ImageFolder + DataLoader")
         assert side["images"] % 16 == 0
     assert "goal: at least 350000" in row_of(part, "batch 8: from the cache, the best")
     assert "goal: at least 2" in row_of(part, "batch 8: decoding on the GPU, the best")
@@ -120,12 +122,13 @@ def test_kernels_are_timed_for_every_shape_beside_a_step(place: gpu_check.Place,
 
     before = triton_executor._BLOCK, triton_executor._WARPS
     tiny: dict[str, Any] = {"batch_sizes": (4,), "dtypes": ("bfloat16",), "launches": 1, "steps": 1, "rounds": 2}
+    tiny["shapes"] = ((256, 4), (512, 8))
     gpu_feeding.kernels(part, place.all, **tiny, augment=MAGNIFIED)
     assert before == (triton_executor._BLOCK, triton_executor._WARPS)
     found = left(part)
     assert found["step_seconds_4"]["n"] == 2
     by_shape = found["batch_4_bfloat16"]["device_seconds"]
-    assert list(by_shape) == [f"{block} pixels, {warps} warps" for block, warps in gpu_feeding.SHAPES]
+    assert list(by_shape) == [f"{block} pixels, {warps} warps" for block, warps in tiny["shapes"]]
     for times in by_shape.values():
         assert times["n"] == len(times["raw"]) == 2
         assert times["share_of_step"] == times["median"] / found["step_seconds_4"]["median"]
@@ -140,18 +143,18 @@ def test_kernels_are_launched_in_the_shape_that_is_asked_for() -> None:
 
 
 def test_the_loader_is_timed_against_a_replayed_batch(place: gpu_check.Place, part: record.Part) -> None:
-    case = ("resnet18", 4, 5)
-    gpu_training.overlap(part, place.split, cases=(case,), rounds=2, augment=SMALL, compiled=None)
-    found = left(part)["resnet18, batch 4"]
+    case = ("resnet18", 8, 2)
+    gpu_training.overlap(part, place.split, cases=(case,), rounds=1, augment=SMALL, compiled=None)
+    found = left(part)["resnet18, batch 8"]
     assert found.keys() == {"graph", "no graph"}
     for way, values in found.items():
         for side in values["sides"]:
-            check_side(side, 2, f"{way}, replayed")
-            assert side["images"] == 2 * 16  # two epochs of four steps: at least five
+            check_side(side, 1, f"{way}, replayed")
+            assert side["images"] == 2 * 8  # two epochs of one step
         assert values["share"] == values["sides"][1]["ratio"]
         assert 0 <= values["waited"] <= 1
         assert values["warm_up_seconds"] > 0
-    assert "goal: at least 98%" in row_of(part, "resnet18, batch 4, graph: with the loader")
+    assert "goal: at least 98%" in row_of(part, "resnet18, batch 8, graph: with the loader")
 
 
 def test_a_replayed_batch_stands_in_for_all(place: gpu_check.Place) -> None:
@@ -160,7 +163,7 @@ def test_a_replayed_batch_stands_in_for_all(place: gpu_check.Place) -> None:
     loader = Loader(place.split, batch_size=4, augment=SMALL, device="cpu")
     replayed = gpu_training.Replayed(loader)
     batches = list(replayed)
-    assert len(batches) == len(replayed) == len(loader) == 4
+    assert len(batches) == len(replayed) == len(loader) == 3
     assert all(batch is batches[0] for batch in batches)
     assert batches[0].images.is_contiguous(memory_format=torch.channels_last)
     assert replayed.augment is loader.augment
@@ -179,6 +182,7 @@ def test_epochs_are_timed_against_the_plain_loops(place: gpu_check.Place, part: 
 TINY = ("--epochs", "1", "--augment.size", "32", "--augment.resize", "36", "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_whole_runs_are_timed_from_start_to_exit(place: gpu_check.Place, part: record.Part, tmp_path: Path) -> None:
     gpu_check.runs(
         part, place.split, tmp_path, chosen={"report A": ("report-a", 1)}, flags=("--batch-size", "8", *TINY)
@@ -190,12 +194,16 @@ def test_whole_runs_are_timed_from_start_to_exit(place: gpu_check.Place, part: r
     assert "goal: under 6 s" in row_of(part, "report A: training")
 
 
-def test_what_a_run_that_fails_said_is_kept(place: gpu_check.Place, part: record.Part, tmp_path: Path) -> None:
-    wrong = ("--batch-size", "1000", *TINY)
-    gpu_check.runs(part, place.split, tmp_path, chosen={"report A": ("report-a", 1)}, flags=wrong)
-    assert part.failed == ["report A, run 1"]
+def test_what_a_run_that_fails_said_is_kept(part: record.Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "train.py").write_text("import sys\nsys.exit('no room')\n")
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    gpu_check.runs(part, tmp_path, tmp_path, chosen={"report A": ("report-a", 2)})
+    assert part.failed == ["report A, run 1", "report A, run 2"]
     assert part.found["report A"] == []
-    assert "exceeds the 16 samples" in (part.out / "failures.log").read_text()
+    log = (part.out / "failures.log").read_text()
+    assert "--recipe report-a --weights None" in log
+    assert "status 1\nno room" in log
 
 
 def test_accuracy_is_timed_until_its_marks(place: gpu_check.Place, part: record.Part, tmp_path: Path) -> None:
@@ -209,7 +217,7 @@ def test_accuracy_is_timed_until_its_marks(place: gpu_check.Place, part: record.
         assert run["reached_seconds"] == {"0.0%": first, "101.0%": None}
         assert 0 < run["start_up_seconds"] < first < last < run["seconds"]
         assert run["recipe"]["weights"] == "weights.pth"
-    assert "n = 2 s; 2 of 2 reached it" in row_of(part, "tiny: until 0.0%")
+    assert "n = 2; 2 of 2 reached it" in row_of(part, "tiny: until 0.0%")
     assert row_of(part, "tiny: until 101.0%") == "0 of 2 reached it"
 
 
@@ -271,21 +279,16 @@ def test_no_round_is_begun_when_time_is_up() -> None:
 
 
 PART = """
-import sys, time, torch
-sys.path.insert(0, {benchmarks!r})
-import record
+import json, os, pathlib, sys, time
 name, out = sys.argv[1:]
-part = record.Part(name, record.Path(out), torch.device("cpu"), group="state" if name in ("tests", "memory") else name)
-part.row(name, "a figure")
-part.save()
+content = {"parts": {name: {"rows": [[name, "a figure"]], "finished": name == "memory"}}}
+pathlib.Path(out, f"gpu_{name}.json").write_text(json.dumps(content))
 if name == "kernels":
     print("as good as gone", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    import os
     os.kill(os.getpid(), 11)
 if name == "overlap":
     time.sleep(60)
-part.save(finished=True)
+sys.exit(name == "memory")
 """
 
 
@@ -293,23 +296,22 @@ def test_a_process_that_crashes_or_hangs_costs_the_others_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_check, "_GRACE", 0)
-    monkeypatch.setitem(gpu_check.SECONDS, "overlap", 10.0)
-    program = PART.format(benchmarks=str(Path(gpu_check.__file__).parent))
+    monkeypatch.setitem(gpu_check.SECONDS, "overlap", 5.0)
 
     def command(name: str, _seconds: float) -> list[str]:
-        return [sys.executable, "-c", program, name, str(tmp_path)]
+        return [sys.executable, "-c", PART, name, str(tmp_path)]
 
-    monkeypatch.setattr(gpu_check, "_LEAST", 5)
+    monkeypatch.setattr(gpu_check, "_LEAST", 1)
     rows, failed = gpu_check.in_turn(tmp_path, ["tests", "kernels", "overlap", "memory"], command, 300)
-    assert failed == ["kernels", "overlap"]
+    assert failed == ["kernels", "overlap", "memory"]  # of the last a piece failed, which it told itself
     fell = "FAILED, see failures.log"
     figures = [("kernels", "a figure"), ("kernels", fell), ("overlap", "a figure"), ("overlap", fell)]
     assert rows == [("tests", "a figure"), *figures, ("memory", "a figure")]
     log = (tmp_path / "failures.log").read_text()
     assert "kernels: ended with status -11\nas good as gone" in log
-    assert "overlap: ended with status none: it was ended after 10 s" in log
+    assert "overlap: ended with status none: it was ended after 5 s" in log
+    assert "memory" not in log
     assert record.parts(tmp_path).keys() == {"tests", "kernels", "overlap", "memory"}
-    assert len(list(tmp_path.iterdir())) == 4  # two share a file; and the log
 
 
 def test_parts_that_would_begin_too_late_are_left_out(tmp_path: Path) -> None:
@@ -326,7 +328,7 @@ def test_a_part_is_done_by_its_name(place: gpu_check.Place, tmp_path: Path, monk
     found = record.parts(tmp_path)
     assert found.keys() == gpu_check.PARTS.keys()
     assert all(content["finished"] and content["clock"] for content in found.values())
-    assert len(list(tmp_path.iterdir())) == 7
+    assert len(list(tmp_path.iterdir())) == 7  # with the log of failures eight
 
 
 def test_tests_that_fail_are_told(part: record.Part, tmp_path: Path) -> None:

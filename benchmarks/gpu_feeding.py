@@ -1,0 +1,266 @@
+"""The parts of gpu_check.py that feed without training: every way of feeding, and the kernels that augment."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import epoch_time
+import record
+import torch
+
+from fastflower import Augment, Loader, geometry
+from fastflower.recipe import report_a
+from fastflower.stepping import fastest_convolutions
+from fastflower.training import Run
+
+FROM_CACHE = 350_000  # images/s, the goal
+TIMES_OPENCV = 2.0  # decoding on the GPU, the goal
+KERNEL_SHARE = 0.03  # of a ResNet-18 step, the goal
+SHAPES = ((256, 4), (512, 4), (512, 8), (1024, 8))  # _BLOCK, _WARPS
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SLEEP = 100_000_000  # cycles of the GPU, some 50 ms: the host launches all that is timed meanwhile
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of feeding, all but the baseline by fastflower."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    epochs: int = 1
+    """In a round: an epoch from memory is over too soon to be timed."""
+    hw_decoder_load: float | None = None
+    """DALI's share for the GPU's JPEG engine."""
+
+
+def ways(fast: int = 20) -> list[Way]:
+    """All of them."""
+    found = [
+        Way(f"Triton, from the cache, {name}", {"executor": "triton", "dtype": dtype}, fast)
+        for name, dtype in DTYPES.items()
+    ]
+    half = torch.bfloat16
+    found.append(Way("Triton, threads decode, bfloat16", {"executor": "triton", "dtype": half, "cache": None}))
+    for load in (0.0, 0.65, 1.0):
+        for name in ("float16", "bfloat16"):
+            options = {"executor": "dali", "dtype": DTYPES[name], "cache": None}
+            found.append(Way(f"DALI decodes, engine {load:.0%}, {name}", options, hw_decoder_load=load))
+    for name, executor in (("native", "native"), ("OpenCV", "opencv")):
+        options = {"executor": executor, "dtype": half, "cache": None}
+        found.append(Way(f"threads, {name}, decoding, bfloat16", options))
+    found.append(Way("threads, native, from RAM, bfloat16", {"executor": "native", "dtype": half}, max(1, fast // 4)))
+    return found
+
+
+def feeding(
+    part: record.Part,
+    folder: Path,
+    shards: Path,
+    *,
+    batch_sizes: tuple[int, ...] = (32, 256),
+    rounds: int = 5,
+    augment: Augment | None = None,
+    chosen: list[Way] | None = None,
+) -> None:
+    """Feeding alone: the clock runs from asking for an epoch's first batch until the last one is on the device; ways from memory
+    feed several epochs a round. What a way makes at first, and decodes into memory, falls into its uncounted round.
+    """
+    for batch_size in batch_sizes:
+        how = (augment or report_a().augment, chosen or ways())
+        part.attempt(f"batch {batch_size}", partial(_feeding, part, folder, shards, batch_size, rounds, *how))
+
+
+def _feeding(
+    part: record.Part, folder: Path, shards: Path, batch_size: int, rounds: int, augment: Augment, chosen: list[Way]
+) -> None:
+    def fails(name: str, error: Exception) -> None:
+        part.fail(f"batch {batch_size}: {name}", error)
+
+    first = epoch_time.plain_feeding(folder, augment.output_size[0], batch_size, part.device)
+    common = {"batch_size": batch_size, "augment": augment, "device": part.device}
+    sides = [first, *(side_of(way, shards, common) for way in chosen)]
+    left = record.interleave(sides, rounds, part.device, ends=part.ends, failed=fails)
+    part.found[f"batch_{batch_size}"] = [record.summary(side, first) for side in left]
+    for side in left:
+        part.row(f"batch {batch_size}: {side.name}", record.rate(side, first))
+    cached = [side for side in left if side.name.startswith("Triton, from the cache")]
+    if cached:
+        best = max(statistics.median(side.rates) for side in cached)
+        goal = f"{best:.0f} images/s; goal: at least {FROM_CACHE}, {verdict(best >= FROM_CACHE)}"
+        part.row(f"batch {batch_size}: from the cache, the best", goal)
+    opencv = next((side for side in left if "OpenCV" in side.name), None)
+    decoding = [record.ratio(side, opencv) for side in left if side.name.startswith("DALI")] if opencv else []
+    if decoding:
+        times = f"{max(decoding):.2f} times the OpenCV executor"
+        goal = f"{times}; goal: at least {TIMES_OPENCV:.0f}, {verdict(max(decoding) >= TIMES_OPENCV)}"
+        part.row(f"batch {batch_size}: decoding on the GPU, the best", goal)
+
+
+def side_of(way: Way, shards: Path, common: dict[str, Any]) -> record.Side:
+    """Makes its loader in the uncounted round, where it may fail alone."""
+    made: list[Loader] = []
+
+    def run() -> int:
+        if way.hw_decoder_load is not None:
+            from fastflower import dali_executor  # here, so that a machine without DALI loses DALI only
+
+            dali_executor.HW_DECODER_LOAD = way.hw_decoder_load  # read when the graph is built, at the first batch
+        if not made:
+            made.append(Loader(shards, **common, **way.options))
+        return sum(len(batch.labels) for _ in range(way.epochs) for batch in made[0])
+
+    return record.Side(way.name, run)
+
+
+def verdict(holds: bool) -> str:
+    return "met" if holds else "MISSED"
+
+
+def kernels(
+    part: record.Part,
+    shards: Path,
+    *,
+    batch_sizes: tuple[int, ...] = (32, 256),
+    dtypes: tuple[str, ...] = tuple(DTYPES),
+    shapes: tuple[tuple[int, int], ...] = SHAPES,
+    launches: int = 50,
+    steps: int = 20,
+    rounds: int = 5,
+    augment: Augment | None = None,
+) -> None:
+    """Seconds between two events of the GPU, which waits until all is launched, so that no launch is counted: of augmenting, with
+    the copy of a batch's tables and over the photographs of a whole epoch; of ResNet-18 training steps. On the host: drawing, and
+    filling the tables. Means over launches, n such means.
+    """
+    chosen = augment or report_a().augment
+    step: dict[int, float] = {}
+    for batch_size in batch_sizes:
+        what = f"batch {batch_size}: ResNet-18 step"
+        part.attempt(what, partial(_step, part, shards, batch_size, chosen, steps, rounds, step))
+    for batch_size in batch_sizes:
+        for name in dtypes:
+            what = f"batch {batch_size}, {name}: augmenting"
+            how = (batch_size, name, shapes, launches, rounds, step.get(batch_size))
+            part.attempt(what, partial(_augmenting, part, shards, chosen, *how))
+
+
+def _step(
+    part: record.Part, shards: Path, batch_size: int, augment: Augment, steps: int, rounds: int, found: dict[int, float]
+) -> None:
+    recipe = replace(report_a(), weights=None, augment=augment, batch_size=batch_size)
+    run = Run(shards, recipe, shards, part.device)
+    images, labels, _ = next(iter(run.loader))
+
+    def work() -> None:
+        for _ in range(steps):
+            run.step(images, labels)
+
+    with fastest_convolutions(part.device):
+        work()
+        times = [device_seconds(work, part.device) / steps for _ in range(rounds)]
+    found[batch_size] = statistics.median(times)
+    part.found[f"step_seconds_{batch_size}"] = {**record.spread(times), "raw": times}
+    part.row(f"batch {batch_size}: ResNet-18 step", milliseconds(times))
+
+
+def _augmenting(
+    part: record.Part,
+    shards: Path,
+    augment: Augment,
+    batch_size: int,
+    name: str,
+    shapes: tuple[tuple[int, int], ...],
+    launches: int,
+    rounds: int,
+    step: float | None,
+) -> None:
+    options = {"augment": augment, "dtype": DTYPES[name], "device": part.device, "executor": "triton"}
+    loader = Loader(shards, batch_size=batch_size, **options)
+    executor: Any = loader._executor
+    requests = list(loader._requests(0, 0))
+    for _ in executor.run(requests):  # decodes them, and keeps them
+        pass
+    tables = [_tables(executor, request) for request in requests]
+    label = f"batch {batch_size}, {name}"
+    shape_of_images = (batch_size, *augment.output_size, 3)
+    outs = [torch.empty(shape_of_images, dtype=DTYPES[name], device=part.device) for _ in range(4)]
+
+    def work() -> None:
+        for number in range(launches):
+            executor._render(tables[number % len(tables)], outs[number % len(outs)])
+
+    found: dict[str, Any] = {}
+    for shape in shapes:
+        with launched_as(*shape):
+            work()  # compiles
+            times = [device_seconds(work, part.device, executor._stream) / launches for _ in range(rounds)]
+        share = statistics.median(times) / step if step else None
+        found["{} pixels, {} warps".format(*shape)] = {**record.spread(times), "share_of_step": share, "raw": times}
+        goal = (
+            f"; {share:.2%} of a step, goal: under {KERNEL_SHARE:.0%}, {verdict(share < KERNEL_SHARE)}" if share else ""
+        )
+        part.row(f"{label}: {shape[0]} pixels a program, {shape[1]} warps", milliseconds(times) + goal)
+    host: dict[str, list[float]] = {"draw": [], "tables": []}
+    for epoch in range(rounds):
+        start = time.perf_counter()
+        drawn = list(loader._requests(epoch, 0))
+        host["draw"].append((time.perf_counter() - start) / len(drawn))
+        start = time.perf_counter()
+        for request in requests:
+            _tables(executor, request)
+        host["tables"].append((time.perf_counter() - start) / len(requests))
+    both: list[float] = [sum(pair) for pair in zip(*host.values(), strict=True)]
+    part.row(f"{label}: on the host, draws and tables", milliseconds(both))
+    times = {what: {**record.spread(values), "raw": values} for what, values in (host | {"both": both}).items()}
+    part.found[f"batch_{batch_size}_{name}"] = {"device_seconds": found, "host_seconds": times, "step_seconds": step}
+
+
+def _tables(executor: Any, request: Any) -> torch.Tensor:
+    """The tables of a batch all of whose photographs are kept."""
+    how = geometry.resampling(request.warp)
+    missing = executor._photos.missing(request.indices, how.reduce)
+    if len(missing):
+        raise RuntimeError(f"{len(missing)} photographs of a batch were not kept")
+    address, width, _ = executor._photos.places(request.indices, how.reduce, missing, [], None)
+    return executor._tables(request, how, address, width)
+
+
+@contextmanager
+def launched_as(block: int, warps: int) -> Iterator[None]:
+    """Within, the kernels are launched so."""
+    from fastflower import triton_executor  # here, as DALI
+
+    module: Any = triton_executor
+    before = module._BLOCK, module._WARPS
+    module._BLOCK, module._WARPS = block, warps
+    try:
+        yield
+    finally:
+        module._BLOCK, module._WARPS = before
+
+
+def device_seconds(work: Callable[[], object], device: torch.device, stream: Any = None) -> float:
+    """What the device takes for what `work` launches, back to back; on the CPU what the clock says."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        torch.cuda._sleep(_SLEEP)
+        begun.record()
+        work()
+        ended.record()
+    ended.synchronize()
+    return begun.elapsed_time(ended) / 1000
+
+
+def milliseconds(times: list[float]) -> str:
+    low, high = (1000 * edge(times) for edge in (min, max))
+    return f"{1000 * statistics.median(times):.3f} ms ({low:.3f} - {high:.3f}, n = {len(times)})"
