@@ -12,12 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -119,9 +117,9 @@ def tests(part: record.Part, folder: Path) -> None:
     part.attempt("tests", run)
 
 
-def surroundings(*folders: Path) -> dict[str, str]:
+def surroundings() -> dict[str, str]:
     """The environment of processes, in which fastflower is found."""
-    paths = [*map(str, folders), str(record.ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(record.ROOT), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
@@ -190,20 +188,6 @@ def seconds(times: list[float], goal: float | None = None) -> str:
     return text if goal is None else f"{text}; goal: under {goal:.0f} s, {verdict(statistics.median(times) < goal)}"
 
 
-def prepared_metadata(scratch: Path) -> list[Path]:
-    """Where a checkout that is not installed has its version, which checkpoints name; nothing where it is installed."""
-    try:
-        version("fastflower")
-    except PackageNotFoundError:
-        project = tomllib.loads((record.ROOT / "pyproject.toml").read_text())["project"]
-        folder = scratch / "site" / f"fastflower-{project['version']}.dist-info"
-        folder.mkdir(parents=True)
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fastflower\nVersion: {project['version']}\n")
-        sys.path.insert(0, str(folder.parent))
-        return [folder.parent]
-    return []
-
-
 def do(name: str, out: Path, device: torch.device, place: Place, seconds: float) -> int:
     """One part, in this process; 1 when something of it failed."""
     module: Any = next(module for module in (sys.modules[__name__], gpu_feeding, gpu_training) if hasattr(module, name))
@@ -217,7 +201,7 @@ def do(name: str, out: Path, device: torch.device, place: Place, seconds: float)
 
 
 def in_turn(
-    out: Path, names: Sequence[str], command: Callable[[str, float], list[str]], limit: float, *folders: Path
+    out: Path, names: Sequence[str], command: Callable[[str, float], list[str]], limit: float
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """(rows of all parts, those that failed). command(name, seconds) does a part in a process of its own."""
     ends, failed = time.perf_counter() + limit, []
@@ -230,9 +214,7 @@ def in_turn(
             continue
         print(f"{name}:", flush=True)
         with tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(
-                command(name, seconds), stderr=errors, env=surroundings(*folders), process_group=0
-            )
+            process = subprocess.Popen(command(name, seconds), stderr=errors, env=surroundings(), process_group=0)
             try:
                 status = process.wait(seconds + _GRACE)
             except BaseException as error:
@@ -290,7 +272,6 @@ def main(
         photographs = data.resolve() if data else room / "drawn"
         if data is None:
             subprocess.run([sys.executable, record.ROOT / "tools" / "draw_flowers.py", photographs], check=True)
-        site = prepared_metadata(room)
         Place(photographs, room).prepare()
         print(f"prepared: {time.perf_counter() - begun:.0f} s", flush=True)
 
@@ -300,7 +281,7 @@ def main(
             return [sys.executable, __file__, *map(str, [out.resolve(), *given])]
 
         left = limit - (time.perf_counter() - begun)
-        rows, failed = in_turn(out, [name for name in SECONDS if name in parts], command, left, *site)
+        rows, failed = in_turn(out, [name for name in SECONDS if name in parts], command, left)
     print(f"\n{torch.cuda.get_device_name()}, {time.perf_counter() - begun:.0f} s")
     for name, value in rows:
         print(f"  {name:60} {value}")

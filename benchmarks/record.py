@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from fastflower.checkpoint import environment
+from fastflower.manifest import version_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -276,10 +276,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 def _others(device: torch.device) -> dict[str, str]:
     """Versions of what renders and computes beside torch."""
-    found: dict[str, str] = {}
-    for name in ("nvidia-dali-cuda130", "triton"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
+    found = {name: version_of(name) for name in ("nvidia-dali-cuda130", "triton")}
     return found | ({"cudnn": str(torch.backends.cudnn.version())} if device.type == "cuda" else {})
 
 

@@ -3,7 +3,6 @@
 import os
 import platform
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +12,7 @@ from torch import nn
 from fastflower import ranks
 from fastflower.backbone import build, load_file
 from fastflower.errors import ArgumentError, CheckpointError, FastflowerError
+from fastflower.manifest import version_of
 from fastflower.recipe import Recipe
 
 FORMAT_VERSION = 2
@@ -118,7 +118,7 @@ def environment(device: torch.device, precision: torch.dtype | None = None) -> d
     """Hardware, versions and, of training, its precision: for checkpoints and benchmark records."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     names = ("fastflower", "torch", "torchvision", "numpy", "opencv-python-headless")
-    found = {name: version(name) for name in names}
+    found = {name: version_of(name) for name in names}
     return {
         "device": f"{device.type}: {chip}",
         "cores": str(os.cpu_count()),

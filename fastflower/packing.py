@@ -13,7 +13,6 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecu
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from fastflower.duplicates import nearest
 from fastflower.errors import ArgumentError, FolderError
 from fastflower.folder import Folder, scan
-from fastflower.manifest import FILE, INFO, Manifest, Split, sync, write_atomically
+from fastflower.manifest import FILE, INFO, Manifest, Split, sync, version_of, write_atomically
 from fastflower.part import STOP, Part, make_part
 from fastflower.planning import PLAN, Plan, check_same, load_plan, make_plan, save_plan, shard_name
 from fastflower.shard import index_rows, npy
@@ -204,7 +203,7 @@ def _locked(work: Path) -> IO[str]:
 def _begun(found: Folder, options: dict[str, Any], work: Path, mapped: Callable[..., Iterable[Any]]) -> Plan:
     """The plan of the pack that was interrupted here, or a new one; saved, and read from the workspace in both cases."""
     out = work.parent
-    versions = {"fastflower": version("fastflower"), "pillow": PIL.__version__, "opencv": cv2.__version__}
+    versions = {"fastflower": version_of("fastflower"), "pillow": PIL.__version__, "opencv": cv2.__version__}
     if not (work / PLAN).exists():
         names = [INFO, *_LISTS] if options["lists"] else [INFO]
         taken = [path.name for path in sorted(out.iterdir()) if path.name in names or path.suffix in _ENDINGS]

@@ -1,7 +1,6 @@
 """The GPU check's parts at tiny sizes on the CPU: what they leave, and that what fails costs the others nothing."""
 
 import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -343,20 +342,6 @@ def test_tests_that_fail_are_told(part: record.Part, tmp_path: Path) -> None:
     log = (part.out / "failures.log").read_text()
     assert "assert 1 == 2" in log
     assert "no_such_module" not in log
-
-
-def test_a_checkout_that_is_not_installed_has_a_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu_check.prepared_metadata(tmp_path) == []
-
-    def missing(_name: str) -> str:
-        raise gpu_check.PackageNotFoundError
-
-    monkeypatch.setattr(gpu_check, "version", missing)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (site,) = gpu_check.prepared_metadata(tmp_path)
-    (metadata,) = site.glob("fastflower-*.dist-info/METADATA")
-    assert "Name: fastflower" in metadata.read_text()
-    assert gpu_check.surroundings(site)["PYTHONPATH"].split(os.pathsep)[0] == str(site)
 
 
 def test_without_cuda_nothing_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from packs import drawn, exactly, interrupted
 
 from fastflower import Manifest, pack
 from fastflower.errors import FolderError, ShardError
-from fastflower.manifest import INDEX_DTYPE, Shard, Split, write_atomically
+from fastflower.manifest import INDEX_DTYPE, Shard, Split, version_of, write_atomically
 
 MANIFEST = Manifest(
     folder=Path("nowhere"),
@@ -253,3 +254,8 @@ def test_a_pack_that_cannot_be_finished_shows_no_shard_and_goes_on_later(tmp_pat
     (out / "_info.json").rmdir()
     pack(folder, out, shard_bytes=4000)
     assert checksums(out) == checksums(tmp_path / "expected")
+
+
+def test_versions_of_what_is_only_on_the_path_are_said_to_be_missing() -> None:
+    assert version_of("numpy") == version("numpy")
+    assert version_of("fastflower-of-nobody") == "not installed"

@@ -157,7 +157,9 @@ def test_shards_without_a_validation_split_can_be_trained_on(flowers: Path, tmp_
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_stays_close(shards: Path, tmp_path: Path, precision: str) -> None:
-    tiny = replace(TINY, augment=replace(TINY.augment, size=32, resize=36), epochs=1)  # some processors only emulate them
+    tiny = replace(
+        TINY, augment=replace(TINY.augment, size=32, resize=36), epochs=1
+    )  # some processors only emulate them
     recipe = replace(tiny, precision=precision)  # pyright: ignore[reportArgumentType]
     low = train(shards, recipe, out=tmp_path / "run", device="cpu")
     high = train(shards, tiny, out=tmp_path / "high", device="cpu")
