@@ -30,6 +30,16 @@ def flip_a_bit(folder: Path, split: str, index: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+def pack_garbage(folder: Path) -> None:
+    """In place of sample 3 of split "val", as if it had been packed: the checksum agrees."""
+    rows = np.load(folder / "val.index.npy")
+    with (folder / "val-000000.tar").open("r+b") as file:
+        file.seek(int(rows[3]["offset"]))
+        file.write(b"x" * int(rows[3]["size"]))
+    rows["crc32"][3] = zlib.crc32(b"x" * int(rows[3]["size"]))
+    np.save(folder / "val.index.npy", rows)
+
+
 @pytest.fixture
 def damaged(flowers: Path, tmp_path: Path) -> Path:
     """Shards with one flipped bit in the image of sample 5 of split "train"."""
@@ -54,12 +64,7 @@ def test_bytes_that_do_not_decode_stop_the_epoch_and_name_the_sample(
     shards: Path, tmp_path: Path, executor: Any
 ) -> None:
     folder = shutil.copytree(shards, tmp_path / "broken")
-    rows = np.load(folder / "val.index.npy")
-    with (folder / "val-000000.tar").open("r+b") as file:  # garbage that was "packed": the checksum agrees
-        file.seek(int(rows[3]["offset"]))
-        file.write(b"x" * int(rows[3]["size"]))
-    rows["crc32"][3] = zlib.crc32(b"x" * int(rows[3]["size"]))
-    np.save(folder / "val.index.npy", rows)
+    pack_garbage(folder)
     loader = make(folder, split="val", executor=executor)
     with pytest.raises(SampleError, match=rf"val-000000\.tar: sample .* \({loader.path_of(3)}\): cannot be decoded"):
         list(loader)

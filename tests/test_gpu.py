@@ -1,7 +1,6 @@
 """What needs CUDA: both of a GPU's executors against torchvision and the CPU, beside slow consumers, and under training."""
 
 import shutil
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import parity
 import pytest
 import torch
+from test_damaged_samples import pack_garbage
 
 from fastflower import Augment, Loader, Recipe, evaluate, train
 from fastflower.errors import SampleError
@@ -104,12 +104,7 @@ def test_two_loaders_share_a_gpu(shards: Path, executor: Any) -> None:
 @pytest.mark.parametrize("executor", ["dali", "triton"])
 def test_a_failure_names_its_sample_and_the_process_goes_on(shards: Path, tmp_path: Path, executor: Any) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "broken"))
-    rows = np.load(folder / "val.index.npy")
-    with (folder / "val-000000.tar").open("r+b") as file:  # garbage that was "packed": the checksum agrees
-        file.seek(int(rows[3]["offset"]))
-        file.write(b"x" * int(rows[3]["size"]))
-    rows["crc32"][3] = zlib.crc32(b"x" * int(rows[3]["size"]))
-    np.save(folder / "val.index.npy", rows)
+    pack_garbage(folder)
     broken = Loader(folder, "val", batch_size=8, augment=RANDOM, device="cuda", executor=executor)
     for _ in range(3):
         with pytest.raises(
