@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,6 +32,7 @@ _log = logging.getLogger("fastflower")
 
 _REMOTE_WINDOW = 8  # shards: with the packer's 64 MB half a gigabyte, some ten thousand photographs
 _DRAWN_TOGETHER = 1024  # samples: numpy's calls then cost less than what they compute
+_BATCHES_AHEAD = 8  # of a GPU: some 30 ms of steps of 4 ms, in which the host may do something else
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
@@ -239,7 +241,7 @@ class Loader(IterableDataset[Batch]):
         if self._store:
             self._store.begin()
         made = self._executor.run(self._requests(epoch, start))
-        asked = perf_counter()
+        asked, used = perf_counter(), deque[torch.cuda.Event]()
         try:
             for request, images in made:
                 self._position = (epoch, request.step + 1) if request.step + 1 < self._steps else (epoch + 1, 0)
@@ -249,12 +251,23 @@ class Loader(IterableDataset[Batch]):
                 self._clock.add("wait", given - asked)
                 self._images += len(index)
                 yield batch
+                self._pace(used)
                 asked = perf_counter()
                 self._clock.add("consume", asked - given)
             self._position = (epoch + 1, 0)  # where this rank has no part of the last step
         finally:
             with self._store.ending() if self._store else nullcontext():
                 made.close()
+
+    def _pace(self, used: deque[torch.cuda.Event]) -> None:
+        """Let a host that asks a GPU for steps run ahead of it by so many batches: unbounded it takes memory for each."""
+        if self.device.type != "cuda":
+            return
+        event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps
+        event.record(torch.cuda.current_stream(self.device))
+        used.append(event)
+        if len(used) > _BATCHES_AHEAD:
+            used.popleft().synchronize()
 
     def _mixed(self, request: Request, batch: Batch) -> Batch:
         if not (self._drawing.mixup or self._drawing.cutmix):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastflower import ranks
 
-_LOOKED_AT = 64  # steps: more than a device lags behind
+_LOOKED_AT = 64  # steps: a loader lets a GPU lag behind by eight
 
 
 class Tally:

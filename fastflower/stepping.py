@@ -1,6 +1,7 @@
 """One step of training; on CUDA it is recorded once, as a graph of kernels, and replayed."""
 
 import gc
+import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -13,6 +14,8 @@ from fastflower import ranks
 from fastflower.errors import ArgumentError
 from fastflower.optimization import tensors_of
 from fastflower.recipe import Recipe
+
+_log = logging.getLogger("fastflower")
 
 Outcome = tuple[Tensor, Tensor]
 """Of a step: mean loss and hits, (), on the device."""
@@ -78,8 +81,17 @@ class Stepper:
 
     def _recorded(self, capture: Capture, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Outcome]:
         inputs = images.clone(), labels.clone()  # where every batch of this shape goes; channels-last stays
-        with unchanged(self._network, self._optimizer, generator_of(self._device)):
-            replay = capture(lambda: self._eager(*inputs))
+        try:
+            with unchanged(self._network, self._optimizer, generator_of(self._device)):
+                replay = capture(lambda: self._eager(*inputs))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # another thread's cudaDeviceSynchronize, such as DALI's, spoils a recording
+            self._optimizer.zero_grad(set_to_none=True)
+            _log.warning(
+                "a step could not be recorded as a CUDA graph (%s), and is carried out kernel by kernel", error
+            )
+            return self._eager
 
         def step(images: Tensor, labels: Tensor) -> Outcome:
             inputs[0].copy_(images)
@@ -115,13 +127,16 @@ def unchanged(network: nn.Module, optimizer: Optimizer, generator: torch.Generat
     because its first momentum is the gradient, and so is momentum * 0 + gradient (dampening is 0 here).
     """
     tensors = [*tensors_of(network), *_state_of(optimizer)]
-    before, random = [tensor.clone() for tensor in tensors], generator.get_state()
-    yield
-    generator.set_state(random)
-    for tensor in _state_of(optimizer):
-        tensor.zero_()
-    for tensor, value in zip(tensors, before, strict=True):
-        tensor.copy_(value)
+    before, random = [tensor.detach().clone() for tensor in tensors], generator.get_state()
+    try:
+        yield
+    finally:
+        generator.set_state(random)
+        with torch.no_grad():
+            for tensor in _state_of(optimizer):
+                tensor.zero_()
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
 
 
 def _state_of(optimizer: Optimizer) -> list[Tensor]:
@@ -161,14 +176,18 @@ class Graphs:
         """Run the function three times, record it, and give what replays the record; its outcome always lies in one place."""
         graph, stream = torch.cuda.CUDAGraph(), self._stream
         with torch.cuda.device(self._device):
-            stream.wait_stream(torch.cuda.current_stream())
+            before = torch.cuda.current_stream()
+            stream.wait_stream(before)
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
                     function()
-            torch.cuda.current_stream().wait_stream(stream)
-            # thread_local: the loader's threads go on allocating and copying meanwhile, on other streams.
-            with _no_collection(), torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
-                outcome = function()
+            before.wait_stream(stream)
+            try:
+                # thread_local: the loader's threads go on allocating and copying meanwhile, on other streams.
+                with _no_collection(), torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+                    outcome = function()
+            finally:
+                torch.cuda.set_stream(before)  # where a recording fails, torch leaves its own
 
         def replay() -> Outcome:
             graph.replay()

@@ -222,9 +222,9 @@ class Run:
             fastest_convolutions(self.device),
             tqdm(desc=label, disable=ranks.rank() > 0 or None, **options) as bar,
         ):
-            asked = perf_counter()
+            waited = tally.waited - self.loader.stats().wait_seconds  # its clock stands while it waits for the GPU
             for step, (images, labels, _) in enumerate(self.loader, start=tally.steps):
-                tally.waited += perf_counter() - asked
+                tally.waited = waited + self.loader.stats().wait_seconds
                 self._prepare(epoch * steps + step, steps)
                 first = step - step % recipe.accumulate
                 end = min(first + recipe.accumulate, steps)
@@ -237,7 +237,6 @@ class Run:
                         self.average.update(self.network, before)
                     tally.seconds = perf_counter() - begun
                     self._obey(tally)
-                asked = perf_counter()
         found = tally.state()
         self._check(first_not_finite(found["losses"]), epoch)
         seconds = perf_counter() - begun

@@ -26,7 +26,8 @@ from fastflower.image import decode
 from fastflower.thread_executor import ThreadExecutor
 from fastflower.triton_executor import DevicePhotos, TritonExecutor
 
-EXECUTORS = ("native", "opencv", "dali", "triton")
+EXECUTORS = ["native", "opencv", "dali", *(() if torch.cuda.is_available() else ("triton",))]
+"""On the CPU; Triton's kernels run there only where there is no GPU, in its interpreter."""
 JITTER: dict[str, Any] = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
 REPORTS: dict[str, Any] = {"crop": (0.08, 1.0), "flip": 0.5, "rotate": 10, "translate": (0.1, 0.1)}
 

@@ -124,13 +124,14 @@ def test_two_runs_give_the_same_batches_and_kept_batches_stay(shards: Path, exec
         assert torch.equal(one.index, other.index)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_mixing_waits_for_nothing(shards: Path) -> None:
     augment = replace(RANDOM, mixup=0.2, cutmix=1.0)
     loader, plain = (Loader(shards, batch_size=8, augment=augment, device=device) for device in ("cuda", "cpu"))
     list(loader)  # kernels are compiled, photographs decoded
     loader.set_epoch(0)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         batches = list(loader)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -139,9 +140,12 @@ def test_mixing_waits_for_nothing(shards: Path) -> None:
         assert (batch.images.cpu() - other.images).abs().mean().item() * 58 < 2
 
 
-def test_the_main_job_runs_on_the_gpu(shards: Path, tmp_path: Path) -> None:
-    recipe = Recipe(weights=None, augment=replace(RANDOM, size=64, resize=72), epochs=2, batch_size=24, lr=0.01)
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32"])
+def test_the_main_job_runs_on_the_gpu(shards: Path, tmp_path: Path, precision: Any) -> None:
+    small = replace(RANDOM, size=64, resize=72)
+    recipe = Recipe(weights=None, augment=small, epochs=2, batch_size=24, lr=0.01, precision=precision)
     report = train(shards, recipe, out=tmp_path / "run", device="cuda")
     scores = evaluate(report.checkpoint, shards, device="cuda")
-    assert scores.accuracy == report.history[report.best_epoch - 1]["val_accuracy"]
+    # Training renders its validation by Triton, evaluate by DALI, in other batches: two of 30 may fall to the other side.
+    assert abs(scores.accuracy - report.history[report.best_epoch - 1]["val_accuracy"]) < 2.5 / 30
     assert evaluate(report.checkpoint, shards, device="cpu").num_samples == 30

@@ -169,6 +169,42 @@ def test_warming_up_leaves_everything_as_it_was(
     assert not torch.equal(warm["random"], before["random"])
 
 
+def test_a_recording_that_fails_is_told_and_steps_go_on_without(
+    shards: Path, batch: tuple[Tensor, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    recording, plain = (Run(shards, RECIPE, Path("unused"), CPU) for _ in range(2))
+    asked: list[int] = []
+
+    def spoiled(function: Callable[[], Outcome]) -> Callable[[], Outcome]:
+        asked.append(1)
+        function()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    parts = (recording.network, recording.optimizer, recording.scaler, RECIPE, CPU, torch.float32)
+    stepper, random = Stepper(*parts, spoiled), torch.get_rng_state()
+    found = [stepper(*batch) for _ in range(2)]
+    torch.set_rng_state(random)
+    expected = [plain.step(*batch) for _ in range(2)]
+    assert_same(found, expected)
+    assert_same(state_of(recording), state_of(plain))
+    assert asked == [1]
+    assert caplog.messages == [
+        "a step could not be recorded as a CUDA graph (operation not permitted when stream is capturing), and is carried out "
+        "kernel by kernel"
+    ]
+
+
+def test_memory_that_runs_out_in_a_recording_is_no_reason_to_go_on(shards: Path, batch: tuple[Tensor, Tensor]) -> None:
+    run = Run(shards, RECIPE, Path("unused"), CPU)
+
+    def full(_function: Callable[[], Outcome]) -> Callable[[], Outcome]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    parts = (run.network, run.optimizer, run.scaler, RECIPE, CPU, torch.float32)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        Stepper(*parts, full)(*batch)
+
+
 def test_what_a_graph_would_hold_stays_where_it_lies(shards: Path, tmp_path: Path, recorder: Recorder) -> None:
     """Graphs know addresses: of weights, statistics, the optimizer's state and the rate."""
     run = Run(shards, replace(RECIPE, **ADAMW, ema=0.9), tmp_path, CPU)
