@@ -34,13 +34,13 @@ SECONDS: dict[str, float] = {
     "tests": 240,
     "feeding": 240,
     "kernels": 120,
-    "overlap": 270,
+    "overlap": 240,
     "epochs": 120,
     "runs": 180,
-    "accuracy": 300,
+    "accuracy": 240,
     "memory": 120,
 }
-"""After which a part begins nothing more; together 26 minutes and a half."""
+"""After which a part begins nothing more; together 25 minutes."""
 _GRACE = 60  # seconds until it is ended
 _LEAST = 20  # seconds that a part is begun with
 

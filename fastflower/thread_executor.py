@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
-from time import perf_counter
+from pathlib import Path
+from time import perf_counter, sleep
 from typing import Any, Protocol
 from weakref import finalize
 
@@ -33,6 +34,21 @@ class Renderer(Protocol):
     def __call__(self, photo: Pixels, job: Any, out: NDArray[Any], /) -> None:
         """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8, decoded at job.reduce."""
         ...
+
+
+def end(pool: ThreadPoolExecutor) -> None:
+    """Wait for a pool's threads until the system, too, knows of them no more.
+
+    Before Python 3.13 joining a thread does not wait for what libraries do at its end. OpenCV takes a lock then, and a child
+    that is forked meanwhile would wait for it for ever.
+    """
+    threads = list(pool._threads)
+    pool.shutdown(wait=True, cancel_futures=True)
+    for thread in threads:
+        for _ in range(1000):
+            if not Path(f"/proc/self/task/{thread.native_id}").exists():
+                break
+            sleep(0.001)
 
 
 class _Memory:
@@ -101,7 +117,7 @@ class ThreadExecutor:
             while started:
                 yield _finished(*started.popleft())
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            end(pool)
 
     def _enough(self, started: Sequence[tuple[Request, Tensor, list[Future[None]]]]) -> bool:
         """Whether every thread has a task and one more waits, without the batch that is to be yielded."""

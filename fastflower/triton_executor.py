@@ -23,6 +23,7 @@ from fastflower import triton_kernels as kernels
 from fastflower.augment import Augment
 from fastflower.batch import Pixels, Replace, Request, refuse
 from fastflower.errors import SampleError
+from fastflower.thread_executor import end
 
 _CHUNK = 8  # samples a task
 _BLOCK, _WARPS = (
@@ -151,7 +152,7 @@ class TritonExecutor:
                 if len(launched) > 1 or not started:
                     yield self._handed_over(*launched.popleft())
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            end(pool)
             if self._stream:  # batches that nobody took are freed here, and may still be written to
                 torch.cuda.current_stream(self._device).wait_stream(self._stream)
 

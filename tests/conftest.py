@@ -1,5 +1,6 @@
 """Drawn flowers, packed shards, and the rule for tests that need a GPU."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -74,6 +75,15 @@ def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]
 def source(server: BadServer, tmp_path: Path) -> Remote:
     """Its address, with a cache of the test's own."""
     return Remote(url=server.url, folder=tmp_path / "cache")
+
+
+@pytest.fixture
+def nothing_to_collect() -> Iterator[None]:
+    """A child that is forked finds no garbage of tests before, such as pipelines of DALI, whose threads it does not have."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ import gpu_training
 import record
 
 pytestmark = [
+    pytest.mark.usefixtures("nothing_to_collect"),  # the baseline forks
     pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with CUDA the check itself is run"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
 ]

@@ -84,7 +84,7 @@ def test_another_version_is_named_and_changes_nothing(
     out = interrupted(small, tmp_path / "out", parts=1, **OPTIONS)
     before = checksums(out)
     former = load_plan(out / ".packing").versions
-    places = {"fastflower": (packing, "version", lambda _: "9.9"), "pillow": (PIL, "__version__", "9.9")}
+    places = {"fastflower": (packing, "version_of", lambda _: "9.9"), "pillow": (PIL, "__version__", "9.9")}
     places["opencv"] = (cv2, "__version__", "9.9")
     assert places.keys() == former.keys()
     for name, place in places.items():

@@ -91,6 +91,17 @@ def feed(loader: Loader, pipe: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_when_an_iterator_ends_the_system_knows_of_its_threads_no_more(shards: Path) -> None:
+    for _ in range(20):
+        iterator = iter(Loader(shards, **OPTIONS))
+        next(iterator)
+        ours = {thread.native_id for thread in threading.enumerate() if thread.name.startswith("fastflower")}
+        assert ours
+        iterator.close()  # pyright: ignore[reportAttributeAccessIssue]
+        assert not ours & {thread.id for thread in psutil.Process().threads()}
+
+
+@pytest.mark.usefixtures("nothing_to_collect")
 @pytest.mark.parametrize("executor", ["native", "opencv"])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_loader_works_in_another_process(method: str, executor: Any, shards: Path) -> None:

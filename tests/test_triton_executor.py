@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpret
 
 AUGMENT = Augment(size=(150, 170), crop=(0.1, 0.2), flip=0.5, rotate=10, brightness=0.3, contrast=0.3, erase=0.5)
 OPTIONS: dict[str, Any] = {"batch_size": 5, "augment": AUGMENT, "device": "cpu", "workers": 2, "tail": "keep"}
+FEWER: dict[str, Any] = {**OPTIONS, "split": "val", "batch_size": 2, "shuffle": True}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,8 @@ def images_of(loader: Loader, epochs: int = 1) -> list[tuple[list[int], torch.Te
 
 def test_batches_are_those_of_the_other_executors(few: Path) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8):
-        ours = images_of(Loader(few, executor="triton", dtype=dtype, **OPTIONS))
-        theirs = images_of(Loader(few, executor="opencv", dtype=dtype, **OPTIONS))
+        ours = images_of(Loader(few, executor="triton", dtype=dtype, **FEWER))
+        theirs = images_of(Loader(few, executor="opencv", dtype=dtype, **FEWER))
         assert [index for index, _ in ours] == [index for index, _ in theirs]
         for (_, one), (_, other) in zip(ours, theirs, strict=True):
             assert one.dtype == dtype
@@ -70,25 +71,26 @@ def test_whatever_is_kept_the_images_are_the_same_and_photographs_are_decoded_on
         return real(self, index, reduce)
 
     monkeypatch.setattr(Loader, "_decode", counting)
-    kept = images_of(Loader(few, executor="triton", **OPTIONS), 2)
+    kept = images_of(Loader(few, executor="triton", **FEWER), 2)
     assert set(asked.values()) == {1}
     asked.clear()
-    for cache in (None, 3_000_000):
-        found = images_of(Loader(few, executor="triton", cache=cache, **OPTIONS), 2)
+    for cache in (None, 1_500_000):
+        found = images_of(Loader(few, executor="triton", cache=cache, **FEWER), 2)
         assert [index for index, _ in found] == [index for index, _ in kept]
         assert all(torch.equal(one, other) for (_, one), (_, other) in zip(found, kept, strict=True))
     assert set(asked.values()) == {3, 4}, "nothing is kept, and then some"
 
 
 def test_photographs_stay_for_another_augment_and_are_kept_at_each_scale(few: Path) -> None:
-    loader = Loader(few, executor="triton", shuffle=False, **OPTIONS)
+    loader = Loader(few, executor="triton", **FEWER)
     images_of(loader)
+    loader.set_epoch(0)
     small = Augment(size=24, resize=26)
     loader.set_augment(small)
     again = images_of(loader)
-    fresh = images_of(Loader(few, executor="triton", shuffle=False, **{**OPTIONS, "augment": small}))
+    fresh = images_of(Loader(few, executor="triton", **{**FEWER, "augment": small}))
     assert all(torch.equal(one, other) for (_, one), (_, other) in zip(again, fresh, strict=True))
-    plain = images_of(Loader(few, executor="opencv", shuffle=False, **{**OPTIONS, "augment": small}))
+    plain = images_of(Loader(few, executor="opencv", **{**FEWER, "augment": small}))
     assert np.mean([(one - other).abs().mean() for (_, one), (_, other) in zip(again, plain, strict=True)]) < 1 / 58
 
 
@@ -113,11 +115,11 @@ def test_a_damaged_sample_is_named_or_replaced(few: Path, tmp_path: Path) -> Non
 
 
 def test_it_resumes_travels_and_leaves_nothing_behind(few: Path) -> None:
-    whole = images_of(Loader(few, executor="triton", **OPTIONS))
-    first = Loader(few, executor="triton", **OPTIONS)
+    whole = images_of(Loader(few, executor="triton", **FEWER))
+    first = Loader(few, executor="triton", **FEWER)
     iterator = iter(first)
     next(iterator)
-    later = Loader(few, executor="triton", **OPTIONS)
+    later = Loader(few, executor="triton", **FEWER)
     later.load_state_dict(first.state_dict())
     for loader in (later, pickle.loads(pickle.dumps(later))):
         rest = images_of(loader)
@@ -127,7 +129,7 @@ def test_it_resumes_travels_and_leaves_nothing_behind(few: Path) -> None:
 
 
 def test_two_at_once_share_nothing(few: Path) -> None:
-    one, other = (Loader(few, executor="triton", seed=seed, **OPTIONS) for seed in (0, 1))
+    one, other = (Loader(few, executor="triton", seed=seed, **FEWER) for seed in (0, 1))
     expected = [images_of(loader) for loader in (one, other)]
     for loader in (one, other):
         loader.set_epoch(0)
