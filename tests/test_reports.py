@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastflower import Augment, Recipe, Report, report, train, training
+from fastflower import Augment, Recipe, Report, pack, report, train, training
 from fastflower.errors import CheckpointError
 from fastflower.recipe import PRESETS
 
@@ -223,8 +223,12 @@ def test_the_reports_recipes_are_presets_and_every_preset_of_a_report_is_compare
     assert list(loaded.REPORTS) == ["a", "b", "c", "d", "e"]
 
 
-def test_reports_runs_as_a_program(shards: Path, tmp_path: Path) -> None:
-    command = [PROGRAM, shards, "--report", "a", "--weights", "None", "--epochs", "1", "--out", tmp_path]
+def test_reports_runs_as_a_program(flowers: Path, tmp_path: Path) -> None:
+    for path in flowers.glob("*/000*.jpg"):  # 50: one step of training
+        (tmp_path / "few" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "few" / path.parent.name / path.name).symlink_to(path)
+    pack(tmp_path / "few", tmp_path / "shards")
+    command = [PROGRAM, tmp_path / "shards", "--report", "a", "--weights", "None", "--epochs", "1", "--out", tmp_path]
     device = ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
     done = subprocess.run([sys.executable, *command, *device], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
