@@ -25,7 +25,7 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 3 --dist loadfile  # more than cores: much of it waits for other processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

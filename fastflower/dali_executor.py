@@ -143,9 +143,7 @@ class DaliExecutor:
     def _take(self, pipe: Pipeline, request: Request) -> tuple[Request, Tensor]:
         try:
             if self._device.type == "cuda":
-                with torch.cuda.device(
-                    self._device
-                ):  # a stream without a number, the default one, is the current device's
+                with torch.cuda.device(self._device):  # whose default stream has no number of its own
                     (images,) = pipe.outputs(cuda_stream=torch.cuda.current_stream(self._device))
             else:
                 (images,) = pipe.outputs()
