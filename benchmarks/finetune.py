@@ -2,12 +2,14 @@
 
 For each seed (of the split, the head, the order and the draws) one after the other: the plain loop of baseline.py (224 pixels,
 the stem and the first stage frozen, or nothing), the recipe `finetune` and the recipe `finetune-long`, all on the same
-photographs, each in a process of its own. The clock runs from
-before the weights are read until the last epoch is validated, for fastflower until `train` returns, with its checkpoints and
-report; every side validates after every epoch. Scored is the last epoch: the validation split chooses nothing. A run that is
-finished is kept in --work, so that a benchmark that was stopped goes on where it was.
+photographs, each in a process of its own. The clock runs from before the weights are read until the last epoch is validated,
+for fastflower until `train` returns, with its checkpoints and report; every side validates after every epoch. Beside it stands
+the time that the process and its workers spent on processors: where it is far from the cores times the clock, something else
+ran there too. Scored is the last epoch: the validation split chooses nothing. A run that is finished is kept in --work, so that
+a benchmark that was stopped goes on where it was.
 """
 
+import os
 import shutil
 import statistics
 import time
@@ -45,7 +47,7 @@ def run(side: str, data: Path, work: Path, weights: Path, seed: int, device: str
     """One training; accuracies of all its epochs and its seconds."""
     shards, folder = prepare(data, work, seed)
     chosen = resolve_device(device)
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), _processor_seconds()
     if side.startswith(PLAIN):
         torch.manual_seed(seed)
         model = baseline.pretrained_resnet50(weights, len(list((folder / "train").iterdir())))
@@ -56,14 +58,28 @@ def run(side: str, data: Path, work: Path, weights: Path, seed: int, device: str
         plain = baseline.OneCycle(model, folder, random, 224, **how, device=chosen, dtype=dtype)
         accuracies = [plain.epoch() for _ in range(EPOCHS)]
         seconds = time.perf_counter() - start
-        return {"side": side, "seed": seed, "seconds": seconds, "accuracies": accuracies}
-    recipe = replace(PRESETS[side](), weights=str(weights), seed=seed)
-    report = train(shards, recipe, out=work / f"run-{side}-{seed}", device=chosen)
-    seconds = time.perf_counter() - start
-    accuracies = [row["val_accuracy"] for row in report.history]
-    stored = {**recipe.to_dict(), "weights": weights.name}
-    found = {"side": side, "seed": seed, "seconds": seconds, "accuracies": accuracies}
-    return {**found, "history": report.history, "recipe": stored}
+        del plain  # its workers end, so that what they spent is counted
+        extra: dict[str, Any] = {}
+    else:
+        recipe = replace(PRESETS[side](), weights=str(weights), seed=seed)
+        report = train(shards, recipe, out=work / f"run-{side}-{seed}", device=chosen)
+        seconds = time.perf_counter() - start
+        accuracies = [row["val_accuracy"] for row in report.history]
+        extra = {"history": report.history, "recipe": {**recipe.to_dict(), "weights": weights.name}}
+    spent = _processor_seconds() - spent
+    return {
+        "side": side,
+        "seed": seed,
+        "seconds": seconds,
+        "processor_seconds": spent,
+        "accuracies": accuracies,
+        **extra,
+    }
+
+
+def _processor_seconds() -> float:
+    """Of this process and of its workers that have ended."""
+    return sum(os.times()[:4])
 
 
 def table(runs: list[dict[str, Any]], sides: list[str]) -> str:
