@@ -1,12 +1,14 @@
 """Decoded photographs kept in RAM, and how much memory there is for them, in RAM or in a GPU."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from fastflower.ranks import ranks_here
 
 _log = logging.getLogger("fastflower")
 
-_SHARE = 0.5  # of the memory that is free when the loader is made
+_SHARE = 0.5  # of the memory that is free, and promised to no other loader, when one is made
 
 
 def available_bytes() -> int:
@@ -40,14 +42,22 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
-def decoded_bytes(sizes_N2: NDArray[np.int64], augment: Augment, seed: int) -> int:
-    """What photographs of those sizes take when they are decoded, each at all scales that it is drawn at.
+class Decoded(NamedTuple):
+    """What the photographs of a split take at three bytes a pixel: at the scales that they are drawn at, and at all scales."""
 
-    Of large ones an estimate, from four epochs of 256.
+    needed: int
+    most: int
+
+
+def decoded_bytes(sizes_N2: NDArray[np.int64], augment: Augment, seed: int) -> Decoded:
+    """What photographs of those sizes take when they are decoded.
+
+    At the scales that large ones are drawn at, an estimate, from four epochs of 256.
     """
     whole = 3 * int(sizes_N2.prod(axis=1).sum())
+    most = whole * 4 // 3  # a half, a quarter and an eighth of each side are less than a third more
     if int(sizes_N2.max()) < 4 * min(augment.output_size):  # none is ever decoded at a reduced scale
-        return whole
+        return Decoded(whole, most)
     rows = np.linspace(0, len(sizes_N2) - 1, min(len(sizes_N2), 256)).astype(np.int64)
     areas = sizes_N2[rows].prod(axis=1)
     kept = np.zeros((len(rows), 9))  # by scale
@@ -55,40 +65,74 @@ def decoded_bytes(sizes_N2: NDArray[np.int64], augment: Augment, seed: int) -> i
         draw = augment.draw(seed, epoch, rows, sizes_N2[rows])
         scale = reductions(draw.warp(sizes_N2[rows], augment.fill).footprint)
         kept[np.arange(len(rows)), scale] = areas / scale**2
-    return int(whole * kept.sum() / areas.sum())
+    return Decoded(int(whole * kept.sum() / areas.sum()), most)
 
 
-def limit_of(cache: Literal["auto"] | int | None, needed: int, device: torch.device) -> int:
-    """The bytes a loader may keep on a device. "auto": half of what is free, where all that it needs fits that; the log says.
+class Allowance:
+    """The bytes that one loader may keep on a device. What it has not taken is promised to it, and to no other. Thread-safe."""
 
-    needed  what all photographs of the split take. Raises ArgumentError for another kind of `cache`.
-    """
-    if cache is None:
-        return 0
-    if isinstance(cache, int) and cache >= 0:
-        return cache
-    if cache != "auto":
-        raise ArgumentError(f"cache must be 'auto', None or a number of bytes, got {cache!r}.")
+    _all: ClassVar[WeakSet["Allowance"]] = WeakSet()
+
+    def __init__(self, device: torch.device, limit_bytes: int) -> None:
+        self.device = device
+        self.left = limit_bytes
+        self._lock = Lock()
+        Allowance._all.add(self)
+
+    def take(self, count: int) -> bool:
+        """Whether so many bytes more may be kept; they then count."""
+        with self._lock:
+            if count > self.left:
+                return False
+            self.left -= count
+            return True
+
+    @staticmethod
+    def promised(device: torch.device) -> int:
+        """Bytes that the loaders of this process may still take on a device."""
+        return sum(other.left for other in list(Allowance._all) if other.device == device)
+
+
+def _unpromised(device: torch.device) -> int:
     free = free_bytes(device)
     if device.type == "cpu":
         free //= ranks_here()  # each keeps photographs of its own
-    fits = needed <= _SHARE * free
+    return max(0, free - Allowance.promised(device))
+
+
+def allow(cache: Literal["auto"] | int | None, decoded: Decoded, device: torch.device) -> Allowance:
+    """What a loader may keep on a device. "auto": half of what is free and promised to no other, where that is enough; logged.
+
+    Raises ArgumentError for another kind of `cache`.
+    """
+    if cache is None:
+        return Allowance(device, 0)
+    if isinstance(cache, int) and cache >= 0:
+        return Allowance(device, min(cache, decoded.most))
+    if cache != "auto":
+        raise ArgumentError(f"cache must be 'auto', None or a number of bytes, got {cache!r}.")
+    free = _unpromised(device)
+    if (
+        decoded.needed > _SHARE * free and gc.collect()
+    ):  # loaders that nobody uses any more hold on to what is theirs until then
+        free = _unpromised(device)
+    fits = decoded.needed <= _SHARE * free
     _log.info(
         "cache: %.1f GB decoded, %.1f GB of %s free: %s",
-        needed / 1e9,
+        decoded.needed / 1e9,
         free / 1e9,
         "GPU memory" if device.type == "cuda" else "RAM",
         "each photograph is decoded once" if fits else "photographs are decoded every epoch",
     )
-    return int(_SHARE * free) if fits else 0
+    return Allowance(device, min(int(_SHARE * free), decoded.most) if fits else 0)
 
 
 class PixelCache:
-    """Keeps what `decode` gives, first come, until `limit_bytes` are reached. Thread-safe."""
+    """Keeps what `decode` gives, first come, while it is allowed to. Thread-safe."""
 
-    def __init__(self, decode: Callable[[int, int], NDArray[np.uint8]], limit_bytes: int) -> None:
+    def __init__(self, decode: Callable[[int, int], NDArray[np.uint8]], allowance: Allowance) -> None:
         self._decode = decode
-        self._free = limit_bytes
+        self._allowance = allowance
         self._kept: dict[tuple[int, int], NDArray[np.uint8]] = {}
         self._lock = Lock()
 
@@ -100,7 +144,6 @@ class PixelCache:
             return found
         image = self._decode(index, reduce)
         with self._lock:
-            if key not in self._kept and image.nbytes <= self._free:
-                self._free -= image.nbytes
+            if key not in self._kept and self._allowance.take(image.nbytes):
                 self._kept[key] = image
         return image

@@ -8,7 +8,7 @@ import torch
 
 from fastflower.augment import Augment
 from fastflower.batch import Clock, Executor, Pixels, Replace
-from fastflower.cache import PixelCache, limit_of
+from fastflower.cache import Allowance, Decoded, PixelCache, allow
 from fastflower.errors import ArgumentError
 from fastflower.native_renderer import available
 from fastflower.thread_executor import ThreadExecutor
@@ -18,9 +18,9 @@ _WORD_BYTES = 4  # of a pixel in a GPU's memory, RGB and a spare; in RAM it take
 
 
 def choose(
-    name: str | None, device: torch.device, cache: Literal["auto"] | int | None, needed: Callable[[], int]
-) -> tuple[str, int]:
-    """(executor, bytes that it may keep decoded). needed  what all photographs of a split take at three bytes a pixel.
+    name: str | None, device: torch.device, cache: Literal["auto"] | int | None, decoded: Callable[[], Decoded]
+) -> tuple[str, Allowance]:
+    """(executor, what it may keep). decoded  what the photographs of the split take.
 
     Raises ArgumentError for an executor that does not go with the device or the cache.
     """
@@ -34,16 +34,17 @@ def choose(
             f"cache must be None with executor='dali', which keeps nothing, got {cache!r}; leave it out."
         )
     if name == "triton" or (name is None and cuda and cache is not None):
-        limit = limit_of(cache, needed() // 3 * _WORD_BYTES, device)
-        return ("triton", limit) if name or limit else ("dali", 0)
+        words = Decoded(*(size // 3 * _WORD_BYTES for size in decoded()))
+        allowance = allow(cache, words, device)
+        return ("triton" if name or allowance.left else "dali"), allowance
     if name == "dali" or (name is None and cuda):
-        return "dali", 0
-    return name or ("native" if available() else "opencv"), limit_of(cache, needed(), torch.device("cpu"))
+        return "dali", Allowance(device, 0)
+    return name or ("native" if available() else "opencv"), allow(cache, decoded(), torch.device("cpu"))
 
 
 def maker(
     name: str,
-    limit_bytes: int,
+    allowance: Allowance,
     encoded: Callable[[int], bytes],
     decode: Callable[[int, int], Pixels],
     replace: Replace,
@@ -67,7 +68,7 @@ def maker(
     if name == "triton":
         from fastflower.triton_executor import DevicePhotos, TritonExecutor
 
-        photos = DevicePhotos(num_samples, limit_bytes, device)
+        photos = DevicePhotos(num_samples, allowance)
         return lambda augment: TritonExecutor(augment, dtype, decode, photos, replace, workers=workers)
-    kept = PixelCache(decode, limit_bytes)
+    kept = PixelCache(decode, allowance)
     return lambda augment: ThreadExecutor(augment, dtype, kept, replace, clock, workers=workers, renderer=name)

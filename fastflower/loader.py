@@ -332,7 +332,8 @@ class Loader(IterableDataset[Batch]):
     def _put(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == self.device.type:
             return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        with torch.cuda.device(self.device):  # or pinning takes memory of another GPU, the current one
+            return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def set_augment(self, augment: Augment) -> None:
         """Draw from another distribution from the next `for` on; photographs that are kept stay."""

@@ -22,6 +22,7 @@ from fastflower import color, geometry
 from fastflower import triton_kernels as kernels
 from fastflower.augment import Augment
 from fastflower.batch import Pixels, Replace, Request, refuse
+from fastflower.cache import Allowance
 from fastflower.errors import SampleError
 from fastflower.thread_executor import end
 
@@ -36,18 +37,18 @@ _FACTORS |= {"saturation": kernels.SATURATION, "hue": kernels.HUE}
 
 
 class DevicePhotos:
-    """Decoded photographs in a device's memory, first come, until `limit_bytes` are reached; a pixel takes a word of four bytes.
+    """Decoded photographs in a device's memory, first come, while it is allowed to; a pixel takes a word of four bytes.
 
     Samples that come in one batch lie in one piece, and stay where they are.
     """
 
-    def __init__(self, num_samples: int, limit_bytes: int, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, num_samples: int, allowance: Allowance) -> None:
+        self.device = allowance.device
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         """All that touches them runs on it."""
         self._address = np.zeros((num_samples, 4), np.int64)  # at scales 1, 2, 4 and 8; 0: not here
         self._width = np.zeros((num_samples, 4), np.int64)
-        self._free = limit_bytes
+        self._allowance = allowance
         self._pieces: list[Tensor] = []
 
     def missing(self, indices_N: NDArray[np.int64], reduce_N: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -70,6 +71,11 @@ class DevicePhotos:
         address, width = self._address[indices_N, level], self._width[indices_N, level]
         if not photos:
             return address, width, None
+        new = np.zeros(len(photos), bool)  # neither twice in this batch, nor kept since by one that was under way
+        new[np.unique(indices_N[rows_M] * 4 + level[rows_M], return_index=True)[1]] = True
+        new &= address[rows_M] == 0
+        order = np.argsort(~new, kind="stable")
+        rows_M, photos = rows_M[order], [photos[number] for number in order]
         pixels = np.array([photo.shape[0] * photo.shape[1] for photo in photos])
         ends = np.cumsum(pixels)
         staged = torch.empty(int(ends[-1]), dtype=torch.int32, pin_memory=self.device.type == "cuda")
@@ -82,15 +88,20 @@ class DevicePhotos:
                 cv2.cvtColor(photo, cv2.COLOR_RGB2RGBA, dst=place)
 
         list(pool.map(stage, range(0, len(photos), _CHUNK)))
-        piece = staged.to(self.device, non_blocking=True)
-        address[rows_M] = piece.data_ptr() + 4 * (ends - pixels)
+        count = int(new.sum())
+        kept = int(pixels[:count].sum())
+        if not self._allowance.take(4 * kept):
+            count = kept = 0
+        stays, goes = (part.to(self.device, non_blocking=True) for part in (staged[:kept], staged[kept:]))
+        start = ends - pixels
+        address[rows_M] = np.where(start < kept, stays.data_ptr() + 4 * start, goes.data_ptr() + 4 * (start - kept))
         width[rows_M] = [photo.shape[1] for photo in photos]
-        if piece.nbytes <= self._free:
-            self._free -= piece.nbytes
-            self._pieces.append(piece)
-            self._address[indices_N[rows_M], level[rows_M]] = address[rows_M]
-            self._width[indices_N[rows_M], level[rows_M]] = width[rows_M]
-        return address, width, piece
+        if kept:
+            self._pieces.append(stays)
+            rows = rows_M[:count]
+            self._address[indices_N[rows], level[rows]] = address[rows]
+            self._width[indices_N[rows], level[rows]] = width[rows]
+        return address, width, goes
 
 
 @dataclass(frozen=True, slots=True)

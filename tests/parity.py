@@ -21,6 +21,7 @@ from PIL import Image
 from fastflower import Augment
 from fastflower.augment import Draw
 from fastflower.batch import Executor, Request, resolve_device
+from fastflower.cache import Allowance
 from fastflower.dali_executor import DaliExecutor
 from fastflower.image import decode
 from fastflower.thread_executor import ThreadExecutor
@@ -88,7 +89,7 @@ def executor(
         return decode(encoded[index], reduce)
 
     if name == "triton":
-        photos = DevicePhotos(len(encoded), 1 << 30, resolve_device(device))
+        photos = DevicePhotos(len(encoded), Allowance(resolve_device(device), 1 << 30))
         return TritonExecutor(augment, dtype, decoded, photos, workers=2)
     if name != "dali":
         return ThreadExecutor(augment, dtype, decoded, workers=2, renderer=name)

@@ -1,5 +1,6 @@
 """What the loader promises: exact epochs, resume, the same samples on any number of ranks."""
 
+import gc
 import threading
 import time
 from collections.abc import Iterable
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastflower import Augment, Loader, pack
+from fastflower import Augment, Loader, cache, pack
 from fastflower.batch import Stats
-from fastflower.cache import PixelCache, available_bytes, limit_of
+from fastflower.cache import Allowance, Decoded, PixelCache, allow, available_bytes, decoded_bytes
 from fastflower.errors import ArgumentError, DeviceError, ShardError
 from fastflower.order import epoch_order
 
@@ -231,21 +232,62 @@ def test_the_cache_keeps_no_more_than_its_limit() -> None:
         decoded.append(index)
         return np.zeros((10, 10, 3), np.uint8)
 
-    cache = PixelCache(decode, 650)
+    kept = PixelCache(decode, Allowance(torch.device("cpu"), 650))
     for _ in range(3):
         for index in range(4):
-            cache(index, 1)
+            kept(index, 1)
     assert decoded == [0, 1, 2, 3, 2, 3, 2, 3]
 
 
 def test_auto_caches_only_what_fits() -> None:
     assert available_bytes() > 1 << 20
     cpu = torch.device("cpu")
-    assert 1 << 20 <= limit_of("auto", 1 << 20, cpu) <= available_bytes()
-    assert limit_of("auto", 1 << 60, cpu) == 0
-    assert limit_of(None, 1, cpu) == 0
+    small, large = Decoded(1 << 20, 1 << 21), Decoded(1 << 60, 1 << 61)
+    assert allow("auto", small, cpu).left == 1 << 21
+    assert allow("auto", large, cpu).left == 0
+    assert allow(None, small, cpu).left == 0
+    assert allow(1 << 10, small, cpu).left == 1 << 10
     with pytest.raises(ArgumentError, match="cache must be 'auto', None or a number of bytes, got 'all'"):
-        limit_of("all", 1, cpu)  # pyright: ignore[reportArgumentType]
+        allow("all", small, cpu)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_one_loader_may_keep_no_other_counts_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that loaders of a process may keep fits what was free, in whatever order they are made and filled."""
+    device, total, taken = torch.device("meta"), 1000, 0
+    monkeypatch.setattr(cache, "free_bytes", lambda _device: total - taken)
+    train = allow("auto", Decoded(450, 600), device)
+    assert train.left == 500
+    assert allow("auto", Decoded(300, 400), device).left == 0, "of 500 a half, 250"
+    val = allow("auto", Decoded(200, 266), device)
+    assert val.left == 250
+    assert train.take(450)
+    taken += 450
+    assert not train.take(51)
+    assert Allowance.promised(device) == 50 + 250
+    third = allow("auto", Decoded(100, 133), device)
+    assert third.left == 125, "of 1000 - 450 - 300 a half"
+    assert taken + Allowance.promised(device) <= total
+    del train, val, third
+    assert Allowance.promised(device) == 0
+    assert allow("auto", Decoded(200, 266), device).left == 266
+
+
+def test_a_loader_that_nobody_uses_promises_nothing(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = make(shards, cache=None)
+    needed = decoded_bytes(loader._sizes, loader.augment, 0).needed
+    gc.collect()
+    others = Allowance.promised(torch.device("cpu"))
+    monkeypatch.setattr(cache, "free_bytes", lambda _device: others + 2 * needed)
+    caplog.set_level("INFO", "fastflower")
+    for _ in range(3):
+        make(shards, cache="auto")
+    assert len(caplog.messages) == 3
+    assert all("each photograph is decoded once" in line for line in caplog.messages)
+    train, second = make(shards, cache="auto"), make(shards, cache="auto")
+    assert train is not second
+    assert "photographs are decoded every epoch" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import parity
@@ -21,6 +21,7 @@ import torch
 from test_damaged_samples import flip_a_bit
 
 from fastflower import Augment, Loader, pack
+from fastflower.cache import Decoded
 from fastflower.errors import ArgumentError, SampleError
 from fastflower.executors import choose
 from fastflower.native_renderer import available
@@ -151,6 +152,24 @@ def test_images_of_one_pixel_and_photographs_of_one_row(tmp_path: Path) -> None:
         assert np.abs(ours - theirs).max() <= 2
 
 
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_a_photograph_is_kept_once_where_a_padded_step_shows_it_again(few: Path, batch_size: int) -> None:
+    """In the batch before, which is still under way, or several times in its own."""
+    augment = Augment(size=60, crop=(0.02, 0.03))
+    options = {**FEWER, "augment": augment, "batch_size": batch_size, "tail": "pad", "cache": 1 << 40}
+    loader, other = (Loader(few, executor=name, **options) for name in ("triton", "opencv"))
+    for mine, theirs in zip(loader, other, strict=True):
+        assert mine.index.tolist() == theirs.index.tolist()
+        assert (mine.images - theirs.images).abs().mean() < 0.02
+    executor: Any = loader._executor
+    photos = executor._photos
+    samples, levels = np.nonzero(photos._address)
+    assert len(set(photos._address[samples, levels].tolist())) == len(samples) >= loader.num_samples
+    shapes = -(-loader._sizes[samples] // (1 << levels)[:, None])
+    kept = int(shapes.prod(axis=1).sum())
+    assert sum(piece.nbytes for piece in photos._pieces) == 4 * kept
+
+
 def test_what_does_not_go_together_is_refused(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArgumentError, match="cache must be None with executor='dali', which keeps nothing, got 1000"):
         Loader(few, executor="dali", **{**OPTIONS, "cache": 1000})
@@ -165,13 +184,19 @@ def test_what_does_not_go_together_is_refused(few: Path, monkeypatch: pytest.Mon
 def test_with_cuda_photographs_that_fit_are_kept_and_others_are_decoded_there(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
-    assert choose(None, cuda, "auto", lambda: 300) == ("triton", 500)
-    assert choose(None, cuda, "auto", lambda: 390) == ("dali", 0), "a pixel takes four bytes there"
-    assert choose(None, cuda, None, lambda: 300) == ("dali", 0)
-    assert choose(None, cuda, 100, lambda: 300) == ("triton", 100)
-    assert choose("triton", cuda, "auto", lambda: 390) == ("triton", 0)
-    assert choose("dali", cuda, "auto", lambda: 300) == ("dali", 0)
-    assert choose("opencv", cuda, 7, lambda: 300) == ("opencv", 7)
+
+    def chosen(name: str | None, cache: Literal["auto"] | int | None, needed: int) -> tuple[str, int]:
+        found, allowance = choose(name, cuda, cache, lambda: Decoded(needed, 2 * needed))
+        return found, allowance.left
+
+    assert chosen(None, "auto", 300) == ("triton", 500)
+    assert chosen(None, "auto", 90) == ("triton", 240), "never more than there is to keep, at all scales"
+    assert chosen(None, "auto", 390) == ("dali", 0), "a pixel takes four bytes there"
+    assert chosen(None, None, 300) == ("dali", 0)
+    assert chosen(None, 100, 300) == ("triton", 100)
+    assert chosen("triton", "auto", 390) == ("triton", 0)
+    assert chosen("dali", "auto", 300) == ("dali", 0)
+    assert chosen("opencv", 7, 300) == ("opencv", 7)
 
 
 COMPILE = """
