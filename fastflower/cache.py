@@ -112,9 +112,7 @@ def allow(cache: Literal["auto"] | int | None, decoded: Decoded, device: torch.d
     if cache != "auto":
         raise ArgumentError(f"cache must be 'auto', None or a number of bytes, got {cache!r}.")
     free = _unpromised(device)
-    if (
-        decoded.needed > _SHARE * free and gc.collect()
-    ):  # loaders that nobody uses any more hold on to what is theirs until then
+    if decoded.needed > _SHARE * free and gc.collect():  # a loader that nobody uses holds on to what is its own
         free = _unpromised(device)
     fits = decoded.needed <= _SHARE * free
     _log.info(

@@ -89,11 +89,7 @@ class Recipe:
                 self.warmup_epochs == 0 or (self.warmup_epochs > 0 and self.schedule != "one_cycle"),
                 "0 or more, and 0 with one_cycle",
             ),
-            (
-                "schedule",
-                self.schedule in get_args(Schedule),
-                "constant, step, cosine, one_cycle or three_phase",
-            ),
+            ("schedule", self.schedule in get_args(Schedule), "constant, step, cosine, one_cycle or three_phase"),
             ("step_epochs", self.step_epochs >= 1, "at least 1"),
             ("gamma", self.gamma > 0, "above 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
@@ -111,10 +107,8 @@ class Recipe:
         """`augment` at the size that an epoch, counted from 0, is trained at."""
         if not self.sizes:
             return self.augment
-        last = (min(epoch, self.epochs - 1) + 1) * len(
-            self.sizes
-        )  # rounded up, so that the last epoch has the last size
-        side = self.sizes[-(-last // self.epochs) - 1]
+        last = (min(epoch, self.epochs - 1) + 1) * len(self.sizes)
+        side = self.sizes[-(-last // self.epochs) - 1]  # rounded up, so that the last epoch has the last size
         factor = side / self.augment.output_size[0]
         size, resize = _scaled(self.augment.size, factor), _scaled(self.augment.resize, factor)
         return replace(self.augment, size=size, resize=resize)

@@ -218,10 +218,8 @@ class Run:
         label = f"epoch {epoch + 1}/{recipe.epochs}"
         batch_size = self.loader.global_batch_size
         options: dict[str, Any] = {"total": steps * batch_size, "initial": tally.steps * batch_size, "unit": "image"}
-        with (
-            fastest_convolutions(self.device),
-            tqdm(desc=label, disable=ranks.rank() > 0 or None, **options) as bar,
-        ):
+        options |= {"desc": label, "disable": ranks.rank() > 0 or None}
+        with fastest_convolutions(self.device), tqdm(**options) as bar:
             waited = tally.waited - self.loader.stats().wait_seconds  # its clock stands while it waits for the GPU
             for step, (images, labels, _) in enumerate(self.loader, start=tally.steps):
                 tally.waited = waited + self.loader.stats().wait_seconds

@@ -27,10 +27,7 @@ from fastflower.errors import SampleError
 from fastflower.thread_executor import end
 
 _CHUNK = 8  # samples a task
-_BLOCK, _WARPS = (
-    512,
-    8,
-)  # output pixels a program; compiled for compute capability 9.0 at most 48 registers a thread, no spills
+_BLOCK, _WARPS = 512, 8  # output pixels a program; on compute capability 9.0 at most 48 registers a thread, no spills
 _ROW_BYTES = 8 * kernels.WHOLE + 4 * kernels.FRACTIONS
 _FACTORS = {"brightness": kernels.BRIGHTNESS, "contrast": kernels.CONTRAST}
 _FACTORS |= {"saturation": kernels.SATURATION, "hue": kernels.HUE}
@@ -141,9 +138,8 @@ class TritonExecutor:
         multiply, add = color.normalize_factors(augment.mean, augment.std)
         erased = np.rint(augment.erase_levels) if dtype == torch.uint8 else np.array(augment.erase_value)
         with self._ours():
-            self._constants = torch.from_numpy(np.concatenate([multiply, add, erased]).astype(np.float32)).to(
-                self._device
-            )
+            constants = np.concatenate([multiply, add, erased])
+            self._constants = torch.tensor(constants, dtype=torch.float32, device=self._device)
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
         """Yield (request, images (N, 3, H, W), channels-last) in order. The threads end with the iterator."""

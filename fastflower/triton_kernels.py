@@ -15,12 +15,7 @@ ADDRESS, STRIDE, HEIGHT, WIDTH, BOX_DOWN, BOX_ACROSS, REACH_DOWN, REACH_ACROSS, 
 ERASE = 9  # top, left, height, width
 # Columns of the table of fractions, (N, FRACTIONS) float32.
 FRACTIONS = 28
-WARP, FRAME, BLUR_DOWN, BLUR_ACROSS = (
-    0,
-    6,
-    12,
-    18,
-)  # six numbers each: of the blur from its middle outwards, then a zero
+WARP, FRAME, BLUR_DOWN, BLUR_ACROSS = 0, 6, 12, 18  # six each: of the blur from its middle outwards, then a zero
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(24, 28)
 
 _c: Any = tl.constexpr
@@ -44,18 +39,15 @@ def _luma(r, g, b):
 
 
 @_jit
-def _red(word):
-    return (word & 255).to(tl.float32)
+def _rgb(word):
+    return (word & 255).to(tl.float32), ((word >> 8) & 255).to(tl.float32), ((word >> 16) & 255).to(tl.float32)
 
 
 @_jit
-def _green(word):
-    return ((word >> 8) & 255).to(tl.float32)
-
-
-@_jit
-def _blue(word):
-    return ((word >> 16) & 255).to(tl.float32)
+def _pixels(BLOCK: tl.constexpr, W: tl.constexpr):
+    """What a program writes: (sample, pixels, their rows and columns)."""
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    return tl.program_id(1), pixel, pixel // W, pixel % W
 
 
 @_jit
@@ -93,17 +85,17 @@ def _sampled(whole, fractions, row, column):
         x1 = tl.minimum(x0 + 1, width - 1)
         upper = photo + y0 * stride
         lower = photo + tl.minimum(y0 + 1, height - 1) * stride
-        p00 = tl.load(upper + x0)
-        p01 = tl.load(upper + x1)
-        p10 = tl.load(lower + x0)
-        p11 = tl.load(lower + x1)
+        r00, g00, b00 = _rgb(tl.load(upper + x0))
+        r01, g01, b01 = _rgb(tl.load(upper + x1))
+        r10, g10, b10 = _rgb(tl.load(lower + x0))
+        r11, g11, b11 = _rgb(tl.load(lower + x1))
         w00 = (1 - down) * (1 - across)
         w01 = (1 - down) * across
         w10 = down * (1 - across)
         w11 = down * across
-        r = w00 * _red(p00) + w01 * _red(p01) + w10 * _red(p10) + w11 * _red(p11)
-        g = w00 * _green(p00) + w01 * _green(p01) + w10 * _green(p10) + w11 * _green(p11)
-        b = w00 * _blue(p00) + w01 * _blue(p01) + w10 * _blue(p10) + w11 * _blue(p11)
+        r = w00 * r00 + w01 * r01 + w10 * r10 + w11 * r11
+        g = w00 * g00 + w01 * g01 + w10 * g10 + w11 * g11
+        b = w00 * b00 + w01 * b01 + w10 * b10 + w11 * b11
     else:
         for i in range(-reach_down, reach_down + 2):
             weight_down = _tap(fractions + _BLUR_DOWN, i, down)
@@ -113,10 +105,10 @@ def _sampled(whole, fractions, row, column):
                 left = _clamp(x0 + j, 0, width - 1) * box_across
                 for k in range(0, box_down):
                     for m in range(0, box_across):
-                        word = tl.load(photo + (top + k) * stride + left + m)
-                        r += weight * _red(word)
-                        g += weight * _green(word)
-                        b += weight * _blue(word)
+                        red, green, blue = _rgb(tl.load(photo + (top + k) * stride + left + m))
+                        r += weight * red
+                        g += weight * green
+                        b += weight * blue
         share = 1.0 / (box_down * box_across)
         r *= share
         g *= share
@@ -217,18 +209,15 @@ def warp(
 
     greys  (N, blocks) float32: the sum of each block, so that the mean is the same however blocks are scheduled.
     """
-    block, n = tl.program_id(0), tl.program_id(1)
-    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    n, pixel, row, column = _pixels(BLOCK, W)
     valid = pixel < H * W
-    row = pixel // W
-    column = pixel - row * W
     r, g, b = _warped(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, H, W)
     place = planes + n.to(tl.int64) * (3 * H * W) + pixel
     tl.store(place, r.to(tl.float16), mask=valid)
     tl.store(place + H * W, g.to(tl.float16), mask=valid)
     tl.store(place + 2 * H * W, b.to(tl.float16), mask=valid)
     grey = tl.sum(tl.where(valid, _luma(r, g, b), 0.0), axis=0)
-    tl.store(greys + n * tl.num_programs(0) + block, grey)
+    tl.store(greys + n * tl.num_programs(0) + tl.program_id(0), grey)
 
 
 @_jit
@@ -238,11 +227,8 @@ def colour(
     SATURATION: tl.constexpr, HUE: tl.constexpr, ERASE: tl.constexpr, NORMAL: tl.constexpr,
 ):  # fmt: skip
     """The second: contrast about the mean grey, and all that follows, into `out`, (N, H, W, 3)."""
-    block, n = tl.program_id(0), tl.program_id(1)
-    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    n, pixel, row, column = _pixels(BLOCK, W)
     valid = pixel < H * W
-    row = pixel // W
-    column = pixel - row * W
     place = planes + n.to(tl.int64) * (3 * H * W) + pixel
     r = tl.load(place, mask=valid, other=0.0).to(tl.float32)
     g = tl.load(place + H * W, mask=valid, other=0.0).to(tl.float32)
@@ -268,11 +254,8 @@ def render(
     SATURATION: tl.constexpr, HUE: tl.constexpr, ERASE: tl.constexpr, NORMAL: tl.constexpr,
 ):  # fmt: skip
     """Both at once where no contrast is drawn."""
-    block, n = tl.program_id(0), tl.program_id(1)
-    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    n, pixel, row, column = _pixels(BLOCK, W)
     valid = pixel < H * W
-    row = pixel // W
-    column = pixel - row * W
     r, g, b = _warped(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, H, W)
     r, g, b = _coloured(
         whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, r, g, b, constants, SATURATION, HUE, ERASE, NORMAL

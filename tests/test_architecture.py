@@ -21,7 +21,7 @@ ORDER = [
     "errors", "order", "geometry", "color", "torchvision_compat", "augment", "schedule", "metrics", "recipe",
     "folder", "image", "duplicates", "manifest", "shard", "store", "planning", "part", "packing", "verification",
     "batch", "opencv_renderer", "native_renderer", "thread_executor", "dali_executor", "triton_kernels",
-    "triton_executor", "ranks", "cache", "executors", "loader",
+    "ranks", "cache", "triton_executor", "executors", "loader",
     "backbone", "checkpoint", "evaluation", "prediction", "report", "optimization", "progress", "stepping",
     "training", "diagnosis", "cli", "__init__",
 ]  # fmt: skip

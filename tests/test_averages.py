@@ -13,6 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, train, training
 from fastflower.optimization import Average
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 SMALL = Recipe(
     weights=None,
     augment=Augment(size=32, resize=36),

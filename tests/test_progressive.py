@@ -12,6 +12,8 @@ from torch import Tensor
 from fastflower import Augment, Loader, Recipe, evaluation, pack, train, training
 from fastflower.errors import ArgumentError
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 SMALL = Recipe(
     weights=None,
     augment=Augment(size=48, resize=54, crop=(0.5, 1.0), flip=0.5),

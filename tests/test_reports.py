@@ -19,6 +19,8 @@ from fastflower import Augment, Recipe, Report, pack, report, train, training
 from fastflower.errors import CheckpointError
 from fastflower.recipe import PRESETS
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 PROGRAM = Path(__file__).parent.parent / "tools" / "reports.py"
 SMALL = Recipe(weights=None, augment=Augment(size=32, resize=36), batch_size=40, epochs=2, lr=0.01, precision="float32")
 TAGS = {

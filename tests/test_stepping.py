@@ -16,6 +16,8 @@ from fastflower.optimization import optimizer_of, plain_state, restore, set_rate
 from fastflower.stepping import Outcome, Stepper, fastest_convolutions, graphs_of, unchanged
 from fastflower.training import Run
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 CPU = torch.device("cpu")
 
 

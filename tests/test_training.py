@@ -17,6 +17,8 @@ from fastflower.errors import ArgumentError, CheckpointError, DeviceError, Folde
 from fastflower.evaluation import precision_of, view_of
 from fastflower.loader import Loader
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 TINY = Recipe(
     weights=None,
     augment=Augment(size=48, resize=54, crop=(0.5, 1.0), flip=0.5),

@@ -15,6 +15,8 @@ from fastflower.backbone import build
 from fastflower.cli import main
 from fastflower.evaluation import view_of
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
 RECIPE = Recipe(weights=None, augment=Augment(size=48, resize=54), batch_size=24, epochs=1, precision="float32")
 
