@@ -29,11 +29,11 @@ from gpu_feeding import verdict
 
 from fastflower import pack
 
-Name = Literal["tests", "feeding", "kernels", "overlap", "epochs", "runs", "accuracy", "memory"]
+Name = Literal["tests", "kernels", "feeding", "overlap", "epochs", "runs", "accuracy", "memory"]
 SECONDS: dict[str, float] = {
     "tests": 240,
-    "feeding": 240,
     "kernels": 120,
+    "feeding": 240,
     "overlap": 240,
     "epochs": 120,
     "runs": 180,
@@ -81,8 +81,8 @@ class Place:
 
 PARTS: dict[str, Callable[[record.Part, Place], None]] = {
     "tests": lambda part, _: tests(part, record.ROOT / "tests"),
-    "feeding": lambda part, place: gpu_feeding.feeding(part, place.data, place.all),
     "kernels": lambda part, place: gpu_feeding.kernels(part, place.all),
+    "feeding": lambda part, place: gpu_feeding.feeding(part, place.data, place.all),
     "overlap": lambda part, place: gpu_training.overlap(part, place.split),
     "epochs": lambda part, place: gpu_training.epochs(part, place.folders, place.split),
     "runs": lambda part, place: runs(part, place.split, place.scratch),
@@ -94,24 +94,26 @@ PARTS: dict[str, Callable[[record.Part, Place], None]] = {
 def tests(part: record.Part, folder: Path) -> None:
     """The files with tests that are marked `gpu`: others may need packages that the machine lacks."""
     files = [str(path) for path in sorted(folder.glob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", *files]
 
     def run() -> None:
-        done = subprocess.run(
-            command,
-            cwd=record.ROOT,
-            env=surroundings(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=part.ends - time.perf_counter() + _GRACE / 2,
-            check=False,
-        )
-        lines = [line for line in done.stdout.splitlines() if line.strip()] or ["pytest said nothing"]
+        part.out.mkdir(parents=True, exist_ok=True)
+        path = part.out / "pytest.txt"  # which stays where time runs out
+        with path.open("w") as file:
+            limit = part.ends - time.perf_counter() + _GRACE / 2
+            how: dict[str, Any] = {
+                "cwd": record.ROOT,
+                "env": surroundings(),
+                "stdout": file,
+                "stderr": subprocess.STDOUT,
+            }
+            done = subprocess.run(command, timeout=limit, check=False, **how)
+        said = path.read_text()
+        lines = [line for line in said.splitlines() if line.strip()] or ["pytest said nothing"]
         part.found["said"] = lines[-1]
         if done.returncode:
             part.row("tests marked gpu", lines[-1].strip("= "))
-            raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stdout[-60_000:]}")
+            raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{said[-60_000:]}")
         part.row("tests marked gpu", lines[-1].strip("= "))
 
     part.attempt("tests", run)

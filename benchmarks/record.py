@@ -207,10 +207,11 @@ class Part:
                 run()
             except Exception as error:
                 self.fail(what, error)
+        self.save()
+        with suppress(RuntimeError):  # an error of CUDA's comes again at every call
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        self.save()
 
     def fail(self, what: str, error: Exception) -> None:
         self.failed.append(what)

@@ -105,14 +105,14 @@ def allow(cache: Literal["auto"] | int | None, decoded: Decoded, device: torch.d
 
     Raises ArgumentError for another kind of `cache`.
     """
-    if cache is None:
-        return Allowance(device, 0)
-    if isinstance(cache, int) and cache >= 0:
-        return Allowance(device, min(cache, decoded.most))
+    if cache is None or (isinstance(cache, int) and cache >= 0):
+        return Allowance(device, min(cache or 0, decoded.most))
     if cache != "auto":
         raise ArgumentError(f"cache must be 'auto', None or a number of bytes, got {cache!r}.")
     free = _unpromised(device)
-    if decoded.needed > _SHARE * free and gc.collect():  # a loader that nobody uses holds on to what is its own
+    if decoded.needed > _SHARE * free:  # a loader that nobody uses holds on to what is its own
+        gc.collect()
+        torch.cuda.empty_cache()  # else what it kept stays torch's
         free = _unpromised(device)
     fits = decoded.needed <= _SHARE * free
     _log.info(

@@ -60,11 +60,8 @@ def maker(
     if name == "dali":
         from fastflower.dali_executor import DaliExecutor  # takes half a second to import
 
-        def prove(index: int) -> Pixels:
-            return decode(index, 1)
-
         options = {"device": device, "batch_size": batch_size, "workers": workers}
-        return lambda augment: DaliExecutor(augment, dtype, encoded, prove, replace, **options)
+        return lambda augment: DaliExecutor(augment, dtype, encoded, lambda index: decode(index, 1), replace, **options)
     if name == "triton":
         from fastflower.triton_executor import DevicePhotos, TritonExecutor
 

@@ -286,10 +286,11 @@ class Loader(IterableDataset[Batch]):
         return step_positions(step, self.num_samples, self.global_batch_size, **ranks, pad=self.tail == "pad")
 
     def _requests(self, epoch: int, start: int) -> Iterator[Request]:
-        """The steps of an epoch from `start` on; some are drawn together, which takes a third of the time."""
+        """The steps of an epoch from `start` on; after the first, some are drawn together, which takes a third of the time."""
         together = max(1, _DRAWN_TOGETHER // self.batch_size)
-        for first in range(start, len(self), together):
-            steps = {step: self._positions(step) for step in range(first, min(first + together, len(self)))}
+        for first in (start, *range(start + 1, len(self), together)):
+            end = first + together if first > start else first + 1
+            steps = {step: self._positions(step) for step in range(first, min(end, len(self)))}
             drawn = self._drawn(epoch, first, self._indices(np.concatenate(list(steps.values())), epoch))
             row = 0
             for step, positions in steps.items():

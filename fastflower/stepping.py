@@ -3,7 +3,7 @@
 import gc
 import logging
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +88,8 @@ class Stepper:
             raise
         except RuntimeError as error:  # another thread's cudaDeviceSynchronize, such as DALI's, spoils a recording
             self._optimizer.zero_grad(set_to_none=True)
-            _log.warning(
-                "a step could not be recorded as a CUDA graph (%s), and is carried out kernel by kernel", error
-            )
+            self._capture = None  # the next would fail, too: torch 2.11 leaves the pool as being recorded to
+            _log.warning("a step could not be recorded as a CUDA graph (%s); all go kernel by kernel", error)
             return self._eager
 
         def step(images: Tensor, labels: Tensor) -> Outcome:
@@ -186,6 +185,11 @@ class Graphs:
                 # thread_local: the loader's threads go on allocating and copying meanwhile, on other streams.
                 with _no_collection(), torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                     outcome = function()
+            except RuntimeError:
+                # torch 2.11 leaves the generator as being recorded, which dropout refuses; the end of another recording mends it
+                with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+                    torch.zeros(1, device=self._device)
+                raise
             finally:
                 torch.cuda.set_stream(before)  # where a recording fails, torch leaves its own
 

@@ -21,7 +21,7 @@ RANDOM = Augment(crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, contrast=
 
 @pytest.fixture(scope="module")
 def encoded(photographs: list[Path]) -> list[bytes]:
-    return [path.read_bytes() for path in photographs[:128]]
+    return [path.read_bytes() for path in photographs[:64]]
 
 
 @pytest.mark.parametrize("name", ["dali", "triton"])

@@ -229,3 +229,18 @@ def test_a_run_goes_from_the_gpu_to_the_cpu_and_back(shards: Path, tmp_path: Pat
     report = train(shards, recipe, out=out, resume=True, device="cuda")
     assert [row["epoch"] for row in report.history] == [1, 2]
     assert all(row["train_loss"] > 0 for row in report.history)
+
+
+def test_a_recording_that_is_spoiled_leaves_dropout_and_other_recordings_alone() -> None:
+    ones, zero = torch.ones(64, device=CUDA), torch.zeros((), device=CUDA)
+
+    def spoiled() -> Outcome:
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return zero, zero
+
+    with pytest.raises(RuntimeError):
+        Graphs(CUDA)(spoiled)
+    assert nn.functional.dropout(ones, 0.5).sum().item() > 0
+    replay = Graphs(CUDA)(lambda: (nn.functional.dropout(ones, 0.5).sum(), zero))
+    assert len({replay()[0].item() for _ in range(8)}) > 1, "each replay draws anew"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from fastflower import Augment, Loader
 AUGMENT = Augment(size=32, resize=36, crop=(0.3, 1.0), hue=0.1)
 OPTIONS: dict[str, Any] = {"batch_size": 8, "augment": AUGMENT, "device": "cpu"}
 EXECUTORS = ["native", "opencv", "dali"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_what_is_new_is_searched_for_garbage() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def left() -> dict[str, Any]:
