@@ -94,10 +94,8 @@ class Allowance:
 
 
 def _unpromised(device: torch.device) -> int:
-    free = free_bytes(device)
-    if device.type == "cpu":
-        free //= ranks_here()  # each keeps photographs of its own
-    return max(0, free - Allowance.promised(device))
+    ranks = ranks_here() if device.type == "cpu" else 1  # each keeps photographs of its own
+    return max(0, free_bytes(device) // ranks - Allowance.promised(device))
 
 
 def allow(cache: Literal["auto"] | int | None, decoded: Decoded, device: torch.device) -> Allowance:

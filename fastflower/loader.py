@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -287,10 +288,10 @@ class Loader(IterableDataset[Batch]):
 
     def _requests(self, epoch: int, start: int) -> Iterator[Request]:
         """The steps of an epoch from `start` on; after the first, some are drawn together, which takes a third of the time."""
-        together = max(1, _DRAWN_TOGETHER // self.batch_size)
-        for first in (start, *range(start + 1, len(self), together)):
-            end = first + together if first > start else first + 1
-            steps = {step: self._positions(step) for step in range(first, min(end, len(self)))}
+        later = range(start + 1, len(self), max(1, _DRAWN_TOGETHER // self.batch_size))
+        bounds = [*range(start, min(start + 1, len(self))), *later, len(self)]
+        for first, end in pairwise(bounds):
+            steps = {step: self._positions(step) for step in range(first, end)}
             drawn = self._drawn(epoch, first, self._indices(np.concatenate(list(steps.values())), epoch))
             row = 0
             for step, positions in steps.items():

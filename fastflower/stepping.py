@@ -186,7 +186,7 @@ class Graphs:
                 with _no_collection(), torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                     outcome = function()
             except RuntimeError:
-                # torch 2.11 leaves the generator as being recorded, which dropout refuses; the end of another recording mends it
+                # torch 2.11 leaves the generator as being recorded, which dropout refuses; another recording's end mends it
                 with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
                     torch.zeros(1, device=self._device)
                 raise

@@ -4,20 +4,18 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torchrun_trainings import RECIPES
-from training_runs import BEST, DIE, LAST, RECIPE, TRAIN, assert_same_run, flags, timeless, written_history
+from training_runs import BEST, DIE, LAST, TRAIN, assert_same_run, flags, timeless, written_history
 
 from fastflower import Checkpoint, evaluate, train
 
 TESTS = Path(__file__).parent
 KILL = [DIE, "SIGKILL", "step", "8"]  # the second epoch's third step
-AVERAGED = replace(RECIPE, ema=0.9)
 
 
 def launched(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedProcess[str]:
@@ -33,7 +31,18 @@ def launched(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedP
 
 def command(shards: Path, out: Path) -> list[str | Path]:
     """The command line of a run whose averaged weights and batch norms' statistics must survive, too."""
-    return [TRAIN, shards, "--out", out, "--resume", "--save-steps", "2", "--device", "cpu", *flags(AVERAGED)]
+    return [
+        TRAIN,
+        shards,
+        "--out",
+        out,
+        "--resume",
+        "--save-steps",
+        "2",
+        "--device",
+        "cpu",
+        *flags(RECIPES["averaged"]),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +61,10 @@ def found(launch: tuple[Path, str], name: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run of tools/train.py on two ranks that nobody interrupted."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    done = launched(*command(shards, out))
+def restarted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run of tools/train.py on two ranks of which one was killed in the second epoch, and both were started again."""
+    out = tmp_path_factory.mktemp("restarted") / "run"
+    done = launched(*KILL, *command(shards, out), restarts=1)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -82,11 +91,9 @@ def test_the_ranks_agree_on_the_history(launch: tuple[Path, str], name: str) -> 
     assert first == second == timeless(written_history(launch[0] / name))
 
 
-def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
-    whole: tuple[Path, subprocess.CompletedProcess[str]], shards: Path
-) -> None:
+def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(launch: tuple[Path, str], shards: Path) -> None:
     """Also where each rank's batch norms have seen other images."""
-    out, _ = whole
+    out = launch[0] / "averaged"
     best = Checkpoint.load(out / BEST)
     row = written_history(out)[best.epoch - 1]
     scores = evaluate(best, shards, device="cpu")
@@ -113,8 +120,10 @@ def test_what_ranks_cannot_do_is_refused_by_each(launch: tuple[Path, str], name:
     assert not (launch[0] / name).exists()
 
 
-def test_one_rank_writes_and_speaks(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    out, done = whole
+def test_one_rank_writes_and_speaks(
+    launch: tuple[Path, str], restarted: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    out, done = restarted
     best, wrote = done.stdout.splitlines()
     assert best.startswith("best: epoch ")
     assert wrote == f"wrote {out / 'report.html'}"
@@ -122,8 +131,7 @@ def test_one_rank_writes_and_speaks(whole: tuple[Path, subprocess.CompletedProce
     assert len((out / "history.csv").read_text().splitlines()) == 3
     assert done.stderr.count("epoch 1/2: train loss") == 1
     assert {path.name for path in out.glob("*checkpoint*")} == {LAST, BEST}
-    if (out / "tensorboard").exists():
-        assert len(list((out / "tensorboard").iterdir())) == 1
+    assert len(list((launch[0] / "averaged" / "tensorboard").iterdir())) == 1
 
 
 def test_a_rank_that_is_killed_ends_the_job_and_leaves_a_checkpoint(shards: Path, tmp_path: Path) -> None:
@@ -138,15 +146,13 @@ def test_a_rank_that_is_killed_ends_the_job_and_leaves_a_checkpoint(shards: Path
 
 
 def test_a_rank_that_is_killed_is_started_again_and_the_run_equals_one_that_nobody_interrupted(
-    shards: Path, tmp_path: Path, whole: tuple[Path, subprocess.CompletedProcess[str]]
+    launch: tuple[Path, str], restarted: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
-    out = tmp_path / "run"
-    done = launched(*KILL, *command(shards, out), restarts=1)
-    assert done.returncode == 0, done.stderr
+    out, done = restarted
     assert f"{out}: resumed in epoch 2 after 2 steps" in done.stderr
     assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
     assert done.stdout.count("wrote ") == 1
-    assert_same_run(out, whole[0])
+    assert_same_run(out, launch[0] / "averaged")
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(shards: Path, tmp_path: Path) -> None:
