@@ -247,7 +247,7 @@ def scratch() -> Recipe:
 
 
 def finetune(freeze: int = 2) -> Recipe:
-    """Pretrained ResNet-50, two stages frozen, five epochs of one-cycle SGD to 0.02 at growing sizes: for half the time.
+    """Pretrained ResNet-50, two stages frozen, five epochs of one-cycle SGD to 0.02 at growing sizes: half of the pixels.
 
     The last epoch is trained at the size of validation: a network that saw no more than 160 pixels is less sure of itself at 224
     (Touvron et al. 2019; docs/log.md has the measurement).

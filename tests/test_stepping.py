@@ -184,9 +184,11 @@ def test_a_recording_that_fails_is_told_and_steps_go_on_without(
 
     parts = (recording.network, recording.optimizer, recording.scaler, RECIPE, CPU, torch.float32)
     stepper, random = Stepper(*parts, spoiled), torch.get_rng_state()
-    found = [stepper(*batch) for _ in range(2)]
+    images, labels = batch
+    batches = [batch, batch, (images[:8], labels[:8])]  # another shape, which would be recorded too
+    found = [stepper(*each) for each in batches]
     torch.set_rng_state(random)
-    expected = [plain.step(*batch) for _ in range(2)]
+    expected = [plain.step(*each) for each in batches]
     assert_same(found, expected)
     assert_same(state_of(recording), state_of(plain))
     assert asked == [1]

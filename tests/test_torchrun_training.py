@@ -31,18 +31,8 @@ def launched(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedP
 
 def command(shards: Path, out: Path) -> list[str | Path]:
     """The command line of a run whose averaged weights and batch norms' statistics must survive, too."""
-    return [
-        TRAIN,
-        shards,
-        "--out",
-        out,
-        "--resume",
-        "--save-steps",
-        "2",
-        "--device",
-        "cpu",
-        *flags(RECIPES["averaged"]),
-    ]
+    options = ["--resume", "--save-steps", "2", "--device", "cpu", *flags(RECIPES["averaged"])]
+    return [TRAIN, shards, "--out", out, *options]
 
 
 @pytest.fixture(scope="module")
