@@ -152,6 +152,9 @@ class OneCycle:
         return accuracy(self.model, self.view, self.device, self.dtype)
 
 
+RESNET50 = "resnet50_v1"  # fastflower's name of what follows
+
+
 def pretrained_resnet50(weights: Path, num_classes: int) -> models.ResNet:
     """With strides of two on the 1x1 convolutions, as in ResNet v1, for which the weights that can be had here were trained."""
     model = models.resnet50()

@@ -61,7 +61,7 @@ def run(side: str, data: Path, work: Path, weights: Path, seed: int, device: str
         del plain  # its workers end, so that what they spent is counted
         extra: dict[str, Any] = {}
     else:
-        recipe = replace(PRESETS[side](), weights=str(weights), seed=seed)
+        recipe = replace(PRESETS[side](), backbone=baseline.RESNET50, weights=str(weights), seed=seed)
         report = train(shards, recipe, out=work / f"run-{side}-{seed}", device=chosen)
         seconds = time.perf_counter() - start
         accuracies = [row["val_accuracy"] for row in report.history]
@@ -114,7 +114,7 @@ def main(
 
     Args:
         data: A folder of class folders.
-        weights: A state_dict of torchvision's resnet50.
+        weights: A state_dict with the names of torchvision's resnet50, of a ResNet v1.
         work: Where shards, runs and what is finished are kept.
         out: Where the JSON goes.
         seeds: How many runs of each side, with seeds 0, 1, ...

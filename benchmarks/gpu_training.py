@@ -14,6 +14,7 @@ from math import ceil, nan
 from pathlib import Path
 from typing import Any
 
+import baseline
 import epoch_time
 import record
 import torch
@@ -185,7 +186,9 @@ def accuracy(
         part.row("accuracy", "LEFT OUT: no --weights were given")
         part.left_out.append("all")
         return
-    chosen = recipes or {name: PRESETS[name]() for name in ("finetune", "finetune-long")}
+    chosen = recipes or {
+        name: replace(PRESETS[name](), backbone=baseline.RESNET50) for name in ("finetune", "finetune-long")
+    }
     part.found |= {name: [] for name in chosen}
     for seed in range(seeds):
         for name, recipe in chosen.items():

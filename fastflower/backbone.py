@@ -14,11 +14,10 @@ from fastflower.errors import ArgumentError, CheckpointError
 
 _log = logging.getLogger("fastflower")
 
-NAMES = tuple(
-    name
-    for name in models.list_models(module=models)
-    if name.startswith(("densenet", "vgg")) or name in {f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
-)
+# The first ResNets (He et al. 2015) halve the size in a block's 1x1 convolution, torchvision's in its 3x3. The tensors have the
+# same shapes; weights of Caffe or Keras are of this kind, and lose accuracy in the other. GluonCV's name.
+_V1 = {f"resnet{depth}_v1": f"resnet{depth}" for depth in (50, 101, 152)}
+NAMES = (*(name for name in models.list_models(models) if re.match(r"(densenet|resnet|vgg)\d", name)), *_V1)
 
 # torchvision's own files of DenseNet spell norm1 as norm.1.
 _DOTTED = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
@@ -34,10 +33,10 @@ def build(name: str, num_classes: int, *, weights: str | None, freeze: int = 0) 
     if name not in NAMES:
         raise ArgumentError(f"backbone must be one of {', '.join(NAMES)}, got {name!r}.")
     if weights is None:
-        model = models.get_model(name, weights=None)
+        model = _empty(name)
         _fit_head(model, num_classes)
     elif weights.startswith(("https://", "http://")) or _is_file_name(weights):
-        model = models.get_model(name, weights=None)
+        model = _empty(name)
         _load_file(model, name, _fetched(weights) if "://" in weights else Path(weights), num_classes)
     else:
         model = _downloaded(name, weights)
@@ -97,7 +96,18 @@ def _is_file_name(weights: str) -> bool:
     return (Path(weights).suffix != "" and not named) or "/" in weights or Path(weights).exists()
 
 
+def _empty(name: str) -> nn.Module:
+    model: Any = models.get_model(_V1.get(name, name), weights=None)
+    for first in (model.layer2[0], model.layer3[0], model.layer4[0]) if name in _V1 else ():
+        first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+    return model
+
+
 def _downloaded(name: str, weights: str) -> nn.Module:
+    if name in _V1:
+        raise CheckpointError(
+            f"weights={weights!r}: torchvision has none for {name}; pass the path of a file, None, or backbone {_V1[name]}."
+        )
     try:
         return models.get_model(name, weights=weights)
     except OSError as error:  # urllib's errors are OSErrors

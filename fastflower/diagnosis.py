@@ -30,16 +30,13 @@ class Diagnosis:
     def __str__(self) -> str:
         """A short table and a sentence."""
         faster = self.feeding_rate / self.training_rate
-        if faster >= 1:
-            sentence = f"training holds the job back: it can be fed {faster:.1f} times as fast as it takes images."
-        else:
-            sentence = self.stats.verdict
-        lines = [
+        held = f"training holds the job back: it can be fed {faster:.1f} times as fast as it takes images."
+        lines = (
             f"feeding alone   {self.feeding_rate:8.0f} images/s, decoding each",
             f"training alone  {self.training_rate:8.0f} images/s on {self.device}",
             str(self.stats).rpartition("\n")[0],
-            sentence,
-        ]
+            held if faster >= 1 else self.stats.verdict,
+        )
         return "\n".join(lines)
 
 

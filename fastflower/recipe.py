@@ -15,7 +15,8 @@ class Recipe:
     """A training run. Raises ArgumentError naming the field and its rule."""
 
     backbone: str = "resnet18"
-    """A torchvision classifier: resnet18, 34, 50, 101, 152; densenet121, 161, 169, 201; vgg11, 13, 16, 19 (also _bn)."""
+    """A torchvision classifier: resnet18, 34, 50, 101, 152; densenet121, 161, 169, 201; vgg11, 13, 16, 19 (also _bn); or
+    resnet50_v1, 101_v1, 152_v1, for weights of Caffe or Keras, whose 1x1 convolutions halve the size."""
     weights: str | None = "DEFAULT"
     """Where training starts: torchvision's name of pretrained weights (downloaded); the path of a state_dict or checkpoint, or
     its address as https://HOST/FILE#sha256=CHECKSUM; None: scratch."""

@@ -16,14 +16,7 @@ from fastflower import ranks
 from fastflower.backbone import build, train_mode
 from fastflower.batch import resolve_device
 from fastflower.checkpoint import BEST, LAST, Checkpoint, environment, run_folder
-from fastflower.errors import (
-    ArgumentError,
-    CheckpointError,
-    DeviceError,
-    FastflowerError,
-    StoppedError,
-    TrainingError,
-)
+from fastflower.errors import ArgumentError, CheckpointError, DeviceError, FastflowerError, StoppedError, TrainingError
 from fastflower.evaluation import measure, precision_of, view_of
 from fastflower.loader import Loader
 from fastflower.metrics import Scores

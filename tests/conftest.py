@@ -11,6 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+# Triton's kernels run in its interpreter where there is no GPU. It asks for this when it is imported, which torchvision does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from bad_server import IMPATIENT, BadServer, serving
 from torch import nn
 from torchvision.models import ResNet
@@ -19,8 +24,6 @@ from fastflower import pack, store
 from fastflower.store import Remote
 
 ROOT = Path(__file__).parent.parent
-if not torch.cuda.is_available():  # Triton's kernels run in its interpreter, which it asks for when it is imported
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 SLOW = ("test_torchrun_training.py", "test_torchrun.py", "test_interrupted_training.py", "test_gpu_check.py")

@@ -85,7 +85,7 @@ def assert_loaded(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_backbone_gets_a_head_of_the_size_asked_for(name: str) -> None:
     with torch.device("meta"):
-        network, original = build(name, 5, weights=None), models.get_model(name, weights=None)
+        network, original = build(name, 5, weights=None), models.get_model(name.removesuffix("_v1"), weights=None)
     assert head_of(network).out_features == 5
     assert head_of(network).in_features == head_of(original).in_features
     assert network.state_dict().keys() == original.state_dict().keys()
@@ -106,6 +106,21 @@ def test_a_network_maps_images_to_finite_logits(name: str) -> None:
     assert logits.shape == (2, 3)
     assert logits.isfinite().all()
     assert not torch.equal(logits[0], logits[1])
+
+
+def test_the_first_resnets_halve_in_the_1x1_convolution_and_else_are_torchvisions() -> None:
+    torch.manual_seed(0)
+    first = build("resnet50_v1", 5, weights=None).eval()
+    theirs: Any = models.resnet50(num_classes=5).eval()
+    theirs.load_state_dict(first.state_dict())
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert not torch.allclose(first(images), theirs(images))
+        for stage in (theirs.layer2, theirs.layer3, theirs.layer4):
+            # At every second pixel of every second row a 1x1 convolution gives what it gives with a stride of two.
+            stage[0].conv1.register_forward_hook(lambda _, __, output: output[:, :, ::2, ::2])
+            stage[0].conv2.stride = (1, 1)
+        torch.testing.assert_close(first(images), theirs(images))
 
 
 @pytest.mark.parametrize(("name", "freeze"), FREEZES)
@@ -192,7 +207,9 @@ def test_a_relative_path_and_a_name_without_suffix_are_files(
 
 
 def test_an_unknown_backbone_is_refused_and_the_known_are_named() -> None:
-    with pytest.raises(ArgumentError, match=r"^backbone must be one of densenet121, .*vgg19_bn, got 'resnet19'\.$"):
+    with pytest.raises(
+        ArgumentError, match=r"^backbone must be one of densenet121, .*vgg19_bn, .*_v1, got 'resnet19'\.$"
+    ):
         build("resnet19", 5, weights=None)
 
 
@@ -202,6 +219,15 @@ def test_weights_of_an_unknown_name_are_refused_and_the_known_are_named() -> Non
         match=r"^weights='BEST': resnet50 has IMAGENET1K_V1, IMAGENET1K_V2; a file's path or None will do too\.$",
     ):
         build("resnet50", 5, weights="BEST")
+
+
+def test_torchvision_has_no_weights_of_the_first_resnets() -> None:
+    with pytest.raises(
+        CheckpointError,
+        match=r"^weights='DEFAULT': torchvision has none for resnet50_v1; pass the path of a file, None, or backbone "
+        r"resnet50\.$",
+    ):
+        build("resnet50_v1", 5, weights="DEFAULT")
 
 
 def test_weights_that_cannot_be_downloaded_are_named_with_the_remedy(

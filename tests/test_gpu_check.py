@@ -13,8 +13,10 @@ import torch
 from torchvision import models
 
 from fastflower import Augment, Recipe
+from fastflower.backbone import build
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import baseline
 import epoch_time
 import gpu_check
 import gpu_feeding
@@ -219,6 +221,17 @@ def test_accuracy_is_timed_until_its_marks(place: gpu_check.Place, part: record.
         assert run["recipe"]["weights"] == "weights.pth"
     assert "n = 2; 2 of 2 reached it" in row_of(part, "tiny: until 0.0%")
     assert row_of(part, "tiny: until 101.0%") == "0 of 2 reached it"
+
+
+def test_the_plain_loop_fine_tunes_the_network_that_we_do(tmp_path: Path) -> None:
+    path = tmp_path / "resnet50.pth"
+    torch.save(models.resnet50().state_dict(), path)
+    ours: Any = build(baseline.RESNET50, 5, weights=str(path)).eval()
+    plain = baseline.pretrained_resnet50(path, 5).eval()
+    plain.fc.load_state_dict(ours.fc.state_dict())
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(ours(images), plain(images))
 
 
 def test_accuracy_without_weights_is_left_out(place: gpu_check.Place, part: record.Part, tmp_path: Path) -> None:
