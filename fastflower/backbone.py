@@ -113,7 +113,7 @@ def _downloaded(name: str, weights: str) -> nn.Module:
     except OSError as error:  # urllib's errors are OSErrors
         raise CheckpointError(
             f"weights={weights!r}: {name}'s pretrained weights could not be downloaded ({error}). Download them where there "
-            f"is a network, pass the file's path as weights, or train from scratch with weights=None (--weights None)."
+            f"is a network, pass the file's path as weights, or train from scratch (--recipe scratch; weights=None, freeze=0)."
         ) from error
     except (KeyError, ValueError) as error:
         known = ", ".join(entry.name for entry in models.get_model_weights(name))

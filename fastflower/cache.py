@@ -114,7 +114,7 @@ def allow(cache: Literal["auto"] | int | None, decoded: Decoded, device: torch.d
         free = _unpromised(device)
     fits = decoded.needed <= _SHARE * free
     _log.info(
-        "cache: %.1f GB decoded, %.1f GB of %s free: %s",
+        "cache: %.2f GB decoded, %.1f GB of %s free: %s",
         decoded.needed / 1e9,
         free / 1e9,
         "GPU memory" if device.type == "cuda" else "RAM",

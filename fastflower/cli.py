@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,8 @@ def main(args: Sequence[str] | None = None) -> int:
         asked = bool(args) and args[0] in ("-h", "--help")
         lines = [f"  {name:10}{text}" for name, (_, text) in _VERBS.items()]
         usage = "usage: fastflower VERB ... (fastflower VERB --help says more)"
-        print(usage, *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
+        wrong = [f"there is no verb {args[0]!r}"] if args and not asked else []
+        print(*wrong, usage, *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
@@ -178,7 +180,8 @@ def _preset(args: Sequence[str], known: Sequence[str]) -> tuple[str, list[str]]:
         if arg == "--recipe" or arg.startswith("--recipe="):
             value = arg.partition("=")[2] or " ".join(args[position + 1 : position + 2])
             if value not in known:
-                raise ArgumentError(f"--recipe must be one of {', '.join(known)}, got {value!r}.")
+                meant = "".join(f" Did you mean {near}?" for near in get_close_matches(value, known, 1))
+                raise ArgumentError(f"--recipe must be one of {', '.join(known)}, got {value!r}.{meant}")
             name, rest = value, [*args[:position], *args[position + (1 if "=" in arg else 2) :]]
     return name, rest
 
@@ -192,7 +195,7 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
         f"macro-F1 {scores.macro_f1:.2%}, calibration error {scores.calibration_error:.2%}"
     )
     for name, precision, recall in zip(scores.classes, scores.precision, scores.recall, strict=True):
-        print(f"  {name}: precision {precision:.1%}, recall {recall:.1%}")
+        print(f"  {name}: precision {precision:.1%}, recall {recall:.1%}".replace("nan%", "undefined"))
 
 
 def _predict(prog: str, args: Sequence[str]) -> None:

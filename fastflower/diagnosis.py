@@ -32,8 +32,8 @@ class Diagnosis:
         faster = self.feeding_rate / self.training_rate
         held = f"training holds the job back: it can be fed {faster:.1f} times as fast as it takes images."
         lines = (
-            f"feeding alone   {self.feeding_rate:8.0f} images/s, decoding each",
-            f"training alone  {self.training_rate:8.0f} images/s on {self.device}",
+            f"feeding alone   {self.feeding_rate:8.1f} images/s, decoding each",
+            f"training alone  {self.training_rate:8.1f} images/s on {self.device}",
             str(self.stats).rpartition("\n")[0],
             held if faster >= 1 else self.stats.verdict,
         )

@@ -169,7 +169,7 @@ class Loader(IterableDataset[Batch]):
         if self.tail == "drop" and self.global_batch_size > self.num_samples:
             raise ArgumentError(
                 f"batch_size {self.batch_size} * world_size {self.world_size} exceeds the {self.num_samples} samples of "
-                f"split {self.split!r}, so an epoch would have no step; lower batch_size, or set tail."
+                f"split {self.split!r}, so an epoch would have no step; lower batch_size, or set Loader's tail."
             )
 
     def _make_executor(self) -> Executor:

@@ -82,7 +82,7 @@ def _read(path: Path, reduce: int = 1) -> NDArray[np.uint8]:
     try:
         return decode(path.read_bytes(), reduce)
     except OSError as error:
-        raise SampleError(f"{path}: {error.strerror}; name an image file.") from None
+        raise SampleError(f"{path}: {error.strerror}; name an image file, or a folder of them.") from None
     except SampleError as error:
         raise SampleError(f"{path}: {error}; name an image file.") from None
 

@@ -127,7 +127,7 @@ def _curves(history: list[dict[str, float]]) -> bytes:
         for split in ("train", "val"):
             if f"{split}_{name}" in history[-1]:
                 axes.plot(epochs, [row[f"{split}_{name}"] for row in history], marker="o", markersize=3, label=split)
-        axes.set(xlabel="epoch", ylabel=name)
+        axes.set(xlabel="epoch", ylabel=name, xlim=(0, len(epochs) + 1))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -146,14 +146,8 @@ def _confusion(scores: Scores) -> bytes:
     axes.set(xlabel="predicted", ylabel="true")
     if len(scores.classes) <= 30:
         for (row, column), count in np.ndenumerate(scores.confusion):
-            axes.text(
-                column,
-                row,
-                str(count),
-                ha="center",
-                va="center",
-                color="white" if share[row, column] > 0.5 else "black",
-            )
+            color = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=color)
     return _png(figure)
 
 

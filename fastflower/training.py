@@ -62,6 +62,8 @@ def train(
     """
     if not isinstance(recipe, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"recipe must be a Recipe, got {recipe!r}; fastflower.recipe.PRESETS has them by name.")
+    if recipe.freeze and recipe.weights is None:
+        _log.warning("freeze=%d keeps random weights as they are, for weights is None; set freeze=0", recipe.freeze)
     if save_steps is not None and save_steps < 1:
         raise ArgumentError(f"save_steps must be at least 1, got {save_steps!r}.")
     with (
@@ -292,11 +294,8 @@ class Run:
         if tally and (stop or (every and tally.steps % every == 0)):
             self._save(tally)
         if stop:
-            step = (
-                f" in epoch {len(self.history) + 1}, step {tally.steps}"
-                if tally
-                else f" after epoch {len(self.history)}"
-            )
+            epoch = len(self.history)
+            step = f" in epoch {epoch + 1}, step {tally.steps}" if tally else f" after epoch {epoch}"
             raise StoppedError(f"{self.folder}: stopped by SIGTERM{step}, and saved; resume=True (--resume) goes on.")
 
     def _save(self, tally: Tally | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,14 +18,7 @@ LIBRARY = sorted((ROOT / "fastflower").glob("*.py"))
 PROGRAMS = [path for name in ("tools", "benchmarks", "tests") for path in sorted((ROOT / name).glob("**/*.py"))]
 
 # A file imports files above it only. Augment.from_torchvision imports torchvision_compat when it is called.
-ORDER = [
-    "errors", "order", "geometry", "color", "torchvision_compat", "augment", "schedule", "metrics", "recipe",
-    "folder", "image", "duplicates", "manifest", "shard", "store", "planning", "part", "packing", "verification",
-    "batch", "opencv_renderer", "native_renderer", "thread_executor", "dali_executor", "triton_kernels",
-    "ranks", "cache", "triton_executor", "executors", "loader",
-    "backbone", "checkpoint", "evaluation", "prediction", "report", "optimization", "progress", "stepping",
-    "training", "diagnosis", "cli", "__init__",
-]  # fmt: skip
+ORDER = [*re.findall(r"^    (\w+)\.py ", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE), "__init__"]
 
 PUBLIC = {
     "Augment", "Recipe", "pack", "train", "evaluate", "predict", "Loader", "Batch", "Manifest", "Checkpoint", "Report",

@@ -240,8 +240,8 @@ def test_weights_that_cannot_be_downloaded_are_named_with_the_remedy(
     monkeypatch.setattr("torch.hub.urlopen", refuse)
     message = (
         "weights='DEFAULT': resnet18's pretrained weights could not be downloaded (<urlopen error no route to host>). "
-        "Download them where there is a network, pass the file's path as weights, or train from scratch with "
-        "weights=None (--weights None)."
+        "Download them where there is a network, pass the file's path as weights, or train from scratch "
+        "(--recipe scratch; weights=None, freeze=0)."
     )
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         build("resnet18", 5, weights="DEFAULT")

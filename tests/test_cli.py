@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import re
 import runpy
 import shutil
@@ -228,8 +229,9 @@ def test_an_unknown_verb_is_wrong_usage_and_names_the_verbs(
     assert main(args) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("usage: fastflower VERB")
-    assert [line.split()[0] for line in printed.err.splitlines()[1:]] == list(VERBS)
+    told, usage = printed.err.split("usage: fastflower VERB")
+    assert told == (f"there is no verb {args[0]!r}\n" if args else "")
+    assert [line.split()[0] for line in usage.splitlines()[1:]] == list(VERBS)
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -317,6 +319,11 @@ def test_an_unknown_recipe_names_those_there_are(args: str, capsys: pytest.Captu
         assert error(capsys, verb, "shards", *args.split()) == text
 
 
+def test_a_misspelt_recipe_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = error(capsys, "train", "shards", "--recipe", "fine-tune")
+    assert text.endswith(", got 'fine-tune'. Did you mean finetune?")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("style", ["{}={}", "{} {}"])
 def test_a_recipe_sets_the_defaults_that_help_shows(name: str, style: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,7 +351,10 @@ def test_evaluate_scores_every_image_of_the_split(
     first, *rest = capsys.readouterr().out.splitlines()
     scores = evaluate(checkpoint, shards, device="cpu")
     assert first.startswith(f"30 images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, macro-F1 ")
-    assert [line.split(":")[0].strip() for line in rest] == list(CLASSES)
+    precisions = ["undefined" if math.isnan(value) else f"{value:.1%}" for value in scores.precision]
+    assert "undefined" in precisions  # of a class that it never names
+    rows = zip(CLASSES, precisions, scores.recall, strict=True)
+    assert rest == [f"  {name}: precision {precision}, recall {recall:.1%}" for name, precision, recall in rows]
 
 
 def test_evaluate_refuses_what_is_no_checkpoint_and_no_split(
@@ -381,7 +391,10 @@ def test_predict_names_the_file_that_is_no_image_or_missing(
     text.write_text("no picture")
     reason = "cannot be decoded as an image, or is cut short; name an image file."
     assert error(capsys, "predict", checkpoint, good, text) == f"{text}: {reason}"
-    assert error(capsys, "predict", checkpoint, gone) == f"{gone}: No such file or directory; name an image file."
+    assert (
+        error(capsys, "predict", checkpoint, gone)
+        == f"{gone}: No such file or directory; name an image file, or a folder of them."
+    )
     (tmp_path / "empty").mkdir()
     assert error(capsys, "predict", checkpoint, tmp_path / "empty").startswith(
         f"{tmp_path / 'empty'}: holds no images ("

@@ -65,6 +65,15 @@ def test_the_same_seed_gives_the_same_history_and_another_does_not(run: Report, 
     assert other.history[0]["train_loss"] != run.history[0]["train_loss"]
 
 
+def test_freezing_random_weights_is_warned_of(run: Report, shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for freeze in (0, 1):
+        caplog.clear()
+        with pytest.raises(CheckpointError, match="holds a run"):
+            train(shards, replace(TINY, freeze=freeze), out=run.folder, device="cpu")
+        text = "freeze=1 keeps random weights as they are, for weights is None; set freeze=0"
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [text] * freeze
+
+
 def test_training_leaves_the_callers_random_numbers_alone(shards: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     wanted = torch.rand(3)
@@ -122,7 +131,9 @@ def test_prediction_names_the_file_it_cannot_use(run: Report, flowers: Path, tmp
         predict(run.checkpoint, note)
     with pytest.raises(SampleError, match=r"half\.jpg: .*cut short; name an image file"):
         predict(run.checkpoint, half)
-    with pytest.raises(SampleError, match=r"gone\.jpg: No such file or directory; name an image file"):
+    with pytest.raises(
+        SampleError, match=r"gone\.jpg: No such file or directory; name an image file, or a folder of them"
+    ):
         predict(run.checkpoint, tmp_path / "gone.jpg")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SampleError, match=r"empty: holds no images .*; name image files or another folder"):

@@ -141,7 +141,7 @@ def draw(letter: Letter, histories: Histories, path: Path) -> None:
 
 
 def reports(
-    shards: Annotated[str, tyro.conf.Positional],
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")],
     report: tuple[Letter, ...] = get_args(Letter),
     out: Path = Path("runs/reports"),
     weights: str | None = "DEFAULT",
