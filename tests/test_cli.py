@@ -96,9 +96,7 @@ def mixed(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_pack_prints_counts_and_what_it_skipped(
-    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pack_prints_counts_and_skipped(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["pack", str(mixed), "--out", str(out), "--val-fraction", "0.3", "--seed", "3"]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -132,9 +130,7 @@ def test_names_that_a_terminal_would_not_show_are_printed(mixed: Path, tmp_path:
         assert f"skipped a/{name}.jpg: is no image" in done.stdout.splitlines()
 
 
-def test_of_many_files_only_the_first_are_listed(
-    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_the_first_of_many_are_listed(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(20):
         (mixed / f"a/text {number:02d}.jpg").write_text(f"no picture {number}")
     assert main(["pack", str(mixed), "--out", str(tmp_path / "out"), "--val-fraction", "0"]) == 0
@@ -317,11 +313,8 @@ def test_an_unknown_recipe_names_those_there_are(args: str, capsys: pytest.Captu
     text = f"--recipe must be one of {', '.join(PRESETS)}, got {'best' * args.count('best')!r}."
     for verb in ("doctor", "train"):
         assert error(capsys, verb, "shards", *args.split()) == text
-
-
-def test_a_misspelt_recipe_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
-    text = error(capsys, "train", "shards", "--recipe", "fine-tune")
-    assert text.endswith(", got 'fine-tune'. Did you mean finetune?")
+        misspelt = text.split(", got ")[0] + ", got 'fine-tune'. Did you mean finetune?"
+        assert error(capsys, verb, "shards", "--recipe", "fine-tune") == misspelt
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -363,10 +356,8 @@ def test_evaluate_refuses_what_is_no_checkpoint_and_no_split(
     photo = next(flowers.glob("rose/*.jpg"))
     pattern = rf"{re.escape(str(photo))}: is not a file that torch\.save wrote, is cut short, .*; pass another file\."
     assert re.fullmatch(pattern, error(capsys, "evaluate", photo, shards))
-    assert (
-        error(capsys, "evaluate", tmp_path / "no.pt", shards)
-        == f"{tmp_path / 'no.pt'}: does not exist; check the path."
-    )
+    missing = tmp_path / "no.pt"
+    assert error(capsys, "evaluate", missing, shards) == f"{missing}: does not exist; check the path."
     torch.save({"weight": torch.zeros(1)}, tmp_path / "state.pt")
     text = f"{tmp_path / 'state.pt'}: is not a fastflower checkpoint; pass a checkpoint-best.pt that train wrote."
     assert error(capsys, "evaluate", tmp_path / "state.pt", shards) == text
@@ -387,20 +378,15 @@ def test_predict_prints_a_line_an_image(checkpoint: Path, flowers: Path, capsys:
 def test_predict_names_the_file_that_is_no_image_or_missing(
     checkpoint: Path, flowers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good, text, gone = flowers / "rose" / "0001.jpg", tmp_path / "text.jpg", tmp_path / "no.jpg"
+    good, text, gone, empty = flowers / "rose/0001.jpg", tmp_path / "text.jpg", tmp_path / "no.jpg", tmp_path / "empty"
     text.write_text("no picture")
+    empty.mkdir()
     reason = "cannot be decoded as an image, or is cut short; name an image file."
     assert error(capsys, "predict", checkpoint, good, text) == f"{text}: {reason}"
-    assert (
-        error(capsys, "predict", checkpoint, gone)
-        == f"{gone}: No such file or directory; name an image file, or a folder of them."
-    )
-    (tmp_path / "empty").mkdir()
-    assert error(capsys, "predict", checkpoint, tmp_path / "empty").startswith(
-        f"{tmp_path / 'empty'}: holds no images ("
-    )
-    text = "IMAGES must name at least one image file or folder, got none."
-    assert error(capsys, "predict", checkpoint) == text
+    reason = "No such file or directory; name an image file, or a folder of them."
+    assert error(capsys, "predict", checkpoint, gone) == f"{gone}: {reason}"
+    assert error(capsys, "predict", checkpoint, empty).startswith(f"{empty}: holds no images (")
+    assert error(capsys, "predict", checkpoint) == "IMAGES must name at least one image file or folder, got none."
 
 
 def test_a_scheduler_that_does_not_answer_is_explained(waiting: subprocess.Popen[str], mixed: Path) -> None:
