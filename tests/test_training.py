@@ -1,7 +1,6 @@
 """The main job: train, resume, evaluate, predict, report."""
 
 import csv
-import platform
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -181,9 +180,12 @@ def test_lower_precision_stays_close(shards: Path, tmp_path: Path, precision: st
 
 def test_precision_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    if platform.machine() == "x86_64":  # oneDNN's own condition for bfloat16, which torch states in other words
-        fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    if (path := Path("/proc/cpuinfo")).exists():  # Linux's words; what oneDNN would emulate is left to float32
+        fast = {"avx512_bf16", "amx_bf16", "bf16"} & set(path.read_text().split())
         assert precision_of(Recipe(), cpu) == (torch.bfloat16 if fast else torch.float32)
+    for name, expected in (("avx512_bf16", torch.bfloat16), ("bf16", torch.bfloat16), ("avx512_bw", torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {"architecture": "any", name: True})
+        assert precision_of(Recipe(), cpu) == expected
     assert precision_of(Recipe(precision="bfloat16"), cpu) == torch.bfloat16
     for ampere, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda found=ampere, **_: found)
