@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any, Protocol
-from weakref import finalize
+from weakref import ref
 
 import numpy as np
 import torch
@@ -55,19 +55,20 @@ class _Memory:
     """Memory of batches, used again when nobody holds them: the system's comes zeroed, which takes a sixth of the time."""
 
     def __init__(self) -> None:
+        # Looked through for what is free again: called back then, Python would swallow a KeyboardInterrupt that came meanwhile.
+        self._lent: list[tuple[ref[NDArray[Any]], NDArray[np.uint8]]] = []
         self._free: deque[NDArray[np.uint8]] = deque(maxlen=_SPARE)
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """An array of whatever content."""
         size = prod(shape) * np.dtype(dtype).itemsize
-        try:
-            memory = self._free.popleft()
-        except IndexError:
-            memory = np.empty(0, np.uint8)
+        self._free.extend(memory for array, memory in self._lent if array() is None)
+        self._lent = [entry for entry in self._lent if entry[0]() is not None]
+        memory = self._free.popleft() if self._free else np.empty(0, np.uint8)
         if memory.nbytes < size:
             memory = np.empty(size, np.uint8)  # by numpy, which asks the kernel for huge pages; torch does not
         array = memory[:size].view(dtype).reshape(shape)
-        finalize(array, self._free.append, memory).atexit = False
+        self._lent.append((ref(array), memory))
         return array
 
 
@@ -99,7 +100,6 @@ class ThreadExecutor:
         self._dtype = dtype
         erased = np.rint(augment.erase_levels) if dtype == torch.uint8 else np.array(augment.erase_value)
         self._erased = as_numpy(torch.from_numpy(erased).to(dtype))
-        self._memory = _Memory()
         self._decoded = decoded
         self._replace = replace
         self._clock = clock or Clock()
@@ -108,10 +108,10 @@ class ThreadExecutor:
     def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
         """Yield (request, images (N, 3, H, W), channels-last) in order. The threads end with the iterator."""
         started: deque[tuple[Request, Tensor, list[Future[None]]]] = deque()
-        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="fastflower")
+        pool, memory = ThreadPoolExecutor(self._workers, thread_name_prefix="fastflower"), _Memory()
         try:
             for request in requests:
-                started.append((request, *self._start(pool, request)))
+                started.append((request, *self._start(pool, memory, request)))
                 if self._enough(started):
                     yield _finished(*started.popleft())
             while started:
@@ -123,9 +123,9 @@ class ThreadExecutor:
         """Whether every thread has a task and one more waits, without the batch that is to be yielded."""
         return sum(len(futures) for _, _, futures in started) - len(started[0][2]) > 2 * self._workers
 
-    def _start(self, pool: ThreadPoolExecutor, request: Request) -> tuple[Tensor, list[Future[None]]]:
+    def _start(self, pool: ThreadPoolExecutor, memory: _Memory, request: Request) -> tuple[Tensor, list[Future[None]]]:
         indices = request.indices.tolist()
-        rows = self._memory.take((len(indices), *self._size, 3), storage(self._dtype))
+        rows = memory.take((len(indices), *self._size, 3), storage(self._dtype))
         images = torch.from_numpy(rows).view(self._dtype).permute(0, 3, 1, 2)
         jobs = self._render.jobs(request)
 
