@@ -90,7 +90,7 @@ def main(
     """
     work.mkdir(parents=True, exist_ok=True)
     if only is not None:
-        record.keep(work, run(only[0], data, work, size, epochs, only[1], device))
+        record.keep(work, run(only[0], data, work, size, epochs, only[1], device), resolve_device(device))
         return
     options = ["--data", str(data), "--size", str(size), "--epochs", str(epochs)]
     options += ["--device", device] if device else []

@@ -70,6 +70,7 @@ def run(side: str, data: Path, work: Path, weights: Path, seed: int, device: str
     return {
         "side": side,
         "seed": seed,
+        "precision": str(precision_of(PRESETS["finetune"](), chosen)).removeprefix("torch."),
         "seconds": seconds,
         "processor_seconds": spent,
         "accuracies": accuracies,
@@ -83,21 +84,30 @@ def _processor_seconds() -> float:
 
 
 def table(runs: list[dict[str, Any]], sides: list[str]) -> str:
-    """Each side's accuracy after the last epoch and its seconds, and its differences from the plain loop, seed by seed."""
-    lines = [f"{'':28}{'accuracy':>9}{'min - max':>18}{'points more':>24}{'s':>8}{'share':>7}"]
+    """Each side's accuracy after the last epoch and its seconds, and its differences from the plain loop, seed by seed.
+
+    The share of the plain loop's seconds is of the seeds of which both ran on one kind of processor in one precision.
+    """
+    lines = [f"{'':28}{'accuracy':>9}{'min - max':>18}{'points more':>24}{'s':>18}{'share':>7}"]
     plain = [entry for entry in runs if entry["side"] == sides[0]]
     for side in sides:
         mine = [entry for entry in runs if entry["side"] == side]
         last = [100 * entry["accuracies"][-1] for entry in mine]
         more = [100 * (one["accuracies"][-1] - other["accuracies"][-1]) for one, other in zip(mine, plain, strict=True)]
-        shares = [one["seconds"] / other["seconds"] for one, other in zip(mine, plain, strict=True)]
-        seconds = statistics.median(entry["seconds"] for entry in mine)
+        alike = [(one, other) for one, other in zip(mine, plain, strict=True) if _ran_on(one) == _ran_on(other)]
+        share = f"{statistics.mean(one['seconds'] / other['seconds'] for one, other in alike):.2f}" if alike else "-"
+        seconds = " ".join(f"{entry['seconds']:.0f}" for entry in mine)
         spread = f"{statistics.mean(more):+.2f} ({', '.join(f'{value:+.1f}' for value in more)})"
         lines.append(
-            f"{side:28}{statistics.mean(last):8.2f}%{f'{min(last):.2f} - {max(last):.2f}':>18}{spread:>24}{seconds:8.0f}"
-            f"{statistics.mean(shares):7.2f}"
+            f"{side:28}{statistics.mean(last):8.2f}%{f'{min(last):.2f} - {max(last):.2f}':>18}{spread:>24}{seconds:>18}"
+            f"{share:>7}"
         )
     return "\n".join([*lines, f"n = {len(plain)} seeds"])
+
+
+def _ran_on(entry: dict[str, Any]) -> tuple[Any, ...]:
+    hardware = entry.get("hardware", {})
+    return hardware.get("processor"), hardware.get("gpu"), entry.get("precision")
 
 
 def main(
@@ -124,7 +134,7 @@ def main(
     """
     work.mkdir(parents=True, exist_ok=True)
     if only is not None:
-        record.keep(work, run(only[0], data, work, weights, only[1], device))
+        record.keep(work, run(only[0], data, work, weights, only[1], device), resolve_device(device))
         return
     sides = [name if frozen else f"{name}-unfrozen" for name in (PLAIN, "finetune", "finetune-long")]
     options = ["--data", str(data), "--weights", str(weights), *(["--device", device] if device else [])]

@@ -138,10 +138,11 @@ def kept(script: str, work: Path, side: str, seed: int, options: list[str]) -> d
     return json.loads(path.read_text())
 
 
-def keep(work: Path, found: dict[str, Any]) -> None:
-    """Leave it there."""
+def keep(work: Path, found: dict[str, Any], device: torch.device) -> None:
+    """Leave it there, with what it ran on: a comparison that is stopped may go on on another machine."""
     part = work / "part"
-    part.write_text(json.dumps({**found, "commit": COMMIT}))
+    place = {"commit": COMMIT, "hardware": hardware(device), "versions": environment(device)}
+    part.write_text(json.dumps({**found, **place}))
     part.replace(work / f"{found['side']}-{found['seed']}.json")
 
 

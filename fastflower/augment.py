@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastflower import geometry
 from fastflower.color import IMAGENET_MEAN, IMAGENET_STD
-from fastflower.errors import ArgumentError
+from fastflower.errors import require
 from fastflower.geometry import Floats
 from fastflower.order import GOLDEN_GAMMA, mix64, stream_key
 
@@ -377,5 +377,4 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _check(holds: bool, name: str, rule: str, augment: Augment) -> None:
-    if not holds:
-        raise ArgumentError(f"Augment.{name} must be {rule}, got {getattr(augment, name)!r}.")
+    require(holds, f"Augment.{name}", rule, getattr(augment, name))

@@ -148,6 +148,13 @@ def _doctor(prog: str, args: Sequence[str]) -> None:
     print(diagnose(**_parse_recipe(prog, args, diagnose)))
 
 
+def _preview(prog: str, args: Sequence[str]) -> None:
+    from fastflower.preview import preview
+
+    values = _parse_recipe(prog, args, preview, out=(Path, Path("preview.png")))
+    print(f"wrote {preview(**values)}")
+
+
 def _train(prog: str, args: Sequence[str]) -> None:
     from fastflower.training import train
 
@@ -212,6 +219,7 @@ _VERBS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
     "pack": (_pack, "a folder of class folders into shards"),
     "verify": (_verify, "check shards against their checksums and indexes"),
     "doctor": (_doctor, "say what holds training back: reading, decoding, augmenting or the network"),
+    "preview": (_preview, "draw what a recipe makes of photographs"),
     "train": (_train, "a classifier on shards"),
     "evaluate": (_evaluate, "score a checkpoint on shards"),
     "predict": (_predict, "classify image files"),

@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from fastflower.batch import Stats, resolve_device
-from fastflower.errors import ArgumentError
+from fastflower.errors import require
 from fastflower.loader import Loader
 from fastflower.recipe import Recipe
 from fastflower.store import Remote
@@ -58,17 +59,10 @@ def diagnose(
     Raises ShardError, ArgumentError and DeviceError as Loader does.
     """
     recipe = replace(recipe or Recipe(), weights=None)
-    if seconds <= 0:
-        raise ArgumentError(f"seconds must be above 0, got {seconds!r}.")
+    require(seconds > 0, "seconds", "above 0", seconds)
     run = Run(shards, recipe, Path(), resolve_device(device), None)
-    feeding = Loader(
-        shards,
-        batch_size=recipe.batch_size,
-        augment=recipe.augment,
-        dtype=run.precision,
-        device=run.device,
-        cache=None,
-    )
+    how: dict[str, Any] = {"batch_size": recipe.batch_size, "dtype": run.precision, "device": run.device}
+    feeding = Loader(shards, augment=recipe.augment, cache=None, **how)
     batches = (batch for _ in count() for batch in feeding)
     batch = next(batches)
     images, start = 0, perf_counter()

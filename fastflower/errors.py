@@ -9,6 +9,12 @@ class ArgumentError(FastflowerError, ValueError):
     """An argument, or a field of `Augment` or `Recipe`, is outside its rule."""
 
 
+def require(holds: bool, name: str, rule: str, value: object) -> None:
+    """Raise ArgumentError for an argument that is outside its rule."""
+    if not holds:
+        raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
+
+
 class FolderError(FastflowerError):
     """A folder of images cannot be packed as it stands."""
 

@@ -19,9 +19,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fastflower import ranks
 from fastflower.augment import Augment
-from fastflower.batch import Batch, Clock, Executor, Request, Stats, mixed, resolve_device
+from fastflower.batch import Batch, Clock, Request, Stats, mixed, resolve_device
 from fastflower.cache import decoded_bytes
-from fastflower.errors import ArgumentError, SampleError, ShardError
+from fastflower.errors import ArgumentError, SampleError, ShardError, require
 from fastflower.executors import choose, maker
 from fastflower.image import decode
 from fastflower.manifest import Manifest
@@ -128,7 +128,7 @@ class Loader(IterableDataset[Batch]):
         options = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, "workers": self._workers}
         sources = (self._encoded, self._decode, self._replace, self._clock)
         self._made_for = maker(*chosen, *sources, num_samples=self.num_samples, **options)
-        self._executor = self._make_executor()
+        self._executor = self._made_for(self.augment)
         self._next = (0, 0)  # (epoch, step) at which the next `for` begins
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
 
@@ -144,18 +144,13 @@ class Loader(IterableDataset[Batch]):
         return _made_again, (self._arguments | place, self._next, self._position)
 
     def _check(self, workers: int | None, augment: Augment) -> None:
-        rules = [
-            ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
-            ("workers", workers, workers is None or workers >= 1, "at least 1"),
-            ("shuffle", self.shuffle, self.shuffle in (True, False, "balanced"), "True, False or 'balanced'"),
-            ("window", self.window, self.window is None or self.window >= 1, "at least 1 shard"),
-            ("tail", self.tail, self.tail in ("drop", "keep", "pad"), "'drop', 'keep' or 'pad'"),
-            ("on_bad", self.on_bad, self.on_bad in ("fail", "skip"), "'fail' or 'skip'"),
-            ("dtype", self.dtype, self.dtype in _DTYPES, f"one of {', '.join(map(str, _DTYPES))}"),
-        ]
-        for name, value, holds, rule in rules:
-            if not holds:
-                raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
+        require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        require(workers is None or workers >= 1, "workers", "at least 1", workers)
+        require(self.shuffle in (True, False, "balanced"), "shuffle", "True, False or 'balanced'", self.shuffle)
+        require(self.window is None or self.window >= 1, "window", "at least 1 shard", self.window)
+        require(self.tail in ("drop", "keep", "pad"), "tail", "'drop', 'keep' or 'pad'", self.tail)
+        require(self.on_bad in ("fail", "skip"), "on_bad", "'fail' or 'skip'", self.on_bad)
+        require(self.dtype in _DTYPES, "dtype", f"one of {', '.join(map(str, _DTYPES))}", self.dtype)
         if self.shuffle == "balanced" and self.window is not None:
             raise ArgumentError(
                 "window must be None with shuffle='balanced', which reads all shards; so must shards be local."
@@ -171,9 +166,6 @@ class Loader(IterableDataset[Batch]):
                 f"batch_size {self.batch_size} * world_size {self.world_size} exceeds the {self.num_samples} samples of "
                 f"split {self.split!r}, so an epoch would have no step; lower batch_size, or set Loader's tail."
             )
-
-    def _make_executor(self) -> Executor:
-        return self._made_for(self.augment)
 
     def _encoded(self, index: int) -> bytes:
         start = perf_counter()
@@ -341,7 +333,7 @@ class Loader(IterableDataset[Batch]):
         """Draw from another distribution from the next `for` on; photographs that are kept stay."""
         self._check(None, augment)
         self.augment = self._arguments["augment"] = augment
-        self._executor = self._make_executor()
+        self._executor = self._made_for(self.augment)
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next `for` at the start of this epoch."""

@@ -17,7 +17,7 @@ from math import isqrt
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastflower.errors import ArgumentError
+from fastflower.errors import ArgumentError, require
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: SplitMix64's increment
 MAX_SAMPLES = 1 << 62  # both halves of the network then fit 32 bits, and no product overflows
@@ -138,8 +138,7 @@ class Windows:
     """
 
     def __init__(self, shard_samples: ArrayLike, window: int, *, seed: int, shuffle: bool = True) -> None:
-        if window < 1:
-            raise ArgumentError(f"window must be at least 1 shard, got {window}.")
+        require(window >= 1, "window", "at least 1 shard", window)
         self._samples = np.asarray(shard_samples, np.int64)
         self._first_index = np.cumsum(self._samples) - self._samples  # of each shard, in the index
         self._window = window

@@ -22,7 +22,7 @@ import PIL
 from tqdm import tqdm
 
 from fastflower.duplicates import nearest
-from fastflower.errors import ArgumentError, FolderError
+from fastflower.errors import ArgumentError, FolderError, require
 from fastflower.folder import Folder, scan
 from fastflower.manifest import FILE, INFO, Manifest, Split, sync, version_of, write_atomically
 from fastflower.part import STOP, Part, make_part
@@ -77,7 +77,14 @@ def pack(
     Returns the manifest. Raises FolderError when the folder cannot be packed as it stands or OUT cannot be written,
     ArgumentError for an argument outside its rule.
     """
-    _check_arguments(split_by, val_fraction, shard_bytes, max_side, quality, on_bad, on_conflict, workers)
+    require(split_by in (None, "class", "random", "folder"), "split_by", "'class', 'random' or 'folder'", split_by)
+    require(0 <= val_fraction < 1, "val_fraction", "0 or more and less than 1", val_fraction)
+    require(shard_bytes >= 1, "shard_bytes", "at least 1", shard_bytes)
+    require(max_side is None or max_side >= 1, "max_side", "at least 1 pixel", max_side)
+    require(quality is None or 1 <= quality <= 95, "quality", "1 .. 95", quality)
+    require(on_bad in ("skip", "fail"), "on_bad", "'skip' or 'fail'", on_bad)
+    require(on_conflict in ("keep", "drop"), "on_conflict", "'keep' or 'drop'", on_conflict)
+    require(workers is None or workers >= 1, "workers", "at least 1", workers)
     folder, out = Path(folder), Path(out)
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve raises at a link to itself
         raise FolderError(f"{out}: lies in {folder}, where it would count as images; name another folder with --out.")
@@ -120,31 +127,6 @@ def pack(
             raise
         (work / PLAN).unlink()
     return manifest
-
-
-def _check_arguments(
-    split_by: str | None,
-    val_fraction: float,
-    shard_bytes: int,
-    max_side: int | None,
-    quality: int | None,
-    on_bad: str,
-    on_conflict: str,
-    workers: int | None,
-) -> None:
-    rules = [
-        ("split_by", split_by, split_by in (None, "class", "random", "folder"), "'class', 'random' or 'folder'"),
-        ("val_fraction", val_fraction, 0 <= val_fraction < 1, "0 or more and less than 1"),
-        ("shard_bytes", shard_bytes, shard_bytes >= 1, "at least 1"),
-        ("max_side", max_side, max_side is None or max_side >= 1, "at least 1 pixel"),
-        ("quality", quality, quality is None or 1 <= quality <= 95, "1 .. 95"),
-        ("on_bad", on_bad, on_bad in ("skip", "fail"), "'skip' or 'fail'"),
-        ("on_conflict", on_conflict, on_conflict in ("keep", "drop"), "'keep' or 'drop'"),
-        ("workers", workers, workers is None or workers >= 1, "at least 1"),
-    ]
-    for name, value, holds, rule in rules:
-        if not holds:
-            raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
 
 
 def _check_names(found: Folder) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Literal, Self, get_args
 
 from fastflower.augment import Augment
-from fastflower.errors import ArgumentError
+from fastflower.errors import require
 from fastflower.schedule import Schedule
 
 
@@ -101,8 +101,7 @@ class Recipe:
             ),
         ]
         for name, holds, rule in rules:
-            if not holds:
-                raise ArgumentError(f"Recipe.{name} must be {rule}, got {getattr(self, name)!r}.")
+            require(holds, f"Recipe.{name}", rule, getattr(self, name))
 
     def augment_at(self, epoch: int) -> Augment:
         """`augment` at the size that an epoch, counted from 0, is trained at."""
@@ -151,17 +150,8 @@ def report_a() -> Recipe:
     Its augmentations are resized crop, flip, rotation 10, jitter and affine. The report leaves open: the amounts of jitter
     and affine (here 0.2, hue 0.1 and a shift of 10%, as in the second report).
     """
-    augment = Augment(
-        crop=(0.08, 1.0),
-        flip=0.5,
-        rotate=10,
-        translate=(0.1, 0.1),
-        brightness=0.2,
-        contrast=0.2,
-        saturation=0.2,
-        hue=0.1,
-    )
-    return Recipe(augment=augment)
+    colour: dict[str, Any] = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
+    return Recipe(augment=Augment(crop=(0.08, 1.0), flip=0.5, rotate=10, translate=(0.1, 0.1), **colour))
 
 
 def report_b() -> Recipe:

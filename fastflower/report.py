@@ -113,7 +113,8 @@ def write_report(
     write_atomically(folder / "report.html", html.encode())
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as a file, 110 pixels an inch."""
     data = io.BytesIO()
     # Without the version of matplotlib inside, the same run gives the same bytes.
     figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
@@ -131,7 +132,7 @@ def _curves(history: list[dict[str, float]]) -> bytes:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    return _png(figure)
+    return png(figure)
 
 
 def _confusion(scores: Scores) -> bytes:
@@ -148,7 +149,7 @@ def _confusion(scores: Scores) -> bytes:
         for (row, column), count in np.ndenumerate(scores.confusion):
             color = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=color)
-    return _png(figure)
+    return png(figure)
 
 
 def _mistakes(scores: Scores, val: Loader) -> list[dict[str, Any]]:

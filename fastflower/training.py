@@ -16,7 +16,7 @@ from fastflower import ranks
 from fastflower.backbone import build, train_mode
 from fastflower.batch import resolve_device
 from fastflower.checkpoint import BEST, LAST, Checkpoint, environment, run_folder
-from fastflower.errors import ArgumentError, CheckpointError, DeviceError, FastflowerError, StoppedError, TrainingError
+from fastflower.errors import CheckpointError, DeviceError, FastflowerError, StoppedError, TrainingError, require
 from fastflower.evaluation import measure, precision_of, view_of
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
@@ -60,12 +60,11 @@ def train(
     SIGTERM, TrainingError for a loss that is not finite or a rank that is gone, DeviceError when memory runs out, and
     CheckpointError or TrainingError when the disk is full.
     """
-    if not isinstance(recipe, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ArgumentError(f"recipe must be a Recipe, got {recipe!r}; fastflower.recipe.PRESETS has them by name.")
+    rule = "a Recipe, of which fastflower.recipe.PRESETS has some by name"
+    require(isinstance(recipe, Recipe), "recipe", rule, recipe)  # pyright: ignore[reportUnnecessaryIsInstance]
     if recipe.freeze and recipe.weights is None:
         _log.warning("freeze=%d keeps random weights as they are, for weights is None; set freeze=0", recipe.freeze)
-    if save_steps is not None and save_steps < 1:
-        raise ArgumentError(f"save_steps must be at least 1, got {save_steps!r}.")
+    require(save_steps is None or save_steps >= 1, "save_steps", "at least 1", save_steps)
     with (
         ranks.process_group(device),
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),

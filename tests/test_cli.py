@@ -22,12 +22,14 @@ from torchvision.models import resnet18
 from fastflower import Augment, Checkpoint, Manifest, Recipe, evaluate, pack, predict, train
 from fastflower.cli import main
 from fastflower.diagnosis import diagnose
+from fastflower.preview import preview
 from fastflower.recipe import PRESETS
 from fastflower.verification import verify
 
 ROOT = Path(__file__).parent.parent
 VERBS: dict[str, Callable[..., Any]] = {
-    "pack": pack, "verify": verify, "doctor": diagnose, "train": train, "evaluate": evaluate, "predict": predict,
+    "pack": pack, "verify": verify, "doctor": diagnose, "preview": preview, "train": train, "evaluate": evaluate,
+    "predict": predict,
 }  # fmt: skip
 CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
 
@@ -233,9 +235,8 @@ def test_an_unknown_verb_is_wrong_usage_and_names_the_verbs(
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_without_a_verb_names_the_verbs(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([flag]) == 0
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    assert [line.split()[0] for line in printed.out.splitlines()[1:]] == list(VERBS)
+    out, err = capsys.readouterr()
+    assert (err, [line.split()[0] for line in out.splitlines()[1:]]) == ("", list(VERBS))
 
 
 @pytest.mark.parametrize("args", [*(f"{verb} x y --no-such-flag 1" for verb in VERBS), "pack x --seed many"])
@@ -280,7 +281,7 @@ def test_help_shows_each_parameter_of_the_signature(verb: str, capsys: pytest.Ca
     assert flags <= shown
     # The second of a pair such as --resume, --no-resume; --recipe, which picks a preset; --help itself.
     pairs = {re.sub(r"^--(.*\.)?", r"--\1no-", flag) for flag in flags}
-    assert shown - flags - pairs - {"--help"} == ({"--recipe"} if verb in ("doctor", "train") else set())
+    assert shown - flags - pairs - {"--help"} == ({"--recipe"} if verb in ("doctor", "preview", "train") else set())
     assert all(re.search(rf"^\W*{name}\b", text, re.MULTILINE) for name in required)
 
 

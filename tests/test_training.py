@@ -247,7 +247,9 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
     out = tmp_path / "run"
     with pytest.raises(ArgumentError, match=r"backbone must be one of .*resnet18.*, got 'resnet19'"):
         train(shards, replace(TINY, backbone="resnet19"), out=out, device="cpu")
-    with pytest.raises(ArgumentError, match=r"recipe must be a Recipe, got 'scratch'; fastflower\.recipe\.PRESETS has"):
+    with pytest.raises(
+        ArgumentError, match=r"recipe must be a Recipe, of which fastflower\.recipe\.PRESETS .*, got 'scratch'"
+    ):
         train(shards, "scratch", out=out, device="cpu")  # pyright: ignore[reportArgumentType]
     with pytest.raises(
         ArgumentError, match="device must be cpu, cuda or cuda:NUMBER, got 'gpu'; leave it out for CUDA"
