@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fastflower import ranks
 from fastflower.augment import Augment
-from fastflower.batch import Batch, Clock, Request, Stats, mixed, resolve_device
+from fastflower.batch import Batch, Clock, Executor, Request, Stats, mixed, resolve_device
 from fastflower.cache import decoded_bytes
 from fastflower.errors import ArgumentError, SampleError, ShardError, require
 from fastflower.executors import choose, maker
@@ -128,7 +128,7 @@ class Loader(IterableDataset[Batch]):
         options = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, "workers": self._workers}
         sources = (self._encoded, self._decode, self._replace, self._clock)
         self._made_for = maker(*chosen, *sources, num_samples=self.num_samples, **options)
-        self._executor = self._made_for(self.augment)
+        self._executor = self._make_executor()
         self._next = (0, 0)  # (epoch, step) at which the next `for` begins
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
 
@@ -166,6 +166,9 @@ class Loader(IterableDataset[Batch]):
                 f"batch_size {self.batch_size} * world_size {self.world_size} exceeds the {self.num_samples} samples of "
                 f"split {self.split!r}, so an epoch would have no step; lower batch_size, or set Loader's tail."
             )
+
+    def _make_executor(self) -> Executor:
+        return self._made_for(self.augment)
 
     def _encoded(self, index: int) -> bytes:
         start = perf_counter()
@@ -333,7 +336,7 @@ class Loader(IterableDataset[Batch]):
         """Draw from another distribution from the next `for` on; photographs that are kept stay."""
         self._check(None, augment)
         self.augment = self._arguments["augment"] = augment
-        self._executor = self._made_for(self.augment)
+        self._executor = self._make_executor()
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next `for` at the start of this epoch."""

@@ -27,7 +27,8 @@ def preview(
 
     Args:
         shards: The folder that `pack` wrote, or its address, as for Loader.
-        recipe: Whose draws and sizes are shown: those of training, but that mixup and cutmix pair other photographs.
+        recipe: Whose draws and sizes are shown: those of training, but that mixup and cutmix pair other photographs, of
+            which the neighbour's may be the larger part.
         photographs: How many, from the beginning of split "train".
         draws: How many of each, by epochs spread over the recipe's.
         out: The PNG to write.
