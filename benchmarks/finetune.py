@@ -88,7 +88,7 @@ def table(runs: list[dict[str, Any]], sides: list[str]) -> str:
 
     The share of the plain loop's seconds is of the seeds of which both ran on one kind of processor in one precision.
     """
-    lines = [f"{'':28}{'accuracy':>9}{'min - max':>18}{'points more':>24}{'s':>18}{'share':>7}"]
+    lines = [f"{'':28}{'accuracy':>9}{'min - max':>18}{'points more':>26}{'s':>18}{'share':>7}"]
     plain = [entry for entry in runs if entry["side"] == sides[0]]
     for side in sides:
         mine = [entry for entry in runs if entry["side"] == side]
@@ -99,7 +99,7 @@ def table(runs: list[dict[str, Any]], sides: list[str]) -> str:
         seconds = " ".join(f"{entry['seconds']:.0f}" for entry in mine)
         spread = f"{statistics.mean(more):+.2f} ({', '.join(f'{value:+.1f}' for value in more)})"
         lines.append(
-            f"{side:28}{statistics.mean(last):8.2f}%{f'{min(last):.2f} - {max(last):.2f}':>18}{spread:>24}{seconds:>18}"
+            f"{side:28}{statistics.mean(last):8.2f}%{f'{min(last):.2f} - {max(last):.2f}':>18}{spread:>26}{seconds:>18}"
             f"{share:>7}"
         )
     return "\n".join([*lines, f"n = {len(plain)} seeds"])

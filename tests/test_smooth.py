@@ -95,6 +95,20 @@ def test_a_process_that_is_killed_ends_at_once_and_leaves_nothing(number: signal
     assert left() == before
 
 
+def test_memory_is_used_again_when_a_batch_is_gone_not_before_and_giving_it_back_runs_no_python(shards: Path) -> None:
+    """Python swallows a KeyboardInterrupt that comes in a callback of a weak reference."""
+    batches = iter(Loader(shards, executor="opencv", workers=1, **OPTIONS))
+    kept = [next(batches) for _ in range(6)]
+    places = [batch.images.data_ptr() for batch in kept]
+    assert len(set(places)) == len(places)
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    del kept
+    sys.setprofile(None)
+    assert calls == []
+    assert {batch.images.data_ptr() for batch in batches} & set(places)
+
+
 def feed(loader: Loader, pipe: Any) -> None:
     pipe.send([(batch.index.tolist(), batch.images.sum().item()) for batch in loader])
 
