@@ -1,10 +1,12 @@
 """Classes of single image files."""
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,13 +14,14 @@ from numpy.typing import NDArray
 
 from fastflower.batch import Request, resolve_device
 from fastflower.checkpoint import Checkpoint
-from fastflower.errors import SampleError
+from fastflower.errors import SampleError, require
 from fastflower.evaluation import log_probabilities, precision_of, view_of
 from fastflower.folder import EXTENSIONS
 from fastflower.image import decode
 from fastflower.thread_executor import ThreadExecutor
 
 _BATCH_SIZE = 32
+_log = logging.getLogger("fastflower")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ def predict(
     checkpoint: str | Path | Checkpoint,
     images: str | Path | Iterable[str | Path],
     *,
+    on_bad: Literal["fail", "skip"] = "fail",
     device: str | torch.device | None = None,
 ) -> list[Prediction]:
     """Classify image files.
@@ -45,11 +49,12 @@ def predict(
     Args:
         checkpoint: A checkpoint that `train` wrote.
         images: A path, or several; a folder stands for all images below it.
+        on_bad: "fail" stops at a file that is missing, is no image, or is cut short; "skip" logs its name and goes on.
         device: None means CUDA where there is one, else the CPU.
 
-    Returns one prediction an image, in order. Raises CheckpointError, and SampleError naming the file that is missing, is
-    no image, or is cut short.
+    Returns one prediction an image, in order. Raises CheckpointError, and SampleError naming a bad file.
     """
+    require(on_bad in ("fail", "skip"), "on_bad", "'fail' or 'skip'", on_bad)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)
     paths = list(_files([images] if isinstance(images, (str, Path)) else images))
@@ -58,10 +63,12 @@ def predict(
     model = checkpoint.network().to(chosen, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     found: list[Prediction] = []
     for start in range(0, len(paths), _BATCH_SIZE):
-        part = paths[start : start + _BATCH_SIZE]
-        view = _view(part, checkpoint, precision).to(chosen)
+        photos = _photos(paths[start : start + _BATCH_SIZE], skip=on_bad == "skip")
+        if not photos:
+            continue
+        view = _view(photos, checkpoint, precision).to(chosen)
         rows = log_probabilities(model, view, tta=recipe.tta).exp().tolist()
-        found += [_prediction(path, row, checkpoint.classes) for path, row in zip(part, rows, strict=True)]
+        found += [_prediction(path, row, checkpoint.classes) for (path, _), row in zip(photos, rows, strict=True)]
     return found
 
 
@@ -82,21 +89,38 @@ def _read(path: Path, reduce: int = 1) -> NDArray[np.uint8]:
     try:
         return decode(path.read_bytes(), reduce)
     except OSError as error:
-        raise SampleError(f"{path}: {error.strerror}; name an image file, or a folder of them.") from None
+        raise SampleError(f"{path}: {error.strerror}") from None
     except SampleError as error:
-        raise SampleError(f"{path}: {error}; name an image file.") from None
+        raise SampleError(f"{path}: {error}") from None
 
 
-def _view(paths: Sequence[Path], checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
-    """The validation view of image files, (N, 3, H, W)."""
+def _photos(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, NDArray[np.uint8]]]:
+    """Files decoded, in order, without the bad ones if they are to be skipped."""
+
+    def read(path: Path) -> NDArray[np.uint8] | None:
+        try:
+            return _read(path)
+        except SampleError as error:
+            if not skip:
+                raise SampleError(
+                    f"{error}; name image files or folders of them, or pass on_bad='skip' (--on-bad skip)."
+                ) from None
+            _log.warning("skipped %s", error)
+            return None
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        photos = list(pool.map(_read, paths))
-    augment, indices = view_of(checkpoint.recipe), np.arange(len(paths))
-    sizes = np.array([photo.shape[:2] for photo in photos], np.int64)
+        return [(path, photo) for path, photo in zip(paths, pool.map(read, paths), strict=True) if photo is not None]
+
+
+def _view(photos: Sequence[tuple[Path, NDArray[np.uint8]]], checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
+    """The validation view of decoded files, (N, 3, H, W)."""
+    augment, indices = view_of(checkpoint.recipe), np.arange(len(photos))
+    sizes = np.array([photo.shape[:2] for _, photo in photos], np.int64)
     request = Request.drawn(augment, indices, sizes, seed=0, epoch=0, step=0)
 
     def decoded(index: int, reduce: int) -> NDArray[np.uint8]:
-        return photos[index] if reduce == 1 else _read(paths[index], reduce)
+        path, photo = photos[index]
+        return photo if reduce == 1 else _read(path, reduce)
 
     executor = ThreadExecutor(augment, dtype, decoded, workers=os.cpu_count() or 1)
     ((_, images),) = executor.run([request])

@@ -126,17 +126,35 @@ def test_prediction_names_the_file_it_cannot_use(run: Report, flowers: Path, tmp
     note, half = tmp_path / "note.jpg", tmp_path / "half.jpg"
     note.write_text("not an image")
     half.write_bytes(next((flowers / "rose").iterdir()).read_bytes()[:3000])
-    with pytest.raises(SampleError, match=r"note\.jpg: cannot be decoded as an image.*; name an image file"):
+    remedy = r"; name image files or folders of them, or pass on_bad='skip' \(--on-bad skip\)\.$"
+    with pytest.raises(SampleError, match=r"note\.jpg: cannot be decoded as an image.*" + remedy):
         predict(run.checkpoint, note)
-    with pytest.raises(SampleError, match=r"half\.jpg: .*cut short; name an image file"):
+    with pytest.raises(SampleError, match=r"half\.jpg: .*cut short" + remedy):
         predict(run.checkpoint, half)
-    with pytest.raises(
-        SampleError, match=r"gone\.jpg: No such file or directory; name an image file, or a folder of them"
-    ):
+    with pytest.raises(SampleError, match=r"gone\.jpg: No such file or directory" + remedy):
         predict(run.checkpoint, tmp_path / "gone.jpg")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SampleError, match=r"empty: holds no images .*; name image files or another folder"):
         predict(run.checkpoint, tmp_path / "empty")
+    rule = "on_bad must be 'fail' or 'skip', got 'drop'"
+    with pytest.raises(ArgumentError, match=rule):
+        predict(run.checkpoint, note, on_bad="drop")  # pyright: ignore[reportArgumentType]
+
+
+def test_prediction_skips_bad_files_and_names_each(
+    run: Report, flowers: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = sorted((flowers / "rose").iterdir())
+    bad = [tmp_path / f"{number}.jpg" for number in range(33)]  # more than a batch
+    for path in bad[1:]:
+        path.write_text("not an image")
+    found = predict(run.checkpoint, [*bad, good[0], bad[1], good[1], good[0]], on_bad="skip", device="cpu")
+    assert found == predict(run.checkpoint, [good[0], good[1], good[0]], device="cpu")
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told[0] == f"skipped {bad[0]}: No such file or directory"
+    reason = "cannot be decoded as an image, or is cut short"
+    assert sorted(told[1:]) == sorted(f"skipped {path}: {reason}" for path in [*bad[1:], bad[1]])
+    assert predict(run.checkpoint, bad, on_bad="skip", device="cpu") == []
 
 
 def test_the_report_is_one_file_that_opens_anywhere(run: Report) -> None:
