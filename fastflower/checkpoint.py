@@ -36,6 +36,8 @@ class Checkpoint:
     """Of float16's loss scaling."""
     trained: dict[str, Any] = field(default_factory=dict)
     """Where the recipe averages weights: those that training goes on with."""
+    soup: dict[str, Any] = field(default_factory=dict)
+    """Where the recipe says soup: the mean of the trainings that are finished."""
     tally: dict[str, Any] = field(default_factory=dict)
     """In mid-epoch: the losses, (steps,) float64, and hits of its steps so far, and the seconds they took."""
     feeding: dict[str, Any] = field(default_factory=dict)

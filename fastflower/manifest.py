@@ -102,9 +102,7 @@ class Manifest:
                 )
             splits = {
                 name: Split(
-                    split["samples"],
-                    tuple(split["class_counts"]),
-                    tuple(Shard(**shard) for shard in split["shards"]),
+                    split["samples"], tuple(split["class_counts"]), tuple(Shard(**shard) for shard in split["shards"])
                 )
                 for name, split in stored["splits"].items()
             }

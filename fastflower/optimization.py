@@ -61,20 +61,20 @@ def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 class Average:
-    """An exponential moving average (EMA) of a network's weights and of its batch norms' statistics.
+    """An average of a network's weights and of its batch norms' statistics: exponential (EMA), or with decay None uniform.
 
     After n updates the decay is at most (1 + n) / (10 + n), so that the first weights are soon forgotten (as TensorFlow's
-    ExponentialMovingAverage with num_updates).
+    ExponentialMovingAverage with num_updates); of a uniform average it is n / (1 + n).
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: nn.Module, decay: float | None) -> None:
         self.network = deepcopy(network).requires_grad_(requires_grad=False).eval()
         self._decay = decay
 
     @torch.no_grad()
     def update(self, network: nn.Module, updates: int) -> None:
         """Take in the weights after the update that follows `updates` others."""
-        decay = min(self._decay, (1 + updates) / (10 + updates))
+        decay = updates / (1 + updates) if self._decay is None else min(self._decay, (1 + updates) / (10 + updates))
         averages: list[Tensor] = []
         current: list[Tensor] = []
         for mine, theirs in zip(tensors_of(self.network), tensors_of(network), strict=True):
@@ -84,6 +84,13 @@ class Average:
             else:
                 mine.copy_(theirs)  # batch norms' counters
         get_ema_multi_avg_fn(decay)(averages, current, None)
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Momentum and moments as before the first update, in place: a CUDA graph is of these very tensors."""
+    for state in optimizer.state.values():
+        for value in filter(torch.is_tensor, state.values()):
+            value.zero_()
 
 
 def tensors_of(network: nn.Module) -> list[Tensor]:

@@ -77,9 +77,8 @@ def _files(images: Iterable[str | Path]) -> Iterable[Path]:
         if entry.is_dir():
             inside = sorted(path for path in entry.rglob("*") if path.suffix.lower() in EXTENSIONS)
             if not inside:
-                raise SampleError(
-                    f"{entry}: holds no images ({', '.join(EXTENSIONS)}); name image files or another folder."
-                )
+                known = ", ".join(EXTENSIONS)
+                raise SampleError(f"{entry}: holds no images ({known}); name image files or another folder.")
             yield from inside
         else:
             yield entry
@@ -102,9 +101,8 @@ def _photos(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, NDArray[np
             return _read(path)
         except SampleError as error:
             if not skip:
-                raise SampleError(
-                    f"{error}; name image files or folders of them, or pass on_bad='skip' (--on-bad skip)."
-                ) from None
+                remedy = "name image files or folders of them, or pass on_bad='skip' (--on-bad skip)."
+                raise SampleError(f"{error}; {remedy}") from None
             _log.warning("skipped %s", error)
             return None
 

@@ -46,6 +46,9 @@ class Recipe:
     """Batches whose gradients are averaged before each update; the last update of an epoch may have fewer."""
     ema: float | None = None
     """Decay a step of averaged weights, which then are what is validated and kept; a short run averages over less."""
+    soup: int = 1
+    """Trainings from the same weights, each an equal part of the epochs with its own draws; their weights are averaged (Wortsman
+    et al. 2022, "Model soups"); for pretrained weights only: trainings from random ones have no useful mean."""
     schedule: Schedule = "step"
     warmup_epochs: float = 0.0
     """Over which the rate rises evenly to what the schedule says, from a hundredth of it; one_cycle warms up itself."""
@@ -84,6 +87,8 @@ class Recipe:
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0"),
             ("ema", self.ema is None or 0 < self.ema < 1, "in (0, 1)"),
+            ("soup", self.soup >= 1 and self.epochs % self.soup == 0, "a divisor of epochs"),
+            ("soup", self.soup == 1 or (self.ema is None and self.patience is None), "1 with ema or patience"),
             ("accumulate", self.accumulate >= 1, "at least 1"),
             (
                 "warmup_epochs",
@@ -103,12 +108,17 @@ class Recipe:
         for name, holds, rule in rules:
             require(holds, f"Recipe.{name}", rule, getattr(self, name))
 
+    @property
+    def part(self) -> int:
+        """Epochs of one training of the soup: schedule and sizes go over these."""
+        return self.epochs // self.soup
+
     def augment_at(self, epoch: int) -> Augment:
         """`augment` at the size that an epoch, counted from 0, is trained at."""
         if not self.sizes:
             return self.augment
-        last = (min(epoch, self.epochs - 1) + 1) * len(self.sizes)
-        side = self.sizes[-(-last // self.epochs) - 1]  # rounded up, so that the last epoch has the last size
+        last = (min(epoch, self.epochs - 1) % self.part + 1) * len(self.sizes)
+        side = self.sizes[-(-last // self.part) - 1]  # rounded up, so that the last epoch has the last size
         factor = side / self.augment.output_size[0]
         size, resize = _scaled(self.augment.size, factor), _scaled(self.augment.resize, factor)
         return replace(self.augment, size=size, resize=resize)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +21,7 @@ from fastflower.errors import CheckpointError, DeviceError, FastflowerError, Sto
 from fastflower.evaluation import measure, precision_of, view_of
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
-from fastflower.optimization import Average, optimizer_of, plain_state, restore, set_rate
+from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate
 from fastflower.order import stream_key
 from fastflower.progress import Tally, first_not_finite, preemption
 from fastflower.recipe import Recipe
@@ -118,11 +119,13 @@ class Run:
         has_val = "val" in splits and splits["val"].samples > 0
         self.val = Loader(shards, "val", augment=view_of(recipe), **common) if has_val else None
         torch.manual_seed(recipe.seed)
-        weights = None if start else recipe.weights
+        weights = None if start and recipe.soup == 1 else recipe.weights
         network = build(recipe.backbone, len(self.classes), weights=weights, freeze=recipe.freeze)
         self.network: nn.Module = network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.optimizer = optimizer_of(self.network, recipe)
-        self.average = Average(self.network, recipe.ema) if recipe.ema else None
+        self.average = Average(self.network, recipe.ema) if recipe.ema or recipe.soup > 1 else None
+        self._first = deepcopy(self.network.state_dict()) if recipe.soup > 1 else {}
+        self.scored = self.average.network if self.average and recipe.ema else self.network
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.history: list[dict[str, float]] = []
         self._interrupted: dict[str, Any] = {}
@@ -140,7 +143,7 @@ class Run:
         self.loader.load_state_dict(start.feeding)  # refuses other shards
         self.network.load_state_dict(start.trained or start.model)
         if self.average:
-            self.average.network.load_state_dict(start.model)
+            self.average.network.load_state_dict(start.soup or start.model)
         restore(self.optimizer, start.optimizer)
         self.scaler.load_state_dict(start.scaler)
         self.history, self._interrupted = list(start.history), start.tally
@@ -185,6 +188,9 @@ class Run:
     def epoch(self, epoch: int) -> tuple[dict[str, float], Scores | None]:
         """Train and validate: a row of the history, and the scores where there is a split "val"."""
         row = {"epoch": epoch + 1, **self.train_epoch(epoch)}
+        if self._first and self.average and (epoch + 1) % self.recipe.part == 0:
+            self.average.update(self.network, epoch // self.recipe.part)
+            self.scored = self.average.network
         if self.val is None:
             return row, None
         start = perf_counter()
@@ -207,6 +213,11 @@ class Run:
             self.loader.set_augment(augment)
         tally = Tally(steps, self.device, self._interrupted)
         self._interrupted = {}
+        if self._first:
+            self.scored = self.network
+            if epoch % recipe.part == 0 and tally.steps == 0:
+                self.network.load_state_dict(self._first)
+                forget(self.optimizer)
         self.loader.load_state_dict({**self.loader.state_dict(), "epoch": epoch, "step": tally.steps})
         begun = perf_counter() - tally.seconds
         label = f"epoch {epoch + 1}/{recipe.epochs}"
@@ -224,7 +235,7 @@ class Run:
                 self._check(tally.not_finite(), epoch)
                 bar.update(batch_size)
                 if step + 1 == end:
-                    if self.average:
+                    if self.average and recipe.ema:
                         before = epoch * -(-steps // recipe.accumulate) + step // recipe.accumulate
                         self.average.update(self.network, before)
                     tally.seconds = perf_counter() - begun
@@ -246,11 +257,6 @@ class Run:
         """One batch, the gradients of `together` batches averaged before an update; (mean loss, hits), until the next step."""
         return self._stepper(images, labels, together, update=update)
 
-    @property
-    def scored(self) -> nn.Module:
-        """The network that is validated and kept."""
-        return self.average.network if self.average else self.network
-
     def _score(self, val: Loader) -> Scores:
         return measure(self.scored, val, self.classes, tta=self.recipe.tta)
 
@@ -266,10 +272,11 @@ class Run:
 
     def _lr(self, step: int, steps_per_epoch: int) -> float:
         recipe = self.recipe
+        step %= recipe.part * steps_per_epoch
         scheduled = multiplier(
             recipe.schedule,
             step,
-            total_steps=recipe.epochs * steps_per_epoch,
+            total_steps=recipe.part * steps_per_epoch,
             steps_per_epoch=steps_per_epoch,
             step_epochs=recipe.step_epochs,
             gamma=recipe.gamma,
@@ -310,6 +317,7 @@ class Run:
             classes=self.classes,
             model=self.scored.state_dict(),
             trained=self.network.state_dict() if self.average else {},
+            soup=self.average.network.state_dict() if self.average and self._first else {},
             epoch=len(self.history),
             history=self.history,
             tally=state,

@@ -64,7 +64,9 @@ UNUSUAL = Recipe(
 RECIPES = [pytest.param(preset(), id=name) for name, preset in PRESETS.items()]
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, pytest.param(UNUSUAL, id="unusual")])
+@pytest.mark.parametrize(
+    "recipe", [*RECIPES, pytest.param(UNUSUAL, id="unusual"), pytest.param(Recipe(soup=5), id="soup")]
+)
 def test_a_recipe_survives_a_dictionary_and_json(recipe: Recipe) -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     through_json = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
@@ -75,7 +77,7 @@ def test_a_recipe_survives_a_dictionary_and_json(recipe: Recipe) -> None:
 
 def test_the_unusual_recipe_differs_from_the_default_in_every_field() -> None:
     same = [field.name for field in fields(Recipe) if getattr(UNUSUAL, field.name) == getattr(Recipe(), field.name)]
-    assert same == []
+    assert same == ["soup"]  # which goes with neither ema nor patience
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -122,6 +124,8 @@ def test_a_recipe_cannot_be_changed_but_derived() -> None:
         ("patience", 0, "at least 1"),
         ("ema", 1.0, "in (0, 1)"),
         ("ema", 0.0, "in (0, 1)"),
+        ("soup", 0, "a divisor of epochs"),
+        ("soup", 4, "a divisor of epochs"),
         ("precision", "float64", "auto, bfloat16, float16 or float32"),
     ],
 )
@@ -129,6 +133,12 @@ def test_a_field_outside_its_rule_is_refused(field: str, value: Any, rule: str) 
     with pytest.raises(ArgumentError, match="Recipe") as error:
         Recipe(**{field: value})
     assert str(error.value) == f"Recipe.{field} must be {rule}, got {value!r}."
+
+
+@pytest.mark.parametrize("other", [{"ema": 0.9}, {"patience": 2}])
+def test_a_soup_goes_without_other_averages_and_early_stopping(other: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=r"^Recipe\.soup must be 1 with ema or patience, got 3\.$"):
+        Recipe(soup=3, **other)
 
 
 def test_a_stored_augment_outside_its_rule_is_refused() -> None:
