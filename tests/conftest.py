@@ -1,6 +1,7 @@
 """Drawn flowers, packed shards, and the rule for tests that need a GPU."""
 
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -47,6 +48,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """The command line turns fastflower's log on; other tests shall not see that."""
+    log = logging.getLogger("fastflower")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

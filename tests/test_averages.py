@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from training_runs import timeless
 
 from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, train, training
 from fastflower.optimization import Average
@@ -25,12 +26,6 @@ SMALL = Recipe(
     precision="float32",
     ema=0.9,
 )
-TIMES = {"images_per_second", "train_seconds", "wait_seconds", "val_seconds"}
-
-
-def losses(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The rows without what the clock says."""
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in history]
 
 
 def network() -> nn.Module:
@@ -133,7 +128,7 @@ def test_a_resumed_run_goes_on_averaging(run: Report, shards: Path, tmp_path: Pa
     with pytest.raises(KilledError, match="killed"), torch.random.fork_rng():
         Killed(shards, SMALL, tmp_path, torch.device("cpu")).report()
     resumed = train(shards, SMALL, out=tmp_path, resume=True, device="cpu")
-    assert losses(resumed.history) == losses(run.history)
+    assert timeless(resumed.history) == timeless(run.history)
     one, other = (Checkpoint.load(folder / "checkpoint-last.pt") for folder in (tmp_path, run.folder))
     assert all(torch.equal(value, other.model[name]) for name, value in one.model.items())
     assert all(torch.equal(value, other.trained[name]) for name, value in one.trained.items())

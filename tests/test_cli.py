@@ -1,7 +1,6 @@
 """The command line: flags made from signatures, errors on stderr with a status, no traceback."""
 
 import inspect
-import logging
 import math
 import re
 import runpy
@@ -32,15 +31,6 @@ VERBS: dict[str, Callable[..., Any]] = {
     "predict": predict,
 }  # fmt: skip
 CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
-
-
-@pytest.fixture(autouse=True)
-def _log_level() -> Iterator[None]:
-    """The command line turns fastflower's log on; other tests shall not see that."""
-    log = logging.getLogger("fastflower")
-    level = log.level
-    yield
-    log.setLevel(level)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,6 @@
 """What a run leaves for TensorBoard, and tools/reports.py, which runs the reports' experiments."""
 
 import importlib.util
-import logging
 import subprocess
 import sys
 import threading
@@ -82,7 +81,7 @@ def trained() -> list[str]:
 
 
 @pytest.fixture
-def reports(loaded: Any, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def reports(loaded: Any, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The program, with three recipes that take a second, of which two are compared twice."""
     one, two, three = (
         loaded.Experiment(name, accuracy) for name, accuracy in (("one", 90), ("two", 80), ("three", 70))
@@ -97,10 +96,7 @@ def reports(loaded: Any, trained: list[str], monkeypatch: pytest.MonkeyPatch) ->
         return train(shards, recipe, out=out, **options)
 
     monkeypatch.setattr(loaded, "train", spy)
-    log = logging.getLogger("fastflower")
-    level = log.level
-    yield loaded
-    log.setLevel(level)
+    return loaded
 
 
 def rows(out: Path) -> list[list[str]]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from training_runs import timeless
 
 from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, train
 from fastflower.errors import StoppedError
@@ -27,12 +28,6 @@ SOUP = Recipe(
     precision="float32",
 )
 CPU = torch.device("cpu")
-TIMES = {"images_per_second", "train_seconds", "wait_seconds", "val_seconds"}
-
-
-def losses(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The rows without what the clock says."""
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in history]
 
 
 def weights_of(run: Run) -> dict[str, Tensor]:
@@ -91,7 +86,7 @@ def test_what_is_validated_is_what_is_kept(run: Report, shards: Path) -> None:
 
 def test_the_first_training_is_that_of_a_recipe_without_soup(run: Report, shards: Path, tmp_path: Path) -> None:
     alone = train(shards, replace(SOUP, soup=1, epochs=2), out=tmp_path / "run", device="cpu")
-    assert losses(alone.history) == losses(run.history[:2])
+    assert timeless(alone.history) == timeless(run.history[:2])
 
 
 @pytest.mark.parametrize("call", [2, 10, 12, 18])
@@ -101,7 +96,7 @@ def test_a_soup_that_was_stopped_and_resumed_is_the_same(run: Report, shards: Pa
     with pytest.raises(StoppedError, match="stopped by SIGTERM"), torch.random.fork_rng():
         Run(shards, SOUP, tmp_path, CPU, stop=lambda: next(calls) == call).report()
     resumed = train(shards, SOUP, out=tmp_path, resume=True, device="cpu")
-    assert losses(resumed.history) == losses(run.history)
+    assert timeless(resumed.history) == timeless(run.history)
     one, other = last(tmp_path), last(run.folder)
     for name in one.model:
         assert torch.equal(one.model[name], other.model[name]), name

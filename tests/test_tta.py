@@ -1,7 +1,5 @@
 """Test-time augmentation: the mean of an image and its mirror image, in scoring, prediction and the command line."""
 
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +17,6 @@ pytestmark = pytest.mark.usefixtures("narrow")
 
 CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
 RECIPE = Recipe(weights=None, augment=Augment(size=48, resize=54), batch_size=24, epochs=1, precision="float32")
-
-
-@pytest.fixture(autouse=True)
-def _log_level() -> Iterator[None]:
-    """The command line turns fastflower's log on; other tests shall not see that."""
-    log = logging.getLogger("fastflower")
-    level = log.level
-    yield
-    log.setLevel(level)
 
 
 @pytest.fixture(scope="module")
