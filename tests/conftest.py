@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from bad_server import IMPATIENT, BadServer, serving
-from torch import nn
-from torchvision.models import ResNet
+from training_runs import narrow_resnets
 
 from fastflower import pack, store
 from fastflower.store import Remote
@@ -109,19 +107,8 @@ def nothing_to_collect() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[None]:
-    """ResNets of a module have a quarter of the channels after the stem: the same layers, steps in a tenth of the time."""
-    make, layer = ResNet.__init__, ResNet._make_layer
-
-    def narrow_layer(self: ResNet, block: Any, planes: int, *arguments: Any, **options: Any) -> Any:
-        return layer(self, block, planes // 4, *arguments, **options)
-
-    def narrow_make(self: ResNet, *arguments: Any, **options: Any) -> None:
-        make(self, *arguments, **options)
-        self.fc = nn.Linear(self.fc.in_features // 4, self.fc.out_features)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ResNet, "_make_layer", narrow_layer)
-        patch.setattr(ResNet, "__init__", narrow_make)
+        narrow_resnets(patch)
         yield
 
 

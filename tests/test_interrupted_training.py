@@ -35,6 +35,8 @@ from training_runs import (
 from fastflower import Augment, Checkpoint, Loader, train, training
 from fastflower.errors import ArgumentError, CheckpointError, DeviceError, StoppedError, TrainingError
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:

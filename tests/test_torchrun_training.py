@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torchrun_trainings import RECIPES
-from training_runs import BEST, DIE, LAST, TRAIN, assert_same_run, flags, timeless, written_history
+from training_runs import BEST, DIE, LAST, TRAIN, assert_same_run, flags, place, timeless, written_history
 
 from fastflower import Checkpoint, evaluate, train
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 TESTS = Path(__file__).parent
 KILL = [DIE, "SIGKILL", "step", "8"]  # the second epoch's third step
@@ -124,31 +126,19 @@ def test_one_rank_writes_and_speaks(
     assert len(list((launch[0] / "averaged" / "tensorboard").iterdir())) == 1
 
 
-def test_a_rank_that_is_killed_ends_the_job_and_leaves_a_checkpoint(shards: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    done = launched(DIE, "SIGKILL", "step", "4", *command(shards, out))
-    assert done.returncode != 0
-    assert "error: rank 0: another rank is gone" in done.stderr
-    assert "Signal 9 (SIGKILL)" in done.stderr
-    assert "wrote" not in done.stdout
-    last = Checkpoint.load(out / LAST)
-    assert (last.epoch, last.step) == (0, 2)
-
-
 def test_a_rank_that_is_killed_is_started_again_and_the_run_equals_one_that_nobody_interrupted(
     launch: tuple[Path, str], restarted: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     out, done = restarted
+    assert "error: rank 0: another rank is gone" in done.stderr  # it did not wait
     assert f"{out}: resumed in epoch 2 after 2 steps" in done.stderr
     assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
     assert done.stdout.count("wrote ") == 1
     assert_same_run(out, launch[0] / "averaged")
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(shards: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    done = launched(DIE, "SIGTERM", "step", "3", *command(shards, out))
-    assert done.returncode != 0
-    assert f"{out}: stopped by SIGTERM in epoch 1, step 3, and saved; resume=True (--resume) goes on." in done.stderr
-    last = Checkpoint.load(out / LAST)
-    assert (last.epoch, last.step) == (0, 3)
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch: tuple[Path, str]) -> None:
+    out = launch[0] / "signalled"
+    said = f"{out}: stopped by SIGTERM in epoch 1, step 3, and saved; resume=True (--resume) goes on."
+    assert found(launch, "signalled") == [{"error": f"StoppedError: {said}"}] * 2
+    assert place(out) == (0, 3)

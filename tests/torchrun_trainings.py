@@ -6,14 +6,16 @@ Writes into OUT what each came to on this rank, a history and the number of step
 import json
 import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
-from training_runs import LAST, RECIPE
+from training_runs import LAST, RECIPE, narrow_resnets
 
 from fastflower import Recipe, train
 from fastflower.errors import FastflowerError
@@ -24,6 +26,7 @@ RECIPES = {
     "frozen": FROZEN,
     "accumulated": replace(FROZEN, accumulate=2),
     "averaged": replace(RECIPE, ema=0.9),  # batch norms' statistics differ by rank, and are averaged, too
+    "signalled": RECIPE,  # the second rank, at its third step
     "not divisible": replace(RECIPE, batch_size=15),
     "synchronous": replace(RECIPE, sync_batchnorm=True),
 }
@@ -35,6 +38,8 @@ def come_to(shards: str, recipe: Recipe, out: Path) -> dict[str, Any]:
 
     def counted(*values: Any, update: bool = True, **options: Any) -> Any:
         steps.append(update)
+        if (out.name, dist.get_rank(), len(steps)) == ("signalled", 1, 3):
+            signal.raise_signal(signal.SIGTERM)
         return step(*values, update=update, **options)
 
     Run.step = counted
@@ -50,6 +55,7 @@ def come_to(shards: str, recipe: Recipe, out: Path) -> dict[str, Any]:
 def main(shards: str, place: str) -> None:
     # Ranks that wait for each other in vain end soon.
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    narrow_resnets(pytest.MonkeyPatch())
     out, rank = Path(place), dist.get_rank()
     for name, recipe in RECIPES.items():
         (out / f"{name} {rank}.json").write_text(json.dumps(come_to(shards, recipe, out / name)))

@@ -1,7 +1,7 @@
 """Runs a program that gets a signal at a given moment: python tests/train_and_die.py SIGNAL WHERE CALL PROGRAM ARGUMENT ...
 
 CALL counts from 1: with WHERE "step" the batches that are trained on, with "write" the checkpoints, of which that one is
-then half written. Of torchrun's processes only the second rank's first incarnation gets the signal.
+then half written. Of torchrun's processes only the second rank's first incarnation gets the signal. ResNets are narrow.
 """
 
 import io
@@ -12,7 +12,9 @@ import sys
 from itertools import count
 from typing import Any
 
+import pytest
 import torch
+from training_runs import narrow_resnets
 
 from fastflower.training import Run
 
@@ -43,6 +45,7 @@ def main(name: str, where: str, call: str, program: str, *arguments: str) -> Non
         Run.step = dying_step
     elif doomed:
         torch.save = dying_save
+    narrow_resnets(pytest.MonkeyPatch())
     sys.argv = [program, *arguments]
     runpy.run_path(program, run_name="__main__")
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchvision.models import ResNet
 
 from fastflower import Augment, Checkpoint, Recipe, train
 
@@ -91,6 +92,21 @@ def place(out: Path) -> tuple[int, int]:
     """(epochs, steps of the next one) that are done, as the last checkpoint has it."""
     last = Checkpoint.load(out / LAST)
     return last.epoch, last.step
+
+
+def narrow_resnets(patch: pytest.MonkeyPatch) -> None:
+    """Give ResNets a quarter of the channels after the stem: the same layers, steps in a tenth of the time."""
+    make, layer = ResNet.__init__, ResNet._make_layer
+
+    def narrow_layer(self: ResNet, block: Any, planes: int, *arguments: Any, **options: Any) -> Any:
+        return layer(self, block, planes // 4, *arguments, **options)
+
+    def narrow_make(self: ResNet, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        self.fc = nn.Linear(self.fc.in_features // 4, self.fc.out_features)
+
+    patch.setattr(ResNet, "_make_layer", narrow_layer)
+    patch.setattr(ResNet, "__init__", narrow_make)
 
 
 def small(_backbone: str, classes: int, **_: Any) -> nn.Module:
