@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 from bad_server import IMPATIENT, BadServer, serving
 from training_runs import narrow_resnets
 
-from fastflower import pack, store
+from fastflower import pack, report, store
 from fastflower.store import Remote
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +109,14 @@ def nothing_to_collect() -> Iterator[None]:
 def narrow() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         narrow_resnets(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_pictures() -> Iterator[None]:
+    """Reports of runs have empty pictures, whose drawing takes longer than a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "png", lambda _: b"")
         yield
 
 

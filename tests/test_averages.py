@@ -14,7 +14,7 @@ from training_runs import timeless
 from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, train, training
 from fastflower.optimization import Average
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
 SMALL = Recipe(
     weights=None,

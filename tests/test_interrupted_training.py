@@ -35,7 +35,7 @@ from training_runs import (
 from fastflower import Augment, Checkpoint, Loader, train, training
 from fastflower.errors import ArgumentError, CheckpointError, DeviceError, StoppedError, TrainingError
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from fastflower.augment import Mix
 from fastflower.batch import mixed
 from fastflower.errors import ArgumentError
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
 BOTH = Augment(size=32, resize=36, flip=0.5, mixup=0.4, cutmix=1.0)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastflower import Augment, Loader, Recipe, evaluation, pack, train, training
 from fastflower.errors import ArgumentError
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
 SMALL = Recipe(
     weights=None,

@@ -233,5 +233,7 @@ def test_reports_runs_as_a_program(flowers: Path, tmp_path: Path) -> None:
     ((letter, title, recipe, reported, *_),) = rows(tmp_path)
     assert (letter, title, recipe, reported) == ("A", "ResNet-18", "report-a", "93.3%")
     assert (tmp_path / "report-a" / "report.html").exists()
-    assert (tmp_path / "report-a.png").exists()
+    for picture in ("report-a.png", "report-a/curves.png", "report-a/confusion.png"):
+        with Image.open(tmp_path / picture) as image:
+            assert min(image.size) > 300
     assert done.stdout == (tmp_path / "reports.md").read_text() + f"wrote {tmp_path / 'reports.md'}\n"

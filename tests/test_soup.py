@@ -13,7 +13,7 @@ from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, train
 from fastflower.errors import StoppedError
 from fastflower.training import Run
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
 SOUP = Recipe(
     weights=None,

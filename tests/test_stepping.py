@@ -16,7 +16,7 @@ from fastflower.optimization import optimizer_of, plain_state, restore, set_rate
 from fastflower.stepping import Outcome, Stepper, fastest_convolutions, graphs_of, unchanged
 from fastflower.training import Run
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
 CPU = torch.device("cpu")
 

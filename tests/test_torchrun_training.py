@@ -14,7 +14,7 @@ from training_runs import BEST, DIE, LAST, TRAIN, assert_same_run, flags, place,
 
 from fastflower import Checkpoint, evaluate, train
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
 TESTS = Path(__file__).parent
 KILL = [DIE, "SIGKILL", "step", "8"]  # the second epoch's third step

@@ -16,7 +16,7 @@ from fastflower.errors import ArgumentError, CheckpointError, DeviceError, Folde
 from fastflower.evaluation import precision_of, view_of
 from fastflower.loader import Loader
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
 TINY = Recipe(
     weights=None,

@@ -12,6 +12,8 @@ from training_runs import BEST, LAST, RECIPE, assert_same_run, before_call, kill
 from fastflower import Checkpoint, train, training
 from fastflower.errors import StoppedError, TrainingError
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from fastflower.backbone import build
 from fastflower.cli import main
 from fastflower.evaluation import view_of
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
 CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
 RECIPE = Recipe(weights=None, augment=Augment(size=48, resize=54), batch_size=24, epochs=1, precision="float32")
