@@ -107,6 +107,7 @@ def nothing_to_collect() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[None]:
+    """A module's ResNets have few channels."""
     with pytest.MonkeyPatch.context() as patch:
         narrow_resnets(patch)
         yield

@@ -126,11 +126,20 @@ def test_one_rank_writes_and_speaks(
     assert len(list((launch[0] / "averaged" / "tensorboard").iterdir())) == 1
 
 
+def test_a_rank_that_is_killed_ends_the_job_and_leaves_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = launched(DIE, "SIGKILL", "step", "4", *command(shards, out))
+    assert done.returncode != 0
+    assert "error: rank 0: another rank is gone" in done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert "wrote" not in done.stdout
+    assert place(out) == (0, 2)
+
+
 def test_a_rank_that_is_killed_is_started_again_and_the_run_equals_one_that_nobody_interrupted(
     launch: tuple[Path, str], restarted: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     out, done = restarted
-    assert "error: rank 0: another rank is gone" in done.stderr  # it did not wait
     assert f"{out}: resumed in epoch 2 after 2 steps" in done.stderr
     assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
     assert done.stdout.count("wrote ") == 1
