@@ -61,7 +61,7 @@ def restarted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return out, done
 
 
-@pytest.mark.parametrize(("name", "updates"), [("frozen", 10), ("accumulated", 6)])
+@pytest.mark.parametrize(("name", "updates"), [("frozen", 10), ("accumulated", 6), ("frozen soup", 10)])
 def test_two_ranks_train_as_one_process_does(
     launch: tuple[Path, str], shards: Path, tmp_path: Path, name: str, updates: int
 ) -> None:
@@ -77,15 +77,18 @@ def test_two_ranks_train_as_one_process_does(
     assert all(torch.allclose(one[key], other[key], rtol=1e-4, atol=1e-6) for key in one)
 
 
-@pytest.mark.parametrize("name", ["frozen", "accumulated"])
+@pytest.mark.parametrize("name", ["frozen", "accumulated", "frozen soup"])
 def test_the_ranks_agree_on_the_history(launch: tuple[Path, str], name: str) -> None:
     first, second = (timeless(rank["history"]) for rank in found(launch, name))
     assert first == second == timeless(written_history(launch[0] / name))
 
 
-def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(launch: tuple[Path, str], shards: Path) -> None:
+@pytest.mark.parametrize("name", ["averaged", "soup"])
+def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
+    launch: tuple[Path, str], shards: Path, name: str
+) -> None:
     """Also where each rank's batch norms have seen other images."""
-    out = launch[0] / "averaged"
+    out = launch[0] / name
     best = Checkpoint.load(out / BEST)
     row = written_history(out)[best.epoch - 1]
     scores = evaluate(best, shards, device="cpu")
