@@ -91,9 +91,7 @@ class Checkpoint:
             )
         try:
             recipe = Recipe.from_dict(content["recipe"])
-            rest = {
-                key: value for key, value in content.items() if key not in ("format", "version", "recipe", "classes")
-            }
+            rest = {key: content[key] for key in content.keys() - {"format", "version", "recipe", "classes"}}
             return cls(recipe=recipe, classes=tuple(content["classes"]), **rest)
         except (KeyError, TypeError, FastflowerError) as error:
             raise CheckpointError(

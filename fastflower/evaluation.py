@@ -3,14 +3,17 @@
 from collections.abc import Iterable
 from math import log
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from fastflower import ranks
 from fastflower.augment import Augment
+from fastflower.backbone import train_mode
 from fastflower.batch import Batch, resolve_device
 from fastflower.checkpoint import Checkpoint
 from fastflower.errors import CheckpointError
@@ -51,6 +54,21 @@ def log_probabilities(network: nn.Module, images: Tensor, *, tta: bool) -> Tenso
     return torch.logsumexp(torch.stack(found), dim=0) - log(len(found))
 
 
+def recalibrate(network: nn.Module, batches: Iterable[Batch], freeze: int) -> None:
+    """Make the statistics of batch norms, but for those of frozen stages, the means over batches."""
+    train_mode(network, freeze)
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
+    network.eval()  # no dropout
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None  # counts all batches alike
+    for batch in batches:
+        log_probabilities(network, batch.images, tta=False)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
 def measure(network: nn.Module, batches: Iterable[Batch], classes: tuple[str, ...], *, tta: bool) -> Scores:
     """Scores of a network over the batches of all ranks, the same on each; waits for the device once, at the end."""
     network.eval()
@@ -84,16 +102,8 @@ def evaluate(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)
     chosen, recipe = resolve_device(device), checkpoint.recipe
-    loader = Loader(
-        shards,
-        split,
-        batch_size=_BATCH_SIZE,
-        augment=view_of(recipe),
-        device=chosen,
-        dtype=precision_of(recipe, chosen),
-        shuffle=False,
-        cache=None,
-    )
+    how: dict[str, Any] = {"device": chosen, "dtype": precision_of(recipe, chosen), "shuffle": False, "cache": None}
+    loader = Loader(shards, split, batch_size=_BATCH_SIZE, augment=view_of(recipe), **how)
     if loader.manifest.classes != checkpoint.classes:
         raise CheckpointError(
             f"{shards}: holds the classes {', '.join(loader.manifest.classes)}; "

@@ -9,6 +9,8 @@ from fastflower.augment import Augment
 from fastflower.errors import require
 from fastflower.schedule import Schedule
 
+Precision = Literal["auto", "bfloat16", "float16", "float32"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
@@ -49,6 +51,9 @@ class Recipe:
     soup: int = 1
     """Trainings from the same weights, each an equal part of the epochs with its own draws; their weights are averaged (Wortsman
     et al. 2022, "Model soups"); for pretrained weights only: trainings from random ones have no useful mean."""
+    recalibrate: bool = False
+    """Compute batch norms' statistics anew at the end of a training, from 20 batches of training images as validation views
+    them: for sizes that end elsewhere (Touvron et al. 2019) and for averaged weights (Izmailov et al. 2018)."""
     schedule: Schedule = "step"
     warmup_epochs: float = 0.0
     """Over which the rate rises evenly to what the schedule says, from a hundredth of it; one_cycle warms up itself."""
@@ -58,7 +63,7 @@ class Recipe:
     """With "step": the factor of each reduction; with "three_phase": of each epoch of its second phase."""
     label_smoothing: float = 0.0
     """Probability spread over all classes, [0, 1)."""
-    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    precision: Precision = "auto"
     """Of autocast; float16 scales the loss; float32 switches autocast off; "auto": the fastest of these that keeps accuracy
     where it runs: bfloat16 where the device computes in it, float16 on CUDA otherwise, float32 on other processors."""
     compile: bool = False
@@ -89,21 +94,15 @@ class Recipe:
             ("ema", self.ema is None or 0 < self.ema < 1, "in (0, 1)"),
             ("soup", self.soup >= 1 and self.epochs % self.soup == 0, "a divisor of epochs"),
             ("soup", self.soup == 1 or (self.ema is None and self.patience is None), "1 with ema or patience"),
+            ("recalibrate", not self.recalibrate or self.patience is None, "False with patience"),
             ("accumulate", self.accumulate >= 1, "at least 1"),
-            (
-                "warmup_epochs",
-                self.warmup_epochs == 0 or (self.warmup_epochs > 0 and self.schedule != "one_cycle"),
-                "0 or more, and 0 with one_cycle",
-            ),
+            ("warmup_epochs", self.warmup_epochs >= 0, "0 or more"),
+            ("warmup_epochs", self.warmup_epochs == 0 or self.schedule != "one_cycle", "0 with one_cycle"),
             ("schedule", self.schedule in get_args(Schedule), "constant, step, cosine, one_cycle or three_phase"),
             ("step_epochs", self.step_epochs >= 1, "at least 1"),
             ("gamma", self.gamma > 0, "above 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
-            (
-                "precision",
-                self.precision in ("auto", "bfloat16", "float16", "float32"),
-                "auto, bfloat16, float16 or float32",
-            ),
+            ("precision", self.precision in get_args(Precision), "auto, bfloat16, float16 or float32"),
         ]
         for name, holds, rule in rules:
             require(holds, f"Recipe.{name}", rule, getattr(self, name))
@@ -164,24 +163,14 @@ def report_a() -> Recipe:
     return Recipe(augment=Augment(crop=(0.08, 1.0), flip=0.5, rotate=10, translate=(0.1, 0.1), **colour))
 
 
-def report_b() -> Recipe:
-    """As in the second student report: 20 epochs of SGD 0.9 at 0.001, StepLR(7, 0.1), batch 32.
+def report_b(batch_size: int = 32, backbone: str = "resnet18") -> Recipe:
+    """As in the second student report: 20 epochs of SGD 0.9 at 0.001, StepLR(7, 0.1); its batch sizes and networks compared.
 
     Resized crop, flip with probability 0.1, rotation 30, jitter 0.2 and hue 0.1, a shift of 10%. The report leaves open: the
     crop's scale (torchvision's 0.08 .. 1).
     """
     augment = replace(report_a().augment, flip=0.1, rotate=30)
-    return replace(report_a(), augment=augment, epochs=20)
-
-
-def report_b_batch64() -> Recipe:
-    """The second report's comparison of batch sizes."""
-    return replace(report_b(), batch_size=64)
-
-
-def report_b_resnet34() -> Recipe:
-    """The second report's comparison of networks."""
-    return replace(report_b(), backbone="resnet34")
+    return Recipe(augment=augment, epochs=20, batch_size=batch_size, backbone=backbone)
 
 
 def report_c(batch_size: int = 32, backbone: str = "resnet18", freeze: int = 0) -> Recipe:
@@ -250,8 +239,8 @@ def scratch() -> Recipe:
 def finetune(freeze: int = 2) -> Recipe:
     """Pretrained ResNet-50, two stages frozen, five epochs of one-cycle SGD to 0.01 at growing sizes: half of the pixels.
 
-    The last epoch is trained near the size of validation: a network that saw no more than 160 pixels is less sure of itself at
-    224 (Touvron et al. 2019; docs/log.md has the measurement).
+    The last epoch is trained near the size of validation, and batch norms' statistics are computed anew at that: a network that
+    saw no more than 160 pixels is less sure of itself at 224 (Touvron et al. 2019; docs/log.md has the measurements).
     """
     return Recipe(
         backbone="resnet50",
@@ -263,24 +252,25 @@ def finetune(freeze: int = 2) -> Recipe:
         weight_decay=1e-4,
         schedule="one_cycle",
         label_smoothing=0.1,
+        recalibrate=True,
     )
 
 
 def finetune_long(freeze: int = 2) -> Recipe:
-    """The same for ten epochs at larger sizes, with averaged weights; photographs also turned, recoloured, erased and mixed."""
+    """The mean of two trainings of ten epochs at larger sizes; photographs are also turned, recoloured, erased and mixed."""
     short = finetune(freeze)
     augment = replace(
         short.augment, rotate=15, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, erase=0.25, mixup=0.2
     )
-    return replace(short, augment=augment, epochs=10, sizes=(160, 160, 192, 192, 224), ema=0.99)
+    return replace(short, augment=augment, epochs=20, soup=2, sizes=(160, 160, 192, 192, 224))
 
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
     "default": Recipe,
     "report-a": report_a,
     "report-b": report_b,
-    "report-b-batch64": report_b_batch64,
-    "report-b-resnet34": report_b_resnet34,
+    "report-b-batch64": lambda: report_b(64),
+    "report-b-resnet34": lambda: report_b(backbone="resnet34"),
     "report-c": report_c,
     "report-c-batch64": lambda: report_c(64),
     "report-c-batch128": lambda: report_c(128),

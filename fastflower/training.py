@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +19,7 @@ from fastflower.backbone import build, train_mode
 from fastflower.batch import resolve_device
 from fastflower.checkpoint import BEST, LAST, Checkpoint, environment, run_folder
 from fastflower.errors import CheckpointError, DeviceError, FastflowerError, StoppedError, TrainingError, require
-from fastflower.evaluation import measure, precision_of, view_of
+from fastflower.evaluation import measure, precision_of, recalibrate, view_of
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
 from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate
@@ -32,6 +33,7 @@ from fastflower.store import Remote
 
 _log = logging.getLogger("fastflower")
 
+_RECALIBRATION = 20  # batches; as many as a running mean of momentum 0.1 remembers
 _ADVICE = "lower lr, warm up (warmup_epochs) or clip gradients (clip_norm)"
 
 
@@ -191,9 +193,14 @@ class Run:
         if self._first and self.average and (epoch + 1) % self.recipe.part == 0:
             self.average.update(self.network, epoch // self.recipe.part)
             self.scored = self.average.network
+        start = perf_counter()
+        if self.recipe.recalibrate and (epoch + 1) % self.recipe.part == 0:
+            place = self.loader.state_dict()
+            self.loader.set_augment(view_of(self.recipe))
+            recalibrate(self.scored, islice(self.loader, _RECALIBRATION), self.recipe.freeze)
+            self.loader.load_state_dict(place)
         if self.val is None:
             return row, None
-        start = perf_counter()
         ranks.share_buffers(self.scored)
         scores = self._score(self.val)
         if not isfinite(scores.loss):
@@ -272,15 +279,10 @@ class Run:
 
     def _lr(self, step: int, steps_per_epoch: int) -> float:
         recipe = self.recipe
-        step %= recipe.part * steps_per_epoch
-        scheduled = multiplier(
-            recipe.schedule,
-            step,
-            total_steps=recipe.part * steps_per_epoch,
-            steps_per_epoch=steps_per_epoch,
-            step_epochs=recipe.step_epochs,
-            gamma=recipe.gamma,
-        )
+        how: dict[str, Any] = {"step_epochs": recipe.step_epochs, "gamma": recipe.gamma}
+        how |= {"steps_per_epoch": steps_per_epoch, "total_steps": recipe.part * steps_per_epoch}
+        step %= how["total_steps"]
+        scheduled = multiplier(recipe.schedule, step, **how)
         return recipe.lr * scheduled * warm_up(step, recipe.warmup_epochs * steps_per_epoch)
 
     def _check(self, step: int | None, epoch: int) -> None:

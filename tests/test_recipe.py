@@ -65,7 +65,7 @@ RECIPES = [pytest.param(preset(), id=name) for name, preset in PRESETS.items()]
 
 
 @pytest.mark.parametrize(
-    "recipe", [*RECIPES, pytest.param(UNUSUAL, id="unusual"), pytest.param(Recipe(soup=5), id="soup")]
+    "recipe", [*RECIPES, pytest.param(UNUSUAL, id="unusual"), pytest.param(Recipe(soup=5, recalibrate=True), id="soup")]
 )
 def test_a_recipe_survives_a_dictionary_and_json(recipe: Recipe) -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
@@ -77,7 +77,7 @@ def test_a_recipe_survives_a_dictionary_and_json(recipe: Recipe) -> None:
 
 def test_the_unusual_recipe_differs_from_the_default_in_every_field() -> None:
     same = [field.name for field in fields(Recipe) if getattr(UNUSUAL, field.name) == getattr(Recipe(), field.name)]
-    assert same == ["soup"]  # which goes with neither ema nor patience
+    assert same == ["soup", "recalibrate"]  # which do not go with patience
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -133,6 +133,11 @@ def test_a_field_outside_its_rule_is_refused(field: str, value: Any, rule: str) 
     with pytest.raises(ArgumentError, match="Recipe") as error:
         Recipe(**{field: value})
     assert str(error.value) == f"Recipe.{field} must be {rule}, got {value!r}."
+
+
+def test_only_a_training_that_is_not_cut_short_is_recalibrated() -> None:
+    with pytest.raises(ArgumentError, match=r"^Recipe\.recalibrate must be False with patience, got True\.$"):
+        Recipe(recalibrate=True, patience=2)
 
 
 @pytest.mark.parametrize("other", [{"ema": 0.9}, {"patience": 2}])

@@ -27,7 +27,7 @@ RECIPES = {
     "accumulated": replace(FROZEN, accumulate=2),
     "averaged": replace(RECIPE, ema=0.9),  # batch norms' statistics differ by rank, and are averaged, too
     "frozen soup": replace(FROZEN, soup=2),
-    "soup": replace(RECIPE, soup=2),
+    "soup": replace(RECIPE, soup=2, recalibrate=True),
     "signalled": RECIPE,  # the second rank, at its third step
     "not divisible": replace(RECIPE, batch_size=15),
     "synchronous": replace(RECIPE, sync_batchnorm=True),
