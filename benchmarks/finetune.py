@@ -65,13 +65,13 @@ def run(side: str, data: Path, work: Path, weights: Path, seed: int, device: str
     else:
         recipe = replace(PRESETS[side](), backbone=baseline.RESNET50, weights=str(weights), seed=seed)
         out = work / f"run-{side}-{seed}"
-        resumed = Checkpoint.load(out / LAST).epoch if (out / LAST).exists() else 0
+        kept = Checkpoint.load(out / LAST) if (out / LAST).exists() else None
         history = train(shards, recipe, out=out, resume=True, device=chosen).history
         seconds = time.perf_counter() - start
-        seconds += sum(row["train_seconds"] + row["val_seconds"] for row in history[:resumed])
+        seconds += sum(row["train_seconds"] + row["val_seconds"] for row in history[: kept.epoch if kept else 0])
         accuracies = [row["val_accuracy"] for row in history]
         extra = {
-            "resumed_after_epochs": resumed,
+            "resumed": kept is not None,
             "history": history,
             "recipe": {**recipe.to_dict(), "weights": weights.name},
         }
@@ -116,7 +116,7 @@ def table(runs: list[dict[str, Any]], sides: list[str]) -> str:
 
 def _ran_on(entry: dict[str, Any]) -> tuple[Any, ...]:
     hardware = entry.get("hardware", {})
-    return hardware.get("processor"), hardware.get("gpu"), entry.get("precision"), entry.get("resumed_after_epochs", 0)
+    return hardware.get("processor"), hardware.get("gpu"), entry.get("precision"), entry.get("resumed", False)
 
 
 def main(
