@@ -6,7 +6,8 @@ size, worker, rank, or on which other augmentations are switched on. Shape suffi
 
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Literal, NamedTuple, Self
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -192,6 +193,7 @@ class Augment:
     """Draw the same numbers for a sample in every epoch."""
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("size", "resize"):
             _check(all(side >= 1 for side in _pair(getattr(self, name))), name, "at least 1", self)
         for name in ("flip", "flip_vertical", "erase"):
@@ -370,6 +372,20 @@ class _Dice:
 
     def factor(self, strength: float, slot: int) -> Floats:
         return self.between(max(0.0, 1 - strength), 1 + strength, slot)
+
+
+def make_plain(value: Any) -> None:
+    """Make a frozen dataclass's fields what a checkpoint may hold: numpy's numbers Python's, lists tuples, paths text."""
+    for item in fields(value):
+        object.__setattr__(value, item.name, _plain(getattr(value, item.name)))
+
+
+def _plain(value: Any) -> Any:
+    if type(value) in (list, tuple):
+        return tuple(_plain(one) for one in value)
+    if isinstance(value, np.generic):
+        return value.item()  # pyright: ignore[reportUnknownVariableType]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from fastflower.ranks import ranks_here
 
 _log = logging.getLogger("fastflower")
 
+_GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _SHARE = 0.5  # of the memory that is free, and promised to no other loader, when one is made
 
 
@@ -31,9 +32,10 @@ def available_bytes() -> int:
     if meminfo.exists():
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
         limits = [int(lines["MemAvailable"].split()[0]) * 1024]
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    group = _GROUPS / (_OWN.read_text().rpartition("0::/")[2].strip() if _OWN.exists() else "")
+    for place in (group, *group.parents):  # each holds those below it to its own limit
+        with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
+            limits.append(int((place / "memory.max").read_text()) - int((place / "memory.current").read_text()))
     return max(0, min(limits))
 
 

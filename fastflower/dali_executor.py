@@ -55,13 +55,8 @@ class DaliExecutor:
         batch_size: int,
         workers: int,
     ) -> None:
-        self._augment = augment
-        self._dtype = dtype
-        self._source = source
-        self._workers = workers
-        self._prove = prove
-        self._replace = replace
-        self._device = device
+        self._augment, self._dtype, self._device, self._workers = augment, dtype, device, workers
+        self._source, self._prove, self._replace = source, prove, replace
         self._options = {
             "batch_size": batch_size,
             "num_threads": workers,

@@ -12,6 +12,7 @@ from fastflower.batch import Stats, resolve_device
 from fastflower.errors import require
 from fastflower.loader import Loader
 from fastflower.recipe import Recipe
+from fastflower.stepping import fastest_convolutions
 from fastflower.store import Remote
 from fastflower.training import Run
 
@@ -71,10 +72,12 @@ def diagnose(
         images += len(batch.index)
     feeding_rate = images / (perf_counter() - start)
     batches.close()
-    run.step(batch.images, batch.labels)
+    with fastest_convolutions(run.device):
+        run.step(batch.images, batch.labels)
     steps, start = 0, perf_counter()
     while perf_counter() - start < seconds:
-        loss, _ = run.step(batch.images, batch.labels)
+        with fastest_convolutions(run.device):
+            loss, _ = run.step(batch.images, batch.labels)
         loss.item()  # waits for the device
         steps += 1
     training_rate = steps * len(batch.index) / (perf_counter() - start)

@@ -3,6 +3,7 @@
 A million files must fit, so what is found stands in arrays, not in objects.
 """
 
+import logging
 import os
 import stat
 import struct
@@ -123,6 +124,9 @@ def _scanned(root: Path) -> Folder:
     tops = _subfolders(root)
     if "train" in tops and len(tops) > 1 and all(top in _SPLITS and _subfolders(root / top) for top in tops):
         return _split(root, tops)
+    if "train" in tops and "val" in map(_SPLITS.get, tops):
+        what = "are taken for classes; they are splits where each has class folders and stands beside splits only"
+        logging.getLogger("fastflower").warning("%s: %s %s", root, ", ".join(tops), what)
     found = _Found(root)
     if not tops:
         raise FolderError(f"{root}: has no class folders; put the images of each class into a folder of its own.")

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -123,7 +122,7 @@ class Loader(IterableDataset[Batch]):
         self._clock = Clock()
         self._images = 0
         self._drawing = self.augment
-        self._workers = workers or (os.cpu_count() or 1) // ranks.ranks_here() + 1
+        self._workers = workers or ranks.cores() + 1
         chosen = choose(executor, self.device, cache, lambda: decoded_bytes(self._sizes, self.augment, seed))
         options = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, "workers": self._workers}
         sources = (self._encoded, self._decode, self._replace, self._clock)

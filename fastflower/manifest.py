@@ -85,7 +85,8 @@ class Manifest:
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Read `folder`/manifest.json. Raises ShardError when it is missing, damaged or of another format."""
-        path = Path(folder) / FILE
+        folder = Path(str(folder).removeprefix("file://"))
+        path = folder / FILE
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -107,7 +108,7 @@ class Manifest:
                 for name, split in stored["splits"].items()
             }
             return cls(
-                folder=Path(folder),
+                folder=folder,
                 classes=tuple(stored["classes"]),
                 splits=splits,
                 options=stored["options"],

@@ -141,9 +141,7 @@ class Windows:
         require(window >= 1, "window", "at least 1 shard", window)
         self._samples = np.asarray(shard_samples, np.int64)
         self._first_index = np.cumsum(self._samples) - self._samples  # of each shard, in the index
-        self._window = window
-        self._seed = seed
-        self._shuffle = shuffle
+        self._window, self._seed, self._shuffle = window, seed, shuffle
         self._laid_out: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def _layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,7 +1,6 @@
 """Classes of single image files."""
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from fastflower.errors import SampleError, require
 from fastflower.evaluation import log_probabilities, precision_of, view_of
 from fastflower.folder import EXTENSIONS
 from fastflower.image import decode
+from fastflower.ranks import cores
 from fastflower.thread_executor import ThreadExecutor
 
 _BATCH_SIZE = 32
@@ -106,7 +106,7 @@ def _photos(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, NDArray[np
             _log.warning("skipped %s", error)
             return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         return [(path, photo) for path, photo in zip(paths, pool.map(read, paths), strict=True) if photo is not None]
 
 
@@ -120,7 +120,7 @@ def _view(photos: Sequence[tuple[Path, NDArray[np.uint8]]], checkpoint: Checkpoi
         path, photo = photos[index]
         return photo if reduce == 1 else _read(path, reduce)
 
-    executor = ThreadExecutor(augment, dtype, decoded, workers=os.cpu_count() or 1)
+    executor = ThreadExecutor(augment, dtype, decoded, workers=cores())
     ((_, images),) = executor.run([request])
     return images
 

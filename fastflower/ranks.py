@@ -22,6 +22,10 @@ def process_group(device: str | torch.device | None) -> Iterator[None]:
         yield
         return
     cuda = torch.cuda.is_available() and str(device or "cuda").startswith("cuda")
+    if cuda and torch.device(device or "cuda").index is not None:
+        raise ArgumentError(
+            f"device must be cuda, of which each rank takes the GPU of its number, got {str(device)!r}."
+        )
     if cuda:
         here, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if here >= found:
@@ -49,6 +53,11 @@ def world_size() -> int:
 def ranks_here() -> int:
     """How many of them share this machine, as torchrun says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def cores() -> int:
+    """Of this machine for each of them; fewer where this process is held to fewer (taskset, SLURM, Docker's --cpuset-cpus)."""
+    return max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // ranks_here()))
 
 
 def share(batch_size: int) -> int:

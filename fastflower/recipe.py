@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Self, get_args
 
-from fastflower.augment import Augment
+from fastflower.augment import Augment, make_plain
 from fastflower.errors import require
 from fastflower.schedule import Schedule
 
@@ -79,7 +79,7 @@ class Recipe:
     """Of the head's weights, the order, the draws and dropout."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", tuple(self.sizes))  # a list, too, equals what a checkpoint holds
+        make_plain(self)
         rules = [
             ("freeze", self.freeze >= 0, "0 or more"),
             ("sizes", all(side >= 1 for side in self.sizes), "numbers of pixels, at least 1"),
@@ -137,9 +137,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The recipe that `to_dict` described; lists, as JSON gives them, count as tuples."""
-        stored: dict[str, Any] = values["augment"]
-        augment: dict[str, Any] = {name: _tuple(value) for name, value in stored.items()}
-        fields: dict[str, Any] = {**values, "sizes": tuple(values["sizes"]), "augment": Augment(**augment)}
+        fields: dict[str, Any] = {**values, "augment": Augment(**values["augment"])}
         return cls(**fields)
 
 
@@ -147,10 +145,6 @@ def _scaled(pixels: int | tuple[int, int], factor: float) -> int | tuple[int, in
     height, width = pixels if isinstance(pixels, tuple) else (pixels, pixels)
     height, width = max(1, round(factor * height)), max(1, round(factor * width))
     return (height, width) if isinstance(pixels, tuple) else height
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
 
 def report_a() -> Recipe:

@@ -20,6 +20,7 @@ from fastflower.metrics import Scores
 from fastflower.recipe import Recipe
 
 _MISTAKES = 12  # photographs shown
+_MOST_NAMES = 50  # at either side of the confusion matrix
 _THUMB = 160  # pixels
 
 
@@ -136,14 +137,15 @@ def _curves(history: list[dict[str, float]]) -> bytes:
 
 
 def _confusion(scores: Scores) -> bytes:
-    size = max(4.5, 0.45 * len(scores.classes))
+    size = min(20, max(4.5, 0.45 * len(scores.classes)))
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
     axes = figure.subplots()
     share = scores.confusion / np.maximum(1, scores.confusion.sum(axis=1, keepdims=True))
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    ticks = range(len(scores.classes))
-    axes.set_xticks(ticks, scores.classes, rotation=45, ha="right")
-    axes.set_yticks(ticks, scores.classes)
+    ticks = range(0, len(scores.classes), -(-len(scores.classes) // _MOST_NAMES))
+    names = [scores.classes[tick] for tick in ticks]
+    axes.set_xticks(ticks, names, rotation=45, ha="right", parse_math=False)  # a $ is a $
+    axes.set_yticks(ticks, names, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true")
     if len(scores.classes) <= 30:
         for (row, column), count in np.ndenumerate(scores.confusion):

@@ -19,6 +19,7 @@ from fastflower.errors import SampleError, ShardError
 from fastflower.manifest import INDEX_DTYPE, Manifest, Shard
 
 _BLOCK = 512  # bytes: tar's unit
+_MOST_OPEN = 256  # shards of a reader; systems allow a process 1,024 files
 # A member's header without name and size: owner 0, mode 644, time 0, so that bytes depend on contents alone.
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 _REST_SUM = sum(_HEADER[156:])
@@ -201,6 +202,8 @@ class ShardReader:
         """Bytes of a shard; fewer where it ends before."""
         found = self._files.get(shard)
         if found is None:
+            if len(self._files) >= _MOST_OPEN:
+                self._files = {}
             found = self._files.setdefault(shard, self._open(shard))  # another thread may have been first
         return os.pread(found.number, size, start)
 

@@ -323,6 +323,8 @@ class Store:
                     raise CancelledError
                 with suppress(TimeoutError):
                     return future.result(min(_LOOK, max(0.0, deadline - time.monotonic())))
+                if future.done():  # the client has timeouts of its own
+                    return future.result()
                 if time.monotonic() >= deadline:
                     raise OSError(f"not all came within {patience:.0f} seconds")
         finally:

@@ -96,14 +96,10 @@ class ThreadExecutor:
             )
         native = available() if renderer is None else renderer == "native"
         self._render: Renderer = NativeRenderer(augment, dtype) if native else OpencvRenderer(augment, dtype)
-        self._size = augment.output_size
-        self._dtype = dtype
+        self._size, self._dtype = augment.output_size, dtype
         erased = np.rint(augment.erase_levels) if dtype == torch.uint8 else np.array(augment.erase_value)
         self._erased = as_numpy(torch.from_numpy(erased).to(dtype))
-        self._decoded = decoded
-        self._replace = replace
-        self._clock = clock or Clock()
-        self._workers = workers
+        self._decoded, self._replace, self._clock, self._workers = decoded, replace, clock or Clock(), workers
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
         """Yield (request, images (N, 3, H, W), channels-last) in order. The threads end with the iterator."""

@@ -86,7 +86,8 @@ def train(
                     f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name another "
                     f"out, which may start from this file (weights)."
                 )
-            return Run(shards, recipe, folder, chosen, start, save_steps=save_steps, stop=stop).report()
+            how: dict[str, Any] = {"save_steps": save_steps, "stop": stop, "new": out is None}
+            return Run(shards, recipe, folder, chosen, start, **how).report()
         except (RuntimeError, MemoryError, OSError) as error:
             explained = _explained(error, recipe, chosen)
             if explained is None:
@@ -107,11 +108,12 @@ class Run:
         *,
         save_steps: int | None = None,
         stop: Callable[[], bool] = lambda: False,
+        new: bool = False,
     ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, resolve_device(device)
         device = self.device
         self.precision = precision_of(recipe, device)
-        self._save_steps, self._stop = save_steps, stop
+        self._save_steps, self._stop, self._new = save_steps, stop, new
         batch_size = ranks.share(recipe.batch_size)
         common: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": self.precision}
         shuffle = "balanced" if recipe.balanced else True
@@ -143,6 +145,9 @@ class Run:
         if start.classes != self.classes:
             raise CheckpointError(f"{place}: was trained on {', '.join(start.classes)}; resume on the same shards.")
         self.loader.load_state_dict(start.feeding)  # refuses other shards
+        val = self._feeding()["val"]
+        if start.feeding.get("val", val) != val:
+            raise CheckpointError(f"{place}: was validated on another split 'val'; resume on the same shards.")
         self.network.load_state_dict(start.trained or start.model)
         if self.average:
             self.average.network.load_state_dict(start.soup or start.model)
@@ -163,7 +168,12 @@ class Run:
         """Train the epochs that are left; validate, save and log after each; write the report at the end."""
         first = ranks.rank() == 0
         if first:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=not self._new)
+            except FileExistsError:
+                raise CheckpointError(
+                    f"{self.folder}: another run took it meanwhile; start again, or name out."
+                ) from None
             if self.history:  # a kill may have come before its last row
                 write_history(self.folder, self.history)
         scores = None
@@ -306,6 +316,9 @@ class Run:
             step = f" in epoch {epoch + 1}, step {tally.steps}" if tally else f" after epoch {epoch}"
             raise StoppedError(f"{self.folder}: stopped by SIGTERM{step}, and saved; resume=True (--resume) goes on.")
 
+    def _feeding(self) -> dict[str, Any]:
+        return {**self.loader.state_dict(), "val": self.val.state_dict()["shards"] if self.val else None}
+
     def _save(self, tally: Tally | None = None) -> None:
         state = tally.state() if tally else {}
         if tally:
@@ -323,7 +336,7 @@ class Run:
             epoch=len(self.history),
             history=self.history,
             tally=state,
-            feeding=self.loader.state_dict(),
+            feeding=self._feeding(),
             optimizer=plain_state(self.optimizer),
             scaler=self.scaler.state_dict(),
             environment=environment(self.device, self.precision),

@@ -127,14 +127,9 @@ class TritonExecutor:
         *,
         workers: int,
     ) -> None:
-        self._augment = augment
-        self._dtype = dtype
-        self._decode = decode
-        self._photos = photos
-        self._replace = replace
-        self._workers = workers
-        self._device = photos.device
-        self._stream = photos.stream
+        self._augment, self._dtype, self._workers = augment, dtype, workers
+        self._decode, self._photos, self._replace = decode, photos, replace
+        self._device, self._stream = photos.device, photos.stream
         multiply, add = color.normalize_factors(augment.mean, augment.std)
         erased = np.rint(augment.erase_levels) if dtype == torch.uint8 else np.array(augment.erase_value)
         with self._ours():

@@ -24,6 +24,7 @@ from fastflower.metrics import Scores
 from fastflower.recipe import PRESETS
 
 ROOT = Path(__file__).parent.parent
+_MARK = ".fastflower-demo"  # in a folder that a demo may clear
 
 
 def main(
@@ -45,7 +46,11 @@ def main(
     start = time.perf_counter()
     if data is not None and data.resolve().is_relative_to(out.resolve()):
         raise ArgumentError(f"--data {data}: lies inside --out {out}, which is cleared first; name another --out.")
+    if out.is_dir() and any(out.iterdir()) and not (out / _MARK).exists():
+        raise ArgumentError(f"--out {out}: holds what no demo wrote; name another folder, or remove this one.")
     _clear(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARK).touch()
     folder = data or out / "flowers"
     if data is None:
         _step("drawing five kinds of flowers")

@@ -80,8 +80,9 @@ def history_of(shards: str, name: str, recipe: Recipe, out: Path, device: str | 
     folder = out / name
     if (folder / "report.html").exists() and (folder / LAST).exists():
         kept = Checkpoint.load(folder / LAST)
-        trained_on = Loader(shards, batch_size=1, device="cpu", cache=None).state_dict()["shards"]
-        if kept.recipe == recipe and kept.feeding["shards"] == trained_on:
+        loaders = (Loader(shards, split, batch_size=1, device="cpu", cache=None) for split in ("train", "val"))
+        used = [kept.feeding["shards"], kept.feeding.get("val")]
+        if kept.recipe == recipe and used == [loader.state_dict()["shards"] for loader in loaders]:
             return kept.history
     return train(shards, recipe, out=folder, resume=True, device=device).history
 

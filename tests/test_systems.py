@@ -1,0 +1,204 @@
+"""What systems do: few descriptors, folders that are links, refused deletions, nested control groups, pinned processors."""
+
+import asyncio
+import errno
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packs import drawn, photo
+
+from fastflower import Loader, cache, pack, ranks, shard, store
+from fastflower.cache import available_bytes
+from fastflower.errors import FolderError
+from fastflower.folder import scan
+from fastflower.manifest import Manifest
+from fastflower.shard import ShardReader
+from fastflower.store import Remote, Store
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize("on_bad", ["fail", "skip"])
+def test_shards_may_be_more_than_files_that_may_be_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_bad: Any
+) -> None:
+    """At most so many at once, and every sample comes once, not a neighbour in its place."""
+    manifest = pack(drawn(tmp_path / "data", a=20, b=20), tmp_path / "shards", shard_bytes=1, val_fraction=0.0)
+    assert len(manifest.split("train").shards) == 40
+    monkeypatch.setattr(shard, "_MOST_OPEN", 8)
+    reader = ShardReader(manifest, "train")
+    for index in range(40):
+        reader.encoded(index)
+        assert sum(_is_tar(entry, tmp_path) for entry in Path("/proc/self/fd").iterdir()) <= 8
+    loader = Loader(tmp_path / "shards", batch_size=8, on_bad=on_bad, cache=None, workers=3)
+    for _ in range(2):
+        assert sorted(index for batch in loader for index in batch.index.tolist()) == list(range(40))
+    assert loader.replaced == {}
+
+
+def _is_tar(descriptor: Path, folder: Path) -> bool:
+    try:
+        place = descriptor.readlink()
+    except FileNotFoundError:  # that of the listing itself
+        return False
+    return place.is_relative_to(folder) and place.suffix == ".tar"
+
+
+class _Impatient:
+    """A file system whose client gives up by itself, with what asyncio raises then: a TimeoutError."""
+
+    async_impl = True
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.asked = 0
+        self._thread = threading.Thread(target=self.loop.run_forever)
+        self._thread.start()
+
+    def end(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+    async def _cat_file(self, *_: object, **__: object) -> bytes:
+        self.asked += 1
+        raise TimeoutError("the client gave up")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Impatient]:
+    system = _Impatient()
+    monkeypatch.setattr(store, "_file_system", lambda *_: (system, "shards"))
+    yield system
+    system.end()
+
+
+def test_a_timeout_of_the_client_is_one_attempt_and_not_waited_out(
+    impatient: _Impatient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons: list[str] = []
+
+    def pause(_self: Store, _name: str, attempt: int, reason: str) -> None:
+        reasons.append(reason)
+        if attempt == 2:
+            raise StopIteration
+
+    monkeypatch.setattr(Store, "_pause", pause)
+    monkeypatch.setattr(store, "_TIMEOUT", 0.3)
+    with pytest.raises(StopIteration):
+        Store(Remote(url="https://host/shards", folder=str(tmp_path)))
+    assert (impatient.asked, reasons) == (3, ["the client gave up"] * 3)
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "mount"])
+def test_an_empty_folder_that_cannot_be_removed_hides_no_error(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = drawn(tmp_path / "data", a=3, b=3), tmp_path / "out"
+    (data / "a" / "text.jpg").write_text("no image")
+    place = tmp_path / "disk" if kind == "link" else out
+    place.mkdir()
+    if kind == "link":
+        out.symlink_to(place)
+    if kind == "mount":
+
+        def busy(path: Path) -> None:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+        monkeypatch.setattr(Path, "rmdir", busy)
+    with pytest.raises(FolderError, match=re.escape(f"{data}/a/text.jpg: is no image; remove or replace it")):
+        pack(data, out, on_bad="fail")
+    assert out.exists() == (kind != "folder")
+    assert not out.exists() or list(out.iterdir()) == []
+
+
+def test_a_pack_is_finished_where_open_files_cannot_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS gives them another name in the same folder until they are closed, so that this is not empty."""
+    out, rmdir = tmp_path / "out", os.rmdir
+
+    def full(path: Any, **options: Any) -> None:
+        if os.path.basename(path) == ".packing":  # noqa: PTH119  (rmtree may give a name relative to a descriptor)
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmdir(path, **options)
+
+    data = drawn(tmp_path / "data", a=4, b=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", full)
+        made = pack(data, out)
+    assert Manifest.load(out) == made
+    assert len(list(Loader(out, "train", batch_size=2))) == made.split("train").samples // 2
+    assert pack(data, out) == made
+    assert not (out / ".packing").exists(), "what was left of the workspace goes when that is possible"
+
+
+def test_memory_is_the_least_that_any_control_group_above_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = available_bytes()
+    group = tmp_path / "groups" / "system.slice" / "job"
+    group.mkdir(parents=True)
+    (tmp_path / "own").write_text("1:cpu:/elsewhere\n0::/system.slice/job\n")
+    monkeypatch.setattr(cache, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(cache, "_OWN", tmp_path / "own")
+
+    def limit(place: Path, most: str, current: int) -> None:
+        (place / "memory.max").write_text(f"{most}\n")
+        (place / "memory.current").write_text(f"{current}\n")
+
+    limit(group, "max", 1000)
+    assert available_bytes() > free / 2
+    limit(group, "9000", 2000)
+    assert available_bytes() == 7000
+    limit(group.parent, "8000", 5000)
+    assert available_bytes() == 3000
+    limit(group.parent, "8000", 9000)
+    assert available_bytes() == 0
+    (tmp_path / "own").write_text("0::/\n")
+    limit(tmp_path / "groups", "600", 100)
+    assert available_bytes() == 500, "a container sees its own group as the root"
+    (tmp_path / "own").unlink()
+    assert available_bytes() == 500
+
+
+@pytest.mark.parametrize(
+    ("held", "cores", "here", "expected"),
+    [(128, 128, 1, 128), (8, 128, 1, 8), (128, 128, 4, 32), (8, 32, 4, 8), (2, 2, 4, 1)],
+)
+def test_threads_are_for_the_cores_that_the_process_is_held_to(
+    held: int, cores: int, here: int, expected: int, monkeypatch: pytest.MonkeyPatch, shards: Path
+) -> None:
+    """A launcher may hold each rank to its own cores, which then are not shared once more."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(held)))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    assert ranks.cores() == expected
+    assert Loader(shards)._workers == expected + 1
+
+
+@pytest.mark.parametrize("extra", ["test/1.jpg", "notes/a/1.jpg"])
+def test_splits_beside_what_is_none_are_said_to_be_classes(
+    tmp_path: Path, extra: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train/a/1.jpg", "train/b/1.jpg", "valid/a/1.jpg", extra):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(1).save(tmp_path / name)
+    tops = sorted([extra.partition("/")[0], "train", "valid"])
+    assert list(scan(tmp_path).classes) == tops
+    what = "are taken for classes; they are splits where each has class folders and stands beside splits only"
+    assert caplog.messages == [f"{tmp_path}: {', '.join(tops)} {what}"]
+    caplog.clear()
+    shutil.rmtree(tmp_path / extra.partition("/")[0])
+    assert scan(tmp_path).splits == ("train", "val")
+    assert caplog.messages == []
+
+
+def test_an_address_of_a_local_file_is_its_path(shards: Path) -> None:
+    assert Manifest.load(f"file://{shards}") == Manifest.load(shards)
+    theirs, ours = (list(Loader(place, "val", batch_size=4)) for place in (shards, f"file://{shards}"))
+    assert all((one.images == other.images).all() for one, other in zip(theirs, ours, strict=True))
