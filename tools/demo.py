@@ -41,7 +41,7 @@ def main(
         weights: A state_dict to start from; without it torchvision's weights, or, where they cannot be downloaded, scratch.
         backbone: resnet18, or resnet50 with --weights.
         epochs: Instead of the recipe's number.
-        out: The folder of the run; what an earlier demo left there, and nothing else, is removed.
+        out: The folder of the run; what an earlier demo left there is removed; one that no demo made must be empty.
     """
     start = time.perf_counter()
     if data is not None and data.resolve().is_relative_to(out.resolve()):
