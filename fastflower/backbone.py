@@ -193,11 +193,11 @@ def load_file(path: Path) -> dict[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: does not exist; check the path.") from None
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}); mend that, or pass another."
-        ) from None
     except Exception as error:  # torch.load raises whatever zipfile, pickle and its own reader raise
+        if isinstance(
+            error, (PermissionError, IsADirectoryError)
+        ):  # the system's; torch has its own for a file that is cut short
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); mend that, or pass another.") from None
         # Not its text: torch's advice is to load with weights_only=False, which runs whatever code a file holds.
         raise CheckpointError(
             f"{path}: is not a file that torch.save wrote, is cut short, or holds more than tensors and plain values; "
