@@ -194,9 +194,7 @@ def load_file(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: does not exist; check the path.") from None
     except Exception as error:  # torch.load raises whatever zipfile, pickle and its own reader raise
-        if isinstance(
-            error, (PermissionError, IsADirectoryError)
-        ):  # the system's; torch has its own for a file that is cut short
+        if isinstance(error, (PermissionError, IsADirectoryError)):  # not OSError: so is a file that is cut short
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}); mend that, or pass another.") from None
         # Not its text: torch's advice is to load with weights_only=False, which runs whatever code a file holds.
         raise CheckpointError(
