@@ -156,12 +156,14 @@ def test_the_diagnosis_steps_with_the_convolutions_that_training_has(
     assert all(seen)
 
 
-def test_the_demo_clears_no_folder_of_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("out", [".", "file"])
+def test_the_demo_clears_no_folder_of_others(tmp_path: Path, out: str) -> None:
     """Shards that the user packed there, or photographs in a folder called flowers."""
     (tmp_path / "flowers" / "rose").mkdir(parents=True)
     (tmp_path / "flowers" / "rose" / "mine.jpg").touch()
-    command = [sys.executable, ROOT / "tools" / "demo.py", "--out", "."]
+    (tmp_path / "file").touch()
+    command = [sys.executable, ROOT / "tools" / "demo.py", "--out", out]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "--out .: holds what no demo wrote; name another folder, or remove this one." in done.stderr
+    assert f"--out {out}: is or holds what no demo wrote; name another folder, or remove this one." in done.stderr
     assert (tmp_path / "flowers" / "rose" / "mine.jpg").exists()

@@ -46,8 +46,8 @@ def main(
     start = time.perf_counter()
     if data is not None and data.resolve().is_relative_to(out.resolve()):
         raise ArgumentError(f"--data {data}: lies inside --out {out}, which is cleared first; name another --out.")
-    if out.is_dir() and any(out.iterdir()) and not (out / _MARK).exists():
-        raise ArgumentError(f"--out {out}: holds what no demo wrote; name another folder, or remove this one.")
+    if out.exists() and not (out / _MARK).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ArgumentError(f"--out {out}: is or holds what no demo wrote; name another folder, or remove this one.")
     _clear(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARK).touch()
