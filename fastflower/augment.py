@@ -6,15 +6,14 @@ size, worker, rank, or on which other augmentations are switched on. Shape suffi
 
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastflower import geometry
 from fastflower.color import IMAGENET_MEAN, IMAGENET_STD
-from fastflower.errors import require
+from fastflower.errors import make_plain, require
 from fastflower.geometry import Floats
 from fastflower.order import GOLDEN_GAMMA, mix64, stream_key
 
@@ -195,23 +194,28 @@ class Augment:
     def __post_init__(self) -> None:
         make_plain(self)
         for name in ("size", "resize"):
-            _check(all(side >= 1 for side in _pair(getattr(self, name))), name, "at least 1", self)
+            rule = "one or two whole numbers, at least 1"
+            _check(_are_numbers(pair := _pair(getattr(self, name)), 2, int) and min(pair) >= 1, name, rule, self)
         for name in ("flip", "flip_vertical", "erase"):
             _check(0 <= getattr(self, name) <= 1, name, "a probability in [0, 1]", self)
         for name in ("rotate", "affine_rotate", "brightness", "contrast", "saturation", "mixup", "cutmix"):
             _check(0 <= getattr(self, name) < np.inf, name, "0 or more", self)
         _check(0 <= self.hue <= 0.5, "hue", "in [0, 0.5]", self)
-        _check(all(0 <= part <= 1 for part in self.translate), "translate", "two fractions in [0, 1]", self)
-        _check(all(0 <= part < 90 for part in self.shear), "shear", "two angles in [0, 90) degrees", self)
+        inside = _are_numbers(self.translate, 2) and all(0 <= part <= 1 for part in self.translate)
+        _check(inside, "translate", "two fractions in [0, 1]", self)
+        inside = _are_numbers(self.shear, 2) and all(0 <= part < 90 for part in self.shear)
+        _check(inside, "shear", "two angles in [0, 90) degrees", self)
         for name in ("crop", "crop_ratio", "scale", "erase_area", "erase_ratio"):
-            value = getattr(self, name)
-            rule = "(least, most) with 0 < least <= most"
-            _check(value is None or 0 < value[0] <= value[1] < np.inf, name, rule, self)
-        for name in ("crop", "erase_area"):
-            value = getattr(self, name)
-            _check(value is None or value[1] <= 1, name, "(least, most) of at most 1", self)
+            value: Any = getattr(self, name)
+            most, rule = np.inf, "(least, most) with 0 < least <= most"
+            if name in ("crop", "erase_area"):
+                most, rule = 1, f"{rule} <= 1"
+            right = _are_numbers(value, 2) and 0 < value[0] <= value[1] <= most
+            _check(right or (name == "crop" and value is None), name, rule, self)
         _check(self.fill in ("black", "photo"), "fill", "'black' or 'photo'", self)
-        _check(all(part > 0 for part in self.std), "std", "three numbers above 0", self)
+        _check(_are_numbers(self.std, 3) and min(self.std) > 0, "std", "three numbers above 0", self)
+        for name in ("mean", "erase_value"):
+            _check(_are_numbers(getattr(self, name), 3), name, "three numbers, of red, green and blue", self)
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -374,18 +378,10 @@ class _Dice:
         return self.between(max(0.0, 1 - strength), 1 + strength, slot)
 
 
-def make_plain(value: Any) -> None:
-    """Make a frozen dataclass's fields what a checkpoint may hold: numpy's numbers Python's, lists tuples, paths text."""
-    for item in fields(value):
-        object.__setattr__(value, item.name, _plain(getattr(value, item.name)))
-
-
-def _plain(value: Any) -> Any:
-    if type(value) in (list, tuple):
-        return tuple(_plain(one) for one in value)
-    if isinstance(value, np.generic):
-        return value.item()  # pyright: ignore[reportUnknownVariableType]
-    return str(value) if isinstance(value, Path) else value
+def _are_numbers(value: Any, count: int, *kinds: type) -> bool:
+    numbers = cast("tuple[Any, ...]", value if isinstance(value, tuple) else ())
+    right = all(isinstance(number, kinds or (int, float)) and np.isfinite(number) for number in numbers)
+    return right and len(numbers) == count
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

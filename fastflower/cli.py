@@ -40,6 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with logging_redirect_tqdm():
             verb(f"fastflower {args[0]}", args[1:])
+        sys.stdout.flush()  # here, where a reader that is gone is an error of its own
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return 143  # 128 + SIGTERM, as the shell reports it
@@ -49,6 +50,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read what is printed has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return 141  # 128 + SIGPIPE
     return 0
 
 

@@ -1,4 +1,13 @@
-"""The errors that a caller can act on. Each message names the file or argument, the rule and the remedy."""
+"""The errors that a caller can act on, and the checks of arguments.
+
+Each message names the file or argument, the rule and the remedy.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 
 class FastflowerError(Exception):
@@ -13,6 +22,20 @@ def require(holds: bool, name: str, rule: str, value: object) -> None:
     """Raise ArgumentError for an argument that is outside its rule."""
     if not holds:
         raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
+
+
+def make_plain(value: Any) -> None:
+    """Make a frozen dataclass's fields what a checkpoint may hold: numpy's numbers Python's, lists tuples, paths text."""
+    for item in fields(value):
+        object.__setattr__(value, item.name, _plain(getattr(value, item.name)))
+
+
+def _plain(value: Any) -> Any:
+    if type(value) in (list, tuple):
+        return tuple(_plain(one) for one in value)
+    if isinstance(value, np.generic):
+        return value.item()  # pyright: ignore[reportUnknownVariableType]
+    return str(value) if isinstance(value, Path) else value
 
 
 class FolderError(FastflowerError):

@@ -10,6 +10,7 @@ import struct
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from fastflower.errors import FolderError
 # ImageFolder's IMG_EXTENSIONS (torchvision/datasets/folder.py).
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-# Folders that stand for a split, and its name.
-_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# Folders that stand for a split, in lower case, and its name.
+_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+_SPLITS |= {"test": "test", "testing": "test"}
 
 FILE_DTYPE = np.dtype(
     [
@@ -102,8 +104,9 @@ class _Found:
 def scan(root: str | Path) -> Folder:
     """Read the names and sizes, not the contents, of the images of a folder. One of three layouts:
 
-    `root`/CLASS/**, as ImageFolder reads it; `root`/train/CLASS/** with val (valid, validation) or test beside it; or lists
-    `root`/meta/train.txt and val.txt with lines "PATH LABEL", and classes.txt, in meta/ or directly in the root.
+    `root`/CLASS/**, as ImageFolder reads it; `root`/train/CLASS/** (training) with val (valid, validation) or test (testing)
+    beside it, in any case; or lists `root`/meta/train.txt and val.txt with lines "PATH LABEL", and classes.txt, in meta/ or
+    directly in the root.
 
     Raises FolderError, naming file and line where there is one, for a folder that fits none of them, has only one class,
     or a class without images.
@@ -122,11 +125,16 @@ def _scanned(root: Path) -> Folder:
     if lists := _lists(root):
         return _listed(root, lists)
     tops = _subfolders(root)
-    if "train" in tops and len(tops) > 1 and all(top in _SPLITS and _subfolders(root / top) for top in tops):
-        return _split(root, tops)
-    if "train" in tops and "val" in map(_SPLITS.get, tops):
+    named = {top: _SPLITS[top.lower()] for top in tops if top.lower() in _SPLITS}
+    parted = [top for top in tops if (top in named or len(tops) == 1) and _subfolders(root / top)]
+    if "train" in named.values() and len(tops) > 1 and parted == list(named) == tops:
+        return _split(root, named)
+    if len(named) > 1 or (named and parted and len(tops) > 1):
         what = "are taken for classes; they are splits where each has class folders and stands beside splits only"
         logging.getLogger("fastflower").warning("%s: %s %s", root, ", ".join(tops), what)
+    if len(parted) == len(tops) == 1:
+        what = f"has one class, {tops[0]!r}; a classifier needs at least two class folders."
+        raise FolderError(f"{root}: {what} If those in it are the classes, name {root / tops[0]}.")
     found = _Found(root)
     if not tops:
         raise FolderError(f"{root}: has no class folders; put the images of each class into a folder of its own.")
@@ -140,22 +148,23 @@ def _subfolders(root: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and _is_folder(entry))
 
 
-def _split(root: Path, tops: list[str]) -> Folder:
+def _split(root: Path, named: dict[str, str]) -> Folder:
     found = _Found(root)
-    tops = sorted(tops, key=list(_SPLITS).index)
-    splits = tuple(_SPLITS[top] for top in tops)
+    tops = sorted(named, key=lambda top: list(_SPLITS.values()).index(named[top]))
+    splits = tuple(named[top] for top in tops)
     if len(set(splits)) < len(splits):
         raise FolderError(
             f"{root}: has two folders for the same split ({', '.join(tops)}); remove or join one of them."
         )
-    classes = _subfolders(root / "train")
+    train = root / tops[0]
+    classes = _subfolders(train)
     for number, top in enumerate(tops):
         for name in _subfolders(root / top):
             if name not in classes:
                 raise FolderError(
-                    f"{root / top / name}: is no class of {root / 'train'}; add the class there, or remove this folder."
+                    f"{root / top / name}: is no class of {train}; add the class there, or remove this folder."
                 )
-            _add_class(found, f"{top}/{name}", classes.index(name), number, required=top == "train")
+            _add_class(found, f"{top}/{name}", classes.index(name), number, required=number == 0)
     return found.folder(classes, splits)
 
 
@@ -169,6 +178,14 @@ def _add_class(found: _Found, name: str, label: int, split: int, *, required: bo
         raise FolderError(
             f"{found.root / name}: has no images ({', '.join(EXTENSIONS)}); add some, or remove the class folder."
         )
+
+
+def images_in(root: Path) -> list[Path]:
+    """Image files of a folder and of those below it, as those of a class are found."""
+    found = _Found(root)
+    _add_class(found, ".", 0, 0, required=False)
+    ends = [0, *(row[0] for row in _FILE.iter_unpack(found.files))]
+    return [root / os.fsdecode(bytes(found.paths[start:end])) for start, end in pairwise(ends)]
 
 
 def _walk(found: _Found, name: str) -> list[str]:

@@ -13,6 +13,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecu
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -26,7 +27,7 @@ from fastflower.errors import ArgumentError, FolderError, require
 from fastflower.folder import Folder, scan
 from fastflower.manifest import FILE, INFO, Manifest, Split, sync, version_of, write_atomically
 from fastflower.part import STOP, Part, make_part
-from fastflower.planning import PLAN, Plan, check_same, load_plan, make_plan, save_plan, shard_name
+from fastflower.planning import PLAN, Plan, check_counts, check_same, load_plan, make_plan, save_plan, shard_name
 from fastflower.shard import index_rows, npy
 
 _WORK = ".packing"
@@ -64,7 +65,8 @@ def pack(
             split. By default the folder's own where it has one, else by class.
         val_fraction: The share of the images that goes into split "val", 0 to less than 1; not used with the folder's own.
         seed: Of the split and of the order in the shards.
-        shard_bytes: Of images in a shard, about; exceeded by less than one image.
+        shard_bytes: Of image files in a shard, as they are in FOLDER; exceeded by less than one. Where images are transcoded
+            a shard may become larger or smaller.
         max_side: Pixels; reduces images whose longer side is longer.
         quality: JPEG quality, 1 to 95; transcodes every image.
         on_bad: "skip" lists images that do not decode in the manifest, "fail" stops at one.
@@ -78,6 +80,9 @@ def pack(
     ArgumentError for an argument outside its rule.
     """
     require(split_by in (None, "class", "random", "folder"), "split_by", "'class', 'random' or 'folder'", split_by)
+    for name, value in {"seed": seed, "shard_bytes": shard_bytes, "max_side": max_side, "quality": quality}.items():
+        empty = value is None and name in ("max_side", "quality")
+        require(empty or isinstance(value, Integral), name, "a whole number", value)
     require(0 <= val_fraction < 1, "val_fraction", "0 or more and less than 1", val_fraction)
     require(shard_bytes >= 1, "shard_bytes", "at least 1", shard_bytes)
     require(max_side is None or max_side >= 1, "max_side", "at least 1 pixel", max_side)
@@ -96,11 +101,11 @@ def pack(
         _check_names(found)
     options: dict[str, Any] = {
         "split_by": split_by,
-        "val_fraction": None if split_by == "folder" else val_fraction,
-        "seed": seed,
-        "shard_bytes": shard_bytes,
-        "max_side": max_side,
-        "quality": quality,
+        "val_fraction": None if split_by == "folder" else float(val_fraction),  # numpy's are no JSON
+        "seed": int(seed),
+        "shard_bytes": int(shard_bytes),
+        "max_side": max_side and int(max_side),
+        "quality": quality and int(quality),
         "on_bad": on_bad,
         "on_conflict": on_conflict,
         "lists": lists,
@@ -151,8 +156,10 @@ def _workspace(out: Path) -> Iterator[Path]:
                     shutil.rmtree(work, ignore_errors=True)  # NFS keeps files that are open; what stays is no plan
                     with suppress(OSError):  # not empty, a link, or where a disk is mounted
                         out.rmdir()
-    except (OSError, BrokenExecutor) as error:  # images that cannot be read are skipped, so it is not about them
-        if isinstance(error, OSError):
+    except (OSError, BrokenExecutor, MemoryError) as error:  # images that cannot be read are skipped: not about them
+        if isinstance(error, MemoryError):
+            what = "is not finished: memory ran out; pack with fewer workers (--workers 1)."
+        elif isinstance(error, OSError):
             what = f"cannot be written ({error.strerror or error}); make room, or name another folder with --out."
         else:
             what = f"a worker died ({error}); pack with fewer workers where memory ran out."
@@ -192,7 +199,7 @@ def _begun(found: Folder, options: dict[str, Any], work: Path, mapped: Callable[
         if taken:
             raise FolderError(f"{out}: holds {taken[0]} already; name another folder with --out, or remove this one.")
         save_plan(make_plan(found, options, versions, mapped), work)
-    plan = load_plan(work)
+    plan = load_plan(work, whole=True)
     check_same(plan, found, options, versions, work)
     return replace(plan, found=replace(plan.found, root=found.root))  # it may have moved
 
@@ -331,7 +338,7 @@ def _described(plan: Plan, out: Path, parts: dict[str, list[Part]], skipped: lis
         )
         counts = np.broadcast_to(counts, len(found.classes))
         splits[split] = Split(int(counts.sum()), tuple(counts.tolist()), tuple(part.shard for part in group))
-    _check_counts(plan, splits["train"].class_counts, len(left_out))
+    check_counts(found.classes, splits["train"].class_counts, len(left_out), "skipped")
     every = [part for group in parts.values() for part in group]
     return Manifest(
         folder=out,
@@ -346,16 +353,6 @@ def _described(plan: Plan, out: Path, parts: dict[str, list[Part]], skipped: lis
         packed_bytes=sum(int(part.rows["size"].sum()) for part in every),
         versions=plan.versions,
     )
-
-
-def _check_counts(plan: Plan, counts: tuple[int, ...], left_out: int) -> None:
-    """Every class must have something to learn from, or the split and the labels mean something else than was asked."""
-    for label, name in enumerate(plan.found.classes):
-        if not counts[label]:
-            raise FolderError(
-                f"class {name!r}: none of its images is left for training; add images, or remove the class folder. "
-                f"{left_out} files were skipped in all."
-            )
 
 
 def _near_duplicates(plan: Plan, parts: dict[str, list[Part]]) -> Iterator[dict[str, Any]]:

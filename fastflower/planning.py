@@ -5,7 +5,7 @@ A plan is saved in the workspace: it is what a pack that was interrupted goes on
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from fastflower.manifest import write_atomically
 from fastflower.order import epoch_order
 
 PLAN = "plan.json"
+_IGNORED = "ignored.json"
 
 
 class Place(NamedTuple):
@@ -82,12 +83,27 @@ def make_plan(
             start = parts[-1].stop if parts else 0
             parts.append(Place(name, shard_name(name, count), start, start + len(shard)))
             order.append(shard)
+    train = found.files["label"][kept & (split == plan.splits.index("train"))]
+    check_counts(
+        found.classes, np.bincount(train, minlength=len(found.classes)), int((~kept).sum()), "under two labels"
+    )
     return Plan(found, options, versions, groups, np.concatenate(order or [plan.order]), tuple(parts))
+
+
+def check_counts(classes: tuple[str, ...], counts: Sequence[int] | NDArray[np.int64], left_out: int, why: str) -> None:
+    """Every class must have something to learn from, or the split and the labels mean something else than was asked."""
+    for name, count in zip(classes, counts, strict=True):
+        if not count:
+            raise FolderError(
+                f"class {name!r}: none of its images is left for training; add images, or remove the class folder. "
+                f"{left_out} files were {why} in all."
+            )
 
 
 def _validation(found: Folder, groups: Groups, kept: NDArray[np.bool_], options: dict[str, Any]) -> NDArray[np.bool_]:
     """Which images are for validation: of each class, or of all, the share asked for; groups are not divided."""
     labels = found.files["label"] if options["split_by"] == "class" else np.zeros(len(found), np.int32)
+    left = np.bincount(found.files["label"][kept], minlength=len(found.classes))  # of each class, for training
     group_of = np.full(len(found), -1, np.int32)
     group_of[groups.members] = np.repeat(np.arange(len(groups.ends)), np.diff(groups.ends, prepend=0))
     val = np.zeros(len(found), bool)
@@ -106,10 +122,11 @@ def _validation(found: Folder, groups: Groups, kept: NDArray[np.bool_], options:
                     end = groups.ends[group_of[number]]
                     start = groups.ends[group_of[number] - 1] if group_of[number] else 0
                     group = groups.members[start:end]
-                inside = int((labels[group] == label).sum())
-                if taken + inside < len(numbers):  # something of a class is always left for training
+                gone = np.bincount(found.files["label"][group], minlength=len(left))
+                if (left[gone > 0] > gone[gone > 0]).all():  # something of every class stays for training
                     val[group] = True
-                    taken += inside
+                    left -= gone
+                    taken += int((labels[group] == label).sum())
     return val
 
 
@@ -139,19 +156,19 @@ def save_plan(plan: Plan, work: Path) -> None:
         "root": str(found.root.absolute()),
         "classes": found.classes,
         "splits": found.splits,
-        "ignored": found.ignored,
         "options": plan.options,
         "versions": plan.versions,
         "parts": plan.parts,
     }
+    write_atomically(work / _IGNORED, json.dumps(found.ignored).encode())
     write_atomically(work / PLAN, json.dumps(content).encode())
 
 
-def load_plan(work: Path) -> Plan:
-    """Read the plan of a workspace; the arrays are memory-mapped."""
+def load_plan(work: Path, *, whole: bool = False) -> Plan:
+    """Read the plan of a workspace; the arrays are memory-mapped. whole  also what is ignored, which no part needs."""
     files, paths, order, members, ends = (np.load(work / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
     content = json.loads((work / PLAN).read_bytes())
-    ignored = tuple((path, reason) for path, reason in content["ignored"])
+    ignored = tuple((path, reason) for path, reason in json.loads((work / _IGNORED).read_bytes())) if whole else ()
     found = Folder(Path(content["root"]), tuple(content["classes"]), tuple(content["splits"]), files, paths, ignored)
     parts = tuple(Place(*part) for part in content["parts"])
     return Plan(found, content["options"], content["versions"], Groups(members, ends), order, parts)

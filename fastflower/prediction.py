@@ -15,8 +15,8 @@ from fastflower.batch import Request, resolve_device
 from fastflower.checkpoint import Checkpoint
 from fastflower.errors import SampleError, require
 from fastflower.evaluation import log_probabilities, precision_of, view_of
-from fastflower.folder import EXTENSIONS
-from fastflower.image import decode
+from fastflower.folder import EXTENSIONS, images_in
+from fastflower.image import Prepared, decode, prepare
 from fastflower.ranks import cores
 from fastflower.thread_executor import ThreadExecutor
 
@@ -48,7 +48,7 @@ def predict(
 
     Args:
         checkpoint: A checkpoint that `train` wrote.
-        images: A path, or several; a folder stands for all images below it.
+        images: A path, or several; a folder stands for all images below it. What `pack` takes is predicted, as it packs it.
         on_bad: "fail" stops at a file that is missing, is no image, or is cut short; "skip" logs its name and goes on.
         device: None means CUDA where there is one, else the CPU.
 
@@ -63,19 +63,19 @@ def predict(
     model = checkpoint.network().to(chosen, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     found: list[Prediction] = []
     for start in range(0, len(paths), _BATCH_SIZE):
-        photos = _photos(paths[start : start + _BATCH_SIZE], skip=on_bad == "skip")
-        if not photos:
+        good = _prepared(paths[start : start + _BATCH_SIZE], skip=on_bad == "skip")
+        if not good:
             continue
-        view = _view(photos, checkpoint, precision).to(chosen)
+        view = _view([image for _, image in good], checkpoint, precision).to(chosen)
         rows = log_probabilities(model, view, tta=recipe.tta).exp().tolist()
-        found += [_prediction(path, row, checkpoint.classes) for (path, _), row in zip(photos, rows, strict=True)]
+        found += [_prediction(path, row, checkpoint.classes) for (path, _), row in zip(good, rows, strict=True)]
     return found
 
 
 def _files(images: Iterable[str | Path]) -> Iterable[Path]:
     for entry in map(Path, images):
         if entry.is_dir():
-            inside = sorted(path for path in entry.rglob("*") if path.suffix.lower() in EXTENSIONS)
+            inside = images_in(entry)
             if not inside:
                 known = ", ".join(EXTENSIONS)
                 raise SampleError(f"{entry}: holds no images ({known}); name image files or another folder.")
@@ -84,45 +84,34 @@ def _files(images: Iterable[str | Path]) -> Iterable[Path]:
             yield entry
 
 
-def _read(path: Path, reduce: int = 1) -> NDArray[np.uint8]:
-    try:
-        return decode(path.read_bytes(), reduce)
-    except OSError as error:
-        raise SampleError(f"{path}: {error.strerror}") from None
-    except SampleError as error:
-        raise SampleError(f"{path}: {error}") from None
+def _prepared(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, Prepared]]:
+    """Files as `pack` would have them, in order, without the bad ones if they are to be skipped."""
 
-
-def _photos(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, NDArray[np.uint8]]]:
-    """Files decoded, in order, without the bad ones if they are to be skipped."""
-
-    def read(path: Path) -> NDArray[np.uint8] | None:
+    def prepared(path: Path) -> Prepared | None:
         try:
-            return _read(path)
-        except SampleError as error:
+            return prepare(path.read_bytes(), max_side=None, quality=None)
+        except (OSError, SampleError) as error:
+            what = f"{path}: {(isinstance(error, OSError) and error.strerror) or error}"
             if not skip:
                 remedy = "name image files or folders of them, or pass on_bad='skip' (--on-bad skip)."
-                raise SampleError(f"{error}; {remedy}") from None
-            _log.warning("skipped %s", error)
+                raise SampleError(f"{what}; {remedy}") from None
+            _log.warning("skipped %s", what)
             return None
 
     with ThreadPoolExecutor(cores()) as pool:
-        return [(path, photo) for path, photo in zip(paths, pool.map(read, paths), strict=True) if photo is not None]
+        return [(path, image) for path, image in zip(paths, pool.map(prepared, paths), strict=True) if image]
 
 
-def _view(photos: Sequence[tuple[Path, NDArray[np.uint8]]], checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
-    """The validation view of decoded files, (N, 3, H, W)."""
-    augment, indices = view_of(checkpoint.recipe), np.arange(len(photos))
-    sizes = np.array([photo.shape[:2] for _, photo in photos], np.int64)
-    request = Request.drawn(augment, indices, sizes, seed=0, epoch=0, step=0)
+def _view(images: Sequence[Prepared], checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
+    """The validation view of images, (N, 3, H, W)."""
+    augment, indices = view_of(checkpoint.recipe), np.arange(len(images))
+    request = Request.drawn(augment, indices, np.array([image.size for image in images]), seed=0, epoch=0, step=0)
 
     def decoded(index: int, reduce: int) -> NDArray[np.uint8]:
-        path, photo = photos[index]
-        return photo if reduce == 1 else _read(path, reduce)
+        return decode(images[index].encoded, reduce)
 
-    executor = ThreadExecutor(augment, dtype, decoded, workers=cores())
-    ((_, images),) = executor.run([request])
-    return images
+    ((_, view),) = ThreadExecutor(augment, dtype, decoded, workers=cores()).run([request])
+    return view
 
 
 def _prediction(path: Path, row: list[float], classes: tuple[str, ...]) -> Prediction:

@@ -11,7 +11,7 @@ from fastflower.evaluation import view_of
 from fastflower.loader import Loader
 from fastflower.manifest import write_atomically
 from fastflower.recipe import Recipe
-from fastflower.report import png
+from fastflower.report import drawable, png
 from fastflower.store import Remote
 
 
@@ -48,7 +48,7 @@ def preview(
             axes.set(xticks=[], yticks=[])
         cells[0].set_title(f"{title}, {images.shape[1]} pixels", fontsize=7)
     for axes, name in zip(grid[:, 0], classes, strict=True):
-        axes.set_ylabel(name, fontsize=8, parse_math=False)
+        axes.set_ylabel(drawable(name), fontsize=8, parse_math=False)
     try:
         write_atomically(out, png(figure))
     except OSError as error:

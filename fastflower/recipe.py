@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Self, get_args
 
-from fastflower.augment import Augment, make_plain
-from fastflower.errors import require
+from fastflower.augment import Augment
+from fastflower.errors import make_plain, require
 from fastflower.schedule import Schedule
 
 Precision = Literal["auto", "bfloat16", "float16", "float32"]

@@ -111,7 +111,12 @@ def write_report(
         pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
         mistakes=mistakes,
     )
-    write_atomically(folder / "report.html", html.encode())
+    write_atomically(folder / "report.html", html.encode("utf-8", "backslashreplace"))
+
+
+def drawable(name: str) -> str:
+    """A class's name as matplotlib takes it: it need not be UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def png(figure: Figure) -> bytes:
@@ -143,7 +148,7 @@ def _confusion(scores: Scores) -> bytes:
     share = scores.confusion / np.maximum(1, scores.confusion.sum(axis=1, keepdims=True))
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     ticks = range(0, len(scores.classes), -(-len(scores.classes) // _MOST_NAMES))
-    names = [scores.classes[tick] for tick in ticks]
+    names = [drawable(scores.classes[tick]) for tick in ticks]
     axes.set_xticks(ticks, names, rotation=45, ha="right", parse_math=False)  # a $ is a $
     axes.set_yticks(ticks, names, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true")

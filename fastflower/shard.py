@@ -109,12 +109,8 @@ class ShardWriter:
         """(samples,) of INDEX_DTYPE, as if this were the split's first shard."""
         return np.frombuffer(self._rows, INDEX_DTYPE)
 
-    def dali_index(self) -> bytes:
-        """The content of the .idx file."""
-        return b"".join(self.dali_index_pieces())
-
     def dali_index_pieces(self) -> tuple[bytes, bytearray]:
-        """The same in two pieces: of a million small files it would not fit the memory twice."""
+        """The content of the .idx file, in two pieces: of a million small files it would not fit the memory twice."""
         return b"v1.2 %d\n" % self.samples, self._index
 
     def shard(self, name: str) -> Shard:

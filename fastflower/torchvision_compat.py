@@ -36,9 +36,10 @@ def fields_of(transform: object) -> dict[str, Any]:
     for step in _flatten(transform):
         name = type(step).__name__
         if name in _CONVERSIONS:
-            floating = getattr(getattr(step, "dtype", None), "is_floating_point", False)
+            floating = name == "ToTensor" or getattr(getattr(step, "dtype", None), "is_floating_point", False)
             scaled = getattr(step, "scale", True)
             _require(not floating or scaled, name, "with scale=False leaves levels at 0 .. 255; pass scale=True")
+            reading.floating |= floating
             continue
         reader = _READERS.get(name)
         if reader is None:
@@ -67,6 +68,7 @@ def _require(holds: bool, name: str, rule: str) -> None:
 @dataclass
 class _Reading:
     seen: list[str] = field(default_factory=list)
+    floating: bool = False
     found: dict[str, Any] = field(default_factory=lambda: {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
     notes: dict[str, None] = field(default_factory=dict)  # an ordered set
 
@@ -87,6 +89,10 @@ class _Reading:
         _require(not late, name, f"stands after {', '.join(sorted(late))}; crop first")
         _require("size" not in self.found, name, "is a second crop; keep one")
         self.colour_last(name)
+
+    def before_normalising(self, name: str) -> None:
+        """What fills with black or jitters colour does another thing to levels that are normalised."""
+        _require("Normalize" not in self.seen, name, "stands after Normalize; normalise behind it")
 
     def colour_last(self, name: str) -> None:
         if "ColorJitter" in self.seen:
@@ -141,9 +147,12 @@ def _flip(reading: _Reading, name: str, step: Any) -> None:
     reading.found["flip" if name == "RandomHorizontalFlip" else "flip_vertical"] = float(step.p)
 
 
-def _symmetric(name: str, what: str, low: float, high: float) -> float:
-    _require(abs(low + high) < 1e-9, name, f"with {what} ({low}, {high}) is not symmetric; draw from (-x, x)")
-    return round(float(high), 12)  # 1.2 - 1 is not quite 0.2
+def _symmetric(name: str, what: str, low: float, high: float, about: float = 0.0) -> float:
+    drawn = f"({about:g} - x, {about:g} + x)" if about else "(-x, x)"
+    _require(
+        abs(low + high - 2 * about) < 1e-9, name, f"with {what} ({low}, {high}) is not symmetric; draw from {drawn}"
+    )
+    return round(float(high - about), 12)  # 1.2 - 1 is not quite 0.2
 
 
 def _about_centre(name: str, step: Any) -> None:
@@ -159,6 +168,7 @@ def _about_centre(name: str, step: Any) -> None:
 
 def _rotation(reading: _Reading, name: str, step: Any) -> None:
     _require("RandomAffine" not in reading.seen, name, "stands after RandomAffine; rotate first")
+    reading.before_normalising(name)
     reading.colour_last(name)
     reading.bilinear(name, step)
     _about_centre(name, step)
@@ -167,6 +177,7 @@ def _rotation(reading: _Reading, name: str, step: Any) -> None:
 
 
 def _affine(reading: _Reading, name: str, step: Any) -> None:
+    reading.before_normalising(name)
     reading.colour_last(name)
     reading.bilinear(name, step)
     _about_centre(name, step)
@@ -181,17 +192,20 @@ def _affine(reading: _Reading, name: str, step: Any) -> None:
 
 def _jitter(reading: _Reading, name: str, step: Any) -> None:
     _require("RandomErasing" not in reading.seen, name, "stands after RandomErasing; erase last")
+    reading.before_normalising(name)
     for what in ("brightness", "contrast", "saturation"):
         low, high = getattr(step, what) or (1.0, 1.0)
-        clipped = low == 0 and high >= 1  # torchvision clips 1 - strength at 0
-        reading.found[what] = round(high - 1, 12) if clipped else _symmetric(name, what, low - 1, high - 1)
+        clipped = low == 0 and high >= 2  # torchvision clips 1 - strength at 0
+        reading.found[what] = round(high - 1, 12) if clipped else _symmetric(name, what, low, high, about=1)
     reading.found["hue"] = _symmetric(name, "hue", *(step.hue or (0.0, 0.0)))
     if sum(reading.found[what] != 0 for what in ("brightness", "contrast", "saturation", "hue")) > 1:
         reading.notes["ColorJitter's operations run in one order: brightness, contrast, saturation, hue"] = None
 
 
 def _normalize(reading: _Reading, _: str, step: Any) -> None:
-    reading.found |= {"mean": tuple(map(float, step.mean)), "std": tuple(map(float, step.std))}
+    for what in ("mean", "std"):
+        values = tuple(map(float, getattr(step, what)))
+        reading.found[what] = values * 3 if len(values) == 1 else values  # torchvision broadcasts one
 
 
 def _erasing(reading: _Reading, name: str, step: Any) -> None:
@@ -201,6 +215,8 @@ def _erasing(reading: _Reading, name: str, step: Any) -> None:
         "with random values cannot be expressed; use value=0",
     )
     value: list[Any] = list(step.value) if isinstance(step.value, (list, tuple)) else [step.value]
+    late = "with a value but 0 stands before the conversion to float, where levels end at 255; erase behind it"
+    _require(reading.floating or not any(value), name, late)
     reading.found |= {
         "erase": float(step.p),
         "erase_area": tuple(step.scale),

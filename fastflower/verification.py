@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from fastflower.errors import SampleError, ShardError
 from fastflower.image import prepare
@@ -61,9 +62,7 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     names = _names(folder, trusted)
     if not any(names.values()):
         raise ShardError(f"{folder}: has no shards; name the folder that tools/pack.py wrote.")
-    with ThreadPoolExecutor() as pool:
-        read = {split: pool.map(_read, [folder / name for name in group]) for split, group in names.items()}
-        groups = {split: list(tars) for split, tars in read.items()}
+    groups = _read_all({split: [folder / name for name in group] for split, group in names.items()})
     problems: list[str] = []
     expected: dict[str, bytes | memoryview] = {}
     for split, group in groups.items():
@@ -153,6 +152,25 @@ def _names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
     }
 
 
+def _read_all(paths: dict[str, list[Path]]) -> dict[str, list[_Tar]]:
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=sum(map(len, paths.values())), desc="verify", unit="shard", disable=None) as bar,
+    ):
+
+        def read(path: Path) -> _Tar:
+            found = _read(path)
+            bar.update()
+            return found
+
+        try:
+            begun = {split: [pool.submit(read, path) for path in group] for split, group in paths.items()}
+            return {split: [future.result() for future in futures] for split, futures in begun.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool waits for all that is queued
+            raise
+
+
 def _read(path: Path) -> _Tar:
     """Every sample, decoded and written again into nothing: the same bytes mean that the tar holds nothing else."""
     found = _Tar(path)
@@ -173,7 +191,11 @@ def _read(path: Path) -> _Tar:
         what = "is missing" if missing else f"is damaged at or behind {key} ({error})"
         found.problem = f"{path}: {what}; {_RESTORE}."
         return found
-    found.shard, found.rows, found.dali_index = writer.shard(path.name), writer.rows, writer.dali_index()
+    found.shard, found.rows, found.dali_index = (
+        writer.shard(path.name),
+        writer.rows,
+        b"".join(writer.dali_index_pieces()),
+    )
     if found.shard.sha256 != digest:
         found.problem = f"{path}: is damaged outside its images; {_RESTORE}."
     return found

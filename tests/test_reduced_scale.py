@@ -133,8 +133,8 @@ def test_prediction_sees_what_the_loader_sees(shards: Path, monkeypatch: pytest.
     batch = next(iter(loader))
     paths = [shards.parent / "data" / loader.path_of(int(index)) for index in batch.index]
     checkpoint: Any = SimpleNamespace(recipe=None)
-    photos = prediction._photos(paths, skip=False)
-    assert torch.equal(prediction._view(photos, checkpoint, torch.float32), batch.images)
+    images = [image for _, image in prediction._prepared(paths, skip=False)]
+    assert torch.equal(prediction._view(images, checkpoint, torch.float32), batch.images)
 
 
 @pytest.mark.parametrize("renderer", ["native", "opencv"])

@@ -200,6 +200,14 @@ def test_ranges_that_are_written_out_are_read(version: Any) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_one_number_normalises_every_channel_as_torchvision_does(version: Any) -> None:
+    normalize = version.Normalize((0.5,), (0.25,))
+    augment = Augment.from_torchvision(version.Compose([version.RandomResizedCrop(64), normalize]))
+    assert (augment.mean, augment.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert (normalize(torch.ones(3, 1, 1)) == 2).all()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_conversions_and_identities_change_nothing(version: Any) -> None:
     extra = (
         [v1.PILToTensor(), v1.ConvertImageDtype(torch.float32)] if version is v1 else [v2.Identity(), v2.ToPureTensor()]
@@ -243,6 +251,7 @@ def test_what_is_drawn_follows(version: Any) -> None:
 
 CROP = v1.RandomResizedCrop(64)
 ERASING = v1.RandomErasing()
+NORMALIZE = v1.Normalize(MEAN, STD)
 REFUSED: list[tuple[list[Any], str]] = [
     ([CROP, v1.Pad(4)], "Pad cannot be expressed by Augment, which knows RandomResizedCrop, Resize, CenterCrop, "),
     ([v1.Lambda(print)], "Lambda cannot be expressed by Augment, which knows "),
@@ -301,9 +310,21 @@ REFUSED: list[tuple[list[Any], str]] = [
     ([CROP, v1.RandomAffine((-5, 30))], "RandomAffine with degrees (-5.0, 30.0) is not symmetric; draw from (-x, x)."),
     ([CROP, v1.RandomAffine(0, shear=(0, 9))], "RandomAffine with shear (0.0, 9.0) is not symmetric"),
     ([CROP, v1.RandomAffine(0, shear=(-9, 9, 1, 2))], "RandomAffine with shear (1.0, 2.0) is not symmetric"),
-    ([CROP, v1.ColorJitter((0.5, 1.2))], "ColorJitter with brightness (-0.5, "),
-    ([CROP, v1.ColorJitter(contrast=(1.5, 2.0))], "ColorJitter with contrast (0.5, 1.0) is not symmetric"),
-    ([CROP, v1.ColorJitter(saturation=(0.0, 0.5))], "ColorJitter with saturation (-1.0, -0.5) is not symmetric"),
+    (
+        [CROP, v1.ColorJitter((0.5, 1.2))],
+        "ColorJitter with brightness (0.5, 1.2) is not symmetric; draw from (1 - x, 1 + x).",
+    ),
+    ([CROP, v1.ColorJitter(brightness=(0, 1))], "ColorJitter with brightness (0.0, 1.0) is not symmetric"),
+    ([CROP, v1.ColorJitter(saturation=(0, 1.5))], "ColorJitter with saturation (0.0, 1.5) is not symmetric"),
+    ([CROP, NORMALIZE, v1.ColorJitter(0.5)], "ColorJitter stands after Normalize; normalise behind it."),
+    ([CROP, NORMALIZE, v1.RandomRotation(5)], "RandomRotation stands after Normalize; normalise behind it."),
+    ([CROP, NORMALIZE, v1.RandomAffine(5)], "RandomAffine stands after Normalize; normalise behind it."),
+    (
+        [CROP, v2.ToImage(), v2.RandomErasing(value=255), v2.ToDtype(torch.float32, scale=True), NORMALIZE],
+        "RandomErasing with a value but 0 stands before the conversion to float, where levels end at 255; erase behind it.",
+    ),
+    ([CROP, v1.ColorJitter(contrast=(1.5, 2.0))], "ColorJitter with contrast (1.5, 2.0) is not symmetric"),
+    ([CROP, v1.ColorJitter(saturation=(0.0, 0.5))], "ColorJitter with saturation (0.0, 0.5) is not symmetric"),
     ([CROP, v1.ColorJitter(hue=(0.0, 0.1))], "ColorJitter with hue (0.0, 0.1) is not symmetric; draw from (-x, x)."),
     (
         [CROP, v1.RandomRotation(5, center=(1, 1))],

@@ -1,5 +1,6 @@
 """What users give and do that once cost a run: numpy's numbers, many classes, two runs at once, another validation split."""
 
+import os
 import struct
 import subprocess
 import sys
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from packs import photo
+from PIL import Image
 from training_runs import RECIPE
 
-from fastflower import Augment, Checkpoint, diagnosis, evaluate, pack, ranks, report, train, training
+from fastflower import Augment, Checkpoint, Recipe, diagnosis, evaluate, pack, ranks, report, train, training
 from fastflower.backbone import load_file
 from fastflower.diagnosis import diagnose
 from fastflower.errors import ArgumentError, CheckpointError
 from fastflower.metrics import score
+from fastflower.preview import preview
 from fastflower.report import png
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
@@ -167,3 +170,23 @@ def test_the_demo_clears_no_folder_of_others(tmp_path: Path, out: str) -> None:
     assert done.returncode == 1
     assert f"--out {out}: is or holds what no demo wrote; name another folder, or remove this one." in done.stderr
     assert (tmp_path / "flowers" / "rose" / "mine.jpg").exists()
+
+
+@pytest.mark.usefixtures("pictures")
+def test_names_that_are_no_utf8_are_drawn_and_reported(tmp_path: Path) -> None:
+    """Of a class and of files, as Linux and Python have them."""
+    folder = tmp_path / "data"
+    for name in (b"caf\xe9", b"tea"):
+        (folder / os.fsdecode(name)).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(
+                os.fsencode(folder) + b"/" + name + b"/\xe9%d.jpg" % number
+            )
+    pack(folder, tmp_path / "shards", val_fraction=0.5)
+    recipe = Recipe(weights=None, augment=Augment(size=32, resize=32), epochs=1, batch_size=2, lr=1e-6)
+    done = train(tmp_path / "shards", recipe, out=tmp_path / "run", device="cpu")
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert r"caf\udce9" in text
+    assert evaluate(done.checkpoint, tmp_path / "shards", device="cpu").classes == (os.fsdecode(b"caf\xe9"), "tea")
+    assert preview(tmp_path / "shards", recipe, photographs=4, draws=1, out=tmp_path / "p.png").exists()
+    assert "\udce9" not in report.drawable(os.fsdecode(b"caf\xe9"))

@@ -1,0 +1,169 @@
+"""What users give that once cost a pack, or made another of it than they meant."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from kill_packer import checksums
+from packs import drawn, exactly
+
+from fastflower import pack, planning, verification
+from fastflower import part as parts
+from fastflower.errors import ArgumentError, FolderError
+from fastflower.folder import scan
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return drawn(tmp_path / "small", a=7, b=10, c=13)
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["train/a/1.jpg", "train/b/1.jpg", "test/1.jpg"], "test, train"),
+        (["Training/a/1.jpg", "Training/b/1.jpg", "notes/1.jpg"], "Training, notes"),
+        (["train/1.jpg", "val/1.jpg"], "train, val"),
+        (["val/a/1.jpg", "test/a/1.jpg"], "test, val"),
+        (["train/1.jpg", "car/1.jpg"], ""),
+    ],
+)
+def test_splits_that_are_taken_for_classes_are_said(
+    tmp_path: Path, names: list[str], classes: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert scan(touch(tmp_path, *names)).splits == ()
+    rule = "are taken for classes; they are splits where each has class folders and stands beside splits only"
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: {classes} {rule}"] * bool(classes)
+
+
+def test_splits_may_have_longer_names_and_capitals(tmp_path: Path) -> None:
+    found = scan(touch(tmp_path, "Training/a/1.jpg", "Training/b/1.jpg", "Testing/b/2.jpg"))
+    assert (found.classes, found.splits) == (("a", "b"), ("train", "test"))
+    assert [found.path(number) for number in range(3)] == ["Training/a/1.jpg", "Training/b/1.jpg", "Testing/b/2.jpg"]
+    assert found.files["split"].tolist() == [0, 0, 1]
+    touch(tmp_path, "train/a/1.jpg")
+    rule = "has two folders for the same split (Training, train, Testing); remove or join one of them."
+    with pytest.raises(FolderError, match=exactly(f"{tmp_path}: {rule}")):
+        scan(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train", "photos"])
+def test_class_folders_one_level_down_are_pointed_at(tmp_path: Path, name: str) -> None:
+    rule = f"has one class, {name!r}; a classifier needs at least two class folders."
+    remedy = f"If those in it are the classes, name {tmp_path / name}."
+    with pytest.raises(FolderError, match=exactly(f"{tmp_path}: {rule} {remedy}")):
+        scan(touch(tmp_path, f"{name}/a/1.jpg", f"{name}/b/1.jpg"))
+
+
+@pytest.mark.parametrize("split_by", ["class", "random"])
+def test_something_of_every_class_is_left_for_training(tmp_path: Path, split_by: Any) -> None:
+    """Also of a rare one in a split at random, and of one whose only image stands in another class, too."""
+    folder = drawn(tmp_path / "data", a=20, b=1, c=1)
+    (folder / "c/000.jpg").write_bytes((folder / "a/003.jpg").read_bytes())
+    for seed in range(12):
+        manifest = pack(folder, tmp_path / str(seed), seed=seed, split_by=split_by, val_fraction=0.5)
+        assert manifest.splits["train"].class_counts[1:] == (1, 1)
+        assert manifest.splits["val"].samples == {"class": 10, "random": 11}[split_by]
+
+
+def test_a_class_of_which_all_is_dropped_is_named_before_an_image_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = drawn(tmp_path / "data", a=4, b=1)
+    (folder / "b/000.jpg").write_bytes((folder / "a/003.jpg").read_bytes())
+    monkeypatch.setattr(parts, "prepare", None)
+    remedy = "add images, or remove the class folder. 2 files were under two labels in all."
+    with pytest.raises(FolderError, match=exactly(f"class 'b': none of its images is left for training; {remedy}")):
+        pack(folder, tmp_path / "out", on_conflict="drop")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5."),
+        ({"seed": None}, "seed must be a whole number, got None."),
+        ({"quality": 90.0}, "quality must be a whole number, got 90.0."),
+        ({"max_side": "64"}, "max_side must be a whole number, got '64'."),
+        ({"shard_bytes": 1e6}, "shard_bytes must be a whole number, got 1000000.0."),
+    ],
+)
+def test_numbers_that_are_not_whole_are_refused(
+    small: Path, tmp_path: Path, options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ArgumentError, match=exactly(text)):
+        pack(small, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_numpys_numbers_pack_the_same_bytes(small: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"seed": 3, "max_side": 20, "quality": 80, "shard_bytes": 5000, "val_fraction": 0.25}
+    pack(small, tmp_path / "plain", **options)
+    for name in options:
+        options[name] = (np.float32 if name == "val_fraction" else np.int64)(options[name])
+    pack(small, tmp_path / "numpy", **options)
+    assert checksums(tmp_path / "numpy") == checksums(tmp_path / "plain")
+
+
+def test_memory_that_runs_out_is_explained_and_the_pack_goes_on(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "prepare", full)
+        rule = "is not finished: memory ran out; pack with fewer workers (--workers 1)."
+        again = "The same command goes on where this one stopped."
+        with pytest.raises(FolderError, match=exactly(f"{tmp_path / 'out'}: {rule} {again}")):
+            pack(small, tmp_path / "out")
+    assert pack(small, tmp_path / "out").splits["train"].samples == 24
+
+
+def test_files_without_an_images_name_are_listed_and_no_part_reads_their_names(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"a/{number}.txt" for number in range(3)]
+    touch(small, *names)
+    loaded = list[int]()
+
+    def counting(work: Path) -> planning.Plan:
+        plan = planning.load_plan(work)
+        loaded.append(len(plan.found.ignored))
+        return plan
+
+    monkeypatch.setattr(parts, "load_plan", counting)
+    manifest = pack(small, tmp_path / "out", shard_bytes=5000)
+    assert [item["path"] for item in manifest.skipped] == names
+    assert loaded == [0] * sum(len(split.shards) for split in manifest.splits.values())
+
+
+def test_verify_ends_at_an_interrupt_without_the_shards_that_wait(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(small, tmp_path / "out", shard_bytes=2000)
+    began = list[Path]()
+    monkeypatch.setattr(verification, "ThreadPoolExecutor", partial(ThreadPoolExecutor, 1))
+    monkeypatch.setattr(verification, "_read", _interrupted(began))
+    with pytest.raises(KeyboardInterrupt):
+        verification.verify(tmp_path / "out")
+    assert len(began) < len(list((tmp_path / "out").glob("*.tar")))
+
+
+def _interrupted(began: list[Path]) -> Callable[[Path], None]:
+    def read(path: Path) -> None:
+        began.append(path)
+        raise KeyboardInterrupt
+
+    return read
