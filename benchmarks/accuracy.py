@@ -30,7 +30,7 @@ SIDES = ("plain", "fastflower")
 
 def recipe_of(size: int, epochs: int, seed: int, start: Path) -> Recipe:
     """The demo's recipe at another size, from given weights."""
-    augment = replace(scratch().augment, size=size, resize=round(size * 256 / 224))
+    augment = replace(scratch().augment, size=size)
     return replace(scratch(), augment=augment, epochs=epochs, seed=seed, weights=str(start))
 
 

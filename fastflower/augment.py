@@ -143,8 +143,9 @@ class Augment:
 
     size: int | tuple[int, int] = 224
     """Output pixels: (height, width), or one number for a square."""
-    resize: int | tuple[int, int] = 256
-    """Without `crop`: the shorter side (or exactly height, width) before the central `size` is cut out."""
+    resize: int | tuple[int, int] | None = None
+    """Without `crop`: the shorter side (or exactly height, width) before the central `size` is cut out; None: 8/7 of the longer
+    side of `size`, as torchvision's 256 of 224."""
     crop: tuple[float, float] | None = None
     """RandomResizedCrop: the share of the photograph's area, drawn uniformly from (least, most); None: the centre."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -194,8 +195,9 @@ class Augment:
     def __post_init__(self) -> None:
         make_plain(self)
         for name in ("size", "resize"):
-            rule = "one or two whole numbers, at least 1"
-            _check(_are_numbers(pair := _pair(getattr(self, name)), 2, int) and min(pair) >= 1, name, rule, self)
+            pair, rule = _pair(getattr(self, name)), "one or two whole numbers, at least 1"
+            right = _are_numbers(pair, 2, int) and min(pair) >= 1
+            _check(right or (name == "resize" and self.resize is None), name, rule, self)
         for name in ("flip", "flip_vertical", "erase"):
             _check(0 <= getattr(self, name) <= 1, name, "a probability in [0, 1]", self)
         for name in ("rotate", "affine_rotate", "brightness", "contrast", "saturation", "mixup", "cutmix"):
@@ -223,6 +225,11 @@ class Augment:
         return _pair(self.size)
 
     @property
+    def resized(self) -> int | tuple[int, int]:
+        """`resize`, or what None stands for."""
+        return round(max(self.output_size) * 8 / 7) if self.resize is None else self.resize
+
+    @property
     def moves(self) -> bool:
         """Whether rotation, shift, scale or shear is drawn."""
         affine = (self.rotate, self.affine_rotate, *self.translate, *self.shear, *(part - 1 for part in self.scale))
@@ -231,7 +238,7 @@ class Augment:
     @property
     def uncovers(self) -> bool:
         """Whether an output may show what lies outside the crop, or outside the photograph."""
-        enough = all(side >= out for side, out in zip(_pair(self.resize), self.output_size, strict=True))
+        enough = all(side >= out for side, out in zip(_pair(self.resized), self.output_size, strict=True))
         fits = self.crop is not None or enough
         return self.moves or not fits
 
@@ -302,11 +309,12 @@ class Augment:
 
     def _centre(self, sizes_N2: NDArray[np.int64]) -> Floats:
         """torchvision's Resize, then CenterCrop, with their roundings, as a rectangle of the source."""
-        if isinstance(self.resize, tuple):
-            resized = np.broadcast_to(np.array(self.resize), sizes_N2.shape)
+        wanted = self.resized
+        if isinstance(wanted, tuple):
+            resized = np.broadcast_to(np.array(wanted), sizes_N2.shape)
         else:
             shorter = sizes_N2.min(axis=1, keepdims=True)
-            resized = np.where(sizes_N2 == shorter, self.resize, self.resize * sizes_N2 // shorter)
+            resized = np.where(sizes_N2 == shorter, wanted, wanted * sizes_N2 // shorter)
         size = np.array(self.output_size)
         factor = sizes_N2 / resized
         # torchvision rounds half to even what it cuts off, and pads one pixel less at the top and left than below and right.

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,14 @@ NAMES = (*(name for name in models.list_models(models) if re.match(r"(densenet|r
 _DOTTED = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 
 
-def build(name: str, num_classes: int, *, weights: str | None, freeze: int = 0) -> nn.Module:
+def build(
+    name: str, num_classes: int, *, weights: str | None, freeze: int = 0, classes: Sequence[str] = ()
+) -> nn.Module:
     """A network that maps (N, 3, H, W) to logits (N, num_classes), on the CPU; its head is new.
 
     weights  torchvision's name of pretrained weights, the path of a state_dict or checkpoint (any floating dtype), its address
-    as https://HOST/FILE#sha256=CHECKSUM (downloaded once), or None. Their head stays where it has as many classes.
+    as https://HOST/FILE#sha256=CHECKSUM (downloaded once), or None. Their head stays where it has as many classes and
+    they are no checkpoint of other `classes`.
     Raises ArgumentError for an unknown name or more stages than there are, CheckpointError for weights that cannot be used.
     """
     if name not in NAMES:
@@ -37,7 +41,7 @@ def build(name: str, num_classes: int, *, weights: str | None, freeze: int = 0) 
         _fit_head(model, num_classes)
     elif weights.startswith(("https://", "http://")) or _is_file_name(weights):
         model = _empty(name)
-        _load_file(model, name, _fetched(weights) if "://" in weights else Path(weights), num_classes)
+        _load_file(model, name, _fetched(weights) if "://" in weights else Path(weights), num_classes, classes)
     else:
         model = _downloaded(name, weights)
         _log.info("%s: %s", name, _fit_head(model, num_classes))
@@ -81,14 +85,15 @@ def _head(model: nn.Module) -> tuple[nn.Module, str]:
     return model.get_submodule(parent), attribute
 
 
-def _fit_head(model: nn.Module, num_classes: int) -> str:
-    """A new head where it has not as many outputs; says what was done."""
+def _fit_head(model: nn.Module, num_classes: int, *, keep: bool = True) -> str:
+    """A new head where it has not as many outputs, or is not to be kept; says what was done."""
     parent, attribute = _head(model)
     head: nn.Linear = getattr(parent, attribute)
-    if head.out_features == num_classes:
+    if head.out_features == num_classes and keep:
         return f"its head of {num_classes} classes was kept"
     setattr(parent, attribute, nn.Linear(head.in_features, num_classes))
-    return f"its head of {head.out_features} classes was replaced by a new one of {num_classes}"
+    other = " others" if head.out_features == num_classes else ""
+    return f"its head of {head.out_features} classes was replaced by a new one of {num_classes}{other}"
 
 
 def _is_file_name(weights: str) -> bool:
@@ -144,10 +149,10 @@ def _fetched(address: str) -> Path:
     return path
 
 
-def _load_file(model: nn.Module, name: str, path: Path, num_classes: int) -> None:
-    state = load_file(path)
+def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classes: Sequence[str]) -> None:
+    state, theirs = load_file(path), classes
     if state.get("format") == "fastflower":
-        state = state.get("model")
+        state, theirs = state.get("model"), state.get("classes")
     if (
         not state
         or not isinstance(state, dict)
@@ -183,7 +188,7 @@ def _load_file(model: nn.Module, name: str, path: Path, num_classes: int) -> Non
     else:
         setattr(parent, attribute, nn.Linear(weight.shape[1], len(weight)))
         getattr(parent, attribute).load_state_dict({"weight": weight, "bias": bias})
-        told = _fit_head(model, num_classes)
+        told = _fit_head(model, num_classes, keep=not classes or tuple(theirs) == tuple(classes))
     _log.info("%s: loaded into %s; %s", path, name, told)
 
 
@@ -194,7 +199,9 @@ def load_file(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: does not exist; check the path.") from None
     except Exception as error:  # torch.load raises whatever zipfile, pickle and its own reader raise
-        if isinstance(error, (PermissionError, IsADirectoryError)):  # not OSError: so is a file that is cut short
+        if isinstance(error, IsADirectoryError):
+            raise CheckpointError(f"{path}: is a folder; name a file, such as a run's checkpoint-best.pt.") from None
+        if isinstance(error, PermissionError):  # not OSError: so is a file that is cut short
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}); mend that, or pass another.") from None
         # Not its text: torch's advice is to load with weights_only=False, which runs whatever code a file holds.
         raise CheckpointError(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,9 @@ _MOST_LINES = 20  # of a kind; the manifest has all
 def main(args: Sequence[str] | None = None) -> int:
     """Run a verb: `fastflower VERB ...`. Returns the exit status: 0, 1 for an error that was explained, 2 for wrong usage."""
     args = list(sys.argv[1:] if args is None else args)
+    if args == ["--version"]:
+        print("fastflower", version("fastflower"))
+        return 0
     if not args or args[0] not in _VERBS:
         asked = bool(args) and args[0] in ("-h", "--help")
         lines = [f"  {name:10}{text}" for name, (_, text) in _VERBS.items()]
@@ -136,7 +140,7 @@ def _dask(address: str | None) -> Iterator[Executor | None]:
 def _verify(prog: str, args: Sequence[str]) -> None:
     from fastflower.verification import verify
 
-    values = _parse(prog, args, verify, shards=Path)
+    values = _parse(prog, args, verify, shards=str)
     problems = verify(**values)
     for problem in problems:
         print(problem)

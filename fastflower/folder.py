@@ -140,6 +140,7 @@ def _scanned(root: Path) -> Folder:
         raise FolderError(f"{root}: has no class folders; put the images of each class into a folder of its own.")
     for label, name in enumerate(tops):
         _add_class(found, name, label, 0, required=True)
+    _note_strays(found, ".")
     return found.folder(tops, ())
 
 
@@ -165,7 +166,17 @@ def _split(root: Path, named: dict[str, str]) -> Folder:
                     f"{root / top / name}: is no class of {train}; add the class there, or remove this folder."
                 )
             _add_class(found, f"{top}/{name}", classes.index(name), number, required=number == 0)
+    _note_strays(found, ".", *tops)
     return found.folder(classes, splits)
+
+
+def _note_strays(found: _Found, *folders: str) -> None:
+    """List images beside the class folders; a file of another kind may well stand there."""
+    for folder in folders:
+        for file in sorted(os.listdir(found.root / folder)):  # noqa: PTH208  (names alone fit in memory)
+            path = os.path.normpath(f"{folder}/{file}")
+            if file.lower().endswith(EXTENSIONS) and not (found.root / path).is_dir():
+                found.ignored.append((path, "lies in no class folder"))
 
 
 def _add_class(found: _Found, name: str, label: int, split: int, *, required: bool) -> None:

@@ -162,8 +162,8 @@ class Loader(IterableDataset[Batch]):
             )
         if self.tail == "drop" and self.global_batch_size > self.num_samples:
             raise ArgumentError(
-                f"batch_size {self.batch_size} * world_size {self.world_size} exceeds the {self.num_samples} samples of "
-                f"split {self.split!r}, so an epoch would have no step; lower batch_size, or set Loader's tail."
+                f"batch_size: {self.global_batch_size}, of all ranks together, exceeds the {self.num_samples} samples of split "
+                f"{self.split!r}, so an epoch would have no step; lower it (--batch-size), or give a Loader tail='keep'."
             )
 
     def _make_executor(self) -> Executor:

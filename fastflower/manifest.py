@@ -90,9 +90,11 @@ class Manifest:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ShardError(
-                f"{folder}: has no {FILE}, so it is not a finished pack; run tools/pack.py, or name the folder it wrote."
-            ) from None
+            what = f"has no {FILE}, so it is no finished pack" if folder.exists() else "does not exist"
+            told = f"{what}; name a folder that pack wrote (fastflower pack FOLDER)."
+            if (folder / ".packing").exists():
+                told = "is a pack that was not finished; run the same pack again."
+            raise ShardError(f"{folder}: {told}") from None
         except (ValueError, OSError) as error:
             raise ShardError(f"{path}: cannot be read ({error}); restore it from a copy or pack again.") from None
         try:

@@ -5,6 +5,7 @@ A pack that is interrupted goes on from there; at the end files are renamed into
 """
 
 import fcntl
+import logging
 import os
 import shutil
 from collections import deque
@@ -30,6 +31,9 @@ from fastflower.part import STOP, Part, make_part
 from fastflower.planning import PLAN, Plan, check_counts, check_same, load_plan, make_plan, save_plan, shard_name
 from fastflower.shard import index_rows, npy
 
+_log = logging.getLogger("fastflower")
+
+_MOST_NAMES = 10  # of classes, in a line
 _WORK = ".packing"
 _ENDINGS = (".tar", ".idx", ".npy")
 _LISTS = ("classes.txt", "meta")
@@ -127,11 +131,25 @@ def pack(
             _withdraw(plan, work)
             _run(plan, work, pool, threads, executor)
             manifest = _publish(plan, work)
+            _tell(manifest)
         except FolderError:  # lies in the images, so going on would not help
             (work / PLAN).unlink()
             raise
         (work / PLAN).unlink()
     return manifest
+
+
+def _tell(manifest: Manifest) -> None:
+    """Log what is not in the shards, or not as one would think."""
+    if manifest.skipped:
+        _log.warning(
+            "%s: %d files are left out; its manifest says why (skipped)", manifest.folder, len(manifest.skipped)
+        )
+    for name, split in manifest.splits.items():
+        absent = [label for label, count in zip(manifest.classes, split.class_counts, strict=True) if not count]
+        if absent and split.samples:
+            few = ", ".join(absent[:_MOST_NAMES]) + (" and others" if len(absent) > _MOST_NAMES else "")
+            _log.warning("%s: split %s has no image of %s: scores will not tell of that", manifest.folder, name, few)
 
 
 def _check_names(found: Folder) -> None:

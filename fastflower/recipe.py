@@ -119,8 +119,8 @@ class Recipe:
         last = (min(epoch, self.epochs - 1) % self.part + 1) * len(self.sizes)
         side = self.sizes[-(-last // self.part) - 1]  # rounded up, so that the last epoch has the last size
         factor = side / self.augment.output_size[0]
-        size, resize = _scaled(self.augment.size, factor), _scaled(self.augment.resize, factor)
-        return replace(self.augment, size=size, resize=resize)
+        resize = self.augment.resize and _scaled(self.augment.resize, factor)
+        return replace(self.augment, size=_scaled(self.augment.size, factor), resize=resize)
 
     def differences(self, other: "Recipe") -> str:
         """What another recipe has otherwise, field by field."""
@@ -222,9 +222,7 @@ def report_e_long() -> Recipe:
 
 def scratch() -> Recipe:
     """ResNet-18 from random weights at 128 pixels: the demo's recipe, chosen to be quick without a GPU."""
-    augment = Augment(
-        size=128, resize=146, crop=(0.25, 1.0), flip=0.5, rotate=10, brightness=0.2, contrast=0.2, saturation=0.2
-    )
+    augment = Augment(size=128, crop=(0.25, 1.0), flip=0.5, rotate=10, brightness=0.2, contrast=0.2, saturation=0.2)
     return Recipe(
         weights=None, augment=augment, epochs=10, lr=0.01, weight_decay=5e-4, schedule="one_cycle", label_smoothing=0.1
     )

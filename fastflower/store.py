@@ -395,6 +395,6 @@ def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     try:
         return url_to_fs(url, **options)
     except ImportError as error:
-        raise ArgumentError(f"{url}: {error}; pip install 'fastflower[s3]', or [gcs] or [http].") from None
+        raise ArgumentError(f"{url}: {error}; pip install 'fastflower[s3]', for gs:// [gcs], else [http].") from None
     except ValueError as error:
         raise ArgumentError(f"{url}: {error}; name a folder, or an address that fsspec knows.") from None

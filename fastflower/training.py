@@ -34,7 +34,7 @@ from fastflower.store import Remote
 _log = logging.getLogger("fastflower")
 
 _RECALIBRATION = 20  # batches; as many as a running mean of momentum 0.1 remembers
-_ADVICE = "lower lr, warm up (warmup_epochs) or clip gradients (clip_norm)"
+_ADVICE = "train anew (another out) with a lower lr, warm-up (warmup_epochs) or clipped gradients (clip_norm)"
 
 
 def train(
@@ -63,7 +63,7 @@ def train(
     SIGTERM, TrainingError for a loss that is not finite or a rank that is gone, DeviceError when memory runs out, and
     CheckpointError or TrainingError when the disk is full.
     """
-    rule = "a Recipe, of which fastflower.recipe.PRESETS has some by name"
+    rule = "a Recipe, such as fastflower.recipe.PRESETS['finetune']() makes one"
     require(isinstance(recipe, Recipe), "recipe", rule, recipe)  # pyright: ignore[reportUnnecessaryIsInstance]
     if recipe.freeze and recipe.weights is None:
         _log.warning("freeze=%d keeps random weights as they are, for weights is None; set freeze=0", recipe.freeze)
@@ -124,7 +124,8 @@ class Run:
         self.val = Loader(shards, "val", augment=view_of(recipe), **common) if has_val else None
         torch.manual_seed(recipe.seed)
         weights = None if start and recipe.soup == 1 else recipe.weights
-        network = build(recipe.backbone, len(self.classes), weights=weights, freeze=recipe.freeze)
+        how: dict[str, Any] = {"weights": weights, "freeze": recipe.freeze, "classes": self.classes}
+        network = build(recipe.backbone, len(self.classes), **how)
         self.network: nn.Module = network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.optimizer = optimizer_of(self.network, recipe)
         self.average = Average(self.network, recipe.ema) if recipe.ema or recipe.soup > 1 else None
@@ -143,8 +144,15 @@ class Run:
     def _restore(self, start: Checkpoint) -> None:
         place = self.folder / LAST
         if start.classes != self.classes:
-            raise CheckpointError(f"{place}: was trained on {', '.join(start.classes)}; resume on the same shards.")
-        self.loader.load_state_dict(start.feeding)  # refuses other shards
+            theirs, ours = ", ".join(start.classes), ", ".join(self.classes)
+            raise CheckpointError(f"{place}: was trained on {theirs}, these shards have {ours}; resume on the same.")
+        try:
+            self.loader.load_state_dict(start.feeding)
+        except FastflowerError:
+            raise CheckpointError(
+                f"{place}: was trained on other shards; resume on the same, or name another out, which may start from "
+                f"this file (weights)."
+            ) from None
         val = self._feeding()["val"]
         if start.feeding.get("val", val) != val:
             raise CheckpointError(f"{place}: was validated on another split 'val'; resume on the same shards.")
@@ -156,9 +164,11 @@ class Run:
         self.history, self._interrupted = list(start.history), start.tally
         now = environment(self.device, self.precision)
         for name in ("device", "precision", "threads", "torch", "ranks"):
-            if start.environment.get(name) != now[name]:
-                before = start.environment.get(name)
-                _log.warning("%s: %s was %s, now %s: the last bits will differ", place, name, before, now[name])
+            before, follows = start.environment.get(name), "the last bits will differ"
+            if name == "ranks":
+                follows += ", and all where batch norms are trained, which see their rank's part of a batch only"
+            if before != now[name] and ranks.rank() == 0:
+                _log.warning("%s: %s was %s, now %s: %s", place, name, before, now[name], follows)
         if self._finished():
             _log.info("%s: was finished after epoch %d", self.folder, start.epoch)
         else:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastflower.errors import SampleError, ShardError
+from fastflower.errors import SampleError, ShardError, require
 from fastflower.image import prepare
 from fastflower.manifest import FILE, FORMAT_VERSION, INDEX_DTYPE, INFO, Manifest, Shard, Split, write_atomically
 from fastflower.planning import PLAN, shard_name
@@ -56,12 +56,14 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     ShardError when there is no pack at all, one that is not finished, one of another version, or when a repair cannot
     be written.
     """
-    folder = Path(shards)
+    place = str(shards).removeprefix("file://")
+    require("://" not in place, "shards", "a folder, and no address, whose files have to be downloaded first", place)
+    folder = Path(place)
     manifest, lost = _manifest(folder)
     trusted = None if lost else manifest
     names = _names(folder, trusted)
     if not any(names.values()):
-        raise ShardError(f"{folder}: has no shards; name the folder that tools/pack.py wrote.")
+        raise ShardError(f"{folder}: has no shards; name a folder that pack wrote.")
     groups = _read_all({split: [folder / name for name in group] for split, group in names.items()})
     problems: list[str] = []
     expected: dict[str, bytes | memoryview] = {}
@@ -113,7 +115,7 @@ def _manifest(folder: Path) -> tuple[Manifest | None, str]:
         if _version(path) not in (None, FORMAT_VERSION):
             raise
         if (folder / ".packing" / PLAN).exists():
-            raise ShardError(f"{folder}: is a pack that was not finished; run the same tools/pack.py again.") from None
+            raise
         return None, str(error)
     for split, described in manifest.splits.items():
         for number, shard in enumerate(described.shards):

@@ -17,7 +17,7 @@ def geometry_chain(image: torch.Tensor, draw: Draw, row: int, augment: Augment) 
     """Crop, flips, rotation and affine, one torchvision call each. image  (C, H, W) float32 in 0..1."""
     size = list(draw.size)
     if augment.crop is None:
-        resize = augment.resize if isinstance(augment.resize, tuple) else [augment.resize]
+        resize = augment.resized if isinstance(augment.resized, tuple) else [augment.resized]
         image = F.resize(image, list(resize), BILINEAR, antialias=True)
         image = F.center_crop(image, size)
     else:

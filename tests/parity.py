@@ -1,4 +1,4 @@
-"""How far both executors are from torchvision's functionals: python tests/parity.py [FOLDER] prints the table.
+"""How far both executors are from torchvision's functionals: python tests/parity.py FOLDER prints the table.
 
 Differences are grey levels of 255, a mean a photograph, over the pixels that none of torchvision's frames cut off.
 """
@@ -139,8 +139,10 @@ def main(folder: str) -> None:
     """Print the table of docs/augmentation.md."""
     paths = sorted(Path(folder).glob("*/*.jpg"))
     photographs = [path.read_bytes() for path in paths[:: max(1, len(paths) // 128)][:128]]
-    print(f"{len(photographs)} photographs\n")
-    print("| augmentation | OpenCV: mean | 95% | worst | DALI: mean | 95% | worst |\n|---|--:|--:|--:|--:|--:|--:|")
+    if not photographs:
+        sys.exit(f"{folder}: has no photographs CLASS/*.jpg; name a folder of class folders.")
+    heads = "".join(f" {name}: mean | 95% | worst |" for name in EXECUTORS)
+    print(f"{len(photographs)} photographs\n\n| augmentation |{heads}\n|---|{'--:|' * 3 * len(EXECUTORS)}")
     for case in CASES:
         cells = [case]
         for name in EXECUTORS:
@@ -151,4 +153,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1] if len(sys.argv) == 2 else sys.exit(__doc__))

@@ -107,7 +107,7 @@ def test_the_program_packs_as_the_function_does(mixed: Path, tmp_path: Path) -> 
     (mixed / "b/0.jpg").write_bytes((mixed / "a/0.jpg").read_bytes())
     done = tool("pack", mixed, "--out", tmp_path / "by tool", "--on-conflict", "keep", "--max-side", "8")
     pack(mixed, tmp_path / "by function", on_conflict="keep", max_side=8)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr  # that files are left out
     assert "\nthe same picture under two labels: a/0.jpg, a/9.jpg, b/0.jpg\nwrote " in done.stdout
     for path in (tmp_path / "by function").iterdir():
         assert (tmp_path / "by tool" / path.name).read_bytes() == path.read_bytes()
@@ -117,7 +117,7 @@ def test_names_that_a_terminal_would_not_show_are_printed(mixed: Path, tmp_path:
     for name in (b"caf\xe9 \xc3\xb6.jpg", b"new\nline.jpg", b"\x1b[2J.jpg"):
         (mixed / "a" / name.decode("utf-8", "surrogateescape")).write_text("no picture")
     done = tool("pack", mixed, "--out", tmp_path / "out")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
     for name in ("caf\\udce9 ö", "new\\nline", "\\x1b[2J"):
         assert f"skipped a/{name}.jpg: is no image" in done.stdout.splitlines()
 
@@ -158,7 +158,7 @@ def test_images_that_look_alike_across_the_split_are_listed(
 def test_verify_says_that_all_is_well(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(shards)]) == 0
     assert capsys.readouterr() == (f"{shards}: every image decodes; tars, indexes and manifest agree\n", "")
-    text = f"{tmp_path}: has no shards; name the folder that tools/pack.py wrote."
+    text = f"{tmp_path}: has no shards; name a folder that pack wrote."
     assert error(capsys, "verify", tmp_path) == text
 
 
@@ -210,7 +210,7 @@ def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("args", [[], ["fly"], ["--version"], ["Pack"]])
+@pytest.mark.parametrize("args", [[], ["fly"], ["--versions"], ["Pack"]])
 def test_an_unknown_verb_is_wrong_usage_and_names_the_verbs(
     args: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,7 +324,7 @@ def test_a_recipe_sets_the_defaults_that_help_shows(name: str, style: str, capsy
 def test_train_on_a_folder_that_is_no_pack_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     text = error(capsys, "train", tmp_path, "--weights", "None", "--device", "cpu", "--out", out)
-    assert text.startswith(f"{tmp_path}: has no manifest.json, so it is not a finished pack; run tools/pack.py")
+    assert text.startswith(f"{tmp_path}: has no manifest.json, so it is no finished pack; name a folder")
     assert not out.exists()
 
 
@@ -372,7 +372,7 @@ def test_predict_names_the_file_that_is_no_image_or_missing(
     good, text, gone, empty = flowers / "rose/0001.jpg", tmp_path / "text.jpg", tmp_path / "no.jpg", tmp_path / "empty"
     text.write_text("no picture")
     empty.mkdir()
-    reason, remedy = "cannot be decoded as an image, or is cut short", "name image files or folders of them"
+    reason, remedy = "is no image", "name image files or folders of them"
     assert error(capsys, "predict", checkpoint, good, text).startswith(f"{text}: {reason}; {remedy}, or pass")
     assert error(capsys, "predict", checkpoint, gone).startswith(f"{gone}: No such file or directory; {remedy}")
     assert error(capsys, "predict", checkpoint, empty).startswith(f"{empty}: holds no images (")

@@ -22,11 +22,11 @@ from fastflower.folder import EXTENSIONS, FILE_DTYPE, Folder, scan
 ENDINGS = "(.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp)"
 UNNAMED = "is not named as an image"
 READ_ALREADY = "is a link to a folder that was read already"
+STRAY = "lies in no class folder"
 NO_FILE = "is a pipe, socket or device"
 
 
-def touch(root: Path, *names: str) -> Path:
-    """Files of one byte: neither side opens an image to find it."""
+def touch(root: Path, *names: str) -> Path:  # files of one byte: neither side opens an image to find it
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"x")
@@ -266,7 +266,7 @@ def test_other_files_in_class_folders_are_listed_as_ignored(tmp_path: Path) -> N
 
 def test_files_beside_the_class_folders_do_not_count_and_a_folder_is_no_image(tmp_path: Path) -> None:
     found = same_as_image_folder(touch(tmp_path, "a/1.jpg/2.jpg", "b.jpg/1.jpg", "cover.jpg", "labels.csv"))
-    assert (paths(found), found.ignored) == (["a/1.jpg/2.jpg", "b.jpg/1.jpg"], ())
+    assert (paths(found), found.ignored) == (["a/1.jpg/2.jpg", "b.jpg/1.jpg"], (("cover.jpg", STRAY),))
 
 
 def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_each_folder_of_a_split_is_read_as_image_folder_reads_it(tmp_path: Path,
     assert images(found) == [
         (str(Path(path).relative_to(tmp_path)), label, number) for number, group in samples for path, label in group
     ]
-    assert found.ignored == ((f"{name}/b/notes.txt", UNNAMED),)
+    assert found.ignored == ((f"{name}/b/notes.txt", UNNAMED), ("0.jpg", STRAY), ("train/cover.jpg", STRAY))
 
 
 def test_a_class_may_lack_in_every_split_but_train(tmp_path: Path) -> None:

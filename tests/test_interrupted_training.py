@@ -291,7 +291,8 @@ def test_a_loss_that_is_not_finite_is_named_with_its_batch_and_never_saved(
 
     monkeypatch.setattr(training.Run, "step", poisoned)
     advice = (
-        f"{out}: the loss is not finite in epoch 2, step 3; lower lr, warm up (warmup_epochs) or clip gradients (clip_norm), "
+        f"{out}: the loss is not finite in epoch 2, step 3; train anew (another out) with a lower lr, warm-up "
+        "(warmup_epochs) or clipped gradients (clip_norm), "
         f"and look at the batch. {LAST}, if there is one, is from before. The batch: {keys}"
     )
     for _ in range(2):
@@ -305,7 +306,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_batch_and_never_saved(
 def test_a_rate_that_is_far_too_high_is_named(shards: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPE, lr=1e30, schedule="constant")
     with pytest.raises(
-        TrainingError, match=r"run: the loss is not finite in epoch 1, step [2-5]; lower lr, .* sample rose_"
+        TrainingError, match=r"run: the loss is not finite in epoch 1, step [2-5]; train anew .* sample rose_"
     ):
         train(shards, recipe, out=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / LAST).exists()

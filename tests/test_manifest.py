@@ -96,13 +96,6 @@ def test_a_pack_loads_as_pack_returned_it(shards: Path) -> None:
     assert {name: split.samples for name, split in loaded.splits.items()} == {"train": 120, "val": 30}
 
 
-@pytest.mark.parametrize("name", ["", "no/such/folder"])
-def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path, name: str) -> None:
-    text = "has no manifest.json, so it is not a finished pack; run tools/pack.py, or name the folder it wrote."
-    with pytest.raises(ShardError, match=exactly(f"{tmp_path / name}: {text}")):
-        Manifest.load(tmp_path / name)
-
-
 @pytest.mark.parametrize("text", ["", "{", MANIFEST.to_json()[:-20], b"\xff\xfe\x00", "no JSON"])
 def test_damaged_text_is_refused(tmp_path: Path, text: str | bytes) -> None:
     pattern = f"^{re.escape(str(tmp_path / 'manifest.json'))}: cannot be read \\(.+\\); restore it from a copy or pack again\\.$"

@@ -64,7 +64,7 @@ def test_weights_that_are_no_numbers_are_never_saved(
         return found
 
     monkeypatch.setattr(training.Run, "step", breaking)
-    advice = "lower lr, warm up (warmup_epochs) or clip gradients (clip_norm)"
+    advice = "train anew (another out) with a lower lr, warm-up (warmup_epochs) or clipped gradients (clip_norm)"
     message = (
         f"{tmp_path}: the validation loss is not finite after epoch 2; {advice}. {LAST}, if there is one, is from before."
         if save_steps is None

@@ -79,7 +79,7 @@ def test_a_mirrored_photograph_gets_the_same_prediction(
     pairs: list[Path] = []
     for number, path in enumerate(sorted(flowers.glob("*/*.jpg"))[::15]):
         with Image.open(path) as image:
-            square = image.convert("RGB").resize((108, 108))  # whose centre is that of its mirror image
+            square = image.convert("RGB").resize((216, 216))  # whose centre and blocks are those of its mirror image
         pairs += [tmp_path / f"{number}.png", tmp_path / f"{number} mirrored.png"]
         square.save(pairs[-2])
         ImageOps.mirror(square).save(pairs[-1])

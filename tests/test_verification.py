@@ -31,7 +31,7 @@ GONE = f"is missing; {RESTORE}"
 OUTSIDE = f"is damaged outside its images; {RESTORE}"
 OTHER = f"is not the shard that {MANIFEST} describes (sha256 differs); restore one of them from a copy, or pack again."
 AWAY = "is no shard of this pack, as far as manifest.json tells; move it away, or restore manifest.json from a copy."
-NO_MANIFEST = "has no manifest.json, so it is not a finished pack; run tools/pack.py, or name the folder it wrote."
+NO_MANIFEST = "has no manifest.json, so it is no finished pack; name a folder that pack wrote (fastflower pack FOLDER)."
 AGAIN = "restore manifest.json from a copy, or pack again."
 UNSURE = f"does not say what the tars hold, and manifest.json, which would tell what is right, is lost; {AGAIN}"
 
@@ -348,11 +348,11 @@ def test_what_is_no_pack_to_repair_is_refused_and_left_alone(copy: Path, tmp_pat
     (tmp_path / "copy/.packing").mkdir()  # of the tars the last may not be in place yet
     (tmp_path / "copy/.packing/plan.json").touch()
     before = contents(copy)
-    refuse(copy, f"{copy}: is a pack that was not finished; run the same tools/pack.py again.")
+    refuse(copy, f"{copy}: is a pack that was not finished; run the same pack again.")
     assert contents(copy) == before
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "no", copy / INDEX):
-        refuse(folder, f"{folder}: has no shards; name the folder that tools/pack.py wrote.")
+        refuse(folder, f"{folder}: has no shards; name a folder that pack wrote.")
 
 
 def test_a_repair_says_what_it_wrote_and_writes_no_more(copy: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -109,12 +109,12 @@ def narrow_resnets(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ResNet, "__init__", narrow_make)
 
 
-def small(_backbone: str, classes: int, **_: Any) -> nn.Module:
+def small(_backbone: str, num_classes: int, **_: Any) -> nn.Module:
     """In place of a ResNet: a network that has all that an interruption could lose, dropout too, and trains in no time."""
     model = nn.Sequential()
     layers = (nn.Conv2d(3, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.3), nn.AdaptiveAvgPool2d(4))
     model.add_module("features", nn.Sequential(*layers))
-    model.add_module("classifier", nn.Sequential(nn.Flatten(), nn.Linear(256, classes)))
+    model.add_module("classifier", nn.Sequential(nn.Flatten(), nn.Linear(256, num_classes)))
     return model
 
 

@@ -1,0 +1,148 @@
+"""What those who begin with fastflower give and expect: small images, small folders, wrong paths, other classes."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packs import drawn, exactly, photo
+from torchvision import transforms
+from training_runs import RECIPE
+
+from fastflower import Augment, Checkpoint, Loader, Manifest, Recipe, evaluate, pack, train
+from fastflower.backbone import build
+from fastflower.cli import main
+from fastflower.errors import ArgumentError, CheckpointError, ShardError
+from fastflower.evaluation import view_of
+from fastflower.recipe import scratch
+from fastflower.verification import verify
+
+pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+
+
+@pytest.mark.parametrize(("size", "resized"), [(224, 256), (64, 73), (128, 146), ((96, 128), 146), ((128, 96), 146)])
+def test_the_validation_view_follows_the_size(size: Any, resized: int) -> None:
+    assert Augment(size=size).resized == replace(scratch().augment, size=size).resized == resized
+    view = view_of(replace(scratch(), augment=replace(scratch().augment, size=size)))
+    assert (view.output_size, view.resized) == (Augment(size=size).output_size, resized)
+    assert not view.uncovers
+    assert Augment(size=size, resize=300).resized == 300
+    sizes = [[300, 400], [500, 350]]
+    drawn_by_default, drawn_as_said = (
+        Augment(size=size, resize=side).draw(0, 0, [0, 1], sizes) for side in (None, resized)
+    )
+    assert (drawn_by_default.roi == drawn_as_said.roi).all()
+
+
+def test_it_follows_the_size_of_a_torchvision_crop_and_of_each_epoch() -> None:
+    augment = Augment.from_torchvision(transforms.RandomResizedCrop(64))
+    assert augment.resized == 73
+    recipe = Recipe(weights=None, augment=augment, epochs=2, sizes=(32, 64))
+    assert [recipe.augment_at(epoch).resized for epoch in range(2)] == [37, 73]
+    recipe = replace(recipe, augment=replace(augment, resize=(80, 100)))
+    assert [recipe.augment_at(epoch).resized for epoch in range(2)] == [(40, 50), (80, 100)]
+
+
+def test_what_a_pack_leaves_out_and_what_scores_will_not_tell_of_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = drawn(tmp_path / "data", a=8, b=1)
+    (folder / "a/bad.jpg").write_text("no image")
+    photo(3).save(folder / "stray.jpg")
+    (folder / "notes.txt").touch()
+    manifest = pack(folder, tmp_path / "out")
+    assert [(item["path"], item["reason"]) for item in manifest.skipped] == [
+        ("a/bad.jpg", "is no image"),
+        ("stray.jpg", "lies in no class folder"),
+    ]
+    assert caplog.messages == [
+        f"{tmp_path / 'out'}: 2 files are left out; its manifest says why (skipped)",
+        f"{tmp_path / 'out'}: split val has no image of b: scores will not tell of that",
+    ]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+    assert verify(tmp_path / "out") == []
+
+
+def test_strays_of_splits_are_listed(tmp_path: Path) -> None:
+    folder = drawn(tmp_path / "data", **{"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 1})
+    for name in ("1.jpg", "train/2.jpg", "val/3.png"):
+        photo(3).save(folder / name)
+    assert [item["path"] for item in pack(folder, tmp_path / "out").skipped] == ["1.jpg", "train/2.jpg", "val/3.png"]
+
+
+def test_more_than_there_is_for_a_batch_names_the_flag(tmp_path: Path) -> None:
+    pack(drawn(tmp_path / "data", a=8, b=8), tmp_path / "out")
+    rule = (
+        "batch_size: 32, of all ranks together, exceeds the 12 samples of split 'train', so an epoch would have no step"
+    )
+    with pytest.raises(ArgumentError, match=exactly(f"{rule}; lower it (--batch-size), or give a Loader tail='keep'.")):
+        Loader(tmp_path / "out", batch_size=32, device="cpu")
+
+
+NAME = "name a folder that pack wrote (fastflower pack FOLDER)."
+
+
+def unfinished(folder: Path) -> None:
+    (folder / ".packing").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda _: None, f"does not exist; {NAME}"),
+        (Path.mkdir, f"has no manifest.json, so it is no finished pack; {NAME}"),
+        (unfinished, "is a pack that was not finished; run the same pack again."),
+    ],
+)
+def test_what_is_no_pack_is_told_apart(tmp_path: Path, make: Callable[[Path], object], what: str) -> None:
+    make(tmp_path / "out")
+    with pytest.raises(ShardError, match=exactly(f"{tmp_path / 'out'}: {what}")):
+        Manifest.load(tmp_path / "out")
+
+
+def test_verify_takes_no_address(shards: Path) -> None:
+    rule = "shards must be a folder, and no address, whose files have to be downloaded first, got 's3://bucket/a'."
+    with pytest.raises(ArgumentError, match=exactly(rule)):
+        verify("s3://bucket/a")
+    assert verify(f"file://{shards}") == []
+
+
+def test_the_head_of_a_checkpoint_of_other_classes_is_not_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("resnet18", 5, weights=None)
+    path = tmp_path / "checkpoint-best.pt"
+    Checkpoint(recipe=Recipe(weights=None), classes=tuple("abcde"), model=model.state_dict(), epoch=1).save(path)
+    caplog.set_level(logging.INFO, "fastflower")
+    kept, new = (build("resnet18", 5, weights=str(path), classes=classes) for classes in ("abcde", "abced"))
+    assert torch.equal(kept.fc.weight, model.fc.weight)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    assert not torch.equal(new.fc.weight, model.fc.weight)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    assert torch.equal(new.conv1.weight, model.conv1.weight)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    assert [message.rpartition("; ")[2] for message in caplog.messages] == [
+        "its head of 5 classes was kept",
+        "its head of 5 classes was replaced by a new one of 5 others",
+    ]
+
+
+def test_a_run_s_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=exactly(f"{tmp_path}: is a folder; name a file, such as a run's checkpoint-best.pt.")
+    ):
+        evaluate(tmp_path, "shards")
+
+
+def test_a_class_that_was_not_validated_is_undefined_in_the_report(tmp_path: Path) -> None:
+    pack(drawn(tmp_path / "data", a=8, b=1), tmp_path / "out")
+    recipe = replace(RECIPE, epochs=1, batch_size=4)
+    report = train(tmp_path / "out", recipe, out=tmp_path / "run", device="cpu")
+    text = (report.folder / "report.html").read_text()
+    assert "undefined" in text
+    assert "nan" not in text
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("fastflower 0.")
