@@ -150,7 +150,8 @@ def _fetched(address: str) -> Path:
 
 
 def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classes: Sequence[str]) -> None:
-    state, theirs = load_file(path), classes
+    state = load_file(path)
+    theirs: Any = classes
     if state.get("format") == "fastflower":
         state, theirs = state.get("model"), state.get("classes")
     if (

@@ -12,10 +12,10 @@ from packs import drawn, exactly, photo
 from torchvision import transforms
 from training_runs import RECIPE
 
-from fastflower import Augment, Checkpoint, Loader, Manifest, Recipe, evaluate, pack, train
+from fastflower import Augment, Checkpoint, Loader, Manifest, Recipe, pack, train
 from fastflower.backbone import build
 from fastflower.cli import main
-from fastflower.errors import ArgumentError, CheckpointError, ShardError
+from fastflower.errors import ArgumentError, ShardError
 from fastflower.evaluation import view_of
 from fastflower.recipe import scratch
 from fastflower.verification import verify
@@ -125,13 +125,6 @@ def test_the_head_of_a_checkpoint_of_other_classes_is_not_kept(
         "its head of 5 classes was kept",
         "its head of 5 classes was replaced by a new one of 5 others",
     ]
-
-
-def test_a_run_s_folder_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=exactly(f"{tmp_path}: is a folder; name a file, such as a run's checkpoint-best.pt.")
-    ):
-        evaluate(tmp_path, "shards")
 
 
 def test_a_class_that_was_not_validated_is_undefined_in_the_report(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_huge_orders_are_injective_and_stay_in_range(rng: np.random.Generator, n
 
 @pytest.mark.parametrize(
     ("num_samples", "epochs"),
-    [(3, 3000), (4, 3000), (5, 4000), pytest.param(7, 15_120, id="all 5,040 orders of seven samples")],
+    [(3, 3000), (4, 3000), (5, 4000), pytest.param(6, 3600, id="all 720 orders of six samples")],
 )
 def test_all_orders_are_about_equally_likely(num_samples: int, epochs: int) -> None:
     found = Counter(tuple(epoch_order(num_samples, seed=0, epoch=epoch).tolist()) for epoch in range(epochs))

@@ -53,7 +53,7 @@ def shards(large: list[NDArray[np.uint8]], tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("reduce", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_reduced_pixels_are_the_means_of_boxes(kind: str, reduce: int, large: list[NDArray[np.uint8]]) -> None:
-    data = [encoded(photo, kind, **({"compress_level": 1} if kind == "PNG" else {})) for photo in large]
+    data = [encoded(photo, kind, **({"compress_level": 1} if kind == "PNG" else {})) for photo in large[::3]]
     pairs = [(decode(item, reduce).astype(float), boxes(decode(item), reduce)) for item in data]
     assert all(one.shape == other.shape for one, other in pairs)
     assert np.mean([np.abs(one - other).mean() for one, other in pairs]) < 0.6

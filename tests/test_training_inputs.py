@@ -1,8 +1,8 @@
 """What users give and do that once cost a run: numpy's numbers, many classes, two runs at once, another validation split."""
 
 import os
+import runpy
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,7 +114,7 @@ def test_a_run_goes_on_with_its_own_validation_split_only(tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match=r": cannot be read \(Is a directory\); mend that, or pass another\.$"):
+    with pytest.raises(CheckpointError, match=r": is a folder; name a file, such as a run's checkpoint-best\.pt\.$"):
         load_file(tmp_path)
 
     def refuse(*_: object, **__: object) -> None:
@@ -160,15 +160,19 @@ def test_the_diagnosis_steps_with_the_convolutions_that_training_has(
 
 
 @pytest.mark.parametrize("out", [".", "file"])
-def test_the_demo_clears_no_folder_of_others(tmp_path: Path, out: str) -> None:
+def test_the_demo_clears_no_folder_of_others(
+    tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Shards that the user packed there, or photographs in a folder called flowers."""
     (tmp_path / "flowers" / "rose").mkdir(parents=True)
     (tmp_path / "flowers" / "rose" / "mine.jpg").touch()
     (tmp_path / "file").touch()
-    command = [sys.executable, ROOT / "tools" / "demo.py", "--out", out]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert f"--out {out}: is or holds what no demo wrote; name another folder, or remove this one." in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", out])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools" / "demo.py"), run_name="__main__")
+    told = f"--out {out}: is or holds what no demo wrote; name another folder, or remove this one."
+    assert told in f"{end.value.code}{capsys.readouterr().err}"
     assert (tmp_path / "flowers" / "rose" / "mine.jpg").exists()
 
 
