@@ -12,7 +12,7 @@ from packs import drawn, exactly, photo
 from torchvision import transforms
 from training_runs import RECIPE
 
-from fastflower import Augment, Checkpoint, Loader, Manifest, Recipe, pack, train
+from fastflower import Augment, Checkpoint, Manifest, Recipe, pack, train
 from fastflower.backbone import build
 from fastflower.cli import main
 from fastflower.errors import ArgumentError, ShardError
@@ -71,15 +71,6 @@ def test_strays_of_splits_are_listed(tmp_path: Path) -> None:
     for name in ("1.jpg", "train/2.jpg", "val/3.png"):
         photo(3).save(folder / name)
     assert [item["path"] for item in pack(folder, tmp_path / "out").skipped] == ["1.jpg", "train/2.jpg", "val/3.png"]
-
-
-def test_more_than_there_is_for_a_batch_names_the_flag(tmp_path: Path) -> None:
-    pack(drawn(tmp_path / "data", a=8, b=8), tmp_path / "out")
-    rule = (
-        "batch_size: 32, of all ranks together, exceeds the 12 samples of split 'train', so an epoch would have no step"
-    )
-    with pytest.raises(ArgumentError, match=exactly(f"{rule}; lower it (--batch-size), or give a Loader tail='keep'.")):
-        Loader(tmp_path / "out", batch_size=32, device="cpu")
 
 
 NAME = "name a folder that pack wrote (fastflower pack FOLDER)."

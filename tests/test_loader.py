@@ -305,7 +305,7 @@ def test_threads_end_with_the_iterator(shards: Path, executor: Any) -> None:
         (
             {"batch_size": 121},
             ArgumentError,
-            r"batch_size 121 \* world_size 1 exceeds the 120 samples .* lower batch_size",
+            r"batch_size: 121, of all ranks together, exceeds the 120 samples .* lower it \(--batch-size\)",
         ),
         ({"workers": 0}, ArgumentError, "workers must be at least 1"),
         ({"window": 0}, ArgumentError, "window must be at least 1 shard, got 0"),
@@ -332,7 +332,7 @@ def test_cuda_without_a_gpu_is_an_error_with_the_remedy(shards: Path) -> None:
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"has no manifest\.json, so it is not a finished pack; run tools/pack\.py"):
+    with pytest.raises(ShardError, match=r"has no manifest\.json, so it is no finished pack; name a folder"):
         Loader(tmp_path)
 
 

@@ -256,7 +256,7 @@ def test_addresses_that_nobody_knows_are_refused() -> None:
 @pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_what_an_address_asks_to_be_installed_is_named() -> None:
     with pytest.raises(
-        ArgumentError, match=r"gs://bucket/shards: .*gcsfs.*; pip install 'fastflower\[s3\]', or \[gcs\]"
+        ArgumentError, match=r"gs://bucket/shards: .*gcsfs.*; pip install 'fastflower\[s3\]', for gs:// \[gcs\]"
     ):
         Loader("gs://bucket/shards")
 
