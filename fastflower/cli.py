@@ -24,6 +24,17 @@ _MOST_LINES = 20  # of a kind; the manifest has all
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a verb: `fastflower VERB ...`. Returns the exit status: 0, 1 for an error that was explained, 2 for wrong usage."""
+    try:
+        status = _run(args)
+        if sys.stdout:  # None where it was closed
+            sys.stdout.flush()  # here, where a reader that is gone is no error of its own
+    except BrokenPipeError:  # whoever read what is printed has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return 141  # 128 + SIGPIPE
+    return status
+
+
+def _run(args: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     if args == ["--version"]:
         print("fastflower", version("fastflower"))
@@ -44,7 +55,6 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with logging_redirect_tqdm():
             verb(f"fastflower {args[0]}", args[1:])
-        sys.stdout.flush()  # here, where a reader that is gone is an error of its own
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return 143  # 128 + SIGTERM, as the shell reports it
@@ -54,9 +64,6 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read what is printed has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
-        return 141  # 128 + SIGPIPE
     return 0
 
 

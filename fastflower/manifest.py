@@ -16,6 +16,7 @@ from fastflower.errors import ShardError
 
 FORMAT_VERSION = 1
 FILE = "manifest.json"
+WORK, PLAN = ".packing", "plan.json"  # in a pack that is not finished
 INFO = "_info.json"
 
 INDEX_DTYPE = np.dtype(
@@ -92,7 +93,7 @@ class Manifest:
         except FileNotFoundError:
             what = f"has no {FILE}, so it is no finished pack" if folder.exists() else "does not exist"
             told = f"{what}; name a folder that pack wrote (fastflower pack FOLDER)."
-            if (folder / ".packing").exists():
+            if (folder / WORK / PLAN).exists():
                 told = "is a pack that was not finished; run the same pack again."
             raise ShardError(f"{folder}: {told}") from None
         except (ValueError, OSError) as error:

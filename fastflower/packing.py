@@ -26,15 +26,14 @@ from tqdm import tqdm
 from fastflower.duplicates import nearest
 from fastflower.errors import ArgumentError, FolderError, require
 from fastflower.folder import Folder, scan
-from fastflower.manifest import FILE, INFO, Manifest, Split, sync, version_of, write_atomically
+from fastflower.manifest import FILE, INFO, PLAN, WORK, Manifest, Split, sync, version_of, write_atomically
 from fastflower.part import STOP, Part, make_part
-from fastflower.planning import PLAN, Plan, check_counts, check_same, load_plan, make_plan, save_plan, shard_name
+from fastflower.planning import Plan, check_counts, check_same, load_plan, make_plan, save_plan, shard_name
 from fastflower.shard import index_rows, npy
 
 _log = logging.getLogger("fastflower")
 
 _MOST_NAMES = 10  # of classes, in a line
-_WORK = ".packing"
 _ENDINGS = (".tar", ".idx", ".npy")
 _LISTS = ("classes.txt", "meta")
 
@@ -115,7 +114,7 @@ def pack(
         "lists": lists,
     }
     threads = workers or len(os.sched_getaffinity(0))
-    killed = _exists(out / _WORK)
+    killed = _exists(out / WORK)
     with _workspace(out) as work, ThreadPoolExecutor(threads) as pool:
         if (out / FILE).exists():
             manifest = Manifest.load(out)
@@ -148,7 +147,7 @@ def _tell(manifest: Manifest) -> None:
     for name, split in manifest.splits.items():
         absent = [label for label, count in zip(manifest.classes, split.class_counts, strict=True) if not count]
         if absent and split.samples:
-            few = ", ".join(absent[:_MOST_NAMES]) + (" and others" if len(absent) > _MOST_NAMES else "")
+            few = ", ".join(map(repr, absent[:_MOST_NAMES])) + (" and others" if len(absent) > _MOST_NAMES else "")
             _log.warning("%s: split %s has no image of %s: scores will not tell of that", manifest.folder, name, few)
 
 
@@ -164,7 +163,7 @@ def _check_names(found: Folder) -> None:
 @contextmanager
 def _workspace(out: Path) -> Iterator[Path]:
     """OUT/.packing, locked against a second pack. It stays while it holds a plan to go on with; OUT goes if it is empty."""
-    work = out / _WORK
+    work = out / WORK
     try:
         with _locked(work):
             try:

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from fastflower.duplicates import Groups, identical
 from fastflower.errors import FolderError
 from fastflower.folder import Folder
-from fastflower.manifest import write_atomically
+from fastflower.manifest import PLAN, write_atomically
 from fastflower.order import epoch_order
 
-PLAN = "plan.json"
 _IGNORED = "ignored.json"
 
 
@@ -94,10 +93,8 @@ def check_counts(classes: tuple[str, ...], counts: Sequence[int] | NDArray[np.in
     """Every class must have something to learn from, or the split and the labels mean something else than was asked."""
     for name, count in zip(classes, counts, strict=True):
         if not count:
-            raise FolderError(
-                f"class {name!r}: none of its images is left for training; add images, or remove the class folder. "
-                f"{left_out} files were {why} in all."
-            )
+            told = f"class {name!r}: none of its images is left for training; add images, or remove the class folder."
+            raise FolderError(f"{told} {left_out} files were {why} in all." if left_out else told)
 
 
 def _validation(found: Folder, groups: Groups, kept: NDArray[np.bool_], options: dict[str, Any]) -> NDArray[np.bool_]:
@@ -168,7 +165,9 @@ def load_plan(work: Path, *, whole: bool = False) -> Plan:
     """Read the plan of a workspace; the arrays are memory-mapped. whole  also what is ignored, which no part needs."""
     files, paths, order, members, ends = (np.load(work / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
     content = json.loads((work / PLAN).read_bytes())
-    ignored = tuple((path, reason) for path, reason in json.loads((work / _IGNORED).read_bytes())) if whole else ()
+    if whole and "ignored" not in content:  # there it was before version 0.1
+        content["ignored"] = json.loads((work / _IGNORED).read_bytes())
+    ignored = tuple((path, reason) for path, reason in content["ignored"]) if whole else ()
     found = Folder(Path(content["root"]), tuple(content["classes"]), tuple(content["splits"]), files, paths, ignored)
     parts = tuple(Place(*part) for part in content["parts"])
     return Plan(found, content["options"], content["versions"], Groups(members, ends), order, parts)

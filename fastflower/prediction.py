@@ -48,7 +48,8 @@ def predict(
 
     Args:
         checkpoint: A checkpoint that `train` wrote.
-        images: A path, or several; a folder stands for all images below it. What `pack` takes is predicted, as it packs it.
+        images: A path, or several; a folder stands for all images below it. What `pack` takes is predicted, as it packs it
+            without max_side and quality.
         on_bad: "fail" stops at a file that is missing, is no image, or is cut short; "skip" logs its name and goes on.
         device: None means CUDA where there is one, else the CPU.
 

@@ -122,9 +122,14 @@ class Recipe:
         resize = self.augment.resize and _scaled(self.augment.resize, factor)
         return replace(self.augment, size=_scaled(self.augment.size, factor), resize=resize)
 
+    @property
+    def spelled_out(self) -> "Recipe":
+        """With what None stands for: recipes of which this is equal train the same."""
+        return replace(self, augment=replace(self.augment, resize=self.augment.resized))
+
     def differences(self, other: "Recipe") -> str:
         """What another recipe has otherwise, field by field."""
-        mine, theirs = self.to_dict(), other.to_dict()
+        mine, theirs = self.spelled_out.to_dict(), other.spelled_out.to_dict()
         for values in (mine, theirs):
             values |= {f"augment.{name}": value for name, value in values.pop("augment").items()}
         found = (f"{name} {theirs[name]!r} (now {value!r})" for name, value in mine.items() if value != theirs[name])

@@ -36,10 +36,12 @@ def fields_of(transform: object) -> dict[str, Any]:
     for step in _flatten(transform):
         name = type(step).__name__
         if name in _CONVERSIONS:
-            floating = name == "ToTensor" or getattr(getattr(step, "dtype", None), "is_floating_point", False)
+            dtype: Any = getattr(step, "dtype", None)  # v2 takes one by kind of input, too
+            dtypes: list[Any] = list(dtype.values()) if isinstance(dtype, dict) else [dtype]  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+            floating = name == "ToTensor" or any(getattr(one, "is_floating_point", False) for one in dtypes)
             scaled = getattr(step, "scale", True)
             _require(not floating or scaled, name, "with scale=False leaves levels at 0 .. 255; pass scale=True")
-            reading.floating |= floating
+            reading.floating = floating or (reading.floating and name not in ("ToImage", "PILToTensor"))
             continue
         reader = _READERS.get(name)
         if reader is None:
@@ -68,7 +70,7 @@ def _require(holds: bool, name: str, rule: str) -> None:
 @dataclass
 class _Reading:
     seen: list[str] = field(default_factory=list)
-    floating: bool = False
+    floating: bool = True
     found: dict[str, Any] = field(default_factory=lambda: {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
     notes: dict[str, None] = field(default_factory=dict)  # an ordered set
 

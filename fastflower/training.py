@@ -81,7 +81,7 @@ def train(
                 raise CheckpointError(
                     f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
                 )
-            if start and start.recipe != recipe:
+            if start and start.recipe.spelled_out != recipe.spelled_out:
                 raise CheckpointError(
                     f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name another "
                     f"out, which may start from this file (weights)."
@@ -148,11 +148,10 @@ class Run:
             raise CheckpointError(f"{place}: was trained on {theirs}, these shards have {ours}; resume on the same.")
         try:
             self.loader.load_state_dict(start.feeding)
-        except FastflowerError:
-            raise CheckpointError(
-                f"{place}: was trained on other shards; resume on the same, or name another out, which may start from "
-                f"this file (weights)."
-            ) from None
+        except FastflowerError as error:
+            others = start.feeding["shards"] != self.loader.state_dict()["shards"]
+            what = "was trained on other shards; resume on the same, or name another out" if others else error
+            raise CheckpointError(f"{place}: {what}, which may start from this file (weights).") from None
         val = self._feeding()["val"]
         if start.feeding.get("val", val) != val:
             raise CheckpointError(f"{place}: was validated on another split 'val'; resume on the same shards.")
@@ -165,7 +164,7 @@ class Run:
         now = environment(self.device, self.precision)
         for name in ("device", "precision", "threads", "torch", "ranks"):
             before, follows = start.environment.get(name), "the last bits will differ"
-            if name == "ranks":
+            if name == "ranks" and not self.recipe.sync_batchnorm:
                 follows += ", and all where batch norms are trained, which see their rank's part of a batch only"
             if before != now[name] and ranks.rank() == 0:
                 _log.warning("%s: %s was %s, now %s: %s", place, name, before, now[name], follows)

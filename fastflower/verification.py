@@ -18,8 +18,19 @@ from tqdm import tqdm
 
 from fastflower.errors import SampleError, ShardError, require
 from fastflower.image import prepare
-from fastflower.manifest import FILE, FORMAT_VERSION, INDEX_DTYPE, INFO, Manifest, Shard, Split, write_atomically
-from fastflower.planning import PLAN, shard_name
+from fastflower.manifest import (
+    FILE,
+    FORMAT_VERSION,
+    INDEX_DTYPE,
+    INFO,
+    PLAN,
+    WORK,
+    Manifest,
+    Shard,
+    Split,
+    write_atomically,
+)
+from fastflower.planning import shard_name
 from fastflower.shard import Samples, ShardWriter, index_rows, npy
 
 _log = logging.getLogger("fastflower")
@@ -114,7 +125,7 @@ def _manifest(folder: Path) -> tuple[Manifest | None, str]:
     except ShardError as error:
         if _version(path) not in (None, FORMAT_VERSION):
             raise
-        if (folder / ".packing" / PLAN).exists():
+        if (folder / WORK / PLAN).exists():
             raise
         return None, str(error)
     for split, described in manifest.splits.items():

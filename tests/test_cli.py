@@ -387,14 +387,3 @@ def test_a_scheduler_that_does_not_answer_is_explained(waiting: subprocess.Popen
         assert (out, err.count("\n")) == ("", 1)
         assert err.startswith(f"error: --dask {address}: no scheduler answers there (")
         assert err.endswith("); name one as tcp://HOST:PORT.\n")
-
-
-def test_a_reader_that_has_had_enough_is_no_error(shards: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, ROOT / "tools/verify.py", shards], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.close()
-        assert process.stderr is not None
-        assert process.stderr.read() == b""
-    assert process.returncode == 141

@@ -1,6 +1,9 @@
 """What those who begin with fastflower give and expect: small images, small folders, wrong paths, other classes."""
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +18,7 @@ from training_runs import RECIPE
 from fastflower import Augment, Checkpoint, Manifest, Recipe, pack, train
 from fastflower.backbone import build
 from fastflower.cli import main
-from fastflower.errors import ArgumentError, ShardError
+from fastflower.errors import ArgumentError, CheckpointError, ShardError
 from fastflower.evaluation import view_of
 from fastflower.recipe import scratch
 from fastflower.verification import verify
@@ -60,7 +63,7 @@ def test_what_a_pack_leaves_out_and_what_scores_will_not_tell_of_is_logged(
     ]
     assert caplog.messages == [
         f"{tmp_path / 'out'}: 2 files are left out; its manifest says why (skipped)",
-        f"{tmp_path / 'out'}: split val has no image of b: scores will not tell of that",
+        f"{tmp_path / 'out'}: split val has no image of 'b': scores will not tell of that",
     ]
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert verify(tmp_path / "out") == []
@@ -78,6 +81,7 @@ NAME = "name a folder that pack wrote (fastflower pack FOLDER)."
 
 def unfinished(folder: Path) -> None:
     (folder / ".packing").mkdir(parents=True)
+    (folder / ".packing" / "plan.json").touch()
 
 
 @pytest.mark.parametrize(
@@ -130,3 +134,31 @@ def test_a_class_that_was_not_validated_is_undefined_in_the_report(tmp_path: Pat
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("fastflower 0.")
+
+
+def test_a_run_from_before_the_view_followed_the_size_goes_on(shards: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=1, augment=replace(RECIPE.augment, resize=None))
+    said = replace(recipe, augment=replace(recipe.augment, resize=37))
+    train(shards, said, out=tmp_path / "run", device="cpu")
+    assert len(train(shards, recipe, out=tmp_path / "run", resume=True, device="cpu").history) == 1
+    other = replace(recipe, augment=replace(recipe.augment, resize=40))
+    with pytest.raises(CheckpointError, match=r"was trained with augment\.resize 37 \(now 40\); resume with that"):
+        train(shards, other, out=tmp_path / "run", resume=True, device="cpu")
+
+
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize("verb", [["verify"], ["--version"]])
+def test_nobody_has_to_read_what_is_printed(verb: list[str], closed: bool, tmp_path: Path) -> None:
+    """Neither of damaged shards, which is an error itself, nor where the output is closed from the beginning."""
+    pack(drawn(tmp_path / "data", a=2, b=2), tmp_path / "out")
+    (tmp_path / "out" / "_info.json").unlink()
+    command = [sys.executable, "-c", "import sys; from fastflower.cli import main; sys.exit(main())", *verb]
+    command += [str(tmp_path / "out")] * (verb == ["verify"])
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        before = (lambda: os.close(1)) if closed else None
+        done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True, preexec_fn=before, check=False)
+    assert done.returncode == (141 if not closed else 1 if verb == ["verify"] else 0)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr

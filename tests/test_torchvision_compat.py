@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchvision import transforms
+from torchvision import transforms, tv_tensors
 from torchvision.transforms import v2 as transforms_v2
 from torchvision.transforms.functional import InterpolationMode
 
@@ -171,6 +171,15 @@ def test_a_value_erased_before_normalize_is_normalised(
     expected = version.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))(torch.tensor(colour).reshape(3, 1, 1))
     assert before.erase_value == pytest.approx(tuple(expected.flatten().tolist()), abs=1e-6)
     assert replace(before, erase_value=colour) == after
+
+
+def test_values_may_be_erased_from_what_is_float_by_then() -> None:
+    erasing, normalize = v2.RandomErasing(1.0, value=0.5), v2.Normalize((0.5,), (0.5,))
+    to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
+    for steps in ([CROP, normalize, erasing], [CROP, v2.ToImage(), to_float, normalize, erasing], [CROP, erasing]):
+        assert Augment.from_torchvision(v2.Compose(steps)).erase_value == (0.5, 0.5, 0.5)
+    with pytest.raises(ArgumentError, match="RandomErasing with a value but 0 stands before the conversion to float"):
+        Augment.from_torchvision(v2.Compose([CROP, v2.ToImage(), erasing, to_float]))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -82,7 +82,9 @@ def history_of(shards: str, name: str, recipe: Recipe, out: Path, device: str | 
         kept = Checkpoint.load(folder / LAST)
         loaders = (Loader(shards, split, batch_size=1, device="cpu", cache=None) for split in ("train", "val"))
         used = [kept.feeding["shards"], kept.feeding.get("val")]
-        if kept.recipe == recipe and used == [loader.state_dict()["shards"] for loader in loaders]:
+        if kept.recipe.spelled_out == recipe.spelled_out and used == [
+            loader.state_dict()["shards"] for loader in loaders
+        ]:
             return kept.history
     return train(shards, recipe, out=folder, resume=True, device=device).history
 
