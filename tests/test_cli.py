@@ -308,8 +308,7 @@ def test_an_unknown_recipe_names_those_there_are(args: str, capsys: pytest.Captu
         assert error(capsys, verb, "shards", "--recipe", "fine-tune") == misspelt
 
 
-@pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("style", ["{}={}", "{} {}"])
+@pytest.mark.parametrize(("name", "style"), [*((name, "{} {}") for name in PRESETS), ("finetune", "{}={}")])
 def test_a_recipe_sets_the_defaults_that_help_shows(name: str, style: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["train", *style.format("--recipe", name).split(), "--help"])
