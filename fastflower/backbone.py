@@ -153,7 +153,7 @@ def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classe
     state = load_file(path)
     theirs: Any = classes
     if state.get("format") == "fastflower":
-        state, theirs = state.get("model"), state.get("classes")
+        state, theirs = state.get("model"), state.get("classes", ())
     if (
         not state
         or not isinstance(state, dict)

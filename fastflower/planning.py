@@ -165,9 +165,7 @@ def load_plan(work: Path, *, whole: bool = False) -> Plan:
     """Read the plan of a workspace; the arrays are memory-mapped. whole  also what is ignored, which no part needs."""
     files, paths, order, members, ends = (np.load(work / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
     content = json.loads((work / PLAN).read_bytes())
-    if whole and "ignored" not in content:  # there it was before version 0.1
-        content["ignored"] = json.loads((work / _IGNORED).read_bytes())
-    ignored = tuple((path, reason) for path, reason in content["ignored"]) if whole else ()
+    ignored = tuple((path, reason) for path, reason in json.loads((work / _IGNORED).read_bytes())) if whole else ()
     found = Folder(Path(content["root"]), tuple(content["classes"]), tuple(content["splits"]), files, paths, ignored)
     parts = tuple(Place(*part) for part in content["parts"])
     return Plan(found, content["options"], content["versions"], Groups(members, ends), order, parts)

@@ -149,9 +149,10 @@ class Run:
         try:
             self.loader.load_state_dict(start.feeding)
         except FastflowerError as error:
-            others = start.feeding["shards"] != self.loader.state_dict()["shards"]
-            what = "was trained on other shards; resume on the same, or name another out" if others else error
-            raise CheckpointError(f"{place}: {what}, which may start from this file (weights).") from None
+            told = str(error)
+            if start.feeding["shards"] != self.loader.state_dict()["shards"]:
+                told = "was trained on other shards; resume on the same, or name another out, which may start from this file."
+            raise CheckpointError(f"{place}: {told}") from None
         val = self._feeding()["val"]
         if start.feeding.get("val", val) != val:
             raise CheckpointError(f"{place}: was validated on another split 'val'; resume on the same shards.")

@@ -204,11 +204,8 @@ def _read(path: Path) -> _Tar:
         what = "is missing" if missing else f"is damaged at or behind {key} ({error})"
         found.problem = f"{path}: {what}; {_RESTORE}."
         return found
-    found.shard, found.rows, found.dali_index = (
-        writer.shard(path.name),
-        writer.rows,
-        b"".join(writer.dali_index_pieces()),
-    )
+    found.shard, found.rows = writer.shard(path.name), writer.rows
+    found.dali_index = b"".join(writer.dali_index_pieces())
     if found.shard.sha256 != digest:
         found.problem = f"{path}: is damaged outside its images; {_RESTORE}."
     return found

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,6 +145,19 @@ def test_a_run_from_before_the_view_followed_the_size_goes_on(shards: Path, tmp_
     other = replace(recipe, augment=replace(recipe.augment, resize=40))
     with pytest.raises(CheckpointError, match=r"was trained with augment\.resize 37 \(now 40\); resume with that"):
         train(shards, other, out=tmp_path / "run", resume=True, device="cpu")
+
+
+def test_what_differs_but_the_shards_is_named_at_resuming(shards: Path, tmp_path: Path) -> None:
+    """A window: an address has one, a folder none."""
+    train(shards, replace(RECIPE, epochs=1), out=tmp_path, device="cpu")
+    checkpoint = Checkpoint.load(tmp_path / "checkpoint-last.pt")
+    checkpoint.feeding["window"] = 8
+    checkpoint.save(tmp_path / "checkpoint-last.pt")
+    rule = "load_state_dict: the state has window 8, this loader None; resume with the same shards, split, seed and batch_size"
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"{tmp_path / 'checkpoint-last.pt'}: {rule} * world_size.") + "$"
+    ):
+        train(shards, replace(RECIPE, epochs=1), out=tmp_path, resume=True, device="cpu")
 
 
 @pytest.mark.parametrize("closed", [True, False])
