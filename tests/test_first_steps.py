@@ -160,6 +160,22 @@ def test_what_differs_but_the_shards_is_named_at_resuming(shards: Path, tmp_path
         train(shards, replace(RECIPE, epochs=1), out=tmp_path, resume=True, device="cpu")
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_other_ranks_are_warned_of_at_resuming(
+    together: bool, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = replace(RECIPE, epochs=1)
+    train(shards, recipe, out=tmp_path, device="cpu")
+    checkpoint, recipe = Checkpoint.load(tmp_path / "checkpoint-last.pt"), replace(recipe, sync_batchnorm=together)
+    checkpoint.environment["ranks"] = "2"
+    replace(checkpoint, recipe=recipe).save(tmp_path / "checkpoint-last.pt")
+    caplog.clear()
+    train(shards, recipe, out=tmp_path, resume=True, device="cpu")
+    parts = "" if together else ", and all where batch norms are trained, which see their rank's part of a batch only"
+    told = f"{tmp_path / 'checkpoint-last.pt'}: ranks was 2, now 1: the last bits will differ{parts}"
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [told]
+
+
 @pytest.mark.parametrize("closed", [True, False])
 @pytest.mark.parametrize("verb", [["verify"], ["--version"]])
 def test_nobody_has_to_read_what_is_printed(verb: list[str], closed: bool, tmp_path: Path) -> None:
