@@ -35,20 +35,7 @@ _HOME = {
     "train": "training",
 }
 
-__all__ = [
-    "Augment",
-    "Batch",
-    "Checkpoint",
-    "FastflowerError",
-    "Loader",
-    "Manifest",
-    "Recipe",
-    "Report",
-    "evaluate",
-    "pack",
-    "predict",
-    "train",
-]
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

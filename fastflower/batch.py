@@ -18,6 +18,8 @@ from fastflower.geometry import Warp
 _log = logging.getLogger("fastflower")
 
 Pixels = NDArray[np.uint8]
+SPENT = ("read", "decode", "augment", "wait", "consume")
+"""On what a loader's clock says that time went."""
 
 
 class Batch(NamedTuple):
@@ -76,15 +78,9 @@ class Stats:
     def __str__(self) -> str:
         """The sums, and a sentence that says what holds the job back and what to do."""
         count = max(1, self.images)
+        spent = {name: getattr(self, f"{name}_seconds") for name in SPENT}
         lines = [
-            f"{name:8} {seconds:8.2f} s {1000 * seconds / count:8.3f} ms an image"
-            for name, seconds in (
-                ("read", self.read_seconds),
-                ("decode", self.decode_seconds),
-                ("augment", self.augment_seconds),
-                ("wait", self.wait_seconds),
-                ("consume", self.consume_seconds),
-            )
+            f"{name:8} {seconds:8.2f} s {1000 * seconds / count:8.3f} ms an image" for name, seconds in spent.items()
         ]
         return "\n".join([*lines, self.verdict])
 

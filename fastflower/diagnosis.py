@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastflower.allocation import kept_memory
 from fastflower.batch import Stats, resolve_device
 from fastflower.errors import require
 from fastflower.loader import Loader
@@ -72,13 +73,12 @@ def diagnose(
         images += len(batch.index)
     feeding_rate = images / (perf_counter() - start)
     batches.close()
-    with fastest_convolutions(run.device):
+    with kept_memory(run.device), fastest_convolutions(run.device):
         run.step(batch.images, batch.labels)
-    steps, start = 0, perf_counter()
-    while perf_counter() - start < seconds:
-        with fastest_convolutions(run.device):
+        steps, start = 0, perf_counter()
+        while perf_counter() - start < seconds:
             loss, _ = run.step(batch.images, batch.labels)
-        loss.item()  # waits for the device
-        steps += 1
+            loss.item()  # waits for the device
+            steps += 1
     training_rate = steps * len(batch.index) / (perf_counter() - start)
     return Diagnosis(feeding_rate, training_rate, feeding.stats(), str(run.device))

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from fastflower import ranks
+from fastflower.allocation import kept_memory
 from fastflower.augment import Augment
 from fastflower.backbone import train_mode
 from fastflower.batch import Batch, resolve_device
@@ -110,5 +111,5 @@ def evaluate(
             f"the checkpoint was trained on {', '.join(checkpoint.classes)}."
         )
     model = checkpoint.network().to(chosen, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    with tqdm(loader, desc="evaluate", unit="batch", disable=None) as batches:
+    with kept_memory(chosen), tqdm(loader, desc="evaluate", unit="batch", disable=None) as batches:
         return measure(model, batches, checkpoint.classes, tta=recipe.tta if tta is None else tta)

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fastflower import ranks
 from fastflower.augment import Augment
-from fastflower.batch import Batch, Clock, Executor, Request, Stats, mixed, resolve_device
+from fastflower.batch import SPENT, Batch, Clock, Executor, Request, Stats, mixed, resolve_device
 from fastflower.cache import decoded_bytes
 from fastflower.errors import ArgumentError, SampleError, ShardError, require
 from fastflower.executors import choose, maker
@@ -272,8 +272,7 @@ class Loader(IterableDataset[Batch]):
 
     def stats(self) -> Stats:
         """Where the time of all epochs so far went."""
-        names = ("read", "decode", "augment", "wait", "consume")
-        seconds = {f"{name}_seconds": self._clock[name] for name in names}
+        seconds = {f"{name}_seconds": self._clock[name] for name in SPENT}
         return Stats(images=self._images, workers=self._workers, replaced=len(self.replaced), **seconds)
 
     def _positions(self, step: int) -> NDArray[np.int64]:

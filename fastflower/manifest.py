@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastflower.errors import ShardError
+from fastflower.errors import ArgumentError, ShardError
 
 FORMAT_VERSION = 1
 FILE = "manifest.json"
@@ -182,6 +182,16 @@ def write_atomically(path: Path, *pieces: bytes | bytearray | memoryview) -> Non
     finally:
         part.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_out(out: Path, data: bytes) -> None:
+    """As `write_atomically`, a file that the caller named. Raises ArgumentError where it cannot be."""
+    try:
+        write_atomically(out, data)
+    except OSError as error:
+        raise ArgumentError(
+            f"out: {out} cannot be written ({error.strerror}); name a file in a folder that is there."
+        ) from None
 
 
 def sync(folder: Path) -> None:

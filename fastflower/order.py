@@ -55,11 +55,7 @@ def permute(positions: ArrayLike, num_samples: int, *, seed: int, epoch: int) ->
     """
     if not 1 <= num_samples <= MAX_SAMPLES:
         raise ArgumentError(f"num_samples must lie in 1 .. 2**62, got {num_samples}.")
-    values = np.asarray(positions, dtype=np.int64)
-    if values.size and not (int(values.min()) >= 0 and int(values.max()) < num_samples):
-        raise ArgumentError(
-            f"positions must lie in 0 .. {num_samples - 1}, got {int(values.min())} .. {int(values.max())}."
-        )
+    values = _checked(positions, num_samples)
     rows = isqrt(num_samples - 1) + 1
     columns = -(-num_samples // rows)
     keys = mix64(np.uint64(stream_key(seed, epoch)) + np.arange(_ROUNDS, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA))
@@ -69,6 +65,13 @@ def permute(positions: ArrayLike, num_samples: int, *, seed: int, epoch: int) ->
         if not outside.any():
             return walking.astype(np.int64)
         walking[outside] = _network(walking[outside], rows, columns, keys)
+
+
+def _checked(positions: ArrayLike, count: int) -> NDArray[np.int64]:
+    values = np.asarray(positions, np.int64)
+    if values.size and not (values.min() >= 0 and values.max() < count):
+        raise ArgumentError(f"positions must lie in 0 .. {count - 1}, got {values.min()} .. {values.max()}.")
+    return values
 
 
 def _network(values: NDArray[np.uint64], rows: int, columns: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -158,11 +161,7 @@ class Windows:
     def indices(self, positions: ArrayLike, epoch: int) -> NDArray[np.int64]:
         """The indices of the samples that stand at `positions`, both (N,) integers. Raises ArgumentError as `permute` does."""
         shards, ends = self._layout(epoch)
-        values = np.asarray(positions, np.int64)
-        if values.size and not (int(values.min()) >= 0 and int(values.max()) < int(ends[-1])):
-            raise ArgumentError(
-                f"positions must lie in 0 .. {int(ends[-1]) - 1}, got {int(values.min())} .. {int(values.max())}."
-            )
+        values = _checked(positions, int(ends[-1]))
         if not self._shuffle:
             return values
         windows = np.searchsorted(ends, values, "right") // self._window

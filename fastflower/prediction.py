@@ -1,6 +1,9 @@
 """Classes of single image files."""
 
+import csv
+import io
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,13 +13,16 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
+from fastflower.allocation import kept_memory
 from fastflower.batch import Request, resolve_device
 from fastflower.checkpoint import Checkpoint
-from fastflower.errors import SampleError, require
+from fastflower.errors import ArgumentError, SampleError, require
 from fastflower.evaluation import log_probabilities, precision_of, view_of
 from fastflower.folder import EXTENSIONS, images_in
 from fastflower.image import Prepared, decode, prepare
+from fastflower.manifest import write_out
 from fastflower.ranks import cores
 from fastflower.thread_executor import ThreadExecutor
 
@@ -42,6 +48,7 @@ def predict(
     images: str | Path | Iterable[str | Path],
     *,
     on_bad: Literal["fail", "skip"] = "fail",
+    out: str | Path | None = None,
     device: str | torch.device | None = None,
 ) -> list[Prediction]:
     """Classify image files.
@@ -51,11 +58,14 @@ def predict(
         images: A path, or several; a folder stands for all images below it. What `pack` takes is predicted, as it packs it
             without max_side and quality.
         on_bad: "fail" stops at a file that is missing, is no image, or is cut short; "skip" logs its name and goes on.
+        out: A table to write as well (CSV): path, class, its probability, and the probability of every class.
         device: None means CUDA where there is one, else the CPU.
 
     Returns one prediction an image, in order. Raises CheckpointError, and SampleError naming a bad file.
     """
     require(on_bad in ("fail", "skip"), "on_bad", "'fail' or 'skip'", on_bad)
+    if out is not None and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):  # now, not after hours
+        raise ArgumentError(f"out: {out} cannot be written; name a file in a folder that is there.")
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)
     paths = list(_files([images] if isinstance(images, (str, Path)) else images))
@@ -63,13 +73,16 @@ def predict(
     precision = precision_of(recipe, chosen)
     model = checkpoint.network().to(chosen, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     found: list[Prediction] = []
-    for start in range(0, len(paths), _BATCH_SIZE):
-        good = _prepared(paths[start : start + _BATCH_SIZE], skip=on_bad == "skip")
-        if not good:
-            continue
-        view = _view([image for _, image in good], checkpoint, precision).to(chosen)
-        rows = log_probabilities(model, view, tta=recipe.tta).exp().tolist()
-        found += [_prediction(path, row, checkpoint.classes) for (path, _), row in zip(good, rows, strict=True)]
+    starts = range(0, len(paths), _BATCH_SIZE)
+    with kept_memory(chosen), tqdm(starts, desc="predict", unit="batch", disable=None) as bar:
+        for start in bar:
+            good = _prepared(paths[start : start + _BATCH_SIZE], skip=on_bad == "skip")
+            if good:
+                view = _view([image for _, image in good], checkpoint, precision).to(chosen)
+                rows = log_probabilities(model, view, tta=recipe.tta).exp().tolist()
+                found += [_prediction(path, row, checkpoint.classes) for (path, _), row in zip(good, rows, strict=True)]
+    if out is not None:
+        write_out(Path(out), _table(found, checkpoint.classes))
     return found
 
 
@@ -119,3 +132,12 @@ def _prediction(path: Path, row: list[float], classes: tuple[str, ...]) -> Predi
     probabilities = dict(zip(classes, row, strict=True))
     best = max(probabilities, key=probabilities.__getitem__)
     return Prediction(path, best, probabilities[best], probabilities)
+
+
+def _table(found: Iterable[Prediction], classes: tuple[str, ...]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "class", "probability", *classes])
+    for one in found:
+        writer.writerow([one.path, one.class_name, one.probability, *one.probabilities.values()])
+    return text.getvalue().encode("utf-8", "backslashreplace")  # the name of a file need not be UTF-8

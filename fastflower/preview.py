@@ -6,10 +6,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fastflower.errors import ArgumentError, require
+from fastflower.errors import require
 from fastflower.evaluation import view_of
 from fastflower.loader import Loader
-from fastflower.manifest import write_atomically
+from fastflower.manifest import write_out
 from fastflower.recipe import Recipe
 from fastflower.report import drawable, png
 from fastflower.store import Remote
@@ -49,12 +49,7 @@ def preview(
         cells[0].set_title(f"{title}, {images.shape[1]} pixels", fontsize=7)
     for axes, name in zip(grid[:, 0], classes, strict=True):
         axes.set_ylabel(drawable(name), fontsize=8, parse_math=False)
-    try:
-        write_atomically(out, png(figure))
-    except OSError as error:
-        raise ArgumentError(
-            f"out: {out} cannot be written ({error.strerror}); name a file in a folder that is there."
-        ) from None
+    write_out(out, png(figure))
     return out
 
 

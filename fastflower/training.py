@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastflower import ranks
+from fastflower.allocation import kept_memory
 from fastflower.backbone import build, train_mode
 from fastflower.batch import resolve_device
 from fastflower.checkpoint import BEST, LAST, Checkpoint, environment, run_folder
@@ -187,7 +188,7 @@ class Run:
             if self.history:  # a kill may have come before its last row
                 write_history(self.folder, self.history)
         scores = None
-        with tensorboard(self.folder) if first else nullcontext() as board:
+        with kept_memory(self.device), tensorboard(self.folder) if first else nullcontext() as board:
             while not self._finished():
                 row, scores = self.epoch(len(self.history))
                 self.history.append(row)
@@ -209,27 +210,28 @@ class Run:
 
     def epoch(self, epoch: int) -> tuple[dict[str, float], Scores | None]:
         """Train and validate: a row of the history, and the scores where there is a split "val"."""
-        row = {"epoch": epoch + 1, **self.train_epoch(epoch)}
-        if self._first and self.average and (epoch + 1) % self.recipe.part == 0:
-            self.average.update(self.network, epoch // self.recipe.part)
-            self.scored = self.average.network
-        start = perf_counter()
-        if self.recipe.recalibrate and (epoch + 1) % self.recipe.part == 0:
-            place = self.loader.state_dict()
-            self.loader.set_augment(view_of(self.recipe))
-            recalibrate(self.scored, islice(self.loader, _RECALIBRATION), self.recipe.freeze)
-            self.loader.load_state_dict(place)
-        if self.val is None:
-            return row, None
-        ranks.share_buffers(self.scored)
-        scores = self._score(self.val)
-        if not isfinite(scores.loss):
-            raise TrainingError(
-                f"{self.folder}: the validation loss is not finite after epoch {epoch + 1}; {_ADVICE}. {LAST}, if there is one, "
-                f"is from before."
-            )
-        row |= {"val_loss": scores.loss, "val_accuracy": scores.accuracy, "val_seconds": perf_counter() - start}
-        return row, scores
+        with kept_memory(self.device):
+            row = {"epoch": epoch + 1, **self.train_epoch(epoch)}
+            if self._first and self.average and (epoch + 1) % self.recipe.part == 0:
+                self.average.update(self.network, epoch // self.recipe.part)
+                self.scored = self.average.network
+            start = perf_counter()
+            if self.recipe.recalibrate and (epoch + 1) % self.recipe.part == 0:
+                place = self.loader.state_dict()
+                self.loader.set_augment(view_of(self.recipe))
+                recalibrate(self.scored, islice(self.loader, _RECALIBRATION), self.recipe.freeze)
+                self.loader.load_state_dict(place)
+            if self.val is None:
+                return row, None
+            ranks.share_buffers(self.scored)
+            scores = self._score(self.val)
+            if not isfinite(scores.loss):
+                raise TrainingError(
+                    f"{self.folder}: the validation loss is not finite after epoch {epoch + 1}; {_ADVICE}. {LAST}, if there "
+                    f"is one, is from before."
+                )
+            row |= {"val_loss": scores.loss, "val_accuracy": scores.accuracy, "val_seconds": perf_counter() - start}
+            return row, scores
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training split, or what an interruption left of it; its row of the history."""

@@ -148,7 +148,7 @@ def test_no_file_is_longer_than_400_lines() -> None:
 
 
 def test_the_library_can_be_read_in_a_day() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in LIBRARY) < 8350
+    assert sum(len(path.read_text().splitlines()) for path in LIBRARY) < 8400
 
 
 def test_only_the_command_line_prints() -> None:

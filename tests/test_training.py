@@ -185,6 +185,26 @@ def test_prediction_skips_bad_files_and_names_each(
     assert predict(run.checkpoint, bad, on_bad="skip", device="cpu") == []
 
 
+def test_predictions_are_also_a_table(run: Report, flowers: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b'a,"\xff.jpg')
+    shutil.copy(flowers / "rose/0001.jpg", odd)
+    found = predict(run.checkpoint, [flowers / "tulip", odd], out=tmp_path / "found.csv", device="cpu")
+    with (tmp_path / "found.csv").open(newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["path", "class", "probability", *Checkpoint.load(run.checkpoint).classes]
+    assert rows[-1][0] == str(odd).replace("\udcff", "\\udcff")
+    for row, one in zip(rows, found, strict=True):
+        assert row[:2] == [str(one.path).replace("\udcff", "\\udcff"), one.class_name]
+        assert list(map(float, row[2:])) == [one.probability, *one.probabilities.values()]
+
+
+@pytest.mark.parametrize("out", ["", "no/found.csv"])
+def test_a_table_that_cannot_be_written_is_refused_first(run: Report, tmp_path: Path, out: str) -> None:
+    rule = f"out: {tmp_path / out} cannot be written; name a file in a folder that is there."
+    with pytest.raises(ArgumentError, match=re.escape(rule)):
+        predict(run.checkpoint, tmp_path / "not.jpg", out=tmp_path / out)
+
+
 def test_the_report_is_one_file_that_opens_anywhere(run: Report) -> None:
     html = (run.folder / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", html), "everything must be inside the file"
