@@ -1,6 +1,9 @@
 """All executors against torchvision's functionals, given the same numbers."""
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +178,20 @@ def test_executors_make_the_same_batch(name: str, limit: float, encoded: list[by
     augment, encoded = parity.CASES["everything"].augment, enough(name, encoded)
     one, other = (parity.render(executor, augment, encoded) for executor in ("opencv", name))
     assert np.abs(one - other).mean() < limit
+
+
+def test_the_table_needs_no_setting_of_the_environment(photographs: list[Path], tmp_path: Path) -> None:
+    """As `python tests/parity.py FOLDER`, for one case and one photograph."""
+    (tmp_path / "rose").mkdir()
+    (tmp_path / "rose/1.jpg").write_bytes(photographs[0].read_bytes())
+    case = "left-right flip"
+    program = f"import parity; parity.CASES = {{{case!r}: parity.CASES[{case!r}]}}; parity.main({str(tmp_path)!r})"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    tests = Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join((str(tests.parent), str(tests)))
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("1 photographs\n\n| augmentation |")
+    name, *numbers = done.stdout.splitlines()[-1].strip("| ").split(" | ")
+    assert name == case
+    assert len(numbers) == 3 * len(parity.EXECUTORS)
+    assert max(map(float, numbers)) < 0.5
