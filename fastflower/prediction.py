@@ -61,7 +61,8 @@ def predict(
         out: A table to write as well (CSV): path, class, its probability, and the probability of every class.
         device: None means CUDA where there is one, else the CPU.
 
-    Returns one prediction an image, in order. Raises CheckpointError, and SampleError naming a bad file.
+    Returns one prediction an image, in order. Raises CheckpointError, ArgumentError for an argument outside its rule, and
+    SampleError naming a bad file.
     """
     require(on_bad in ("fail", "skip"), "on_bad", "'fail' or 'skip'", on_bad)
     if out is not None and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):  # now, not after hours
