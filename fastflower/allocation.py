@@ -23,7 +23,7 @@ def kept_memory(device: torch.device) -> Iterator[None]:
     """Within, what is freed is not given back to the system: of a training step or a validation on the CPU.
 
     glibc maps every block of more than 32 MB anew, and unmaps it when it is freed. A step's activations are such blocks, whose
-    pages the kernel clears each time: 15 to 26% of a step (docs/log.md). At the end all that is free goes back to the system.
+    pages the kernel clears each time: 5 to 7% of a step (docs/log.md). At the end all that is free goes back to the system.
     Does nothing for a GPU, with another C library, and where the environment decides (MALLOC_MMAP_MAX_, GLIBC_TUNABLES, ...).
     """
     global _users
