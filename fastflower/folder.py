@@ -266,9 +266,9 @@ def _listed(root: Path, lists: dict[str, Path]) -> Folder:
                 raise FolderError(
                     f"{where}: label {known} is not the place of {first!r} among the sorted class folders; add classes.txt."
                 )
-            # Unlike Path's, these take a name that is too long for one of nothing.
-            path = f"{split}/{listed}" if os.path.exists(root / split / listed) else listed  # noqa: PTH110  (see above)
-            if os.path.isdir(root / path):  # noqa: PTH112  (see above)
+            # A name that is too long is one of nothing; Path.exists and Path.is_dir raise for it.
+            path = f"{split}/{listed}" if os.path.exists(root / split / listed) else listed  # noqa: PTH110  (does not raise)
+            if os.path.isdir(root / path):  # noqa: PTH112  (does not raise)
                 raise FolderError(f"{where}: {path!r} is a folder; list its files.")
             if hash(path) in seen:
                 raise FolderError(f"{where}: {path!r} is listed twice; remove one of the lines.")
