@@ -27,7 +27,10 @@ from fastflower.errors import SampleError
 fn: Any = untyped_fn
 types: Any = untyped_types
 
-HW_DECODER_LOAD = 0.65  # the share of a batch that goes to the GPU's JPEG engine, where it has one: DALI's own choice
+# The share of a batch that goes to the GPU's JPEG engine. DALI's own choice is 0.65. On an H100 the engine of nvJPEG 12.3 to
+# 13.2 may write before its stream's turn (pytorch/torchcodec pull request 1634): 0 until benchmarks/gpu_check.py has shown
+# that 0 and 1 give equal pixels beside a busy GPU.
+HW_DECODER_LOAD = 0.0
 
 _AHEAD = 2  # batches in the pipeline
 _CHUNK = 8  # samples a task
@@ -37,7 +40,7 @@ _FACTORS = ("brightness", "contrast", "saturation", "hue")
 
 
 class DaliExecutor:
-    """Turns samples into batches, decoding on the device; of a photograph only what is shown.
+    """Turns samples into batches, decoding on the device.
 
     source(index) gives the bytes of a sample's image file and runs on threads. prove(index) raises SampleError when a sample
     does not decode.
@@ -55,11 +58,12 @@ class DaliExecutor:
         batch_size: int,
         workers: int,
     ) -> None:
-        self._augment, self._dtype, self._device, self._workers = augment, dtype, device, workers
+        self._augment, self._dtype, self._device = augment, dtype, device
+        self._readers = max(1, workers // 4)  # a read and its checksum take a small part of what decoding takes
         self._source, self._prove, self._replace = source, prove, replace
         self._options = {
             "batch_size": batch_size,
-            "num_threads": workers,
+            "num_threads": max(1, workers - self._readers),
             "device_id": device.index if device.type == "cuda" else None,
             "prefetch_queue_depth": _AHEAD,
         }
@@ -71,7 +75,7 @@ class DaliExecutor:
         # An error or an early end leaves batches in the pipeline, which it would yield later: it is kept only when drained.
         self._pipe = None
         started: deque[Request] = deque()
-        with ThreadPoolExecutor(self._workers, thread_name_prefix="fastflower") as pool:
+        with ThreadPoolExecutor(self._readers, thread_name_prefix="fastflower") as pool:
             for wanted in requests:
                 request, samples = self._read(pool, wanted)
                 self._feed(pipe, request, samples)
@@ -179,7 +183,11 @@ def _unused(augment: Augment) -> set[str]:
 
 @pipeline_def(enable_conditionals=True)
 def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
-    """decode what is shown, blur, warp, black out, colour, normalise, erase; what `augment` never draws is left out."""
+    """decode, cut out what is shown, blur, warp, black out, colour, erase, normalise; what `augment` never draws is left out.
+
+    Images are decoded whole: decoding a region on the GPU is reported to crash on Hopper (NVIDIA/nvImageCodec issue 55), and
+    nvJPEG before 13.2, which torchvision brings, refuses it for most images, so that the CPU would decode them.
+    """
 
     def placed(node: Any) -> Any:
         return node.gpu() if gpu else node
@@ -187,15 +195,13 @@ def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
     def given(name: str, dtype: Any, ndim: int) -> Any:
         return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
-    images = fn.decoders.image_slice(
+    images = fn.decoders.image(
         given("samples", types.UINT8, 1),
-        given("start", types.INT32, 1),
-        given("shape", types.INT32, 1),
-        axes=(0, 1),
         device="mixed" if gpu else "cpu",
         jpeg_fancy_upsampling=True,  # makes the GPU's chroma that of the CPU's decoder
         hw_decoder_load=HW_DECODER_LOAD,
     )
+    images = fn.slice(images, given("start", types.INT32, 1), given("shape", types.INT32, 1), axes=(0, 1))
     sigma, window = given("sigma", types.FLOAT, 1), given("window", types.INT32, 1)
     if given("blurred", types.BOOL, 0):
         images = fn.gaussian_blur(images, sigma=sigma, window_size=window)
@@ -215,22 +221,23 @@ def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
         images, augment, {name: placed(given(name, types.FLOAT, 3)) for name in _FACTORS if getattr(augment, name)}
     )
     raw = dtype == torch.uint8
-    images = fn.crop_mirror_normalize(
-        fn.reshape(images, layout="HWC"),
-        mean=[0.0] * 3 if raw else [255 * value for value in augment.mean],
-        std=[1.0] * 3 if raw else [255 * value for value in augment.std],
-        dtype=_DTYPES.get(dtype, types.FLOAT),
-        output_layout="HWC",
-    )
+    mean, std = 255 * np.array(augment.mean), 255 * np.array(augment.std)
+    images = fn.reshape(images, layout="HWC")
     if augment.erase:
-        images = fn.erase(
+        images = fn.erase(  # before it is normalised, in float32: the GPU's operator has no float16
             images,
             anchor=given("erase_anchor", types.FLOAT, 1),
             shape=given("erase_shape", types.FLOAT, 1),
             axis_names="HW",
-            fill_value=list(augment.erase_levels if raw else augment.erase_value),
+            fill_value=list(augment.erase_levels if raw else np.array(augment.erase_value) * std + mean),
         )
-    return images
+    return fn.crop_mirror_normalize(
+        images,
+        mean=[0.0] * 3 if raw else list(mean),
+        std=[1.0] * 3 if raw else list(std),
+        dtype=_DTYPES.get(dtype, types.FLOAT),
+        output_layout="HWC",
+    )
 
 
 def _colour(images: Any, augment: Augment, factor: dict[str, Any]) -> Any:

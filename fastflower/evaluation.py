@@ -63,8 +63,11 @@ def recalibrate(network: nn.Module, batches: Iterable[Batch], freeze: int) -> No
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train().reset_running_stats()
-        norm.momentum = None  # counts all batches alike
-    for batch in batches:
+    for count, batch in enumerate(batches, start=1):
+        for norm in norms:
+            norm.momentum = (
+                1 / count
+            )  # a cumulative mean; momentum=None is the same, but reads its count from the device
         log_probabilities(network, batch.images, tta=False)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -103,7 +106,9 @@ def evaluate(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)
     chosen, recipe = resolve_device(device), checkpoint.recipe
-    how: dict[str, Any] = {"device": chosen, "dtype": precision_of(recipe, chosen), "shuffle": False, "cache": None}
+    # On CUDA the cache decides on the executor, which is to be that of training. RAM has no use for images that come once.
+    cache = "auto" if chosen.type == "cuda" else None
+    how: dict[str, Any] = {"device": chosen, "dtype": precision_of(recipe, chosen), "shuffle": False, "cache": cache}
     loader = Loader(shards, split, batch_size=_BATCH_SIZE, augment=view_of(recipe), **how)
     if loader.manifest.classes != checkpoint.classes:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -13,19 +13,19 @@ from fastflower.errors import ArgumentError
 from fastflower.native_renderer import available
 from fastflower.thread_executor import ThreadExecutor
 
-_NAMES = ("native", "opencv", "dali", "triton")
+Name = Literal["native", "opencv", "dali", "triton"]
 _WORD_BYTES = 4  # of a pixel in a GPU's memory, RGB and a spare; in RAM it takes three
 
 
 def choose(
-    name: str | None, device: torch.device, cache: Literal["auto"] | int | None, decoded: Callable[[], Decoded]
-) -> tuple[str, Allowance]:
+    name: Name | None, device: torch.device, cache: Literal["auto"] | int | None, decoded: Callable[[], Decoded]
+) -> tuple[Name, Allowance]:
     """(executor, what it may keep). decoded  what the photographs of the split take.
 
     Raises ArgumentError for an executor that does not go with the device or the cache.
     """
-    if name not in (*_NAMES, None):
-        raise ArgumentError(f"executor must be one of {', '.join(_NAMES)}, got {name!r}.")
+    if name not in (*get_args(Name), None):
+        raise ArgumentError(f"executor must be one of {', '.join(get_args(Name))}, got {name!r}.")
     cuda = device.type == "cuda"
     if name == "triton" and not cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ArgumentError(f"executor='triton' needs device='cuda', got {str(device)!r}; leave executor out.")
@@ -43,7 +43,7 @@ def choose(
 
 
 def maker(
-    name: str,
+    name: Name,
     allowance: Allowance,
     encoded: Callable[[int], bytes],
     decode: Callable[[int, int], Pixels],
@@ -68,4 +68,5 @@ def maker(
         photos = DevicePhotos(num_samples, allowance)
         return lambda augment: TritonExecutor(augment, dtype, decode, photos, replace, workers=workers)
     kept = PixelCache(decode, allowance)
-    return lambda augment: ThreadExecutor(augment, dtype, kept, replace, clock, workers=workers, renderer=name)
+    how: dict[str, Any] = {"workers": workers, "renderer": name, "device": device}
+    return lambda augment: ThreadExecutor(augment, dtype, kept, replace, clock, **how)

@@ -21,7 +21,7 @@ from fastflower.augment import Augment
 from fastflower.batch import SPENT, Batch, Clock, Executor, Request, Stats, mixed, resolve_device
 from fastflower.cache import decoded_bytes
 from fastflower.errors import ArgumentError, SampleError, ShardError, require
-from fastflower.executors import choose, maker
+from fastflower.executors import Name, choose, maker
 from fastflower.image import decode
 from fastflower.manifest import Manifest
 from fastflower.order import Windows, balanced, num_steps, permute, step_positions
@@ -88,7 +88,7 @@ class Loader(IterableDataset[Batch]):
         window: int | None = None,
         tail: Literal["drop", "keep", "pad"] | None = None,
         on_bad: Literal["fail", "skip"] = "fail",
-        executor: Literal["native", "opencv", "dali", "triton"] | None = None,
+        executor: Name | None = None,
         workers: int | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -124,6 +124,8 @@ class Loader(IterableDataset[Batch]):
         self._drawing = self.augment
         self._workers = workers or ranks.cores() + 1
         chosen = choose(executor, self.device, cache, lambda: decoded_bytes(self._sizes, self.augment, seed))
+        self.executor: Name = chosen[0]
+        """Which of them makes the batches."""
         options = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, "workers": self._workers}
         sources = (self._encoded, self._decode, self._replace, self._clock)
         self._made_for = maker(*chosen, *sources, num_samples=self.num_samples, **options)

@@ -20,6 +20,7 @@ from fastflower.errors import ArgumentError, SampleError
 from fastflower.native_renderer import NativeRenderer, available
 from fastflower.opencv_renderer import OpencvRenderer
 
+_CPU = torch.device("cpu")
 _SPARE = 4  # batches whose memory waits to be used again
 _CHUNK = 8  # samples a task: long enough to hide the cost of a task, short enough to share a batch among the threads
 
@@ -76,6 +77,7 @@ class ThreadExecutor:
     """Turns samples into batches. decoded(index, reduce) gives a sample's pixels and runs on the pool's threads.
 
     renderer  "native" or "opencv"; None: native where there is one. Raises ArgumentError for "native" where there is none.
+    device  where batches go: a GPU copies from pinned memory by itself, so they are rendered into it.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class ThreadExecutor:
         *,
         workers: int,
         renderer: str | None = None,
+        device: torch.device = _CPU,
     ) -> None:
         if renderer == "native" and not available():
             raise ArgumentError(
@@ -96,7 +99,7 @@ class ThreadExecutor:
             )
         native = available() if renderer is None else renderer == "native"
         self._render: Renderer = NativeRenderer(augment, dtype) if native else OpencvRenderer(augment, dtype)
-        self._size, self._dtype = augment.output_size, dtype
+        self._size, self._dtype, self._device = augment.output_size, dtype, device
         erased = np.rint(augment.erase_levels) if dtype == torch.uint8 else np.array(augment.erase_value)
         self._erased = as_numpy(torch.from_numpy(erased).to(dtype))
         self._decoded, self._replace, self._clock, self._workers = decoded, replace, clock or Clock(), workers
@@ -121,8 +124,8 @@ class ThreadExecutor:
 
     def _start(self, pool: ThreadPoolExecutor, memory: _Memory, request: Request) -> tuple[Tensor, list[Future[None]]]:
         indices = request.indices.tolist()
-        rows = memory.take((len(indices), *self._size, 3), storage(self._dtype))
-        images = torch.from_numpy(rows).view(self._dtype).permute(0, 3, 1, 2)
+        images = self._blank(memory, len(indices))
+        rows = as_numpy(images)
         jobs = self._render.jobs(request)
 
         def work(start: int) -> None:
@@ -141,7 +144,15 @@ class ThreadExecutor:
                 rendering += perf_counter() - before
             self._clock.add("augment", rendering)
 
-        return images, [pool.submit(work, start) for start in range(0, len(indices), _CHUNK)]
+        return images.permute(0, 3, 1, 2), [pool.submit(work, start) for start in range(0, len(indices), _CHUNK)]
+
+    def _blank(self, memory: _Memory, count: int) -> Tensor:
+        """A batch of whatever content, (N, H, W, 3)."""
+        shape = (count, *self._size, 3)
+        if self._device.type != "cuda":
+            return torch.from_numpy(memory.take(shape, storage(self._dtype))).view(self._dtype)
+        with torch.cuda.device(self._device):  # or pinning takes memory of another GPU, the current one
+            return torch.empty(shape, dtype=self._dtype, pin_memory=True)  # torch uses it again when no copy needs it
 
     def _instead(self, request: Request, row: int, error: SampleError) -> tuple[Pixels, Any, Any]:
         """The next sample that is not damaged, and its draw; its index goes into the request."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,14 @@ SLOW = ("test_torchrun_training.py", "test_torchrun.py", "test_interrupted_train
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in SLOW)
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs CUDA, and torch finds none on this machine")
+    lacks = {} if torch.cuda.is_available() else {"gpu": "needs CUDA, and torch finds none on this machine"}
+    if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
+        lacks["dali"] = "needs DALI, which is not installed"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        for name, reason in lacks.items():
+            if name in item.keywords or name in [value for value in given if isinstance(value, str)]:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)

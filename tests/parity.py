@@ -27,7 +27,6 @@ from fastflower import Augment
 from fastflower.augment import Draw
 from fastflower.batch import Executor, Request, resolve_device
 from fastflower.cache import Allowance
-from fastflower.dali_executor import DaliExecutor
 from fastflower.image import decode
 from fastflower.thread_executor import ThreadExecutor
 from fastflower.triton_executor import DevicePhotos, TritonExecutor
@@ -98,6 +97,8 @@ def executor(
         return TritonExecutor(augment, dtype, decoded, photos, workers=2)
     if name != "dali":
         return ThreadExecutor(augment, dtype, decoded, workers=2, renderer=name)
+    from fastflower.dali_executor import DaliExecutor  # here: without DALI the others are still compared
+
     return DaliExecutor(
         augment,
         dtype,

@@ -39,6 +39,7 @@ def test_a_gpu_makes_what_opencv_makes(name: str, encoded: list[bytes]) -> None:
     assert np.abs(gpu - cpu).mean() < 2
 
 
+@pytest.mark.dali
 def test_dali_on_the_gpu_equals_its_cpu_backend(encoded: list[bytes]) -> None:
     gpu, cpu = (parity.render("dali", RANDOM, encoded, device=device) for device in ("cuda", "cpu"))
     assert np.abs(gpu - cpu).mean() < 1

@@ -13,17 +13,11 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from nvidia.dali import fn as untyped_fn
-from nvidia.dali import types as untyped_types
-from nvidia.dali.pipeline import Pipeline
 from PIL import Image, ImageOps, JpegImagePlugin
 
 from fastflower import image as module
 from fastflower.errors import SampleError
 from fastflower.image import Prepared, decode, perceptual_hash, prepare
-
-fn: Any = untyped_fn
-types: Any = untyped_types
 
 # Mean grey levels between a picture and its JPEG of quality 95. Swapped channels are ten times as far off.
 TOLERANCE = 3.0
@@ -158,6 +152,12 @@ JPEGS = [encode(image, "JPEG", **options) for options in KINDS for image in SIZE
 
 
 def decoded_by_dali(encoded: list[bytes]) -> list[NDArray[np.uint8]]:
+    from nvidia.dali import fn as untyped_fn
+    from nvidia.dali import types as untyped_types
+    from nvidia.dali.pipeline import Pipeline
+
+    fn: Any = untyped_fn  # whose names are made at run time
+    types: Any = untyped_types
     pipe = Pipeline(batch_size=len(encoded), num_threads=1, device_id=None, prefetch_queue_depth=1)
     source = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     with pipe:
@@ -168,6 +168,7 @@ def decoded_by_dali(encoded: list[bytes]) -> list[NDArray[np.uint8]]:
     return [np.asarray(images.at(number)) for number in range(len(encoded))]
 
 
+@pytest.mark.dali
 def test_what_is_packed_decodes_alike_by_opencv_pillow_and_dali(flowers: Path) -> None:
     """With DALI 2.4, OpenCV 5.0 and Pillow 13.0 no pixel of any differs; decoders may round by a level or two."""
     kept = [*JPEGS, *(path.read_bytes() for path in sorted(flowers.rglob("*5.jpg")))]
@@ -192,6 +193,7 @@ def damaged(rng: np.random.Generator, kind: int, whole: bytes) -> bytes:
     return whole[:cut] + middle + [b"", b"", whole[cut + 20 :], b"", whole[cut:], whole[cut + 2 :]][kind]
 
 
+@pytest.mark.dali
 def test_a_damaged_jpeg_is_kept_only_where_opencv_and_dali_read_it() -> None:
     """The decode in grey that proves it refuses what the one in colour refuses: of 12,000 that were tried, all."""
     rng, kept, counts = np.random.default_rng(0), list[Prepared](), {True: 0, False: 0}
@@ -223,6 +225,7 @@ HEADERS = {
 }
 
 
+@pytest.mark.dali
 @pytest.mark.parametrize("name", HEADERS)
 def test_the_header_decides_whether_a_jpeg_is_kept(name: str) -> None:
     made = prepare(HEADERS[name], max_side=64, quality=None)

@@ -352,6 +352,7 @@ def test_memory_of_batches_that_nobody_holds_is_used_again(shards: Path) -> None
     assert len({batch.images.data_ptr() for _ in range(6) for batch in loader}) < 3 * len(loader)
 
 
+@pytest.mark.dali
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
 def test_dali_hands_its_memory_to_torch(

@@ -164,6 +164,7 @@ def test_webdataset_reads_every_sample(packed: Packed, samples: dict[str, list[S
     assert [json.loads(sample["json"])["filename"] for sample in found] == [sample.path for sample in samples[split]]
 
 
+@pytest.mark.dali
 @pytest.mark.parametrize("split", SPLITS)
 def test_dali_reads_every_sample(packed: Packed, samples: dict[str, list[Sample]], split: str) -> None:
     found = read_by_dali(packed.out, split, len(samples[split]))

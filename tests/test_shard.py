@@ -127,6 +127,7 @@ def test_the_index_tells_the_size_of_the_decoded_image(shards: Path, split: str)
         assert (reader.index[number]["height"], reader.index[number]["width"]) == (height, width)
 
 
+@pytest.mark.dali
 def test_dalis_index_is_what_wds2idx_writes(both: Path, tmp_path: Path) -> None:
     program = Path(sys.executable).parent / "wds2idx"
     for tar in sorted(both.glob("*.tar")):
@@ -148,6 +149,7 @@ def test_webdataset_reads_every_sample(both: Path, split: str) -> None:
     ]
 
 
+@pytest.mark.dali
 @pytest.mark.parametrize("split", SPLITS)
 def test_dali_reads_every_sample(both: Path, split: str) -> None:
     paths, expected = tars(both, split), packed(both, split)
