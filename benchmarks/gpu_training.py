@@ -1,16 +1,18 @@
-"""The parts of gpu_check.py that train in one process: feeding beside steps, epochs, accuracy, memory, a profile."""
+"""The parts of gpu_check.py that train: feeding beside steps, whole runs, epochs, torch.compile, a profile, accuracy."""
 
+import csv
 import json
 import logging
-import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from math import ceil, nan
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import baseline
 import epoch_time
 import record
 import torch
-from gpu_feeding import verdict
+from gpu_part import SMALL, Part, Place, verdict
+from gpu_smoke import surroundings
 
 from fastflower import Augment, Loader, Recipe, pack, train
 from fastflower.batch import Batch
@@ -28,7 +31,9 @@ from fastflower.training import Run
 
 OVERLAP = 0.98  # of the rate with a replayed batch, the goal
 MARKS = (0.945, 0.96)  # validation accuracies
-CASES = (("resnet18", 32, 200), ("resnet18", 256, 50), ("resnet50", 32, 200), ("resnet50", 256, 50))
+CASES = (("resnet18", 32, 200), ("resnet18", 256, 40), ("resnet50", 32, 140), ("resnet50", 256, 24))
+RUN_SECONDS, TRAIN_SECONDS = 20.0, 6.0  # of report A, process and training, the goals
+RUNS = {"report A": ("report-a", 2)}
 
 
 class Replayed:
@@ -50,33 +55,46 @@ class Replayed:
 
 
 def overlap(
-    part: record.Part,
-    shards: Path,
+    part: Part,
+    place: Place,
     *,
     cases: tuple[tuple[str, int, int], ...] = CASES,
     rounds: int = 5,
     augment: Augment | None = None,
-    compiled: tuple[str, int] | None = ("resnet18", 32),
 ) -> None:
     """Training epochs as `train` has them, fed by the loader, and the same fed one batch that lies on the device, until the
     epoch's losses are on the host. A round is as many epochs as give the case's steps. Warm-up is the first round, with what is
     decoded, recorded or compiled in it.
 
-    cases  (backbone, batch size, steps a round). compiled  (backbone, batch size) that torch.compile is tried with.
+    cases  (backbone, batch size, steps a round).
     """
+    pieces = {}
     for backbone, batch_size, steps in cases:
-        recipe = replace(
-            report_a(), weights=None, augment=augment or report_a().augment, backbone=backbone, batch_size=batch_size
-        )
-        recipe = replace(recipe, epochs=10**6)  # the rate stays
-        ways = {"no graph": replace(recipe, graph=False), "graph": recipe}
-        if compiled == (backbone, batch_size):
-            ways["torch.compile"] = replace(recipe, compile=True)
+        recipe = _endless(augment, backbone=backbone, batch_size=batch_size)
+        ways = {"graph": recipe, "no graph": replace(recipe, graph=False)}
         what = f"{backbone}, batch {batch_size}"
-        part.attempt(what, partial(_overlap, part, shards, what, ways, steps, rounds))
+        pieces[what] = partial(_overlap, part, place.split, what, ways, steps, rounds)
+    part.each(pieces)
 
 
-def _overlap(part: record.Part, shards: Path, what: str, ways: dict[str, Recipe], steps: int, rounds: int) -> None:
+def compiled(
+    part: Part, place: Place, *, batch_size: int = 32, steps: int = 200, rounds: int = 5, augment: Augment | None = None
+) -> None:
+    """ResNet-18 as in `overlap`, also with torch.compile, whose mode is "reduce-overhead" on CUDA."""
+    recipe = _endless(augment, batch_size=batch_size)
+    ways = {"graph": recipe, "no graph": replace(recipe, graph=False), "torch.compile": replace(recipe, compile=True)}
+    if part.device.type != "cuda":
+        del ways["torch.compile"]
+        part.leave_out("torch.compile", "there is no GPU")
+    _overlap(part, place.split, f"resnet18, batch {batch_size}, compiled too", ways, steps, rounds)
+
+
+def _endless(augment: Augment | None, **changes: Any) -> Recipe:
+    """Report A's recipe from random weights, for so many epochs that its rate stays."""
+    return replace(report_a(), weights=None, augment=augment or report_a().augment, epochs=10**6, **changes)
+
+
+def _overlap(part: Part, shards: Path, what: str, ways: dict[str, Recipe], steps: int, rounds: int) -> None:
     sides: list[record.Side] = []
     histories: dict[str, list[dict[str, float]]] = {}
 
@@ -91,67 +109,109 @@ def _overlap(part: record.Part, shards: Path, what: str, ways: dict[str, Recipe]
         for name, source in (("replayed", Replayed(run.loader)), ("loader", run.loader)):
             rows = histories[f"{way}, {name}"] = []
             sides.append(record.Side(f"{way}, {name}", partial(epochs, run, source, rows)))
-    left = record.interleave(
-        sides, rounds, part.device, ends=part.ends, failed=lambda name, error: part.fail(f"{what}: {name}", error)
-    )
-    ran = {side.name: side for side in left}
-    found: dict[str, Any] = {}
-    part.found[what] = found
-    for way in ways:
-        replayed, loader = ran.get(f"{way}, replayed"), ran.get(f"{way}, loader")
-        if replayed is None or loader is None:
-            continue
-        rows = histories[loader.name]
-        counted = rows[len(rows) // (len(loader.seconds) + 1) :]
-        waited = sum(row["wait_seconds"] for row in counted) / sum(row["train_seconds"] for row in counted)
-        share, warm_up = record.ratio(loader, replayed), replayed.warm_up_seconds[0]
-        found[way] = {"sides": [record.summary(side, replayed) for side in (replayed, loader)], "share": share}
-        found[way] |= {"waited": waited, "warm_up_seconds": warm_up}
-        goal = f"goal: at least {OVERLAP:.0%}, {verdict(share >= OVERLAP)}"
-        part.row(f"{what}, {way}: with the loader", f"{record.rate(loader)}, {share:.1%} of replayed; {goal}")
-        times = record.ratio(loader, ran["no graph, loader"]) if "no graph, loader" in ran else nan
-        also = f"{times:.2f} times that without a graph" if way != "no graph" else ""
-        compiling = ", compiling included" if way == "torch.compile" else ""
-        waiting = f"waited {waited:.1%} of the time; warm-up {warm_up:.1f} s{compiling}"
-        part.row(f"{what}, {way}", "; ".join(filter(None, (also, waiting))))
+
+    def tell(left: list[record.Side]) -> None:
+        ran = {side.name: side for side in left}
+        found: dict[str, Any] = {}
+        part.found[what] = found
+        for way in ways:
+            replayed, loader = ran.get(f"{way}, replayed"), ran.get(f"{way}, loader")
+            if replayed is None or loader is None:
+                continue
+            rows = histories[loader.name]
+            counted = rows[len(rows) // (len(loader.seconds) + 1) :]
+            waited = sum(row["wait_seconds"] for row in counted) / sum(row["train_seconds"] for row in counted)
+            share, warm_up = record.ratio(loader, replayed), replayed.warm_up_seconds[0]
+            found[way] = {"sides": [record.summary(side, replayed) for side in (replayed, loader)], "share": share}
+            found[way] |= {"waited": waited, "warm_up_seconds": warm_up}
+            goal = f"goal: at least {OVERLAP:.0%}, {verdict(share >= OVERLAP)}"
+            part.row(f"{what}, {way}: with the loader", f"{record.rate(loader)}, {share:.1%} of replayed; {goal}")
+            plain = ran.get("no graph, loader")
+            also = (
+                f"{record.ratio(loader, plain):.2f} times that without a graph" if plain and plain is not loader else ""
+            )
+            waiting = f"waited {waited:.1%} of the time; warm-up {warm_up:.1f} s"
+            part.row(f"{what}, {way}", "; ".join(filter(None, (also, waiting))))
+
+    part.interleave(what, sides, rounds, tell)
+
+
+def runs(part: Part, place: Place, *, chosen: dict[str, tuple[str, int]] = RUNS, flags: tuple[str, ...] = ()) -> None:
+    """Whole runs of tools/train.py, from the start of its process until its exit, with checkpoints and report. All from random
+    weights: ResNet-18's pretrained ones are downloaded by torchvision, for which there may be no network.
+
+    chosen  (recipe, n) by name. flags  for all of them.
+    """
+    pieces = {}
+    for name, (recipe, count) in chosen.items():
+        part.found[name] = []
+        for number in range(count):
+            out = place.scratch / f"{recipe}-{number}"
+            arguments = [str(place.split), "--recipe", recipe, "--weights", "None", "--out", str(out), *flags]
+            pieces[f"{name}, run {number + 1}"] = partial(_run, part, name, arguments, out)
+    part.each(pieces)
+
+
+def _run(part: Part, name: str, arguments: list[str], out: Path) -> None:
+    command = [sys.executable, str(record.ROOT / "tools" / "train.py"), *arguments]
+    with tempfile.TemporaryFile("w+") as output:
+        start = time.perf_counter()
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=surroundings(), check=False)
+        taken = time.perf_counter() - start
+        if done.returncode or not (out / "checkpoint-best.pt").exists():
+            output.seek(0)
+            raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{output.read()[-20_000:]}")
+    with (out / "history.csv").open() as file:
+        history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    sums = {column: sum(row[column] for row in history) for column in ("train_seconds", "val_seconds")}
+    best = max(row["val_accuracy"] for row in history)
+    found = part.found[name]
+    found.append({"seconds": taken, **sums, "best_accuracy": best, "command": arguments, "history": history})
+    whole, train, val = ([run[key] for run in found] for key in ("seconds", "train_seconds", "val_seconds"))
+    goals = (RUN_SECONDS, TRAIN_SECONDS) if name == "report A" else (None, None)
+    part.row(f"{name}, from random weights: process", seconds(whole, goals[0]))
+    part.row(f"{name}: training", seconds(train, goals[1]))
+    part.row(f"{name}: validation", seconds(val))
+    part.row(f"{name}: best validation accuracy", f"{max(run['best_accuracy'] for run in found):.1%}")
+
+
+def seconds(times: list[float], goal: float | None = None) -> str:
+    text = f"{statistics.median(times):.1f} s ({min(times):.1f} - {max(times):.1f}, n = {len(times)})"
+    return text if goal is None else f"{text}; goal: under {goal:.0f} s, {verdict(statistics.median(times) < goal)}"
 
 
 def epochs(
-    part: record.Part,
-    folder: Path,
-    shards: Path,
+    part: Part,
+    place: Place,
     *,
     batch_sizes: tuple[int, ...] = (32, 256),
-    rounds: int = 5,
+    rounds: int = 3,
     augment: Augment | None = None,
 ) -> None:
     """Report A's epochs, validation included: from asking for an epoch's first batch until every validation image is scored;
     images a second are training images.
-
-    folder  train/CLASS and val/CLASS, the same split as the shards.
     """
-    for batch_size in batch_sizes:
-        how = (folder, shards, augment or report_a().augment, batch_size, rounds)
-        part.attempt(f"batch {batch_size}", partial(_epochs, part, *how))
-
-
-def _epochs(part: record.Part, folder: Path, shards: Path, augment: Augment, batch_size: int, rounds: int) -> None:
-    sides, run = epoch_time.training(folder, shards, augment, batch_size, part.device)
-
-    def fails(name: str, error: Exception) -> None:
-        part.fail(f"batch {batch_size}: {name}", error)
-
-    left = record.interleave(sides, rounds, part.device, ends=part.ends, failed=fails)
-    part.found[f"batch_{batch_size}"] = {
-        "sides": [record.summary(side, sides[0]) for side in left],
-        "history": run.history,
+    pieces = {
+        f"batch {batch_size}": partial(_epochs, part, place, augment or report_a().augment, batch_size, rounds)
+        for batch_size in batch_sizes
     }
-    for side in left:
-        part.row(f"batch {batch_size}: {side.name}", record.rate(side, sides[0]))
-    if sides[-1] in left:
-        waited = epoch_time.waited(run, len(sides[-1].seconds))
-        part.found[f"batch_{batch_size}"]["waited"] = waited
-        part.row(f"batch {batch_size}: waited for data", f"{waited:.1%} of the time")
+    part.each(pieces)
+
+
+def _epochs(part: Part, place: Place, augment: Augment, batch_size: int, rounds: int) -> None:
+    sides, run = epoch_time.training(place.folders, place.split, augment, batch_size, part.device)
+
+    def tell(left: list[record.Side]) -> None:
+        what = f"batch {batch_size}"
+        found = {"sides": [record.summary(side, sides[0]) for side in left], "history": run.history}
+        for side in left:
+            part.row(f"{what}: {side.name}", record.rate(side, sides[0]))
+        if sides[-1] in left:
+            found["waited"] = epoch_time.waited(run, len(sides[-1].seconds))
+            part.row(f"{what}: waited for data", f"{found['waited']:.1%} of the time")
+        part.found[f"batch_{batch_size}"] = found
+
+    part.interleave(f"batch {batch_size}", sides, rounds, tell)
 
 
 class Moments(logging.Handler):
@@ -167,10 +227,8 @@ class Moments(logging.Handler):
 
 
 def accuracy(
-    part: record.Part,
-    data: Path,
-    weights: Path | None,
-    scratch: Path,
+    part: Part,
+    place: Place,
     *,
     recipes: dict[str, Recipe] | None = None,
     seeds: int = 5,
@@ -180,61 +238,53 @@ def accuracy(
     reading the weights and earlier checkpoints included. The first run of the process starts CUDA, too. Seeds are of split,
     head, order and draws.
 
-    recipes  by name; each starts from `weights`.
+    recipes  by name; each starts from the weights that were given.
     """
-    if weights is None:
-        part.row("accuracy", "LEFT OUT: no --weights were given")
-        part.left_out.append("all")
+    if place.weights is None:
+        part.leave_out("accuracy", "no --weights were given")
         return
     chosen = recipes or {
         name: replace(PRESETS[name](), backbone=baseline.RESNET50) for name in ("finetune", "finetune-long")
     }
     part.found |= {name: [] for name in chosen}
+    pieces = {}
     for seed in range(seeds):
         for name, recipe in chosen.items():
-            from_weights = replace(recipe, weights=str(weights), seed=seed)
-            part.attempt(f"{name}, seed {seed}", partial(_reach, part, name, data, from_weights, scratch, marks))
-    for name in chosen:
-        done = part.found[name]
-        if not done:
-            continue
-        for mark in marks:
-            times = [run["reached_seconds"][f"{mark:.1%}"] for run in done]
-            times = [value for value in times if value is not None]
-            text = f"{len(times)} of {len(done)} reached it"
-            part.row(f"{name}: until {mark:.1%}", f"{mean(times, ' s')}; {text}" if times else text)
-        last = [100 * run["history"][-1]["val_accuracy"] for run in done]
-        part.row(f"{name}: accuracy after the last epoch", mean(last, "%"))
-        part.row(f"{name}: until train returned", mean([run["seconds"] for run in done], " s"))
+            from_weights = replace(recipe, weights=str(place.weights), seed=seed)
+            pieces[f"{name}, seed {seed}"] = partial(_reach, part, name, place, from_weights, marks)
+    part.each(pieces)
 
 
-def _reach(part: record.Part, name: str, data: Path, recipe: Recipe, scratch: Path, marks: tuple[float, ...]) -> None:
-    shards = scratch / f"shards-{recipe.seed}"
+def _reach(part: Part, name: str, place: Place, recipe: Recipe, marks: tuple[float, ...]) -> None:
+    shards = place.scratch / f"shards-{recipe.seed}"
     if not (shards / "manifest.json").exists():
-        pack(data, shards, seed=recipe.seed)
+        pack(place.data, shards, seed=recipe.seed)
     logger, moments = logging.getLogger("fastflower"), Moments()
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(moments)
     try:
         start = time.perf_counter()
-        report = train(shards, recipe, out=scratch / f"{name}-{recipe.seed}", device=part.device)
+        report = train(shards, recipe, out=place.scratch / f"{name}-{recipe.seed}", device=part.device)
         taken = time.perf_counter() - start
     finally:
         logger.removeHandler(moments)
         logger.setLevel(level)
     ends = [moment - start for moment in moments.seconds]
-    reached = {
-        f"{mark:.1%}": next(
-            (end for end, row in zip(ends, report.history, strict=True) if row["val_accuracy"] >= mark), None
-        )
-        for mark in marks
-    }
+    rows = list(zip(ends, report.history, strict=True))
+    reached = {f"{mark:.1%}": next((end for end, row in rows if row["val_accuracy"] >= mark), None) for mark in marks}
     first = report.history[0]
     found = {"seed": recipe.seed, "seconds": taken, "reached_seconds": reached, "epoch_ends": ends}
     found |= {"start_up_seconds": ends[0] - first["train_seconds"] - first["val_seconds"], "history": report.history}
-    part.found[name].append({**found, "recipe": {**recipe.to_dict(), "weights": Path(str(recipe.weights)).name}})
-    part.row(f"{name}, seed {recipe.seed}", f"{report.history[-1]['val_accuracy']:.2%} after {taken:.1f} s")
+    done = part.found[name]
+    done.append({**found, "recipe": {**recipe.to_dict(), "weights": Path(str(recipe.weights)).name}})
+    for mark in reached:
+        times = [run["reached_seconds"][mark] for run in done if run["reached_seconds"][mark] is not None]
+        text = f"{len(times)} of {len(done)} reached it"
+        part.row(f"{name}: until {mark}", f"{mean(times, ' s')}; {text}" if times else text)
+    last = [100 * run["history"][-1]["val_accuracy"] for run in done]
+    part.row(f"{name}: accuracy after the last epoch", mean(last, "%"))
+    part.row(f"{name}: until train returned", mean([run["seconds"] for run in done], " s"))
 
 
 def mean(values: list[float], unit: str) -> str:
@@ -242,51 +292,25 @@ def mean(values: list[float], unit: str) -> str:
     return f"{statistics.mean(values):.2f}{unit}{deviation}, n = {len(values)}"
 
 
-def memory(
-    part: record.Part,
-    shards: Path,
+def profile(
+    part: Part,
+    place: Place,
     *,
-    epochs: tuple[int, int] = (2, 50),
     batch_sizes: tuple[int, ...] = (32, 256),
     steps: int = 20,
     augment: Augment | None = None,
 ) -> None:
-    """Bytes after two numbers of epochs of report A, validation included. Then where the time of steps goes: sums of the GPU's
-    work by kernel, and the share of the time between its first and last work in which it has none, by torch's profiler, which
-    slows the host.
+    """Where the time of report A's steps goes: sums of the GPU's work by kernel, and the share of the time between its first and
+    last work in which it has none, by torch's profiler, which slows the host.
     """
-    recipe = replace(report_a(), weights=None, augment=augment or report_a().augment, epochs=10**6)
-    part.attempt("memory", partial(_memory, part, shards, replace(recipe, batch_size=batch_sizes[0]), epochs))
-    for batch_size in batch_sizes:
-        how = (part, shards, replace(recipe, batch_size=batch_size), steps)
-        part.attempt(f"profile, batch {batch_size}", partial(_profile, *how))
+    pieces = {
+        f"profile, batch {size}": partial(_profile, part, place.split, _endless(augment, batch_size=size), steps)
+        for size in batch_sizes
+    }
+    part.each(pieces)
 
 
-def _memory(part: record.Part, shards: Path, recipe: Recipe, epochs: tuple[int, int]) -> None:
-    run = Run(shards, recipe, shards, part.device)
-    held: dict[str, dict[str, int]] = {}
-    for epoch in range(epochs[-1]):
-        if part.over:
-            part.left_out.append(f"memory after epoch {epochs[-1]}: stopped after {epoch}")
-            break
-        run.epoch(epoch)
-        if epoch + 1 in epochs:
-            held[f"epoch_{epoch + 1}"] = bytes_held(part.device)
-            text = ", ".join(f"{name} {value / 1e6:.1f} MB" for name, value in held[f"epoch_{epoch + 1}"].items())
-            part.row(f"memory after epoch {epoch + 1}", text)
-    part.found["memory"] = held
-
-
-def bytes_held(device: torch.device) -> dict[str, int]:
-    """Of the process in RAM, and of torch on the GPU."""
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if device.type != "cuda":
-        return {"resident": resident}
-    names = ("memory_allocated", "memory_reserved", "max_memory_allocated")
-    return {"resident": resident, **{name: getattr(torch.cuda, name)(device) for name in names}}
-
-
-def _profile(part: record.Part, shards: Path, recipe: Recipe, steps: int) -> None:
+def _profile(part: Part, shards: Path, recipe: Recipe, steps: int) -> None:
     run = Run(shards, recipe, shards, part.device)
     cuda = part.device.type == "cuda"
     kinds = torch.profiler.ProfilerActivity
@@ -345,3 +369,28 @@ def gpu_work(events: list[dict[str, Any]], steps: int) -> dict[str, Any] | None:
             for name, times in totals[:40]
         ],
     }
+
+
+_TINY: dict[str, Any] = {"rounds": 1, "augment": SMALL}
+TINY: dict[str, dict[str, Any]] = {
+    "overlap": {**_TINY, "cases": (("resnet18", 8, 2),)},
+    "compile": {**_TINY, "batch_size": 8, "steps": 2},
+    "runs": {
+        "chosen": {"report A": ("report-a", 1)},
+        "flags": (
+            "--batch-size",
+            "8",
+            "--epochs",
+            "1",
+            "--augment.size",
+            "32",
+            "--augment.resize",
+            "36",
+            "--device",
+            "cpu",
+        ),
+    },
+    "epochs": {**_TINY, "batch_sizes": (8,)},
+    "profile": {"batch_sizes": (8,), "steps": 3, "augment": SMALL},
+    "accuracy": {"recipes": {"tiny": Recipe(augment=SMALL, epochs=2, batch_size=8)}, "seeds": 2, "marks": (0.0, 1.01)},
+}

@@ -1,6 +1,5 @@
 """Interleaved timing, the table it prints and the JSON it leaves: see README.md beside this file for the rules."""
 
-import gc
 import json
 import os
 import platform
@@ -8,11 +7,11 @@ import statistics
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -60,11 +59,12 @@ def interleave(
     *,
     ends: float = inf,
     failed: Callable[[str, Exception], object] | None = None,
+    after: Callable[[list[Side]], object] = lambda _: None,
 ) -> list[Side]:
     """Run every side once uncounted, then `rounds` times in turn, so that drift hits all alike; gives the sides that ran.
 
     ends  When, of perf_counter, no further round is begun; one is counted all the same. failed  is told of a side that raises,
-    which is then left out; the first of them, the baseline, may not.
+    which is then left out; the first of them, the baseline, may not. after  is called with the sides after each counted round.
     """
     left = list(sides)
     for number in range(rounds + 1):
@@ -83,6 +83,8 @@ def interleave(
                     raise
                 left.remove(side)
                 failed(side.name, error)
+        if number:
+            after(left)
     return left
 
 
@@ -169,90 +171,9 @@ def write(folder: Path, what: str, device: torch.device, content: dict[str, Any]
     return part.replace(path)
 
 
-class Part:
-    """A part of a check that must bring home what it has: it ends in time, fails in pieces, and is on the disk after each piece.
-
-    Parts of the same `group` share a file, each under its name. What fails is told in OUT/failures.log.
-    """
-
-    def __init__(
-        self, name: str, out: Path, device: torch.device, *, clock: str = "", seconds: float = inf, group: str = ""
-    ) -> None:
-        self.name, self.out, self.device, self.group = name, out, device, group or name
-        self.start = time.perf_counter()
-        self.ends = self.start + seconds
-        self.rows: list[tuple[str, str]] = []
-        """What is worth a line of the table: its name and its figures."""
-        self.failed: list[str] = []
-        self.left_out: list[str] = []
-        self.found: dict[str, Any] = {}
-        """Figures, for the JSON."""
-        self._clock = " ".join(clock.split())
-
-    @property
-    def over(self) -> bool:
-        """Whether its time is up."""
-        return time.perf_counter() > self.ends
-
-    def row(self, name: str, value: str) -> None:
-        self.rows.append((name, value))
-        print(f"  {name:60} {value}", flush=True)
-
-    def attempt(self, what: str, run: Callable[[], object]) -> None:
-        """Do a piece, unless time is up; what it raises is written down, and costs the others nothing."""
-        if self.over:
-            self.left_out.append(what)
-            self.row(what, "LEFT OUT, out of time")
-        else:
-            try:
-                run()
-            except Exception as error:
-                self.fail(what, error)
-        self.save()
-        with suppress(RuntimeError):  # an error of CUDA's comes again at every call
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def fail(self, what: str, error: Exception) -> None:
-        self.failed.append(what)
-        self.row(what, "FAILED, see failures.log")
-        log(self.out, f"{self.name}: {what}", "".join(traceback.format_exception(error)))
-
-    def save(self, *, finished: bool = False) -> None:
-        """Write all that was found so far."""
-        content = {
-            "clock": self._clock,
-            "seconds": time.perf_counter() - self.start,
-            "finished": finished,
-            "failed": self.failed,
-            "left_out": self.left_out,
-            "rows": self.rows,
-            **self.found,
-        }
-        what = f"gpu_{self.group}"
-        path = result_path(self.out, what, self.device)
-        kept = json.loads(path.read_text())["parts"] if path.exists() else {}
-        write(self.out, what, self.device, {"parts": {**kept, self.name: content}})
-
-
-def parts(out: Path) -> dict[str, Any]:
-    """What parts left in a folder, by name."""
-    found: dict[str, Any] = {}
-    for path in sorted(out.glob("gpu_*.json")):
-        found |= json.loads(path.read_text())["parts"]
-    return found
-
-
-def log(out: Path, what: str, text: str) -> None:
-    """Add to OUT/failures.log."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "failures.log").open("a") as file:
-        file.write(f"{what}\n{text.rstrip()}\n\n")
-
-
+@cache
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Processor, cores, memory, and the GPU where one is used."""
+    """Processor, cores, memory, and the GPU where one is used; asked once, for nvidia-smi takes its time."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -183,42 +183,51 @@ def _unused(augment: Augment) -> set[str]:
 
 @pipeline_def(enable_conditionals=True)
 def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
-    """decode, cut out what is shown, blur, warp, black out, colour, erase, normalise; what `augment` never draws is left out.
+    """Decode and render.
 
     Images are decoded whole: decoding a region on the GPU is reported to crash on Hopper (NVIDIA/nvImageCodec issue 55), and
     nvJPEG before 13.2, which torchvision brings, refuses it for most images, so that the CPU would decode them.
+    """
+    images = fn.decoders.image(
+        _given("samples", types.UINT8, 1),
+        device="mixed" if gpu else "cpu",
+        jpeg_fancy_upsampling=True,  # makes the GPU's chroma that of the CPU's decoder
+        hw_decoder_load=HW_DECODER_LOAD,
+    )
+    return rendered(images, augment, dtype, gpu)
+
+
+def _given(name: str, dtype: Any, ndim: int) -> Any:
+    return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+
+
+def rendered(images: Any, augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
+    """Cut out what is shown, blur, warp, black out, colour, erase, normalise; what `augment` never draws is left out.
+
+    images  a DALI node of decoded images, (H, W, 3) uint8; the result is of augment.output_size, in dtype or what comes next.
     """
 
     def placed(node: Any) -> Any:
         return node.gpu() if gpu else node
 
-    def given(name: str, dtype: Any, ndim: int) -> Any:
-        return fn.external_source(name=name, dtype=dtype, ndim=ndim)
-
-    images = fn.decoders.image(
-        given("samples", types.UINT8, 1),
-        device="mixed" if gpu else "cpu",
-        jpeg_fancy_upsampling=True,  # makes the GPU's chroma that of the CPU's decoder
-        hw_decoder_load=HW_DECODER_LOAD,
-    )
-    images = fn.slice(images, given("start", types.INT32, 1), given("shape", types.INT32, 1), axes=(0, 1))
-    sigma, window = given("sigma", types.FLOAT, 1), given("window", types.INT32, 1)
-    if given("blurred", types.BOOL, 0):
+    images = fn.slice(images, _given("start", types.INT32, 1), _given("shape", types.INT32, 1), axes=(0, 1))
+    sigma, window = _given("sigma", types.FLOAT, 1), _given("window", types.INT32, 1)
+    if _given("blurred", types.BOOL, 0):
         images = fn.gaussian_blur(images, sigma=sigma, window_size=window)
     # Without fill_value DALI repeats the border.
-    images = fn.warp_affine(images, given("matrix", types.FLOAT, 2), size=augment.output_size)
+    images = fn.warp_affine(images, _given("matrix", types.FLOAT, 2), size=augment.output_size)
     images = fn.cast(images, dtype=types.FLOAT)
     if augment.uncovers:
         where = "gpu" if gpu else "cpu"
         shown = fn.warp_affine(
             fn.constant(fdata=1.0, shape=[*augment.output_size, 1], layout="HWC", device=where),
-            given("mask_matrix", types.FLOAT, 2),
+            _given("mask_matrix", types.FLOAT, 2),
             size=augment.output_size,
             fill_value=0.0,
         )
         images = images * shown
     images = _colour(
-        images, augment, {name: placed(given(name, types.FLOAT, 3)) for name in _FACTORS if getattr(augment, name)}
+        images, augment, {name: placed(_given(name, types.FLOAT, 3)) for name in _FACTORS if getattr(augment, name)}
     )
     raw = dtype == torch.uint8
     mean, std = 255 * np.array(augment.mean), 255 * np.array(augment.std)
@@ -226,8 +235,8 @@ def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
     if augment.erase:
         images = fn.erase(  # before it is normalised, in float32: the GPU's operator has no float16
             images,
-            anchor=given("erase_anchor", types.FLOAT, 1),
-            shape=given("erase_shape", types.FLOAT, 1),
+            anchor=_given("erase_anchor", types.FLOAT, 1),
+            shape=_given("erase_shape", types.FLOAT, 1),
             axis_names="HW",
             fill_value=list(augment.erase_levels if raw else np.array(augment.erase_value) * std + mean),
         )

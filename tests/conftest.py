@@ -26,7 +26,7 @@ from fastflower.store import Remote
 ROOT = Path(__file__).parent.parent
 
 
-SLOW = ("test_torchrun_training.py", "test_torchrun.py", "test_interrupted_training.py", "test_gpu_check.py")
+SLOW = ("test_torchrun_training.py", "test_torchrun.py", "test_interrupted_training.py", "test_gpu_parts.py")
 """They come first: one that is begun last leaves a worker with nothing to do."""
 
 

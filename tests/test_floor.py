@@ -1,15 +1,12 @@
 """The yardstick of feeding measures what it says: the renderers that parity tests hold to torchvision, every photograph once."""
 
-import sys
 from pathlib import Path
 
+import floor
 import parity
 import pytest
 
 from fastflower import Augment, Loader
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import floor
 
 
 @pytest.mark.parametrize("decoded", [False, True])

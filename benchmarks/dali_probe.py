@@ -1,0 +1,81 @@
+"""Decodes a folder of images in one DALI graph, and says how it went; a throwaway process of gpu_dali.py's, since it may crash.
+
+python benchmarks/dali_probe.py FOLDER PIXELS --device gpu [--torchvision] [--fancy] [--load L] [--region]
+
+Writes the middle quarter of each image, (N, H, W, 3) uint8, to PIXELS (.npy), and prints one line of JSON: images a second,
+and the libnvjpeg that is mapped. It imports torchvision only when told to: what is loaded first decides on the nvJPEG.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIDE = 64  # pixels of what is cut out
+
+
+def middle(size: Any) -> tuple[int, int]:
+    """Where the piece that is cut out begins."""
+    return (size[0] - SIDE) // 2, (size[1] - SIDE) // 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("pixels", type=Path)
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--torchvision", action="store_true")
+    parser.add_argument("--fancy", action="store_true")
+    parser.add_argument("--region", action="store_true")
+    parser.add_argument("--load", type=float, default=0.0)
+    parser.add_argument("--repeats", type=int, default=20)
+    given = parser.parse_args()
+    if given.torchvision:
+        import torchvision  # noqa: F401  (for what it maps)
+    from nvidia.dali import fn as untyped_fn
+    from nvidia.dali import types as untyped_types
+    from nvidia.dali.pipeline import Pipeline
+
+    fn: Any = untyped_fn
+    types: Any = untyped_types
+    paths = sorted(given.folder.glob("*.jpg"))
+    sizes = json.loads((given.folder / "sizes.json").read_text())
+    encoded = [np.frombuffer(path.read_bytes(), np.uint8) for path in paths]
+    gpu = given.device == "gpu"
+    how = {"device": "mixed" if gpu else "cpu", "jpeg_fancy_upsampling": given.fancy, "hw_decoder_load": given.load}
+    pipe = Pipeline(len(encoded), 4, 0 if gpu else None, prefetch_queue_depth=1)
+    with pipe:
+        samples = fn.external_source(name="samples", dtype=types.UINT8, ndim=1)
+        start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
+        cut: Any = {"shape": [SIDE, SIDE], "axes": (0, 1)}
+        if given.region:
+            images = fn.decoders.image_slice(samples, start=start, **cut, **how)
+        else:
+            images = fn.slice(fn.decoders.image(samples, **how), start=start, **cut)
+        pipe.set_outputs(images)
+    pipe.build()
+    starts = np.array([middle(size) for size in sizes], np.int32)
+
+    def run() -> Any:
+        pipe.feed_input("samples", encoded)
+        pipe.feed_input("start", starts)
+        (found,) = pipe.run()
+        return found.as_cpu() if gpu else found
+
+    first = run()
+    found = [np.asarray(first.at(number)) for number in range(len(encoded))]
+    begun = time.perf_counter()
+    for _ in range(given.repeats):
+        run()
+    rate = given.repeats * len(encoded) / (time.perf_counter() - begun)
+    np.save(given.pixels, np.stack(found))
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = sorted({Path(line.split()[-1]).name for line in lines if "libnvjpeg.so" in line or "libnvjpeg." in line})
+    print(json.dumps({"images_per_second": rate, "nvjpeg": mapped}))
+
+
+if __name__ == "__main__":
+    main()
