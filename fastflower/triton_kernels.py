@@ -97,18 +97,28 @@ def _sampled(whole, fractions, row, column):
         g = w00 * g00 + w01 * g01 + w10 * g10 + w11 * g11
         b = w00 * b00 + w01 * b01 + w10 * b10 + w11 * b11
     else:
-        for i in range(-reach_down, reach_down + 2):
+        i = (
+            -reach_down
+        )  # while, not for: the same machine code, and Triton 3.6's interpreter has no range of tensors with numpy 2.5
+        while i < reach_down + 2:
             weight_down = _tap(fractions + _BLUR_DOWN, i, down)
             top = _clamp(y0 + i, 0, height - 1) * box_down
-            for j in range(-reach_across, reach_across + 2):
+            j = -reach_across
+            while j < reach_across + 2:
                 weight = weight_down * _tap(fractions + _BLUR_ACROSS, j, across)
                 left = _clamp(x0 + j, 0, width - 1) * box_across
-                for k in range(0, box_down):
-                    for m in range(0, box_across):
+                k = 0
+                while k < box_down:
+                    m = 0
+                    while m < box_across:
                         red, green, blue = _rgb(tl.load(photo + (top + k) * stride + left + m))
                         r += weight * red
                         g += weight * green
                         b += weight * blue
+                        m += 1
+                    k += 1
+                j += 1
+            i += 1
         share = 1.0 / (box_down * box_across)
         r *= share
         g *= share

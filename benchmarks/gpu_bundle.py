@@ -1,0 +1,149 @@
+"""Carries the GPU check to a host without network: python benchmarks/gpu_bundle.py OUT --data FOLDER [--dali]
+
+Writes OUT/part-00, ... with this checkout, the packages that the host lacks and images, and OUT/unpack.py. On the host, which
+has torch, torchvision, OpenCV, matplotlib, jinja2, fsspec, tqdm and pytest:
+
+    python3 OUT/unpack.py OUT FOLDER && sh FOLDER/lease.sh RESULTS --lease a
+"""
+
+import hashlib
+import json
+import lzma
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import epoch_time
+import gpu_unpack
+import record
+import torch
+import tyro
+
+MIB = 1 << 20
+_OURS = (gpu_unpack.SUMS, "unpack.py")
+_FOLDERS = ("fastflower", "benchmarks", "tests", "tools")
+_PACKAGES = ("tyro", "webdataset")
+_DALI = "nvidia-dali-cuda130>=2.4"
+_ON_THE_HOST = ("numpy", "torch", "packaging", "typing_extensions", "yaml", "_yaml")  # which pip brings along
+_PLATFORMS = ("any", *(f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28, 31, 34, 35)))
+_LEASE = """#!/bin/sh
+# sh lease.sh RESULTS --lease a: the GPU check, from what was unpacked here.
+here=$(cd "$(dirname "$0")" && pwd)
+PYTHONPATH="$here/site:$here" exec python3 -X faulthandler "$here/benchmarks/gpu_check.py" "$@" \\
+    --data "$here/data" --commit {commit} {weights}
+"""
+
+
+def bundle(
+    out: Annotated[Path, tyro.conf.Positional],
+    data: Path | None = None,
+    weights: Path | None = None,
+    dali: bool = False,
+    python: str = "3.12",
+    images_mib: int = 40,
+    part_mib: int = 60,
+) -> None:
+    """Bundle the GPU check.
+
+    Args:
+        out: Where the parts go.
+        data: A folder of class folders; drawn flowers where it is left out.
+        weights: A ResNet-50 state_dict, taken along in half precision where a single part has room for it.
+        dali: Take DALI and its libraries along, in as many parts as they take.
+        python: The host's.
+        images_mib: Of images, at most; evenly spread over the classes.
+        part_mib: Of a part, at most.
+    """
+    start = time.perf_counter()
+    others = [path.name for path in out.glob("*") if not path.name.startswith("part-") and path.name not in _OURS]
+    if others:
+        sys.exit(f"error: {out} holds {others[0]}, which is no part of a bundle; name another folder")
+    with tempfile.TemporaryDirectory() as scratch:
+        stage = Path(scratch, "stage")
+        for name in _FOLDERS:
+            ignored = shutil.ignore_patterns("__pycache__", "results")
+            shutil.copytree(record.ROOT / name, stage / name, ignore=ignored)
+        shutil.copy(record.ROOT / "pyproject.toml", stage)
+        _install(stage / "site", [*_PACKAGES, *([_DALI] if dali else [])], python)
+        if data is None:
+            data = Path(scratch, "drawn")
+            subprocess.run([sys.executable, record.ROOT / "tools" / "draw_flowers.py", data], check=True)
+        _images(data, stage / "data", Path(scratch, "some"), images_mib * MIB)
+        if weights:
+            _weights(weights, stage / "weights.pth")
+        room = part_mib * MIB
+        parts = _parts(stage, out, room, weights=weights is not None)
+        if len(parts) > 1 and weights and not dali:
+            (stage / "weights.pth").unlink()
+            print("the weights are left out: with them there would be more than one part")
+            parts = _parts(stage, out, room, weights=False)
+    size = sum(part.stat().st_size for part in parts)
+    print(f"{len(parts)} parts, {size / MIB:.1f} MiB in all, made in {time.perf_counter() - start:.0f} s: {out}")
+    if len(parts) > 1 and not dali:
+        sys.exit(f"error: more than one part of {part_mib} MiB; bring fewer images (--images-mib), or raise --part-mib")
+
+
+def _install(site: Path, packages: list[str], python: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--target",
+        site,
+        "--only-binary=:all:",
+        "--no-compile",
+    ]
+    command += ["--python-version", python, "--implementation", "cp", "--disable-pip-version-check"]
+    command += [f"--platform={name}" for name in _PLATFORMS]
+    subprocess.run([*map(str, command), *packages], check=True)
+    for path in site.iterdir():
+        if path.name.partition("-")[0].partition(".")[0] in _ON_THE_HOST:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    other = [path for path in site.rglob("*.cpython-*.so") if f"cpython-{python.replace('.', '')}-" not in path.name]
+    for path in [*other, *site.glob("nvidia/*/include")]:  # of other Pythons, and headers: never loaded
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _images(data: Path, into: Path, links: Path, limit: int) -> None:
+    """As many as the limit allows, evenly spread over the classes."""
+    sizes = sorted(path.stat().st_size for path in data.glob("*/*") if path.is_file())
+    count = min(len(sizes), int(limit / (sum(sizes) / len(sizes))))
+    shutil.copytree(epoch_time.some(data, links, count), into)
+    print(f"{count} of {len(sizes)} images")
+
+
+def _weights(path: Path, into: Path) -> None:
+    loaded = torch.load(path, weights_only=True)
+    torch.save({name: value.half() if value.is_floating_point() else value for name, value in loaded.items()}, into)
+
+
+def _parts(stage: Path, out: Path, room: int, *, weights: bool) -> list[Path]:
+    """Compress what is staged, and cut it."""
+    given = '--weights "$here/weights.pth"' if weights else ""
+    (stage / "lease.sh").write_text(_LEASE.format(commit=record.COMMIT, weights=given))
+    out.mkdir(parents=True, exist_ok=True)
+    for part in out.glob("part-*"):
+        part.unlink()
+    with tempfile.TemporaryFile() as archive:
+        with lzma.open(archive, "wb", preset=6) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
+            tar.add(stage, arcname=".")
+        archive.seek(0)
+        parts: list[Path] = []
+        while piece := archive.read(room):
+            parts.append(out / f"part-{len(parts):02d}")
+            parts[-1].write_bytes(piece)
+    sums = {part.name: hashlib.sha256(part.read_bytes()).hexdigest() for part in parts}
+    (out / gpu_unpack.SUMS).write_text(json.dumps(sums))
+    shutil.copy(gpu_unpack.__file__, out / "unpack.py")
+    return parts
+
+
+if __name__ == "__main__":
+    tyro.cli(bundle)
