@@ -113,10 +113,18 @@ def _install(site: Path, packages: list[str], python: str) -> None:
 
 def _images(data: Path, into: Path, links: Path, limit: int) -> None:
     """As many as the limit allows, evenly spread over the classes."""
-    sizes = sorted(path.stat().st_size for path in data.glob("*/*") if path.is_file())
-    count = min(len(sizes), int(limit / (sum(sizes) / len(sizes))))
-    shutil.copytree(epoch_time.some(data, links, count), into)
-    print(f"{count} of {len(sizes)} images")
+    count = found = sum(path.is_file() for path in data.glob("*/*"))
+    while count:
+        chosen = epoch_time.some(data, links / str(count), count)
+        size = sum(path.stat().st_size for path in chosen.glob("*/*"))
+        if size <= limit:
+            shutil.copytree(chosen, into)
+            print(f"{count} of {found} images")
+            return
+        count = min(count - 1, int(count * limit / size))
+    sys.exit(
+        f"error: {data}: has no CLASS/IMAGE of at most {limit / MIB:.0f} MiB; name another folder, or raise --images-mib"
+    )
 
 
 def _weights(path: Path, into: Path) -> None:

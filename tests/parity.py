@@ -84,6 +84,17 @@ def stretched(encoded: bytes) -> bytes:
     return data.getvalue()
 
 
+def turned(encoded: bytes) -> list[bytes]:
+    """A photograph with each of the eight orientations of EXIF."""
+    photo, found = Image.open(io.BytesIO(encoded)).convert("RGB"), list[bytes]()
+    for orientation in range(1, 9):
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[0x0112] = orientation
+        photo.save(file, "JPEG", quality=95, exif=exif)
+        found.append(file.getvalue())
+    return found
+
+
 def executor(
     name: str, augment: Augment, dtype: torch.dtype, encoded: Sequence[bytes], device: str = "cpu"
 ) -> Executor:

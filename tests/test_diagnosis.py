@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fastflower import Augment, Loader, Recipe
+from fastflower import Augment, Loader, Recipe, diagnosis, training
 from fastflower.cli import main
 from fastflower.diagnosis import Diagnosis, diagnose
 from fastflower.errors import ArgumentError
@@ -36,6 +37,21 @@ def test_where_feeding_is_slower_it_says_what_takes_the_time(shards: Path) -> No
         sentence = str(Diagnosis(feeding_rate=10, training_rate=20, stats=changed, device="cpu")).splitlines()[-1]
         assert sentence.startswith("feeding holds the job back: the consumer waited ")
         assert f"most of it for {what}; " in sentence
+
+
+def test_it_feeds_by_the_executor_of_training(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where training keeps images in a GPU's memory and renders them there, the doctor does not measure DALI."""
+    made: list[Loader] = []
+    monkeypatch.setattr(diagnosis, "Loader", lambda *args, **how: made.append(Loader(*args, **how)) or made[-1])
+
+    class Opencv(training.Run):
+        def __init__(self, *args: Any, **how: Any) -> None:
+            super().__init__(*args, **how)
+            self.loader = Loader(shards, batch_size=16, device="cpu", executor="opencv")
+
+    monkeypatch.setattr(diagnosis, "Run", Opencv)
+    diagnose(shards, SMALL, seconds=0.1, device="cpu")
+    assert [loader.executor for loader in made] == ["opencv"]
 
 
 def test_a_diagnosis_of_no_time_is_refused(shards: Path) -> None:

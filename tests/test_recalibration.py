@@ -4,11 +4,13 @@ from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import BEST, LAST, RECIPE, assert_same_run, timeless
 
 from fastflower import Checkpoint, Loader, evaluate, train
@@ -45,6 +47,28 @@ def test_statistics_are_those_of_torchs_update_bn() -> None:
         assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
     momenta = {module.momentum for module in network.modules() if isinstance(module, nn.BatchNorm2d)}
     assert momenta == {0.1}
+
+
+class Reads(TorchDispatchMode):
+    """Counts what reads a tensor's value, for which the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_nothing_from_the_device() -> None:
+    network, given = build("resnet18", 5, weights=None, freeze=0), batches(3)
+    with Reads() as reads:
+        update_bn([batch.images for batch in given], deepcopy(network))
+    assert reads.count > 0, "torch's own does, at each batch norm"
+    with Reads() as reads:
+        recalibrate(network, given, 0)
+    assert reads.count == 0
 
 
 def test_frozen_stages_keep_their_statistics() -> None:
