@@ -30,7 +30,12 @@ _FOLDERS = ("fastflower", "benchmarks", "tests", "tools")
 _PACKAGES = ("tyro", "webdataset")
 _DALI = "nvidia-dali-cuda130>=2.4"
 _ON_THE_HOST = ("numpy", "torch", "packaging", "typing_extensions", "yaml", "_yaml")  # which pip brings along
-_PLATFORMS = ("any", *(f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28, 31, 34, 35)))
+_PLATFORMS = (
+    "any",
+    "manylinux1_x86_64",
+    "manylinux2014_x86_64",
+    *(f"manylinux_2_{n}_x86_64" for n in (17, 24, 27, 28, 31, 34, 35)),
+)
 _LEASE = """#!/bin/sh
 # sh lease.sh RESULTS --lease a: the GPU check, from what was unpacked here.
 here=$(cd "$(dirname "$0")" && pwd)
