@@ -22,6 +22,7 @@ MAX_PIXELS = 178_956_970
 _QUALITY = 95
 _MAX_SIDE = 65_500  # pixels: of libjpeg
 _NO_DATA = 128  # the grey that libjpeg gives pixels for which a file has no data
+_LEAST_DATA = 0.05  # of the pixels: a file with less is another image's data under this header
 _CONTRAST = 8  # grey levels: an image that spans fewer shows nothing
 _REDUCED = {  # the flags' constants include IMREAD_COLOR, which means BGR
     factor: getattr(cv2, f"IMREAD_REDUCED_COLOR_{factor}") & ~cv2.IMREAD_COLOR for factor in (2, 4, 8)
@@ -87,10 +88,7 @@ def prepare(
     if size is None or (max_side is not None and max(size) > max_side):
         made, grey = _transcoded(data, max_side, quality)
         if data[:2] == b"\xff\xd8":  # Pillow keeps to itself what libjpeg warns of
-            with libjpeg.warnings() as heard:
-                small = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
-            if small is not None:  # OpenCV does not read all kinds
-                _weigh(small, heard, warn)
+            _listen(data, warn)
     else:
         _check_pixels(*size)
         made, grey = data, _proven(data, warn)
@@ -137,13 +135,23 @@ def _proven(data: bytes, warn: Callable[[str], object]) -> NDArray[np.uint8]:
     return grey
 
 
+def _listen(data: bytes, warn: Callable[[str], object]) -> None:
+    """What libjpeg warns of in a JPEG file that is transcoded, of which OpenCV does not read every kind."""
+    array = np.frombuffer(data, np.uint8)
+    with libjpeg.warnings() as heard:
+        read = cv2.imdecode(array, cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None  # an eighth: in half of the time
+        grey = cv2.imdecode(array, cv2.IMREAD_GRAYSCALE) if read and heard else None
+    if grey is not None:
+        _weigh(grey, heard, warn)
+
+
 def _weigh(grey: NDArray[Any], heard: bytearray, warn: Callable[[str], object]) -> None:
-    """Pass on what libjpeg warns of. Raises SampleError where the data end before half of the image."""
+    """Pass on what libjpeg warns of. Raises SampleError where it has next to no data for what the header promises."""
     if heard:
-        middle, centre = grey.shape[0] // 2, grey.shape[1] // 2
-        # The lower half, unless EXIF turned it to another side.
-        if any((half == _NO_DATA).all() for half in (grey[middle:], grey[: middle + 1], grey[:, centre:], grey[:, : centre + 1])):
-            raise SampleError("is cut short: half of it or more has no data")
+        share = np.count_nonzero(grey != _NO_DATA) / grey.size
+        if share < _LEAST_DATA:
+            height, width = grey.shape
+            raise SampleError(f"promises {width} x {height} pixels, and has data for {share:.1%} of them")
         warn(heard.decode(errors="replace").splitlines()[0])
 
 

@@ -196,11 +196,6 @@ def grey_levels(data: bytes) -> Any:
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
 
 
-def halves(image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-    height, width = image.shape[:2]
-    return [image[height // 2 :], image[: height // 2 + 1], image[:, width // 2 :], image[:, : width // 2 + 1]]
-
-
 def by_pillow(data: bytes) -> bool:
     """Whether Pillow refuses a file, pixels and all."""
     try:
@@ -222,9 +217,9 @@ def test_a_damaged_jpeg_is_kept_only_where_opencv_pillow_and_dali_read_it() -> N
             plain = False
         if plain:
             bad = refused(decode, data) or by_pillow(data)
-            half = not bad and any((part == 128).all() for part in halves(grey_levels(data)))
+            empty = not bad and (grey_levels(data) != 128).mean() < 0.05
             counts[bad] += 1
-            assert refused(unchanged, data) == (bad or half)
+            assert refused(unchanged, data) == (bad or empty)
         if not refused(unchanged, data) and unchanged(data).encoded == data and max(unchanged(data).size) < 1000:
             kept.append(unchanged(data))
     assert min(*counts.values(), len(kept)) > 300

@@ -27,7 +27,6 @@ SPLITS = ["train", "val"]
 ONLY_WARNED_OF = {
     "broken/zeros in the middle.jpg",
     "broken/cut at a restart and ended.jpg",
-    "broken/13000 pixels.jpg",
 }
 TOLERANCE = 3.0  # mean grey levels, as in test_image
 SECONDS, BYTES = 60, 1 << 30
