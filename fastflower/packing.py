@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -140,6 +141,9 @@ def pack(
 
 def _tell(manifest: Manifest) -> None:
     """Log what is not in the shards, or not as one would think."""
+    odd = len({item["path"] for item in manifest.warnings})
+    if odd:
+        _log.warning("%s: %d images decode with warnings; its manifest names them (warnings)", manifest.folder, odd)
     if manifest.skipped:
         _log.warning(
             "%s: %d files are left out; its manifest says why (skipped)", manifest.folder, len(manifest.skipped)
@@ -299,7 +303,7 @@ def _publish(plan: Plan, work: Path) -> Manifest:
     """Finish every file in the workspace, then rename them into place, the manifest last; all of them or none."""
     kept, out = _kept(plan, work), work.parent
     parts = {split: [part for _, part in group] for split, group in kept.items()}
-    manifest = _described(plan, out, parts, [Part.load(work / f"{part.name}.npz").skipped for part in plan.parts])
+    manifest = _described(plan, out, parts, [Part.load(work / f"{part.name}.npz") for part in plan.parts])
     moves = _moves(kept, work)
     for name, data in _files(plan, manifest, parts):
         (work / name).parent.mkdir(exist_ok=True)
@@ -342,10 +346,10 @@ def _lists(plan: Plan, parts: dict[str, list[Part]]) -> dict[str, bytes]:
     return lists
 
 
-def _described(plan: Plan, out: Path, parts: dict[str, list[Part]], skipped: list[list[dict[str, str]]]) -> Manifest:
+def _described(plan: Plan, out: Path, parts: dict[str, list[Part]], made: list[Part]) -> Manifest:
     found, conflicts = plan.found, plan.conflicts()
     dropped = [number for group in conflicts for number in group] if plan.options["on_conflict"] == "drop" else []
-    left_out = [item for group in skipped for item in group]
+    left_out = [item for part in made for item in part.skipped]
     left_out += [{"path": path, "reason": reason} for path, reason in found.ignored]
     left_out += [{"path": found.path(number), "reason": "stands under two labels"} for number in dropped]
     splits: dict[str, Split] = {}
@@ -362,7 +366,8 @@ def _described(plan: Plan, out: Path, parts: dict[str, list[Part]], skipped: lis
         classes=found.classes,
         splits=splits,
         options=plan.options,
-        skipped=tuple(sorted(left_out, key=lambda item: item["path"])),
+        skipped=tuple(sorted(left_out, key=itemgetter("path"))),
+        warnings=tuple(sorted((item for part in made for item in part.warnings), key=itemgetter("path"))),
         duplicates=tuple(tuple(found.path(number) for number in group) for group in plan.groups),
         label_conflicts=tuple(tuple(found.path(number) for number in group) for group in conflicts),
         near_duplicates=tuple(_near_duplicates(plan, parts)),
