@@ -141,8 +141,9 @@ def _shares(counts: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np
     missing = float(exact.sum() - shares.sum())
     side = high if missing > 0 else low
     order = np.lexsort((epoch_order(len(counts), seed=seed, epoch=-3), np.round(np.abs(side - exact), 9)))
-    changed = order[(shares != side)[order]][: max(0, int(np.ceil(abs(missing) - 1e-9)) - 1)]
-    shares[changed] = side[changed]
+    if abs(missing) > 1 + 1e-9:
+        changed = order[(shares != side)[order]][: round(abs(missing))]
+        shares[changed] = side[changed]
     return shares.astype(np.int64)
 
 
