@@ -97,7 +97,7 @@ def pack(
     folder, out = Path(folder), Path(out)
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve raises at a link to itself
         raise FolderError(f"{out}: lies in {folder}, where it would count as images; name another folder with --out.")
-    found = scan(folder)
+    found = scan(folder, anew=split_by in ("class", "random"))
     split_by = split_by or ("folder" if found.splits else "class")
     if split_by == "folder" and not found.splits:
         raise ArgumentError(f"split_by must be 'class' or 'random' for {folder}, which has no split of its own.")
