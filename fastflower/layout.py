@@ -146,9 +146,10 @@ def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:
     if nested and not anew:
         raise _nested(root, *nested[0], sorted({split for _, split in nested}))
     for top in tops:
-        again = sorted(set(inside[top]) & set(tops) - {top})
-        if len(again) > 1:
-            rest = [other for other in tops if other != top]
+        beside = set(inside[top])
+        rest = [other for other in tops if other != top]
+        again = [other for other in rest if other in beside]
+        if len(again) > max(1, len(rest) // 2):
             what = f"{top!r} holds {_names(again)} once more, which stand beside it"
             readings = [*_those_in(root, [top]), (f"the classes are {_names(rest)}", _hiding(root, [top]))]
             raise _unclear(root, what, [*readings, _as_classes(root, tops)])
