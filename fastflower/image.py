@@ -4,7 +4,6 @@ import io
 import re
 import struct
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import cv2

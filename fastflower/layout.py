@@ -105,23 +105,27 @@ def check_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict
         raise FolderError(
             f"{root}: has two folders for the same split ({', '.join(named)}); remove or join one of them."
         )
-    bases = {top: base for top in full if (base := _base(root, top)) is not None}
+    bases = _bases(root, full)
     train = next((top for top in bases if named[top] == "train"), None)
     if train is None:
         what = f"{_names(named)} are named as splits, and none for training has class folders"
-        remedy = "images with labels stand in train/CLASS"
-        raise _unclear(root, what, [*_those_in(root, bases), _sorting(root, remedy), _as_classes(root, full)])
+        raise _unclear(root, what, [*_those_in(root, bases), _sorting(root, full), _as_classes(root, full)])
     bare = [top for top in full if top not in bases and named[top] != "test"]
     if bare or len(bases) == 1:
         what = f"only {_names(bases)} has class folders" if len(bases) == 1 else f"{_names(bare)} has no class folders"
         unlabelled = [top for top in full if top not in bases]
         readings = _those_in(root, [train], "and a split val is drawn of its images")
         if bare and len(bases) > 1:
-            readings.append((f"{_names(bare)} is left out", _hiding(root, bare)))
+            readings.append((f"the images of {_names(bare)} have none, and are left out", _hiding(root, bare)))
         if unlabelled:
-            readings.append(_sorting(root, f"the images of {_names(unlabelled)} have labels"))
+            readings.append(_sorting(root, unlabelled))
         raise _unclear(root, what, readings)
     return bases
+
+
+def _bases(root: Path, tops: Iterable[str]) -> dict[str, str]:
+    """Those that have class folders, and where these stand."""
+    return {top: base for top in tops if (base := _base(root, top)) is not None}
 
 
 def _base(root: Path, top: str) -> str | None:
@@ -144,12 +148,15 @@ def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:
         return
     nested = [(top, split) for top in tops for split in splits_named(inside[top])]
     if nested and not anew:
+        full = [top for top in tops if _holds_images(root / top)]
+        if len(full) == 1:
+            check_wrapper(root, full[0])
         raise _nested(root, *nested[0], sorted({split for _, split in nested}))
     for top in tops:
         beside = set(inside[top])
         rest = [other for other in tops if other != top]
         again = [other for other in rest if other in beside]
-        if len(again) > max(1, len(rest) // 2):
+        if len(again) > 1 and 4 * len(again) >= 3 * len(rest):
             what = f"{top!r} holds {_names(again)} once more, which stand beside it"
             readings = [*_those_in(root, [top]), (f"the classes are {_names(rest)}", _hiding(root, [top]))]
             raise _unclear(root, what, [*readings, _as_classes(root, tops)])
@@ -182,12 +189,18 @@ def check_wrapper(root: Path, top: str) -> None:
 
 def _unclear(root: Path, what: str, readings: Sequence[tuple[str, str]]) -> FolderError:
     """An error that shows the readings of a folder, and what to type for each."""
-    return FolderError("\n  ".join([f"{root}: {what}. If", *(f"{reading}: {command}" for reading, command in readings)]))
+    lines = [f"{root}: {what}. What to do if", *(f"{reading}: {command}" for reading, command in readings)]
+    return FolderError("\n  ".join(lines))
 
 
 def _beside(root: Path, named: dict[str, str], others: list[str]) -> FolderError:
-    what = f"{_names(named)} {'are' if len(named) > 1 else 'is'} named as a split and no class, and {_names(others)} stand beside"
-    readings = [(f"{_names(others)} are left out", _hiding(root, others))] if "train" in named.values() else []
+    what = f"folders named as splits ({_names(named)}) are no classes, and others ({_names(others)}) stand beside them"
+    readings: list[tuple[str, str]] = []
+    bases = _bases(root, named)
+    if len(bases) > 1 and any(named[top] == "train" for top in bases):
+        readings.append((f"the splits are {_names(bases)}, and {_names(others)} left out", _hiding(root, others)))
+    if len(others) > 1:
+        readings.append((f"the classes are {_names(others)}, and {_names(named)} left out", _hiding(root, list(named))))
     readings += _those_in(root, [*named, *others])
     return _unclear(root, what, [*readings, _as_classes(root, [*named, *others])])
 
@@ -195,7 +208,7 @@ def _beside(root: Path, named: dict[str, str], others: list[str]) -> FolderError
 def _nested(root: Path, top: str, split: str, splits: list[str]) -> FolderError:
     turned = shlex.quote(f"{root.absolute()}-by-split")
     turn = (
-        f"(cd {_quoted(root)} && for split in {' '.join(map(shlex.quote, splits))}; do mkdir -p {turned}/\"$split\"; for class in "
+        f'(cd {_quoted(root)} && for split in {" ".join(map(shlex.quote, splits))}; do mkdir -p {turned}/"$split"; for class in '
         f'*/; do [ -d "$class$split" ] && ln -s "$PWD/$class$split" {turned}/"$split/${{class%/}}"; done; done); '
         f"fastflower pack {turned}"
     )
@@ -220,8 +233,9 @@ def _hiding(root: Path, tops: Sequence[str]) -> str:
     return " && ".join([*moves, f"fastflower pack {_quoted(root)}"])
 
 
-def _sorting(root: Path, reading: str) -> tuple[str, str]:
-    return reading, f"sort them into class folders, or write {root / 'train.txt'} and val.txt with lines 'PATH LABEL'"
+def _sorting(root: Path, tops: Sequence[str]) -> tuple[str, str]:
+    remedy = f"put them into {root / tops[0]}/CLASS, or write {root / 'train.txt'} and val.txt with lines 'PATH LABEL'"
+    return f"the images of {_names(tops)} have labels", remedy
 
 
 def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, TiffImagePlugin, TiffTags
+from PIL import Image, TiffImagePlugin
 
 # Ranges of levels that state none: of fractions, bytes, detectors of 12 bits, and integers.
 _RANGES = (1, 255, 4095, 65_535, (1 << 31) - 1, (1 << 32) - 1)

@@ -30,11 +30,11 @@ from fastflower.folder import Folder, scan
 from fastflower.manifest import FILE, INFO, PLAN, WORK, Manifest, Split, sync, version_of, write_atomically
 from fastflower.part import STOP, Part, make_part
 from fastflower.planning import Plan, check_counts, check_same, load_plan, make_plan, save_plan, shard_name
+from fastflower.remarks import remarks
 from fastflower.shard import index_rows, npy
 
 _log = logging.getLogger("fastflower")
 
-_MOST_NAMES = 10  # of classes, in a line
 _ENDINGS = (".tar", ".idx", ".npy")
 _LISTS = ("classes.txt", "meta")
 
@@ -131,28 +131,13 @@ def pack(
             _withdraw(plan, work)
             _run(plan, work, pool, threads, executor)
             manifest = _publish(plan, work)
-            _tell(manifest)
+            for remark in remarks(manifest):
+                _log.warning("%s: %s", manifest.folder, remark)
         except FolderError:  # lies in the images, so going on would not help
             (work / PLAN).unlink()
             raise
         (work / PLAN).unlink()
     return manifest
-
-
-def _tell(manifest: Manifest) -> None:
-    """Log what is not in the shards, or not as one would think."""
-    odd = len({item["path"] for item in manifest.warnings})
-    if odd:
-        _log.warning("%s: %d images decode with warnings; its manifest names them (warnings)", manifest.folder, odd)
-    if manifest.skipped:
-        _log.warning(
-            "%s: %d files are left out; its manifest says why (skipped)", manifest.folder, len(manifest.skipped)
-        )
-    for name, split in manifest.splits.items():
-        absent = [label for label, count in zip(manifest.classes, split.class_counts, strict=True) if not count]
-        if absent and split.samples:
-            few = ", ".join(map(repr, absent[:_MOST_NAMES])) + (" and others" if len(absent) > _MOST_NAMES else "")
-            _log.warning("%s: split %s has no image of %s: scores will not tell of that", manifest.folder, name, few)
 
 
 def _check_names(found: Folder) -> None:

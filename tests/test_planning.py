@@ -122,35 +122,6 @@ def test_without_copies_the_share_is_exact(tmp_path: Path, fraction: float) -> N
     assert at_random["val"] == min(max(round(48 * fraction), fraction > 0), 48 - 3) == 48 - at_random["train"]
 
 
-def shares(plan: Plan) -> list[int]:
-    val = [number for number, split in split_of(plan).items() if split == "val"]
-    return np.bincount(plan.found.files["label"][val], minlength=len(plan.found.classes)).tolist()
-
-
-@pytest.mark.parametrize("count", [2, 3, 4, 6, 7, 8, 12, 13])
-@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.3, 0.5, 0.9])
-def test_small_classes_share_the_fraction(tmp_path: Path, count: int, fraction: float) -> None:
-    """Each has its fraction, rounded one way or the other, and at least one; all together are off by one at most."""
-    plan = planned(numbered(tmp_path, **{f"c{number:02}": count for number in range(40)}), val_fraction=fraction)
-    found, exact = shares(plan), count * fraction
-    assert set(found) <= {max(1, int(exact)), max(1, min(count - 1, -int(-exact // 1)))}
-    if 1 <= exact <= count - 1:
-        assert abs(sum(found) - 40 * exact) <= 1 + 1e-9
-
-
-def test_the_seed_decides_which_small_classes_have_more(tmp_path: Path) -> None:
-    folder = numbered(tmp_path, **{f"c{number:02}": 7 for number in range(10)})
-    found = [shares(planned(folder, seed=seed, val_fraction=0.2)) for seed in range(20)]
-    assert {(sum(counts), min(counts), max(counts)) for counts in found} == {(14, 1, 2)}
-    assert len({tuple(counts) for counts in found}) > 15
-    assert found[3] == shares(planned(folder, seed=3, val_fraction=0.2))
-
-
-def test_two_identical_images_are_not_divided_to_have_one_for_validation(tmp_path: Path) -> None:
-    plan = planned(write(tmp_path, {f"{name}/{number}.jpg": name.encode() for name in "ab" for number in range(2)}))
-    assert set(split_of(plan).values()) == {"train"}
-
-
 @pytest.mark.parametrize("split_by", ["class", "random"])
 def test_every_image_is_as_likely_to_be_for_validation(tmp_path: Path, split_by: str) -> None:
     """200 seeds, 12 of 48: binomial with mean 50 and deviation 6.1; the furthest of 48 is within four deviations."""
