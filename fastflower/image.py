@@ -236,7 +236,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     """As Pillow's convert("RGB") makes it, but upright, and with levels of more than 8 bits scaled; Pillow clips them."""
     image.load()  # before EXIF is read, so that what this raises is about the pixels
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except MemoryError:
         raise
     except Exception:  # damaged EXIF: every reader takes such an image as it stands

@@ -16,7 +16,7 @@ _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 def to_eight_bits(image: Image.Image) -> NDArray[np.uint8]:
     """The grey levels of a loaded image in one of Pillow's modes "I;16", "I" and "F", from black 0 to white 255."""
     levels = np.asarray(image).astype(np.float32)
-    np.nan_to_num(levels, copy=False, nan=0)  # and infinities to the ends of float32, which are clipped
+    levels[~np.isfinite(levels)] = 0
     low, high = _range(image, levels)
     np.clip(levels, low, high, out=levels)
     levels -= np.float32(low)
@@ -35,15 +35,17 @@ def _range(image: Image.Image, levels: NDArray[np.float32]) -> tuple[float, floa
     tags = _tags(image)
     whole = "F" not in image.mode and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED
     bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
-    stated = [(_first(tags, _S_MIN), _first(tags, _S_MAX)), (_first(tags, _MIN), _first(tags, _MAX)), _noted(tags)]
-    for low, high in stated:
-        if high is not None and (low or 0) < high < np.inf and (low or 0) > -np.inf:
+    least, most = float(levels.min()), float(levels.max())
+    for low, high in ((_first(tags, _S_MIN), _first(tags, _S_MAX)), (_first(tags, _MIN), _first(tags, _MAX))):
+        if high is not None and (low or 0) < high and (low or 0) <= least and most <= high:  # or the tags are wrong
             return low or 0, high
+    if (noted := _noted(tags)) is not None:
+        return noted
     if whole and bits <= 16:
         return 0, (1 << bits) - 1
-    most = float(np.abs(levels).max())
-    high = next((full for full in _RANGES[whole:] if most <= full), most)
-    return (-high if levels.min() < 0 else 0), high
+    furthest = max(most, -least)
+    high = next((full for full in _RANGES["F" not in image.mode :] if furthest <= full), furthest)
+    return (-high if least < 0 else 0), high
 
 
 def _tags(image: Image.Image) -> Any:
@@ -56,11 +58,11 @@ def _first(tags: Any, tag: int) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def _noted(tags: Any) -> tuple[float | None, float | None]:
-    """What ImageJ, or a microscope's OME-XML, writes into the description."""
+def _noted(tags: Any) -> tuple[float, float] | None:
+    """What ImageJ, or a microscope's OME-XML, writes into the description: a range to show, or a number of bits."""
     text = str(tags.get(TiffImagePlugin.IMAGEDESCRIPTION, ""))
     if text.startswith("ImageJ="):
-        found = dict(re.findall(r"^(min|max)=([-+.\deE]+)$", text, re.MULTILINE))
-        return tuple(float(found[name]) if name in found else None for name in ("min", "max"))
-    bits = re.search(r'SignificantBits="(\d{1,2})"', text)
-    return (0, (1 << int(bits[1])) - 1) if bits else (None, None)
+        low, high = (re.search(rf"^{name}=(-?\d+\.?\d*)\s*$", text, re.MULTILINE) for name in ("min", "max"))
+        return (float(low[1]), float(high[1])) if low and high and float(low[1]) < float(high[1]) else None
+    bits = re.search(r'SignificantBits="([1-9]\d?)"', text)
+    return (0, (1 << int(bits[1])) - 1) if bits else None

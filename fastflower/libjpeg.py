@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_WRITE = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_void_p, ctypes.POINTER(ctypes.c_char), ctypes.c_size_t)
+_WRITE = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _UNBUFFERED, _NO_LOCK = 2, 2  # _IONBF; FSETLOCKING_BYCALLER
 
 
@@ -32,11 +32,11 @@ class _Ear:
         self._stream, self._stderr = stream.value, ctypes.c_void_p.in_dll(library, "stderr")
         self._before = self._stderr.value
 
-    def _written(self, _: int, text: "ctypes._Pointer[ctypes.c_char]", size: int) -> int:
+    def _written(self, _: int, address: int, size: int) -> int:
         heard: bytearray | None = getattr(self._heard, "text", None)
         if heard is None:  # a thread that does not listen
-            return os.write(2, text[:size])
-        heard += text[:size]
+            return os.write(2, ctypes.string_at(address, size))
+        heard += ctypes.string_at(address, size)
         return size
 
     @contextmanager
