@@ -72,7 +72,7 @@ class Manifest:
     skipped: tuple[dict[str, str], ...] = ()
     """Files left out: {"path", "reason"}."""
     warnings: tuple[dict[str, str], ...] = ()
-    """Files that are packed though something is odd about them: {"path", "warning"}; older packs have none."""
+    """Files that are packed though something is odd about them: {"path", "warning"}; stored where there are any."""
     duplicates: tuple[tuple[str, ...], ...] = ()
     """Groups of files with identical bytes; a group lies in one split."""
     label_conflicts: tuple[tuple[str, ...], ...] = ()
@@ -131,7 +131,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of the file: the same manifest gives the same bytes."""
-        stored = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "folder"}
+        left_out = {"folder"} if self.warnings else {"folder", "warnings"}
+        stored = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in left_out}
         content = {"format": "fastflower", "version": FORMAT_VERSION, **stored}
         return json.dumps(content, indent=1, ensure_ascii=False, default=asdict) + "\n"  # asdict: splits
 
