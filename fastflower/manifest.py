@@ -72,7 +72,7 @@ class Manifest:
     skipped: tuple[dict[str, str], ...] = ()
     """Files left out: {"path", "reason"}."""
     warnings: tuple[dict[str, str], ...] = ()
-    """Files that are packed though something is odd about them: {"path", "warning"}; stored where there are any."""
+    """Files that are packed though something is odd about them: {"path", "warning"}; version 1 may lack it."""
     duplicates: tuple[tuple[str, ...], ...] = ()
     """Groups of files with identical bytes; a group lies in one split."""
     label_conflicts: tuple[tuple[str, ...], ...] = ()
@@ -118,7 +118,7 @@ class Manifest:
                 splits=splits,
                 options=stored["options"],
                 skipped=tuple(stored["skipped"]),
-                warnings=tuple(stored.get("warnings", ())),
+                warnings=tuple(stored["warnings"] if stored["version"] > 1 else stored.get("warnings", ())),
                 duplicates=tuple(map(tuple, stored["duplicates"])),
                 label_conflicts=tuple(map(tuple, stored["label_conflicts"])),
                 near_duplicates=tuple(stored["near_duplicates"]),
@@ -131,8 +131,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of the file: the same manifest gives the same bytes."""
-        left_out = {"folder"} if self.warnings else {"folder", "warnings"}
-        stored = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in left_out}
+        stored = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "folder"}
         content = {"format": "fastflower", "version": FORMAT_VERSION, **stored}
         return json.dumps(content, indent=1, ensure_ascii=False, default=asdict) + "\n"  # asdict: splits
 

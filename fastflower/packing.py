@@ -63,10 +63,11 @@ def pack(
 
     Args:
         folder: The folder: FOLDER/CLASS/** as torchvision's ImageFolder reads it, FOLDER/train/CLASS and FOLDER/val/CLASS
-            (a folder named as a split is never a class), or lists FOLDER/meta/train.txt, FOLDER/meta/val.txt and FOLDER/classes.txt.
+            (a folder named as a split is never a class), or lists FOLDER/meta/train.txt, FOLDER/meta/val.txt and
+            FOLDER/classes.txt.
         out: The folder to write; must not hold a pack already, nor lie in FOLDER.
-        split_by: "class" takes val_fraction of every class (of two images or more one at least), "random" of all together, "folder" keeps the folder's own
-            split. By default the folder's own where it has one, else by class.
+        split_by: "class" takes val_fraction of every class, at least one image of two, "random" of all images together,
+            "folder" keeps the folder's own split. By default the folder's own where it has one, else by class.
         val_fraction: The share of the images that goes into split "val", 0 to less than 1; not used with the folder's own.
         seed: Of the split and of the order in the shards.
         shard_bytes: Of image files in a shard, as they are in FOLDER; exceeded by less than one. Where images are transcoded
