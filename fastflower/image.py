@@ -188,7 +188,7 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 _NO_SEGMENT = {*range(0xC3, 0xD0), *range(0xD0, 0xDB)} - {0xC4, 0xCC}
 # Tables, the number of lines, comments, other scans: what may stand between two scans.
 _BETWEEN = {0xC4, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE}
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # in a scan's data: no stuffed byte, restart or fill byte
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # in a scan's data: no stuffed byte, restart or fill byte
 
 
 def _ends(data: bytes, place: int) -> bool:
