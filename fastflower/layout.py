@@ -129,11 +129,13 @@ def _bases(root: Path, tops: Iterable[str]) -> dict[str, str]:
 
 
 def _base(root: Path, top: str) -> str | None:
-    """Where a split's class folders stand: in it, or where it holds only a folder of its name, in that; None without any."""
+    """Where a split's class folders stand: in it, or in its only folder where that is called as it or "images"; None without."""
     base, inside = top, subfolders(root / top)
-    while len(inside) == 1 and inside[0].lower() in (top.lower(), *_SPLITS):
-        base = f"{base}/{inside[0]}"
-        inside = subfolders(root / base)
+    while len(inside) == 1 and (inside[0].lower() in (top.lower(), *_SPLITS) or not _words(inside[0])):
+        deeper = subfolders(root / base / inside[0])
+        if not deeper:
+            return None
+        base, inside = f"{base}/{inside[0]}", deeper
     unlabelled = all(word in _SPLITS or word in _UNLABELLED for name in inside for word in _words(name))
     return None if unlabelled else base
 
@@ -159,7 +161,8 @@ def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:
             readings = [*_those_in(root, [top]), (f"the classes are {_names(rest)}", _hiding(root, [top]))]
             raise _unclear(root, what, [*readings, _as_classes(root, tops)])
     shared = sorted(set[str].intersection(*map(set, inside.values())) - {name for _, name in nested})
-    if len(shared) >= len(tops) and not any(_has_own(root / top) for top in tops):
+    folds = len(shared) > 1 and all("fold" in _words(top) for top in tops)
+    if (folds or len(shared) >= len(tops)) and not any(_has_own(root / top) for top in tops):
         what = f"{_names(tops)} hold the same folders ({_names(shared)})"
         raise _unclear(root, what, [*_those_in(root, tops), _as_classes(root, tops)])
 

@@ -89,6 +89,7 @@ LAID_OUT = {
         ("train", "test"),
         3,
     ),
+    "in images": (["train/images/a/1.jpg", "train/images/b/1.jpg", "val/images/a/1.jpg"], ("train", "val"), 3),
     "an empty test": ([*TRAIN, *VAL, "test/"], ("train", "val"), 4),
     "labels beside": ([*TRAIN, *VAL, "labels/a/1.txt", "notebooks/x.py"], ("train", "val"), 4),
     "what macOS adds": ([*TRAIN, *VAL, "__MACOSX/train/a/._1.jpg"], ("train", "val"), 4),
@@ -166,6 +167,10 @@ UNCLEAR = {
     "the same classes in each": (
         [f"{top}/{name}/1.jpg" for top in ("color", "grey scale") for name in "abc"],
         [*2 * [(("a", "b", "c"), (), 3)], (("color", "grey scale"), ("train",), 6)],
+    ),
+    "folds": (
+        [f"fold_{fold}/{name}/1.jpg" for fold in range(1, 4) for name in "ab"],
+        [*3 * [(("a", "b"), (), 2)], (("fold_1", "fold_2", "fold_3"), ("train",), 6)],
     ),
     "splits below classes": (
         ["rose/train/1.jpg", "rose/test/1.jpg", "red rose/train/1.jpg", "red rose/test/2.jpg"],
