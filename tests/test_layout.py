@@ -1,4 +1,4 @@
-"""Which folders are classes and which are splits: forty layouts of data sets, and what to type where one is unclear."""
+"""Which folders are classes and which are splits: the layouts that data sets come in, and what to type where one is unclear."""
 
 import re
 import subprocess
