@@ -101,6 +101,8 @@ def check_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict
     if others:
         raise _beside(root, named, others)
     full = [top for top in named if _holds_images(root / top)]
+    if not full:
+        raise FolderError(f"{root}: has no images in {_names(named)}; put them into {root / next(iter(named))}/CLASS.")
     if len({named[top] for top in full}) < len(full):
         raise FolderError(
             f"{root}: has two folders for the same split ({', '.join(named)}); remove or join one of them."
@@ -131,13 +133,19 @@ def _bases(root: Path, tops: Iterable[str]) -> dict[str, str]:
 def _base(root: Path, top: str) -> str | None:
     """Where a split's class folders stand: in it, or in its only folder where that is called as it or "images"; None without."""
     base, inside = top, subfolders(root / top)
-    while len(inside) == 1 and (inside[0].lower() in (top.lower(), *_SPLITS) or not _words(inside[0])):
+    while len(inside) == 1 and (inside[0].lower() == top.lower() or _names_no_class(inside[0])):
         deeper = subfolders(root / base / inside[0])
         if not deeper:
             return None
         base, inside = f"{base}/{inside[0]}", deeper
-    unlabelled = all(word in _SPLITS or word in _UNLABELLED for name in inside for word in _words(name))
-    return None if unlabelled else base
+    return None if all(map(_names_no_class, inside)) else base
+
+
+def _names_no_class(name: str) -> bool:
+    """Whether a folder below a split is called as one for any images: "images", "unknown", or as a split; a number is a class."""
+    return re.search(r"[^\W\d_]", name) is not None and all(
+        word in _SPLITS or word in _UNLABELLED for word in _words(name)
+    )
 
 
 def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:

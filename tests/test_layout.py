@@ -109,6 +109,20 @@ def test_what_can_be_read_in_one_way_is_read_so(tmp_path: Path, name: str, caplo
     assert ("__MACOSX", "is what a system adds, no class") in found.ignored or "macOS" not in name
 
 
+@pytest.mark.parametrize(
+    "classes", [("0", "1"), ("1_", "2-3"), ("00", "7"), ("train", "car"), ("猫", "犬"), ("all", "red")]
+)
+def test_class_folders_of_splits_may_have_any_name(tmp_path: Path, classes: tuple[str, ...]) -> None:
+    found = scan(touch(tmp_path, *(f"{top}/{name}/1.jpg" for top in ("train", "val", "test") for name in classes)))
+    assert (found.classes, found.splits) == (tuple(sorted(classes)), ("train", "val", "test"))
+
+
+def test_splits_without_any_image_are_named(tmp_path: Path) -> None:
+    rule = f"has no images in 'train', 'val'; put them into {tmp_path / 'train'}/CLASS."
+    with pytest.raises(FolderError, match=exactly(f"{tmp_path}: {rule}")):
+        scan(touch(tmp_path, "train/a/", "val/"))
+
+
 @pytest.mark.parametrize("below", ["", "unknown/", "test/", "images/"])
 def test_a_test_split_without_labels_is_left_out_and_said(
     tmp_path: Path, below: str, caplog: pytest.LogCaptureFixture
