@@ -43,8 +43,9 @@ def _range(image: Image.Image, levels: NDArray[np.float32]) -> tuple[float, floa
         return noted
     if whole and bits <= 16:
         return 0, (1 << bits) - 1
-    furthest = max(most, -least)
-    high = next((full for full in _RANGES["F" not in image.mode :] if furthest <= full), furthest)
+    floats, furthest = "F" in image.mode, max(most, -least)
+    slack = 1.1 if floats else 1  # resampling overshoots; it is clipped
+    high = next((full for full in _RANGES[not floats :] if furthest <= slack * full), furthest)
     return (-high if least < 0 else 0), high
 
 
