@@ -108,6 +108,7 @@ def _pack(prog: str, args: Sequence[str]) -> None:
         print(f"{name}: {split.samples} images in {len(split.shards)} shards")
     twins = [group for group in manifest.duplicates if group not in manifest.label_conflicts]
     _listed("skipped", [f"{item['path']}: {item['reason']}" for item in manifest.skipped])
+    _listed("warning", [f"{item['path']}: {item['warning']}" for item in manifest.warnings])
     _listed("the same picture under two labels:", map(", ".join, manifest.label_conflicts))
     _listed("identical:", map(", ".join, twins))
     near = [f"{item['path']} in {item['split']}, {item['train_path']} in train" for item in manifest.near_duplicates]

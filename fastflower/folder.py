@@ -7,8 +7,6 @@ import logging
 import os
 import stat
 import struct
-from codecs import BOM_UTF8
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.errors import FolderError
-
-# ImageFolder's IMG_EXTENSIONS (torchvision/datasets/folder.py).
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-# Folders that stand for a split, in lower case, and its name.
-_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-_SPLITS |= {"test": "test", "testing": "test"}
+from fastflower.layout import (
+    EXTENSIONS,
+    NO_CLASSES,
+    check_classes,
+    check_splits,
+    check_wrapper,
+    is_folder,
+    splits_named,
+    subfolders,
+)
+from fastflower.lists import listed_classes, listed_files, lists_of
 
 FILE_DTYPE = np.dtype(
     [
@@ -101,73 +103,94 @@ class _Found:
         return Folder(self.root, tuple(classes), splits, files, paths, tuple(self.ignored))
 
 
-def scan(root: str | Path) -> Folder:
+def scan(root: str | Path, *, anew: bool = False) -> Folder:
     """Read the names and sizes, not the contents, of the images of a folder. One of three layouts:
 
-    `root`/CLASS/**, as ImageFolder reads it; `root`/train/CLASS/** (training) with val (valid, validation) or test (testing)
-    beside it, in any case; or lists `root`/meta/train.txt and val.txt with lines "PATH LABEL", and classes.txt, in meta/ or
-    directly in the root.
+    `root`/CLASS/**, as ImageFolder reads it; `root`/train/CLASS/** with folders named as other splits beside it; or lists
+    `root`/meta/train.txt and val.txt with lines "PATH LABEL", and classes.txt, in meta/ or directly in the root.
 
-    Raises FolderError, naming file and line where there is one, for a folder that fits none of them, has only one class,
-    or a class without images.
+    A folder named as a split is no class. anew  the caller draws a split of all images, so splits below classes do not count.
+    Raises FolderError, naming file and line where there is one, for a folder that fits none of them or several, has only one
+    class, or a class without images.
     """
     root = Path(root)
     try:
-        return _scanned(root)
+        return _scanned(root, anew)
     except OSError as error:
         raise FolderError(f"{error.filename or root}: cannot be read ({error.strerror}); make it readable.") from error
 
 
-def _scanned(root: Path) -> Folder:
+def _scanned(root: Path, anew: bool) -> Folder:
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise FolderError(f"{root}: {what}; name a folder that holds one folder of images for each class.")
-    if lists := _lists(root):
-        return _listed(root, lists)
-    tops = _subfolders(root)
-    named = {top: _SPLITS[top.lower()] for top in tops if top.lower() in _SPLITS}
-    parted = [top for top in tops if (top in named or len(tops) == 1) and _subfolders(root / top)]
-    if "train" in named.values() and len(tops) > 1 and parted == list(named) == tops:
-        return _split(root, named)
-    if len(named) > 1 or (named and parted and len(tops) > 1):
-        what = "are taken for classes; they are splits where each has class folders and stands beside splits only"
-        logging.getLogger("fastflower").warning("%s: %s %s", root, ", ".join(tops), what)
-    if len(parted) == len(tops) == 1:
-        what = f"has one class, {tops[0]!r}; a classifier needs at least two class folders."
-        raise FolderError(f"{root}: {what} If those in it are the classes, name {root / tops[0]}.")
-    found = _Found(root)
+    if lists := lists_of(root):
+        found, classes = _Found(root), listed_classes(root, lists)
+        for path, label, split in listed_files(root, lists, classes):
+            found.add(path, label, split)
+        if not found.files:
+            raise FolderError(f"{lists['train']}: lists no image; write lines PATH LABEL.")
+        return found.folder(classes, tuple(lists))
+    tops = subfolders(root)
     if not tops:
         raise FolderError(f"{root}: has no class folders; put the images of each class into a folder of its own.")
+    if len(tops) > 1 and (named := splits_named(tops)):
+        return _split(root, named, check_splits(root, named, tops))
+    check_classes(root, tops, anew)
+    return _classes(root, tops)
+
+
+def _classes(root: Path, tops: list[str]) -> Folder:
+    found, empty = _Found(root), list[str]()
     for label, name in enumerate(tops):
-        _add_class(found, name, label, 0, required=True)
+        before = len(found.files)
+        _add_class(found, name, label, 0)
+        if len(found.files) == before:
+            empty.append(name)
+    if len(empty) == len(tops) - 1:
+        check_wrapper(root, *(top for top in tops if top not in empty))
+    if empty:
+        raise _no_images(root / empty[0])
     _note_strays(found, ".")
     return found.folder(tops, ())
 
 
-def _subfolders(root: Path) -> list[str]:
-    """Names of folders, sorted; hidden ones are no classes (ImageFolder takes .git or .cache for one)."""
-    return sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and _is_folder(entry))
-
-
-def _split(root: Path, named: dict[str, str]) -> Folder:
+def _split(root: Path, named: dict[str, str], bases: dict[str, str]) -> Folder:
+    """bases  where the class folders of each labelled split stand, training first."""
     found = _Found(root)
-    tops = sorted(named, key=lambda top: list(_SPLITS.values()).index(named[top]))
-    splits = tuple(named[top] for top in tops)
-    if len(set(splits)) < len(splits):
-        raise FolderError(
-            f"{root}: has two folders for the same split ({', '.join(tops)}); remove or join one of them."
-        )
-    train = root / tops[0]
-    classes = _subfolders(train)
-    for number, top in enumerate(tops):
-        for name in _subfolders(root / top):
+    train, *_ = bases.values()
+    classes = subfolders(root / train)
+    for number, base in enumerate(bases.values()):
+        for name in subfolders(root / base):
             if name not in classes:
                 raise FolderError(
-                    f"{root / top / name}: is no class of {train}; add the class there, or remove this folder."
+                    f"{root / base / name}: is no class of {root / train}; add the class there, or remove this folder."
                 )
-            _add_class(found, f"{top}/{name}", classes.index(name), number, required=number == 0)
-    _note_strays(found, ".", *tops)
-    return found.folder(classes, splits)
+            before = len(found.files)
+            _add_class(found, f"{base}/{name}", classes.index(name), number)
+            if number == 0 and len(found.files) == before:
+                raise _no_images(root / base / name)
+    _note_strays(found, ".", *bases.values())
+    for top in named:
+        if top not in bases:
+            _leave_out(found, top)
+    return found.folder(classes, tuple(named[top] for top in bases))
+
+
+def _no_images(folder: Path) -> FolderError:
+    return FolderError(f"{folder}: has no images ({', '.join(EXTENSIONS)}); add some, or remove the class folder.")
+
+
+def _leave_out(found: _Found, top: str) -> None:
+    """List the images of a split that has no class folders; they are for `predict`."""
+    before = len(found.ignored)
+    for parent in _walk(found, top):
+        _note_strays(found, parent)
+    if len(found.ignored) > before:
+        what = "has no class folders, so its images have no labels and are left out; predict classifies them"
+        logging.getLogger("fastflower").warning("%s: %s", found.root / top, what)
+    else:
+        found.ignored.append((top, "is a folder without images"))
 
 
 def _note_strays(found: _Found, *folders: str) -> None:
@@ -177,24 +200,21 @@ def _note_strays(found: _Found, *folders: str) -> None:
             path = os.path.normpath(f"{folder}/{file}")
             if file.lower().endswith(EXTENSIONS) and not (found.root / path).is_dir():
                 found.ignored.append((path, "lies in no class folder"))
+            elif file in NO_CLASSES:
+                found.ignored.append((path, "is what a system adds, no class"))
 
 
-def _add_class(found: _Found, name: str, label: int, split: int, *, required: bool) -> None:
+def _add_class(found: _Found, name: str, label: int, split: int) -> None:
     """The files below root/name, sorted by folder, then by name, as ImageFolder has them; links are followed."""
-    before = len(found.files)
     for parent in _walk(found, name):
         for file in sorted(os.listdir(found.root / parent)):  # noqa: PTH208  (names alone fit in memory)
             found.add(f"{parent}/{file}", label, split, named=file.lower().endswith(EXTENSIONS))
-    if required and len(found.files) == before:
-        raise FolderError(
-            f"{found.root / name}: has no images ({', '.join(EXTENSIONS)}); add some, or remove the class folder."
-        )
 
 
 def images_in(root: Path) -> list[Path]:
     """Image files of a folder and of those below it, as those of a class are found."""
     found = _Found(root)
-    _add_class(found, ".", 0, 0, required=False)
+    _add_class(found, ".", 0, 0)
     ends = [0, *(row[0] for row in _FILE.iter_unpack(found.files))]
     return [root / os.fsdecode(bytes(found.paths[start:end])) for start, end in pairwise(ends)]
 
@@ -211,7 +231,7 @@ def _walk(found: _Found, name: str) -> list[str]:
             if (status.st_dev, status.st_ino) in seen:
                 found.ignored.append((path, "is a link to a folder that was read already"))
                 continue
-            inside = [(entry.name, entry.is_symlink()) for entry in os.scandir(found.root / path) if _is_folder(entry)]
+            inside = [(entry.name, entry.is_symlink()) for entry in os.scandir(found.root / path) if is_folder(entry)]
         except OSError as error:
             found.ignored.append((path, f"is a folder that cannot be read ({error.strerror})"))
             continue
@@ -220,72 +240,3 @@ def _walk(found: _Found, name: str) -> list[str]:
         for entry, is_link in sorted(inside, reverse=True):
             (linked if is_link else pending).append(f"{path}/{entry}")
     return sorted(folders)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _lists(root: Path) -> dict[str, Path]:
-    """The lists of a folder by split; train.txt makes it one with lists."""
-    found = {split: _first(root, f"{split}.txt") for split in ("train", "val", "test")}
-    return {split: path for split, path in found.items() if path is not None} if found["train"] else {}
-
-
-def _first(root: Path, name: str) -> Path | None:
-    return next((path for path in (root / "meta" / name, root / name) if path.is_file()), None)
-
-
-def _listed(root: Path, lists: dict[str, Path]) -> Folder:
-    """Lines are "PATH LABEL" or, below class folders, "CLASS/FILE"; paths are below root/SPLIT or root."""
-    found = _Found(root)
-    named = _first(root, "classes.txt")
-    if named is not None:
-        lines = named.read_bytes().removeprefix(BOM_UTF8).splitlines()
-        classes = [os.fsdecode(line).strip() for line in lines if line.strip()]
-        if len(set(classes)) < len(classes):
-            raise FolderError(f"{named}: names a class twice; one line a class, in the order of the labels.")
-    else:
-        classes = sorted({path.partition("/")[0] for _, path, _ in _lines(lists["train"]) if "/" in path})
-    labels = {name: label for label, name in enumerate(classes)}
-    seen: set[int] = set()  # 64 bits of each path; paths themselves would not fit a million files
-    for number, (split, file) in enumerate(lists.items()):
-        for line, listed, label in _lines(file):
-            where, first = f"{file}, line {line}", listed.partition("/")[0]
-            if "\0" in listed:
-                raise FolderError(f"{where}: holds a zero byte; save the list as UTF-8.")
-            known = labels.get(first) if label is None else label
-            if known is None:
-                raise FolderError(f"{where}: {listed!r} has no label and lies in no class folder; write PATH LABEL.")
-            if known >= len(classes):
-                raise FolderError(f"{where}: label {known} is not one of the {len(classes)} classes; add classes.txt.")
-            if named is None and classes[known] != first:
-                raise FolderError(
-                    f"{where}: label {known} is not the place of {first!r} among the sorted class folders; add classes.txt."
-                )
-            # A name that is too long is one of nothing; Path.exists and Path.is_dir raise for it.
-            path = f"{split}/{listed}" if os.path.exists(root / split / listed) else listed  # noqa: PTH110  (does not raise)
-            if os.path.isdir(root / path):  # noqa: PTH112  (does not raise)
-                raise FolderError(f"{where}: {path!r} is a folder; list its files.")
-            if hash(path) in seen:
-                raise FolderError(f"{where}: {path!r} is listed twice; remove one of the lines.")
-            seen.add(hash(path))
-            found.add(path, known, number)
-    if not found.files:
-        raise FolderError(f"{lists['train']}: lists no image; write lines PATH LABEL.")
-    return found.folder(classes, tuple(lists))
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str, int | None]]:
-    """(line number, path, label or None) of each line of a list that is not empty."""
-    with file.open("rb") as stream:
-        for number, raw in enumerate(stream, 1):
-            text = os.fsdecode(raw.removeprefix(BOM_UTF8 if number == 1 else b"").rstrip(b"\r\n"))
-            path, *label = text.rsplit(maxsplit=1) or [""]
-            if label and label[0].isascii() and label[0].isdigit():
-                yield number, path, int(label[0])
-            elif path:
-                yield number, text, None

@@ -1,21 +1,28 @@
 """Decoding, transcoding and fingerprinting single image files."""
 
 import io
+import re
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
+from fastflower import libjpeg
 from fastflower.errors import SampleError
+from fastflower.levels import to_eight_bits
 
 # Twice Pillow's warning threshold, where Pillow itself raises DecompressionBombError.
 MAX_PIXELS = 178_956_970
 # Without a quality of the caller's: 95, full chroma, is the most that Pillow recommends.
 _QUALITY = 95
 _MAX_SIDE = 65_500  # pixels: of libjpeg
+_NO_DATA = 128  # the grey that libjpeg gives pixels for which a file has no data
+_LEAST_DATA = 0.05  # of the pixels: a file with less is another image's data under this header
+_CONTRAST = 8  # grey levels: an image that spans fewer shows nothing
 _REDUCED = {  # the flags' constants include IMREAD_COLOR, which means BGR
     factor: getattr(cv2, f"IMREAD_REDUCED_COLOR_{factor}") & ~cv2.IMREAD_COLOR for factor in (2, 4, 8)
 }
@@ -66,29 +73,37 @@ class Prepared(NamedTuple):
     """Perceptual, 64 bits: images that look alike differ in few of them."""
 
 
-def prepare(data: bytes, *, max_side: int | None, quality: int | None) -> Prepared:
+def prepare(
+    data: bytes, *, max_side: int | None, quality: int | None, warn: Callable[[str], object] = lambda _: None
+) -> Prepared:
     """The JPEG file to pack for an image file, proven by a full decode.
 
     The same bytes where they are a JPEG file in grey or RGB that needs no change; otherwise a transcoded RGB image.
     max_side  pixels, the longer side is reduced to it; quality  1 .. 95, every image is transcoded with it.
+    warn  is told what is odd about an image that is packed all the same: damage that decoders only warn of, or no contrast.
     Raises SampleError with the reason when the image does not decode, or would have more than MAX_PIXELS pixels.
     """
+    size = _plain_jpeg_size(data) if quality is None else None
+    if size is None or (max_side is not None and max(size) > max_side):
+        made, grey = _transcoded(data, max_side, quality)
+        if data[:2] == b"\xff\xd8":  # Pillow keeps to itself what libjpeg warns of
+            _listen(data, warn)
+    else:
+        _check_pixels(*size)
+        made, grey = data, _proven(data, warn)
+    low, high, *_ = cv2.minMaxLoc(grey)
+    if high - low < _CONTRAST:
+        warn(f"has next to no contrast: its grey levels are {low:.0f} to {high:.0f} of 255")
+    return Prepared(made, (grey.shape[0], grey.shape[1]), perceptual_hash(grey))
+
+
+def _transcoded(data: bytes, max_side: int | None, quality: int | None) -> tuple[bytes, NDArray[np.uint8]]:
+    """The JPEG file of an image, and its grey levels."""
     try:
-        plain = _plain_jpeg_size(data) if quality is None else None
-        if plain is not None and max_side is not None and max(plain) > max_side:
-            plain = None
-        if plain is not None:
-            _check_pixels(*plain)
-            # In grey every code of the file is read and nothing is refused less (3,960 damaged files, 1,701 refused by
-            # both); what is left out, the transform of chroma and the conversion of colours, cannot fail.
-            grey = _decoded(data, cv2.IMREAD_GRAYSCALE)
-            return Prepared(data, (grey.shape[0], grey.shape[1]), perceptual_hash(grey))
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_pixels(*image.size)
             upright = _upright_rgb(image)
-    except SampleError as error:
-        raise SampleError(_reason(data) or str(error)) from None
-    except MemoryError:  # says nothing about the image
+    except (SampleError, MemoryError):  # the latter says nothing about the image
         raise
     except Exception as error:  # Pillow's readers raise whatever struct, zlib and they themselves raise
         raise SampleError(_plain(error)) from None
@@ -99,22 +114,58 @@ def prepare(data: bytes, *, max_side: int | None, quality: int | None) -> Prepar
         raise SampleError(f"has {width} x {height} pixels, more a side than a JPEG file's {_MAX_SIDE}; set max_side")
     target = io.BytesIO()
     upright.save(target, "JPEG", quality=quality or _QUALITY, subsampling=0 if quality is None else "4:2:0")
-    return Prepared(
-        target.getvalue(), (upright.height, upright.width), perceptual_hash(np.asarray(upright.convert("L")))
-    )
+    return target.getvalue(), np.asarray(upright.convert("L"))
+
+
+def _proven(data: bytes, warn: Callable[[str], object]) -> NDArray[np.uint8]:
+    """The grey levels of a JPEG file that is kept as it is.
+
+    In grey every code of the file is read and nothing is refused less (3,960 damaged files, 1,701 refused by both); what is
+    left out, the transform of chroma and the conversion of colours, cannot fail.
+    """
+    try:
+        with libjpeg.warnings() as heard:
+            grey = _decoded(data, cv2.IMREAD_GRAYSCALE)
+    except SampleError as error:
+        raise SampleError(_reason(data) or str(error)) from None
+    if heard and (reason := _reason(data)):  # an error behind the damage, at which OpenCV has its pixels already
+        raise SampleError(reason)
+    _weigh(grey, heard, warn)
+    return grey
+
+
+def _listen(data: bytes, warn: Callable[[str], object]) -> None:
+    """What libjpeg warns of in a JPEG file that is transcoded, of which OpenCV does not read every kind."""
+    array = np.frombuffer(data, np.uint8)
+    with libjpeg.warnings() as heard:
+        read = cv2.imdecode(array, cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None  # an eighth: in half of the time
+        grey = cv2.imdecode(array, cv2.IMREAD_GRAYSCALE) if read and heard else None
+    if grey is not None:
+        _weigh(grey, heard, warn)
+
+
+def _weigh(grey: NDArray[Any], heard: bytearray, warn: Callable[[str], object]) -> None:
+    """Pass on what libjpeg warns of. Raises SampleError where it has next to no data for what the header promises."""
+    if heard:
+        share = np.count_nonzero(grey != _NO_DATA) / grey.size
+        if share < _LEAST_DATA:
+            height, width = grey.shape
+            raise SampleError(f"promises {width} x {height} pixels, and has data for {share:.1%} of them")
+        warn(heard.decode(errors="replace").splitlines()[0])
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(width, height) of a JPEG file that is kept as it is: grey or three colours of 8 bits, Huffman-coded. Else None.
 
     Also None where anything else stands between the segments before the first scan: OpenCV skips it, DALI refuses the file.
+    And None where the last scan is not followed by the image's end: OpenCV has its pixels by then, Pillow refuses some.
     Pillow tells the same in four times the time, most of it holding Python's lock. Markers: ITU-T T.81, annex B.
     """
     place, size, orientations = 2, None, 0
     while data[:2] == b"\xff\xd8" and place + 10 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
         if marker == 0xDA:  # the first scan
-            return size
+            return size if _ends(data, place) else None
         if marker == 0xE1 and data[place + 4 : place + 8] == b"Exif":
             orientations += 1
             if orientations > 1:  # DALI 2.4 crashes where they differ
@@ -135,6 +186,26 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 # Other frames (lossless, hierarchical, arithmetic), restarts, start and end of image, start of scan: no frame of ours follows.
 _NO_SEGMENT = {*range(0xC3, 0xD0), *range(0xD0, 0xDB)} - {0xC4, 0xCC}
+# Tables, the number of lines, comments, other scans: what may stand between two scans.
+_BETWEEN = {0xC4, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE}
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # in a scan's data: no stuffed byte, restart or fill byte
+
+
+def _ends(data: bytes, place: int) -> bool:
+    """Whether the scan at `place`, and those after it, lead by whole segments to the end of the image."""
+    while marker := _MARKER.match(data, place):
+        kind = marker[0][1]
+        if kind == 0xD9:
+            return True
+        if kind not in _BETWEEN:
+            return False
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        if kind == 0xDA:
+            found = _MARKER.search(data, place)
+            place = found.start() if found else len(data)
+        while data[place : place + 2] == b"\xff\xff":  # fill bytes
+            place += 1
+    return False
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -162,13 +233,31 @@ _COSINES = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1)).as
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """As Pillow's convert("RGB") makes it, but 16-bit greys are scaled to 8 bits; Pillow clips them, most of them to white."""
-    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    upright = ImageOps.exif_transpose(image)
-    if wide:
-        upright = Image.fromarray(cv2.convertScaleAbs(np.asarray(upright).astype(np.uint16), alpha=1 / 257))
+    """As Pillow's convert("RGB") makes it, but upright, and with levels of more than 8 bits scaled; Pillow clips them."""
+    image.load()  # before EXIF is read, so that what this raises is about the pixels
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except MemoryError:
+        raise
+    except Exception:  # damaged EXIF: every reader takes such an image as it stands
+        turn = None
+    wide = image.mode == "F" or image.mode.startswith("I")
+    upright = Image.fromarray(to_eight_bits(image)) if wide else image
+    if turn is not None:
+        upright = upright.transpose(turn)
     upright.info.pop("transparency", None)  # dropped like every alpha; of a palette's, Pillow would warn
     return upright.convert("RGB")
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def _reason(data: bytes) -> str | None:

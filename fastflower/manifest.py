@@ -71,6 +71,8 @@ class Manifest:
     """What it was packed with: split_by, val_fraction, seed and the rest."""
     skipped: tuple[dict[str, str], ...] = ()
     """Files left out: {"path", "reason"}."""
+    warnings: tuple[dict[str, str], ...] = ()
+    """Files that are packed though something is odd about them: {"path", "warning"}; version 1 may lack it."""
     duplicates: tuple[tuple[str, ...], ...] = ()
     """Groups of files with identical bytes; a group lies in one split."""
     label_conflicts: tuple[tuple[str, ...], ...] = ()
@@ -116,6 +118,7 @@ class Manifest:
                 splits=splits,
                 options=stored["options"],
                 skipped=tuple(stored["skipped"]),
+                warnings=tuple(stored["warnings"] if stored["version"] > 1 else stored.get("warnings", ())),
                 duplicates=tuple(map(tuple, stored["duplicates"])),
                 label_conflicts=tuple(map(tuple, stored["label_conflicts"])),
                 near_duplicates=tuple(stored["near_duplicates"]),

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -29,11 +30,11 @@ from fastflower.folder import Folder, scan
 from fastflower.manifest import FILE, INFO, PLAN, WORK, Manifest, Split, sync, version_of, write_atomically
 from fastflower.part import STOP, Part, make_part
 from fastflower.planning import Plan, check_counts, check_same, load_plan, make_plan, save_plan, shard_name
+from fastflower.remarks import remarks
 from fastflower.shard import index_rows, npy
 
 _log = logging.getLogger("fastflower")
 
-_MOST_NAMES = 10  # of classes, in a line
 _ENDINGS = (".tar", ".idx", ".npy")
 _LISTS = ("classes.txt", "meta")
 
@@ -61,11 +62,12 @@ def pack(
     same call goes on where it stopped.
 
     Args:
-        folder: The folder: FOLDER/CLASS/** as torchvision's ImageFolder reads it, FOLDER/train/CLASS and FOLDER/val/CLASS, or
-            lists FOLDER/meta/train.txt, FOLDER/meta/val.txt and FOLDER/classes.txt.
+        folder: The folder: FOLDER/CLASS/** as torchvision's ImageFolder reads it, FOLDER/train/CLASS and FOLDER/val/CLASS
+            (a folder named as a split is never a class), or lists FOLDER/meta/train.txt, FOLDER/meta/val.txt and
+            FOLDER/classes.txt.
         out: The folder to write; must not hold a pack already, nor lie in FOLDER.
-        split_by: "class" takes val_fraction of every class, "random" of all images together, "folder" keeps the folder's own
-            split. By default the folder's own where it has one, else by class.
+        split_by: "class" takes val_fraction of every class, at least one image of two, "random" of all images together,
+            "folder" keeps the folder's own split. By default the folder's own where it has one, else by class.
         val_fraction: The share of the images that goes into split "val", 0 to less than 1; not used with the folder's own.
         seed: Of the split and of the order in the shards.
         shard_bytes: Of image files in a shard, as they are in FOLDER; exceeded by less than one. Where images are transcoded
@@ -96,7 +98,7 @@ def pack(
     folder, out = Path(folder), Path(out)
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve raises at a link to itself
         raise FolderError(f"{out}: lies in {folder}, where it would count as images; name another folder with --out.")
-    found = scan(folder)
+    found = scan(folder, anew=split_by in ("class", "random"))
     split_by = split_by or ("folder" if found.splits else "class")
     if split_by == "folder" and not found.splits:
         raise ArgumentError(f"split_by must be 'class' or 'random' for {folder}, which has no split of its own.")
@@ -130,25 +132,13 @@ def pack(
             _withdraw(plan, work)
             _run(plan, work, pool, threads, executor)
             manifest = _publish(plan, work)
-            _tell(manifest)
+            for remark in remarks(manifest):
+                _log.warning("%s: %s", manifest.folder, remark)
         except FolderError:  # lies in the images, so going on would not help
             (work / PLAN).unlink()
             raise
         (work / PLAN).unlink()
     return manifest
-
-
-def _tell(manifest: Manifest) -> None:
-    """Log what is not in the shards, or not as one would think."""
-    if manifest.skipped:
-        _log.warning(
-            "%s: %d files are left out; its manifest says why (skipped)", manifest.folder, len(manifest.skipped)
-        )
-    for name, split in manifest.splits.items():
-        absent = [label for label, count in zip(manifest.classes, split.class_counts, strict=True) if not count]
-        if absent and split.samples:
-            few = ", ".join(map(repr, absent[:_MOST_NAMES])) + (" and others" if len(absent) > _MOST_NAMES else "")
-            _log.warning("%s: split %s has no image of %s: scores will not tell of that", manifest.folder, name, few)
 
 
 def _check_names(found: Folder) -> None:
@@ -299,7 +289,7 @@ def _publish(plan: Plan, work: Path) -> Manifest:
     """Finish every file in the workspace, then rename them into place, the manifest last; all of them or none."""
     kept, out = _kept(plan, work), work.parent
     parts = {split: [part for _, part in group] for split, group in kept.items()}
-    manifest = _described(plan, out, parts, [Part.load(work / f"{part.name}.npz").skipped for part in plan.parts])
+    manifest = _described(plan, out, parts, [Part.load(work / f"{part.name}.npz") for part in plan.parts])
     moves = _moves(kept, work)
     for name, data in _files(plan, manifest, parts):
         (work / name).parent.mkdir(exist_ok=True)
@@ -342,10 +332,10 @@ def _lists(plan: Plan, parts: dict[str, list[Part]]) -> dict[str, bytes]:
     return lists
 
 
-def _described(plan: Plan, out: Path, parts: dict[str, list[Part]], skipped: list[list[dict[str, str]]]) -> Manifest:
+def _described(plan: Plan, out: Path, parts: dict[str, list[Part]], made: list[Part]) -> Manifest:
     found, conflicts = plan.found, plan.conflicts()
     dropped = [number for group in conflicts for number in group] if plan.options["on_conflict"] == "drop" else []
-    left_out = [item for group in skipped for item in group]
+    left_out = [item for part in made for item in part.skipped]
     left_out += [{"path": path, "reason": reason} for path, reason in found.ignored]
     left_out += [{"path": found.path(number), "reason": "stands under two labels"} for number in dropped]
     splits: dict[str, Split] = {}
@@ -362,7 +352,8 @@ def _described(plan: Plan, out: Path, parts: dict[str, list[Part]], skipped: lis
         classes=found.classes,
         splits=splits,
         options=plan.options,
-        skipped=tuple(sorted(left_out, key=lambda item: item["path"])),
+        skipped=tuple(sorted(left_out, key=itemgetter("path"))),
+        warnings=tuple(sorted((item for part in made for item in part.warnings), key=itemgetter("path"))),
         duplicates=tuple(tuple(found.path(number) for number in group) for group in plan.groups),
         label_conflicts=tuple(tuple(found.path(number) for number in group) for group in conflicts),
         near_duplicates=tuple(_near_duplicates(plan, parts)),

@@ -32,6 +32,9 @@ _SMALL = 1 << 12  # bytes: what every image counts for at least, for it takes me
 _LOADING = threading.Lock()
 
 
+_REST = ("shard", "skipped", "warnings")  # of a part, besides its arrays
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A finished part, as its record in the workspace tells it."""
@@ -42,10 +45,11 @@ class Part:
     """Of its images in the folder."""
     hashes: NDArray[np.uint64]
     skipped: list[dict[str, str]]
+    warnings: list[dict[str, str]] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Write the record, whole or not at all."""
-        rest = json.dumps({"shard": asdict(self.shard), "skipped": self.skipped}).encode()
+        rest = json.dumps({name: getattr(self, name) for name in _REST}, default=asdict).encode()
         data = io.BytesIO()
         np.savez(data, rows=self.rows, numbers=self.numbers, hashes=self.hashes, rest=np.frombuffer(rest, np.uint8))
         write_atomically(path, data.getbuffer())
@@ -57,7 +61,8 @@ class Part:
             # Given a path, np.load leaves a damaged file open.
             with _LOADING, path.open("rb") as file, np.load(file) as record:
                 rest = json.loads(record["rest"].tobytes())
-                return cls(Shard(**rest["shard"]), record["rows"], record["numbers"], record["hashes"], rest["skipped"])
+                told = rest["skipped"], rest.get("warnings", [])  # the latter is not in records of older versions
+                return cls(Shard(**rest["shard"]), record["rows"], record["numbers"], record["hashes"], *told)
         except (EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
             raise OSError(f"{path} is damaged: {error}") from error
 
@@ -86,7 +91,7 @@ def make_part(
         return len(numbers)
     sizes = np.cumsum(np.maximum(plan.found.files["size"][numbers].astype(np.int64), _SMALL))
     chunks = np.split(numbers, np.flatnonzero(np.diff(sizes // _CHUNK_BYTES)) + 1)
-    skipped: list[dict[str, str]] = []
+    skipped, warnings = list[dict[str, str]](), list[dict[str, str]]()
     kept, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
     attempt = work / f"{name}.{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}.part"
     try:
@@ -99,6 +104,7 @@ def make_part(
                     kept.append(np.array(made.numbers, np.int64))
                     hashes.append(np.array(made.hashes, np.uint64))
                     skipped += made.skipped
+                    warnings += made.warnings
                     advance(len(chunk))
             file.flush()
             os.fsync(file.fileno())
@@ -107,18 +113,20 @@ def make_part(
         attempt.unlink(missing_ok=True)
     write_atomically(work / f"{name}.idx", *writer.dali_index_pieces())
     shard = writer.shard(f"{name}.tar")
-    Part(shard, writer.rows, np.concatenate(kept), np.concatenate(hashes), skipped).save(work / f"{name}.npz")
+    arrays = (writer.rows, np.concatenate(kept), np.concatenate(hashes))
+    Part(shard, *arrays, skipped, warnings).save(work / f"{name}.npz")
     return len(numbers)
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """Some samples, with their images' numbers and perceptual hashes, and what is left out."""
+    """Some samples, with their images' numbers and perceptual hashes, what is odd about them, and what is left out."""
 
     samples: Samples = field(default_factory=Samples)
     numbers: list[int] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[dict[str, str]] = field(default_factory=list)
 
 
 def _prepared(root: Path, plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
@@ -126,11 +134,11 @@ def _prepared(root: Path, plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
     found, made = plan.found, _Chunk()
     max_side, quality = plan.options["max_side"], plan.options["quality"]
     for number in numbers.tolist():
-        path = found.path(number)
+        path, told = found.path(number), list[str]()
         try:
             if found.files["size"][number] > _MAX_BYTES:
                 raise SampleError(f"has {found.files['size'][number]} bytes, more than the limit of {_MAX_BYTES}")
-            image = prepare((root / path).read_bytes(), max_side=max_side, quality=quality)
+            image = prepare((root / path).read_bytes(), max_side=max_side, quality=quality, warn=told.append)
         except (OSError, SampleError) as error:
             reason = str((isinstance(error, OSError) and error.strerror) or error)
             if plan.options["on_bad"] == "fail":
@@ -142,6 +150,7 @@ def _prepared(root: Path, plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
         made.samples.add(key_of(path), image.encoded, label, image.size, path, found.classes[label])
         made.numbers.append(number)
         made.hashes.append(image.hash)
+        made.warnings += [{"path": path, "warning": text} for text in told]
     return made
 
 

@@ -99,18 +99,19 @@ def check_counts(classes: tuple[str, ...], counts: Sequence[int] | NDArray[np.in
 
 def _validation(found: Folder, groups: Groups, kept: NDArray[np.bool_], options: dict[str, Any]) -> NDArray[np.bool_]:
     """Which images are for validation: of each class, or of all, the share asked for; groups are not divided."""
-    labels = found.files["label"] if options["split_by"] == "class" else np.zeros(len(found), np.int32)
-    left = np.bincount(found.files["label"][kept], minlength=len(found.classes))  # of each class, for training
+    classes = found.files["label"]
+    left = np.bincount(classes[kept], minlength=len(found.classes))  # of each class, for training
+    labels = classes if options["split_by"] == "class" else np.zeros(len(found), np.int32)
+    wanted = _shares(np.bincount(labels[kept], minlength=1), options["val_fraction"], options["seed"])
     group_of = np.full(len(found), -1, np.int32)
     group_of[groups.members] = np.repeat(np.arange(len(groups.ends)), np.diff(groups.ends, prepend=0))
     val = np.zeros(len(found), bool)
-    for label in np.unique(labels):
-        numbers = np.flatnonzero(kept & (labels == label))
-        wanted = round(len(numbers) * options["val_fraction"])
+    by_label = np.flatnonzero(kept)[np.argsort(labels[kept], kind="stable")]
+    for label, numbers in enumerate(np.split(by_label, np.cumsum(np.bincount(labels[kept], minlength=1))[:-1])):
         taken = int(val[numbers].sum())  # with an identical image of another class
-        # Epochs -1 and -2 of the order function belong to packing: never the order of a training epoch.
-        for position in epoch_order(len(numbers), seed=options["seed"], epoch=-1) if wanted else ():
-            if taken >= wanted:
+        # Epochs -1, -2 and -3 of the order function belong to packing: never the order of a training epoch.
+        for position in epoch_order(len(numbers), seed=options["seed"], epoch=-1) if wanted[label] else ():
+            if taken >= wanted[label]:
                 break
             number = numbers[position]
             if not val[number]:
@@ -119,12 +120,31 @@ def _validation(found: Folder, groups: Groups, kept: NDArray[np.bool_], options:
                     end = groups.ends[group_of[number]]
                     start = groups.ends[group_of[number] - 1] if group_of[number] else 0
                     group = groups.members[start:end]
-                gone = np.bincount(found.files["label"][group], minlength=len(left))
-                if (left[gone > 0] > gone[gone > 0]).all():  # something of every class stays for training
+                touched, gone = np.unique(classes[group], return_counts=True)
+                if (left[touched] > gone).all():  # something of every class stays for training
                     val[group] = True
-                    left -= gone
+                    left[touched] -= gone
                     taken += int((labels[group] == label).sum())
     return val
+
+
+def _shares(counts: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
+    """How many images of each class are for validation: the fraction of its count, rounded.
+
+    Of a class with two images or more at least one, and one stays for training. Where rounding leaves the total off by more
+    than an image, classes are rounded the other way, those nearest to it first; the seed decides among equally near ones.
+    """
+    exact = np.where(counts > 1, counts * fraction, 0)
+    most = np.maximum(counts - 1, 0)
+    low, high = (np.clip(end, np.minimum(most, fraction > 0), most) for end in (np.floor(exact), np.ceil(exact)))
+    shares = np.clip(np.rint(exact), low, high)
+    missing = float(exact.sum() - shares.sum())
+    side = high if missing > 0 else low
+    order = np.lexsort((epoch_order(len(counts), seed=seed, epoch=-3), np.round(np.abs(side - exact), 9)))
+    if abs(missing) > 1 + 1e-9:
+        changed = order[(shares != side)[order]][: round(abs(missing))]
+        shares[changed] = side[changed]
+    return shares.astype(np.int64)
 
 
 def _shards(found: Folder, numbers: NDArray[np.int64], options: dict[str, Any]) -> list[NDArray[np.int64]]:

@@ -123,6 +123,10 @@ class Run:
         splits = self.loader.manifest.splits
         has_val = "val" in splits and splits["val"].samples > 0
         self.val = Loader(shards, "val", augment=view_of(recipe), **common) if has_val else None
+        if not has_val and ranks.rank() == 0:
+            _log.warning(
+                "%s: has no images in split 'val', so nothing is validated: %s is of the last epoch", shards, BEST
+            )
         torch.manual_seed(recipe.seed)
         weights = None if start and recipe.soup == 1 else recipe.weights
         how: dict[str, Any] = {"weights": weights, "freeze": recipe.freeze, "classes": self.classes}

@@ -297,17 +297,8 @@ def test_a_class_may_lack_in_every_split_but_train(tmp_path: Path) -> None:
     assert images(found) == expected
 
 
-NO_SPLITS = [
-    ["train/1.jpg", "val/1.jpg"],
-    ["train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"],
-    ["train/steam/1.jpg", "test/x/1.jpg", "trolley/b/1.jpg"],
-    ["val/a/1.jpg", "test/a/1.jpg"],
-    ["a/1.jpg", "b/1.jpg", "val.txt", "classes.txt", "meta/train.txt/1.jpg"],
-]
-
-
-@pytest.mark.parametrize("names", NO_SPLITS)
-def test_other_folders_named_as_splits_are_classes(tmp_path: Path, names: list[str]) -> None:
+def test_names_that_only_begin_as_those_of_splits_are_classes(tmp_path: Path) -> None:
+    names = ["a/1.jpg", "b/1.jpg", "val.txt", "classes.txt", "meta/train.txt/1.jpg", "trains/1.jpg", "test tube/1.jpg"]
     same_as_image_folder(touch(tmp_path, *names))
 
 

@@ -1,8 +1,6 @@
 """Decoding, transcoding and fingerprinting: Pillow, DALI and imagehash are the oracles."""
 
 import io
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -193,8 +191,21 @@ def damaged(rng: np.random.Generator, kind: int, whole: bytes) -> bytes:
     return whole[:cut] + middle + [b"", b"", whole[cut + 20 :], b"", whole[cut:], whole[cut + 2 :]][kind]
 
 
+def grey_levels(data: bytes) -> Any:
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
+
+
+def by_pillow(data: bytes) -> bool:
+    """Whether Pillow refuses a file, pixels and all."""
+    try:
+        opened(data).load()
+    except Exception:  # whatever its reader raises
+        return True
+    return False
+
+
 @pytest.mark.dali
-def test_a_damaged_jpeg_is_kept_only_where_opencv_and_dali_read_it() -> None:
+def test_a_damaged_jpeg_is_kept_only_where_opencv_pillow_and_dali_read_it() -> None:
     """The decode in grey that proves it refuses what the one in colour refuses: of 12,000 that were tried, all."""
     rng, kept, counts = np.random.default_rng(0), list[Prepared](), {True: 0, False: 0}
     for number in range(1500):
@@ -205,8 +216,10 @@ def test_a_damaged_jpeg_is_kept_only_where_opencv_and_dali_read_it() -> None:
         except Exception:  # whatever Pillow's reader raises
             plain = False
         if plain:
-            counts[refused(decode, data)] += 1
-            assert refused(unchanged, data) == refused(decode, data)
+            bad = refused(decode, data) or by_pillow(data)
+            empty = not bad and (grey_levels(data) != 128).mean() < 0.05
+            counts[bad] += 1
+            assert refused(unchanged, data) == (bad or empty)
         if not refused(unchanged, data) and unchanged(data).encoded == data and max(unchanged(data).size) < 1000:
             kept.append(unchanged(data))
     assert min(*counts.values(), len(kept)) > 300
@@ -359,34 +372,6 @@ def test_quality_is_pillows_and_without_one_it_is_95_with_full_chroma(data: byte
     assert isinstance(reference, JpegImagePlugin.JpegImageFile)
     assert made.quantization == reference.quantization
     assert JpegImagePlugin.get_sampling(made) == (0 if quality is None else 2)  # 4:4:4 or 4:2:0
-
-
-# Headers claim more pixels than fit; the grey ones of the second do, but Pillow, which is asked why it fails, unpacks all.
-SHORT_OF_MEMORY = r"""
-import io, resource
-from functools import partial
-from PIL import Image
-from fastflower.image import decode, prepare
-files = []
-for mode, side in (("L", 9000), ("RGB", 5500)):
-    file = io.BytesIO()
-    Image.new(mode, (8, 8)).save(file, "JPEG")
-    head, frame = file.getvalue().split(b"\xff\xc0\0")
-    files.append(head + b"\xff\xc0\0" + frame[:2] + 2 * side.to_bytes(2, "big") + frame[6:])
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), -1))
-for data in files:
-    for call in (decode, partial(prepare, max_side=None, quality=None), partial(prepare, max_side=9, quality=None)):
-        try:
-            call(data)
-        except MemoryError:
-            print("MemoryError")
-"""
-
-
-def test_a_lack_of_memory_is_not_taken_for_a_damaged_image() -> None:
-    done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], capture_output=True, text=True, check=True)
-    assert done.stdout == "MemoryError\n" * 6
 
 
 def test_an_error_without_a_message_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,24 +30,6 @@ def touch(root: Path, *names: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    ("names", "classes"),
-    [
-        (["train/a/1.jpg", "train/b/1.jpg", "test/1.jpg"], "test, train"),
-        (["Training/a/1.jpg", "Training/b/1.jpg", "notes/1.jpg"], "Training, notes"),
-        (["train/1.jpg", "val/1.jpg"], "train, val"),
-        (["val/a/1.jpg", "test/a/1.jpg"], "test, val"),
-        (["train/1.jpg", "car/1.jpg"], ""),
-    ],
-)
-def test_splits_that_are_taken_for_classes_are_said(
-    tmp_path: Path, names: list[str], classes: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert scan(touch(tmp_path, *names)).splits == ()
-    rule = "are taken for classes; they are splits where each has class folders and stands beside splits only"
-    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: {classes} {rule}"] * bool(classes)
-
-
 def test_splits_may_have_longer_names_and_capitals(tmp_path: Path) -> None:
     found = scan(touch(tmp_path, "Training/a/1.jpg", "Training/b/1.jpg", "Testing/b/2.jpg"))
     assert (found.classes, found.splits) == (("a", "b"), ("train", "test"))

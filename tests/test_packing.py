@@ -153,7 +153,7 @@ def test_the_seed_changes_split_and_order(small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("fraction", [0.2, 0.5, 0.05])
 def test_a_split_by_class_takes_the_share_of_each_class(small: Path, tmp_path: Path, fraction: float) -> None:
     manifest = pack(small, tmp_path / "out", val_fraction=fraction)
-    expected = tuple(round(count * fraction) for count in (7, 10, 13))
+    expected = tuple(max(1, round(count * fraction)) for count in (7, 10, 13))
     assert manifest.splits["val"].class_counts == expected
     assert manifest.splits["train"].class_counts == tuple(np.subtract((7, 10, 13), expected))
     for split in ("train", "val"):

@@ -115,10 +115,10 @@ def test_without_copies_the_share_is_exact(tmp_path: Path, fraction: float) -> N
     plan = planned(numbered(tmp_path, a=1, b=10, c=37), val_fraction=fraction)
     by_class = Counter((split, int(plan.found.files["label"][number])) for number, split in split_of(plan).items())
     for label, count in enumerate((1, 10, 37)):
-        val = min(round(count * fraction), count - 1)  # one of each class is left for training
+        val = min(max(round(count * fraction), fraction > 0), count - 1)
         assert (by_class["val", label], by_class["train", label]) == (val, count - val)
     at_random = Counter(split_of(planned(tmp_path, val_fraction=fraction, split_by="random")).values())
-    assert at_random["val"] == min(round(48 * fraction), 48 - 3) == 48 - at_random["train"]
+    assert at_random["val"] == min(max(round(48 * fraction), fraction > 0), 48 - 3) == 48 - at_random["train"]
 
 
 @pytest.mark.parametrize("split_by", ["class", "random"])

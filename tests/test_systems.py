@@ -4,19 +4,17 @@ import asyncio
 import errno
 import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packs import drawn, photo
+from packs import drawn
 
 from fastflower import Loader, cache, pack, ranks, shard, store
 from fastflower.cache import available_bytes
 from fastflower.errors import FolderError
-from fastflower.folder import scan
 from fastflower.manifest import Manifest
 from fastflower.shard import ShardReader
 from fastflower.store import Remote, Store
@@ -179,23 +177,6 @@ def test_threads_are_for_the_cores_that_the_process_is_held_to(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
     assert ranks.cores() == expected
     assert Loader(shards)._workers == expected + 1
-
-
-@pytest.mark.parametrize("extra", ["test/1.jpg", "notes/a/1.jpg"])
-def test_splits_beside_what_is_none_are_said_to_be_classes(
-    tmp_path: Path, extra: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    for name in ("train/a/1.jpg", "train/b/1.jpg", "valid/a/1.jpg", extra):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        photo(1).save(tmp_path / name)
-    tops = sorted([extra.partition("/")[0], "train", "valid"])
-    assert list(scan(tmp_path).classes) == tops
-    what = "are taken for classes; they are splits where each has class folders and stands beside splits only"
-    assert caplog.messages == [f"{tmp_path}: {', '.join(tops)} {what}"]
-    caplog.clear()
-    shutil.rmtree(tmp_path / extra.partition("/")[0])
-    assert scan(tmp_path).splits == ("train", "val")
-    assert caplog.messages == []
 
 
 def test_an_address_of_a_local_file_is_its_path(shards: Path) -> None:

@@ -1,0 +1,263 @@
+"""How a folder of images is laid out: which of its folders are classes and which are splits.
+
+What can be read in one way only is read so. Everything else is an error that shows the readings and what to type for each.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastflower.errors import FolderError
+
+# ImageFolder's IMG_EXTENSIONS (torchvision/datasets/folder.py).
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+# What archives and file systems add.
+NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+
+# Words that stand for a split, as Hugging Face's imagefolder reads them; training comes first.
+_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+_SPLITS |= {"test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
+# Words that say nothing in the name of a split, and names of folders for images without labels.
+_FILLERS = {"", "image", "images", "img", "imgs", "split", "folder"}
+_UNLABELLED = {"unknown", "unlabeled", "unlabelled", "all", "classes", "none"}
+
+_MOST_NAMES = 6  # in a message
+_DEEPEST = 20  # folders that are looked into for class folders
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def subfolders(root: Path) -> list[str]:
+    """Names of folders, sorted; hidden ones are no classes (ImageFolder takes .git or .cache for one)."""
+    found = (entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and is_folder(entry))
+    return sorted(name for name in found if name not in NO_CLASSES)
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether a file of it, or of a folder below it that can be read, is named as an image; it ends at the first."""
+    seen: set[tuple[int, int]] = set()
+    pending = [folder]
+    while pending:
+        path = pending.pop()
+        try:
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if is_folder(entry):
+                        pending.append(path / entry.name)
+                    elif entry.name.lower().endswith(EXTENSIONS):
+                        return True
+        except OSError:
+            if path == folder:
+                raise
+    return False
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name that say something: "Training_Set2" gives training, "trainImages" train."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    return [word for word in (word.removesuffix("set").removesuffix("data") for word in words) if word not in _FILLERS]
+
+
+def splits_named(names: Iterable[str]) -> dict[str, str]:
+    """Those names that stand for a split, and the split, training first.
+
+    "train", "Validation", "test_set" or "train2017" by itself; "flowers_train" where "flowers_val" or "flowers_test" is there.
+    """
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for name in names:
+        words = _words(name)
+        splits = [word for word in words if word in _SPLITS]
+        if len(splits) == 1:
+            found[name] = _SPLITS[splits[0]], tuple(word for word in words if word != splits[0])
+    meant = [
+        name
+        for name, (split, rest) in found.items()
+        if not rest or any(other != split and also == rest for other, also in found.values())
+    ]
+    order = list(_SPLITS.values())
+    return {name: found[name][0] for name in sorted(meant, key=lambda name: order.index(found[name][0]))}
+
+
+def check_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict[str, str]:
+    """Of the folders named as splits those that have class folders, training first, and below which folder these stand.
+
+    Raises FolderError where others with images stand beside them, or not both train and another have the same classes. A
+    test split alone may have no class folders: its images are those to classify.
+    """
+    others = [top for top in tops if top not in named and _holds_images(root / top)]
+    if others:
+        raise _beside(root, named, others)
+    full = [top for top in named if _holds_images(root / top)]
+    if not full:
+        raise FolderError(f"{root}: has no images in {_names(named)}; put them into {root / next(iter(named))}/CLASS.")
+    if len({named[top] for top in full}) < len(full):
+        raise FolderError(
+            f"{root}: has two folders for the same split ({', '.join(named)}); remove or join one of them."
+        )
+    bases = _bases(root, full)
+    train = next((top for top in bases if named[top] == "train"), None)
+    if train is None:
+        what = f"{_names(named)} are named as splits, and none for training has class folders"
+        raise _unclear(root, what, [*_those_in(root, bases), _sorting(root, full), _as_classes(root, full)])
+    bare = [top for top in full if top not in bases and named[top] != "test"]
+    if bare or len(bases) == 1:
+        what = f"only {_names(bases)} has class folders" if len(bases) == 1 else f"{_names(bare)} has no class folders"
+        unlabelled = [top for top in full if top not in bases]
+        readings = _those_in(root, [train], "and a split val is drawn of its images")
+        if bare and len(bases) > 1:
+            readings.append((f"the images of {_names(bare)} have none, and are left out", _hiding(root, bare)))
+        if unlabelled:
+            readings.append(_sorting(root, unlabelled))
+        raise _unclear(root, what, readings)
+    return bases
+
+
+def _bases(root: Path, tops: Iterable[str]) -> dict[str, str]:
+    """Those that have class folders, and where these stand."""
+    return {top: base for top in tops if (base := _base(root, top)) is not None}
+
+
+def _base(root: Path, top: str) -> str | None:
+    """Where a split's class folders stand: in it, or in its only folder where that is called as it or "images"; None without."""
+    base, inside = top, subfolders(root / top)
+    while len(inside) == 1 and (inside[0].lower() == top.lower() or _names_no_class(inside[0])):
+        deeper = subfolders(root / base / inside[0])
+        if not deeper:
+            return None
+        base, inside = f"{base}/{inside[0]}", deeper
+    return None if all(map(_names_no_class, inside)) else base
+
+
+def _names_no_class(name: str) -> bool:
+    """Whether a folder below a split is called as one for any images: "images", "unknown", or as a split; a number is a class."""
+    return re.search(r"[^\W\d_]", name) is not None and all(
+        word in _SPLITS or word in _UNLABELLED for word in _words(name)
+    )
+
+
+def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:
+    """Raise FolderError where class folders hold classes, or splits. anew  the latter do not count."""
+    inside = {top: subfolders(root / top) for top in tops}
+    if len(tops) == 1:
+        check_wrapper(root, tops[0])
+        return
+    nested = [(top, split) for top in tops for split in splits_named(inside[top])]
+    if nested and not anew:
+        full = [top for top in tops if _holds_images(root / top)]
+        if len(full) == 1:
+            check_wrapper(root, full[0])
+        raise _nested(root, *nested[0], sorted({split for _, split in nested}))
+    for top in tops:
+        beside = set(inside[top])
+        rest = [other for other in tops if other != top]
+        again = [other for other in rest if other in beside]
+        if len(again) > 1 and 4 * len(again) >= 3 * len(rest):
+            what = f"{top!r} holds {_names(again)} once more, which stand beside it"
+            readings = [*_those_in(root, [top]), (f"the classes are {_names(rest)}", _hiding(root, [top]))]
+            raise _unclear(root, what, [*readings, _as_classes(root, tops)])
+    shared = sorted(set[str].intersection(*map(set, inside.values())) - {name for _, name in nested})
+    folds = len(shared) > 1 and all("fold" in _words(top) for top in tops)
+    if (folds or len(shared) >= len(tops)) and not any(_has_own(root / top) for top in tops):
+        what = f"{_names(tops)} hold the same folders ({_names(shared)})"
+        raise _unclear(root, what, [*_those_in(root, tops), _as_classes(root, tops)])
+
+
+def _has_own(folder: Path) -> bool:
+    return any(name.lower().endswith(EXTENSIONS) for name in os.listdir(folder))  # noqa: PTH208  (names suffice)
+
+
+def check_wrapper(root: Path, top: str) -> None:
+    """Raise FolderError where the only folder with images holds folders itself: it is hardly the only class."""
+    deepest = path = root / top
+    for _ in range(_DEEPEST):
+        inside = subfolders(path)
+        if len(inside) > 1:
+            inside = [name for name in inside if _holds_images(path / name)]
+        if inside:
+            deepest = path
+        if len(inside) != 1:
+            break
+        path /= inside[0]
+    if subfolders(root / top):
+        what = f"has one class, {top!r}; a classifier needs at least two class folders."
+        raise FolderError(f"{root}: {what} If those in it are the classes, name {deepest}.")
+
+
+def _unclear(root: Path, what: str, readings: Sequence[tuple[str, str]]) -> FolderError:
+    """An error that shows the readings of a folder, and what to type for each."""
+    lines = [f"{root}: {what}. What to do if", *(f"{reading}: {command}" for reading, command in readings)]
+    return FolderError("\n  ".join(lines))
+
+
+def _beside(root: Path, named: dict[str, str], others: list[str]) -> FolderError:
+    what = f"folders named as splits ({_names(named)}) are no classes, and others ({_names(others)}) stand beside them"
+    readings: list[tuple[str, str]] = []
+    bases = _bases(root, named)
+    if len(bases) > 1 and any(named[top] == "train" for top in bases):
+        readings.append((f"the splits are {_names(bases)}, and {_names(others)} left out", _hiding(root, others)))
+    if len(others) > 1:
+        readings.append((f"the classes are {_names(others)}, and {_names(named)} left out", _hiding(root, list(named))))
+    readings += _those_in(root, [*named, *others])
+    return _unclear(root, what, [*readings, _as_classes(root, [*named, *others])])
+
+
+def _nested(root: Path, top: str, split: str, splits: list[str]) -> FolderError:
+    turned = shlex.quote(f"{root.absolute()}-by-split")
+    turn = (
+        f'(cd {_quoted(root)} && for split in {" ".join(map(shlex.quote, splits))}; do mkdir -p {turned}/"$split"; for class in '
+        f'*/; do [ -d "$class$split" ] && ln -s "$PWD/$class$split" {turned}/"$split/${{class%/}}"; done; done); '
+        f"fastflower pack {turned}"
+    )
+    readings = [
+        ("each class has splits of its own", turn),
+        ("a split is to be drawn of all images", f"fastflower pack {_quoted(root)} --split-by class"),
+    ]
+    return _unclear(root, f"{top}/{split} is named as a split, below the class {top!r}", readings)
+
+
+def _those_in(root: Path, tops: Iterable[str], also: str = "") -> list[tuple[str, str]]:
+    """The reading that the classes are those in a folder, for each that has some."""
+    parted = [top for top in tops if len(subfolders(root / top)) > 1][:_MOST_NAMES]
+    return [
+        (f"the classes are those in {top!r}{also and f', {also}'}", f"fastflower pack {_quoted(root / top)}")
+        for top in parted
+    ]
+
+
+def _hiding(root: Path, tops: Sequence[str]) -> str:
+    moves = [f"mv {_quoted(root / top)} {_quoted(root / f'.{top}')}" for top in tops]
+    return " && ".join([*moves, f"fastflower pack {_quoted(root)}"])
+
+
+def _sorting(root: Path, tops: Sequence[str]) -> tuple[str, str]:
+    remedy = f"put them into {root / tops[0]}/CLASS, or write {root / 'train.txt'} and val.txt with lines 'PATH LABEL'"
+    return f"the images of {_names(tops)} have labels", remedy
+
+
+def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
+    """The reading that takes every folder for a class, whatever its name: by a list, which goes before all else."""
+    names = " ".join(map(shlex.quote, tops)) if len(tops) <= _MOST_NAMES else "*/"
+    listing = f"(cd {_quoted(root)} && find -L {names} -type f > train.txt)"
+    return f"the classes are {_names(tops)}", f"{listing} && fastflower pack {_quoted(root)} --split-by class"
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _names(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:_MOST_NAMES])) + (" and others" if len(names) > _MOST_NAMES else "")

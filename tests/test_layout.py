@@ -1,0 +1,262 @@
+"""Which folders are classes and which are splits: the layouts that data sets come in, and what to type where one is unclear."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from packs import exactly
+
+from fastflower.errors import FolderError
+from fastflower.folder import Folder, scan
+from fastflower.layout import splits_named
+
+TRAIN = ["train/a/1.jpg", "train/b/1.jpg"]
+VAL = ["val/a/2.jpg", "val/b/2.jpg"]
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).mkdir() if name.endswith("/") else (root / name).write_bytes(b"x")
+    return root
+
+
+def images(found: Folder) -> list[str]:
+    return [found.path(number) for number in range(len(found))]
+
+
+def readings(root: Path, *, anew: bool = False) -> dict[str, str]:
+    """What the error of a folder offers: the command for each reading. They are not told apart by a colon in a name here."""
+    with pytest.raises(FolderError, match=r"What to do if\n") as caught:
+        scan(root, anew=anew)
+    _, *lines = str(caught.value).split("\n  ")
+    return dict(line.split(": ", 1) for line in lines)
+
+
+def obeyed(command: str, root: Path) -> Folder:
+    """The folder that `pack` gets when a command is typed: it is carried out with a `fastflower` that tells its arguments."""
+    program = root.parent / "bin/fastflower"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    shell = ["bash", "-c", f"PATH={program.parent}:$PATH; {command}"]
+    verb, folder, *rest = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert verb == "pack"
+    return scan(folder, anew="--split-by" in rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *(
+            (name, "train")
+            for name in ("train", "TRAIN", "Training", "training_set", "train-images", "trainset", "Train 2")
+        ),
+        *(
+            (name, "val")
+            for name in ("val", "Valid", "validation", "VAL", "dev", "val2017", "valid_data", "ValidationSet")
+        ),
+        *(
+            (name, "test")
+            for name in ("test", "Testing", "test_set", "test1", "testset", "eval", "evaluation", "TestData")
+        ),
+    ],
+)
+def test_names_of_splits(name: str, split: str) -> None:
+    assert splits_named([name]) == {name: split}
+
+
+@pytest.mark.parametrize(
+    "name", ["trains", "test tube", "flowers_train", "validity", "trainval", "contest", "étest", "1"]
+)
+def test_names_of_classes(name: str) -> None:
+    assert splits_named([name]) == {}
+
+
+def test_what_folders_beside_each_other_have_in_common_says_nothing() -> None:
+    names = ["flowers_val", "flowers_train", "test tube", "train track"]
+    assert splits_named(names) == {"flowers_train": "train", "flowers_val": "val"}
+    assert list(splits_named(["seg_test", "seg_pred", "seg_train"])) == ["seg_train", "seg_test"]
+
+
+LAID_OUT = {
+    "valid": ([*TRAIN, "valid/a/2.jpg", "valid/b/2.jpg"], ("train", "val"), 4),
+    "Train and Test": (["Train/a/1.jpg", "Train/b/1.jpg", "Test/a/1.jpg"], ("train", "test"), 3),
+    "sets": (["training_set/a/1.jpg", "training_set/b/1.jpg", "test_set/a/1.jpg"], ("train", "test"), 3),
+    "in folders of their names": (
+        ["seg_train/seg_train/a/1.jpg", "seg_train/seg_train/b/1.jpg", "seg_test/seg_test/a/1.jpg"],
+        ("train", "test"),
+        3,
+    ),
+    "in images": (["train/images/a/1.jpg", "train/images/b/1.jpg", "val/images/a/1.jpg"], ("train", "val"), 3),
+    "an empty test": ([*TRAIN, *VAL, "test/"], ("train", "val"), 4),
+    "labels beside": ([*TRAIN, *VAL, "labels/a/1.txt", "notebooks/x.py"], ("train", "val"), 4),
+    "what macOS adds": ([*TRAIN, *VAL, "__MACOSX/train/a/._1.jpg"], ("train", "val"), 4),
+    "classes, and what macOS adds": (["a/1.jpg", "b/1.jpg", "__MACOSX/a/._1.jpg"], (), 2),
+    "images of each class by camera": ([f"{name}/{side}/1.jpg" for name in "abc" for side in ("left", "right")], (), 6),
+    "each class in a folder of its name": (["a/a/1.jpg", "b/b/1.jpg"], (), 2),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_what_can_be_read_in_one_way_is_read_so(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    files, splits, count = LAID_OUT[name]
+    found = scan(touch(tmp_path, *files))
+    assert (found.splits, len(found)) == (splits, count)
+    assert set(found.classes) == ({"a", "b", "c"} if count == 6 else {"a", "b"})
+    assert caplog.messages == []
+    assert ("__MACOSX", "is what a system adds, no class") in found.ignored or "macOS" not in name
+
+
+@pytest.mark.parametrize(
+    "classes", [("0", "1"), ("1_", "2-3"), ("00", "7"), ("train", "car"), ("猫", "犬"), ("all", "red")]
+)
+def test_class_folders_of_splits_may_have_any_name(tmp_path: Path, classes: tuple[str, ...]) -> None:
+    found = scan(touch(tmp_path, *(f"{top}/{name}/1.jpg" for top in ("train", "val", "test") for name in classes)))
+    assert (found.classes, found.splits) == (tuple(sorted(classes)), ("train", "val", "test"))
+
+
+def test_splits_without_any_image_are_named(tmp_path: Path) -> None:
+    rule = f"has no images in 'train', 'val'; put them into {tmp_path / 'train'}/CLASS."
+    with pytest.raises(FolderError, match=exactly(f"{tmp_path}: {rule}")):
+        scan(touch(tmp_path, "train/a/", "val/"))
+
+
+@pytest.mark.parametrize("below", ["", "unknown/", "test/", "images/"])
+def test_a_test_split_without_labels_is_left_out_and_said(
+    tmp_path: Path, below: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = scan(touch(tmp_path, *TRAIN, *VAL, f"test/{below}1.jpg", f"test/{below}2.jpg"))
+    assert (found.classes, found.splits) == (("a", "b"), ("train", "val"))
+    assert found.ignored == tuple((f"test/{below}{number}.jpg", "lies in no class folder") for number in (1, 2))
+    what = "has no class folders, so its images have no labels and are left out; predict classifies them"
+    assert caplog.messages == [f"{tmp_path / 'test'}: {what}"]
+
+
+UNCLEAR = {
+    "a flat val": ([*TRAIN, "val/1.jpg"], [(("a", "b"), (), 2), None]),
+    "a flat val and test": ([*TRAIN, "val/1.jpg", "test/1.jpg"], [(("a", "b"), (), 2), None]),
+    "a flat val, a test": (
+        [*TRAIN, "val/1.jpg", "test/a/1.jpg"],
+        [(("a", "b"), (), 2), (("a", "b"), ("train", "test"), 3), None],
+    ),
+    "as tiny-imagenet": (
+        ["train/a/images/1.jpg", "train/b/images/1.jpg", "val/images/1.jpg", "test/images/1.jpg"],
+        [(("a", "b"), (), 2), None],
+    ),
+    "a flat test alone": ([*TRAIN, "test/1.jpg"], [(("a", "b"), (), 2), None]),
+    "an empty val": ([*TRAIN, "val/"], [(("a", "b"), (), 2)]),
+    "flat splits": (["train/1.jpg", "val/1.jpg"], [None, (("train", "val"), ("train",), 2)]),
+    "no train": (
+        [*VAL, "test/a/1.jpg", "test/b/1.jpg"],
+        [(("a", "b"), (), 2), (("a", "b"), (), 2), None, (("test", "val"), ("train",), 4)],
+    ),
+    "images beside splits": (
+        [*TRAIN, *VAL, "images/1.jpg"],
+        [(("a", "b"), ("train", "val"), 4), *2 * [(("a", "b"), (), 2)], (("images", "train", "val"), ("train",), 5)],
+    ),
+    "the splits once more": (
+        [*TRAIN, *VAL, *(f"xray/{name}" for name in (*TRAIN, *VAL))],
+        [
+            (("a", "b"), ("train", "val"), 4),
+            *2 * [(("a", "b"), (), 2)],
+            (("a", "b"), ("train", "val"), 4),
+            (("train", "val", "xray"), ("train",), 8),
+        ],
+    ),
+    "test beside classes": (
+        ["a/1.jpg", "b b/1.jpg", "test/1.jpg"],
+        [(("a", "b b"), (), 2), (("a", "b b", "test"), ("train",), 3)],
+    ),
+    "valid and invalid": (["valid/1.jpg", "invalid/1.jpg"], [(("invalid", "valid"), ("train",), 2)]),
+    "a class named train": (
+        ["train/1.jpg", "car/1.jpg", "bus's/1.jpg"],
+        [(("bus's", "car"), (), 2), (("bus's", "car", "train"), ("train",), 3)],
+    ),
+    "the classes once more": (
+        [f"{top}{name}/1.jpg" for top in ("", "flowers/") for name in ("daisy", "rose", "tulip")],
+        [*2 * [(("daisy", "rose", "tulip"), (), 3)], (("daisy", "flowers", "rose", "tulip"), ("train",), 6)],
+    ),
+    "the same classes in each": (
+        [f"{top}/{name}/1.jpg" for top in ("color", "grey scale") for name in "abc"],
+        [*2 * [(("a", "b", "c"), (), 3)], (("color", "grey scale"), ("train",), 6)],
+    ),
+    "folds": (
+        [f"fold_{fold}/{name}/1.jpg" for fold in range(1, 4) for name in "ab"],
+        [*3 * [(("a", "b"), (), 2)], (("fold_1", "fold_2", "fold_3"), ("train",), 6)],
+    ),
+    "splits below classes": (
+        ["rose/train/1.jpg", "rose/test/1.jpg", "red rose/train/1.jpg", "red rose/test/2.jpg"],
+        [(("red rose", "rose"), ("train", "test"), 4), (("red rose", "rose"), (), 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_what_can_be_read_in_several_ways_shows_them_and_each_command_works(
+    tmp_path: Path, name: str, number: int
+) -> None:
+    files, outcomes = UNCLEAR[name]
+    if number >= len(outcomes):
+        return
+    root = touch(tmp_path / "my data", *files)
+    offered = readings(root)
+    assert len(offered) == len(outcomes)
+    command, outcome = list(offered.values())[number], outcomes[number]
+    if outcome is None:
+        assert re.match(
+            r"put them into .*/CLASS, or write .*/train\.txt and val\.txt with lines 'PATH LABEL'$", command
+        )
+    else:
+        found = obeyed(command, root)
+        assert (found.classes, found.splits, len(found)) == outcome
+
+
+def test_the_words_of_a_reading(tmp_path: Path) -> None:
+    root = touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "images/1.jpg")
+    pack = f"fastflower pack {tmp_path}"
+    lines = [
+        f"{tmp_path}: folders named as splits ('train', 'val') are no classes, and others ('images') stand beside them. "
+        f"What to do if",
+        f"the splits are 'train', 'val', and 'images' left out: mv {tmp_path}/images {tmp_path}/.images && {pack}",
+        f"the classes are those in 'train': {pack}/train",
+        f"the classes are 'train', 'val', 'images': (cd {tmp_path} && find -L train val images -type f > train.txt) && {pack} "
+        f"--split-by class",
+    ]
+    with pytest.raises(FolderError, match=exactly("\n  ".join(lines))):
+        scan(root)
+
+
+def test_who_draws_a_split_anew_may_have_splits_below_classes(tmp_path: Path) -> None:
+    found = scan(touch(tmp_path, "a/train/1.jpg", "a/test/2.jpg", "b/1.jpg"), anew=True)
+    assert images(found) == ["a/test/2.jpg", "a/train/1.jpg", "b/1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("files", "deepest"),
+    [
+        (["archive/data/train/a/1.jpg", "archive/data/train/b/1.jpg", "archive/data/test/a/1.jpg"], "archive/data"),
+        (["flowers/flowers/a/1.jpg", "flowers/flowers/b/1.jpg"], "flowers/flowers"),
+        (["images/a/1.jpg", "images/b/1.jpg", "labels/a/1.txt"], "images"),
+        (["images/train/1.jpg", "images/val/1.jpg", "labels/train/1.txt", "labels/val/1.txt"], "images"),
+        (["flowers/a/1.jpg", "flowers/b/1.jpg", "__MACOSX/flowers/a/._1.jpg"], "flowers"),
+        (["train/a/1.jpg", "train/b/1.jpg"], "train"),
+    ],
+)
+def test_the_folder_inside_wrappers_is_named(tmp_path: Path, files: list[str], deepest: str) -> None:
+    what = f"has one class, {files[0].partition('/')[0]!r}; a classifier needs at least two class folders."
+    with pytest.raises(
+        FolderError,
+        match=exactly(f"{tmp_path}: {what} If those in it are the classes, name {tmp_path / deepest}."),
+    ):
+        scan(touch(tmp_path, *files))
+
+
+@pytest.mark.parametrize("names", [("train", "Training", "val"), ("trainA", "trainB", "testA", "testB")])
+def test_two_folders_of_one_split_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    listed = ", ".join(splits_named(sorted(names)))
+    rule = f"has two folders for the same split ({listed}); remove or join one of them."
+    with pytest.raises(FolderError, match=exactly(f"{tmp_path}: {rule}")):
+        scan(touch(tmp_path, *(f"{name}/{label}/1.jpg" for name in names for label in "ab")))

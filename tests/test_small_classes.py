@@ -1,0 +1,103 @@
+"""Validation where classes are small, and where there is none: a fair share, and a word of it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from packs import drawn
+from training_runs import RECIPE
+
+from fastflower import Manifest, pack, train
+from fastflower.folder import scan
+from fastflower.planning import make_plan
+
+OPTIONS: dict[str, Any] = {"split_by": "class", "val_fraction": 0.2, "seed": 0, "shard_bytes": 1 << 20}
+OPTIONS |= {"on_conflict": "keep"}
+
+
+def classes(root: Path, *counts: int) -> Path:
+    """Class folders with so many different files."""
+    for label, count in enumerate(counts):
+        (root / f"c{label:05}").mkdir(parents=True)
+        for number in range(count):
+            (root / f"c{label:05}/{number}.jpg").write_bytes(f"{label} {number}".rjust(12).encode())
+    return root
+
+
+def shares(folder: Path, **options: Any) -> list[int]:
+    """Of each class, how many are for validation."""
+    plan = make_plan(scan(folder), OPTIONS | options, {})
+    (val,) = [plan.order[part.start : part.stop] for part in plan.parts if part.split == "val"]
+    return np.bincount(plan.found.files["label"][val], minlength=len(plan.found.classes)).tolist()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 7, 8, 12, 13])
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.3, 0.5, 0.9])
+def test_small_classes_share_the_fraction(tmp_path: Path, count: int, fraction: float) -> None:
+    """Each has its fraction, rounded one way or the other, and at least one; all together are off by one at most."""
+    found, exact = shares(classes(tmp_path, *[count] * 40), val_fraction=fraction), count * fraction
+    assert set(found) <= {max(1, int(exact)), max(1, min(count - 1, -int(-exact // 1)))}
+    if 1 <= exact <= count - 1:
+        assert abs(sum(found) - 40 * exact) <= 1 + 1e-9
+
+
+def test_classes_that_must_have_one_are_made_up_for_by_others(tmp_path: Path) -> None:
+    """Ten of two take six tenths of an image too many each, so of forty with 6 (1.2 each) only two are rounded up."""
+    found = shares(classes(tmp_path, *[2] * 10, *[6] * 40))
+    assert found[:10] == [1] * 10
+    assert sum(found) == 52 == round((20 + 240) * 0.2)
+    found = shares(classes(tmp_path / "more", 1, 1, 1, *[14] * 10))  # 2.8 each; a single image is never for validation
+    assert found[:3] == [0, 0, 0]
+    assert sum(found) == 28
+
+
+def test_the_seed_decides_which_small_classes_have_more(tmp_path: Path) -> None:
+    folder = classes(tmp_path, *[7] * 10)
+    found = [shares(folder, seed=seed) for seed in range(20)]
+    assert {(sum(counts), min(counts), max(counts)) for counts in found} == {(14, 1, 2)}
+    assert len({tuple(counts) for counts in found}) > 15
+    assert found[3] == shares(folder, seed=3)
+
+
+def test_thousands_of_classes_of_two_have_one_each(tmp_path: Path) -> None:
+    assert shares(classes(tmp_path, *[2] * 2000)) == [1] * 2000
+
+
+def test_what_is_unusual_about_the_split_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def said(folder: Path, **options: Any) -> list[str]:
+        caplog.clear()
+        pack(folder, tmp_path / f"out {folder.name} {options}", **options)
+        return [message.rpartition("}: ")[2] for message in caplog.messages]
+
+    nothing = "has no images in split 'val', so trainings on it validate nothing; "
+    spare = "no class can spare an image: add images, or name a folder with a split of its own"
+    assert said(drawn(tmp_path / "single", a=1, b=1)) == [nothing + spare]
+    copies = drawn(tmp_path / "copies", a=1, b=1)
+    for name in "ab":
+        (copies / name / "copy.jpg").write_bytes((copies / name / "000.jpg").read_bytes())
+    again = "classes have copies only to spare, or an older version began this pack: then pack again"
+    assert said(copies) == [nothing + again]
+    beside = "add a val beside train, or pack the folder train alone, of which one is drawn"
+    splits = drawn(tmp_path / "splits", **{"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
+    assert said(splits) == [nothing + beside]
+    few = "a class of two images or more has at least one there"
+    pairs = drawn(tmp_path / "pairs", a=2, b=2, c=2)
+    assert said(pairs) == [f"split val holds 50% of the images, more than val_fraction 0.2: {few}"]
+    assert said(pairs, val_fraction=0.5) == said(pairs, val_fraction=0) == []
+
+
+@pytest.mark.usefixtures("narrow", "no_pictures")
+def test_training_says_once_that_it_validates_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for fraction in (0.0, 0.5):
+        shards = tmp_path / f"{fraction}"
+        pack(drawn(tmp_path / f"data {fraction}", a=4, b=4), shards, val_fraction=fraction)
+        caplog.clear()
+        report = train(shards, replace(RECIPE, batch_size=4), out=tmp_path / f"run {fraction}", device="cpu")
+        told = (
+            f"{shards}: has no images in split 'val', so nothing is validated: checkpoint-best.pt is of the last epoch"
+        )
+        assert caplog.messages.count(told) == (fraction == 0)
+        assert (report.scores is None) == (fraction == 0)
+    assert Manifest.load(shards).splits["val"].class_counts == (2, 2)
