@@ -1,5 +1,7 @@
 """WebDataset tar shards: writing them with DALI's index beside, and reading single samples back by offset."""
 
+import errno
+import gc
 import hashlib
 import io
 import json
@@ -8,15 +10,15 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.errors import SampleError, ShardError
-from fastflower.manifest import INDEX_DTYPE, Manifest, Shard
+from fastflower.files import blame_the_system
+from fastflower.manifest import INDEX_DTYPE, Manifest, Shard, Split
 
 _BLOCK = 512  # bytes: tar's unit
 _MOST_OPEN = 256  # shards of a reader; systems allow a process 1,024 files
@@ -130,6 +132,13 @@ def index_rows(shards: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return rows
 
 
+def split_of(shards: Sequence[tuple[Shard, NDArray[Any]]], num_classes: int) -> Split:
+    """What the manifest says of a split with these shards, each with its rows."""
+    rows = index_rows([rows for _, rows in shards])
+    counts = np.bincount(rows["label"], minlength=num_classes).tolist()
+    return Split(len(rows), tuple(counts), tuple(shard for shard, _ in shards), hashlib.sha256(npy(rows)).hexdigest())
+
+
 def npy(rows: NDArray[Any]) -> memoryview:
     """The bytes of a .npy file."""
     file = io.BytesIO()
@@ -138,7 +147,7 @@ def npy(rows: NDArray[Any]) -> memoryview:
 
 
 class ShardReader:
-    """The samples of one split by index. Thread-safe; files are opened at first use.
+    """The samples of one split by index. Thread-safe; files are opened at first use, of all readers at most so many.
 
     They are read, not mapped: a mapped file that is cut short kills the process, and its pages count as the process's memory.
 
@@ -147,13 +156,14 @@ class ShardReader:
     fetch  is called with the name of a shard before its file is opened, and has it there.
     """
 
+    _open: ClassVar[dict[tuple[int, int], "_File"]] = {}  # by reader and shard
+
     def __init__(
         self, manifest: Manifest, split: str, *, strict: bool = True, fetch: Callable[[str], object] | None = None
     ) -> None:
         self._fetch = fetch
         self.index = manifest.index(split)
         self._paths = [manifest.folder / shard.name for shard in manifest.split(split).shards]
-        self._files: dict[int, _File] = {}
         for path, shard in zip(self._paths, manifest.split(split).shards if strict else (), strict=strict):
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
@@ -167,6 +177,7 @@ class ShardReader:
         try:
             data = self._read(int(row["shard"]), start, int(row["size"]))
         except OSError as error:
+            blame_the_system(error, self._paths[int(row["shard"])])
             raise SampleError(f"{self.where(index)}: its shard cannot be read ({error}).") from None
         if zlib.crc32(data) != row["crc32"]:
             raise SampleError(
@@ -196,23 +207,38 @@ class ShardReader:
 
     def _read(self, shard: int, start: int, size: int) -> bytes:
         """Bytes of a shard; fewer where it ends before."""
-        found = self._files.get(shard)
+        key = (id(self), shard)
+        found = ShardReader._open.get(key)
         if found is None:
-            if len(self._files) >= _MOST_OPEN:
-                self._files = {}
-            found = self._files.setdefault(shard, self._open(shard))  # another thread may have been first
+            if len(ShardReader._open) >= _MOST_OPEN:
+                ShardReader._open.clear()
+            found = ShardReader._open.setdefault(key, self._opened(shard))  # another thread may have been first
         return os.pread(found.number, size, start)
 
-    def _open(self, shard: int) -> "_File":
-        while self._fetch is not None:
-            self._fetch(self._paths[shard].name)
-            with suppress(FileNotFoundError):  # another process needed the room
-                return _File(self._paths[shard])
-        return _File(self._paths[shard])
+    def _opened(self, shard: int) -> "_File":
+        path = self._paths[shard]
+        while True:
+            if self._fetch is not None:
+                self._fetch(path.name)
+            try:
+                return _File(path)
+            except FileNotFoundError:
+                if self._fetch is None:  # else another process needed the room
+                    raise
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not ShardReader._open:
+                    raise
+                ShardReader._open.clear()
+                gc.collect()  # loaders that nobody uses
 
     def keep(self, names: Collection[str]) -> None:
         """Close all other shards' files."""
-        self._files = {shard: found for shard, found in list(self._files.items()) if self._paths[shard].name in names}
+        for key in list(ShardReader._open):
+            if key[0] == id(self) and self._paths[key[1]].name not in names:
+                ShardReader._open.pop(key, None)
+
+    def __del__(self) -> None:
+        self.keep(())
 
 
 class _File:

@@ -16,7 +16,8 @@ from packs import drawn, exactly, interrupted
 
 from fastflower import Manifest, pack
 from fastflower.errors import FolderError, ShardError
-from fastflower.manifest import INDEX_DTYPE, Shard, Split, version_of, write_atomically
+from fastflower.files import write_atomically
+from fastflower.manifest import INDEX_DTYPE, Shard, Split, version_of
 
 MANIFEST = Manifest(
     folder=Path("nowhere"),
