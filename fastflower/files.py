@@ -121,7 +121,7 @@ class _Lock:
 
     def __init__(self, path: Path) -> None:
         self.exists = True
-        self._path, self._number = path, -1
+        self._path, self._number, self._signed = path, -1, False
 
     def taken(self) -> bool:
         """Whether it now is ours. Raises OSError."""
@@ -161,6 +161,7 @@ class _Lock:
 
     def sign(self) -> None:
         """Say in the file who holds it."""
+        self._signed = True
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         with suppress(OSError):  # a full disk
             os.ftruncate(self._number, 0)
@@ -175,6 +176,8 @@ class _Lock:
         with _Lock._forking:
             if self._number >= 0:
                 with suppress(OSError):  # closing is not enough where a child that C code forked shares the open file
+                    if self._signed:
+                        os.ftruncate(self._number, 0)
                     fcntl.flock(self._number, fcntl.LOCK_UN)
                 self._forget()
 

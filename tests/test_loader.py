@@ -276,7 +276,7 @@ def test_a_loader_that_nobody_uses_promises_nothing(
     shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     loader = make(shards, cache=None)
-    needed = decoded_bytes(loader._sizes, loader.augment, 0).needed
+    needed = decoded_bytes(loader._samples.sizes, loader.augment, 0).needed
     gc.collect()
     others = Allowance.promised(torch.device("cpu"))
     monkeypatch.setattr(cache, "free_bytes", lambda _device: others + 2 * needed)
