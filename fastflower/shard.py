@@ -1,16 +1,17 @@
 """WebDataset tar shards: writing them with DALI's index beside, and reading single samples back by offset."""
 
 import errno
-import gc
 import hashlib
 import io
 import json
 import os
+import resource
 import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from time import sleep
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -21,7 +22,8 @@ from fastflower.files import blame_the_system
 from fastflower.manifest import INDEX_DTYPE, Manifest, Shard, Split
 
 _BLOCK = 512  # bytes: tar's unit
-_MOST_OPEN = 256  # shards of a reader; systems allow a process 1,024 files
+_MOST_OPEN = 256  # shards of all readers; systems allow a process 1,024 files, of which others need some
+_TRIES = 20  # to open another, 10 ms apart: threads that close some of theirs open others
 # A member's header without name and size: owner 0, mode 644, time 0, so that bytes depend on contents alone.
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 _REST_SUM = sum(_HEADER[156:])
@@ -210,13 +212,13 @@ class ShardReader:
         key = (id(self), shard)
         found = ShardReader._open.get(key)
         if found is None:
-            if len(ShardReader._open) >= _MOST_OPEN:
+            if len(ShardReader._open) >= min(_MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
                 ShardReader._open.clear()
             found = ShardReader._open.setdefault(key, self._opened(shard))  # another thread may have been first
         return os.pread(found.number, size, start)
 
     def _opened(self, shard: int) -> "_File":
-        path = self._paths[shard]
+        path, refused = self._paths[shard], 0
         while True:
             if self._fetch is not None:
                 self._fetch(path.name)
@@ -226,10 +228,12 @@ class ShardReader:
                 if self._fetch is None:  # else another process needed the room
                     raise
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE) or not ShardReader._open:
+                refused += 1
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or refused == _TRIES:
                     raise
+            if refused:
                 ShardReader._open.clear()
-                gc.collect()  # loaders that nobody uses
+                sleep(0.01)
 
     def keep(self, names: Collection[str]) -> None:
         """Close all other shards' files."""

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import logging
 import os
 import re
 import runpy
@@ -11,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,20 +42,24 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def holding(path: Path, child: str = "none") -> "subprocess.Popen[str]":
-    """A process that holds a lock, perhaps with a child that outlives it."""
+@contextmanager
+def holding(path: Path, child: str = "none") -> "Iterator[subprocess.Popen[str]]":
+    """A process that holds a lock, perhaps with a child that outlives it; all of them end with the block."""
     command = [sys.executable, "-c", HOLDING, str(path), child]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("child", ["none", "fork", "subprocess"])
 def test_a_lock_dies_with_its_process_whatever_children_live_on(tmp_path: Path, child: str) -> None:
     path = tmp_path / "folder" / "lock"
-    process = holding(path, child)
-    try:
+    with holding(path, child) as process:
         with pytest.raises(HeldError, match=rf"^process {process.pid} on ") as caught, locked(path):
             pass
         assert re.fullmatch(HOLDER, str(caught.value))
@@ -62,8 +67,6 @@ def test_a_lock_dies_with_its_process_whatever_children_live_on(tmp_path: Path, 
         process.wait()
         with locked(path) as exists:
             assert exists
-    finally:
-        os.killpg(process.pid, signal.SIGKILL) if child != "none" else None
 
 
 def test_a_lock_keeps_out_other_threads_and_is_free_afterwards(tmp_path: Path) -> None:
@@ -110,12 +113,12 @@ with locked(Path(sys.argv[1]), lambda: False):
 def test_waiting_for_a_lock_can_be_interrupted(tmp_path: Path, number: int) -> None:
     with locked(tmp_path / "lock"):
         command = [sys.executable, "-c", WAITING, str(tmp_path / "lock")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "waits\n"
-        time.sleep(0.2)
-        process.send_signal(number)
-        out, _ = process.communicate(timeout=10)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "waits\n"
+            time.sleep(0.2)
+            process.send_signal(number)
+            out, _ = process.communicate(timeout=10)
     assert (process.returncode, out) == (-number, "")
 
 
@@ -183,13 +186,11 @@ def held(out: Path) -> str:
 @pytest.mark.parametrize("resume", [False, True])
 def test_of_two_runs_in_one_folder_the_second_says_who_holds_it(shards: Path, tmp_path: Path, resume: bool) -> None:
     out = tmp_path / "run"
-    process = holding(out / ".lock")
-    before = {path: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(CheckpointError, match=held(out)):
-        train(shards, RECIPE, out=out, resume=resume, device="cpu")
-    assert {path: path.read_bytes() for path in out.iterdir()} == before
-    process.kill()
-    process.wait()
+    with holding(out / ".lock"):
+        before = {path: path.read_bytes() for path in out.iterdir()}
+        with pytest.raises(CheckpointError, match=held(out)):
+            train(shards, RECIPE, out=out, resume=resume, device="cpu")
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
     half = out / f"{LAST}.0123abcd.part"  # of a kill
     half.touch()
     (out / "mine.part").touch()
@@ -233,14 +234,10 @@ def test_two_demos_in_one_folder_do_not_clear_each_others_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "demo"
-    process = holding(out / ".fastflower-demo")
-    (out / "shards").mkdir()
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(out)])
-    with pytest.raises(SystemExit) as end:
+    (out / "shards").mkdir(parents=True)
+    with holding(out / ".fastflower-demo"), pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "tools" / "demo.py"), run_name="__main__")
-    process.kill()
-    process.wait()
     told = f"{end.value.code}{capsys.readouterr().err}"
     assert re.search(rf"--out {re.escape(str(out))}: another demo runs there \({HOLDER}\); wait for it, or name", told)
     assert (out / "shards").exists()
-    logging.getLogger("fastflower").setLevel(logging.NOTSET)
