@@ -214,7 +214,7 @@ class Loader(IterableDataset[Batch]):
         self._next = (epoch + 1, 0)
         if self._store:
             self._store.begin()
-        made = self._executor.run(self._requests(self.augment, epoch, start))  # whatever it is set to meanwhile
+        made = self._executor.run(self._requests(epoch, start))
         asked, used = perf_counter(), deque[torch.cuda.Event]()
         try:
             for request, images in made:
@@ -260,8 +260,9 @@ class Loader(IterableDataset[Batch]):
         ranks = {"rank": self.rank, "world_size": self.world_size}
         return step_positions(step, self.num_samples, self.global_batch_size, **ranks, pad=self.tail == "pad")
 
-    def _requests(self, augment: Augment, epoch: int, start: int) -> Iterator[Request]:
+    def _requests(self, epoch: int, start: int) -> Iterator[Request]:
         """The steps of an epoch from `start` on; after the first, some are drawn together, which takes a third of the time."""
+        augment = self.augment  # whatever it is set to meanwhile
         later = range(start + 1, len(self), max(1, _DRAWN_TOGETHER // self.batch_size))
         bounds = [*range(start, min(start + 1, len(self))), *later, len(self)]
         for first, end in pairwise(bounds):

@@ -99,8 +99,9 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
                         "%s: what the tars do not tell, such as options and skipped files, stays as it stood", path
                     )
             else:
-                what = "does not say what the tars hold" if path.exists() else "is missing"
-                problems.append(f"{path}: {what}; rebuild it with --repair.")
+                what = f"{path}: {'does not say what the tars hold' if path.exists() else 'is missing'}"
+                told = lost.partition(";")[0] if name == FILE and manifest and lost else what
+                problems.append(f"{told}; rebuild it with --repair.")
     return problems
 
 

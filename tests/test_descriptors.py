@@ -135,7 +135,7 @@ def test_readers_share_a_bound_and_read_their_own_shards(
             reader.encoded(index)  # compared with its own index's checksum
             assert tars() <= 10
     readers.clear()
-    del reader
+    reader = None
     assert tars() == 0
 
 

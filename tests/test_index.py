@@ -233,3 +233,39 @@ def test_a_pack_that_the_first_version_began_is_finished_by_this_one(new: Path, 
     (out / ".packing/manifest.json").write_text('{"format": "fastflower", "version": 1}')
     pack(folder, out, shard_bytes=9000)
     assert checksums(out) == checksums(new)
+
+
+@pytest.mark.parametrize("what", ["seed", "skipped", "pillow", "a/000.jpg"])
+def test_a_manifest_that_changed_is_named_and_keeps_what_it_alone_knows(
+    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, out = drawn(tmp_path / "data", a=4, b=4), tmp_path / "out"
+    shutil.copyfile(folder / "a/000.jpg", folder / "a/twin.jpg")
+    (folder / "b/text.jpg").write_text("no image")
+    pack(folder, out)
+    good = (out / "manifest.json").read_text()
+    before, after = {"skipped": ("is no image", "is an image"), "seed": ('"seed": 0', '"seed": 1')}.get(
+        what, (what, "xyz")
+    )
+    (out / "manifest.json").write_text(good.replace(before, after))
+    text = f"{out / 'manifest.json'}: has changed since it was written (checksum mismatch)"
+    with pytest.raises(ShardError, match=exactly(f"{text}; {again(out)}")):
+        Loader(out)
+    changed = Manifest.load(out, sealed=False)
+    assert verify(out) == [f"{text}; rebuild it with --repair."]
+    caplog.clear()
+    assert verify(out, repair=True) == verify(out) == []
+    assert Manifest.load(out) == changed
+    stays = "what the tars do not tell, such as options and skipped files, stays as it stood"
+    assert caplog.messages[-1] == f"{out / 'manifest.json'}: {stays}"
+
+
+def test_a_repair_says_what_it_wrote_and_writes_no_more(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    times = {path: path.stat().st_mtime_ns for path in [copy, *copy.iterdir()]}
+    with caplog.at_level(logging.INFO, "fastflower"):
+        assert verify(copy, repair=True) == []
+        assert {path: path.stat().st_mtime_ns for path in [copy, *copy.iterdir()]} == times
+        assert caplog.messages == []
+        (copy / "train.index.npy").unlink()
+        assert verify(copy, repair=True) == []
+    assert caplog.messages == [f"rebuilt {copy / 'train.index.npy'}"]
