@@ -14,7 +14,7 @@ from torch import nn
 from fastflower import ranks
 from fastflower.backbone import build, load_file
 from fastflower.errors import ArgumentError, CheckpointError, FastflowerError, HeldError
-from fastflower.files import PARTIAL, locked, written
+from fastflower.files import PARTIAL, blame_the_system, locked, written
 from fastflower.manifest import version_of
 from fastflower.recipe import Recipe
 
@@ -71,6 +71,7 @@ class Checkpoint:
                         os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # torch's writer hides an OSError, such as a full disk, behind its own
             reason = error if isinstance(error, OSError) else error.__context__ or error
+            blame_the_system(reason, path)
             raise CheckpointError(
                 f"{path}: could not be written ({reason}); what stood there before still does. Make room, and resume."
             ) from error

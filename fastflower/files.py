@@ -75,8 +75,8 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def blame_the_system(error: Exception, path: object) -> None:
-    """Raise ResourceError where a file was refused for lack of files or memory, which says nothing about the file."""
+def refusal(error: object, path: object) -> ResourceError | None:
+    """What to say where a file was refused for lack of files or memory, which says nothing about the file."""
     number = error.errno if isinstance(error, OSError) else None
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     remedy = {
@@ -84,8 +84,14 @@ def blame_the_system(error: Exception, path: object) -> None:
         errno.ENFILE: "the system has as many files open as it may; close programs, or allow more (sysctl fs.file-max)",
         errno.ENOMEM: "memory ran out; close programs, or use fewer workers",
     }.get(number or 0)
-    if remedy:
-        raise ResourceError(f"{path}: cannot be opened or read: {remedy}, and run again.") from error
+    return ResourceError(f"{path}: cannot be opened or read: {remedy}, and run again.") if remedy else None
+
+
+def blame_the_system(error: object, path: object) -> None:
+    """Raise that, if it is so."""
+    refused = refusal(error, path)
+    if refused is not None:
+        raise refused from None
 
 
 @contextmanager

@@ -126,6 +126,7 @@ class Loader(IterableDataset[Batch]):
         self._made_for = maker(*chosen, self._samples, **options)
         self._executor = self._make_executor()
         self._next = (0, 0)  # (epoch, step) at which the next `for` begins
+        self._restored = False  # whether a state said so
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
 
     def _open(self, split: str) -> ShardReader:
@@ -211,7 +212,7 @@ class Loader(IterableDataset[Batch]):
     def _batches(self) -> Iterator[Batch]:
         # At the first batch, not in __iter__: torchdata and Lightning make iterators that they take no batch from.
         epoch, start = self._position = self._next
-        self._next = (epoch + 1, 0)
+        self._next, self._restored = (epoch + 1, 0), False
         if self._store:
             self._store.begin()
         made = self._executor.run(self._requests(epoch, start))
@@ -304,10 +305,11 @@ class Loader(IterableDataset[Batch]):
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next `for` in this epoch: at its start, or, right after `load_state_dict`, where that stands in it."""
-        if epoch != self._next[0] and self._next[1]:
+        if epoch != self._next[0] and self._restored:
             told = "set_epoch(%d): begins at the start of that epoch; the place that was loaded, step %d of epoch %d, is given up"
             _log.warning(told, epoch, self._next[1], self._next[0])
         self._next = self._position = (epoch, self._next[1] if epoch == self._next[0] else 0)
+        self._restored = False
 
     def state_dict(self) -> dict[str, Any]:
         """Where feeding stands, a few plain values: after k batches of an epoch, a restored loader begins with batch k."""
@@ -326,6 +328,7 @@ class Loader(IterableDataset[Batch]):
                     f"resume with the same shards, split, seed and batch_size * world_size."
                 )
         self._next = self._position = (int(state["epoch"]), int(state["step"]))
+        self._restored = True
 
     def _identity(self) -> dict[str, Any]:
         """What the order and the draws depend on, besides the position."""

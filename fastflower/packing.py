@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fastflower.duplicates import nearest
 from fastflower.errors import ArgumentError, FolderError, HeldError, require
-from fastflower.files import locked, sync, write_atomically
+from fastflower.files import blame_the_system, locked, sync, write_atomically
 from fastflower.folder import Folder, scan
 from fastflower.manifest import FILE, INFO, PLAN, WORK, Manifest, version_of
 from fastflower.part import STOP, Part, make_part
@@ -177,6 +177,7 @@ def _workspace(out: Path) -> Iterator[Path]:
         what = f"another pack is writing here ({error}); wait for it, or name another folder with --out."
         raise FolderError(f"{out}: {what}") from None
     except (OSError, BrokenExecutor, MemoryError) as error:  # images that cannot be read are skipped: not about them
+        blame_the_system(error, out)
         if isinstance(error, MemoryError):
             what = "is not finished: memory ran out; pack with fewer workers (--workers 1)."
         elif isinstance(error, OSError):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastflower.errors import ArgumentError, FastflowerError, HeldError, ShardError
-from fastflower.files import locked, partial_name, write_atomically
+from fastflower.files import locked, partial_name, refusal, write_atomically
 from fastflower.manifest import FILE, Manifest
 
 _T = TypeVar("_T")
@@ -357,7 +357,9 @@ class Store:
             time.sleep(min(_LOOK, pause))
 
 
-def _unwritable(path: Path, error: OSError) -> ShardError:
+def _unwritable(path: Path, error: OSError) -> FastflowerError:
+    if refused := refusal(error, path):
+        return refused
     return ShardError(
         f"{path}: cannot be written ({error.strerror}); make room, or name another folder with Remote(folder=)."
     )

@@ -21,6 +21,7 @@ from fastflower.batch import resolve_device
 from fastflower.checkpoint import BEST, LAST, Checkpoint, environment, own, run_folder
 from fastflower.errors import CheckpointError, DeviceError, FastflowerError, StoppedError, TrainingError, require
 from fastflower.evaluation import measure, precision_of, recalibrate, view_of
+from fastflower.files import refusal
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
 from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate
@@ -357,6 +358,8 @@ class Run:
 def _explained(error: Exception, recipe: Recipe, device: torch.device) -> FastflowerError | None:
     """Our error for memory that ran out, for what the system refuses, as a full disk does, or for a rank that is gone."""
     said = str(error).strip().partition("\n")[0]
+    if refused := refusal(error, getattr(error, "filename", None) or "disk"):
+        return refused
     if isinstance(error, OSError) and error.strerror:
         return TrainingError(
             f"{error.filename or 'disk'}: cannot be read or written ({error.strerror}); mend that, and resume (--resume)."

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from packs import drawn
+from training_runs import small
 
-from fastflower import Augment, Loader, Manifest, pack, predict, shard
+from fastflower import Augment, Loader, Manifest, Recipe, pack, packing, predict, shard, train, training
+from fastflower.backbone import build
 from fastflower.checkpoint import Checkpoint
 from fastflower.errors import FastflowerError, ResourceError, SampleError
 from fastflower.folder import scan
@@ -235,9 +237,6 @@ def test_what_the_system_refuses_is_not_skipped_by_predict(tmp_path: Path, refus
 
 
 def _checkpoint() -> Checkpoint:
-    from fastflower import Recipe
-    from fastflower.backbone import build
-
     recipe = Recipe(weights=None, augment=SMALL)
     model = build(recipe.backbone, 2, weights=None).state_dict()
     return Checkpoint(recipe=recipe, classes=("a", "b"), model=model, epoch=0)
@@ -252,3 +251,24 @@ def test_a_checkpoint_that_the_system_refuses_is_not_called_damaged(tmp_path: Pa
     monkeypatch.setattr("torch.load", refuse)
     with pytest.raises(ResourceError, match=rf"x\.pt: cannot be opened or read: {REFUSED[errno.EMFILE]}"):
         Checkpoint.load(tmp_path / "x.pt")
+
+
+def test_what_the_system_refuses_is_named_by_train_pack_and_a_checkpoint(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files", "history.csv")
+
+    message = REFUSED[errno.EMFILE]
+    monkeypatch.setattr(training, "write_history", refuse)
+    monkeypatch.setattr(training, "build", small)
+    recipe = Recipe(weights=None, freeze=0, augment=SMALL, epochs=1)
+    with pytest.raises(ResourceError, match=rf"^history\.csv: cannot be opened or read: {message}"):
+        train(shards, recipe, out=tmp_path / "run", device="cpu")
+    monkeypatch.setattr("torch.save", refuse)
+    with pytest.raises(ResourceError, match=rf"x\.pt: cannot be opened or read: {message}"):
+        _checkpoint().save(tmp_path / "x.pt")
+    assert not list(tmp_path.glob("*.pt*"))
+    monkeypatch.setattr(packing, "save_plan", refuse)
+    with pytest.raises(ResourceError, match=rf"out: cannot be opened or read: {message}"):
+        pack(drawn(tmp_path / "data", a=3, b=3), tmp_path / "out")

@@ -178,11 +178,12 @@ def test_set_epoch_after_a_state_keeps_its_place_in_that_epoch_only(
         found.append(indices(after))
     assert found == [epochs[1][3:], epochs[2]]
     assert caplog.messages == []
-    after.load_state_dict(state)
-    after.set_epoch(0)
-    assert indices(after) == epochs[0]
-    told = "set_epoch(0): begins at the start of that epoch; the place that was loaded, step 3 of epoch 1, is given up"
-    assert caplog.messages == [told]
+    for step in (3, 0):  # also at the beginning of the next epoch
+        after.load_state_dict({**state, "step": step})
+        after.set_epoch(0)
+        assert indices(after) == epochs[0]
+        told = f"the place that was loaded, step {step} of epoch 1, is given up"
+        assert caplog.messages[-1] == f"set_epoch(0): begins at the start of that epoch; {told}"
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
