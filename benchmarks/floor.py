@@ -33,7 +33,7 @@ def epoch_of(loader: Loader, renderer: str, workers: int, *, decoded: bool) -> C
     indices = np.array(numbers)
     sizes = np.array([loader.photo(index).shape[:2] for index in numbers])
     jobs = render.jobs(Request.drawn(loader.augment, indices, sizes, seed=loader.seed, epoch=0, step=0))
-    encoded = [bytes(loader._encoded(index)) for index in numbers]
+    encoded = [bytes(loader._samples.encoded(index)) for index in numbers]
     photos = [decode(data, job.reduce) for data, job in zip(encoded, jobs, strict=True)] if decoded else None
 
     def epoch() -> int:

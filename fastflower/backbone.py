@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from fastflower.errors import ArgumentError, CheckpointError
+from fastflower.files import blame_the_system
 
 _log = logging.getLogger("fastflower")
 
@@ -200,6 +201,7 @@ def load_file(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: does not exist; check the path.") from None
     except Exception as error:  # torch.load raises whatever zipfile, pickle and its own reader raise
+        blame_the_system(error, path)
         if isinstance(error, IsADirectoryError):
             raise CheckpointError(f"{path}: is a folder; name a file, such as a run's checkpoint-best.pt.") from None
         if isinstance(error, PermissionError):  # not OSError: so is a file that is cut short

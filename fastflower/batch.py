@@ -44,6 +44,9 @@ class Request:
     draw: Draw
     warp: Warp
     """The draw's geometry, for photographs of their sizes."""
+    augment: Augment
+    """What was drawn from, and with which seed."""
+    seed: int
 
     @classmethod
     def drawn(
@@ -51,11 +54,16 @@ class Request:
     ) -> Self:
         """The request for samples `indices`, (N,) int64, whose photographs have `sizes`, (N, 2) height and width."""
         draw = augment.draw(seed, epoch, indices, sizes)
-        return cls(epoch, step, indices, draw, draw.warp(sizes, augment.fill))
+        return cls(epoch, step, indices, draw, draw.warp(sizes, augment.fill), augment, seed)
+
+    def of(self, indices: NDArray[Any], sizes: NDArray[Any]) -> "Request":
+        """The same step, of other samples."""
+        return Request.drawn(self.augment, indices, sizes, seed=self.seed, epoch=self.epoch, step=self.step)
 
     def take(self, step: int, rows: slice) -> "Request":
         """Some of the samples, as a step of its own."""
-        return Request(self.epoch, step, self.indices[rows], self.draw.take(rows), self.warp.take(rows))
+        draw, warp = self.draw.take(rows), self.warp.take(rows)
+        return Request(self.epoch, step, self.indices[rows], draw, warp, self.augment, self.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

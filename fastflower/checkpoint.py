@@ -2,6 +2,8 @@
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -11,12 +13,13 @@ from torch import nn
 
 from fastflower import ranks
 from fastflower.backbone import build, load_file
-from fastflower.errors import ArgumentError, CheckpointError, FastflowerError
+from fastflower.errors import ArgumentError, CheckpointError, FastflowerError, HeldError
+from fastflower.files import PARTIAL, blame_the_system, locked, written
 from fastflower.manifest import version_of
 from fastflower.recipe import Recipe
 
 FORMAT_VERSION = 2
-LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"  # in the folder of a run
+LAST, BEST, LOCK = "checkpoint-last.pt", "checkpoint-best.pt", ".lock"  # in the folder of a run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,25 +59,22 @@ class Checkpoint:
               cost. Files are replaced and never written to, so that what is saved to one name later leaves the other as it is.
         """
         path = Path(path)
-        part = path.with_name(path.name + ".part")
         content = {"format": "fastflower", "version": FORMAT_VERSION}
         content |= {entry.name: getattr(self, entry.name) for entry in fields(self)}
         content["recipe"] = self.recipe.to_dict()
         try:
-            part.unlink(missing_ok=True)  # of a kill; to write to it would be to write to its twin
-            if twin is None or not _linked(Path(twin), part):
-                with part.open("wb") as file:
-                    torch.save(content, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            part.replace(path)
+            with written(path) as part:
+                if twin is None or not _linked(Path(twin), part):
+                    with part.open("wb") as file:
+                        torch.save(content, file)
+                        file.flush()
+                        os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # torch's writer hides an OSError, such as a full disk, behind its own
             reason = error if isinstance(error, OSError) else error.__context__ or error
+            blame_the_system(reason, path)
             raise CheckpointError(
                 f"{path}: could not be written ({reason}); what stood there before still does. Make room, and resume."
             ) from error
-        finally:
-            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -133,7 +133,7 @@ def environment(device: torch.device, precision: torch.dtype | None = None) -> d
 def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
     """Where a run goes: `out`, or the first of runs/BACKBONE, runs/BACKBONE-2, ... that is free; makes nothing.
 
-    Raises ArgumentError where it cannot be made, CheckpointError where it holds a run that is not to be resumed.
+    Raises ArgumentError where it cannot be made.
     """
     if out is None:
         if resume:
@@ -146,6 +146,45 @@ def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
         raise ArgumentError(
             f"out: {folder} cannot be made, {stands} is no folder that can be written to; name another."
         )
-    if not resume and (folder / LAST).exists():
-        raise CheckpointError(f"{folder}: holds a run already; pass resume=True (--resume), or name another out.")
     return folder
+
+
+@contextmanager
+def own(folder: Path, *, new: bool, resume: bool) -> Iterator[None]:
+    """Make a run's folder and keep other runs out of it: rank 0 does, and where it cannot all ranks raise its error.
+
+    new  there must be none yet. A folder in which nothing was written does not stay.
+
+    Raises CheckpointError where another run holds it, saying which, or where it holds a run that is not to be resumed; OSError.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    with ExitStack() as stack:
+        failed: Exception | None = None
+        if ranks.rank() == 0:
+            stack.callback(_clear, made)
+            try:
+                folder.mkdir(parents=True, exist_ok=not new)
+                alone = stack.enter_context(locked(folder / LOCK))
+                stack.callback((folder / LOCK).unlink, missing_ok=True)
+                if not resume and (folder / LAST).exists():
+                    told = "holds a run already; pass resume=True (--resume), or name another out"
+                    failed = CheckpointError(f"{folder}: {told}.")
+                for left in folder.glob(PARTIAL) if alone else ():  # by a run that was killed
+                    left.unlink(missing_ok=True)
+            except FileExistsError:
+                failed = CheckpointError(f"{folder}: another run took it meanwhile; start again, or name out.")
+            except HeldError as error:
+                wait = "wait for it and pass resume=True (--resume), or name another out"
+                failed = CheckpointError(f"{folder}: another run trains here ({error}); {wait}.")
+            except OSError as error:
+                failed = error
+        failed = ranks.gathered(failed)[0]
+        if failed is not None:
+            raise failed
+        yield
+
+
+def _clear(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # not empty
+            folder.rmdir()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastflower.files import blame_the_system
 from fastflower.folder import Folder
 
 _TAIL = 4096  # bytes: the last of a compressed image tell it from others of its size, and spare reading the rest
@@ -60,7 +61,8 @@ def _digests(files: list[tuple[Any, str, bool]]) -> bytes:
                 if not whole:
                     file.seek(max(0, file.seek(0, 2) - _TAIL))
                 made.append(hashlib.file_digest(file, "sha256").digest()[:16])
-        except OSError:
+        except OSError as error:
+            blame_the_system(error, root / path)
             made.append(bytes(16))
     return b"".join(made)
 

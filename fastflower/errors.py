@@ -62,5 +62,13 @@ class TrainingError(FastflowerError):
     """Training cannot go on: a loss or weights that are not finite, a rank that is gone, a folder that refuses a file."""
 
 
+class HeldError(FastflowerError):
+    """Another process holds a lock; the message says which."""
+
+
+class ResourceError(FastflowerError):
+    """The system refuses another open file, or memory: nothing is wrong with what was to be read."""
+
+
 class StoppedError(FastflowerError):
     """SIGTERM ended training; its state was saved."""

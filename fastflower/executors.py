@@ -7,10 +7,11 @@ from typing import Any, Literal, get_args
 import torch
 
 from fastflower.augment import Augment
-from fastflower.batch import Clock, Executor, Pixels, Replace
+from fastflower.batch import Executor
 from fastflower.cache import Allowance, Decoded, PixelCache, allow
 from fastflower.errors import ArgumentError
 from fastflower.native_renderer import available
+from fastflower.samples import SampleSource
 from fastflower.thread_executor import ThreadExecutor
 
 Name = Literal["native", "opencv", "dali", "triton"]
@@ -45,12 +46,8 @@ def choose(
 def maker(
     name: Name,
     allowance: Allowance,
-    encoded: Callable[[int], bytes],
-    decode: Callable[[int, int], Pixels],
-    replace: Replace,
-    clock: Clock,
+    samples: SampleSource,
     *,
-    num_samples: int,
     device: torch.device,
     dtype: torch.dtype,
     batch_size: int,
@@ -61,12 +58,13 @@ def maker(
         from fastflower.dali_executor import DaliExecutor  # takes half a second to import
 
         options = {"device": device, "batch_size": batch_size, "workers": workers}
-        return lambda augment: DaliExecutor(augment, dtype, encoded, lambda index: decode(index, 1), replace, **options)
+        sources = (samples.encoded, samples.decode, samples.replace)
+        return lambda augment: DaliExecutor(augment, dtype, *sources, **options)
     if name == "triton":
         from fastflower.triton_executor import DevicePhotos, TritonExecutor
 
-        photos = DevicePhotos(num_samples, allowance)
-        return lambda augment: TritonExecutor(augment, dtype, decode, photos, replace, workers=workers)
-    kept = PixelCache(decode, allowance)
+        photos = DevicePhotos(len(samples.sizes), allowance)
+        return lambda augment: TritonExecutor(augment, dtype, samples.decode, photos, samples.replace, workers=workers)
+    kept = PixelCache(samples.decode, allowance)
     how: dict[str, Any] = {"workers": workers, "renderer": name, "device": device}
-    return lambda augment: ThreadExecutor(augment, dtype, kept, replace, clock, **how)
+    return lambda augment: ThreadExecutor(augment, dtype, kept, samples.replace, samples.clock, **how)

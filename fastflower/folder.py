@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.errors import FolderError
+from fastflower.files import blame_the_system
 from fastflower.layout import (
     EXTENSIONS,
     NO_CLASSES,
@@ -233,6 +234,7 @@ def _walk(found: _Found, name: str) -> list[str]:
                 continue
             inside = [(entry.name, entry.is_symlink()) for entry in os.scandir(found.root / path) if is_folder(entry)]
         except OSError as error:
+            blame_the_system(error, found.root / path)
             found.ignored.append((path, f"is a folder that cannot be read ({error.strerror})"))
             continue
         seen.add((status.st_dev, status.st_ino))

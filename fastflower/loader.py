@@ -18,13 +18,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fastflower import ranks
 from fastflower.augment import Augment
-from fastflower.batch import SPENT, Batch, Clock, Executor, Request, Stats, mixed, resolve_device
+from fastflower.batch import SPENT, Batch, Executor, Request, Stats, mixed, resolve_device
 from fastflower.cache import decoded_bytes
-from fastflower.errors import ArgumentError, SampleError, ShardError, require
+from fastflower.errors import ArgumentError, ShardError, require
 from fastflower.executors import Name, choose, maker
-from fastflower.image import decode
 from fastflower.manifest import Manifest
 from fastflower.order import Windows, balanced, num_steps, permute, step_positions
+from fastflower.samples import SampleSource
 from fastflower.shard import ShardReader
 from fastflower.store import Remote, Store, remote
 
@@ -107,30 +107,28 @@ class Loader(IterableDataset[Batch]):
         self._shards = self.manifest.split(split).shards
         self.tail = tail or ("drop" if self.shuffle else "keep")
         self.on_bad = on_bad
-        self.replaced: dict[int, str] = {}
-        """Damaged samples, by index, and what is wrong with each."""
         self._reader = self._open(split)
+        self._samples = SampleSource(self._reader, replaces=on_bad == "skip")
+        self.replaced = self._samples.replaced
+        """Damaged samples, by index, and what is wrong with each."""
         self._check(workers, self.augment)
         counts = [shard.samples for shard in self._shards]
         self._windows = Windows(counts, self.window or 1, seed=seed, shuffle=bool(self.shuffle))
         index = self._reader.index
-        self._sizes = np.stack([index["height"], index["width"]], axis=1).astype(np.int64)
         self._labels = torch.from_numpy(index["label"].astype(np.int64))
         self._by_class = np.argsort(index["label"], kind="stable") if self.shuffle == "balanced" else None
         if self._by_class is not None:
             _log.info("shuffle: classes come equally often, so that an epoch does not hold every sample exactly once")
-        self._clock = Clock()
         self._images = 0
-        self._drawing = self.augment
         self._workers = workers or ranks.cores() + 1
-        chosen = choose(executor, self.device, cache, lambda: decoded_bytes(self._sizes, self.augment, seed))
+        chosen = choose(executor, self.device, cache, lambda: decoded_bytes(self._samples.sizes, self.augment, seed))
         self.executor: Name = chosen[0]
         """Which of them makes the batches."""
         options = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, "workers": self._workers}
-        sources = (self._encoded, self._decode, self._replace, self._clock)
-        self._made_for = maker(*chosen, *sources, num_samples=self.num_samples, **options)
+        self._made_for = maker(*chosen, self._samples, **options)
         self._executor = self._make_executor()
         self._next = (0, 0)  # (epoch, step) at which the next `for` begins
+        self._restored = False  # whether a state said so
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
 
     def _open(self, split: str) -> ShardReader:
@@ -171,26 +169,9 @@ class Loader(IterableDataset[Batch]):
     def _make_executor(self) -> Executor:
         return self._made_for(self.augment)
 
-    def _encoded(self, index: int) -> bytes:
-        start = perf_counter()
-        try:
-            return self._reader.encoded(index)
-        finally:
-            self._clock.add("read", perf_counter() - start)
-
-    def _decode(self, index: int, reduce: int = 1) -> NDArray[np.uint8]:
-        encoded = self._encoded(index)
-        start = perf_counter()
-        try:
-            return decode(encoded, reduce)
-        except SampleError as error:
-            raise SampleError(f"{self.where(index)}: {error}") from None
-        finally:
-            self._clock.add("decode", perf_counter() - start)
-
     def photo(self, index: int) -> NDArray[np.uint8]:
         """The whole decoded photograph of a sample, (H, W, 3) RGB; not to be written to."""
-        return self._decode(index)
+        return self._samples.decode(index)
 
     def where(self, index: int) -> str:
         """Shard, key and original path of a sample, for messages."""
@@ -233,8 +214,7 @@ class Loader(IterableDataset[Batch]):
     def _batches(self) -> Iterator[Batch]:
         # At the first batch, not in __iter__: torchdata and Lightning make iterators that they take no batch from.
         epoch, start = self._position = self._next
-        self._next = (epoch + 1, 0)
-        self._drawing = self.augment  # whatever it is set to meanwhile
+        self._next, self._restored = (epoch + 1, 0), False
         if self._store:
             self._store.begin()
         made = self._executor.run(self._requests(epoch, start))
@@ -245,16 +225,17 @@ class Loader(IterableDataset[Batch]):
                 index = torch.from_numpy(request.indices)
                 batch = self._mixed(request, Batch(self._put(images), self._put(self._labels[index]), self._put(index)))
                 given = perf_counter()
-                self._clock.add("wait", given - asked)
+                self._samples.clock.add("wait", given - asked)
                 self._images += len(index)
                 yield batch
                 self._pace(used)
                 asked = perf_counter()
-                self._clock.add("consume", asked - given)
+                self._samples.clock.add("consume", asked - given)
             self._position = (epoch + 1, 0)  # where this rank has no part of the last step
         finally:
             with self._store.ending() if self._store else nullcontext():
                 made.close()
+                self._reader.keep(())  # no file stays open between epochs
 
     def _pace(self, used: deque[torch.cuda.Event]) -> None:
         """Let a host that asks a GPU for steps run ahead of it by so many batches: unbounded it takes memory for each."""
@@ -267,14 +248,15 @@ class Loader(IterableDataset[Batch]):
             used.popleft().synchronize()
 
     def _mixed(self, request: Request, batch: Batch) -> Batch:
-        if not (self._drawing.mixup or self._drawing.cutmix):
+        augment = request.augment
+        if not (augment.mixup or augment.cutmix):
             return batch
-        mix = self._drawing.mix(self.seed, request.epoch, request.indices)
+        mix = augment.mix(self.seed, request.epoch, request.indices)
         return Batch(*mixed(batch.images, batch.labels, mix, len(self.manifest.classes), self._put), batch.index)
 
     def stats(self) -> Stats:
         """Where the time of all epochs so far went."""
-        seconds = {f"{name}_seconds": self._clock[name] for name in SPENT}
+        seconds = {f"{name}_seconds": self._samples.clock[name] for name in SPENT}
         return Stats(images=self._images, workers=self._workers, replaced=len(self.replaced), **seconds)
 
     def _positions(self, step: int) -> NDArray[np.int64]:
@@ -283,11 +265,14 @@ class Loader(IterableDataset[Batch]):
 
     def _requests(self, epoch: int, start: int) -> Iterator[Request]:
         """The steps of an epoch from `start` on; after the first, some are drawn together, which takes a third of the time."""
+        augment = self.augment  # whatever it is set to meanwhile
         later = range(start + 1, len(self), max(1, _DRAWN_TOGETHER // self.batch_size))
         bounds = [*range(start, min(start + 1, len(self))), *later, len(self)]
         for first, end in pairwise(bounds):
             steps = {step: self._positions(step) for step in range(first, end)}
-            drawn = self._drawn(epoch, first, self._indices(np.concatenate(list(steps.values())), epoch))
+            indices = self._indices(np.concatenate(list(steps.values())), epoch)
+            sizes = self._samples.sizes[indices]
+            drawn = Request.drawn(augment, indices, sizes, seed=self.seed, epoch=epoch, step=first)
             row = 0
             for step, positions in steps.items():
                 if self._store and len(positions):
@@ -308,24 +293,6 @@ class Loader(IterableDataset[Batch]):
             return balanced(positions, self._by_class, counts, seed=self.seed, epoch=epoch)
         return permute(positions, self.num_samples, seed=self.seed, epoch=epoch) if self.shuffle else positions
 
-    def _drawn(self, epoch: int, step: int, indices: NDArray[np.int64]) -> Request:
-        sizes = self._sizes[indices]
-        return Request.drawn(self._drawing, indices, sizes, seed=self.seed, epoch=epoch, step=step)
-
-    def _replace(self, request: Request, row: int, error: SampleError) -> Request:
-        """The request with the next sample of the index in a row whose sample is damaged."""
-        indices = request.indices.copy()
-        damaged = int(indices[row])
-        if self.on_bad == "fail":
-            raise error
-        if damaged not in self.replaced:
-            self.replaced[damaged] = str(error)
-            _log.warning("another sample stands in for a damaged one: %s", error)
-        if len(self.replaced) == self.num_samples:
-            raise error
-        indices[row] = (damaged + 1) % self.num_samples
-        return self._drawn(request.epoch, request.step, indices)
-
     def _put(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == self.device.type:
             return tensor
@@ -339,8 +306,12 @@ class Loader(IterableDataset[Batch]):
         self._executor = self._make_executor()
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the next `for` at the start of this epoch."""
-        self._next = self._position = (epoch, 0)
+        """Begin the next `for` in this epoch: at its start, or, right after `load_state_dict`, where that stands in it."""
+        if epoch != self._next[0] and self._restored:
+            told = "set_epoch(%d): begins at the start of that epoch; the place that was loaded, step %d of epoch %d, is given up"
+            _log.warning(told, epoch, self._next[1], self._next[0])
+        self._next = self._position = (epoch, self._next[1] if epoch == self._next[0] else 0)
+        self._restored = False
 
     def state_dict(self) -> dict[str, Any]:
         """Where feeding stands, a few plain values: after k batches of an epoch, a restored loader begins with batch k."""
@@ -359,6 +330,7 @@ class Loader(IterableDataset[Batch]):
                     f"resume with the same shards, split, seed and batch_size * world_size."
                 )
         self._next = self._position = (int(state["epoch"]), int(state["step"]))
+        self._restored = True
 
     def _identity(self) -> dict[str, Any]:
         """What the order and the draws depend on, besides the position."""

@@ -1,8 +1,7 @@
 """What a folder of shards says of itself: `manifest.json`, and one row a sample in `SPLIT.index.npy`."""
 
+import hashlib
 import json
-import os
-import threading
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,9 +11,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastflower.errors import ArgumentError, ShardError
+from fastflower.errors import ShardError
+from fastflower.files import blame_the_system
+from fastflower.image import MAX_PIXELS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_FIRST = 1  # the oldest version that is read: without checksums of indexes and of the manifest
 FILE = "manifest.json"
 WORK, PLAN = ".packing", "plan.json"  # in a pack that is not finished
 INFO = "_info.json"
@@ -57,6 +59,8 @@ class Split:
     samples: int
     class_counts: tuple[int, ...]
     shards: tuple[Shard, ...]
+    index_sha256: str | None = None
+    """Of SPLIT.index.npy; None in version 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +88,15 @@ class Manifest:
     packed_bytes: int = 0
     """Of the images in the shards."""
     versions: dict[str, str] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
+    """Of the format."""
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """Read `folder`/manifest.json. Raises ShardError when it is missing, damaged or of another format."""
+    def load(cls, folder: str | Path, *, sealed: bool = True) -> Self:
+        """Read `folder`/manifest.json. Raises ShardError when it is missing, damaged or of another format.
+
+        sealed  False takes one whose checksum differs, too.
+        """
         folder = Path(str(folder).removeprefix("file://"))
         path = folder / FILE
         try:
@@ -99,41 +108,61 @@ class Manifest:
                 told = "is a pack that was not finished; run the same pack again."
             raise ShardError(f"{folder}: {told}") from None
         except (ValueError, OSError) as error:
+            blame_the_system(error, path)
             raise ShardError(f"{path}: cannot be read ({error}); restore it from a copy or pack again.") from None
         try:
-            if stored["format"] != "fastflower" or stored["version"] != FORMAT_VERSION:
-                raise ShardError(
-                    f"{path}: is format {stored['format']} version {stored['version']}, "
-                    f"this fastflower reads version {FORMAT_VERSION}; pack again."
-                )
-            splits = {
-                name: Split(
-                    split["samples"], tuple(split["class_counts"]), tuple(Shard(**shard) for shard in split["shards"])
-                )
-                for name, split in stored["splits"].items()
-            }
-            return cls(
-                folder=folder,
-                classes=tuple(stored["classes"]),
-                splits=splits,
-                options=stored["options"],
-                skipped=tuple(stored["skipped"]),
-                warnings=tuple(stored["warnings"] if stored["version"] > 1 else stored.get("warnings", ())),
-                duplicates=tuple(map(tuple, stored["duplicates"])),
-                label_conflicts=tuple(map(tuple, stored["label_conflicts"])),
-                near_duplicates=tuple(stored["near_duplicates"]),
-                source_bytes=stored["source_bytes"],
-                packed_bytes=stored["packed_bytes"],
-                versions=stored["versions"],
-            )
+            _check_version(path, stored["format"], stored["version"])
+            manifest = cls._of(folder, stored)
+            changed = stored["version"] > _FIRST and stored["sha256"] != _checksum(stored)
         except (KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{path}: lacks {error}; restore it from a copy or pack again.") from None
+        if changed and sealed:
+            raise ShardError(
+                f"{path}: has changed since it was written (checksum mismatch); restore it from a copy, or rebuild it with "
+                f"fastflower verify {folder} --repair."
+            )
+        return manifest
+
+    @classmethod
+    def _of(cls, folder: Path, stored: dict[str, Any]) -> Self:
+        splits = {
+            name: Split(
+                split["samples"],
+                tuple(split["class_counts"]),
+                tuple(Shard(**shard) for shard in split["shards"]),
+                split["index_sha256"] if stored["version"] > _FIRST else None,
+            )
+            for name, split in stored["splits"].items()
+        }
+        return cls(
+            folder=folder,
+            classes=tuple(stored["classes"]),
+            splits=splits,
+            options=stored["options"],
+            skipped=tuple(stored["skipped"]),
+            warnings=tuple(stored["warnings"] if stored["version"] > _FIRST else stored.get("warnings", ())),
+            duplicates=tuple(map(tuple, stored["duplicates"])),
+            label_conflicts=tuple(map(tuple, stored["label_conflicts"])),
+            near_duplicates=tuple(stored["near_duplicates"]),
+            source_bytes=stored["source_bytes"],
+            packed_bytes=stored["packed_bytes"],
+            versions=stored["versions"],
+            version=stored["version"],
+        )
 
     def to_json(self) -> str:
         """The text of the file: the same manifest gives the same bytes."""
-        stored = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "folder"}
-        content = {"format": "fastflower", "version": FORMAT_VERSION, **stored}
-        return json.dumps(content, indent=1, ensure_ascii=False, default=asdict) + "\n"  # asdict: splits
+        stored = {
+            item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("folder", "version")
+        }
+        content: dict[str, Any] = {"format": "fastflower", "version": self.version, **stored}
+        content["splits"] = {name: asdict(split) for name, split in self.splits.items()}
+        if self.version == _FIRST:
+            for split in content["splits"].values():
+                del split["index_sha256"]
+        else:
+            content["sha256"] = _checksum(content)
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     def to_info(self) -> str:
         """The text of `_info.json`, which timm's reader of WebDataset shards reads."""
@@ -157,50 +186,83 @@ class Manifest:
         return split
 
     def index(self, name: str) -> NDArray[Any]:
-        """The rows of a split, (samples,) of INDEX_DTYPE, memory-mapped. Raises ShardError when they do not fit."""
+        """The rows of a split, (samples,) of INDEX_DTYPE, memory-mapped.
+
+        Raises ShardError when the file is not the one that was packed, or holds a row that cannot be.
+        """
         split = self.split(name)
         path = self.folder / f"{name}.index.npy"
+        again = f"restore it from a copy, or rebuild it with fastflower verify {self.folder} --repair."
         try:
             rows = np.load(path, mmap_mode="r")
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest() if split.index_sha256 else None
         except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy evaluates the header
-            raise ShardError(f"{path}: cannot be read ({error}); restore it from a copy or pack again.") from None
+            blame_the_system(error, path)
+            raise ShardError(f"{path}: cannot be read ({error}); {again}") from None
         if rows.dtype != INDEX_DTYPE or rows.shape != (split.samples,):
             raise ShardError(
-                f"{path}: has {rows.shape} rows of {rows.dtype}, the manifest says {split.samples} samples; "
-                f"restore it from a copy or pack again."
+                f"{path}: has {rows.shape} rows of {rows.dtype}, the manifest says {split.samples} samples; {again}"
             )
+        if digest != split.index_sha256:
+            raise ShardError(f"{path}: has changed since it was packed (checksum mismatch); {again}")
+        wrong = _wrong(rows, split, self.classes)
+        if wrong:
+            raise ShardError(f"{path}: {wrong}; {again}")
         return rows
 
 
-def write_atomically(path: Path, *pieces: bytes | bytearray | memoryview) -> None:
-    """Write a file so that it is seen whole or not at all, also after a power cut."""
-    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # others may write the same file
-    try:
-        with part.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    sync(path.parent)
+def _check_version(path: Path, format_: Any, version: Any) -> None:
+    if format_ != "fastflower" or not isinstance(version, int) or version < _FIRST:
+        raise ShardError(
+            f"{path}: is format {format_} version {version}, this fastflower reads versions {_FIRST} to {FORMAT_VERSION}; "
+            f"restore it from a copy or pack again."
+        )
+    if version > FORMAT_VERSION:
+        raise ShardError(
+            f"{path}: is version {version} of the format, written by a newer fastflower; this one reads versions {_FIRST} to "
+            f"{FORMAT_VERSION}: upgrade it (pip install --upgrade fastflower)."
+        )
 
 
-def write_out(out: Path, data: bytes) -> None:
-    """As `write_atomically`, a file that the caller named. Raises ArgumentError where it cannot be."""
-    try:
-        write_atomically(out, data)
-    except OSError as error:
-        raise ArgumentError(
-            f"out: {out} cannot be written ({error.strerror}); name a file in a folder that is there."
-        ) from None
+def _checksum(content: dict[str, Any]) -> str:
+    """Of all values but itself: of their JSON in ASCII, without spaces, names sorted."""
+    values = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def sync(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _wrong(rows: NDArray[Any], split: Split, classes: tuple[str, ...]) -> str:
+    """What cannot be in the rows of a split's index; nothing where all can."""
+    counts = [shard.samples for shard in split.shards]
+    if sum(counts) != split.samples or (rows["shard"] != np.repeat(np.arange(len(counts)), counts)).any():
+        return "counts other samples of each shard than the manifest does"
+    label, size, offset = rows["label"], rows["size"], rows["offset"]
+    room = np.repeat(np.array([shard.bytes for shard in split.shards], np.uint64), counts)
+    pixels = rows["width"].astype(np.uint64) * rows["height"]
+    rules = (
+        ("label", (label < 0) | (label >= len(classes)), f"0 .. {len(classes) - 1}"),
+        ("size", (size == 0) | (size > room), "at least 1 byte, and not more than its shard has"),
+        (
+            "offset",
+            (offset > room - size) | (offset == 0) | (offset % 512 != 0),
+            "a multiple of 512 with room for the size",
+        ),
+        ("width", (pixels == 0) | (pixels > MAX_PIXELS), f"that of an image of 1 .. {MAX_PIXELS} pixels"),
+    )
+    for name, outside, rule in rules:
+        row = int(outside.argmax())
+        if outside[row]:
+            return f"row {row} has {name} {rows[name][row]}, which must be {rule}"
+    same = rows["shard"][1:] == rows["shard"][:-1]
+    back = np.flatnonzero(same & (offset[1:] < offset[:-1] + size[:-1]))
+    if len(back):
+        return f"row {back[0] + 1} has offset {offset[back[0] + 1]}, in or before the image of the row above"
+    found = np.bincount(label, minlength=len(classes)).tolist()
+    for name, count, told in zip(classes, found, split.class_counts, strict=False):
+        if count != told:
+            return f"has {count} samples of class {name!r}, the manifest says {told}"
+    return (
+        ""
+        if len(split.class_counts) == len(classes)
+        else f"is of {len(split.class_counts)} classes, not {len(classes)}"
+    )

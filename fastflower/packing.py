@@ -4,20 +4,19 @@ The bytes on disk are a function of (input, options, seed). Work happens in OUT/
 A pack that is interrupted goes on from there; at the end files are renamed into place, the manifest last.
 """
 
-import fcntl
 import logging
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -25,13 +24,14 @@ import PIL
 from tqdm import tqdm
 
 from fastflower.duplicates import nearest
-from fastflower.errors import ArgumentError, FolderError, require
+from fastflower.errors import ArgumentError, FolderError, HeldError, require
+from fastflower.files import blame_the_system, locked, sync, write_atomically
 from fastflower.folder import Folder, scan
-from fastflower.manifest import FILE, INFO, PLAN, WORK, Manifest, Split, sync, version_of, write_atomically
+from fastflower.manifest import FILE, INFO, PLAN, WORK, Manifest, version_of
 from fastflower.part import STOP, Part, make_part
 from fastflower.planning import Plan, check_counts, check_same, load_plan, make_plan, save_plan, shard_name
 from fastflower.remarks import remarks
-from fastflower.shard import index_rows, npy
+from fastflower.shard import index_rows, npy, split_of
 
 _log = logging.getLogger("fastflower")
 
@@ -155,7 +155,7 @@ def _workspace(out: Path) -> Iterator[Path]:
     """OUT/.packing, locked against a second pack. It stays while it holds a plan to go on with; OUT goes if it is empty."""
     work = out / WORK
     try:
-        with _locked(work):
+        with locked(work / "lock"):
             try:
                 yield work
             finally:
@@ -163,7 +163,11 @@ def _workspace(out: Path) -> Iterator[Path]:
                     shutil.rmtree(work, ignore_errors=True)  # NFS keeps files that are open; what stays is no plan
                     with suppress(OSError):  # not empty, a link, or where a disk is mounted
                         out.rmdir()
+    except HeldError as error:
+        what = f"another pack is writing here ({error}); wait for it, or name another folder with --out."
+        raise FolderError(f"{out}: {what}") from None
     except (OSError, BrokenExecutor, MemoryError) as error:  # images that cannot be read are skipped: not about them
+        blame_the_system(error, out)
         if isinstance(error, MemoryError):
             what = "is not finished: memory ran out; pack with fewer workers (--workers 1)."
         elif isinstance(error, OSError):
@@ -177,23 +181,6 @@ def _workspace(out: Path) -> Iterator[Path]:
 def _exists(path: Path) -> bool:
     """Also where the question is an error, such as a name that is too long; Path.exists raises it."""
     return os.path.exists(path)  # noqa: PTH110  (which does not raise)
-
-
-def _locked(work: Path) -> IO[str]:
-    """The open lock of a workspace, which is made where it is missing."""
-    while True:
-        work.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError), ExitStack() as stack:  # another pack, just finished, removes its workspace
-            lock = stack.enter_context((work / "lock").open("w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise FolderError(
-                    f"{work.parent}: another pack is writing here; wait for it, or name another folder with --out."
-                ) from None
-            if os.path.samestat(os.fstat(lock.fileno()), (work / "lock").stat()):
-                stack.pop_all()
-                return lock
 
 
 def _begun(found: Folder, options: dict[str, Any], work: Path, mapped: Callable[..., Iterable[Any]]) -> Plan:
@@ -338,13 +325,10 @@ def _described(plan: Plan, out: Path, parts: dict[str, list[Part]], made: list[P
     left_out = [item for part in made for item in part.skipped]
     left_out += [{"path": path, "reason": reason} for path, reason in found.ignored]
     left_out += [{"path": found.path(number), "reason": "stands under two labels"} for number in dropped]
-    splits: dict[str, Split] = {}
-    for split, group in parts.items():
-        counts = sum(
-            (np.bincount(part.rows["label"], minlength=len(found.classes)) for part in group), np.zeros(1, int)
-        )
-        counts = np.broadcast_to(counts, len(found.classes))
-        splits[split] = Split(int(counts.sum()), tuple(counts.tolist()), tuple(part.shard for part in group))
+    splits = {
+        split: split_of([(part.shard, part.rows) for part in group], len(found.classes))
+        for split, group in parts.items()
+    }
     check_counts(found.classes, splits["train"].class_counts, len(left_out), "skipped")
     every = [part for group in parts.values() for part in group]
     return Manifest(

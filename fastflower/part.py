@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.errors import FolderError, SampleError
+from fastflower.files import blame_the_system, write_atomically
 from fastflower.image import prepare
-from fastflower.manifest import Shard, write_atomically
+from fastflower.manifest import Shard
 from fastflower.planning import Plan, load_plan
 from fastflower.shard import Samples, ShardWriter
 
@@ -140,6 +141,7 @@ def _prepared(root: Path, plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
                 raise SampleError(f"has {found.files['size'][number]} bytes, more than the limit of {_MAX_BYTES}")
             image = prepare((root / path).read_bytes(), max_side=max_side, quality=quality, warn=told.append)
         except (OSError, SampleError) as error:
+            blame_the_system(error, root / path)
             reason = str((isinstance(error, OSError) and error.strerror) or error)
             if plan.options["on_bad"] == "fail":
                 remedy = "remove or replace it, or pack with --on-bad skip."

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from fastflower.duplicates import Groups, identical
 from fastflower.errors import FolderError
+from fastflower.files import write_atomically
 from fastflower.folder import Folder
-from fastflower.manifest import PLAN, write_atomically
+from fastflower.manifest import PLAN
 from fastflower.order import epoch_order
 
 _IGNORED = "ignored.json"

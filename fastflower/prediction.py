@@ -20,9 +20,9 @@ from fastflower.batch import Request, resolve_device
 from fastflower.checkpoint import Checkpoint
 from fastflower.errors import ArgumentError, SampleError, require
 from fastflower.evaluation import log_probabilities, precision_of, view_of
+from fastflower.files import blame_the_system, write_out
 from fastflower.folder import EXTENSIONS, images_in
 from fastflower.image import Prepared, decode, prepare
-from fastflower.manifest import write_out
 from fastflower.ranks import cores
 from fastflower.thread_executor import ThreadExecutor
 
@@ -106,6 +106,7 @@ def _prepared(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, Prepared
         try:
             return prepare(path.read_bytes(), max_side=None, quality=None)
         except (OSError, SampleError) as error:
+            blame_the_system(error, path)
             what = f"{path}: {(isinstance(error, OSError) and error.strerror) or error}"
             if not skip:
                 remedy = "name image files or folders of them, or pass on_bad='skip' (--on-bad skip)."

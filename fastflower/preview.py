@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from fastflower.errors import require
 from fastflower.evaluation import view_of
+from fastflower.files import write_out
 from fastflower.loader import Loader
-from fastflower.manifest import write_out
 from fastflower.recipe import Recipe
 from fastflower.report import drawable, png
 from fastflower.store import Remote

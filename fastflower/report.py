@@ -14,8 +14,8 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from PIL import Image
 
+from fastflower.files import write_atomically
 from fastflower.loader import Loader
-from fastflower.manifest import write_atomically
 from fastflower.metrics import Scores
 from fastflower.recipe import Recipe
 

@@ -1,25 +1,29 @@
 """WebDataset tar shards: writing them with DALI's index beside, and reading single samples back by offset."""
 
+import errno
 import hashlib
 import io
 import json
 import os
+import resource
 import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from time import sleep
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.errors import SampleError, ShardError
-from fastflower.manifest import INDEX_DTYPE, Manifest, Shard
+from fastflower.files import blame_the_system
+from fastflower.manifest import INDEX_DTYPE, Manifest, Shard, Split
 
 _BLOCK = 512  # bytes: tar's unit
-_MOST_OPEN = 256  # shards of a reader; systems allow a process 1,024 files
+_MOST_OPEN = 256  # shards of all readers; systems allow a process 1,024 files, of which others need some
+_TRIES = 20  # to open another, 10 ms apart: threads that close some of theirs open others
 # A member's header without name and size: owner 0, mode 644, time 0, so that bytes depend on contents alone.
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 _REST_SUM = sum(_HEADER[156:])
@@ -130,6 +134,13 @@ def index_rows(shards: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return rows
 
 
+def split_of(shards: Sequence[tuple[Shard, NDArray[Any]]], num_classes: int) -> Split:
+    """What the manifest says of a split with these shards, each with its rows."""
+    rows = index_rows([rows for _, rows in shards])
+    counts = np.bincount(rows["label"], minlength=num_classes).tolist()
+    return Split(len(rows), tuple(counts), tuple(shard for shard, _ in shards), hashlib.sha256(npy(rows)).hexdigest())
+
+
 def npy(rows: NDArray[Any]) -> memoryview:
     """The bytes of a .npy file."""
     file = io.BytesIO()
@@ -138,7 +149,7 @@ def npy(rows: NDArray[Any]) -> memoryview:
 
 
 class ShardReader:
-    """The samples of one split by index. Thread-safe; files are opened at first use.
+    """The samples of one split by index. Thread-safe; files are opened at first use, of all readers at most so many.
 
     They are read, not mapped: a mapped file that is cut short kills the process, and its pages count as the process's memory.
 
@@ -147,13 +158,14 @@ class ShardReader:
     fetch  is called with the name of a shard before its file is opened, and has it there.
     """
 
+    _open: ClassVar[dict[tuple[int, int], "_File"]] = {}  # by reader and shard
+
     def __init__(
         self, manifest: Manifest, split: str, *, strict: bool = True, fetch: Callable[[str], object] | None = None
     ) -> None:
         self._fetch = fetch
         self.index = manifest.index(split)
         self._paths = [manifest.folder / shard.name for shard in manifest.split(split).shards]
-        self._files: dict[int, _File] = {}
         for path, shard in zip(self._paths, manifest.split(split).shards if strict else (), strict=strict):
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
@@ -167,6 +179,7 @@ class ShardReader:
         try:
             data = self._read(int(row["shard"]), start, int(row["size"]))
         except OSError as error:
+            blame_the_system(error, self._paths[int(row["shard"])])
             raise SampleError(f"{self.where(index)}: its shard cannot be read ({error}).") from None
         if zlib.crc32(data) != row["crc32"]:
             raise SampleError(
@@ -196,23 +209,40 @@ class ShardReader:
 
     def _read(self, shard: int, start: int, size: int) -> bytes:
         """Bytes of a shard; fewer where it ends before."""
-        found = self._files.get(shard)
+        key = (id(self), shard)
+        found = ShardReader._open.get(key)
         if found is None:
-            if len(self._files) >= _MOST_OPEN:
-                self._files = {}
-            found = self._files.setdefault(shard, self._open(shard))  # another thread may have been first
+            if len(ShardReader._open) >= min(_MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
+                ShardReader._open.clear()
+            found = ShardReader._open.setdefault(key, self._opened(shard))  # another thread may have been first
         return os.pread(found.number, size, start)
 
-    def _open(self, shard: int) -> "_File":
-        while self._fetch is not None:
-            self._fetch(self._paths[shard].name)
-            with suppress(FileNotFoundError):  # another process needed the room
-                return _File(self._paths[shard])
-        return _File(self._paths[shard])
+    def _opened(self, shard: int) -> "_File":
+        path, refused = self._paths[shard], 0
+        while True:
+            if self._fetch is not None:
+                self._fetch(path.name)
+            try:
+                return _File(path)
+            except FileNotFoundError:
+                if self._fetch is None:  # else another process needed the room
+                    raise
+            except OSError as error:
+                refused += 1
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or refused == _TRIES:
+                    raise
+            if refused:
+                ShardReader._open.clear()
+                sleep(0.01)
 
     def keep(self, names: Collection[str]) -> None:
         """Close all other shards' files."""
-        self._files = {shard: found for shard, found in list(self._files.items()) if self._paths[shard].name in names}
+        for key in list(ShardReader._open):
+            if key[0] == id(self) and self._paths[key[1]].name not in names:
+                ShardReader._open.pop(key, None)
+
+    def __del__(self) -> None:
+        self.keep(())
 
 
 class _File:

@@ -5,7 +5,6 @@ against the manifest's sha256 before it gets its name, so whoever finds it there
 """
 
 import asyncio
-import fcntl
 import hashlib
 import logging
 import os
@@ -22,10 +21,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
-from fastflower.errors import ArgumentError, FastflowerError, ShardError
-from fastflower.manifest import FILE, Manifest, write_atomically
+from fastflower.errors import ArgumentError, FastflowerError, HeldError, ShardError
+from fastflower.files import locked, partial_name, refusal, write_atomically
+from fastflower.manifest import FILE, Manifest
 
 _T = TypeVar("_T")
 _log = logging.getLogger("fastflower")
@@ -97,9 +95,9 @@ class Store:
         """Have the split's index here. Raises ArgumentError when the limit does not hold three windows of shards."""
         shards = self.manifest.split(split).shards
         name = f"{split}.index.npy"
-        if not (self.folder / name).exists():
+        if not self._intact(split):
             self._have(name, self._small(name))
-            self._checked(name, lambda: self._check_index(split))
+            self._checked(name, lambda: self.manifest.index(split))
         total = sum(shard.bytes for shard in shards)
         needed = min(total, 3 * window * max(shard.bytes for shard in shards))  # behind, here, ahead
         if needed > self.source.limit_bytes:
@@ -112,20 +110,23 @@ class Store:
             "%s: split %r: %s; a machine downloads each once an epoch, or once if all fit", self._url, split, bounds
         )
 
-    def _check_index(self, split: str) -> None:
-        """Raises ShardError when the rows are not those of the manifest's shards."""
-        rows, shards = self.manifest.index(split), self.manifest.split(split).shards
-        counts = np.bincount(rows["shard"], minlength=len(shards)).tolist()
-        if counts != [shard.samples for shard in shards]:
-            raise ShardError(f"{split}.index.npy: counts other samples than {FILE} does; upload both from one pack.")
+    def _intact(self, split: str) -> bool:
+        """Whether the split's index is here, and as it was packed."""
+        try:
+            return (self.folder / f"{split}.index.npy").exists() and len(self.manifest.index(split)) > 0
+        except ShardError as error:
+            _log.warning("%s; it is downloaded again", str(error).partition(";")[0])
+            return False
 
     def _have(self, name: str, data: bytes) -> None:
+        """Have a file here, with this content."""
+        path = self.folder / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / name).exists():
-                write_atomically(self.folder / name, data)
+            if not path.exists() or path.read_bytes() != data:
+                write_atomically(path, data)
         except OSError as error:
-            raise _unwritable(self.folder / name, error) from None
+            raise _unwritable(path, error) from None
 
     def _checked(self, name: str, load: Callable[[], _T]) -> _T:
         """What a file holds. Where it cannot be loaded, it does not stay."""
@@ -133,7 +134,7 @@ class Store:
             return load()
         except ShardError as error:
             (self.folder / name).unlink()
-            raise ShardError(f"{self._url}/{name}: {error}") from None
+            raise ShardError(str(error).replace(str(self.folder), self._url)) from None
 
     def begin(self) -> None:
         """An iterator begins to use the store; ends with `ending`."""
@@ -212,12 +213,14 @@ class Store:
     def _download(self, name: str, *, demanded: bool = False) -> None:
         """Have a shard here: of all threads and processes that want it, one downloads it. demanded  it is waited for."""
         shard, path = self._shards[name], self.folder / name
-        with _locked(path.with_name(f"{name}.lock"), self._ending):
+        with locked(path.with_name(f"{name}.lock"), self._ending) as alone:
             if path.exists():
                 return
-            part = path.with_name(f"{name}.part")
+            for left in self.folder.glob(f"{name}*.part") if alone else ():  # by a process that was killed
+                left.unlink(missing_ok=True)
+            part = partial_name(path)
             try:
-                while not self._make_room(part, shard.bytes, demanded=demanded):
+                while not self._make_room(path, part, shard.bytes, demanded=demanded):
                     if not demanded:
                         return
                     if self._ending():
@@ -231,24 +234,26 @@ class Store:
                             digest.update(piece)
                         os.fsync(file.fileno())
                     if digest.hexdigest() == shard.sha256:
-                        with _locked(self._cache / "room.lock"):  # or whoever counts would meet it under neither name
+                        with locked(
+                            self._cache / "room.lock", self._ending
+                        ):  # who counts would meet it under neither name
                             part.replace(path)
                         return
                     self._pause(name, attempt, "its bytes are not those that the manifest names (checksum mismatch)")
             finally:
                 part.unlink(missing_ok=True)
 
-    def _make_room(self, part: Path, size: int, *, demanded: bool) -> bool:
-        """Make a file of `size` that fits the limit with the tars there, of which those that are worth least go.
+    def _make_room(self, target: Path, part: Path, size: int, *, demanded: bool) -> bool:
+        """Make a file of `size`, a part of `target`, within the limit with the tars there, of which the least worth go.
 
         Returns False, with nothing made, when only shards that come sooner could go and this one is not waited for, or when
         others that are being downloaded take the room.
         """
-        least = self._worth(part.with_suffix(""))
-        with _locked(self._cache / "room.lock"):
+        least = self._worth(target)
+        with locked(self._cache / "room.lock", self._ending):
             found: list[tuple[int, float, int, Path]] = []
             held, busy = size, False
-            for path in (*self._cache.glob("*/*.tar"), *self._cache.glob("*/*.tar.part")):
+            for path in (*self._cache.glob("*/*.tar"), *self._cache.glob("*/*.tar*.part")):
                 with suppress(FileNotFoundError):
                     if path.suffix == ".part" and path != part and _abandoned(path):
                         path.unlink()
@@ -352,40 +357,21 @@ class Store:
             time.sleep(min(_LOOK, pause))
 
 
-def _unwritable(path: Path, error: OSError) -> ShardError:
+def _unwritable(path: Path, error: OSError) -> FastflowerError:
+    if refused := refusal(error, path):
+        return refused
     return ShardError(
         f"{path}: cannot be written ({error.strerror}); make room, or name another folder with Remote(folder=)."
     )
 
 
-@contextmanager
-def _locked(path: Path, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Hold a lock that the kernel takes back when the process ends. Raises CancelledError when waiting is given up."""
-    process = os.getpid()
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if given_up():
-                    raise CancelledError from None
-                time.sleep(_LOOK / 2)
-        try:
-            yield
-        finally:
-            if os.getpid() == process:  # closing is not enough: a child that was forked meanwhile shares the open file
-                fcntl.flock(file, fcntl.LOCK_UN)
-
-
 def _abandoned(part: Path) -> bool:
-    """Whether no process is downloading into a part any more."""
-    with part.with_suffix(".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+    """Whether no process is downloading into a part any more; where there are no locks, whether nothing came for too long."""
+    try:
+        with locked(part.with_name(f"{part.name.partition('.tar')[0]}.tar.lock")) as exists:
+            return exists or time.time() - part.stat().st_mtime > _ATTEMPTS * (_TIMEOUT + _LONGEST_PAUSE)
+    except HeldError:
+        return False
 
 
 def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:

@@ -170,6 +170,8 @@ class ThreadExecutor:
 
 
 def _finished(request: Request, images: Tensor, futures: list[Future[None]]) -> tuple[Request, Tensor]:
-    for future in futures:
-        future.result()  # raises what a thread raised
+    while futures:
+        futures.pop(
+            0
+        ).result()  # raises what a thread raised; a future that stayed would hold on to this frame for ever
     return request, images

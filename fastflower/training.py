@@ -18,9 +18,10 @@ from fastflower import ranks
 from fastflower.allocation import kept_memory
 from fastflower.backbone import build, train_mode
 from fastflower.batch import resolve_device
-from fastflower.checkpoint import BEST, LAST, Checkpoint, environment, run_folder
+from fastflower.checkpoint import BEST, LAST, Checkpoint, environment, own, run_folder
 from fastflower.errors import CheckpointError, DeviceError, FastflowerError, StoppedError, TrainingError, require
 from fastflower.evaluation import measure, precision_of, recalibrate, view_of
+from fastflower.files import refusal
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
 from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate
@@ -77,18 +78,19 @@ def train(
         chosen = resolve_device(device)
         try:
             folder = ranks.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
-            start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
-            if len(set(ranks.gathered((start.epoch, start.step) if start else None))) > 1:
-                raise CheckpointError(
-                    f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
-                )
-            if start and start.recipe.spelled_out != recipe.spelled_out:
-                raise CheckpointError(
-                    f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name another "
-                    f"out, which may start from this file (weights)."
-                )
-            how: dict[str, Any] = {"save_steps": save_steps, "stop": stop, "new": out is None}
-            return Run(shards, recipe, folder, chosen, start, **how).report()
+            with own(folder, new=out is None, resume=resume):
+                start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
+                if len(set(ranks.gathered((start.epoch, start.step) if start else None))) > 1:
+                    raise CheckpointError(
+                        f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
+                    )
+                if start and start.recipe.spelled_out != recipe.spelled_out:
+                    raise CheckpointError(
+                        f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name "
+                        f"another out, which may start from this file (weights)."
+                    )
+                how: dict[str, Any] = {"save_steps": save_steps, "stop": stop}
+                return Run(shards, recipe, folder, chosen, start, **how).report()
         except (RuntimeError, MemoryError, OSError) as error:
             explained = _explained(error, recipe, chosen)
             if explained is None:
@@ -109,12 +111,11 @@ class Run:
         *,
         save_steps: int | None = None,
         stop: Callable[[], bool] = lambda: False,
-        new: bool = False,
     ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, resolve_device(device)
         device = self.device
         self.precision = precision_of(recipe, device)
-        self._save_steps, self._stop, self._new = save_steps, stop, new
+        self._save_steps, self._stop = save_steps, stop
         batch_size = ranks.share(recipe.batch_size)
         common: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": self.precision}
         shuffle = "balanced" if recipe.balanced else True
@@ -183,12 +184,7 @@ class Run:
         """Train the epochs that are left; validate, save and log after each; write the report at the end."""
         first = ranks.rank() == 0
         if first:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=not self._new)
-            except FileExistsError:
-                raise CheckpointError(
-                    f"{self.folder}: another run took it meanwhile; start again, or name out."
-                ) from None
+            self.folder.mkdir(parents=True, exist_ok=True)
             if self.history:  # a kill may have come before its last row
                 write_history(self.folder, self.history)
         scores = None
@@ -366,6 +362,8 @@ class Run:
 def _explained(error: Exception, recipe: Recipe, device: torch.device) -> FastflowerError | None:
     """Our error for memory that ran out, for what the system refuses, as a full disk does, or for a rank that is gone."""
     said = str(error).strip().partition("\n")[0]
+    if refused := refusal(error, getattr(error, "filename", None) or "disk"):
+        return refused
     if isinstance(error, OSError) and error.strerror:
         return TrainingError(
             f"{error.filename or 'disk'}: cannot be read or written ({error.strerror}); mend that, and resume (--resume)."

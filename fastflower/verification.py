@@ -17,21 +17,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastflower.errors import SampleError, ShardError, require
+from fastflower.files import blame_the_system, write_atomically
 from fastflower.image import prepare
-from fastflower.manifest import (
-    FILE,
-    FORMAT_VERSION,
-    INDEX_DTYPE,
-    INFO,
-    PLAN,
-    WORK,
-    Manifest,
-    Shard,
-    Split,
-    write_atomically,
-)
+from fastflower.manifest import FILE, FORMAT_VERSION, INDEX_DTYPE, INFO, PLAN, WORK, Manifest, Shard, Split
 from fastflower.planning import shard_name
-from fastflower.shard import Samples, ShardWriter, index_rows, npy
+from fastflower.shard import Samples, ShardWriter, index_rows, npy, split_of
 
 _log = logging.getLogger("fastflower")
 
@@ -92,6 +82,8 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     if not problems:
         try:
             derived = _derived(folder, manifest, groups, lost)
+            if repair:
+                derived = replace(derived, version=FORMAT_VERSION)  # has checksums that the first version lacks
             expected |= {INFO: derived.to_info().encode(), FILE: derived.to_json().encode("utf-8", "backslashreplace")}
         except ShardError as error:
             problems.append(str(error))
@@ -102,9 +94,14 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
         if not path.is_file() or path.read_bytes() != data:
             if repair:
                 _rebuild(path, data)
+                if name == FILE and manifest and lost:
+                    _log.warning(
+                        "%s: what the tars do not tell, such as options and skipped files, stays as it stood", path
+                    )
             else:
-                what = "does not say what the tars hold" if path.exists() else "is missing"
-                problems.append(f"{path}: {what}; rebuild it with --repair.")
+                what = f"{path}: {'does not say what the tars hold' if path.exists() else 'is missing'}"
+                told = lost.partition(";")[0] if name == FILE and manifest and lost else what
+                problems.append(f"{told}; rebuild it with --repair.")
     return problems
 
 
@@ -123,11 +120,12 @@ def _manifest(folder: Path) -> tuple[Manifest | None, str]:
     try:
         manifest = Manifest.load(folder)
     except ShardError as error:
-        if _version(path) not in (None, FORMAT_VERSION):
+        if (_version(path) or 0) > FORMAT_VERSION or (folder / WORK / PLAN).exists():
             raise
-        if (folder / WORK / PLAN).exists():
-            raise
-        return None, str(error)
+        try:
+            return Manifest.load(folder, sealed=False), str(error)
+        except ShardError:
+            return None, str(error)
     for split, described in manifest.splits.items():
         for number, shard in enumerate(described.shards):
             if shard.name != f"{shard_name(split, number)}.tar":
@@ -137,10 +135,10 @@ def _manifest(folder: Path) -> tuple[Manifest | None, str]:
     return manifest, ""
 
 
-def _version(path: Path) -> Any:
+def _version(path: Path) -> int | None:
     """That a manifest gives, None where it gives none."""
     try:
-        return json.loads(path.read_bytes())["version"]
+        return int(json.loads(path.read_bytes())["version"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -200,6 +198,7 @@ def _read(path: Path) -> _Tar:
                     writer.extend(sample)
                     found.classes.add((label, class_name))
     except (OSError, tarfile.TarError, SampleError, ValueError, KeyError, OverflowError, struct.error) as error:
+        blame_the_system(error, path)
         missing = isinstance(error, FileNotFoundError)
         what = "is missing" if missing else f"is damaged at or behind {key} ({error})"
         found.problem = f"{path}: {what}; {_RESTORE}."
@@ -276,12 +275,12 @@ def _derived(folder: Path, manifest: Manifest | None, groups: dict[str, list[_Ta
         raise ShardError(f"{folder / FILE}: is lost, and the tars do not agree which label is which class{again}")
     splits: dict[str, Split] = {}
     for split, group in groups.items():
+        shards = [(tar.shard, tar.rows) for tar in group if tar.shard]
         rows, stored = index_rows([tar.rows for tar in group]), _stored_rows(folder, split)
         if lost and (len(stored) > len(rows) or (stored != rows[: len(stored)]).any()):
             what = f"does not say what the tars hold, and {FILE}, which would tell what is right, is lost"
             raise ShardError(f"{folder / f'{split}.index.npy'}: {what}{again}")
-        counts = np.bincount(rows["label"], minlength=len(classes)).tolist()
-        splits[split] = Split(len(rows), tuple(counts), tuple(tar.shard for tar in group if tar.shard))
+        splits[split] = split_of(shards, len(classes))
     packed = sum(int(tar.rows["size"].sum()) for group in groups.values() for tar in group)
     old = manifest or Manifest(folder=folder, classes=(), splits={}, options={})
     return replace(old, classes=tuple(classes), splits=splits, packed_bytes=packed)

@@ -8,6 +8,8 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +76,17 @@ def paths(out: Path, split: str) -> set[str]:
 
 def images(found: Folder) -> set[str]:
     return {found.path(number) for number in range(len(found))}
+
+
+def resealed(folder: Path) -> Path:
+    """A pack whose indexes a test changed, as if they had been packed so: the manifest has their checksums, and its own."""
+    manifest = Manifest.load(folder, sealed=False)
+    splits = {
+        name: replace(split, index_sha256=sha256((folder / f"{name}.index.npy").read_bytes()).hexdigest())
+        for name, split in manifest.splits.items()
+    }
+    (folder / "manifest.json").write_text(replace(manifest, splits=splits).to_json())
+    return folder
 
 
 def exactly(text: str) -> str:

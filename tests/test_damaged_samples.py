@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packs import resealed
 
 from fastflower import Augment, Loader, pack
 from fastflower.errors import SampleError, ShardError
@@ -38,6 +39,7 @@ def pack_garbage(folder: Path) -> None:
         file.write(b"x" * int(rows[3]["size"]))
     rows["crc32"][3] = zlib.crc32(b"x" * int(rows[3]["size"]))
     np.save(folder / "val.index.npy", rows)
+    resealed(folder)
 
 
 @pytest.fixture

@@ -50,12 +50,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(folder: Path, counts: list[int]) -> Path:
     """A folder for shards of so many samples, without the shards."""
     samples = sum(counts)
-    shards = tuple(Shard(f"{number}.tar", count, 0, str(number)) for number, count in enumerate(counts))
+    shards = tuple(Shard(f"{number}.tar", count, 512 * (count + 1), "") for number, count in enumerate(counts))
     manifest = Manifest(
         folder=folder, classes=("rose",), splits={"train": Split(samples, (samples,), shards)}, options={}
     )
     rows = np.zeros(samples, INDEX_DTYPE)
-    rows["width"] = rows["height"] = 40
+    rows["shard"] = np.repeat(np.arange(len(counts)), counts)
+    rows["offset"] = 512 * np.concatenate([np.arange(1, count + 1) for count in counts])
+    rows["size"], rows["width"], rows["height"] = 512, 40, 40
     np.save(folder / "train.index.npy", rows)
     (folder / "manifest.json").write_text(manifest.to_json())
     return folder

@@ -1,7 +1,6 @@
 """A pack that is killed, or that the disk or a second pack stops, goes on to the same bytes."""
 
 import fcntl
-import gc
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from errno import ENOSPC
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 from kill_packer import checksums
@@ -161,8 +160,11 @@ def test_of_two_packs_the_second_says_so_and_the_first_is_not_disturbed(
             break
         time.sleep(0.01)
     before = checksums(out)
-    text = f"{out}: another pack is writing here; wait for it, or name another folder with --out."
-    with pytest.raises(FolderError, match=exactly(text)):
+    holder = rf"process {first.pid} on {re.escape(os.uname().nodename)}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+    remedy = r"wait for it, or name another folder with --out\."
+    with pytest.raises(
+        FolderError, match=rf"^{re.escape(str(out))}: another pack is writing here \({holder}\); {remedy}$"
+    ):
         pack(small, out, **OPTIONS)
     assert checksums(out) == before
     if ends == "dies":
@@ -202,18 +204,19 @@ def test_the_lock_of_a_workspace_that_was_just_removed_is_worth_nothing(
     out, flock = tmp_path / "out", fcntl.flock
     locked: list[int] = []
 
-    def late(handle: IO[str], operation: int) -> None:
+    def late(handle: int, operation: int) -> None:
+        if operation == fcntl.LOCK_UN:
+            return flock(handle, operation)
         if not locked:
             shutil.rmtree(out / ".packing")
             if third:
                 (out / ".packing").mkdir()
                 (out / ".packing/lock").touch()
-        locked.append(os.fstat(handle.fileno()).st_ino)
-        flock(handle, operation)
+        locked.append(os.fstat(handle).st_ino)
+        return flock(handle, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
     pack(small, out, **OPTIONS)
-    gc.collect()
     assert len(locked) == 2
     assert checksums(out) == expected
 

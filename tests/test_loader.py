@@ -159,6 +159,33 @@ def test_a_break_is_followed_by_the_next_epoch(shards: Path) -> None:
     assert indices(loader) == epochs[0]
 
 
+def test_set_epoch_after_a_state_keeps_its_place_in_that_epoch_only(
+    shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As every loop over epochs asks for, also that of a run that goes on in the middle of one."""
+    before, whole = make(shards), make(shards)
+    epochs = [indices(whole) for _ in range(3)]
+    for epoch, steps in ((0, 7), (1, 3)):
+        before.set_epoch(epoch)
+        for _ in islice(before, steps):
+            pass
+    state = before.state_dict()
+    after, found = make(shards), list[list[list[int]]]()
+    after.load_state_dict(state)
+    for epoch in (1, 2):
+        after.set_epoch(epoch)
+        assert epoch == 2 or after.state_dict() == state
+        found.append(indices(after))
+    assert found == [epochs[1][3:], epochs[2]]
+    assert caplog.messages == []
+    for step in (3, 0):  # also at the beginning of the next epoch
+        after.load_state_dict({**state, "step": step})
+        after.set_epoch(0)
+        assert indices(after) == epochs[0]
+        told = f"the place that was loaded, step {step} of epoch 1, is given up"
+        assert caplog.messages[-1] == f"set_epoch(0): begins at the start of that epoch; {told}"
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize(("ranks_before", "ranks_after"), [(1, 1), (1, 4), (4, 2)])
 def test_resume_gives_the_remaining_batches_bit_for_bit(
@@ -276,7 +303,7 @@ def test_a_loader_that_nobody_uses_promises_nothing(
     shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     loader = make(shards, cache=None)
-    needed = decoded_bytes(loader._sizes, loader.augment, 0).needed
+    needed = decoded_bytes(loader._samples.sizes, loader.augment, 0).needed
     gc.collect()
     others = Allowance.promised(torch.device("cpu"))
     monkeypatch.setattr(cache, "free_bytes", lambda _device: others + 2 * needed)

@@ -16,7 +16,8 @@ from packs import drawn, exactly, interrupted
 
 from fastflower import Manifest, pack
 from fastflower.errors import FolderError, ShardError
-from fastflower.manifest import INDEX_DTYPE, Shard, Split, version_of, write_atomically
+from fastflower.files import write_atomically
+from fastflower.manifest import INDEX_DTYPE, Shard, Split, version_of
 
 MANIFEST = Manifest(
     folder=Path("nowhere"),
@@ -81,9 +82,10 @@ def test_the_same_manifest_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_the_file_is_json_that_people_can_read() -> None:
     text = MANIFEST.to_json()
     values = json.loads(text)
-    assert (values["format"], values["version"]) == ("fastflower", 1)
+    assert (values["format"], values["version"]) == ("fastflower", 2)
     assert "röse" in text
-    assert list(values)[2:] == [item.name for item in fields(Manifest) if item.name != "folder"]
+    told = [item.name for item in fields(Manifest) if item.name not in ("folder", "version")]
+    assert list(values) == ["format", "version", *told, "sha256"]
     assert values["splits"]["train"]["shards"][1] == {"name": "b.tar", "samples": 1, "bytes": 10240, "sha256": "1" * 64}
     assert values["near_duplicates"] == list(MANIFEST.near_duplicates)
     assert (values["source_bytes"], values["packed_bytes"]) == (12_345_678_901, 30_000)
@@ -109,20 +111,27 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         Manifest.load(tmp_path / "file.tar")
 
 
-@pytest.mark.parametrize(("key", "value"), [("version", 2), ("version", 0), ("format", "others")])
-def test_another_format_or_version_is_refused(tmp_path: Path, key: str, value: Any) -> None:
-    is_now = {"format": "fastflower", "version": 1, key: value}
+@pytest.mark.parametrize(("key", "value"), [("version", "2"), ("version", 0), ("format", "others")])
+def test_another_format_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    is_now = {"format": "fastflower", "version": 2, key: value}
     text = (
         f"{tmp_path / 'manifest.json'}: is format {is_now['format']} version {is_now['version']}, "
-        f"this fastflower reads version 1; pack again."
+        f"this fastflower reads versions 1 to 2; restore it from a copy or pack again."
     )
     with pytest.raises(ShardError, match=exactly(text)):
         Manifest.load(changed(tmp_path, lambda values: values.update({key: value})))
 
 
-@pytest.mark.parametrize(
-    "key", [key for key in json.loads(MANIFEST.to_json()) if key != "warnings"]
-)  # new in version 1
+def test_a_newer_version_asks_for_a_newer_fastflower(tmp_path: Path) -> None:
+    text = (
+        f"{tmp_path / 'manifest.json'}: is version 3 of the format, written by a newer fastflower; this one reads versions 1 "
+        f"to 2: upgrade it (pip install --upgrade fastflower)."
+    )
+    with pytest.raises(ShardError, match=exactly(text)):
+        Manifest.load(changed(tmp_path, lambda values: values.update(version=3)))
+
+
+@pytest.mark.parametrize("key", json.loads(MANIFEST.to_json()))
 def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     text = f"{tmp_path / 'manifest.json'}: lacks {key!r}; restore it from a copy or pack again."
     with pytest.raises(ShardError, match=exactly(text)):
@@ -172,7 +181,9 @@ INDEX = np.zeros(3, INDEX_DTYPE)
 
 
 def test_a_missing_index_is_named(tmp_path: Path) -> None:
-    pattern = r"train\.index\.npy: cannot be read \(.*No such file.*\); restore it from a copy or pack again\.$"
+    pattern = (
+        r"train\.index\.npy: cannot be read \(.*No such file.*\); restore it from a copy, or rebuild it with fastflower"
+    )
     with pytest.raises(ShardError, match=pattern):
         Manifest.load(stored(tmp_path)).index("train")
 
@@ -182,7 +193,9 @@ def test_an_index_cut_short_is_refused(tmp_path: Path, kept: int) -> None:
     path = stored(tmp_path) / "train.index.npy"
     np.save(path, INDEX)
     path.write_bytes(path.read_bytes()[:kept])
-    pattern = rf"^{re.escape(str(path))}: cannot be read \(.+\); restore it from a copy or pack again\.$"
+    pattern = (
+        rf"^{re.escape(str(path))}: cannot be read \(.+\); restore it from a copy, or rebuild it with fastflower verify"
+    )
     with pytest.raises(ShardError, match=pattern):
         Manifest.load(tmp_path).index("train")
 
@@ -193,7 +206,7 @@ def test_an_index_that_does_not_fit_the_manifest_is_refused(tmp_path: Path, rows
     np.save(path, rows)
     text = (
         f"{path}: has {rows.shape} rows of {rows.dtype}, the manifest says 3 samples; "
-        f"restore it from a copy or pack again."
+        f"restore it from a copy, or rebuild it with fastflower verify {tmp_path} --repair."
     )
     with pytest.raises(ShardError, match=exactly(text)):
         Manifest.load(tmp_path).index("train")

@@ -119,7 +119,7 @@ def test_auto_counts_what_reduced_photographs_take(
         (cache,) = kept
         held = sum(image.nbytes for image in cache._kept.values())
         whole = loader.num_samples * 901 * 1203 * 3
-        estimate = decoded_bytes(loader._sizes, augment, loader.seed)
+        estimate = decoded_bytes(loader._samples.sizes, augment, loader.seed)
         assert held < 0.9 * whole
         assert 0.9 * held <= estimate.needed <= 1.1 * held
         assert held < whole < estimate.most

@@ -6,6 +6,7 @@ import multiprocessing
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import torch
 from bad_server import BadServer
+from packs import resealed
 
 from fastflower import Augment, Loader, Manifest, store
 from fastflower.errors import ArgumentError, ShardError
@@ -206,8 +208,7 @@ def test_a_new_pack_at_the_address_is_not_mixed_with_the_old(
     epochs(source, 1)
     other = tmp_path / "other"
     shutil.copytree(shards, other)
-    manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps({**manifest, "versions": {}}))
+    (other / "manifest.json").write_text(replace(Manifest.load(other), versions={}).to_json())
     server.folder = other
     assert len(epochs(source, 1)) > 0
     assert len([path for path in Path(source.folder).iterdir() if path.is_dir()]) == 2
@@ -217,12 +218,12 @@ def test_a_new_pack_at_the_address_is_not_mixed_with_the_old(
     ("change", "message"),
     [
         ("missing", r"http://127.0.0.1:\d+/shards/manifest.json: is not there; name the folder that pack wrote"),
-        ("text", r"http://127.0.0.1:\d+/shards/manifest.json: .*manifest.json: cannot be read"),
+        ("text", r"http://127.0.0.1:\d+/shards/manifest.json: cannot be read"),
         (
             "path",
             r"http://127.0.0.1:\d+/shards/manifest.json: names a shard '../train-000000.tar', which is no file's name",
         ),
-        ("index", r"http://127.0.0.1:\d+/shards/train.index.npy: .*train.index.npy: has \(3,\) rows"),
+        ("index", r"http://127.0.0.1:\d+/shards/train.index.npy: has \(3,\) rows"),
     ],
 )
 def test_what_is_no_pack_is_refused_and_not_kept(
@@ -237,6 +238,7 @@ def test_what_is_no_pack_is_refused_and_not_kept(
         (folder / "manifest.json").write_text("<html>welcome</html>")
     elif change == "path":
         (folder / "manifest.json").write_text(text.replace('"train-000000.tar"', '"../train-000000.tar"'))
+        resealed(folder)
     else:
         np.save(folder / "train.index.npy", np.load(folder / "train.index.npy")[:3])
     server.folder = folder

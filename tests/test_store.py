@@ -1,13 +1,13 @@
 """The cache of remote shards by itself: what goes first, who waits for whom, what a fork, an exit and a full disk do."""
 
 import fcntl
-import json
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from bad_server import BadServer
 from test_remote import OPTIONS
 
-from fastflower import Loader, store
+from fastflower import Loader, Manifest, store
 from fastflower.errors import ShardError
 from fastflower.store import Remote, Store
 
@@ -97,7 +97,7 @@ def test_a_shard_gets_its_name_while_nobody_counts(source: Remote, server: BadSe
         thread.join(0.3)
         assert thread.is_alive()
         assert not path.exists()
-        assert path.with_name(f"{path.name}.part").exists()
+        assert len(list(path.parent.glob(f"{path.name}.*.part"))) == 1
         fcntl.flock(counting, fcntl.LOCK_UN)
         thread.join(20)
     assert path.exists()
@@ -282,13 +282,15 @@ def test_an_index_of_another_pack_is_refused(server: BadServer, source: Remote, 
     folder.mkdir()
     for path in shards.iterdir():
         (folder / path.name).symlink_to(path)
-    text = json.loads((shards / "manifest.json").read_text())
-    first, second = text["splits"]["train"]["shards"][:2]
-    first["samples"], second["samples"] = first["samples"] - 1, second["samples"] + 1
+    manifest = Manifest.load(shards)
+    train = manifest.splits["train"]
+    first, second, *rest = train.shards
+    first, second = replace(first, samples=first.samples - 1), replace(second, samples=second.samples + 1)
+    splits = {**manifest.splits, "train": replace(train, shards=(first, second, *rest))}
     (folder / "manifest.json").unlink()
-    (folder / "manifest.json").write_text(json.dumps(text))
+    (folder / "manifest.json").write_text(replace(manifest, splits=splits).to_json())
     server.folder = folder
-    with pytest.raises(ShardError, match=r"train.index.npy: counts other samples than manifest.json does; upload both"):
+    with pytest.raises(ShardError, match=rf"^{source.url}/train.index.npy: counts other samples of each shard than"):
         Loader(source, **OPTIONS)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,16 @@ def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
 def test_what_ranks_cannot_do_is_refused_by_each(launch: tuple[Path, str], name: str, message: str) -> None:
     assert found(launch, name) == [{"error": message}] * 2
     assert not (launch[0] / name).exists()
+
+
+def test_a_folder_that_another_run_holds_is_refused_by_all_ranks(launch: tuple[Path, str]) -> None:
+    out = launch[0] / "held"
+    (one,), (other,) = (entry.values() for entry in found(launch, "held"))
+    assert one == other
+    assert re.match(
+        rf"CheckpointError: {re.escape(str(out))}: another run trains here \(process \d+ on .*\); wait for it", one
+    )
+    assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 def test_one_rank_writes_and_speaks(

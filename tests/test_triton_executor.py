@@ -25,6 +25,7 @@ from fastflower.cache import Decoded
 from fastflower.errors import ArgumentError, SampleError
 from fastflower.executors import choose
 from fastflower.native_renderer import available
+from fastflower.samples import SampleSource
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without CUDA")
 
@@ -65,13 +66,13 @@ def test_whatever_is_kept_the_images_are_the_same_and_photographs_are_decoded_on
     few: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: Counter[int] = Counter()
-    real = Loader._decode
+    real = SampleSource.decode
 
-    def counting(self: Loader, index: int, reduce: int = 1) -> Any:
+    def counting(self: SampleSource, index: int, reduce: int = 1) -> Any:
         asked[index] += 1
         return real(self, index, reduce)
 
-    monkeypatch.setattr(Loader, "_decode", counting)
+    monkeypatch.setattr(SampleSource, "decode", counting)
     kept = images_of(Loader(few, executor="triton", **FEWER), 2)
     assert set(asked.values()) == {1}
     asked.clear()
@@ -165,7 +166,7 @@ def test_a_photograph_is_kept_once_where_a_padded_step_shows_it_again(few: Path,
     photos = executor._photos
     samples, levels = np.nonzero(photos._address)
     assert len(set(photos._address[samples, levels].tolist())) == len(samples) >= loader.num_samples
-    shapes = -(-loader._sizes[samples] // (1 << levels)[:, None])
+    shapes = -(-loader._samples.sizes[samples] // (1 << levels)[:, None])
     kept = int(shapes.prod(axis=1).sum())
     assert sum(piece.nbytes for piece in photos._pieces) == 4 * kept
 

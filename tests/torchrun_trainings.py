@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from training_runs import LAST, RECIPE, narrow_resnets
 
 from fastflower import Recipe, train
 from fastflower.errors import FastflowerError
+from fastflower.files import locked
 from fastflower.training import Run
 
 FROZEN = replace(RECIPE, freeze=4)
@@ -61,6 +63,10 @@ def main(shards: str, place: str) -> None:
     out, rank = Path(place), dist.get_rank()
     for name, recipe in RECIPES.items():
         (out / f"{name} {rank}.json").write_text(json.dumps(come_to(shards, recipe, out / name)))
+    # Another run holds the folder: only the first rank asks, and both end.
+    with locked(out / "held" / ".lock") if rank == 0 else nullcontext():
+        dist.barrier()
+        (out / f"held {rank}.json").write_text(json.dumps(come_to(shards, FROZEN, out / "held")))
     # Two machines that share no folder: a checkpoint stands on one.
     machine = out / f"machine {rank}"
     machine.mkdir()

@@ -19,7 +19,8 @@ import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastflower import Checkpoint, FastflowerError, Report, evaluate, pack, train
-from fastflower.errors import ArgumentError, CheckpointError
+from fastflower.errors import ArgumentError, CheckpointError, HeldError
+from fastflower.files import locked
 from fastflower.metrics import Scores
 from fastflower.recipe import PRESETS
 
@@ -43,14 +44,22 @@ def main(
         epochs: Instead of the recipe's number.
         out: The folder of the run; what an earlier demo left there is removed; one that no demo made must be empty.
     """
-    start = time.perf_counter()
     if data is not None and data.resolve().is_relative_to(out.resolve()):
         raise ArgumentError(f"--data {data}: lies inside --out {out}, which is cleared first; name another --out.")
     if out.exists() and not (out / _MARK).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArgumentError(f"--out {out}: is or holds what no demo wrote; name another folder, or remove this one.")
-    _clear(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _MARK).touch()
+    try:
+        with locked(out / _MARK):
+            _clear(out)
+            _run(data, weights, backbone, epochs, out)
+    except HeldError as error:
+        raise ArgumentError(
+            f"--out {out}: another demo runs there ({error}); wait for it, or name another folder."
+        ) from None
+
+
+def _run(data: Path | None, weights: Path | None, backbone: str | None, epochs: int | None, out: Path) -> None:
+    start = time.perf_counter()
     folder = data or out / "flowers"
     if data is None:
         _step("drawing five kinds of flowers")

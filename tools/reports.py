@@ -18,6 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fastflower import Checkpoint, FastflowerError, Loader, Recipe, train
 from fastflower.checkpoint import LAST
 from fastflower.errors import StoppedError
+from fastflower.files import write_atomically
 from fastflower.recipe import PRESETS
 from fastflower.report import best_epoch
 
@@ -169,11 +170,11 @@ def reports(
             if one.recipe not in histories:
                 recipe = replace(recipe, epochs=epochs or recipe.epochs)
                 histories[one.recipe] = history_of(shards, one.recipe, recipe, out, device)
-                (out / "reports.md").write_text(table(report, histories))
+                write_atomically(out / "reports.md", table(report, histories).encode())
         draw(letter, histories, out / f"report-{letter}.png")
     text = table(report, histories)
     text += f"\nPretrained weights: {weights}; epochs: {epochs or 'as the reports say'}.\n"
-    (out / "reports.md").write_text(text)
+    write_atomically(out / "reports.md", text.encode())
     print(text, end="")
     print(f"wrote {out / 'reports.md'}")
 

@@ -1,0 +1,203 @@
+"""Files that several processes may write or want: written whole or not at all, locks that die with their process.
+
+A lock is the kernel's (flock), so that whoever is killed leaves none behind. A child that is forked holds none of its parent's.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import resource
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import ClassVar
+
+from fastflower.errors import ArgumentError, HeldError, ResourceError
+
+_log = logging.getLogger("fastflower")
+
+_LOOK = 0.05  # seconds between looks at a lock that another process holds
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of flock, on a file system without locks
+PARTIAL = f"*.{'[0-9a-f]' * 8}.part"
+"""Matches what `partial_name` gives."""
+
+
+def partial_name(path: Path) -> Path:
+    """Beside `path`, a name that nobody else has, for what is to become that file."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A file to make and to sync in place of `path`: it gets that name at the end, and is removed after an error.
+
+    Several processes may write the same file: the last one's stays.
+    """
+    part = partial_name(path)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_atomically(path: Path, *pieces: bytes | bytearray | memoryview) -> None:
+    """Write a file so that it is seen whole or not at all, also after a power cut."""
+    with written(path) as part, part.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_out(out: Path, data: bytes) -> None:
+    """As `write_atomically`, a file that the caller named. Raises ArgumentError where it cannot be."""
+    try:
+        write_atomically(out, data)
+    except OSError as error:
+        raise ArgumentError(
+            f"out: {out} cannot be written ({error.strerror}); name a file in a folder that is there."
+        ) from None
+
+
+def sync(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def refusal(error: object, path: object) -> ResourceError | None:
+    """What to say where a file was refused for lack of files or memory, which says nothing about the file."""
+    number = error.errno if isinstance(error, OSError) else None
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    remedy = {
+        errno.EMFILE: f"this process may have {limit} files open, and has; allow more (ulimit -n {max(4096, 2 * limit)})",
+        errno.ENFILE: "the system has as many files open as it may; close programs, or allow more (sysctl fs.file-max)",
+        errno.ENOMEM: "memory ran out; close programs, or use fewer workers",
+    }.get(number or 0)
+    return ResourceError(f"{path}: cannot be opened or read: {remedy}, and run again.") if remedy else None
+
+
+def blame_the_system(error: object, path: object) -> None:
+    """Raise that, if it is so."""
+    refused = refusal(error, path)
+    if refused is not None:
+        raise refused from None
+
+
+@contextmanager
+def locked(path: Path, given_up: Callable[[], bool] | None = None) -> Iterator[bool]:
+    """Hold the lock of a file, which is made where it is missing, with its folder, until the end or the process's end.
+
+    given_up  asked again and again while another holds the lock: CancelledError when it says so. None: nobody waits, and
+    HeldError says who holds it.
+
+    Yields True; False, after one warning, where the file system has no locks, and everything goes on without.
+    """
+    lock = _Lock(path)
+    try:
+        while not lock.taken():
+            if given_up is None:
+                raise HeldError(lock.holder())
+            if given_up():
+                raise CancelledError
+            time.sleep(_LOOK)
+        if given_up is None:
+            lock.sign()
+        yield lock.exists
+    finally:
+        lock.close()
+
+
+class _Lock:
+    """An open file that stands for a lock."""
+
+    _all: ClassVar[set["_Lock"]] = set()
+    _forking: ClassVar[threading.Lock] = threading.Lock()
+    _without: ClassVar[set[int]] = set()  # file systems that have no locks, and were warned of
+
+    def __init__(self, path: Path) -> None:
+        self.exists = True
+        self._path, self._number, self._signed = path, -1, False
+
+    def taken(self) -> bool:
+        """Whether it now is ours. Raises OSError."""
+        while True:
+            try:
+                if self._number < 0:
+                    self._open()
+                fcntl.flock(self._number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(self._number), self._path.stat()):
+                    return True
+            except BlockingIOError:
+                return False
+            except FileNotFoundError:  # whoever held it removed it, or the folder as well
+                pass
+            except OSError as error:
+                if error.errno not in _NO_LOCKS or self._number < 0:
+                    raise
+                self._warn(error)
+                return True
+            self.close()
+
+    def _open(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with _Lock._forking:
+            self._number = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            _Lock._all.add(self)
+
+    def _warn(self, error: OSError) -> None:
+        self.exists = False
+        device = os.fstat(self._number).st_dev
+        if device not in _Lock._without:
+            _Lock._without.add(device)
+            what = (
+                "its file system has no locks, so nothing keeps a second process from writing here: start one at a time"
+            )
+            _log.warning("%s: %s (%s)", self._path.parent, what, error.strerror)
+
+    def sign(self) -> None:
+        """Say in the file who holds it."""
+        self._signed = True
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        with suppress(OSError):  # a full disk
+            os.ftruncate(self._number, 0)
+            os.pwrite(self._number, f"process {os.getpid()} on {os.uname().nodename}, since {since}".encode(), 0)
+
+    def holder(self) -> str:
+        """Who holds it, as far as the file says."""
+        return os.pread(self._number, 200, 0).decode(errors="replace") or "another process"
+
+    def close(self) -> None:
+        """Give the lock back; does nothing in a child that was forked meanwhile."""
+        with _Lock._forking:
+            if self._number >= 0:
+                with suppress(OSError):  # closing is not enough where a child that C code forked shares the open file
+                    if self._signed:
+                        os.ftruncate(self._number, 0)
+                    fcntl.flock(self._number, fcntl.LOCK_UN)
+                self._forget()
+
+    def _forget(self) -> None:
+        _Lock._all.discard(self)
+        os.close(self._number)
+        self._number = -1
+
+    @staticmethod
+    def let_go() -> None:
+        """In a child that was forked: close what it shares with its parent, who goes on holding it."""
+        for lock in list(_Lock._all):
+            lock._forget()
+        _Lock._forking.release()
+
+
+os.register_at_fork(before=_Lock._forking.acquire, after_in_parent=_Lock._forking.release, after_in_child=_Lock.let_go)

@@ -1,0 +1,72 @@
+"""The samples of a split: from an index to bytes to pixels, where one lies, and what stands in for a damaged one."""
+
+import logging
+from time import perf_counter
+
+import numpy as np
+
+from fastflower.batch import Clock, Pixels, Request
+from fastflower.errors import SampleError
+from fastflower.image import decode
+from fastflower.shard import ShardReader
+
+_log = logging.getLogger("fastflower")
+
+
+class SampleSource:
+    """What executors ask for samples. Thread-safe.
+
+    It does not know the loader that it is made for: one that nobody uses is freed at once, with its files and photographs.
+
+    replaces  put the next sample of the index in the place of a damaged one; else its error stops the epoch.
+    """
+
+    def __init__(self, reader: ShardReader, *, replaces: bool) -> None:
+        index = reader.index
+        self.clock = Clock()
+        self.sizes = np.stack([index["height"], index["width"]], axis=1).astype(np.int64)
+        """(N, 2) height and width of the decoded photographs."""
+        self.replaced: dict[int, str] = {}
+        """Damaged samples, by index, and what is wrong with each."""
+        self._reader, self._replaces = reader, replaces
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of a sample's image file. Raises SampleError when they are not those that were packed."""
+        start = perf_counter()
+        try:
+            return self._reader.encoded(index)
+        finally:
+            self.clock.add("read", perf_counter() - start)
+
+    def decode(self, index: int, reduce: int = 1) -> Pixels:
+        """A photograph, (H, W, 3) RGB, a pixel for each box of `reduce` pixels. Raises SampleError when it is damaged."""
+        encoded = self.encoded(index)
+        start = perf_counter()
+        try:
+            image = decode(encoded, reduce)
+        except SampleError as error:
+            raise SampleError(f"{self._reader.where(index)}: {error}") from None
+        finally:
+            self.clock.add("decode", perf_counter() - start)
+        height, width = self.sizes[index].tolist()
+        if image.shape[:2] != (-(-height // reduce), -(-width // reduce)):
+            scale = f" at 1/{reduce} of its scale" if reduce > 1 else ""
+            raise SampleError(
+                f"{self._reader.where(index)}: is decoded to {image.shape[1]} x {image.shape[0]} pixels{scale}, the index says "
+                f"{width} x {height}; rebuild it with fastflower verify --repair, or pack again."
+            )
+        return image
+
+    def replace(self, request: Request, row: int, error: SampleError) -> Request:
+        """The request with the next sample of the index in a row whose sample is damaged, or its error."""
+        indices = request.indices.copy()
+        damaged, count = int(indices[row]), len(self.sizes)
+        if self._replaces and damaged not in self.replaced:
+            self.replaced[damaged] = str(error)
+            _log.warning("another sample stands in for a damaged one: %s", error)
+        if not self._replaces or len(self.replaced) == count:
+            raise SampleError(
+                str(error)
+            ) from error  # a new one: what holds on to the other would hold on to its frames
+        indices[row] = (damaged + 1) % count
+        return request.of(indices, self.sizes[indices])

@@ -1,0 +1,274 @@
+"""Open files and memory: a loader that nobody uses is freed at once, and what the system refuses is no damage."""
+
+import errno
+import gc
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packs import drawn
+from training_runs import small
+
+from fastflower import Augment, Loader, Manifest, Recipe, pack, packing, predict, shard, train, training
+from fastflower.backbone import build
+from fastflower.checkpoint import Checkpoint
+from fastflower.errors import FastflowerError, ResourceError, SampleError
+from fastflower.folder import scan
+from fastflower.shard import ShardReader
+from fastflower.verification import verify
+
+SMALL = Augment(size=16, resize=16)
+EXECUTORS = ["native", "opencv", "dali", "triton"]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 images in as many shards. Not to be written to."""
+    return packed(tmp_path_factory.mktemp("many"), 60)
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 images in as many shards. Not to be written to."""
+    return packed(tmp_path_factory.mktemp("some"), 8)
+
+
+def packed(root: Path, count: int) -> Path:
+    pack(drawn(root / "data", a=count, b=count), root / "out", shard_bytes=1, val_fraction=0)
+    return root / "out"
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def tars() -> int:
+    """Shards that this process has open."""
+    found = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            found += entry.readlink().suffix == ".tar"
+        except FileNotFoundError:  # that of the listing itself
+            continue
+    return found
+
+
+def make(folder: Path, **options: Any) -> Loader:
+    return Loader(folder, **{"batch_size": 8, "augment": SMALL, "device": "cpu", "workers": 2, **options})
+
+
+def to_the_end(loader: Loader) -> None:
+    assert len(list(loader)) == 2
+
+
+def to_the_middle(loader: Loader) -> None:
+    for _ in loader:
+        break
+
+
+def at_another(loader: Loader) -> None:
+    loader.set_augment(Augment(size=24, resize=24, flip=0.5))
+    list(loader)
+    loader.photo(3)
+
+
+def to_an_error(loader: Loader) -> None:
+    with pytest.raises(SampleError, match="checksum mismatch"):
+        list(loader)
+
+
+@pytest.mark.parametrize("use", [to_the_end, to_the_middle, at_another])
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.usefixtures("no_collector")
+def test_a_loader_that_nobody_uses_is_freed_at_once_with_its_files(some: Path, executor: Any, use: Any) -> None:
+    loader = make(some, executor=executor)
+    use(loader)
+    found, reader = weakref.ref(loader), weakref.ref(loader._reader)
+    del loader
+    assert found() is None
+    assert reader() is None
+    assert tars() == 0
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.usefixtures("no_collector")
+def test_so_is_a_loader_that_met_a_damaged_sample(some: Path, tmp_path: Path, executor: Any) -> None:
+    folder = Path(shutil.copytree(some, tmp_path / "copy"))
+    tar = folder / "train-000010.tar"
+    tar.write_bytes(bytes(tar.stat().st_size))
+    loader = make(folder, executor=executor)
+    to_an_error(loader)
+    found = weakref.ref(loader)
+    del loader
+    assert found() is None
+    assert tars() == 0
+
+
+def test_between_epochs_no_file_is_open(some: Path) -> None:
+    loader = make(some, cache=None)
+    for batches in (15, 3):
+        for number, _ in enumerate(loader, start=1):
+            assert tars() > 0
+            if number == batches:
+                break
+        gc.collect()
+        assert tars() == 0
+
+
+def test_readers_share_a_bound_and_read_their_own_shards(
+    some: Path, flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(flowers, tmp_path / "other", shard_bytes=1 << 16)
+    monkeypatch.setattr(shard, "_MOST_OPEN", 10)
+    readers = [ShardReader(Manifest.load(folder), "train") for folder in (some, tmp_path / "other")]
+    for index in range(16):
+        for reader in readers:
+            reader.encoded(index)  # compared with its own index's checksum
+            assert tars() <= 10
+    readers.clear()
+    reader = None
+    assert tars() == 0
+
+
+LOADERS = """
+import gc, sys
+from fastflower import Augment, Loader
+gc.disable()
+kept, found = [], 0
+for number in range(30):
+    loader = Loader(sys.argv[1], batch_size=8, augment=Augment(size=16, resize=16), device="cpu", cache=None,
+                    workers=2, on_bad=sys.argv[2], shuffle=False)
+    feeding = iter(loader)
+    found += len(next(feeding).index) + sum(len(batch.index) for batch in feeding)
+    kept.append((loader, iter(loader)))
+    next(kept[-1][1])
+    assert loader.replaced == {}, loader.replaced
+print(found)
+"""
+
+
+@pytest.mark.parametrize("on_bad", ["fail", "skip"])
+def test_thirty_loaders_fit_a_low_limit_of_open_files(many: Path, on_bad: str) -> None:
+    command = ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh", sys.executable, "-c", LOADERS, str(many), on_bad]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{30 * 120}\n"), done.stderr[-2000:]
+
+
+LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+REFUSED = {
+    errno.EMFILE: rf"this process may have {LIMIT} files open, and has; allow more \(ulimit -n \d+\), and run again",
+    errno.ENFILE: r"the system has as many files open as it may; .* \(sysctl fs.file-max\), and run again",
+    errno.ENOMEM: r"memory ran out; close programs, or use fewer workers, and run again",
+}
+
+
+@pytest.fixture(params=REFUSED)
+def refusing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str]:
+    """(parts of names of files that are refused from now on, what is said of them)."""
+    refused: list[str] = []
+    opened = {place: getattr(*place) for place in ((os, "open"), (os, "scandir"), (Path, "open"), (Path, "read_bytes"))}
+
+    def refuse(place: Any) -> Any:
+        def open_it(name: Any, *values: Any, **options: Any) -> Any:
+            if any(part in str(name) for part in refused):
+                raise OSError(request.param, os.strerror(request.param), str(name))
+            return opened[place](name, *values, **options)
+
+        return open_it
+
+    for place in opened:
+        monkeypatch.setattr(*place, refuse(place))
+    return refused, rf"cannot be opened or read: {REFUSED[request.param]}"
+
+
+@pytest.mark.parametrize("on_bad", ["fail", "skip"])
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_what_the_system_refuses_is_no_damaged_sample(some: Path, executor: Any, on_bad: Any, refusing: Any) -> None:
+    refused, message = refusing
+    loader = make(some, executor=executor, on_bad=on_bad, cache=None if executor != "triton" else "auto")
+    refused.append("train-000010.tar")
+    with pytest.raises(ResourceError, match=rf"^{some}/train-000010\.tar: {message}"):
+        list(loader)
+    assert loader.replaced == {}
+
+
+def test_what_the_system_refuses_is_no_damaged_pack(some: Path, refusing: Any) -> None:
+    refused, message = refusing
+    for name, act in {
+        "manifest.json": Manifest.load,
+        "train.index.npy": lambda folder: Manifest.load(folder).index("train"),
+        "train-000010.tar": verify,
+    }.items():
+        refused[:] = [name]
+        with pytest.raises(ResourceError, match=rf"^{some}/{name}: {message}"):
+            act(some)
+
+
+@pytest.mark.parametrize("part", ["a/001.jpg", "b"])
+def test_what_the_system_refuses_is_not_left_out_of_a_pack(tmp_path: Path, part: str, refusing: Any) -> None:
+    refused, message = refusing
+    folder = drawn(tmp_path / "data", a=3, b=3)
+    shutil.copyfile(folder / "a/001.jpg", folder / "a/002.jpg")  # of equal size: both are read for it
+    scan(folder)
+    refused.append(f"data/{part}")
+    with pytest.raises(FastflowerError, match=message if part != "b" else f"{folder}/b: "):
+        pack(folder, tmp_path / "out", workers=1)
+    refused.clear()
+    assert pack(folder, tmp_path / "out").skipped == ()
+
+
+def test_what_the_system_refuses_is_not_skipped_by_predict(tmp_path: Path, refusing: Any) -> None:
+    refused, message = refusing
+    folder = drawn(tmp_path / "data", a=3)
+    refused.append("001.jpg")
+    with pytest.raises(ResourceError, match=rf"^{folder}/a/001.jpg: {message}"):
+        predict(_checkpoint(), folder, on_bad="skip", device="cpu")
+
+
+def _checkpoint() -> Checkpoint:
+    recipe = Recipe(weights=None, augment=SMALL)
+    model = build(recipe.backbone, 2, weights=None).state_dict()
+    return Checkpoint(recipe=recipe, classes=("a", "b"), model=model, epoch=0)
+
+
+def test_a_checkpoint_that_the_system_refuses_is_not_called_damaged(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "x.pt").touch()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("torch.load", refuse)
+    with pytest.raises(ResourceError, match=rf"x\.pt: cannot be opened or read: {REFUSED[errno.EMFILE]}"):
+        Checkpoint.load(tmp_path / "x.pt")
+
+
+def test_what_the_system_refuses_is_named_by_train_pack_and_a_checkpoint(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files", "history.csv")
+
+    message = REFUSED[errno.EMFILE]
+    monkeypatch.setattr(training, "write_history", refuse)
+    monkeypatch.setattr(training, "build", small)
+    recipe = Recipe(weights=None, freeze=0, augment=SMALL, epochs=1)
+    with pytest.raises(ResourceError, match=rf"^history\.csv: cannot be opened or read: {message}"):
+        train(shards, recipe, out=tmp_path / "run", device="cpu")
+    monkeypatch.setattr("torch.save", refuse)
+    with pytest.raises(ResourceError, match=rf"x\.pt: cannot be opened or read: {message}"):
+        _checkpoint().save(tmp_path / "x.pt")
+    assert not list(tmp_path.glob("*.pt*"))
+    monkeypatch.setattr(packing, "save_plan", refuse)
+    with pytest.raises(ResourceError, match=rf"out: cannot be opened or read: {message}"):
+        pack(drawn(tmp_path / "data", a=3, b=3), tmp_path / "out")
