@@ -23,6 +23,7 @@ from fastflower.cache import decoded_bytes
 from fastflower.errors import ArgumentError, SampleError, ShardError, require
 from fastflower.executors import choose, maker
 from fastflower.image import decode
+from fastflower.machine import cores
 from fastflower.manifest import Manifest
 from fastflower.order import Windows, balanced, num_steps, permute, step_positions
 from fastflower.shard import ShardReader
@@ -122,7 +123,7 @@ class Loader(IterableDataset[Batch]):
         self._clock = Clock()
         self._images = 0
         self._drawing = self.augment
-        self._workers = workers or ranks.cores() + 1
+        self._workers = workers or cores() + 1
         chosen = choose(executor, self.device, cache, lambda: decoded_bytes(self._sizes, self.augment, seed))
         options = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, "workers": self._workers}
         sources = (self._encoded, self._decode, self._replace, self._clock)

@@ -22,8 +22,8 @@ from fastflower.errors import ArgumentError, SampleError, require
 from fastflower.evaluation import log_probabilities, precision_of, view_of
 from fastflower.folder import EXTENSIONS, images_in
 from fastflower.image import Prepared, decode, prepare
+from fastflower.machine import cores
 from fastflower.manifest import write_out
-from fastflower.ranks import cores
 from fastflower.thread_executor import ThreadExecutor
 
 _BATCH_SIZE = 32

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fastflower.errors import SampleError, ShardError, require
 from fastflower.image import prepare
+from fastflower.machine import cores
 from fastflower.manifest import (
     FILE,
     FORMAT_VERSION,
@@ -167,7 +168,7 @@ def _names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
 
 def _read_all(paths: dict[str, list[Path]]) -> dict[str, list[_Tar]]:
     with (
-        ThreadPoolExecutor() as pool,
+        ThreadPoolExecutor(cores()) as pool,
         tqdm(total=sum(map(len, paths.values())), desc="verify", unit="shard", disable=None) as bar,
     ):
 
