@@ -55,12 +55,13 @@ class Recipe:
     """Compute batch norms' statistics anew at the end of a training, from 20 batches of training images as validation views
     them: for sizes that end elsewhere (Touvron et al. 2019) and for averaged weights (Izmailov et al. 2018)."""
     schedule: Schedule = "step"
+    """How the rate goes over the epochs; "three_phase" resumes older runs of report E, see `fastflower.schedule.multiplier`."""
     warmup_epochs: float = 0.0
     """Over which the rate rises evenly to what the schedule says, from a hundredth of it; one_cycle warms up itself."""
     step_epochs: int = 7
     """With "step": epochs between two reductions."""
     gamma: float = 0.1
-    """With "step": the factor of each reduction; with "three_phase": of each epoch of its second phase."""
+    """With "step": the factor of each reduction; with "exponential_cosine" (and "three_phase"): of each epoch of its decay."""
     label_smoothing: float = 0.0
     """Probability spread over all classes, [0, 1)."""
     precision: Precision = "auto"
@@ -98,7 +99,7 @@ class Recipe:
             ("accumulate", self.accumulate >= 1, "at least 1"),
             ("warmup_epochs", self.warmup_epochs >= 0, "0 or more"),
             ("warmup_epochs", self.warmup_epochs == 0 or self.schedule != "one_cycle", "0 with one_cycle"),
-            ("schedule", self.schedule in get_args(Schedule), "constant, step, cosine, one_cycle or three_phase"),
+            ("schedule", self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
             ("step_epochs", self.step_epochs >= 1, "at least 1"),
             ("gamma", self.gamma > 0, "above 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
@@ -217,12 +218,16 @@ def report_e(backbone: str = "resnet101", freeze: int = 2, *, fixed: bool = Fals
 def report_e_long() -> Recipe:
     """The fifth report's ResNet-101 over 40 epochs: linear warm-up, exponential decay, cosine.
 
-    Its printed formula was not at hand. A cosine of the whole epoch number with half a period of 20 epochs, as such formulas
-    are often written, falls until epoch 20 and climbs back to the full rate until epoch 40; the sane reading is here: it takes
-    over where the decay has come to, and falls to 0. Left open: the lengths of the phases (here 5 epochs of warm-up, decay by
-    0.9 an epoch until epoch 20, cosine until 40) and all that `report_e` names; two stages are frozen.
+    It prints, of lr_init, lr_final, gamma and epoch_tot, without a value for any:
+        epoch < 10          lr_init/lr_final + (1 - lr_init/lr_final) * epoch/10
+        10 <= epoch <= 20   (lr_final/lr_init) * gamma^(epoch - 10)
+        epoch > 20          (lr_final/lr_init) * cos(pi * (epoch - 20)/(epoch_tot - 20)) + lr_final
+    The first line is a share of lr_final, the others are multiples of lr_init: from 1e-6 to 1e-4 that would be 0.01 up to 1, then
+    100 at epoch 10, 35 at epoch 20 (gamma 0.9), 100 right after it, and -100 at the end. It is read as one rate without jumps:
+    a linear warm-up over 10 epochs to lr, decay by gamma an epoch until epoch 20, and half a cosine from there to 0 at epoch 40.
+    Left open: gamma (here 0.9), where the warm-up starts (here a hundredth) and all that `report_e` names; two stages are frozen.
     """
-    return replace(report_e(), epochs=40, schedule="three_phase", warmup_epochs=5, gamma=0.9)
+    return replace(report_e(), epochs=40, schedule="exponential_cosine", warmup_epochs=10, gamma=0.9)
 
 
 def scratch() -> Recipe:

@@ -301,7 +301,7 @@ class Run:
 
     def _lr(self, step: int, steps_per_epoch: int) -> float:
         recipe = self.recipe
-        how: dict[str, Any] = {"step_epochs": recipe.step_epochs, "gamma": recipe.gamma}
+        how: dict[str, Any] = {name: getattr(recipe, name) for name in ("step_epochs", "gamma", "warmup_epochs")}
         how |= {"steps_per_epoch": steps_per_epoch, "total_steps": recipe.part * steps_per_epoch}
         step %= how["total_steps"]
         scheduled = multiplier(recipe.schedule, step, **how)
