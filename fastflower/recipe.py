@@ -23,14 +23,15 @@ class Recipe:
     """Where training starts: torchvision's name of pretrained weights (downloaded); the path of a state_dict or checkpoint, or
     its address as https://HOST/FILE#sha256=CHECKSUM; None: scratch."""
     freeze: int = 0
-    """Stages, from the input, whose weights and batch norms stay as they are; the stem counts with the first."""
+    """Stages, from the input, whose weights and batch norms stay as they are; the stem counts with the first; 0 without
+    weights."""
     augment: Augment = field(default_factory=lambda: Augment(crop=(0.08, 1.0), flip=0.5))
     """What is drawn for training images; validation uses its size, resize and normalisation."""
     sizes: tuple[int, ...] = ()
     """Progressive resizing: heights of training images, each for an equal part of the epochs; (): augment's size in all."""
     epochs: int = 15
     patience: int | None = None
-    """Stop after so many epochs without a better validation accuracy."""
+    """Stop after so many epochs without a better one: a higher validation accuracy, or an equal one at a lower loss."""
     batch_size: int = 32
     """Samples a step, over all ranks."""
     balanced: bool = False

@@ -19,7 +19,15 @@ from fastflower.allocation import kept_memory
 from fastflower.backbone import build, train_mode
 from fastflower.batch import resolve_device
 from fastflower.checkpoint import BEST, LAST, Checkpoint, environment, run_folder
-from fastflower.errors import CheckpointError, DeviceError, FastflowerError, StoppedError, TrainingError, require
+from fastflower.errors import (
+    ArgumentError,
+    CheckpointError,
+    DeviceError,
+    FastflowerError,
+    StoppedError,
+    TrainingError,
+    require,
+)
 from fastflower.evaluation import measure, precision_of, recalibrate, view_of
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
@@ -66,8 +74,6 @@ def train(
     """
     rule = "a Recipe, such as fastflower.recipe.PRESETS['finetune']() makes one"
     require(isinstance(recipe, Recipe), "recipe", rule, recipe)  # pyright: ignore[reportUnnecessaryIsInstance]
-    if recipe.freeze and recipe.weights is None:
-        _log.warning("freeze=%d keeps random weights as they are, for weights is None; set freeze=0", recipe.freeze)
     require(save_steps is None or save_steps >= 1, "save_steps", "at least 1", save_steps)
     with (
         ranks.process_group(device),
@@ -78,6 +84,11 @@ def train(
         try:
             folder = ranks.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
             start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
+            if recipe.freeze and recipe.weights is None and start is None:
+                raise ArgumentError(
+                    f"freeze must be 0 where weights is None, got {recipe.freeze}: frozen stages would stay random; pass "
+                    f"--freeze 0 (freeze=0), or --weights FILE (weights=) to start from."
+                )
             if len(set(ranks.gathered((start.epoch, start.step) if start else None))) > 1:
                 raise CheckpointError(
                     f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
@@ -200,7 +211,9 @@ class Run:
                     self._obey()
         best = best_epoch(self.history)
         if self.val and (scores is None or best != len(self.history)):
-            self.scored.load_state_dict(Checkpoint.load(self.folder / BEST).model)
+            kept = Checkpoint.load(self.folder / BEST)
+            best = kept.epoch  # of a run that an older version began: the first of equals
+            self.scored.load_state_dict(kept.model)
             scores = self._score(self.val)
         if first:
             write_report(self.folder, self.recipe, self.classes, self.history, best, scores, self.val)

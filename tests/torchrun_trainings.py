@@ -21,17 +21,23 @@ from fastflower import Recipe, train
 from fastflower.errors import FastflowerError
 from fastflower.training import Run
 
-FROZEN = replace(RECIPE, freeze=4)
-RECIPES = {
-    "frozen": FROZEN,
-    "accumulated": replace(FROZEN, accumulate=2),
-    "averaged": replace(RECIPE, ema=0.9),  # batch norms' statistics differ by rank, and are averaged, too
-    "frozen soup": replace(FROZEN, soup=2),
-    "soup": replace(RECIPE, soup=2, recalibrate=True),
-    "signalled": RECIPE,  # the second rank, at its third step
-    "not divisible": replace(RECIPE, batch_size=15),
-    "synchronous": replace(RECIPE, sync_batchnorm=True),
-}
+WEIGHTS = "weights.pth"  # in OUT, of a narrow ResNet-18: what frozen stages are
+AVERAGED = replace(RECIPE, ema=0.9)  # batch norms' statistics differ by rank, and are averaged, too
+
+
+def recipes(out: Path) -> dict[str, Recipe]:
+    """What is trained, by name."""
+    frozen = replace(RECIPE, freeze=4, weights=str(out / WEIGHTS))
+    return {
+        "frozen": frozen,
+        "accumulated": replace(frozen, accumulate=2),
+        "averaged": AVERAGED,
+        "frozen soup": replace(frozen, soup=2),
+        "soup": replace(RECIPE, soup=2, recalibrate=True),
+        "signalled": RECIPE,  # the second rank, at its third step
+        "not divisible": replace(RECIPE, batch_size=15),
+        "synchronous": replace(RECIPE, sync_batchnorm=True),
+    }
 
 
 def come_to(shards: str, recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -59,7 +65,7 @@ def main(shards: str, place: str) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     narrow_resnets(pytest.MonkeyPatch())
     out, rank = Path(place), dist.get_rank()
-    for name, recipe in RECIPES.items():
+    for name, recipe in recipes(out).items():
         (out / f"{name} {rank}.json").write_text(json.dumps(come_to(shards, recipe, out / name)))
     # Two machines that share no folder: a checkpoint stands on one.
     machine = out / f"machine {rank}"
@@ -69,7 +75,7 @@ def main(shards: str, place: str) -> None:
         Path("run").mkdir()
         shutil.copy(out / "frozen" / LAST, "run")
     dist.barrier()
-    (out / f"apart {rank}.json").write_text(json.dumps(come_to(shards, FROZEN, Path("run"))))
+    (out / f"apart {rank}.json").write_text(json.dumps(come_to(shards, recipes(out)["frozen"], Path("run"))))
     dist.destroy_process_group()
 
 
