@@ -39,7 +39,8 @@ class Checkpoint:
     soup: dict[str, Any] = field(default_factory=dict)
     """Where the recipe says soup: the mean of the trainings that are finished."""
     tally: dict[str, Any] = field(default_factory=dict)
-    """In mid-epoch: the losses, (steps,) float64, and hits of its steps so far, and the seconds they took."""
+    """In mid-epoch: the losses, (steps,) float64, and hits of its steps so far, the seconds they took, and whether only its
+    validation is left."""
     feeding: dict[str, Any] = field(default_factory=dict)
     """The loader's `state_dict`, which says what it was fed from."""
     environment: dict[str, str] = field(default_factory=dict)

@@ -1,11 +1,11 @@
 """Trains a recipe on shards: one straight loop."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
 from itertools import islice
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,18 +17,18 @@ from tqdm import tqdm
 from fastflower import ranks
 from fastflower.allocation import kept_memory
 from fastflower.backbone import build, train_mode
-from fastflower.batch import resolve_device
+from fastflower.batch import Batch, resolve_device
 from fastflower.checkpoint import BEST, LAST, Checkpoint, environment, run_folder
 from fastflower.errors import (
     ArgumentError,
     CheckpointError,
-    DeviceError,
     FastflowerError,
     StoppedError,
     TrainingError,
     require,
 )
 from fastflower.evaluation import measure, precision_of, recalibrate, view_of
+from fastflower.failures import explained
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
 from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate
@@ -42,6 +42,7 @@ from fastflower.store import Remote
 
 _log = logging.getLogger("fastflower")
 
+_LONG = 10.0  # seconds of validation after which an epoch's training is saved
 _RECALIBRATION = 20  # batches; as many as a running mean of momentum 0.1 remembers
 _ADVICE = "train anew (another out) with a lower lr, warm-up (warmup_epochs) or clipped gradients (clip_norm)"
 
@@ -101,10 +102,10 @@ def train(
             how: dict[str, Any] = {"save_steps": save_steps, "stop": stop, "new": out is None}
             return Run(shards, recipe, folder, chosen, start, **how).report()
         except (RuntimeError, MemoryError, OSError) as error:
-            explained = _explained(error, recipe, chosen)
-            if explained is None:
+            error_of_ours = explained(error, recipe, chosen)
+            if error_of_ours is None:
                 raise
-            raise explained from error
+            raise error_of_ours from error
 
 
 class Run:
@@ -146,6 +147,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.history: list[dict[str, float]] = []
         self._interrupted: dict[str, Any] = {}
+        self._tally: Tally | None = None  # of the epoch under way
         if start:
             self._restore(start)
         train_mode(self.network, recipe.freeze)
@@ -203,6 +205,7 @@ class Run:
             while not self._finished():
                 row, scores = self.epoch(len(self.history))
                 self.history.append(row)
+                self._tally = None
                 self._save()
                 if first:
                     write_history(self.folder, self.history, board)
@@ -225,14 +228,19 @@ class Run:
         """Train and validate: a row of the history, and the scores where there is a split "val"."""
         with kept_memory(self.device):
             row = {"epoch": epoch + 1, **self.train_epoch(epoch)}
-            if self._first and self.average and (epoch + 1) % self.recipe.part == 0:
-                self.average.update(self.network, epoch // self.recipe.part)
+            tally, last = self._tally, (epoch + 1) % self.recipe.part == 0
+            if self._first and self.average and last:
+                if tally and not tally.trained:
+                    self.average.update(self.network, epoch // self.recipe.part)
                 self.scored = self.average.network
+            if tally:
+                tally.trained = True
             start = perf_counter()
-            if self.recipe.recalibrate and (epoch + 1) % self.recipe.part == 0:
+            if self.recipe.recalibrate and last:
                 place = self.loader.state_dict()
                 self.loader.set_augment(view_of(self.recipe))
-                recalibrate(self.scored, islice(self.loader, _RECALIBRATION), self.recipe.freeze)
+                batches = self._watched(self.loader, min(_RECALIBRATION, len(self.loader)))
+                recalibrate(self.scored, batches, self.recipe.freeze)
                 self.loader.load_state_dict(place)
             if self.val is None:
                 return row, None
@@ -253,7 +261,7 @@ class Run:
         augment, steps = recipe.augment_at(epoch), len(self.loader)
         if augment != self.loader.augment:
             self.loader.set_augment(augment)
-        tally = Tally(steps, self.device, self._interrupted)
+        tally = self._tally = Tally(steps, self.device, self._interrupted)
         self._interrupted = {}
         if self._first:
             self.scored = self.network
@@ -261,6 +269,7 @@ class Run:
                 self.network.load_state_dict(self._first)
                 forget(self.optimizer)
         self.loader.load_state_dict({**self.loader.state_dict(), "epoch": epoch, "step": tally.steps})
+        every = self._save_steps * recipe.accumulate if self._save_steps else steps + 1
         begun = perf_counter() - tally.seconds
         label = f"epoch {epoch + 1}/{recipe.epochs}"
         batch_size = self.loader.global_batch_size
@@ -281,7 +290,7 @@ class Run:
                         before = epoch * -(-steps // recipe.accumulate) + step // recipe.accumulate
                         self.average.update(self.network, before)
                     tally.seconds = perf_counter() - begun
-                    self._obey(tally)
+                    self._obey(tally, due=tally.steps % every == 0)
         found = tally.state()
         self._check(first_not_finite(found["losses"]), epoch)
         seconds = perf_counter() - begun
@@ -300,7 +309,17 @@ class Run:
         return self._stepper(images, labels, together, update=update)
 
     def _score(self, val: Loader) -> Scores:
-        return measure(self.scored, val, self.classes, tta=self.recipe.tta)
+        steps = -(-val.num_samples // val.global_batch_size)  # of all ranks; one may have no part of the last
+        return measure(self.scored, self._watched(val, steps), self.classes, tta=self.recipe.tta)
+
+    def _watched(self, loader: Loader, steps: int) -> Iterator[Batch]:
+        """Batches that nothing is trained on. Before each SIGTERM is obeyed; where they take long, the training is saved once."""
+        batches, ends = iter(loader), perf_counter() + _LONG
+        for _ in range(steps):
+            due = ranks.any_rank(perf_counter() > ends)
+            self._obey(self._tally, due=due)
+            ends = inf if due else ends
+            yield from islice(batches, 1)
 
     def _finished(self) -> bool:
         done, patience = len(self.history), self.recipe.patience
@@ -330,16 +349,16 @@ class Run:
             f"{LAST}, if there is one, is from before. The batch: {'; '.join(places)}"
         )
 
-    def _obey(self, tally: Tally | None = None) -> None:
+    def _obey(self, tally: Tally | None = None, *, due: bool = False) -> None:
         """Save in mid-epoch where that is due, and stop where a rank got SIGTERM."""
         stop = ranks.any_rank(self._stop())
-        every = self._save_steps * self.recipe.accumulate if self._save_steps else 0
-        if tally and (stop or (every and tally.steps % every == 0)):
+        if tally and (stop or due):
             self._save(tally)
         if stop:
             epoch = len(self.history)
-            step = f" in epoch {epoch + 1}, step {tally.steps}" if tally else f" after epoch {epoch}"
-            raise StoppedError(f"{self.folder}: stopped by SIGTERM{step}, and saved; resume=True (--resume) goes on.")
+            step = f"in epoch {epoch + 1}, step {tally.steps}" if tally else f"after epoch {epoch}"
+            place = f"in the validation of epoch {epoch + 1}" if tally and tally.trained else step
+            raise StoppedError(f"{self.folder}: stopped by SIGTERM {place}, and saved; resume=True (--resume) goes on.")
 
     def _feeding(self) -> dict[str, Any]:
         return {**self.loader.state_dict(), "val": self.val.state_dict()["shards"] if self.val else None}
@@ -370,27 +389,3 @@ class Run:
         if best:
             checkpoint.save(best)  # first: what is resumed from LAST finds it
         checkpoint.save(self.folder / LAST, twin=best)
-
-
-def _explained(error: Exception, recipe: Recipe, device: torch.device) -> FastflowerError | None:
-    """Our error for memory that ran out, for what the system refuses, as a full disk does, or for a rank that is gone."""
-    said = str(error).strip().partition("\n")[0]
-    if isinstance(error, OSError) and error.strerror:
-        return TrainingError(
-            f"{error.filename or 'disk'}: cannot be read or written ({error.strerror}); mend that, and resume (--resume)."
-        )
-    if (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or "t allocate memory" in said
-        or "out of memory" in said
-    ):
-        return DeviceError(
-            f"batch_size {recipe.batch_size} does not fit the memory of {device} ({said}); halve batch_size and double "
-            f"accumulate for the same updates, or lower augment.size."
-        )
-    if ranks.world_size() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in said.lower()):
-        return TrainingError(
-            f"rank {ranks.rank()}: another rank is gone ({said}); look at its log. torchrun --max-restarts with --resume goes on "
-            f"by itself."
-        )
-    return None

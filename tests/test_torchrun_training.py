@@ -156,3 +156,10 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch: tuple[Path, str
     said = f"{out}: stopped by SIGTERM in epoch 1, step 3, and saved; resume=True (--resume) goes on."
     assert found(launch, "signalled") == [{"error": f"StoppedError: {said}"}] * 2
     assert place(out) == (0, 3)
+
+
+def test_a_signal_to_one_rank_stops_the_validation_of_all(launch: tuple[Path, str]) -> None:
+    out = launch[0] / "validating"
+    said = f"{out}: stopped by SIGTERM in the validation of epoch 1, and saved; resume=True (--resume) goes on."
+    assert found(launch, "validating") == [{"error": f"StoppedError: {said}"}] * 2
+    assert place(out) == (0, 30)

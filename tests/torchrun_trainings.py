@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 from training_runs import LAST, RECIPE, narrow_resnets
 
-from fastflower import Recipe, train
+from fastflower import Recipe, evaluation, train
 from fastflower.errors import FastflowerError
 from fastflower.training import Run
 
@@ -35,6 +35,9 @@ def recipes(out: Path) -> dict[str, Recipe]:
         "frozen soup": replace(frozen, soup=2),
         "soup": replace(RECIPE, soup=2, recalibrate=True),
         "signalled": RECIPE,  # the second rank, at its third step
+        "validating": replace(
+            RECIPE, batch_size=4
+        ),  # the second rank, in the validation; it has no part of the last batch
         "not divisible": replace(RECIPE, batch_size=15),
         "synchronous": replace(RECIPE, sync_batchnorm=True),
     }
@@ -50,13 +53,20 @@ def come_to(shards: str, recipe: Recipe, out: Path) -> dict[str, Any]:
             signal.raise_signal(signal.SIGTERM)
         return step(*values, update=update, **options)
 
+    def signalled(*values: Any, **options: Any) -> Any:
+        if (out.name, dist.get_rank()) == ("validating", 1):
+            signal.raise_signal(signal.SIGTERM)
+        return log_probabilities(*values, **options)
+
+    log_probabilities = evaluation.log_probabilities
+    evaluation.log_probabilities = signalled
     Run.step = counted
     try:
         history = train(shards, recipe, out=out, resume=True, device="cpu").history
     except FastflowerError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        Run.step = step
+        Run.step, evaluation.log_probabilities = step, log_probabilities
     return {"history": history, "steps": len(steps), "updates": sum(steps)}
 
 
