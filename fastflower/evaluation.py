@@ -1,7 +1,7 @@
 """Scores of a trained network on a split."""
 
 from collections.abc import Iterable
-from math import log
+from math import isfinite, log, nan
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,13 @@ def log_probabilities(network: nn.Module, images: Tensor, *, tta: bool) -> Tenso
     """(N, K) float32, of a network in evaluation mode and images (N, 3, H, W) in the precision of its autocast.
 
     tta  Of the mean of the probabilities of each image and its mirror image.
+    An image for which an output is not finite has NaN for every class.
     """
     precision = images.dtype
     views = [images, images.flip(3)] if tta else [images]
     with torch.inference_mode(), torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
         found = [torch.log_softmax(network(view).float(), dim=1) for view in views]
+        found = [rows.where(rows.isfinite().all(dim=1, keepdim=True), nan) for rows in found]
     return torch.logsumexp(torch.stack(found), dim=0) - log(len(found))
 
 
@@ -100,6 +102,7 @@ def evaluate(
 
     Raises CheckpointError when the checkpoint cannot be used or was trained on other classes than the shards hold.
     """
+    name = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)
     chosen, recipe = resolve_device(device), checkpoint.recipe
@@ -112,4 +115,17 @@ def evaluate(
         )
     model = checkpoint.network().to(chosen, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     with kept_memory(chosen), tqdm(loader, desc="evaluate", unit="batch", disable=None) as batches:
-        return measure(model, batches, checkpoint.classes, tta=recipe.tta if tta is None else tta)
+        scores = measure(model, batches, checkpoint.classes, tta=recipe.tta if tta is None else tta)
+    if not isfinite(scores.loss):
+        bad = np.flatnonzero(np.isnan(scores.probabilities[:, 0]))
+        raise no_class(name, loader.path_of(int(bad[0])), len(bad))
+    return scores
+
+
+def no_class(checkpoint: str, image: str, count: int = 1) -> CheckpointError:
+    """The error for a network of finite weights whose outputs for an image, and others, are not finite."""
+    others = f" and {count - 1} more" if count > 1 else ""
+    return CheckpointError(
+        f"{checkpoint}: its network's outputs for {image}{others} are not finite, so that it names no class; pass another "
+        f"checkpoint, or train again with a lower lr or precision='float32' (--precision float32)."
+    )
