@@ -1,6 +1,6 @@
 """Scores of a trained network on a split."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import isfinite, log, nan
 from pathlib import Path
 from typing import Any
@@ -72,15 +72,20 @@ def recalibrate(network: nn.Module, batches: Iterable[Batch], freeze: int) -> No
         norm.momentum = momentum
 
 
-def measure(network: nn.Module, batches: Iterable[Batch], classes: tuple[str, ...], *, tta: bool) -> Scores:
-    """Scores of a network over the batches of all ranks, the same on each; waits for the device once, at the end."""
+def measure(
+    network: nn.Module, batches: Iterable[Batch], classes: tuple[str, ...], *, tta: bool, paths: Sequence[str] = ()
+) -> Scores:
+    """Scores of a network over the batches of all ranks, the same on each; waits for the device once, at the end.
+
+    paths  Of the split's samples, by index.
+    """
     network.eval()
     found = [(batch.index, batch.labels, log_probabilities(network, batch.images, tta=tta)) for batch in batches]
     columns = [torch.cat(column).cpu().numpy() for column in zip(*found, strict=True)]
     parts = [part for part in ranks.gathered(columns) if part]
     index, labels, outputs = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(index, kind="stable")
-    return score(classes, labels[order], outputs[order])
+    return score(classes, labels[order], outputs[order], paths)
 
 
 def evaluate(
@@ -91,7 +96,7 @@ def evaluate(
     tta: bool | None = None,
     device: str | torch.device | None = None,
 ) -> Scores:
-    """Score a checkpoint on every sample of a split, exactly once.
+    """Score a checkpoint on every sample of a split, exactly once; by index in the split, as `Scores` promises.
 
     Args:
         checkpoint: A checkpoint that `train` wrote.
@@ -115,10 +120,11 @@ def evaluate(
         )
     model = checkpoint.network().to(chosen, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     with kept_memory(chosen), tqdm(loader, desc="evaluate", unit="batch", disable=None) as batches:
-        scores = measure(model, batches, checkpoint.classes, tta=recipe.tta if tta is None else tta)
+        mirrored = recipe.tta if tta is None else tta
+        scores = measure(model, batches, checkpoint.classes, tta=mirrored, paths=loader.paths)
     if not isfinite(scores.loss):
         bad = np.flatnonzero(np.isnan(scores.probabilities[:, 0]))
-        raise no_class(name, loader.path_of(int(bad[0])), len(bad))
+        raise no_class(name, scores.paths[int(bad[0])], len(bad))
     return scores
 
 

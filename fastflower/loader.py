@@ -26,7 +26,7 @@ from fastflower.image import decode
 from fastflower.machine import cores
 from fastflower.manifest import Manifest
 from fastflower.order import Windows, balanced, num_steps, permute, step_positions
-from fastflower.shard import ShardReader
+from fastflower.shard import Paths, ShardReader
 from fastflower.store import Remote, Store, remote
 
 _log = logging.getLogger("fastflower")
@@ -198,6 +198,11 @@ class Loader(IterableDataset[Batch]):
     def path_of(self, index: int) -> str:
         """The path, relative to the packed folder, that a sample's image had."""
         return self._reader.path(index)
+
+    @property
+    def paths(self) -> Paths:
+        """`path_of` every sample, by index."""
+        return Paths(self._reader)
 
     @property
     def num_samples(self) -> int:

@@ -164,7 +164,7 @@ def _confusion(scores: Scores) -> bytes:
 
 def _mistakes(scores: Scores, val: Loader) -> list[dict[str, Any]]:
     """The photographs that were given to a wrong class with the highest probability."""
-    predicted = scores.probabilities.argmax(axis=1)
+    predicted = scores.predictions
     confidence = scores.probabilities.max(axis=1)
     wrong = np.flatnonzero(predicted != scores.labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:_MISTAKES]
@@ -173,7 +173,7 @@ def _mistakes(scores: Scores, val: Loader) -> list[dict[str, Any]]:
             "true": scores.classes[scores.labels[index]],
             "predicted": scores.classes[predicted[index]],
             "probability": float(confidence[index]),
-            "path": val.path_of(int(index)),
+            "path": scores.paths[index],
             "jpeg": _thumbnail(val.photo(int(index))),
         }
         for index in worst

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -213,6 +213,29 @@ class ShardReader:
     def keep(self, names: Collection[str]) -> None:
         """Close all other shards' files."""
         self._files = {shard: found for shard, found in list(self._files.items()) if self._paths[shard].name in names}
+
+
+class Paths(Sequence[str]):
+    """The path of every sample of a split, by index. Each is read from its shard when it is asked for: of ten million samples all
+    would take a gigabyte, and minutes. A copy in another process, or by `copy.deepcopy`, is a tuple of all.
+    """
+
+    def __init__(self, reader: ShardReader) -> None:
+        self._reader = reader
+
+    def __len__(self) -> int:
+        return len(self._reader.index)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        found = range(len(self))[index]
+        return tuple(map(self._reader.path, found)) if isinstance(found, range) else self._reader.path(found)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, (tuple(self),)  # open files are none of another process
 
 
 class _File:

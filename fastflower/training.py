@@ -310,7 +310,8 @@ class Run:
 
     def _score(self, val: Loader) -> Scores:
         steps = -(-val.num_samples // val.global_batch_size)  # of all ranks; one may have no part of the last
-        return measure(self.scored, self._watched(val, steps), self.classes, tta=self.recipe.tta)
+        batches = self._watched(val, steps)
+        return measure(self.scored, batches, self.classes, tta=self.recipe.tta, paths=val.paths)
 
     def _watched(self, loader: Loader, steps: int) -> Iterator[Batch]:
         """Batches that nothing is trained on. Before each SIGTERM is obeyed; where they take long, the training is saved once."""
