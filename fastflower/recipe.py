@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, get_args
 
 from fastflower.augment import Augment
 from fastflower.errors import make_plain, require
-from fastflower.schedule import Schedule
+from fastflower.schedule import Schedule, multiplier, warm_up
 
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -123,6 +123,14 @@ class Recipe:
         factor = side / self.augment.output_size[0]
         resize = self.augment.resize and _scaled(self.augment.resize, factor)
         return replace(self.augment, size=_scaled(self.augment.size, factor), resize=resize)
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step, counted from 0 over all epochs; each training of a soup has the whole schedule."""
+        how: dict[str, Any] = {name: getattr(self, name) for name in ("step_epochs", "gamma", "warmup_epochs")}
+        total = self.part * steps_per_epoch
+        step %= total
+        scheduled = multiplier(self.schedule, step, total_steps=total, steps_per_epoch=steps_per_epoch, **how)
+        return self.lr * scheduled * warm_up(step, self.warmup_epochs * steps_per_epoch)
 
     @property
     def spelled_out(self) -> "Recipe":

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from copy import deepcopy
 from itertools import islice
 from math import inf, isfinite
@@ -36,7 +36,6 @@ from fastflower.order import stream_key
 from fastflower.progress import Tally, first_not_finite, preemption
 from fastflower.recipe import Recipe
 from fastflower.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report
-from fastflower.schedule import multiplier, warm_up
 from fastflower.stepping import Stepper, fastest_convolutions, generator_of, graphs_of
 from fastflower.store import Remote
 
@@ -148,6 +147,7 @@ class Run:
         self.history: list[dict[str, float]] = []
         self._interrupted: dict[str, Any] = {}
         self._tally: Tally | None = None  # of the epoch under way
+        self._statistics: dict[str, Tensor] = {}  # of batch norms, while they are being computed anew
         if start:
             self._restore(start)
         train_mode(self.network, recipe.freeze)
@@ -239,8 +239,10 @@ class Run:
             if self.recipe.recalibrate and last:
                 place = self.loader.state_dict()
                 self.loader.set_augment(view_of(self.recipe))
+                self._statistics = {name: value.clone() for name, value in self.scored.named_buffers()}
                 batches = self._watched(self.loader, min(_RECALIBRATION, len(self.loader)))
                 recalibrate(self.scored, batches, self.recipe.freeze)
+                self._statistics = {}
                 self.loader.load_state_dict(place)
             if self.val is None:
                 return row, None
@@ -275,9 +277,9 @@ class Run:
         batch_size = self.loader.global_batch_size
         options: dict[str, Any] = {"total": steps * batch_size, "initial": tally.steps * batch_size, "unit": "image"}
         options |= {"desc": label, "disable": ranks.rank() > 0 or None}
-        with fastest_convolutions(self.device), tqdm(**options) as bar:
+        with fastest_convolutions(self.device), tqdm(**options) as bar, _ended(self.loader) as batches:
             waited = tally.waited - self.loader.stats().wait_seconds  # its clock stands while it waits for the GPU
-            for step, (images, labels, _) in enumerate(self.loader, start=tally.steps):
+            for step, (images, labels, _) in enumerate(batches, start=tally.steps):
                 tally.waited = waited + self.loader.stats().wait_seconds
                 self._prepare(epoch * steps + step, steps)
                 first = step - step % recipe.accumulate
@@ -295,7 +297,7 @@ class Run:
         self._check(first_not_finite(found["losses"]), epoch)
         seconds = perf_counter() - begun
         return {
-            "lr": self._lr(epoch * steps + steps - 1, steps),
+            "lr": recipe.lr_at(epoch * steps + steps - 1, steps),
             "size": augment.output_size[0],
             "train_loss": found["losses"].mean().item(),
             "train_accuracy": found["hits"] / (steps * batch_size),
@@ -315,12 +317,13 @@ class Run:
 
     def _watched(self, loader: Loader, steps: int) -> Iterator[Batch]:
         """Batches that nothing is trained on. Before each SIGTERM is obeyed; where they take long, the training is saved once."""
-        batches, ends = iter(loader), perf_counter() + _LONG
-        for _ in range(steps):
-            due = ranks.any_rank(perf_counter() > ends)
-            self._obey(self._tally, due=due)
-            ends = inf if due else ends
-            yield from islice(batches, 1)
+        ends = perf_counter() + _LONG
+        with _ended(loader) as batches:
+            for _ in range(steps):
+                due = ranks.any_rank(perf_counter() > ends)
+                self._obey(self._tally, due=due)
+                ends = inf if due else ends
+                yield from islice(batches, 1)
 
     def _finished(self) -> bool:
         done, patience = len(self.history), self.recipe.patience
@@ -329,16 +332,8 @@ class Run:
 
     def _prepare(self, step: int, steps_per_epoch: int) -> None:
         """The rate of a step, counted over all epochs, and the random numbers of its dropout, which are functions of it."""
-        set_rate(self.optimizer, self._lr(step, steps_per_epoch))
+        set_rate(self.optimizer, self.recipe.lr_at(step, steps_per_epoch))
         generator_of(self.device).manual_seed(stream_key(self.recipe.seed, step, ranks.rank()) >> 1)
-
-    def _lr(self, step: int, steps_per_epoch: int) -> float:
-        recipe = self.recipe
-        how: dict[str, Any] = {name: getattr(recipe, name) for name in ("step_epochs", "gamma", "warmup_epochs")}
-        how |= {"steps_per_epoch": steps_per_epoch, "total_steps": recipe.part * steps_per_epoch}
-        step %= how["total_steps"]
-        scheduled = multiplier(recipe.schedule, step, **how)
-        return recipe.lr * scheduled * warm_up(step, recipe.warmup_epochs * steps_per_epoch)
 
     def _check(self, step: int | None, epoch: int) -> None:
         """Raise for the step whose loss is not finite, if there is one."""
@@ -375,7 +370,7 @@ class Run:
         checkpoint = Checkpoint(
             recipe=self.recipe,
             classes=self.classes,
-            model=self.scored.state_dict(),
+            model=self.scored.state_dict() | self._statistics,
             trained=self.network.state_dict() if self.average else {},
             soup=self.average.network.state_dict() if self.average and self._first else {},
             epoch=len(self.history),
@@ -390,3 +385,9 @@ class Run:
         if best:
             checkpoint.save(best)  # first: what is resumed from LAST finds it
         checkpoint.save(self.folder / LAST, twin=best)
+
+
+def _ended(loader: Loader) -> closing[Any]:
+    """As a context: its batches, whose threads end with it: an error's traceback would keep them until some collection."""
+    batches: Any = iter(loader)
+    return closing(batches)

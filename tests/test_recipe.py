@@ -13,7 +13,6 @@ from fastflower.augment import Augment
 from fastflower.backbone import build
 from fastflower.errors import ArgumentError
 from fastflower.recipe import PRESETS, Recipe
-from fastflower.schedule import multiplier, warm_up
 
 UNUSUAL = Recipe(
     backbone="densenet121",
@@ -210,21 +209,7 @@ def test_the_recipe_of_a_report_is_what_the_report_says(name: str) -> None:
 
 def rates(recipe: Recipe, steps_per_epoch: int = 1) -> list[float]:
     """The rate of each step of a whole run."""
-    total = recipe.epochs * steps_per_epoch
-    return [
-        recipe.lr
-        * warm_up(step, recipe.warmup_epochs * steps_per_epoch)
-        * multiplier(
-            recipe.schedule,
-            step,
-            total_steps=total,
-            steps_per_epoch=steps_per_epoch,
-            step_epochs=recipe.step_epochs,
-            gamma=recipe.gamma,
-            warmup_epochs=recipe.warmup_epochs,
-        )
-        for step in range(total)
-    ]
+    return [recipe.lr_at(step, steps_per_epoch) for step in range(recipe.epochs * steps_per_epoch)]
 
 
 @pytest.mark.parametrize("name", [name for name in REPORTED if name[7] in "abc"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_runs import LAST, RECIPE, assert_same_run, before_call, kill, killed, place, small, terminate
 
 from fastflower import Checkpoint, Recipe, evaluation, train, training
@@ -139,3 +140,25 @@ def test_sigterm_while_the_best_epoch_is_scored_again_ends_with_what_was_saved(
             train(shards, RECIPE, out=tmp_path / "run", device="cpu")
     assert place(tmp_path / "run") == (2, 0)
     assert train(shards, RECIPE, out=tmp_path / "run", resume=True, device="cpu").scores is not None
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"soup": 2}])
+def test_what_is_saved_while_statistics_are_computed_anew_has_those_of_training(
+    shards: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """And not half of the new ones, with which it would predict wrongly."""
+    recipe = replace(RECIPE, recalibrate=True, **changes)
+    killed(
+        shards,
+        replace(recipe, recalibrate=False),
+        tmp_path / "plain",
+        (training, "write_history", 1 if "soup" in changes else 2),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        batches = 3 if "soup" in changes else 5  # of an epoch's validation, then of the statistics
+        before_call(evaluation, "log_probabilities", batches, terminate, patch)
+        with pytest.raises(StoppedError, match="in the validation of epoch"):
+            train(shards, recipe, out=tmp_path / "run", device="cpu")
+    left, right = (Checkpoint.load(tmp_path / name / LAST) for name in ("plain", "run"))
+    for name, value in left.model.items():
+        assert torch.equal(right.model[name], value), name
