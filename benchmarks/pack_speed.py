@@ -23,6 +23,7 @@ from record import ROOT, Side, interleave, ratio, table, write
 from fastflower import pack
 from fastflower.folder import scan
 from fastflower.image import decode
+from fastflower.machine import cores
 
 SHARD_BYTES = 64 << 20
 
@@ -113,7 +114,7 @@ def main(data: Path | None = None, rounds: int = 5, out: Path = ROOT / "benchmar
         rounds: Counted rounds, after one that is not.
         out: The folder for the JSON.
     """
-    threads = len(os.sched_getaffinity(0))
+    threads = cores()
     with tempfile.TemporaryDirectory() as scratch:
         folder = data or Path(scratch, "drawn")
         if data is None:

@@ -4,7 +4,6 @@ A way takes a `Job` and gives a function that feeds one epoch of float32 batches
 """
 
 import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ import baseline
 import numpy as np
 import torch
 
-WORKERS = len(os.sched_getaffinity(0))
+from fastflower.machine import cores
+
+WORKERS = cores()
 Epoch = Callable[[], int]
 
 

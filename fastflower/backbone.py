@@ -164,6 +164,10 @@ def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classe
             f"{path}: is neither a state_dict nor a fastflower checkpoint; pass the path of a file that "
             f"torch.save(model.state_dict(), path) or train wrote."
         )
+    if broken := not_finite(state):
+        raise CheckpointError(
+            f"{path}: weights are not finite ({broken}), and nothing can be trained from them; pass another file."
+        )
     parent, attribute = _head(model)
     head = next(key for key, module in model.named_modules() if module is getattr(parent, attribute))
     own = model.state_dict()
@@ -192,6 +196,12 @@ def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classe
         getattr(parent, attribute).load_state_dict({"weight": weight, "bias": bias})
         told = _fit_head(model, num_classes, keep=not classes or tuple(theirs) == tuple(classes))
     _log.info("%s: loaded into %s; %s", path, name, told)
+
+
+def not_finite(state: dict[str, Any]) -> str:
+    """The tensors of a state_dict that hold infinities or no numbers, in words; "" where all are finite."""
+    found = [key for key, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]
+    return f"{found[0]!r}{f' and {len(found) - 1} more' if len(found) > 1 else ''}" if found else ""
 
 
 def load_file(path: Path) -> dict[str, Any]:

@@ -2,10 +2,7 @@
 
 import gc
 import logging
-import os
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from threading import Lock
 from typing import ClassVar, Literal, NamedTuple
 from weakref import WeakSet
@@ -17,26 +14,11 @@ from numpy.typing import NDArray
 from fastflower.augment import Augment
 from fastflower.errors import ArgumentError
 from fastflower.geometry import reductions
-from fastflower.ranks import ranks_here
+from fastflower.machine import available_bytes, ranks_here
 
 _log = logging.getLogger("fastflower")
 
-_GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _SHARE = 0.5  # of the memory that is free, and promised to no other loader, when one is made
-
-
-def available_bytes() -> int:
-    """RAM that can be had without swapping: the least of what the kernel and the control group allow."""
-    limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        limits = [int(lines["MemAvailable"].split()[0]) * 1024]
-    group = _GROUPS / (_OWN.read_text().rpartition("0::/")[2].strip() if _OWN.exists() else "")
-    for place in (group, *group.parents):  # each holds those below it to its own limit
-        with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
-            limits.append(int((place / "memory.max").read_text()) - int((place / "memory.current").read_text()))
-    return max(0, min(limits))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from fastflower import ranks
-from fastflower.backbone import build, load_file
+from fastflower.backbone import build, load_file, not_finite
 from fastflower.errors import ArgumentError, CheckpointError, FastflowerError, HeldError
 from fastflower.files import PARTIAL, blame_the_system, locked, written
 from fastflower.manifest import version_of
@@ -42,7 +43,8 @@ class Checkpoint:
     soup: dict[str, Any] = field(default_factory=dict)
     """Where the recipe says soup: the mean of the trainings that are finished."""
     tally: dict[str, Any] = field(default_factory=dict)
-    """In mid-epoch: the losses, (steps,) float64, and hits of its steps so far, and the seconds they took."""
+    """In mid-epoch: the losses, (steps,) float64, and hits of its steps so far, the seconds they took, and whether only its
+    validation is left."""
     feeding: dict[str, Any] = field(default_factory=dict)
     """The loader's `state_dict`, which says what it was fed from."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -78,7 +80,7 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a checkpoint. Raises CheckpointError when the file is none, is damaged, or is of another format."""
+        """Read a checkpoint. Raises CheckpointError when the file is none, is damaged, is of another format, or is of no use."""
         content = load_file(Path(path))
         if content.get("format") != "fastflower":
             raise CheckpointError(
@@ -92,17 +94,39 @@ class Checkpoint:
         try:
             recipe = Recipe.from_dict(content["recipe"])
             rest = {key: content[key] for key in content.keys() - {"format", "version", "recipe", "classes"}}
-            return cls(recipe=recipe, classes=tuple(content["classes"]), **rest)
+            return cls(recipe=recipe, classes=tuple(content["classes"]), **rest)._usable(str(path))
+        except CheckpointError:
+            raise
         except (KeyError, TypeError, FastflowerError) as error:
             raise CheckpointError(
                 f"{path}: is damaged, or from another version of fastflower ({error}); pass another."
             ) from error
 
     def network(self) -> nn.Module:
-        """The trained network in evaluation mode, on the CPU."""
+        """The trained network in evaluation mode, on the CPU. Raises CheckpointError where the weights are none of it."""
+        self._usable("checkpoint")
         model = build(self.recipe.backbone, len(self.classes), weights=None)
-        model.load_state_dict(self.model)
+        try:
+            model.load_state_dict(self.model)
+        except RuntimeError as error:
+            what = f"{self.recipe.backbone} with {len(self.classes)} classes"
+            raise CheckpointError(f"checkpoint: its weights do not fit {what} ({error}); pass another.") from None
         return model.eval()
+
+    def _usable(self, name: str) -> Self:
+        """Itself; raises CheckpointError where nothing that its network says could be told or believed."""
+        twice = [one for one, count in Counter(self.classes).items() if count > 1]
+        if twice:
+            raise CheckpointError(
+                f"{name}: two of its classes are called {twice[0]!r}, so that their probabilities cannot be told apart; pass "
+                f"another checkpoint, or train again on shards that name each class once."
+            )
+        if broken := not_finite(self.model):
+            raise CheckpointError(
+                f"{name}: weights are not finite ({broken}), so that its network knows no class; pass another checkpoint, or "
+                f"train again with a lower lr."
+            )
+        return self
 
 
 def _linked(file: Path, name: Path) -> bool:

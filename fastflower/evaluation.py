@@ -1,7 +1,7 @@
 """Scores of a trained network on a split."""
 
-from collections.abc import Iterable
-from math import log
+from collections.abc import Iterable, Sequence
+from math import isfinite, log, nan
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,13 @@ def log_probabilities(network: nn.Module, images: Tensor, *, tta: bool) -> Tenso
     """(N, K) float32, of a network in evaluation mode and images (N, 3, H, W) in the precision of its autocast.
 
     tta  Of the mean of the probabilities of each image and its mirror image.
+    An image for which an output is not finite has NaN for every class.
     """
     precision = images.dtype
     views = [images, images.flip(3)] if tta else [images]
     with torch.inference_mode(), torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
         found = [torch.log_softmax(network(view).float(), dim=1) for view in views]
+        found = [rows.where(rows.isfinite().all(dim=1, keepdim=True), nan) for rows in found]
     return torch.logsumexp(torch.stack(found), dim=0) - log(len(found))
 
 
@@ -73,15 +75,20 @@ def recalibrate(network: nn.Module, batches: Iterable[Batch], freeze: int) -> No
         norm.momentum = momentum
 
 
-def measure(network: nn.Module, batches: Iterable[Batch], classes: tuple[str, ...], *, tta: bool) -> Scores:
-    """Scores of a network over the batches of all ranks, the same on each; waits for the device once, at the end."""
+def measure(
+    network: nn.Module, batches: Iterable[Batch], classes: tuple[str, ...], *, tta: bool, paths: Sequence[str] = ()
+) -> Scores:
+    """Scores of a network over the batches of all ranks, the same on each; waits for the device once, at the end.
+
+    paths  Of the split's samples, by index.
+    """
     network.eval()
     found = [(batch.index, batch.labels, log_probabilities(network, batch.images, tta=tta)) for batch in batches]
     columns = [torch.cat(column).cpu().numpy() for column in zip(*found, strict=True)]
     parts = [part for part in ranks.gathered(columns) if part]
     index, labels, outputs = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(index, kind="stable")
-    return score(classes, labels[order], outputs[order])
+    return score(classes, labels[order], outputs[order], paths)
 
 
 def evaluate(
@@ -92,7 +99,7 @@ def evaluate(
     tta: bool | None = None,
     device: str | torch.device | None = None,
 ) -> Scores:
-    """Score a checkpoint on every sample of a split, exactly once.
+    """Score a checkpoint on every sample of a split, exactly once; by index in the split, as `Scores` promises.
 
     Args:
         checkpoint: A checkpoint that `train` wrote.
@@ -103,6 +110,7 @@ def evaluate(
 
     Raises CheckpointError when the checkpoint cannot be used or was trained on other classes than the shards hold.
     """
+    name = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)
     chosen, recipe = resolve_device(device), checkpoint.recipe
@@ -117,4 +125,18 @@ def evaluate(
         )
     model = checkpoint.network().to(chosen, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     with kept_memory(chosen), tqdm(loader, desc="evaluate", unit="batch", disable=None) as batches:
-        return measure(model, batches, checkpoint.classes, tta=recipe.tta if tta is None else tta)
+        mirrored = recipe.tta if tta is None else tta
+        scores = measure(model, batches, checkpoint.classes, tta=mirrored, paths=loader.paths)
+    if not isfinite(scores.loss):
+        bad = np.flatnonzero(np.isnan(scores.probabilities[:, 0]))
+        raise no_class(name, scores.paths[int(bad[0])], len(bad))
+    return scores
+
+
+def no_class(checkpoint: str, image: str, count: int = 1) -> CheckpointError:
+    """The error for a network of finite weights whose outputs for an image, and others, are not finite."""
+    others = f" and {count - 1} more" if count > 1 else ""
+    return CheckpointError(
+        f"{checkpoint}: its network's outputs for {image}{others} are not finite, so that it names no class; pass another "
+        f"checkpoint, or train again with a lower lr or precision='float32' (--precision float32)."
+    )

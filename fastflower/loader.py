@@ -22,10 +22,11 @@ from fastflower.batch import SPENT, Batch, Executor, Request, Stats, mixed, reso
 from fastflower.cache import decoded_bytes
 from fastflower.errors import ArgumentError, ShardError, require
 from fastflower.executors import Name, choose, maker
+from fastflower.machine import cores
 from fastflower.manifest import Manifest
 from fastflower.order import Windows, balanced, num_steps, permute, step_positions
 from fastflower.samples import SampleSource
-from fastflower.shard import ShardReader
+from fastflower.shard import Paths, ShardReader
 from fastflower.store import Remote, Store, remote
 
 _log = logging.getLogger("fastflower")
@@ -120,7 +121,7 @@ class Loader(IterableDataset[Batch]):
         if self._by_class is not None:
             _log.info("shuffle: classes come equally often, so that an epoch does not hold every sample exactly once")
         self._images = 0
-        self._workers = workers or ranks.cores() + 1
+        self._workers = workers or cores() + 1
         chosen = choose(executor, self.device, cache, lambda: decoded_bytes(self._samples.sizes, self.augment, seed))
         self.executor: Name = chosen[0]
         """Which of them makes the batches."""
@@ -180,6 +181,11 @@ class Loader(IterableDataset[Batch]):
     def path_of(self, index: int) -> str:
         """The path, relative to the packed folder, that a sample's image had."""
         return self._reader.path(index)
+
+    @property
+    def paths(self) -> Paths:
+        """`path_of` every sample, by index."""
+        return Paths(self._reader)
 
     @property
     def num_samples(self) -> int:

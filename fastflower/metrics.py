@@ -1,5 +1,6 @@
 """What a set of predictions is worth. Shape suffixes: N samples, K classes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,11 @@ _BINS = 15
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What `evaluate` returns."""
+    """What `evaluate` returns.
+
+    Row i of labels, probabilities and paths is sample i of the split, the index that `Loader` gives it, whatever the batch size,
+    the number of ranks or the order of reading: they may be zipped.
+    """
 
     classes: tuple[str, ...]
     loss: float
@@ -19,9 +24,17 @@ class Scores:
     confusion: NDArray[np.int64]
     """(K, K) samples by true class (row) and predicted class (column)."""
     labels: NDArray[np.int64]
-    """(N,) true classes in the order of the split."""
+    """(N,) true classes, by index in the split."""
     probabilities: NDArray[np.float32]
-    """(N, K) in the order of the split."""
+    """(N, K) by index in the split."""
+    paths: Sequence[str] = ()
+    """(N,) by index in the split: each image's path, relative to the folder that was packed, read from the shards when it is
+    asked for."""
+
+    @property
+    def predictions(self) -> NDArray[np.int64]:
+        """(N,) most probable classes, by index in the split."""
+        return self.probabilities.argmax(axis=1)
 
     @property
     def num_samples(self) -> int:
@@ -55,18 +68,23 @@ class Scores:
         The mean over 15 bins of equal width of |accuracy - mean probability|, weighted by samples (Guo et al. 2017).
         """
         confidence = self.probabilities.max(axis=1).astype(np.float64)
-        gap = (self.probabilities.argmax(axis=1) == self.labels) - confidence
+        gap = (self.predictions == self.labels) - confidence
         bins = np.minimum(np.ceil(confidence * _BINS).astype(np.int64) - 1, _BINS - 1)  # open below, closed above
         return float(np.abs(np.bincount(bins, gap, _BINS)).sum() / len(gap))
 
 
-def score(classes: tuple[str, ...], labels_N: NDArray[np.int64], log_probabilities_NK: NDArray[np.float32]) -> Scores:
+def score(
+    classes: tuple[str, ...],
+    labels_N: NDArray[np.int64],
+    log_probabilities_NK: NDArray[np.float32],
+    paths_N: Sequence[str] = (),
+) -> Scores:
     """Scores from the logarithms of the predicted probabilities."""
     predicted = log_probabilities_NK.argmax(axis=1)
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(confusion, (labels_N, predicted), 1)
     loss = -float(log_probabilities_NK[np.arange(len(labels_N)), labels_N].mean(dtype=np.float64))
-    return Scores(classes, loss, confusion, labels_N, np.exp(log_probabilities_NK))
+    return Scores(classes, loss, confusion, labels_N, np.exp(log_probabilities_NK), paths_N)
 
 
 def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> Floats:

@@ -27,6 +27,7 @@ from fastflower.duplicates import nearest
 from fastflower.errors import ArgumentError, FolderError, HeldError, require
 from fastflower.files import blame_the_system, locked, sync, write_atomically
 from fastflower.folder import Folder, scan
+from fastflower.machine import cores
 from fastflower.manifest import FILE, INFO, PLAN, WORK, Manifest, version_of
 from fastflower.part import STOP, Part, make_part
 from fastflower.planning import Plan, check_counts, check_same, load_plan, make_plan, save_plan, shard_name
@@ -115,7 +116,7 @@ def pack(
         "on_conflict": on_conflict,
         "lists": lists,
     }
-    threads = workers or len(os.sched_getaffinity(0))
+    threads = workers or cores()
     killed = _exists(out / WORK)
     with _workspace(out) as work, ThreadPoolExecutor(threads) as pool:
         if (out / FILE).exists():

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +20,11 @@ from fastflower.allocation import kept_memory
 from fastflower.batch import Request, resolve_device
 from fastflower.checkpoint import Checkpoint
 from fastflower.errors import ArgumentError, SampleError, require
-from fastflower.evaluation import log_probabilities, precision_of, view_of
+from fastflower.evaluation import log_probabilities, no_class, precision_of, view_of
 from fastflower.files import blame_the_system, write_out
 from fastflower.folder import EXTENSIONS, images_in
 from fastflower.image import Prepared, decode, prepare
-from fastflower.ranks import cores
+from fastflower.machine import cores
 from fastflower.thread_executor import ThreadExecutor
 
 _BATCH_SIZE = 32
@@ -67,6 +68,7 @@ def predict(
     require(on_bad in ("fail", "skip"), "on_bad", "'fail' or 'skip'", on_bad)
     if out is not None and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):  # now, not after hours
         raise ArgumentError(f"out: {out} cannot be written; name a file in a folder that is there.")
+    name = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)
     paths = list(_files([images] if isinstance(images, (str, Path)) else images))
@@ -81,6 +83,8 @@ def predict(
             if good:
                 view = _view([image for _, image in good], checkpoint, precision).to(chosen)
                 rows = log_probabilities(model, view, tta=recipe.tta).exp().tolist()
+                if broken := [path for (path, _), row in zip(good, rows, strict=True) if isnan(row[0])]:
+                    raise no_class(name, str(broken[0]), len(broken))
                 found += [_prediction(path, row, checkpoint.classes) for (path, _), row in zip(good, rows, strict=True)]
     if out is not None:
         write_out(Path(out), _table(found, checkpoint.classes))

@@ -25,6 +25,8 @@ class Tally:
         self._before_hits = int(state["hits"]) if state else 0
         self.seconds: float = state["seconds"] if state else 0.0
         self.waited: float = state["waited"] if state else 0.0
+        self.trained: bool = bool(state and state.get("trained"))
+        """Whether the epoch's training is over, and a soup has its share of it; what is left is to validate."""
         self._losses = torch.zeros(steps - len(self._before), pin_memory=device.type == "cuda")
         self._hits = torch.zeros((), dtype=torch.int64, device=device)
         self._count = 0
@@ -53,7 +55,8 @@ class Tally:
         """
         losses = torch.cat([self._before, self._mean_losses()])
         hits = int(ranks.summed(self._hits.cpu())) + self._before_hits
-        return {"losses": losses, "hits": hits, "seconds": self.seconds, "waited": self.waited}
+        state = {"seconds": self.seconds, "waited": self.waited, "trained": self.trained}
+        return {"losses": losses, "hits": hits, **state}
 
     def _mean_losses(self) -> Tensor:
         if self._hits.is_cuda:

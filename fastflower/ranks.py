@@ -50,16 +50,6 @@ def world_size() -> int:
     return dist.get_world_size() if _together() else 1
 
 
-def ranks_here() -> int:
-    """How many of them share this machine, as torchrun says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def cores() -> int:
-    """Of this machine for each of them; fewer where this process is held to fewer (taskset, SLURM, Docker's --cpuset-cpus)."""
-    return max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // ranks_here()))
-
-
 def share(batch_size: int) -> int:
     """A rank's part of a global batch. Raises ArgumentError where it cannot be cut into equal parts."""
     count = world_size()

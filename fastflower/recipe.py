@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, get_args
 
 from fastflower.augment import Augment
 from fastflower.errors import make_plain, require
-from fastflower.schedule import Schedule
+from fastflower.schedule import Schedule, multiplier, warm_up
 
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -23,14 +23,15 @@ class Recipe:
     """Where training starts: torchvision's name of pretrained weights (downloaded); the path of a state_dict or checkpoint, or
     its address as https://HOST/FILE#sha256=CHECKSUM; None: scratch."""
     freeze: int = 0
-    """Stages, from the input, whose weights and batch norms stay as they are; the stem counts with the first."""
+    """Stages, from the input, whose weights and batch norms stay as they are; the stem counts with the first; 0 without
+    weights."""
     augment: Augment = field(default_factory=lambda: Augment(crop=(0.08, 1.0), flip=0.5))
     """What is drawn for training images; validation uses its size, resize and normalisation."""
     sizes: tuple[int, ...] = ()
     """Progressive resizing: heights of training images, each for an equal part of the epochs; (): augment's size in all."""
     epochs: int = 15
     patience: int | None = None
-    """Stop after so many epochs without a better validation accuracy."""
+    """Stop after so many epochs without a better one: a higher validation accuracy, or an equal one at a lower loss."""
     batch_size: int = 32
     """Samples a step, over all ranks."""
     balanced: bool = False
@@ -55,12 +56,13 @@ class Recipe:
     """Compute batch norms' statistics anew at the end of a training, from 20 batches of training images as validation views
     them: for sizes that end elsewhere (Touvron et al. 2019) and for averaged weights (Izmailov et al. 2018)."""
     schedule: Schedule = "step"
+    """How the rate goes over the epochs; "three_phase" resumes older runs of report E, see `fastflower.schedule.multiplier`."""
     warmup_epochs: float = 0.0
     """Over which the rate rises evenly to what the schedule says, from a hundredth of it; one_cycle warms up itself."""
     step_epochs: int = 7
     """With "step": epochs between two reductions."""
     gamma: float = 0.1
-    """With "step": the factor of each reduction; with "three_phase": of each epoch of its second phase."""
+    """With "step": the factor of each reduction; with "exponential_cosine" (and "three_phase"): of each epoch of its decay."""
     label_smoothing: float = 0.0
     """Probability spread over all classes, [0, 1)."""
     precision: Precision = "auto"
@@ -98,7 +100,7 @@ class Recipe:
             ("accumulate", self.accumulate >= 1, "at least 1"),
             ("warmup_epochs", self.warmup_epochs >= 0, "0 or more"),
             ("warmup_epochs", self.warmup_epochs == 0 or self.schedule != "one_cycle", "0 with one_cycle"),
-            ("schedule", self.schedule in get_args(Schedule), "constant, step, cosine, one_cycle or three_phase"),
+            ("schedule", self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
             ("step_epochs", self.step_epochs >= 1, "at least 1"),
             ("gamma", self.gamma > 0, "above 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
@@ -121,6 +123,14 @@ class Recipe:
         factor = side / self.augment.output_size[0]
         resize = self.augment.resize and _scaled(self.augment.resize, factor)
         return replace(self.augment, size=_scaled(self.augment.size, factor), resize=resize)
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step, counted from 0 over all epochs; each training of a soup has the whole schedule."""
+        how: dict[str, Any] = {name: getattr(self, name) for name in ("step_epochs", "gamma", "warmup_epochs")}
+        total = self.part * steps_per_epoch
+        step %= total
+        scheduled = multiplier(self.schedule, step, total_steps=total, steps_per_epoch=steps_per_epoch, **how)
+        return self.lr * scheduled * warm_up(step, self.warmup_epochs * steps_per_epoch)
 
     @property
     def spelled_out(self) -> "Recipe":
@@ -217,12 +227,16 @@ def report_e(backbone: str = "resnet101", freeze: int = 2, *, fixed: bool = Fals
 def report_e_long() -> Recipe:
     """The fifth report's ResNet-101 over 40 epochs: linear warm-up, exponential decay, cosine.
 
-    Its printed formula was not at hand. A cosine of the whole epoch number with half a period of 20 epochs, as such formulas
-    are often written, falls until epoch 20 and climbs back to the full rate until epoch 40; the sane reading is here: it takes
-    over where the decay has come to, and falls to 0. Left open: the lengths of the phases (here 5 epochs of warm-up, decay by
-    0.9 an epoch until epoch 20, cosine until 40) and all that `report_e` names; two stages are frozen.
+    It prints, of lr_init, lr_final, gamma and epoch_tot, without a value for any:
+        epoch < 10          lr_init/lr_final + (1 - lr_init/lr_final) * epoch/10
+        10 <= epoch <= 20   (lr_final/lr_init) * gamma^(epoch - 10)
+        epoch > 20          (lr_final/lr_init) * cos(pi * (epoch - 20)/(epoch_tot - 20)) + lr_final
+    The first line is a share of lr_final, the others are multiples of lr_init: from 1e-6 to 1e-4 that would be 0.01 up to 1, then
+    100 at epoch 10, 35 at epoch 20 (gamma 0.9), 100 right after it, and -100 at the end. It is read as one rate without jumps:
+    a linear warm-up over 10 epochs to lr, decay by gamma an epoch until epoch 20, and half a cosine from there to 0 at epoch 40.
+    Left open: gamma (here 0.9), where the warm-up starts (here a hundredth) and all that `report_e` names; two stages are frozen.
     """
-    return replace(report_e(), epochs=40, schedule="three_phase", warmup_epochs=5, gamma=0.9)
+    return replace(report_e(), epochs=40, schedule="exponential_cosine", warmup_epochs=10, gamma=0.9)
 
 
 def scratch() -> Recipe:

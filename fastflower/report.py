@@ -35,7 +35,7 @@ class Report:
     """A row an epoch: epoch, lr, size (pixels), train_loss, train_accuracy, images_per_second, train_seconds,
     wait_seconds, and where there is a split "val" val_loss, val_accuracy and val_seconds."""
     best_epoch: int
-    """Of the highest validation accuracy, counted from 1; the first of equals."""
+    """Of the highest validation accuracy, of equals the lowest validation loss; counted from 1."""
     scores: Scores | None
     """Of the best epoch on split "val"."""
 
@@ -46,10 +46,13 @@ class Report:
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
-    """The first epoch, counted from 1, of the highest validation accuracy; the last where nothing was validated."""
+    """The epoch, counted from 1, of the highest validation accuracy, of equals that of the lowest loss, of equals the first.
+
+    A small split gives many epochs the same accuracy. It is the last epoch where nothing was validated.
+    """
     if "val_accuracy" not in history[-1]:
         return len(history)
-    return max(range(len(history)), key=lambda row: history[row]["val_accuracy"]) + 1
+    return max(range(len(history)), key=lambda row: (history[row]["val_accuracy"], -history[row]["val_loss"])) + 1
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:
@@ -161,7 +164,7 @@ def _confusion(scores: Scores) -> bytes:
 
 def _mistakes(scores: Scores, val: Loader) -> list[dict[str, Any]]:
     """The photographs that were given to a wrong class with the highest probability."""
-    predicted = scores.probabilities.argmax(axis=1)
+    predicted = scores.predictions
     confidence = scores.probabilities.max(axis=1)
     wrong = np.flatnonzero(predicted != scores.labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:_MISTAKES]
@@ -170,7 +173,7 @@ def _mistakes(scores: Scores, val: Loader) -> list[dict[str, Any]]:
             "true": scores.classes[scores.labels[index]],
             "predicted": scores.classes[predicted[index]],
             "probability": float(confidence[index]),
-            "path": val.path_of(int(index)),
+            "path": scores.paths[index],
             "jpeg": _thumbnail(val.photo(int(index))),
         }
         for index in worst

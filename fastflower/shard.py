@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from time import sleep
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -243,6 +243,29 @@ class ShardReader:
 
     def __del__(self) -> None:
         self.keep(())
+
+
+class Paths(Sequence[str]):
+    """The path of every sample of a split, by index. Each is read from its shard when it is asked for: of ten million samples all
+    would take a gigabyte, and minutes. A copy in another process, or by `copy.deepcopy`, is a tuple of all.
+    """
+
+    def __init__(self, reader: ShardReader) -> None:
+        self._reader = reader
+
+    def __len__(self) -> int:
+        return len(self._reader.index)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        found = range(len(self))[index]
+        return tuple(map(self._reader.path, found)) if isinstance(found, range) else self._reader.path(found)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, (tuple(self),)  # open files are none of another process
 
 
 class _File:

@@ -1,11 +1,11 @@
 """Trains a recipe on shards: one straight loop."""
 
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from copy import deepcopy
 from itertools import islice
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,11 +17,18 @@ from tqdm import tqdm
 from fastflower import ranks
 from fastflower.allocation import kept_memory
 from fastflower.backbone import build, train_mode
-from fastflower.batch import resolve_device
+from fastflower.batch import Batch, resolve_device
 from fastflower.checkpoint import BEST, LAST, Checkpoint, environment, own, run_folder
-from fastflower.errors import CheckpointError, DeviceError, FastflowerError, StoppedError, TrainingError, require
+from fastflower.errors import (
+    ArgumentError,
+    CheckpointError,
+    FastflowerError,
+    StoppedError,
+    TrainingError,
+    require,
+)
 from fastflower.evaluation import measure, precision_of, recalibrate, view_of
-from fastflower.files import refusal
+from fastflower.failures import explained
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
 from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate
@@ -29,12 +36,12 @@ from fastflower.order import stream_key
 from fastflower.progress import Tally, first_not_finite, preemption
 from fastflower.recipe import Recipe
 from fastflower.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report
-from fastflower.schedule import multiplier, warm_up
 from fastflower.stepping import Stepper, fastest_convolutions, generator_of, graphs_of
 from fastflower.store import Remote
 
 _log = logging.getLogger("fastflower")
 
+_LONG = 10.0  # seconds of validation after which an epoch's training is saved
 _RECALIBRATION = 20  # batches; as many as a running mean of momentum 0.1 remembers
 _ADVICE = "train anew (another out) with a lower lr, warm-up (warmup_epochs) or clipped gradients (clip_norm)"
 
@@ -67,8 +74,6 @@ def train(
     """
     rule = "a Recipe, such as fastflower.recipe.PRESETS['finetune']() makes one"
     require(isinstance(recipe, Recipe), "recipe", rule, recipe)  # pyright: ignore[reportUnnecessaryIsInstance]
-    if recipe.freeze and recipe.weights is None:
-        _log.warning("freeze=%d keeps random weights as they are, for weights is None; set freeze=0", recipe.freeze)
     require(save_steps is None or save_steps >= 1, "save_steps", "at least 1", save_steps)
     with (
         ranks.process_group(device),
@@ -80,6 +85,11 @@ def train(
             folder = ranks.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
             with own(folder, new=out is None, resume=resume):
                 start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
+                if recipe.freeze and recipe.weights is None and start is None:
+                    raise ArgumentError(
+                        f"freeze must be 0 where weights is None, got {recipe.freeze}: frozen stages would stay random; "
+                        f"pass --freeze 0 (freeze=0), or --weights FILE (weights=) to start from."
+                    )
                 if len(set(ranks.gathered((start.epoch, start.step) if start else None))) > 1:
                     raise CheckpointError(
                         f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
@@ -92,10 +102,10 @@ def train(
                 how: dict[str, Any] = {"save_steps": save_steps, "stop": stop}
                 return Run(shards, recipe, folder, chosen, start, **how).report()
         except (RuntimeError, MemoryError, OSError) as error:
-            explained = _explained(error, recipe, chosen)
-            if explained is None:
+            error_of_ours = explained(error, recipe, chosen)
+            if error_of_ours is None:
                 raise
-            raise explained from error
+            raise error_of_ours from error
 
 
 class Run:
@@ -140,6 +150,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.history: list[dict[str, float]] = []
         self._interrupted: dict[str, Any] = {}
+        self._tally: Tally | None = None  # of the epoch under way
+        self._statistics: dict[str, Tensor] = {}  # of batch norms, while they are being computed anew
         if start:
             self._restore(start)
         train_mode(self.network, recipe.freeze)
@@ -192,6 +204,7 @@ class Run:
             while not self._finished():
                 row, scores = self.epoch(len(self.history))
                 self.history.append(row)
+                self._tally = None
                 self._save()
                 if first:
                     write_history(self.folder, self.history, board)
@@ -200,7 +213,9 @@ class Run:
                     self._obey()
         best = best_epoch(self.history)
         if self.val and (scores is None or best != len(self.history)):
-            self.scored.load_state_dict(Checkpoint.load(self.folder / BEST).model)
+            kept = Checkpoint.load(self.folder / BEST)
+            best = kept.epoch  # of a run that an older version began: the first of equals
+            self.scored.load_state_dict(kept.model)
             scores = self._score(self.val)
         if first:
             write_report(self.folder, self.recipe, self.classes, self.history, best, scores, self.val)
@@ -212,14 +227,21 @@ class Run:
         """Train and validate: a row of the history, and the scores where there is a split "val"."""
         with kept_memory(self.device):
             row = {"epoch": epoch + 1, **self.train_epoch(epoch)}
-            if self._first and self.average and (epoch + 1) % self.recipe.part == 0:
-                self.average.update(self.network, epoch // self.recipe.part)
+            tally, last = self._tally, (epoch + 1) % self.recipe.part == 0
+            if self._first and self.average and last:
+                if tally and not tally.trained:
+                    self.average.update(self.network, epoch // self.recipe.part)
                 self.scored = self.average.network
+            if tally:
+                tally.trained = True
             start = perf_counter()
-            if self.recipe.recalibrate and (epoch + 1) % self.recipe.part == 0:
+            if self.recipe.recalibrate and last:
                 place = self.loader.state_dict()
                 self.loader.set_augment(view_of(self.recipe))
-                recalibrate(self.scored, islice(self.loader, _RECALIBRATION), self.recipe.freeze)
+                self._statistics = {name: value.clone() for name, value in self.scored.named_buffers()}
+                batches = self._watched(self.loader, min(_RECALIBRATION, len(self.loader)))
+                recalibrate(self.scored, batches, self.recipe.freeze)
+                self._statistics = {}
                 self.loader.load_state_dict(place)
             if self.val is None:
                 return row, None
@@ -240,7 +262,7 @@ class Run:
         augment, steps = recipe.augment_at(epoch), len(self.loader)
         if augment != self.loader.augment:
             self.loader.set_augment(augment)
-        tally = Tally(steps, self.device, self._interrupted)
+        tally = self._tally = Tally(steps, self.device, self._interrupted)
         self._interrupted = {}
         if self._first:
             self.scored = self.network
@@ -248,14 +270,15 @@ class Run:
                 self.network.load_state_dict(self._first)
                 forget(self.optimizer)
         self.loader.load_state_dict({**self.loader.state_dict(), "epoch": epoch, "step": tally.steps})
+        every = self._save_steps * recipe.accumulate if self._save_steps else steps + 1
         begun = perf_counter() - tally.seconds
         label = f"epoch {epoch + 1}/{recipe.epochs}"
         batch_size = self.loader.global_batch_size
         options: dict[str, Any] = {"total": steps * batch_size, "initial": tally.steps * batch_size, "unit": "image"}
         options |= {"desc": label, "disable": ranks.rank() > 0 or None}
-        with fastest_convolutions(self.device), tqdm(**options) as bar:
+        with fastest_convolutions(self.device), tqdm(**options) as bar, _ended(self.loader) as batches:
             waited = tally.waited - self.loader.stats().wait_seconds  # its clock stands while it waits for the GPU
-            for step, (images, labels, _) in enumerate(self.loader, start=tally.steps):
+            for step, (images, labels, _) in enumerate(batches, start=tally.steps):
                 tally.waited = waited + self.loader.stats().wait_seconds
                 self._prepare(epoch * steps + step, steps)
                 first = step - step % recipe.accumulate
@@ -268,12 +291,12 @@ class Run:
                         before = epoch * -(-steps // recipe.accumulate) + step // recipe.accumulate
                         self.average.update(self.network, before)
                     tally.seconds = perf_counter() - begun
-                    self._obey(tally)
+                    self._obey(tally, due=tally.steps % every == 0)
         found = tally.state()
         self._check(first_not_finite(found["losses"]), epoch)
         seconds = perf_counter() - begun
         return {
-            "lr": self._lr(epoch * steps + steps - 1, steps),
+            "lr": recipe.lr_at(epoch * steps + steps - 1, steps),
             "size": augment.output_size[0],
             "train_loss": found["losses"].mean().item(),
             "train_accuracy": found["hits"] / (steps * batch_size),
@@ -287,7 +310,19 @@ class Run:
         return self._stepper(images, labels, together, update=update)
 
     def _score(self, val: Loader) -> Scores:
-        return measure(self.scored, val, self.classes, tta=self.recipe.tta)
+        steps = -(-val.num_samples // val.global_batch_size)  # of all ranks; one may have no part of the last
+        batches = self._watched(val, steps)
+        return measure(self.scored, batches, self.classes, tta=self.recipe.tta, paths=val.paths)
+
+    def _watched(self, loader: Loader, steps: int) -> Iterator[Batch]:
+        """Batches that nothing is trained on. Before each SIGTERM is obeyed; where they take long, the training is saved once."""
+        ends = perf_counter() + _LONG
+        with _ended(loader) as batches:
+            for _ in range(steps):
+                due = ranks.any_rank(perf_counter() > ends)
+                self._obey(self._tally, due=due)
+                ends = inf if due else ends
+                yield from islice(batches, 1)
 
     def _finished(self) -> bool:
         done, patience = len(self.history), self.recipe.patience
@@ -296,16 +331,8 @@ class Run:
 
     def _prepare(self, step: int, steps_per_epoch: int) -> None:
         """The rate of a step, counted over all epochs, and the random numbers of its dropout, which are functions of it."""
-        set_rate(self.optimizer, self._lr(step, steps_per_epoch))
+        set_rate(self.optimizer, self.recipe.lr_at(step, steps_per_epoch))
         generator_of(self.device).manual_seed(stream_key(self.recipe.seed, step, ranks.rank()) >> 1)
-
-    def _lr(self, step: int, steps_per_epoch: int) -> float:
-        recipe = self.recipe
-        how: dict[str, Any] = {"step_epochs": recipe.step_epochs, "gamma": recipe.gamma}
-        how |= {"steps_per_epoch": steps_per_epoch, "total_steps": recipe.part * steps_per_epoch}
-        step %= how["total_steps"]
-        scheduled = multiplier(recipe.schedule, step, **how)
-        return recipe.lr * scheduled * warm_up(step, recipe.warmup_epochs * steps_per_epoch)
 
     def _check(self, step: int | None, epoch: int) -> None:
         """Raise for the step whose loss is not finite, if there is one."""
@@ -317,16 +344,16 @@ class Run:
             f"{LAST}, if there is one, is from before. The batch: {'; '.join(places)}"
         )
 
-    def _obey(self, tally: Tally | None = None) -> None:
+    def _obey(self, tally: Tally | None = None, *, due: bool = False) -> None:
         """Save in mid-epoch where that is due, and stop where a rank got SIGTERM."""
         stop = ranks.any_rank(self._stop())
-        every = self._save_steps * self.recipe.accumulate if self._save_steps else 0
-        if tally and (stop or (every and tally.steps % every == 0)):
+        if tally and (stop or due):
             self._save(tally)
         if stop:
             epoch = len(self.history)
-            step = f" in epoch {epoch + 1}, step {tally.steps}" if tally else f" after epoch {epoch}"
-            raise StoppedError(f"{self.folder}: stopped by SIGTERM{step}, and saved; resume=True (--resume) goes on.")
+            step = f"in epoch {epoch + 1}, step {tally.steps}" if tally else f"after epoch {epoch}"
+            place = f"in the validation of epoch {epoch + 1}" if tally and tally.trained else step
+            raise StoppedError(f"{self.folder}: stopped by SIGTERM {place}, and saved; resume=True (--resume) goes on.")
 
     def _feeding(self) -> dict[str, Any]:
         return {**self.loader.state_dict(), "val": self.val.state_dict()["shards"] if self.val else None}
@@ -342,7 +369,7 @@ class Run:
         checkpoint = Checkpoint(
             recipe=self.recipe,
             classes=self.classes,
-            model=self.scored.state_dict(),
+            model=self.scored.state_dict() | self._statistics,
             trained=self.network.state_dict() if self.average else {},
             soup=self.average.network.state_dict() if self.average and self._first else {},
             epoch=len(self.history),
@@ -359,27 +386,7 @@ class Run:
         checkpoint.save(self.folder / LAST, twin=best)
 
 
-def _explained(error: Exception, recipe: Recipe, device: torch.device) -> FastflowerError | None:
-    """Our error for memory that ran out, for what the system refuses, as a full disk does, or for a rank that is gone."""
-    said = str(error).strip().partition("\n")[0]
-    if refused := refusal(error, getattr(error, "filename", None) or "disk"):
-        return refused
-    if isinstance(error, OSError) and error.strerror:
-        return TrainingError(
-            f"{error.filename or 'disk'}: cannot be read or written ({error.strerror}); mend that, and resume (--resume)."
-        )
-    if (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or "t allocate memory" in said
-        or "out of memory" in said
-    ):
-        return DeviceError(
-            f"batch_size {recipe.batch_size} does not fit the memory of {device} ({said}); halve batch_size and double "
-            f"accumulate for the same updates, or lower augment.size."
-        )
-    if ranks.world_size() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in said.lower()):
-        return TrainingError(
-            f"rank {ranks.rank()}: another rank is gone ({said}); look at its log. torchrun --max-restarts with --resume goes on "
-            f"by itself."
-        )
-    return None
+def _ended(loader: Loader) -> closing[Any]:
+    """As a context: its batches, whose threads end with it: an error's traceback would keep them until some collection."""
+    batches: Any = iter(loader)
+    return closing(batches)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from fastflower.errors import SampleError, ShardError, require
 from fastflower.files import blame_the_system, write_atomically
 from fastflower.image import prepare
+from fastflower.machine import cores
 from fastflower.manifest import FILE, FORMAT_VERSION, INDEX_DTYPE, INFO, PLAN, WORK, Manifest, Shard, Split
 from fastflower.planning import shard_name
 from fastflower.shard import Samples, ShardWriter, index_rows, npy, split_of
@@ -165,7 +166,7 @@ def _names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
 
 def _read_all(paths: dict[str, list[Path]]) -> dict[str, list[_Tar]]:
     with (
-        ThreadPoolExecutor() as pool,
+        ThreadPoolExecutor(cores()) as pool,
         tqdm(total=sum(map(len, paths.values())), desc="verify", unit="shard", disable=None) as bar,
     ):
 

@@ -150,8 +150,10 @@ def test_a_process_that_is_killed_and_stopped_goes_on_to_what_nobody_interrupted
     [
         pytest.param((training.Run, "step", 7), {}, "in epoch 2, step 2", id="a step"),
         pytest.param((training.Run, "step", 3), {"accumulate": 2}, "in epoch 1, step 4", id="before its update"),
-        pytest.param((training, "measure", 1), {}, "after epoch 1", id="validation"),
-        pytest.param((training, "measure", 2), {}, "after epoch 2", id="last validation"),
+        pytest.param((training, "measure", 1), {}, "in the validation of epoch 1", id="validation"),
+        pytest.param((training, "write_history", 1), {}, "after epoch 1", id="after validation"),
+        pytest.param((training, "write_report", 1), {}, "after epoch 2", id="report"),
+        pytest.param((training, "measure", 2), {}, "in the validation of epoch 2", id="last validation"),
     ],
 )
 def test_sigterm_stops_after_the_update_under_way_and_its_handler_does_not_stay(

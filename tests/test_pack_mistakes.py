@@ -1,8 +1,6 @@
 """What users give that once cost a pack, or made another of it than they meant."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -146,7 +144,7 @@ def test_verify_ends_at_an_interrupt_without_the_shards_that_wait(
 ) -> None:
     pack(small, tmp_path / "out", shard_bytes=2000)
     began = list[Path]()
-    monkeypatch.setattr(verification, "ThreadPoolExecutor", partial(ThreadPoolExecutor, 1))
+    monkeypatch.setattr(verification, "cores", lambda: 1)
     monkeypatch.setattr(verification, "_read", _interrupted(began))
     with pytest.raises(KeyboardInterrupt):
         verification.verify(tmp_path / "out")

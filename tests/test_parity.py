@@ -122,8 +122,9 @@ def test_erasing_blots_out_the_rectangle_drawn_and_nothing_else(
     made, plain = (parity.render(name, view, encoded, dtype) for view in (augment, Augment()))
     assert (draw.erase[:, 2] > 0).all()
     value = torch.tensor(augment.erase_value)[:, None, None]
-    for image, whole, box in zip(made, plain, draw.erase.tolist(), strict=True):
-        wanted = F.erase(torch.from_numpy(whole).permute(2, 0, 1), *box, value).permute(1, 2, 0).numpy()
+    for image, whole, (top, left, height, width) in zip(made, plain, draw.erase.tolist(), strict=True):
+        chw = torch.from_numpy(whole).permute(2, 0, 1)
+        wanted = F.erase(chw, top, left, height, width, value).permute(1, 2, 0).numpy()
         # DALI erases before it normalises, which rounds.
         assert np.allclose(image, wanted, rtol=0, atol=5e-6 if name == "dali" else 0)
 

@@ -123,9 +123,10 @@ def test_averaged_weights_have_statistics_of_their_own(shards: Path, tmp_path: P
     assert evaluate(kept, shards, device="cpu").loss == pytest.approx(report.history[-1]["val_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("call", [9, 12, 15])
+@pytest.mark.parametrize("call", [13, 16, 20, 21])
 def test_a_soup_that_was_stopped_and_resumed_is_the_same(shards: Path, tmp_path: Path, call: int) -> None:
-    """Stopped before, after and a while after the end of its first training: there are five steps and a look after each epoch."""
+    """Stopped before, at and after the end of its first training: a look after each of five steps, before each of five batches of
+    the recalibration and each of two of the validation, and after an epoch."""
     recipe = replace(ANEW, epochs=4, soup=2)
     whole = train(shards, recipe, out=tmp_path / "whole", device="cpu")
     calls = iter(range(1, 1000))

@@ -1,6 +1,7 @@
 """Recipes are frozen values that survive a dictionary and JSON, and refuse what cannot be trained."""
 
 import json
+import math
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
@@ -12,7 +13,6 @@ from fastflower.augment import Augment
 from fastflower.backbone import build
 from fastflower.errors import ArgumentError
 from fastflower.recipe import PRESETS, Recipe
-from fastflower.schedule import multiplier, warm_up
 
 UNUSUAL = Recipe(
     backbone="densenet121",
@@ -115,7 +115,7 @@ def test_a_recipe_cannot_be_changed_but_derived() -> None:
         ("momentum", 1.0, "in [0, 1)"),
         ("momentum", -0.1, "in [0, 1)"),
         ("weight_decay", -1e-4, "0 or more"),
-        ("schedule", "linear", "constant, step, cosine, one_cycle or three_phase"),
+        ("schedule", "linear", "one of constant, step, cosine, one_cycle, exponential_cosine, three_phase"),
         ("step_epochs", 0, "at least 1"),
         ("gamma", 0.0, "above 0"),
         ("label_smoothing", 1.0, "in [0, 1)"),
@@ -209,20 +209,7 @@ def test_the_recipe_of_a_report_is_what_the_report_says(name: str) -> None:
 
 def rates(recipe: Recipe, steps_per_epoch: int = 1) -> list[float]:
     """The rate of each step of a whole run."""
-    total = recipe.epochs * steps_per_epoch
-    return [
-        recipe.lr
-        * warm_up(step, recipe.warmup_epochs * steps_per_epoch)
-        * multiplier(
-            recipe.schedule,
-            step,
-            total_steps=total,
-            steps_per_epoch=steps_per_epoch,
-            step_epochs=recipe.step_epochs,
-            gamma=recipe.gamma,
-        )
-        for step in range(total)
-    ]
+    return [recipe.lr_at(step, steps_per_epoch) for step in range(recipe.epochs * steps_per_epoch)]
 
 
 @pytest.mark.parametrize("name", [name for name in REPORTED if name[7] in "abc"])
@@ -249,10 +236,33 @@ def test_report_e_warms_up_for_an_epoch_and_its_long_run_falls_to_nothing() -> N
     assert found[0] == pytest.approx(1e-6)
     assert found[10:] == pytest.approx([1e-4] * 90)
     long = rates(PRESETS["report-e-resnet101-40"](), 10)
-    assert PRESETS["report-e-resnet101-40"]().schedule == "three_phase"
-    assert long[::100] == pytest.approx([1e-6, 1e-4 * 0.9**10, 1e-4 * 0.9**20, 1e-4 * 0.9**20 / 2])
-    assert long[50:] == sorted(long[50:], reverse=True)
-    assert long[-1] < 1e-8
+    assert long[::100] == pytest.approx([1e-6, 1e-4, 1e-4 * 0.9**10, 1e-4 * 0.9**10 / 2])
+    assert long[50] == pytest.approx(1e-4 * (0.01 + 0.99 / 2))
+    assert long[150] == pytest.approx(1e-4 * 0.9**5)
+    assert long[:100] == sorted(long[:100])
+    assert long[100:] == sorted(long[100:], reverse=True)
+    assert 0 <= long[-1] < 1e-8
+
+
+def test_the_fifth_reports_formula_as_printed_gives_what_its_docstring_says() -> None:
+    """And its phases, each at its own scale, are those that are trained."""
+    first, last, gamma, total = 1e-6, 1e-4, 0.9, 40
+
+    def printed(epoch: float) -> float:
+        if epoch < 10:
+            return first / last + (1 - first / last) * epoch / 10
+        if epoch <= 20:
+            return last / first * gamma ** (epoch - 10)
+        return last / first * math.cos(math.pi * (epoch - 20) / (total - 20)) + last
+
+    values = [printed(epoch) for epoch in (0, 10 - 1e-9, 10, 20, 20 + 1e-9, 40)]
+    assert values == pytest.approx([0.01, 1, 100, 34.87, 100, -100], rel=1e-3)
+    recipe = PRESETS["report-e-resnet101-40"]()
+    found = [rate / recipe.lr for rate in rates(recipe, 10)]
+    assert found[:100] == pytest.approx([printed(step / 10) for step in range(100)])
+    assert found[100:201] == pytest.approx([printed(step / 10) / printed(10) for step in range(100, 201)])
+    cosines = [(printed(step / 10) - last) / printed(10) for step in range(201, 400)]  # from 1 to -1
+    assert found[201:] == pytest.approx([gamma**10 * (1 + value) / 2 for value in cosines])
 
 
 @pytest.mark.parametrize("epochs", range(1, 14))

@@ -1,5 +1,6 @@
 """The learning rate's multiplier against the schedulers of torch.optim."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -26,7 +27,13 @@ def theirs(make: Callable[[torch.optim.Optimizer], LRScheduler], total_steps: in
 
 
 def ours(
-    schedule: Schedule, total_steps: int, *, steps_per_epoch: int = 1, step_epochs: int = 1, gamma: float = 0.1
+    schedule: Schedule,
+    total_steps: int,
+    *,
+    steps_per_epoch: int = 1,
+    step_epochs: int = 1,
+    gamma: float = 0.1,
+    warm: float = 0,
 ) -> list[float]:
     return [
         multiplier(
@@ -36,6 +43,7 @@ def ours(
             steps_per_epoch=steps_per_epoch,
             step_epochs=step_epochs,
             gamma=gamma,
+            warmup_epochs=warm,
         )
         for step in range(total_steps)
     ]
@@ -79,36 +87,60 @@ def test_one_cycle_rises_from_a_25th_to_the_peak_and_falls_to_almost_nothing() -
     assert rates[29:] == sorted(rates[29:], reverse=True)
 
 
+@pytest.mark.parametrize("warm", [0, 1, 2.5])
 @pytest.mark.parametrize(
-    ("steps_per_epoch", "epochs", "gamma"), [(1, 40, 0.9), (7, 40, 0.9), (10, 4, 0.5), (3, 2, 0.1)]
+    ("steps_per_epoch", "epochs", "gamma"), [(1, 40, 0.9), (4, 40, 0.9), (10, 10, 0.5), (2, 6, 0.1)]
 )
-def test_three_phase_is_exponential_lr_and_then_cosine_annealing_lr(
-    steps_per_epoch: int, epochs: int, gamma: float
+def test_exponential_cosine_is_exponential_lr_and_then_cosine_annealing_lr(
+    steps_per_epoch: int, epochs: int, gamma: float, warm: float
 ) -> None:
-    found = ours("three_phase", steps_per_epoch * epochs, steps_per_epoch=steps_per_epoch, gamma=gamma)
+    found = ours(
+        "exponential_cosine", steps_per_epoch * epochs, steps_per_epoch=steps_per_epoch, gamma=gamma, warm=warm
+    )
+    half, begin = len(found) // 2, round(warm * steps_per_epoch)
     decay = theirs(lambda optimizer: ExponentialLR(optimizer, gamma), epochs)
-    assert found[: len(found) // 2 : steps_per_epoch] == pytest.approx(decay[: epochs // 2], rel=1e-9)
-    half = len(found) // 2
+    assert found[:begin] == [1] * begin
+    if begin == warm * steps_per_epoch:
+        assert found[begin:half:steps_per_epoch] == pytest.approx(
+            decay[: len(found[begin:half:steps_per_epoch])], rel=1e-9
+        )
     cosine = theirs(lambda optimizer: CosineAnnealingLR(optimizer, T_max=half), half)
-    assert found[half:] == pytest.approx([decay[epochs // 2] * rate for rate in cosine], rel=1e-6, abs=1e-9)
+    reached = gamma ** (epochs / 2 - warm)
+    assert found[half:] == pytest.approx([reached * rate for rate in cosine], rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("epochs", [40, 41])
-def test_three_phase_warms_up_falls_without_a_jump_and_does_not_rise_again(epochs: int) -> None:
-    steps, warm = 500, 5 * 500
-    falling = ours("three_phase", epochs * steps, steps_per_epoch=steps, gamma=0.9)
-    rates = [rate * warm_up(step, warm) for step, rate in enumerate(falling)]
+@pytest.mark.parametrize("warm", [0, 5])
+def test_three_phase_stays_what_checkpoints_were_trained_with(warm: float) -> None:
+    """Its decay begins with the first step, whatever the warm-up is."""
+    found = ours("three_phase", 400, steps_per_epoch=10, gamma=0.9, warm=warm)
+    cosine = [(1 + math.cos(math.pi * share)) / 2 for share in (0.25, 0.5, 0.75)]
+    assert found[:200:50] == pytest.approx([0.9**epoch for epoch in (0, 5, 10, 15)])
+    assert found[200::50] == pytest.approx([0.9**20 * share for share in (1, *cosine)])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warm"), [(40, 10), (41, 10), (40, 5), (40, 30), (12, 10), (40, 40), (1, 10), (3, 0.5)]
+)
+def test_exponential_cosine_warms_up_falls_without_a_jump_and_does_not_rise_again(epochs: int, warm: float) -> None:
+    """Also where the warm-up takes more than half of the epochs, or more than all."""
+    steps = 500
+    falling = ours("exponential_cosine", epochs * steps, steps_per_epoch=steps, gamma=0.9, warm=warm)
+    rates = [rate * warm_up(step, warm * steps) for step, rate in enumerate(falling)]
+    peak = round(warm * steps)
     assert rates[0] == pytest.approx(0.01)
-    assert rates[warm] == pytest.approx(0.9**5)
-    assert rates[:warm] == sorted(rates[:warm])
-    assert rates[warm:] == sorted(rates[warm:], reverse=True)
-    assert max(abs(one - other) for one, other in pairwise(rates)) < 1.01 / warm
-    assert max(rates[len(rates) // 2 :]) == pytest.approx(0.9 ** (epochs / 2), rel=1e-3)
-    assert 0 < rates[-1] < 1e-6
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert max(abs(one - other) for one, other in pairwise(rates)) < 4 / (
+        steps * min(warm, epochs - warm if warm < epochs else warm)
+    )
+    assert min(rates) >= 0
+    if warm < epochs:
+        assert max(rates) == rates[peak] == 1
+        assert rates[-1] < 1e-4
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 3])
-def test_three_phase_of_very_few_steps_falls_from_one(total_steps: int) -> None:
-    rates = ours("three_phase", total_steps)
+def test_exponential_cosine_of_very_few_steps_falls_from_one(total_steps: int) -> None:
+    rates = ours("exponential_cosine", total_steps)
     assert rates[0] == 1
     assert rates == sorted(rates, reverse=True)

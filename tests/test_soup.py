@@ -89,9 +89,9 @@ def test_the_first_training_is_that_of_a_recipe_without_soup(run: Report, shards
     assert timeless(alone.history) == timeless(run.history[:2])
 
 
-@pytest.mark.parametrize("call", [2, 10, 12, 18])
+@pytest.mark.parametrize("call", [2, 11, 12, 20])
 def test_a_soup_that_was_stopped_and_resumed_is_the_same(run: Report, shards: Path, tmp_path: Path, call: int) -> None:
-    """Stopped after a step or an epoch: there are four steps and a look after each epoch."""
+    """Stopped after a step, in a validation or after it: a look after each of four steps, and one at either place."""
     calls = iter(range(1, 1000))
     with pytest.raises(StoppedError, match="stopped by SIGTERM"), torch.random.fork_rng():
         Run(shards, SOUP, tmp_path, CPU, stop=lambda: next(calls) == call).report()

@@ -1,4 +1,4 @@
-"""What systems do: few descriptors, folders that are links, refused deletions, nested control groups, pinned processors."""
+"""What systems do: few descriptors, folders that are links, refused deletions."""
 
 import asyncio
 import errno
@@ -12,14 +12,11 @@ from typing import Any
 import pytest
 from packs import drawn
 
-from fastflower import Loader, cache, pack, ranks, shard, store
-from fastflower.cache import available_bytes
+from fastflower import Loader, pack, shard, store
 from fastflower.errors import FolderError
 from fastflower.manifest import Manifest
 from fastflower.shard import ShardReader
 from fastflower.store import Remote, Store
-
-GIB = 1 << 30
 
 
 @pytest.mark.parametrize("on_bad", ["fail", "skip"])
@@ -133,50 +130,6 @@ def test_a_pack_is_finished_where_open_files_cannot_be_deleted(tmp_path: Path, m
     assert len(list(Loader(out, "train", batch_size=2))) == made.split("train").samples // 2
     assert pack(data, out) == made
     assert not (out / ".packing").exists(), "what was left of the workspace goes when that is possible"
-
-
-def test_memory_is_the_least_that_any_control_group_above_allows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    free = available_bytes()
-    group = tmp_path / "groups" / "system.slice" / "job"
-    group.mkdir(parents=True)
-    (tmp_path / "own").write_text("1:cpu:/elsewhere\n0::/system.slice/job\n")
-    monkeypatch.setattr(cache, "_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(cache, "_OWN", tmp_path / "own")
-
-    def limit(place: Path, most: str, current: int) -> None:
-        (place / "memory.max").write_text(f"{most}\n")
-        (place / "memory.current").write_text(f"{current}\n")
-
-    limit(group, "max", 1000)
-    assert available_bytes() > free / 2
-    limit(group, "9000", 2000)
-    assert available_bytes() == 7000
-    limit(group.parent, "8000", 5000)
-    assert available_bytes() == 3000
-    limit(group.parent, "8000", 9000)
-    assert available_bytes() == 0
-    (tmp_path / "own").write_text("0::/\n")
-    limit(tmp_path / "groups", "600", 100)
-    assert available_bytes() == 500, "a container sees its own group as the root"
-    (tmp_path / "own").unlink()
-    assert available_bytes() == 500
-
-
-@pytest.mark.parametrize(
-    ("held", "cores", "here", "expected"),
-    [(128, 128, 1, 128), (8, 128, 1, 8), (128, 128, 4, 32), (8, 32, 4, 8), (2, 2, 4, 1)],
-)
-def test_threads_are_for_the_cores_that_the_process_is_held_to(
-    held: int, cores: int, here: int, expected: int, monkeypatch: pytest.MonkeyPatch, shards: Path
-) -> None:
-    """A launcher may hold each rank to its own cores, which then are not shared once more."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(held)))
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
-    assert ranks.cores() == expected
-    assert Loader(shards)._workers == expected + 1
 
 
 def test_an_address_of_a_local_file_is_its_path(shards: Path) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torchrun_trainings import RECIPES
+from torchrun_trainings import AVERAGED, WEIGHTS, recipes
 from training_runs import BEST, DIE, LAST, TRAIN, assert_same_run, flags, place, timeless, written_history
 
 from fastflower import Checkpoint, evaluate, train
+from fastflower.backbone import build
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
@@ -34,7 +35,7 @@ def launched(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedP
 
 def command(shards: Path, out: Path) -> list[str | Path]:
     """The command line of a run whose averaged weights and batch norms' statistics must survive, too."""
-    options = ["--resume", "--save-steps", "2", "--device", "cpu", *flags(RECIPES["averaged"])]
+    options = ["--resume", "--save-steps", "2", "--device", "cpu", *flags(AVERAGED)]
     return [TRAIN, shards, "--out", out, *options]
 
 
@@ -42,6 +43,7 @@ def command(shards: Path, out: Path) -> list[str | Path]:
 def launch(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Of torchrun_trainings.py: its folder, and what it said."""
     out = tmp_path_factory.mktemp("ranks")
+    torch.save(build("resnet18", 5, weights=None).state_dict(), out / WEIGHTS)
     return out, launched(TESTS / "torchrun_trainings.py", shards, out).stderr
 
 
@@ -67,7 +69,7 @@ def test_two_ranks_train_as_one_process_does(
     launch: tuple[Path, str], shards: Path, tmp_path: Path, name: str, updates: int
 ) -> None:
     """Where batch norms do not see a rank's part of a batch in place of the whole."""
-    alone = timeless(train(shards, RECIPES[name], out=tmp_path / "run", device="cpu").history)
+    alone = timeless(train(shards, recipes(launch[0])[name], out=tmp_path / "run", device="cpu").history)
     for rank in found(launch, name):
         assert (rank["steps"], rank["updates"]) == (10, updates)
         for row, expected in zip(timeless(rank["history"]), alone, strict=True):
@@ -165,3 +167,10 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch: tuple[Path, str
     said = f"{out}: stopped by SIGTERM in epoch 1, step 3, and saved; resume=True (--resume) goes on."
     assert found(launch, "signalled") == [{"error": f"StoppedError: {said}"}] * 2
     assert place(out) == (0, 3)
+
+
+def test_a_signal_to_one_rank_stops_the_validation_of_all(launch: tuple[Path, str]) -> None:
+    out = launch[0] / "validating"
+    said = f"{out}: stopped by SIGTERM in the validation of epoch 1, and saved; resume=True (--resume) goes on."
+    assert found(launch, "validating") == [{"error": f"StoppedError: {said}"}] * 2
+    assert place(out) == (0, 30)

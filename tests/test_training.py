@@ -15,6 +15,7 @@ from PIL import Image
 from training_runs import timeless
 
 from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, pack, predict, train
+from fastflower.backbone import build
 from fastflower.errors import ArgumentError, CheckpointError, DeviceError, FolderError, SampleError
 from fastflower.evaluation import precision_of, view_of
 from fastflower.loader import Loader
@@ -67,15 +68,6 @@ def test_the_same_seed_gives_the_same_history_and_another_does_not(run: Report, 
     assert other.history[0]["train_loss"] != run.history[0]["train_loss"]
 
 
-def test_freezing_random_weights_is_warned_of(run: Report, shards: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for freeze in (0, 1):
-        caplog.clear()
-        with pytest.raises(CheckpointError, match="holds a run"):
-            train(shards, replace(TINY, freeze=freeze), out=run.folder, device="cpu")
-        text = "freeze=1 keeps random weights as they are, for weights is None; set freeze=0"
-        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [text] * freeze
-
-
 def test_training_leaves_the_callers_random_numbers_alone(shards: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     wanted = torch.rand(3)
@@ -86,8 +78,9 @@ def test_training_leaves_the_callers_random_numbers_alone(shards: Path, tmp_path
 
 def test_the_best_checkpoint_scores_what_the_history_says(run: Report, shards: Path) -> None:
     scores = evaluate(run.checkpoint, shards, device="cpu")
-    best = max(run.history, key=lambda row: row["val_accuracy"])
-    assert scores.accuracy == best["val_accuracy"] == run.history[run.best_epoch - 1]["val_accuracy"]
+    best = max(run.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    assert best == run.history[run.best_epoch - 1]
+    assert scores.accuracy == best["val_accuracy"]
     assert scores.loss == pytest.approx(best["val_loss"], rel=1e-5)
     assert run.scores is not None
     assert np.array_equal(run.scores.confusion, scores.confusion)
@@ -260,12 +253,10 @@ def test_precision_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_frozen_stage_stays_as_it_was(shards: Path, tmp_path: Path) -> None:
-    recipe = replace(TINY, epochs=1, freeze=1)
+    start = build("resnet18", 5, weights=None).state_dict()
+    torch.save(start, tmp_path / "weights.pth")
+    recipe = replace(TINY, epochs=1, freeze=1, weights=str(tmp_path / "weights.pth"))
     report = train(shards, recipe, out=tmp_path / "run", device="cpu")
-    torch.manual_seed(recipe.seed)
-    from fastflower.backbone import build
-
-    start = build("resnet18", 5, weights=None, freeze=1).state_dict()
     trained = Checkpoint.load(report.checkpoint).model
     frozen = [name for name in start if name.startswith(("conv1", "bn1", "layer1"))]
     assert all(torch.equal(start[name], trained[name]) for name in frozen)

@@ -23,7 +23,7 @@ from test_damaged_samples import flip_a_bit
 from fastflower import Augment, Loader, pack
 from fastflower.cache import Decoded
 from fastflower.errors import ArgumentError, SampleError
-from fastflower.executors import choose
+from fastflower.executors import Name, choose
 from fastflower.native_renderer import available
 from fastflower.samples import SampleSource
 
@@ -186,7 +186,7 @@ def test_with_cuda_photographs_that_fit_are_kept_and_others_are_decoded_there(mo
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
 
-    def chosen(name: str | None, cache: Literal["auto"] | int | None, needed: int) -> tuple[str, int]:
+    def chosen(name: Name | None, cache: Literal["auto"] | int | None, needed: int) -> tuple[str, int]:
         found, allowance = choose(name, cuda, cache, lambda: Decoded(needed, 2 * needed))
         return found, allowance.left
 

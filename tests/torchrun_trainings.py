@@ -18,22 +18,30 @@ import pytest
 import torch.distributed as dist
 from training_runs import LAST, RECIPE, narrow_resnets
 
-from fastflower import Recipe, train
+from fastflower import Recipe, evaluation, train
 from fastflower.errors import FastflowerError
 from fastflower.files import locked
 from fastflower.training import Run
 
-FROZEN = replace(RECIPE, freeze=4)
-RECIPES = {
-    "frozen": FROZEN,
-    "accumulated": replace(FROZEN, accumulate=2),
-    "averaged": replace(RECIPE, ema=0.9),  # batch norms' statistics differ by rank, and are averaged, too
-    "frozen soup": replace(FROZEN, soup=2),
-    "soup": replace(RECIPE, soup=2, recalibrate=True),
-    "signalled": RECIPE,  # the second rank, at its third step
-    "not divisible": replace(RECIPE, batch_size=15),
-    "synchronous": replace(RECIPE, sync_batchnorm=True),
-}
+WEIGHTS = "weights.pth"  # in OUT, of a narrow ResNet-18: what frozen stages are
+AVERAGED = replace(RECIPE, ema=0.9)  # batch norms' statistics differ by rank, and are averaged, too
+
+
+def recipes(out: Path) -> dict[str, Recipe]:
+    """What is trained, by name."""
+    frozen = replace(RECIPE, freeze=4, weights=str(out / WEIGHTS))
+    return {
+        "frozen": frozen,
+        "accumulated": replace(frozen, accumulate=2),
+        "averaged": AVERAGED,
+        "frozen soup": replace(frozen, soup=2),
+        "soup": replace(RECIPE, soup=2, recalibrate=True),
+        "signalled": RECIPE,  # the second rank, at its third step
+        # the second rank, in the validation, of whose last batch it has no part
+        "validating": replace(RECIPE, batch_size=4),
+        "not divisible": replace(RECIPE, batch_size=15),
+        "synchronous": replace(RECIPE, sync_batchnorm=True),
+    }
 
 
 def come_to(shards: str, recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -46,13 +54,20 @@ def come_to(shards: str, recipe: Recipe, out: Path) -> dict[str, Any]:
             signal.raise_signal(signal.SIGTERM)
         return step(*values, update=update, **options)
 
+    def signalled(*values: Any, **options: Any) -> Any:
+        if (out.name, dist.get_rank()) == ("validating", 1):
+            signal.raise_signal(signal.SIGTERM)
+        return log_probabilities(*values, **options)
+
+    log_probabilities = evaluation.log_probabilities
+    evaluation.log_probabilities = signalled
     Run.step = counted
     try:
         history = train(shards, recipe, out=out, resume=True, device="cpu").history
     except FastflowerError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        Run.step = step
+        Run.step, evaluation.log_probabilities = step, log_probabilities
     return {"history": history, "steps": len(steps), "updates": sum(steps)}
 
 
@@ -61,12 +76,12 @@ def main(shards: str, place: str) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     narrow_resnets(pytest.MonkeyPatch())
     out, rank = Path(place), dist.get_rank()
-    for name, recipe in RECIPES.items():
+    for name, recipe in recipes(out).items():
         (out / f"{name} {rank}.json").write_text(json.dumps(come_to(shards, recipe, out / name)))
     # Another run holds the folder: only the first rank asks, and both end.
     with locked(out / "held" / ".lock") if rank == 0 else nullcontext():
         dist.barrier()
-        (out / f"held {rank}.json").write_text(json.dumps(come_to(shards, FROZEN, out / "held")))
+        (out / f"held {rank}.json").write_text(json.dumps(come_to(shards, RECIPE, out / "held")))
     # Two machines that share no folder: a checkpoint stands on one.
     machine = out / f"machine {rank}"
     machine.mkdir()
@@ -75,7 +90,7 @@ def main(shards: str, place: str) -> None:
         Path("run").mkdir()
         shutil.copy(out / "frozen" / LAST, "run")
     dist.barrier()
-    (out / f"apart {rank}.json").write_text(json.dumps(come_to(shards, FROZEN, Path("run"))))
+    (out / f"apart {rank}.json").write_text(json.dumps(come_to(shards, recipes(out)["frozen"], Path("run"))))
     dist.destroy_process_group()
 
 

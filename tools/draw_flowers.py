@@ -16,6 +16,8 @@ import tyro
 from numpy.random import Generator
 from tqdm import tqdm
 
+from fastflower.machine import cores
+
 Colour = tuple[float, float, float]
 
 SHIFT = 4  # bits of fraction in the coordinates given to OpenCV
@@ -149,7 +151,7 @@ def draw_flowers(out: Annotated[Path, tyro.conf.Positional], per_class: int = 16
     for kind in KINDS:
         (out / kind).mkdir(parents=True, exist_ok=True)
     jobs = [(label, kind, number) for label, kind in enumerate(KINDS) for number in range(per_class)]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         list(tqdm(pool.map(write, jobs), total=len(jobs), desc="draw", unit="image", disable=None))
 
 

@@ -158,7 +158,8 @@ def reports(
         shards: The folder that pack wrote, or its address.
         report: Which of them: a to e.
         out: Where the runs, the table and the figures go.
-        weights: Where training starts: torchvision's name of pretrained weights, or None for random weights.
+        weights: Where training starts: torchvision's name of pretrained weights, or None for random weights, of which no stage
+            is frozen.
         epochs: Instead of each recipe's own, to see that all run.
         device: None means CUDA where there is one, else the CPU.
     """
@@ -166,13 +167,15 @@ def reports(
     histories: Histories = {}
     for letter in report:
         for one in (one for experiments in REPORTS[letter].values() for one in experiments):
-            recipe = replace(PRESETS[one.recipe](), weights=weights)
+            recipe = PRESETS[one.recipe]()
+            recipe = replace(recipe, weights=weights, freeze=recipe.freeze if weights else 0)
             if one.recipe not in histories:
                 recipe = replace(recipe, epochs=epochs or recipe.epochs)
                 histories[one.recipe] = history_of(shards, one.recipe, recipe, out, device)
                 write_atomically(out / "reports.md", table(report, histories).encode())
         draw(letter, histories, out / f"report-{letter}.png")
     text = table(report, histories)
+    text += "" if weights else "\nFrom random weights no stage is frozen, whatever a recipe's name says.\n"
     text += f"\nPretrained weights: {weights}; epochs: {epochs or 'as the reports say'}.\n"
     write_atomically(out / "reports.md", text.encode())
     print(text, end="")

@@ -1,0 +1,76 @@
+"""Stages that are frozen need weights to start from: what is refused, and what goes on working."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import LAST, RECIPE
+
+from fastflower import Checkpoint, evaluate, train
+from fastflower.backbone import build
+from fastflower.cli import main
+from fastflower.diagnosis import diagnose
+from fastflower.errors import ArgumentError
+from fastflower.optimization import optimizer_of
+from fastflower.recipe import PRESETS
+
+pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+FROZEN = replace(RECIPE, freeze=1)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_freezing_random_weights_is_refused_before_anything_is_written(
+    shards: Path, tmp_path: Path, resume: bool
+) -> None:
+    message = (
+        "freeze must be 0 where weights is None, got 2: frozen stages would stay random; pass --freeze 0 (freeze=0), or "
+        "--weights FILE (weights=) to start from."
+    )
+    with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
+        train(shards, replace(PRESETS["finetune"](), weights=None), out=tmp_path / "run", resume=resume, device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_froze_random_weights_goes_on(shards: Path, tmp_path: Path) -> None:
+    """Of an older version: its checkpoint is where it starts from. It can be scored, too."""
+    out = tmp_path / "run"
+    train(shards, replace(RECIPE, epochs=1), out=out, device="cpu")
+    last = Checkpoint.load(out / LAST)
+    groups = optimizer_of(build("resnet18", 5, weights=None, freeze=1), FROZEN).state_dict()
+    feeding = {**last.feeding, "epoch": 0}
+    begun = replace(last, recipe=FROZEN, history=[], epoch=0, optimizer=groups, feeding=feeding)
+    begun.save(out / LAST)
+    report = train(shards, FROZEN, out=out, resume=True, device="cpu")
+    assert len(report.history) == FROZEN.epochs
+    assert torch.equal(Checkpoint.load(report.checkpoint).model["conv1.weight"], last.model["conv1.weight"])
+    assert evaluate(report.checkpoint, shards, device="cpu").accuracy == max(
+        row["val_accuracy"] for row in report.history
+    )
+
+
+def test_on_the_command_line_a_preset_that_freezes_needs_weights(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--augment.size", "32", "--sizes", "32", "--epochs", "1", "--device", "cpu"]
+    command = [
+        "train",
+        str(shards),
+        "--recipe",
+        "finetune",
+        "--weights",
+        "None",
+        "--out",
+        str(tmp_path / "run"),
+        *small,
+    ]
+    assert main(command) == 1
+    assert capsys.readouterr().err.startswith("error: freeze must be 0 where weights is None, got 2: ")
+    assert not (tmp_path / "run").exists()
+    assert main([*command, "--freeze", "0"]) == 0
+
+
+def test_what_trains_nothing_takes_such_a_recipe(shards: Path) -> None:
+    """The doctor measures with random weights, which cost the same."""
+    assert diagnose(shards, replace(PRESETS["finetune"](), sizes=(32,)), seconds=0.01, device="cpu").training_rate > 0

@@ -1,0 +1,164 @@
+"""Training that ends in a validation: what the epoch was trained is kept, and the validation is what is gone on with."""
+
+import os
+from dataclasses import replace
+from itertools import count as count_from
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_runs import LAST, RECIPE, assert_same_run, before_call, kill, killed, place, small, terminate
+
+from fastflower import Checkpoint, Recipe, evaluation, train, training
+from fastflower.errors import StoppedError
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+# A validation has two batches; where statistics are computed anew at the end of a training, five come before them.
+VARIANTS: list[tuple[dict[str, Any], list[int]]] = [
+    ({}, [1, 2, 3]),
+    ({"ema": 0.9, "accumulate": 2, "patience": 1, "epochs": 3}, [3]),
+    ({"epochs": 4, "soup": 2}, [3, 7]),
+    ({"epochs": 4, "soup": 2, "recalibrate": True, "sizes": (24, 40)}, [3, 7, 8]),
+    ({"ema": 0.9, "recalibrate": True}, [5]),
+]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "build", small)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each step of training."""
+    done: list[int] = []
+    step = training.Run.step
+
+    def counted(*values: Any, **options: Any) -> Any:
+        done.append(1)
+        return step(*values, **options)
+
+    monkeypatch.setattr(training.Run, "step", counted)
+    return done
+
+
+def trained(shards: Path, recipe: Recipe, out: Path, steps: list[int]) -> int:
+    """Go on to the end; the steps that this took."""
+    steps.clear()
+    train(shards, recipe, out=out, resume=True, device="cpu")
+    return len(steps)
+
+
+@pytest.mark.parametrize(("changes", "numbers"), VARIANTS)
+def test_sigterm_in_a_validation_keeps_the_epochs_training_and_waits_for_no_more_batches(
+    shards: Path, tmp_path: Path, steps: list[int], changes: dict[str, Any], numbers: list[int]
+) -> None:
+    """At such a batch of all those that nothing is trained on."""
+    recipe = replace(RECIPE, **changes)
+    whole = train(shards, recipe, out=tmp_path / "whole", device="cpu")
+    for number in numbers:
+        out, seen = tmp_path / f"run-{number}", count_from(0)
+        with pytest.MonkeyPatch.context() as patch:
+            before_call(evaluation, "log_probabilities", number, terminate, patch)
+            before_call(evaluation, "log_probabilities", number + 1, lambda seen=seen: next(seen), patch)
+            with pytest.raises(StoppedError) as stopped:
+                train(shards, recipe, out=out, device="cpu")
+        assert next(seen) == 0, "no batch after the one under way"
+        epochs, step = place(out)
+        where = f"in the validation of epoch {epochs + 1}" if step else f"after epoch {epochs}"
+        assert f"run-{number}: stopped by SIGTERM {where}, and saved; resume=True" in str(stopped.value)
+        assert step in (0, 5)
+        left = len(whole.history) - epochs - (1 if step else 0)
+        assert trained(shards, recipe, out, steps) == 5 * left, "a step that was done is not done again"
+        assert_same_run(out, whole.folder)
+
+
+def test_sigterm_at_the_start_of_a_validation_is_obeyed_before_its_first_batch(
+    shards: Path, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        before_call(training, "measure", 2, terminate, patch)
+        before_call(evaluation, "log_probabilities", 3, kill, patch)
+        with pytest.raises(StoppedError, match="stopped by SIGTERM in the validation of epoch 2, and saved"):
+            train(shards, RECIPE, out=tmp_path / "run", device="cpu")
+    last = Checkpoint.load(tmp_path / "run" / LAST)
+    assert (last.epoch, last.step, last.tally["trained"]) == (1, 5, True)
+    assert trained(shards, RECIPE, tmp_path / "run", steps) == 0
+
+
+def test_a_kill_in_a_long_validation_does_not_lose_the_epochs_training(
+    shards: Path, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After ten seconds of it, here none, it is saved once; a short one costs no checkpoint of its own."""
+    saved: list[str] = []
+    monkeypatch.setattr(Checkpoint, "save", spied(saved, Checkpoint.save))
+    whole = train(shards, RECIPE, out=tmp_path / "whole", device="cpu")
+    assert saved.count(LAST) == 2
+    monkeypatch.setattr(training, "_LONG", -1.0)
+    saved.clear()
+    again = train(shards, RECIPE, out=tmp_path / "again", device="cpu")
+    assert saved.count(LAST) == 4
+    assert_same_run(again.folder, whole.folder)
+    killed(shards, RECIPE, tmp_path / "run", (evaluation, "log_probabilities", 2))
+    assert place(tmp_path / "run") == (0, 5)
+    assert trained(shards, RECIPE, tmp_path / "run", steps) == 5
+    assert_same_run(tmp_path / "run", whole.folder)
+
+
+def spied(saved: list[str], save: Any) -> Any:
+    def spy(self: Checkpoint, path: Path, **options: Any) -> None:
+        saved.append(path.name)
+        save(self, path, **options)
+
+    return spy
+
+
+def test_an_older_versions_checkpoint_of_an_epochs_last_step_goes_on(
+    shards: Path, tmp_path: Path, steps: list[int]
+) -> None:
+    """It does not say whether a soup has its share: it was saved before."""
+    recipe = replace(RECIPE, soup=2)
+    whole = train(shards, recipe, out=tmp_path / "whole", device="cpu").folder
+    killed(shards, recipe, tmp_path / "run", (training, "measure", 1), save_steps=5)
+    last = Checkpoint.load(tmp_path / "run" / LAST)
+    assert last.tally.pop("trained") is False
+    last.save(tmp_path / "run" / LAST)
+    assert trained(shards, recipe, tmp_path / "run", steps) == 5
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_sigterm_while_the_best_epoch_is_scored_again_ends_with_what_was_saved(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "best_epoch", lambda _: 1)
+    with monkeypatch.context() as patch:
+        before_call(training, "measure", 3, terminate, patch)
+        with pytest.raises(StoppedError, match="stopped by SIGTERM after epoch 2, and saved"):
+            train(shards, RECIPE, out=tmp_path / "run", device="cpu")
+    assert place(tmp_path / "run") == (2, 0)
+    assert train(shards, RECIPE, out=tmp_path / "run", resume=True, device="cpu").scores is not None
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"soup": 2}])
+def test_what_is_saved_while_statistics_are_computed_anew_has_those_of_training(
+    shards: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """And not half of the new ones, with which it would predict wrongly."""
+    recipe = replace(RECIPE, recalibrate=True, **changes)
+    killed(
+        shards,
+        replace(recipe, recalibrate=False),
+        tmp_path / "plain",
+        (training, "write_history", 1 if "soup" in changes else 2),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        batches = 3 if "soup" in changes else 5  # of an epoch's validation, then of the statistics
+        before_call(evaluation, "log_probabilities", batches, terminate, patch)
+        with pytest.raises(StoppedError, match="in the validation of epoch"):
+            train(shards, recipe, out=tmp_path / "run", device="cpu")
+    left, right = (Checkpoint.load(tmp_path / name / LAST) for name in ("plain", "run"))
+    for name, value in left.model.items():
+        assert torch.equal(right.model[name], value), name
