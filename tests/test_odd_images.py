@@ -213,7 +213,7 @@ WIDE = {
     "32 bits of 16": of((LEVELS * 257).astype(np.int32)),
     "fractions": of((LEVELS / 255).astype(np.float32)),
     "fractions on both sides of zero": of((LEVELS / 127.5 - 1).astype(np.float32)),
-    "fractions that overshoot": of(np.where(LEVELS == LEVELS.max(), 1.05, LEVELS / 255).astype(np.float32)),
+    "fractions that overshoot": of(np.where(LEVELS.max() == LEVELS, 1.05, LEVELS / 255).astype(np.float32)),
     "floats of bytes": of(LEVELS.astype(np.float32)),
     "floats of 16 bits": of((LEVELS * 257).astype(np.float32)),
     "ImageJ": of((LEVELS * 3 + 7).astype(np.uint16), description="ImageJ=1.53t\nimages=1\nmin=7.0\nmax=772.0\n"),
