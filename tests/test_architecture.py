@@ -147,10 +147,6 @@ def test_no_file_is_longer_than_400_lines() -> None:
     assert {str(path): length for path, length in lengths.items() if length > 400} == {}
 
 
-def test_the_library_can_be_read_in_a_day() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in LIBRARY) < 8400
-
-
 def test_only_the_command_line_prints() -> None:
     def prints(path: Path) -> bool:
         calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
