@@ -65,6 +65,7 @@ class Checkpoint:
         content |= {entry.name: getattr(self, entry.name) for entry in fields(self)}
         content["recipe"] = self.recipe.to_dict()
         try:
+            path.with_name(path.name + ".part").unlink(missing_ok=True)  # of an older fastflower that was killed
             with written(path) as part:
                 if twin is None or not _linked(Path(twin), part):
                     with part.open("wb") as file:

@@ -1,5 +1,6 @@
 """The cache of remote shards by itself: what goes first, who waits for whom, what a fork, an exit and a full disk do."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -17,6 +18,7 @@ from test_remote import OPTIONS
 
 from fastflower import Loader, Manifest, store
 from fastflower.errors import ShardError
+from fastflower.files import locked
 from fastflower.store import Remote, Store
 
 pytest.importorskip("aiohttp")
@@ -77,6 +79,50 @@ def test_making_room_leaves_other_files_that_are_being_written(source: Remote) -
     made.path(names_of(made)[0])
     assert written.read_bytes() == b"half"
     assert sorted(path.name for path in made.folder.glob("val*")) == [written.name]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_part_that_a_killed_process_left_takes_no_room(
+    source: Remote, server: BadServer, locks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file system has no locks one counts as left when nothing came for longer than all attempts take."""
+    made = Store(source)
+    names = names_of(made)
+    size = max(shard.bytes for shard in made._shards.values())
+    tight = Store(Remote(url=server.url, folder=source.folder, limit_bytes=size))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    parts = [tight.folder / f"{names[0]}.0123abcd.part", tight.folder / f"{names[1]}.part"]  # of an older fastflower
+    for part in parts:
+        part.write_bytes(bytes(size))
+        long_ago = time.time() - 8 * (store._TIMEOUT + store._LONGEST_PAUSE) - 1
+        os.utime(part, (long_ago, long_ago))
+    assert tight.path(names[0]).exists()
+    assert not any(part.exists() for part in parts)
+
+
+def test_without_locks_an_epoch_is_whole(source: Remote, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    one, other = (Loader(place, **OPTIONS, window=2) for place in (source, shards))
+    assert [batch.index.tolist() for batch in one] == [batch.index.tolist() for batch in other]
+
+
+@pytest.mark.parametrize("wait", ["shard", "room"])
+def test_a_break_does_not_wait_for_a_lock_that_is_never_given_back(source: Remote, wait: str) -> None:
+    loader = Loader(source, **OPTIONS, window=1, shuffle=False)
+    assert loader._store is not None
+    feeding = iter(loader)
+    next(feeding)
+    path = Path(source.folder) / "room.lock"
+    with locked(path if wait == "room" else loader._store.folder / f"{names_of(loader._store)[3]}.lock", lambda: False):
+        ends_soon(feeding.close)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_shard_gets_its_name_while_nobody_counts(source: Remote, server: BadServer) -> None:
