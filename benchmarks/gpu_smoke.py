@@ -19,6 +19,7 @@ import torch
 from gpu_part import MAGNIFIED, SMALL, Part, Place
 
 from fastflower import Augment, Loader
+from fastflower.machine import cores
 from fastflower.native_renderer import available
 from fastflower.recipe import report_a
 from fastflower.training import Run
@@ -34,7 +35,7 @@ def facts(part: Part, _: Place, *, copied: int = 4 << 30) -> None:
     part.row("libnvjpeg mapped after torchvision", ", ".join(part.found["nvjpeg"]) or "none")
     part.row("native kernel", "there" if available() else "not there: the native executor cannot be timed")
     where = record.hardware(part.device)
-    part.row("processor", f"{where['processor']}, {len(os.sched_getaffinity(0))} of {where['cores']} cores")
+    part.row("processor", f"{where['processor']}, {cores()} of {where['cores']} cores")
     part.row("Python, torch", f"{platform.python_version()}, {torch.__version__}")
     if part.device.type != "cuda":
         part.leave_out("copies and products", "there is no GPU")
