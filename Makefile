@@ -1,5 +1,6 @@
 # make demo [DATA=folder] [WEIGHTS=file BACKBONE=name]   pack, train, evaluate, compare; writes runs/demo
 # make test                                              lint, types, tests
+# make soak                                              the rest of the tests, before a release
 # make format                                            let ruff rewrite
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ DATA ?=
 WEIGHTS ?=
 BACKBONE ?=
 
-.PHONY: install demo test format clean
+.PHONY: install demo test soak format clean
 
 install: .venv/installed
 
@@ -26,6 +27,9 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+soak: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m soak
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -122,9 +122,9 @@ class Part:
             except Exception as error:
                 self.fail(what, error)
             self.save()
-            with suppress(RuntimeError):  # an error of CUDA's comes again at every call
+            if self.device.type == "cuda":
                 gc.collect()
-                if self.device.type == "cuda":
+                with suppress(RuntimeError):  # an error of CUDA's comes again at every call
                     torch.cuda.empty_cache()
 
     def fail(self, what: str, error: Exception) -> None:

@@ -88,7 +88,9 @@ def to_an_error(loader: Loader) -> None:
         list(loader)
 
 
-@pytest.mark.parametrize("use", [to_the_end, to_the_middle, at_another])
+@pytest.mark.parametrize(
+    "use", [to_the_middle, *(pytest.param(use, marks=pytest.mark.soak) for use in (to_the_end, at_another))]
+)
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.usefixtures("no_collector")
 def test_a_loader_that_nobody_uses_is_freed_at_once_with_its_files(some: Path, executor: Any, use: Any) -> None:

@@ -105,10 +105,12 @@ def test_kernels_are_launched_in_the_shape_that_is_asked_for() -> None:
         assert (triton_executor._BLOCK, triton_executor._WARPS) == (1024, 2)
 
 
-@pytest.mark.parametrize(
-    ("name", "what"), [("overlap", "resnet18, batch 8"), ("compile", "resnet18, batch 8, compiled too")]
-)
-def test_the_loader_is_timed_against_a_replayed_batch(name: str, what: str, place: Place, part: Part) -> None:
+REPLAYED = {"overlap": "resnet18, batch 8", "compile": "resnet18, batch 8, compiled too"}
+
+
+@pytest.mark.parametrize("name", ["overlap", pytest.param("compile", marks=pytest.mark.soak)])
+def test_the_loader_is_timed_against_a_replayed_batch(name: str, place: Place, part: Part) -> None:
+    what = REPLAYED[name]
     run(name, part, place)
     assert part.left_out == (["torch.compile"] if name == "compile" else [])
     part.left_out.clear()
@@ -146,7 +148,7 @@ def test_epochs_are_timed_against_the_plain_loops(place: Place, part: Part) -> N
     assert 0 <= found["waited"] <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_whole_runs_are_timed_from_start_to_exit(place: Place, part: Part) -> None:
     run("runs", part, place)
     (found,) = left(part)["report A"]
@@ -168,6 +170,7 @@ def test_what_a_run_that_fails_said_is_kept(part: Part, tmp_path: Path, monkeypa
     assert "status 1\nno room" in log
 
 
+@pytest.mark.soak
 def test_accuracy_is_timed_until_its_marks(place: Place, part: Part) -> None:
     run("accuracy", part, place)
     found = left(part)["tiny"]

@@ -59,6 +59,7 @@ def test_a_pack_that_is_killed_at_random_moments_goes_on_to_the_same_bytes(small
     assert kills(small, tmp_path / "work", "--random", "5") == 5
 
 
+@pytest.mark.soak
 def test_a_pack_that_is_killed_again_while_it_goes_on_still_goes_on(small: Path, tmp_path: Path) -> None:
     """First just before the manifest is put in place, when all else is there, then at each step."""
     killed(small, tmp_path / "begun", BEFORE_MANIFEST, **OPTIONS)

@@ -21,6 +21,7 @@ from fastflower.order import epoch_order
 
 RANDOM = Augment(size=64, resize=72, crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, hue=0.1)
 EXECUTORS = ["native", "opencv", "dali"]
+OPENCV, DALI = (pytest.param(name, marks=pytest.mark.soak) for name in ("opencv", "dali"))  # where the loader decides
 
 
 def make(shards: Path, **options: Any) -> Loader:
@@ -97,7 +98,7 @@ def test_ranks_evaluate_every_sample_once_and_never_an_empty_batch(
     assert sorted(i for batches in found for batch in batches for i in batch) == list(range(30))
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", ["native", OPENCV, DALI])
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 50), (2, 25), (4, 70)])
 def test_a_padded_tail_is_filled_with_the_first_samples(
     shards: Path, executor: Any, world_size: int, batch_size: int
@@ -186,7 +187,7 @@ def test_set_epoch_after_a_state_keeps_its_place_in_that_epoch_only(
         assert caplog.messages[-1] == f"set_epoch(0): begins at the start of that epoch; {told}"
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", ["native", OPENCV, DALI])
 @pytest.mark.parametrize(("ranks_before", "ranks_after"), [(1, 1), (1, 4), (4, 2)])
 def test_resume_gives_the_remaining_batches_bit_for_bit(
     shards: Path, executor: Any, ranks_before: int, ranks_after: int

@@ -92,7 +92,7 @@ def test_a_mix_depends_on_seed_epoch_and_sample_unless_it_is_fixed() -> None:
 
 
 @pytest.mark.parametrize("executor", ["native", "opencv", "dali"])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_any_number_of_ranks_mixes_the_same_images(shards: Path, executor: Any, world_size: int) -> None:
     alone = list(make(shards, executor=executor))
     ranks = [

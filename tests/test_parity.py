@@ -32,8 +32,16 @@ def enough(name: str, encoded: list[bytes]) -> list[bytes]:
     return encoded[::7] if name == "triton" else encoded
 
 
-@pytest.mark.parametrize("case", parity.CASES)
-@pytest.mark.parametrize("name", parity.EXECUTORS)
+QUICK = ("validation view (resize 256, centre 224)", "reduction by four", "hue 0.1", "everything")
+"""Of Triton's interpreter: its kernels have one way for all of geometry, and one for all of color."""
+PAIRS = [
+    pytest.param(name, case, marks=[pytest.mark.soak] if name == "triton" and case not in QUICK else [])
+    for name in parity.EXECUTORS
+    for case in parity.CASES
+]
+
+
+@pytest.mark.parametrize(("name", "case"), PAIRS)
 def test_an_executor_draws_what_torchvision_draws(name: str, case: str, encoded: list[bytes]) -> None:
     encoded = enough(name, encoded)
     found = parity.differences(case, name, encoded)

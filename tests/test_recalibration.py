@@ -123,7 +123,7 @@ def test_averaged_weights_have_statistics_of_their_own(shards: Path, tmp_path: P
     assert evaluate(kept, shards, device="cpu").loss == pytest.approx(report.history[-1]["val_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("call", [13, 16, 20, 21])
+@pytest.mark.parametrize("call", [16, *(pytest.param(call, marks=pytest.mark.soak) for call in (13, 20, 21))])
 def test_a_soup_that_was_stopped_and_resumed_is_the_same(shards: Path, tmp_path: Path, call: int) -> None:
     """Stopped before, at and after the end of its first training: a look after each of five steps, before each of five batches of
     the recalibration and each of two of the validation, and after an epoch."""

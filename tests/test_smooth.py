@@ -21,6 +21,7 @@ from fastflower import Augment, Loader
 AUGMENT = Augment(size=32, resize=36, crop=(0.3, 1.0), hue=0.1)
 OPTIONS: dict[str, Any] = {"batch_size": 8, "augment": AUGMENT, "device": "cpu"}
 EXECUTORS = ["native", "opencv", "dali"]
+OPENCV = pytest.param("opencv", marks=pytest.mark.soak)  # threads as native's
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +44,7 @@ def left() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", ["native", "dali", OPENCV])
 @pytest.mark.parametrize("end", ["whole", "break", "exception", "interrupt", "two at once"])
 def test_nothing_is_left_of_an_epoch(end: str, executor: Any, shards: Path) -> None:
     before = left()
@@ -125,7 +126,7 @@ def test_when_an_iterator_ends_the_system_knows_of_its_threads_no_more(shards: P
 
 
 @pytest.mark.usefixtures("nothing_to_collect")
-@pytest.mark.parametrize("executor", ["native", "opencv"])
+@pytest.mark.parametrize("executor", ["native", OPENCV])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_loader_works_in_another_process(method: str, executor: Any, shards: Path) -> None:
     loader = Loader(shards, executor=executor, **OPTIONS)

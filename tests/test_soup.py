@@ -89,7 +89,7 @@ def test_the_first_training_is_that_of_a_recipe_without_soup(run: Report, shards
     assert timeless(alone.history) == timeless(run.history[:2])
 
 
-@pytest.mark.parametrize("call", [2, 11, 12, 20])
+@pytest.mark.parametrize("call", [11, *(pytest.param(call, marks=pytest.mark.soak) for call in (2, 12, 20))])
 def test_a_soup_that_was_stopped_and_resumed_is_the_same(run: Report, shards: Path, tmp_path: Path, call: int) -> None:
     """Stopped after a step, in a validation or after it: a look after each of four steps, and one at either place."""
     calls = iter(range(1, 1000))

@@ -275,7 +275,7 @@ def program(server: BadServer, cache: Path, what: str) -> "subprocess.Popen[str]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("when", ["before", "during"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.soak), "during"])
 def test_a_forked_process_downloads_for_itself(when: str, server: BadServer, tmp_path: Path) -> None:
     asked = server.fault
 
@@ -289,7 +289,7 @@ def test_a_forked_process_downloads_for_itself(when: str, server: BadServer, tmp
     assert (process.returncode, out) == (0, "120\n120\n"), err[-2000:]
 
 
-@pytest.mark.parametrize("what", ["exit", "deaf exit"])
+@pytest.mark.parametrize("what", ["exit", pytest.param("deaf exit", marks=pytest.mark.soak)])
 def test_an_exit_does_not_wait_for_downloads(what: str, server: BadServer, tmp_path: Path) -> None:
     """Neither for a server that stalls, nor for a thread that does not notice that the interpreter ends."""
     server.fault = lambda name, asked: "stall" if what == "exit" and name.endswith(".tar") and asked > 60 else None

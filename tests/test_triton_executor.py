@@ -130,6 +130,7 @@ def test_it_resumes_travels_and_leaves_nothing_behind(few: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastflower")]
 
 
+@pytest.mark.soak
 def test_two_at_once_share_nothing(few: Path) -> None:
     one, other = (Loader(few, executor="triton", seed=seed, **FEWER) for seed in (0, 1))
     expected = [images_of(loader) for loader in (one, other)]
