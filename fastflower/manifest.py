@@ -160,6 +160,8 @@ class Manifest:
         if self.version == _FIRST:
             for split in content["splits"].values():
                 del split["index_sha256"]
+            if not self.warnings:
+                del content["warnings"]
         else:
             content["sha256"] = _checksum(content)
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
