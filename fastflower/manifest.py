@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -120,6 +121,12 @@ class Manifest:
             raise ShardError(
                 f"{path}: has changed since it was written (checksum mismatch); restore it from a copy, or rebuild it with "
                 f"fastflower verify {folder} --repair."
+            )
+        twice = next((name for name, count in Counter(manifest.classes).items() if count > 1), None)
+        if twice is not None:
+            raise ShardError(
+                f"{path}: names two classes {twice!r}; restore it from a copy, or rebuild it with fastflower verify {folder} "
+                f"--repair."
             )
         return manifest
 

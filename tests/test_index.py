@@ -173,6 +173,17 @@ def test_counts_of_the_manifest_are_not_trusted_either(old: Path, told: dict[str
         make(old)
 
 
+def test_a_manifest_that_names_a_class_twice_is_refused_before_training(old: Path) -> None:
+    """The checkpoint that is trained on it could not be used."""
+    path = old / "manifest.json"
+    good = path.read_text()
+    path.write_text(good.replace('"b",', '"a",', 1))
+    with pytest.raises(ShardError, match=exactly(f"{path}: names two classes 'a'; {again(old)}")):
+        make(old)
+    assert verify(old, repair=True) == []
+    assert Manifest.load(old).classes == ("a", "b", "c")
+
+
 @pytest.mark.parametrize("executor", ["native", "opencv"])
 @pytest.mark.parametrize(
     ("size", "told"),
