@@ -16,7 +16,7 @@ import pytest
 from packs import drawn
 from training_runs import small
 
-from fastflower import Augment, Loader, Manifest, Recipe, pack, packing, predict, shard, train, training
+from fastflower import Augment, Loader, Manifest, Recipe, pack, packing, predict, shard, store, train, training
 from fastflower.backbone import build
 from fastflower.checkpoint import Checkpoint
 from fastflower.errors import ResourceError, SampleError
@@ -247,6 +247,24 @@ def test_nor_is_a_file_that_the_caller_named_called_one_of_a_wrong_folder(tmp_pa
     refused.append("table.csv")
     with pytest.raises(ResourceError, match=f"^{tmp_path}/table.csv: {message}"):
         write_out(tmp_path / "table.csv", b"")
+
+
+def test_what_the_system_refuses_is_no_fault_of_a_server(
+    some: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again all the same."""
+    tries: list[str] = []
+
+    def refuse(_: Any, name: str, *__: Any) -> bytes:
+        tries.append(name)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(store, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(store.Store, "_read", refuse)
+    message = f"^local://{some}/manifest.json: cannot be opened or read: {REFUSED[errno.EMFILE]}"
+    with pytest.raises(ResourceError, match=message):
+        make(store.Remote(url=f"local://{some}", folder=tmp_path))  # pyright: ignore[reportArgumentType]
+    assert len(tries) == store._ATTEMPTS
 
 
 def test_what_the_system_refuses_is_not_skipped_by_predict(tmp_path: Path, refusing: Any) -> None:
