@@ -57,10 +57,11 @@ def write_atomically(path: Path, *pieces: bytes | bytearray | memoryview) -> Non
 
 
 def write_out(out: Path, data: bytes) -> None:
-    """As `write_atomically`, a file that the caller named. Raises ArgumentError where it cannot be."""
+    """As `write_atomically`, a file that the caller named. Raises ArgumentError where it cannot be, or ResourceError."""
     try:
         write_atomically(out, data)
     except OSError as error:
+        blame_the_system(error, out)
         raise ArgumentError(
             f"out: {out} cannot be written ({error.strerror}); name a file in a folder that is there."
         ) from None

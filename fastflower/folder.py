@@ -118,6 +118,7 @@ def scan(root: str | Path, *, anew: bool = False) -> Folder:
     try:
         return _scanned(root, anew)
     except OSError as error:
+        blame_the_system(error, error.filename or root)
         raise FolderError(f"{error.filename or root}: cannot be read ({error.strerror}); make it readable.") from error
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastflower.errors import FolderError
+from fastflower.files import blame_the_system
 
 # ImageFolder's IMG_EXTENSIONS (torchvision/datasets/folder.py).
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -59,7 +60,8 @@ def _holds_images(folder: Path) -> bool:
                         pending.append(path / entry.name)
                     elif entry.name.lower().endswith(EXTENSIONS):
                         return True
-        except OSError:
+        except OSError as error:
+            blame_the_system(error, path)
             if path == folder:
                 raise
     return False

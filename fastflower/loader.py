@@ -141,7 +141,7 @@ class Loader(IterableDataset[Batch]):
     def __reduce__(self) -> tuple[Any, ...]:
         """To another process: made again from the same arguments, at the same place; nothing kept goes along."""
         place = {"rank": self.rank, "world_size": self.world_size}
-        return _made_again, (self._arguments | place, self._next, self._position)
+        return _made_again, (self._arguments | place, self._next, self._position, self._restored)
 
     def _check(self, workers: int | None, augment: Augment) -> None:
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
@@ -352,9 +352,9 @@ class Loader(IterableDataset[Batch]):
         }
 
 
-def _made_again(arguments: dict[str, Any], next_: tuple[int, int], position: tuple[int, int]) -> Loader:
+def _made_again(arguments: dict[str, Any], *place: Any) -> Loader:
     loader = Loader(**arguments)
-    loader._next, loader._position = next_, position
+    loader._next, loader._position, loader._restored = place
     return loader
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -121,6 +122,12 @@ class Manifest:
                 f"{path}: has changed since it was written (checksum mismatch); restore it from a copy, or rebuild it with "
                 f"fastflower verify {folder} --repair."
             )
+        twice = next((name for name, count in Counter(manifest.classes).items() if count > 1), None)
+        if twice is not None:
+            raise ShardError(
+                f"{path}: names two classes {twice!r}; restore it from a copy, or rebuild it with fastflower verify {folder} "
+                f"--repair."
+            )
         return manifest
 
     @classmethod
@@ -160,6 +167,8 @@ class Manifest:
         if self.version == _FIRST:
             for split in content["splits"].values():
                 del split["index_sha256"]
+            if not self.warnings:
+                del content["warnings"]
         else:
             content["sha256"] = _checksum(content)
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastflower.errors import ArgumentError, FastflowerError, HeldError, ShardError
-from fastflower.files import locked, partial_name, refusal, write_atomically
+from fastflower.files import blame_the_system, locked, partial_name, refusal, write_atomically
 from fastflower.manifest import FILE, Manifest
 
 _T = TypeVar("_T")
@@ -303,6 +303,8 @@ class Store:
             except PermissionError as error:
                 raise ShardError(f"{self._url}/{name}: may not be read ({error}); check the credentials.") from None
             except Exception as error:  # whatever the file system's client raises
+                if attempt + 1 == _ATTEMPTS:
+                    blame_the_system(error, f"{self._url}/{name}")
                 reason = str(error) or type(error).__name__
             else:
                 if start is None or end is None or len(data) == end - start:

@@ -31,7 +31,7 @@ from fastflower.evaluation import measure, precision_of, recalibrate, view_of
 from fastflower.failures import explained
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
-from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate
+from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate, tensors_of
 from fastflower.order import stream_key
 from fastflower.progress import Tally, first_not_finite, preemption
 from fastflower.recipe import Recipe
@@ -362,7 +362,8 @@ class Run:
         state = tally.state() if tally else {}
         if tally:
             self._check(first_not_finite(state["losses"]), len(self.history))
-        if not torch.stack([parameter.isfinite().all() for parameter in self.network.parameters()]).all():
+        tensors = [*tensors_of(self.network), *tensors_of(self.scored)]
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             raise TrainingError(f"{self.folder}: weights are not finite any more, and were not saved; {_ADVICE}.")
         if ranks.rank() > 0:
             return

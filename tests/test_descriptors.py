@@ -16,10 +16,11 @@ import pytest
 from packs import drawn
 from training_runs import small
 
-from fastflower import Augment, Loader, Manifest, Recipe, pack, packing, predict, shard, train, training
+from fastflower import Augment, Loader, Manifest, Recipe, pack, packing, predict, shard, store, train, training
 from fastflower.backbone import build
 from fastflower.checkpoint import Checkpoint
-from fastflower.errors import FastflowerError, ResourceError, SampleError
+from fastflower.errors import ResourceError, SampleError
+from fastflower.files import write_out
 from fastflower.folder import scan
 from fastflower.shard import ShardReader
 from fastflower.verification import verify
@@ -224,10 +225,48 @@ def test_what_the_system_refuses_is_not_left_out_of_a_pack(tmp_path: Path, part:
     shutil.copyfile(folder / "a/001.jpg", folder / "a/002.jpg")  # of equal size: both are read for it
     scan(folder)
     refused.append(f"data/{part}")
-    with pytest.raises(FastflowerError, match=message if part != "b" else f"{folder}/b: "):
+    with pytest.raises(ResourceError, match=f"^{folder}/{part}: {message}"):
         pack(folder, tmp_path / "out", workers=1)
     refused.clear()
     assert pack(folder, tmp_path / "out").skipped == ()
+
+
+def test_nor_is_a_folder_taken_for_an_empty_one(tmp_path: Path, refusing: Any) -> None:
+    """Which would make a split that has images one that has none."""
+    refused, message = refusing
+    for split in ("train", "val"):
+        drawn(tmp_path / "data" / split, a=2, b=2)
+    refused += ["val/a", "val/b"]
+    with pytest.raises(ResourceError, match=f"^{tmp_path}/data/val/[ab]: {message}"):
+        scan(tmp_path / "data")
+    refused[:] = ["data"]
+    with pytest.raises(ResourceError, match=f"^{tmp_path}/data: {message}"):
+        scan(tmp_path / "data")
+
+
+def test_nor_is_a_file_that_the_caller_named_called_one_of_a_wrong_folder(tmp_path: Path, refusing: Any) -> None:
+    refused, message = refusing
+    refused.append("table.csv")
+    with pytest.raises(ResourceError, match=f"^{tmp_path}/table.csv: {message}"):
+        write_out(tmp_path / "table.csv", b"")
+
+
+def test_what_the_system_refuses_is_no_fault_of_a_server(
+    some: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again all the same."""
+    tries: list[str] = []
+
+    def refuse(_: Any, name: str, *__: Any) -> bytes:
+        tries.append(name)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(store, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(store.Store, "_read", refuse)
+    message = f"^local://{some}/manifest.json: cannot be opened or read: {REFUSED[errno.EMFILE]}"
+    with pytest.raises(ResourceError, match=message):
+        make(store.Remote(url=f"local://{some}", folder=tmp_path))  # pyright: ignore[reportArgumentType]
+    assert len(tries) == store._ATTEMPTS
 
 
 def test_what_the_system_refuses_is_not_skipped_by_predict(tmp_path: Path, refusing: Any) -> None:

@@ -38,6 +38,7 @@ def as_first_version(folder: Path) -> Path:
     """What the first version of the format wrote of the same images."""
     stored = json.loads((folder / "manifest.json").read_text())
     del stored["sha256"]
+    del stored["warnings"]
     for split in stored["splits"].values():
         del split["index_sha256"]
     text = json.dumps({**stored, "version": 1}, indent=1, ensure_ascii=False)
@@ -170,6 +171,17 @@ def test_counts_of_the_manifest_are_not_trusted_either(old: Path, told: dict[str
         ShardError, match=r"train\.index\.npy: (has \d+ samples of class|is of 2 classes|has \(22,\) rows)"
     ):
         make(old)
+
+
+def test_a_manifest_that_names_a_class_twice_is_refused_before_training(old: Path) -> None:
+    """The checkpoint that is trained on it could not be used."""
+    path = old / "manifest.json"
+    good = path.read_text()
+    path.write_text(good.replace('"b",', '"a",', 1))
+    with pytest.raises(ShardError, match=exactly(f"{path}: names two classes 'a'; {again(old)}")):
+        make(old)
+    assert verify(old, repair=True) == []
+    assert Manifest.load(old).classes == ("a", "b", "c")
 
 
 @pytest.mark.parametrize("executor", ["native", "opencv"])

@@ -155,6 +155,15 @@ def test_a_pickled_loader_stands_where_it_stood(executor: Any, shards: Path) -> 
     assert all(torch.equal(one.images, other.images) for one, other in zip(again, loader, strict=True))
 
 
+def test_a_pickled_loader_says_which_place_it_gives_up(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loader = Loader(shards, batch_size=16, device="cpu")
+    loader.load_state_dict({**loader.state_dict(), "step": 3})
+    pickle.loads(pickle.dumps(loader)).set_epoch(1)
+    assert caplog.messages == [
+        "set_epoch(1): begins at the start of that epoch; the place that was loaded, step 3 of epoch 0, is given up"
+    ]
+
+
 def test_a_pickled_loader_keeps_its_rank(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it arrives, torch.distributed may not have been initialised."""
     with monkeypatch.context() as patch:

@@ -77,6 +77,25 @@ def test_weights_that_are_no_numbers_are_never_saved(
     assert all(value.isfinite().all() for value in last.model.values())
 
 
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_statistics_that_are_no_numbers_are_not_saved_either(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float | None
+) -> None:
+    """An infinite variance makes outputs 0, and the validation loss stays finite. Of an average only its own counts, too."""
+    step, done = training.Run.step, [0]
+
+    def breaking(self: training.Run, *values: Any, **options: Any) -> Any:
+        done[0] += 1
+        if done[0] == 10:  # the last of the second epoch
+            next(value for name, value in self.scored.named_buffers() if name.endswith("running_var")).fill_(torch.inf)
+        return step(self, *values, **options)
+
+    monkeypatch.setattr(training.Run, "step", breaking)
+    with pytest.raises(TrainingError, match=r": weights are not finite any more, and were not saved; train anew"):
+        train(shards, replace(RECIPE, ema=ema), out=tmp_path, device="cpu")
+    assert Checkpoint.load(tmp_path / LAST).epoch == 1
+
+
 def test_two_signals_stop_training_as_one_does(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before_call(training.Run, "step", 2, lambda: (terminate(), terminate()), monkeypatch)
     with pytest.raises(StoppedError, match="stopped by SIGTERM in epoch 1, step 2, and saved"):

@@ -20,7 +20,7 @@ from fastflower.checkpoint import LAST
 from fastflower.errors import StoppedError
 from fastflower.files import write_atomically
 from fastflower.recipe import PRESETS
-from fastflower.report import best_epoch
+from fastflower.report import best_epoch, png
 
 Letter = Literal["a", "b", "c", "d", "e"]
 
@@ -141,7 +141,7 @@ def draw(letter: Letter, histories: Histories, path: Path) -> None:
         bars.set_yticks(range(len(shown)), [one.recipe for one in shown], fontsize=8)
         bars.set(xlabel="best validation accuracy, %", xlim=(0, 129))
         bars.invert_yaxis()
-    figure.savefig(path, dpi=110)
+    write_atomically(path, png(figure))
 
 
 def reports(
