@@ -298,8 +298,8 @@ def _nested(root: Path, nested: Sequence[tuple[str, str]]) -> FolderError:
             readings.append((f"the splits are those in {top!r}", f"fastflower pack {_quoted(root / top)}"))
     classes = [(top, split) for top, split in nested if "/" not in top]
     if len({top for top, _ in classes}) > 1:
-        turned = shlex.quote(f"{root.absolute()}-by-split")
-        splits = " ".join(map(shlex.quote, sorted({split for _, split in classes})))
+        turned = _quoted(f"{root.absolute()}-by-split")
+        splits = " ".join(map(_quoted, sorted({split for _, split in classes})))
         turn = (
             f'(cd {_quoted(root)} && for split in {splits}; do mkdir -p {turned}/"$split"; for class in '
             f'*/; do [ -d "$class$split" ] && ln -s "$PWD/$class$split" {turned}/"$split/${{class%/}}"; done; done); '
@@ -333,13 +333,17 @@ def _sorting(root: Path, tops: Sequence[str]) -> tuple[str, str]:
 
 def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
     """The reading that takes every folder for a class, whatever its name: by a list, which goes before all else."""
-    names = " ".join(map(shlex.quote, tops)) if len(tops) <= _MOST_NAMES else "*/"
+    names = " ".join(map(_quoted, tops)) if len(tops) <= _MOST_NAMES else "*/"
     listing = f"(cd {_quoted(root)} && find -L {names} -type f > train.txt)"
     return f"the classes are {_names(tops)}", f"{listing} && fastflower pack {_quoted(root)} --split-by class"
 
 
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
+def _quoted(path: Path | str) -> str:
+    """As a shell reads it; of names that cannot be shown, bytes that are no UTF-8 or line breaks, as bash reads it."""
+    if str(path).isprintable():
+        return shlex.quote(str(path))
+    shown = (chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\{byte:03o}" for byte in os.fsencode(path))
+    return f"$'{''.join(shown)}'"
 
 
 def _names(names: Iterable[str]) -> str:

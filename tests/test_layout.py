@@ -234,6 +234,14 @@ UNCLEAR = {
         [f"{top}/{name}" for top in ("train", "val") for name in ("images/1.jpg", "labels/1.txt")],
         [None, (("images", "labels"), ("train",), 2)],
     ),
+    "names that are no UTF-8": (
+        [*TRAIN, *VAL, "caf\udce9 'n\\o'/1.jpg"],
+        [
+            (("a", "b"), ("train", "val"), 4),
+            *2 * [(("a", "b"), (), 2)],
+            (("caf\udce9 'n\\o'", "train", "val"), ("train",), 5),
+        ],
+    ),
     "splits that have classes, and images without one": (
         [*TRAIN, *VAL, "train/unlabeled/1.jpg", "val/unlabeled/1.jpg"],
         [(("a", "b"), ("train", "val"), 4), None, (("a", "b", "unlabeled"), ("train",), 3)],
