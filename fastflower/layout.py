@@ -193,6 +193,17 @@ def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:
             readings = [*_those_in(root, [top]), (f"the classes are {_names(rest)}", _hiding(root, [top]))]
             raise _unclear(root, what, [*readings, _as_classes(root, tops)])
     shared = sorted(set[str].intersection(*map(set, inside.values())) - {name for _, name in nested})
+    pictures = [name for name in shared if _for_any(name)]
+    if pictures and len(shared) > 1 and all(top == inner[top] for top in tops):
+        what = f"each of {_names(tops)} holds {_names(shared)}"
+        listing = f"(cd {_quoted(root)} && find -L */{_quoted(pictures[0])} -type f > train.txt)"
+        readings = [
+            (
+                f"the images are those in {pictures[0]!r}",
+                f"{listing} && fastflower pack {_quoted(root)} --split-by class",
+            )
+        ]
+        raise _unclear(root, what, [*readings, _as_classes(root, tops)])
     folds = len(shared) > 1 and all(_FOLDS.issuperset(_words(top)) for top in tops)
     if (folds or len(shared) >= len(tops)) and not any(_has_own(root / inner[top]) for top in tops):
         what = f"{_names(inner.values())} hold the same folders ({_names(shared)})"
@@ -246,7 +257,7 @@ def _fit(root: Path, named: dict[str, str], bases: dict[str, str]) -> bool:
     if len(bases) < 2 or named[next(iter(bases))] != "train":
         return False
     train, *others = [set(subfolders(root / base)) for base in bases.values()]
-    return len(train) > 1 and train.issuperset(*others)
+    return len(train) > 1 and train.issuperset(set[str]().union(*others))
 
 
 def _only(root: Path, tops: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:

@@ -242,6 +242,18 @@ UNCLEAR = {
             (("caf\udce9 'n\\o'", "train", "val"), ("train",), 5),
         ],
     ),
+    "three splits, and images to predict": (
+        [*TRAIN, *VAL, "test/a/1.jpg", "to predict/1.jpg"],
+        [
+            (("a", "b"), ("train", "val", "test"), 5),
+            *2 * [(("a", "b"), (), 2)],
+            (("test", "to predict", "train", "val"), ("train",), 6),
+        ],
+    ),
+    "images and masks of each class": (
+        [f"{name}/{kind}/1.png" for name in ("a", "b b", "c") for kind in ("images", "masks")],
+        [(("a", "b b", "c"), ("train",), 3), (("a", "b b", "c"), ("train",), 6)],
+    ),
     "splits that have classes, and images without one": (
         [*TRAIN, *VAL, "train/unlabeled/1.jpg", "val/unlabeled/1.jpg"],
         [(("a", "b"), ("train", "val"), 4), None, (("a", "b", "unlabeled"), ("train",), 3)],
