@@ -287,9 +287,12 @@ def _twice(root: Path, named: dict[str, str]) -> FolderError:
         for top in twice:
             rest = [other for other in twice if other != top]
             readings.append((f"{top!r} is the split, and {_names(rest)} left out", _hiding(root, rest)))
-    places = {
-        top: f"{split}/{'-'.join(word for word in _words(top) if word not in _SPLITS)}" for top, split in named.items()
-    }
+    kinds = {top: [word for word in _words(top) if word not in _SPLITS] for top in named}
+    for kind in dict.fromkeys(map(tuple, kinds.values())):
+        tops, rest = ([top for top in named if (tuple(kinds[top]) == kind) == same] for same in (True, False))
+        if rest and len({named[top] for top in tops}) == len(tops) and _fit(root, named, _bases(root, tops)):
+            readings.append((f"the splits are {_names(tops)}, and {_names(rest)} left out", _hiding(root, rest)))
+    places = {top: f"{split}/{'-'.join(kinds[top])}" for top, split in named.items()}
     if len(set(places.values())) == len(named) and not any(place.endswith("/") for place in places.values()):
         turned = Path(f"{root.absolute()}-by-split")
         links = [f"ln -s {_quoted(root.absolute() / top)} {_quoted(turned / place)}" for top, place in places.items()]

@@ -254,6 +254,13 @@ UNCLEAR = {
         [f"{name}/{kind}/1.png" for name in ("a", "b b", "c") for kind in ("images", "masks")],
         [(("a", "b b", "c"), ("train",), 3), (("a", "b b", "c"), ("train",), 6)],
     ),
+    "masks of the splits": (
+        [f"{split}_{kind}/{name}/1.png" for split in ("train", "val") for kind in ("images", "masks") for name in "ab"],
+        [
+            *2 * [(("a", "b"), ("train", "val"), 4)],
+            (("train_images", "train_masks", "val_images", "val_masks"), ("train",), 8),
+        ],
+    ),
     "splits that have classes, and images without one": (
         [*TRAIN, *VAL, "train/unlabeled/1.jpg", "val/unlabeled/1.jpg"],
         [(("a", "b"), ("train", "val"), 4), None, (("a", "b", "unlabeled"), ("train",), 3)],
