@@ -9,6 +9,7 @@ import stat
 import struct
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def _note_strays(found: _Found, *folders: str) -> None:
             if file.lower().endswith(EXTENSIONS) and not (found.root / path).is_dir():
                 found.ignored.append((path, "lies in no class folder"))
             elif file in NO_CLASSES:
-                found.ignored.append((path, "is what a system adds, no class"))
+                found.ignored.append((path, "is what a system adds"))
 
 
 def _add_class(found: _Found, name: str, label: int, split: int) -> None:
@@ -233,13 +234,16 @@ def _walk(found: _Found, name: str) -> list[str]:
             if (status.st_dev, status.st_ino) in seen:
                 found.ignored.append((path, "is a link to a folder that was read already"))
                 continue
-            inside = [(entry.name, entry.is_symlink()) for entry in os.scandir(found.root / path) if is_folder(entry)]
+            entries = [entry for entry in os.scandir(found.root / path) if is_folder(entry)]
         except OSError as error:
             blame_the_system(error, found.root / path)
             found.ignored.append((path, f"is a folder that cannot be read ({error.strerror})"))
             continue
         seen.add((status.st_dev, status.st_ino))
         folders.append(path)
-        for entry, is_link in sorted(inside, reverse=True):
-            (linked if is_link else pending).append(f"{path}/{entry}")
+        for entry in sorted(entries, key=attrgetter("name"), reverse=True):
+            if entry.name in NO_CLASSES:
+                found.ignored.append((f"{path}/{entry.name}", "is what a system adds"))
+            else:
+                (linked if entry.is_symlink() else pending).append(f"{path}/{entry.name}")
     return sorted(folders)

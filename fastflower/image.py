@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 
 from fastflower import libjpeg
 from fastflower.errors import SampleError
-from fastflower.levels import to_eight_bits
+from fastflower.levels import is_wide, to_eight_bits
 
 # Twice Pillow's warning threshold, where Pillow itself raises DecompressionBombError.
 MAX_PIXELS = 178_956_970
@@ -22,7 +22,7 @@ _QUALITY = 95
 _MAX_SIDE = 65_500  # pixels: of libjpeg
 _NO_DATA = 128  # the grey that libjpeg gives pixels for which a file has no data
 _LEAST_DATA = 0.05  # of the pixels: a file with less is another image's data under this header
-_CONTRAST = 8  # grey levels: an image that spans fewer shows nothing
+_CONTRAST = 17  # grey levels: 12 bits in a file of 16 that does not say so span 16
 _REDUCED = {  # the flags' constants include IMREAD_COLOR, which means BGR
     factor: getattr(cv2, f"IMREAD_REDUCED_COLOR_{factor}") & ~cv2.IMREAD_COLOR for factor in (2, 4, 8)
 }
@@ -241,8 +241,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         raise
     except Exception:  # damaged EXIF: every reader takes such an image as it stands
         turn = None
-    wide = image.mode == "F" or image.mode.startswith("I")
-    upright = Image.fromarray(to_eight_bits(image)) if wide else image
+    upright = Image.fromarray(to_eight_bits(image)) if is_wide(image) else image
     if turn is not None:
         upright = upright.transpose(turn)
     upright.info.pop("transparency", None)  # dropped like every alpha; of a palette's, Pillow would warn

@@ -24,6 +24,8 @@ _SPLITS |= {"test": "test", "testing": "test", "eval": "test", "evaluation": "te
 # Words that say nothing in the name of a split, and names of folders for images without labels.
 _FILLERS = {"", "image", "images", "img", "imgs", "split", "folder"}
 _UNLABELLED = {"unknown", "unlabeled", "unlabelled", "all", "classes", "none"}
+_ANY = {"image", "images", "img", "imgs", "unlabeled", "unlabelled"}  # images of any class, beside labels or masks
+_FOLDS = {"fold", "cv", "part", "batch"}
 
 _MOST_NAMES = 6  # in a message
 _DEEPEST = 20  # folders that are looked into for class folders
@@ -73,6 +75,24 @@ def _words(name: str) -> list[str]:
     return [word for word in (word.removesuffix("set").removesuffix("data") for word in words) if word not in _FILLERS]
 
 
+def _for_any(name: str) -> bool:
+    """Whether a folder is called as one for images of any class, and so is hardly a class where others stand beside it."""
+    words = re.findall(r"[^\W\d_]+", name.lower())
+    return bool(words) and _ANY.issuperset(words)
+
+
+def _inner(root: Path, top: str) -> str:
+    """The folder below `top`, or itself, that holds more than one other: data/flowers of data/flowers/CLASS."""
+    for _ in range(_DEEPEST):
+        inside = subfolders(root / top)
+        if len(inside) != 1 or _has_own(root / top):
+            break
+        if splits_named(inside) and inside[0].lower() != Path(top).name.lower():
+            break
+        top = f"{top}/{inside[0]}"
+    return top
+
+
 def splits_named(names: Iterable[str]) -> dict[str, str]:
     """Those names that stand for a split, and the split, training first.
 
@@ -106,9 +126,7 @@ def check_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict
     if not full:
         raise FolderError(f"{root}: has no images in {_names(named)}; put them into {root / next(iter(named))}/CLASS.")
     if len({named[top] for top in full}) < len(full):
-        raise FolderError(
-            f"{root}: has two folders for the same split ({', '.join(named)}); remove or join one of them."
-        )
+        raise _twice(root, {top: named[top] for top in full})
     bases = _bases(root, full)
     train = next((top for top in bases if named[top] == "train"), None)
     if train is None:
@@ -124,6 +142,11 @@ def check_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict
         if unlabelled:
             readings.append(_sorting(root, unlabelled))
         raise _unclear(root, what, readings)
+    inside = subfolders(root / bases[train])
+    if len(inside) > 1 and (called := [name for name in inside if _for_any(name)]):
+        raise _called(
+            root, bases[train], called, inside, [f"{base}/{name}" for base in bases.values() for name in called]
+        )
     return bases
 
 
@@ -152,16 +175,17 @@ def _names_no_class(name: str) -> bool:
 
 def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:
     """Raise FolderError where class folders hold classes, or splits. anew  the latter do not count."""
-    inside = {top: subfolders(root / top) for top in tops}
     if len(tops) == 1:
         check_wrapper(root, tops[0])
         return
+    inner = {top: _inner(root, top) for top in tops}
+    inside = {top: subfolders(root / inner[top]) for top in tops}
     nested = [(top, split) for top in tops for split in splits_named(inside[top])]
     if nested and not anew:
         full = [top for top in tops if _holds_images(root / top)]
         if len(full) == 1:
             check_wrapper(root, full[0])
-        raise _nested(root, *nested[0], sorted({split for _, split in nested}))
+        raise _nested(root, [(inner[top], split) for top, split in nested])
     for top in tops:
         beside = set(inside[top])
         rest = [other for other in tops if other != top]
@@ -171,10 +195,24 @@ def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:
             readings = [*_those_in(root, [top]), (f"the classes are {_names(rest)}", _hiding(root, [top]))]
             raise _unclear(root, what, [*readings, _as_classes(root, tops)])
     shared = sorted(set[str].intersection(*map(set, inside.values())) - {name for _, name in nested})
-    folds = len(shared) > 1 and all("fold" in _words(top) for top in tops)
-    if (folds or len(shared) >= len(tops)) and not any(_has_own(root / top) for top in tops):
-        what = f"{_names(tops)} hold the same folders ({_names(shared)})"
+    pictures = [name for name in shared if _for_any(name)]
+    if pictures and len(shared) > 1 and all(top == inner[top] for top in tops):
+        what = f"each of {_names(tops)} holds {_names(shared)}"
+        listing = f"(cd {_quoted(root)} && find -L */{_quoted(pictures[0])} -type f > train.txt)"
+        readings = [
+            (
+                f"the images are those in {pictures[0]!r}",
+                f"{listing} && fastflower pack {_quoted(root)} --split-by class",
+            )
+        ]
+        raise _unclear(root, what, [*readings, _as_classes(root, tops)])
+    folds = len(shared) > 1 and all(_FOLDS.issuperset(_words(top)) for top in tops)
+    if (folds or len(shared) >= len(tops)) and not any(_has_own(root / inner[top]) for top in tops):
+        what = f"{_names(inner.values())} hold the same folders ({_names(shared)})"
         raise _unclear(root, what, [*_those_in(root, tops), _as_classes(root, tops)])
+    called = [top for top in tops if _for_any(top)]
+    if called and any(_holds_images(root / top) for top in tops if top not in called):
+        raise _called(root, ".", called, tops, called)
 
 
 def _has_own(folder: Path) -> bool:
@@ -208,31 +246,90 @@ def _beside(root: Path, named: dict[str, str], others: list[str]) -> FolderError
     what = f"folders named as splits ({_names(named)}) are no classes, and others ({_names(others)}) stand beside them"
     readings: list[tuple[str, str]] = []
     bases = _bases(root, named)
-    if len(bases) > 1 and any(named[top] == "train" for top in bases):
+    if _fit(root, named, bases):
         readings.append((f"the splits are {_names(bases)}, and {_names(others)} left out", _hiding(root, others)))
     if len(others) > 1:
-        readings.append((f"the classes are {_names(others)}, and {_names(named)} left out", _hiding(root, list(named))))
+        readings += _only(root, others, list(named))
     readings += _those_in(root, [*named, *others])
     return _unclear(root, what, [*readings, _as_classes(root, [*named, *others])])
 
 
-def _nested(root: Path, top: str, split: str, splits: list[str]) -> FolderError:
-    turned = shlex.quote(f"{root.absolute()}-by-split")
-    turn = (
-        f'(cd {_quoted(root)} && for split in {" ".join(map(shlex.quote, splits))}; do mkdir -p {turned}/"$split"; for class in '
-        f'*/; do [ -d "$class$split" ] && ln -s "$PWD/$class$split" {turned}/"$split/${{class%/}}"; done; done); '
-        f"fastflower pack {turned}"
-    )
-    readings = [
-        ("each class has splits of its own", turn),
-        ("a split is to be drawn of all images", f"fastflower pack {_quoted(root)} --split-by class"),
-    ]
-    return _unclear(root, f"{top}/{split} is named as a split, below the class {top!r}", readings)
+def _fit(root: Path, named: dict[str, str], bases: dict[str, str]) -> bool:
+    """Whether there is a split for training, of several classes, and others have no classes besides."""
+    if len(bases) < 2 or named[next(iter(bases))] != "train":
+        return False
+    train, *others = [set(subfolders(root / base)) for base in bases.values()]
+    return len(train) > 1 and train.issuperset(set[str]().union(*others))
+
+
+def _only(root: Path, tops: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
+    """The reading that the classes are some folders without the others, where they can be."""
+    try:
+        check_classes(root, tops, anew=False)
+    except FolderError:
+        return []
+    return [(f"the classes are {_names(tops)}, and {_names(others)} left out", _hiding(root, others))]
+
+
+def _called(root: Path, base: str, called: Sequence[str], tops: Sequence[str], places: Sequence[str]) -> FolderError:
+    """base  where the folders stand that are called so, and all others; places  all of the former, in every split."""
+    what = f"{_names(called)} may hold images of any class, and other folders stand beside"
+    others = [top for top in tops if top not in called and _holds_images(root / base / top)]
+    readings = _those_in(root, [os.path.normpath(f"{base}/{top}") for top in called])
+    if len(others) > 1:
+        readings.append((f"the classes are {_names(others)}, and {_names(called)} left out", _hiding(root, places)))
+    return _unclear(root / base, what, [*readings, _sorting(root / base, called), _as_classes(root / base, tops)])
+
+
+def _twice(root: Path, named: dict[str, str]) -> FolderError:
+    splits = list(named.values())
+    twice = [top for top, split in named.items() if splits.count(split) > 1]
+    readings: list[tuple[str, str]] = []
+    if len({named[top] for top in twice}) == 1:
+        for top in twice:
+            rest = [other for other in twice if other != top]
+            readings.append((f"{top!r} is the split, and {_names(rest)} left out", _hiding(root, rest)))
+    kinds = {top: [word for word in _words(top) if word not in _SPLITS] for top in named}
+    for kind in dict.fromkeys(map(tuple, kinds.values())):
+        tops, rest = ([top for top in named if (tuple(kinds[top]) == kind) == same] for same in (True, False))
+        if rest and len({named[top] for top in tops}) == len(tops) and _fit(root, named, _bases(root, tops)):
+            readings.append((f"the splits are {_names(tops)}, and {_names(rest)} left out", _hiding(root, rest)))
+    places = {top: f"{split}/{'-'.join(kinds[top])}" for top, split in named.items()}
+    if len(set(places.values())) == len(named) and not any(place.endswith("/") for place in places.values()):
+        turned = Path(f"{root.absolute()}-by-split")
+        links = [f"ln -s {_quoted(root.absolute() / top)} {_quoted(turned / place)}" for top, place in places.items()]
+        folders = " ".join(_quoted(turned / split) for split in dict.fromkeys(splits))
+        command = " && ".join([f"mkdir -p {folders}", *links, f"fastflower pack {_quoted(turned)}"])
+        readings.append(("each is a class of a split", command))
+    what = f"has two folders for the same split ({', '.join(twice)})"
+    return _unclear(root, what, [*readings, _as_classes(root, list(named))])
+
+
+def _nested(root: Path, nested: Sequence[tuple[str, str]]) -> FolderError:
+    """nested  (folder, split in it)."""
+    readings: list[tuple[str, str]] = []
+    for top in dict.fromkeys(top for top, _ in nested):
+        named = splits_named(subfolders(root / top))
+        if _fit(root / top, named, _bases(root / top, named)):
+            readings.append((f"the splits are those in {top!r}", f"fastflower pack {_quoted(root / top)}"))
+    classes = [(top, split) for top, split in nested if "/" not in top]
+    if len({top for top, _ in classes}) > 1:
+        turned = _quoted(f"{root.absolute()}-by-split")
+        splits = " ".join(map(_quoted, sorted({split for _, split in classes})))
+        turn = (
+            f'(cd {_quoted(root)} && for split in {splits}; do mkdir -p {turned}/"$split"; for class in '
+            f'*/; do [ -d "$class$split" ] && ln -s "$PWD/$class$split" {turned}/"$split/${{class%/}}"; done; done); '
+            f"fastflower pack {turned}"
+        )
+        readings.append(("each class has splits of its own", turn))
+    readings.append(("a split is to be drawn of all images", f"fastflower pack {_quoted(root)} --split-by class"))
+    (top, split), *_ = nested
+    return _unclear(root, f"{top}/{split} is named as a split, below the class {top.partition('/')[0]!r}", readings)
 
 
 def _those_in(root: Path, tops: Iterable[str], also: str = "") -> list[tuple[str, str]]:
     """The reading that the classes are those in a folder, for each that has some."""
-    parted = [top for top in tops if len(subfolders(root / top)) > 1][:_MOST_NAMES]
+    parted = [top for top in (_inner(root, top) for top in tops) if len(subfolders(root / top)) > 1][:_MOST_NAMES]
     return [
         (f"the classes are those in {top!r}{also and f', {also}'}", f"fastflower pack {_quoted(root / top)}")
         for top in parted
@@ -240,7 +337,8 @@ def _those_in(root: Path, tops: Iterable[str], also: str = "") -> list[tuple[str
 
 
 def _hiding(root: Path, tops: Sequence[str]) -> str:
-    moves = [f"mv {_quoted(root / top)} {_quoted(root / f'.{top}')}" for top in tops]
+    places = [root / top for top in tops if (root / top).exists()]
+    moves = [f"mv {_quoted(place)} {_quoted(place.with_name(f'.{place.name}'))}" for place in places]
     return " && ".join([*moves, f"fastflower pack {_quoted(root)}"])
 
 
@@ -251,13 +349,17 @@ def _sorting(root: Path, tops: Sequence[str]) -> tuple[str, str]:
 
 def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
     """The reading that takes every folder for a class, whatever its name: by a list, which goes before all else."""
-    names = " ".join(map(shlex.quote, tops)) if len(tops) <= _MOST_NAMES else "*/"
+    names = " ".join(map(_quoted, tops)) if len(tops) <= _MOST_NAMES else "*/"
     listing = f"(cd {_quoted(root)} && find -L {names} -type f > train.txt)"
     return f"the classes are {_names(tops)}", f"{listing} && fastflower pack {_quoted(root)} --split-by class"
 
 
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
+def _quoted(path: Path | str) -> str:
+    """As a shell reads it; of names that cannot be shown, bytes that are no UTF-8 or line breaks, as bash reads it."""
+    if str(path).isprintable():
+        return shlex.quote(str(path))
+    shown = (chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\{byte:03o}" for byte in os.fsencode(path))
+    return f"$'{''.join(shown)}'"
 
 
 def _names(names: Iterable[str]) -> str:

@@ -10,12 +10,23 @@ from PIL import Image, TiffImagePlugin
 # Ranges of levels that state none: of fractions, bytes, detectors of 12 bits, and integers.
 _RANGES = (1, 255, 4095, 65_535, (1 << 31) - 1, (1 << 32) - 1)
 _SAMPLE_FORMAT, _MIN, _MAX, _S_MIN, _S_MAX = 339, 280, 281, 340, 341  # tags of TIFF
-_WHITE_IS_ZERO, _UNSIGNED = 0, 1
+_WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
+
+
+def is_wide(image: Image.Image) -> bool:
+    """Whether its levels are not those of bytes: in one of Pillow's modes "I;16", "I" and "F", or signed."""
+    return image.mode == "F" or image.mode.startswith("I") or _is_signed_bytes(image)
+
+
+def _is_signed_bytes(image: Image.Image) -> bool:
+    """Pillow reads them as unsigned ones."""
+    return image.mode == "L" and _tags(image).get(_SAMPLE_FORMAT) == (_SIGNED,)
 
 
 def to_eight_bits(image: Image.Image) -> NDArray[np.uint8]:
-    """The grey levels of a loaded image in one of Pillow's modes "I;16", "I" and "F", from black 0 to white 255."""
-    levels = np.asarray(image).astype(np.float32)
+    """The grey levels of a loaded image that is wide, from black 0 to white 255."""
+    array = np.asarray(image)
+    levels = (array.view(np.int8) if _is_signed_bytes(image) else array).astype(np.float32)
     levels[~np.isfinite(levels)] = 0
     low, high = _range(image, levels)
     np.clip(levels, low, high, out=levels)
@@ -29,8 +40,8 @@ def to_eight_bits(image: Image.Image) -> NDArray[np.uint8]:
 def _range(image: Image.Image, levels: NDArray[np.float32]) -> tuple[float, float]:
     """(level of black, level of white): by the file's tags, or its program's note, or its number of bits.
 
-    Signed levels, floats and integers of 32 bits fill their type in no file. Without a note theirs is the smallest of a few
-    usual ranges that holds them, on both sides of zero where some are negative.
+    Signed levels of more than a byte, floats and integers of 32 bits fill their type in no file. Without a note theirs is the
+    smallest of a few usual ranges that holds them, on both sides of zero where some are negative.
     """
     tags = _tags(image)
     whole = "F" not in image.mode and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED
@@ -43,9 +54,11 @@ def _range(image: Image.Image, levels: NDArray[np.float32]) -> tuple[float, floa
         return noted
     if whole and bits <= 16:
         return 0, (1 << bits) - 1
+    if _is_signed_bytes(image):
+        return (-128 if least < 0 else 0), 127
     floats, furthest = "F" in image.mode, max(most, -least)
     slack = 1.1 if floats else 1  # resampling overshoots; it is clipped
-    high = next((full for full in _RANGES[not floats :] if furthest <= slack * full), furthest)
+    high = next((full for full in (_RANGES[:4] if floats else _RANGES[1:]) if furthest <= slack * full), furthest)
     return (-high if least < 0 else 0), high
 
 

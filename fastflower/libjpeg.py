@@ -31,6 +31,11 @@ class _Ear:
         library["__fsetlocking"](stream, _NO_LOCK)  # or who writes would wait for Python's lock with that of the stream
         self._stream, self._stderr = stream.value, ctypes.c_void_p.in_dll(library, "stderr")
         self._before = self._stderr.value
+        os.register_at_fork(after_in_child=self._begun)
+
+    def _begun(self) -> None:
+        """In a child that is forked: the parent's other threads, one of which may hold the lock, are not there."""
+        self._lock, self._listeners, self._stderr.value = threading.Lock(), 0, self._before
 
     def _written(self, _: int, address: int, size: int) -> int:
         heard: bytearray | None = getattr(self._heard, "text", None)
@@ -49,7 +54,7 @@ class _Ear:
             yield self._heard.text
         finally:
             with self._lock:
-                self._listeners -= 1
+                self._listeners = max(0, self._listeners - 1)  # 0 in a child that is forked meanwhile
                 if not self._listeners:
                     self._stderr.value = self._before
             self._heard.text = None

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import isnan
 from pathlib import Path
 from typing import Literal
@@ -108,7 +109,7 @@ def _prepared(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, Prepared
 
     def prepared(path: Path) -> Prepared | None:
         try:
-            return prepare(path.read_bytes(), max_side=None, quality=None)
+            return prepare(path.read_bytes(), max_side=None, quality=None, warn=partial(_log.warning, "%s: %s", path))
         except (OSError, SampleError) as error:
             blame_the_system(error, path)
             what = f"{path}: {(isinstance(error, OSError) and error.strerror) or error}"

@@ -37,5 +37,5 @@ def _validation(manifest: Manifest) -> Iterator[str]:
     elif fraction is not None:
         share = val.samples / sum(split.samples for split in manifest.splits.values())
         if share > fraction + _MORE:
-            few = "a class of two images or more has at least one there"
+            few = "classes give whole images, and at least one of two or more"
             yield f"split val holds {share:.0%} of the images, more than val_fraction {fraction:g}: {few}"

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastflower import libjpeg
 from fastflower.augment import Augment
 from fastflower.batch import Clock, Pixels, Replace, Request, as_numpy, refuse, storage
 from fastflower.errors import ArgumentError, SampleError
@@ -129,8 +130,12 @@ class ThreadExecutor:
         jobs = self._render.jobs(request)
 
         def work(start: int) -> None:
+            with libjpeg.warnings():  # a pack's manifest names the images; here every epoch would, and none by its name
+                fill(range(start, min(start + _CHUNK, len(indices))))
+
+        def fill(chunk: range) -> None:
             rendering = 0.0
-            for row in range(start, min(start + _CHUNK, len(indices))):
+            for row in chunk:
                 job, erase = jobs[row], request.draw.erase[row]
                 try:
                     photo = self._decoded(indices[row], job.reduce)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastflower import color, geometry
+from fastflower import color, geometry, libjpeg
 from fastflower import triton_kernels as kernels
 from fastflower.augment import Augment
 from fastflower.batch import Pixels, Replace, Request, refuse
@@ -170,7 +170,8 @@ class TritonExecutor:
         wanted = list(zip(request.indices[rows].tolist(), how.reduce[rows].tolist(), strict=True))
 
         def decode(part: list[tuple[int, int]]) -> list[Any]:
-            return [self._decoded(*sample) for sample in part]
+            with libjpeg.warnings():  # a pack's manifest names the images
+                return [self._decoded(*sample) for sample in part]
 
         parts = [wanted[start : start + _CHUNK] for start in range(0, len(wanted), _CHUNK)]
         return _Started(request, how, rows, [pool.submit(decode, part) for part in parts])

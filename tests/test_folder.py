@@ -306,7 +306,6 @@ TWO = ["train/a/1.jpg", "train/b/1.jpg"]
 NO_CLASSES = "{root}: has no class folders; put the images of each class into a folder of its own."
 ONE_CLASS = "{root}: has one class, 'a'; a classifier needs at least two class folders."
 NO_IMAGES = f": has no images {ENDINGS}; add some, or remove the class folder."
-TWICE = "{root}: has two folders for the same split (train, val, valid); remove or join one of them."
 NO_CLASS = "{root}/val/c: is no class of {root}/train; add the class there, or remove this folder."
 MISFITS = [
     ([], NO_CLASSES),
@@ -315,7 +314,6 @@ MISFITS = [
     (["train/a/1.jpg", "val/a/1.jpg"], ONE_CLASS),
     (["a/1.jpg", "b/notes.txt"], "{root}/b" + NO_IMAGES),
     ([*TWO, "val/a/1.jpg", "train/c/d/e"], "{root}/train/c" + NO_IMAGES),
-    ([*TWO, "valid/a/1.jpg", "val/b/1.jpg"], TWICE),
     ([*TWO, "val/c/1.jpg"], NO_CLASS),
 ]
 

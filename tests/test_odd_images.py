@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from packs import drawn, exactly
 from PIL import Image, ImageOps
 
-from fastflower import Manifest, pack
+from fastflower import Loader, Manifest, libjpeg, pack
 from fastflower.errors import SampleError
 from fastflower.image import decode, prepare
 from fastflower.part import Part
@@ -137,6 +138,29 @@ def test_each_thread_hears_its_own_and_who_does_not_listen_is_not_silenced(capfd
     assert capfd.readouterr().err == PREMATURE + "\n"
 
 
+def test_who_loads_a_pack_does_not_hear_again_what_its_manifest_names(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = drawn(tmp_path / "data", a=4, b=4)
+    for name, data in DAMAGED.items():
+        (folder / f"a/{name}.jpg").write_bytes(data)
+    assert len(pack(folder, tmp_path / "out", val_fraction=0).warnings) == len(DAMAGED)
+    assert sum(len(batch.index) for batch in Loader(tmp_path / "out", batch_size=4, tail="keep")) == 8 + len(DAMAGED)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_forked_meanwhile_hears_on_and_has_its_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    with libjpeg.warnings() as heard:
+        child = os.fork()
+        if not child:  # no assert: what pytest does at an error, the child would do too
+            decode(DAMAGED["cut"])
+            os._exit(prepared(DAMAGED["cut"])[1] != [PREMATURE])
+        assert os.waitpid(child, 0)[1] == 0
+        decode(DAMAGED["cut"])
+    assert heard.decode() == capfd.readouterr().err == PREMATURE + "\n"
+
+
 def test_packs_and_parts_of_older_versions_have_no_warnings(tmp_path: Path) -> None:
     pack(drawn(tmp_path / "data", a=2, b=2), tmp_path / "out")
     stored = json.loads((tmp_path / "out/manifest.json").read_text())
@@ -209,11 +233,14 @@ WIDE = {
     "a maximum of nothing": grey_tiff((LEVELS * 257).astype("<u2"), (281, 3, 1, 0)),
     "signed": grey_tiff((LEVELS * 16).astype("<i2"), SIGNED),
     "signed, half below zero": grey_tiff(((LEVELS - 127.5) * 32).astype("<i2"), SIGNED),
+    "signed bytes": grey_tiff((LEVELS - 128).astype(np.int8), SIGNED, bits=8),
+    "signed bytes above zero": grey_tiff((LEVELS // 2).astype(np.int8), SIGNED, bits=8),
     "32 bits of bytes": of(LEVELS.astype(np.int32)),
     "32 bits of 16": of((LEVELS * 257).astype(np.int32)),
     "fractions": of((LEVELS / 255).astype(np.float32)),
     "fractions on both sides of zero": of((LEVELS / 127.5 - 1).astype(np.float32)),
     "fractions that overshoot": of(np.where(LEVELS.max() == LEVELS, 1.05, LEVELS / 255).astype(np.float32)),
+    "floats of millions": of((np.where(LEVELS.max() == LEVELS, 255, LEVELS) * 4000).astype(np.float32)),
     "floats of bytes": of(LEVELS.astype(np.float32)),
     "floats of 16 bits": of((LEVELS * 257).astype(np.float32)),
     "ImageJ": of((LEVELS * 3 + 7).astype(np.uint16), description="ImageJ=1.53t\nimages=1\nmin=7.0\nmax=772.0\n"),
@@ -240,6 +267,7 @@ def test_what_is_no_number_is_black_and_does_not_darken_the_rest() -> None:
 def test_what_comes_out_constant_is_named(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "data", a=4, b=4)
     (folder / "a/microscopy.tif").write_bytes(of((LEVELS + 300).astype(np.uint16)))
+    (folder / "b/detector.png").write_bytes(encode(Image.fromarray((LEVELS * 16).astype(np.uint16)), "PNG"))
     (folder / "b/blank.png").write_bytes(encode(Image.new("RGB", (9, 9), (77, 77, 77)), "PNG"))
     (folder / "b/blank.jpg").write_bytes(encode(Image.new("L", (9, 9), 77), "JPEG"))
     flat = "has next to no contrast: its grey levels are {} of 255"
@@ -247,6 +275,7 @@ def test_what_comes_out_constant_is_named(tmp_path: Path) -> None:
         {"path": "a/microscopy.tif", "warning": flat.format("1 to 2")},
         {"path": "b/blank.jpg", "warning": flat.format("77 to 77")},
         {"path": "b/blank.png", "warning": flat.format("77 to 77")},
+        {"path": "b/detector.png", "warning": flat.format("3 to 13")},
     )
 
 

@@ -1,5 +1,6 @@
 """What users give that once cost a pack, or made another of it than they meant."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from time import sleep
@@ -34,8 +35,8 @@ def test_splits_may_have_longer_names_and_capitals(tmp_path: Path) -> None:
     assert [found.path(number) for number in range(3)] == ["Training/a/1.jpg", "Training/b/1.jpg", "Testing/b/2.jpg"]
     assert found.files["split"].tolist() == [0, 0, 1]
     touch(tmp_path, "train/a/1.jpg")
-    rule = "has two folders for the same split (Training, train, Testing); remove or join one of them."
-    with pytest.raises(FolderError, match=exactly(f"{tmp_path}: {rule}")):
+    rule = "has two folders for the same split (Training, train). What to do if"
+    with pytest.raises(FolderError, match="^" + re.escape(f"{tmp_path}: {rule}")):
         scan(tmp_path)
 
 

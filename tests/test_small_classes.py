@@ -82,7 +82,7 @@ def test_what_is_unusual_about_the_split_is_said(tmp_path: Path, caplog: pytest.
     beside = "add a val beside train, or pack the folder train alone, of which one is drawn"
     splits = drawn(tmp_path / "splits", **{"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
     assert said(splits) == [nothing + beside]
-    few = "a class of two images or more has at least one there"
+    few = "classes give whole images, and at least one of two or more"
     pairs = drawn(tmp_path / "pairs", a=2, b=2, c=2)
     assert said(pairs) == [f"split val holds 50% of the images, more than val_fraction 0.2: {few}"]
     assert said(pairs, val_fraction=0.5) == said(pairs, val_fraction=0) == []

@@ -178,6 +178,16 @@ def test_prediction_skips_bad_files_and_names_each(
     assert predict(run.checkpoint, bad, on_bad="skip", device="cpu") == []
 
 
+def test_prediction_names_what_decodes_with_warnings(
+    run: Report, flowers: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = next((flowers / "rose").iterdir()).read_bytes()
+    (tmp_path / "half.jpg").write_bytes(data[: len(data) * 2 // 3] + b"\xff\xd9")
+    assert len(predict(run.checkpoint, tmp_path, device="cpu")) == 1
+    assert caplog.messages == [f"{tmp_path / 'half.jpg'}: Corrupt JPEG data: premature end of data segment"]
+    assert "JPEG" not in capfd.readouterr().err
+
+
 def test_predictions_are_also_a_table(run: Report, flowers: Path, tmp_path: Path) -> None:
     odd = tmp_path / os.fsdecode(b'a,"\xff.jpg')
     shutil.copy(flowers / "rose/0001.jpg", odd)
