@@ -40,7 +40,7 @@ _LEASE = """#!/bin/sh
 # sh lease.sh RESULTS --lease a: the GPU check, from what was unpacked here.
 here=$(cd "$(dirname "$0")" && pwd)
 PYTHONPATH="$here/site:$here" exec python3 -X faulthandler "$here/benchmarks/gpu_check.py" "$@" \\
-    --data "$here/data" --commit {commit} {weights}
+    --data "$here/data" --commit "$(cat "$here/commit")" {weights}
 """
 
 
@@ -140,7 +140,8 @@ def _weights(path: Path, into: Path) -> None:
 def _parts(stage: Path, out: Path, room: int, *, weights: bool) -> list[Path]:
     """Compress what is staged, and cut it."""
     given = '--weights "$here/weights.pth"' if weights else ""
-    (stage / "lease.sh").write_text(_LEASE.format(commit=record.COMMIT, weights=given))
+    (stage / "commit").write_text(record.COMMIT)
+    (stage / "lease.sh").write_text(_LEASE.format(weights=given))
     out.mkdir(parents=True, exist_ok=True)
     for part in out.glob("part-*"):
         part.unlink()

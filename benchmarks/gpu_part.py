@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from math import inf
+from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 
 from fastflower import Augment, pack
 from fastflower.folder import scan
+from fastflower.training import Run
 
-FEEDING_IMAGES = 8192  # 32 batches of 256: what an epoch takes at its ends counts for as little as it does in earnest
+FEEDING_IMAGES = 4096  # 16 batches of 256: what an epoch takes at its ends counts for as little as it does in earnest
 TRAINING_IMAGES = 2848  # of the five reports
 MAGNIFIED = Augment(size=32, resize=36, crop=(0.008, 0.01), flip=0.5, contrast=0.2)
 """What Triton's interpreter is quick at, for trials without a GPU."""
@@ -180,5 +181,13 @@ def log(out: Path, what: str, text: str) -> None:
         file.write(f"{what}\n{text.rstrip()}\n\n")
 
 
-def verdict(holds: bool) -> str:
-    return "met" if holds else "MISSED"
+def verdict(value: float, goal: float) -> str:
+    """What to say of a figure that is to be at least the goal."""
+    return "not compared" if isnan(value) else "met" if value >= goal else "MISSED"
+
+
+def check_recorded(run: Run) -> None:
+    """Raise RuntimeError where a run's steps were to be replayed from a CUDA graph, and none was recorded."""
+    stepper: Any = run._stepper
+    if run.recipe.graph and not run.recipe.compile and run.device.type == "cuda" and not stepper._replays:
+        raise RuntimeError("no step was recorded as a CUDA graph: see what was said, in failures.log")

@@ -20,7 +20,7 @@ import baseline
 import epoch_time
 import record
 import torch
-from gpu_part import SMALL, Part, Place, verdict
+from gpu_part import SMALL, Part, Place, check_recorded, verdict
 from gpu_smoke import surroundings
 
 from fastflower import Augment, Loader, Recipe, pack, train
@@ -73,7 +73,7 @@ def overlap(
         recipe = _endless(augment, backbone=backbone, batch_size=batch_size)
         ways = {"graph": recipe, "no graph": replace(recipe, graph=False)}
         what = f"{backbone}, batch {batch_size}"
-        pieces[what] = partial(_overlap, part, place.split, what, ways, steps, rounds)
+        pieces[what] = partial(_overlap, part, place.all, what, ways, steps, rounds)
     part.each(pieces)
 
 
@@ -86,7 +86,7 @@ def compiled(
     if part.device.type != "cuda":
         del ways["torch.compile"]
         part.leave_out("torch.compile", "there is no GPU")
-    _overlap(part, place.split, f"resnet18, batch {batch_size}, compiled too", ways, steps, rounds)
+    _overlap(part, place.all, f"resnet18, batch {batch_size}, compiled too", ways, steps, rounds)
 
 
 def _endless(augment: Augment | None, **changes: Any) -> Recipe:
@@ -102,6 +102,7 @@ def _overlap(part: Part, shards: Path, what: str, ways: dict[str, Recipe], steps
         count = ceil(steps / len(loader))
         run.loader = loader
         rows += [run.train_epoch(len(rows) + number) for number in range(count)]
+        check_recorded(run)
         return count * len(loader) * loader.global_batch_size
 
     for way, recipe in ways.items():
@@ -124,7 +125,7 @@ def _overlap(part: Part, shards: Path, what: str, ways: dict[str, Recipe], steps
             share, warm_up = record.ratio(loader, replayed), replayed.warm_up_seconds[0]
             found[way] = {"sides": [record.summary(side, replayed) for side in (replayed, loader)], "share": share}
             found[way] |= {"waited": waited, "warm_up_seconds": warm_up}
-            goal = f"goal: at least {OVERLAP:.0%}, {verdict(share >= OVERLAP)}"
+            goal = f"goal: at least {OVERLAP:.0%}, {verdict(share, OVERLAP)}"
             part.row(f"{what}, {way}: with the loader", f"{record.rate(loader)}, {share:.1%} of replayed; {goal}")
             plain = ran.get("no graph, loader")
             also = (
@@ -177,7 +178,7 @@ def _run(part: Part, name: str, arguments: list[str], out: Path) -> None:
 
 def seconds(times: list[float], goal: float | None = None) -> str:
     text = f"{statistics.median(times):.1f} s ({min(times):.1f} - {max(times):.1f}, n = {len(times)})"
-    return text if goal is None else f"{text}; goal: under {goal:.0f} s, {verdict(statistics.median(times) < goal)}"
+    return text if goal is None else f"{text}; goal: under {goal:.0f} s, {verdict(-statistics.median(times), -goal)}"
 
 
 def epochs(
@@ -304,7 +305,7 @@ def profile(
     last work in which it has none, by torch's profiler, which slows the host.
     """
     pieces = {
-        f"profile, batch {size}": partial(_profile, part, place.split, _endless(augment, batch_size=size), steps)
+        f"profile, batch {size}": partial(_profile, part, place.all, _endless(augment, batch_size=size), steps)
         for size in batch_sizes
     }
     part.each(pieces)

@@ -28,8 +28,9 @@ def unpack(parts: Path, folder: Path) -> str:
     with lzma.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
         tar.extractall(folder, filter="data")
     archive.unlink()
+    commit = (folder / "commit").read_text()
     came = f"{len(sums)} parts came within {max(arrived) - min(arrived):.0f} s"
-    return f"{came}; checked and unpacked in {time.perf_counter() - start:.1f} s"
+    return f"commit {commit}: {came}; checked and unpacked in {time.perf_counter() - start:.1f} s"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,8 @@ class Side:
         return [self.images / seconds for seconds in self.seconds]
 
     def to_dict(self) -> dict[str, Any]:
-        names = (
-            "name",
-            "images",
-            "seconds",
-            "warm_up_seconds",
-        )  # not asdict, which would copy what `run` holds, networks too
+        # Not asdict, which would copy what `run` holds, networks too.
+        names = ("name", "images", "seconds", "warm_up_seconds")
         return {name: getattr(self, name) for name in names}
 
 
@@ -63,12 +59,15 @@ def interleave(
 ) -> list[Side]:
     """Run every side once uncounted, then `rounds` times in turn, so that drift hits all alike; gives the sides that ran.
 
-    ends  When, of perf_counter, no further round is begun; one is counted all the same. failed  is told of a side that raises,
-    which is then left out; the first of them, the baseline, may not. after  is called with the sides after each counted round.
+    ends  When, of perf_counter, no round may be under way that takes as long as the longest; one is counted all the same.
+    failed  is told of a side that raises, which is then left out, also the baseline: ratios to it are no numbers.
+    after  is called with the sides after each counted round.
     """
     left = list(sides)
+    longest = 0.0
     for number in range(rounds + 1):
-        if number > 1 and time.perf_counter() > ends:
+        begun = time.perf_counter()
+        if number > 1 and begun + longest > ends:
             break
         for side in list(left):
             try:
@@ -79,11 +78,12 @@ def interleave(
                 (side.seconds if number else side.warm_up_seconds).append(time.perf_counter() - start)
                 side.clear()
             except Exception as error:
-                if failed is None or side is sides[0]:
+                if failed is None:
                     raise
                 left.remove(side)
                 failed(side.name, error)
         if number:
+            longest = max(longest, time.perf_counter() - begun)
             after(left)
     return left
 
@@ -94,7 +94,9 @@ def _wait(device: torch.device) -> None:
 
 
 def ratio(side: Side, baseline: Side) -> float:
-    """How many times the baseline's rate: the median over rounds of the ratio within a round."""
+    """How many times the baseline's rate: the median over rounds of the ratio within a round; not a number without a baseline."""
+    if len(baseline.seconds) < len(side.seconds):  # it failed
+        return nan
     return statistics.median(mine / theirs for mine, theirs in zip(side.rates, baseline.rates, strict=True))
 
 

@@ -199,7 +199,7 @@ def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classe
 
 
 def not_finite(state: dict[str, Any]) -> str:
-    """The tensors of a state_dict that hold infinities or no numbers, in words; "" where all are finite."""
+    """Names the tensors of a state_dict that hold inf or NaN, in words; "" where all are finite."""
     found = [key for key, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]
     return f"{found[0]!r}{f' and {len(found) - 1} more' if len(found) > 1 else ''}" if found else ""
 
@@ -215,7 +215,7 @@ def load_file(path: Path) -> dict[str, Any]:
         if isinstance(error, IsADirectoryError):
             raise CheckpointError(f"{path}: is a folder; name a file, such as a run's checkpoint-best.pt.") from None
         if isinstance(error, PermissionError):  # not OSError: so is a file that is cut short
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); mend that, or pass another.") from None
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); fix that, or pass another.") from None
         # Not its text: torch's advice is to load with weights_only=False, which runs whatever code a file holds.
         raise CheckpointError(
             f"{path}: is not a file that torch.save wrote, is cut short, or holds more than tensors and plain values; "

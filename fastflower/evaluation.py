@@ -67,9 +67,8 @@ def recalibrate(network: nn.Module, batches: Iterable[Batch], freeze: int) -> No
         norm.train().reset_running_stats()
     for count, batch in enumerate(batches, start=1):
         for norm in norms:
-            norm.momentum = (
-                1 / count
-            )  # a cumulative mean; momentum=None is the same, but reads its count from the device
+            # A cumulative mean. momentum=None gives the same, but reads its count from the device.
+            norm.momentum = 1 / count
         log_probabilities(network, batch.images, tta=False)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -15,7 +15,7 @@ def explained(error: Exception, recipe: Recipe, device: torch.device) -> Fastflo
         return refused
     if isinstance(error, OSError) and error.strerror:
         return TrainingError(
-            f"{error.filename or 'disk'}: cannot be read or written ({error.strerror}); mend that, and resume (--resume)."
+            f"{error.filename or 'disk'}: cannot be read or written ({error.strerror}); fix that, then resume (--resume)."
         )
     if (
         isinstance(error, (torch.OutOfMemoryError, MemoryError))

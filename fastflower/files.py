@@ -81,7 +81,7 @@ def refusal(error: object, path: object) -> ResourceError | None:
     number = error.errno if isinstance(error, OSError) else None
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     remedy = {
-        errno.EMFILE: f"this process may have {limit} files open, and has; allow more (ulimit -n {max(4096, 2 * limit)})",
+        errno.EMFILE: f"this process has reached its limit of {limit} open files; raise it (ulimit -n {max(4096, 2 * limit)})",
         errno.ENFILE: "the system has as many files open as it may; close programs, or allow more (sysctl fs.file-max)",
         errno.ENOMEM: "memory ran out; close programs, or use fewer workers",
     }.get(number or 0)

@@ -314,7 +314,7 @@ class Loader(IterableDataset[Batch]):
     def set_epoch(self, epoch: int) -> None:
         """Begin the next `for` in this epoch: at its start, or, right after `load_state_dict`, where that stands in it."""
         if epoch != self._next[0] and self._restored:
-            told = "set_epoch(%d): begins at the start of that epoch; the place that was loaded, step %d of epoch %d, is given up"
+            told = "set_epoch(%d): begins at the start of that epoch; the loaded position, step %d of epoch %d, is discarded"
             _log.warning(told, epoch, self._next[1], self._next[0])
         self._next = self._position = (epoch, self._next[1] if epoch == self._next[0] else 0)
         self._restored = False

@@ -65,10 +65,8 @@ def _allowances() -> Iterator[int]:
 
 def _groups(controller: str) -> Iterator[Path]:
     """The folders of this process's control groups that may have a controller, v1's and v2's, and of all groups above them."""
-    lines = [
-        "0::/",
-        f"0:{controller}:/",
-    ]  # where nothing is said, the top one's: what a container sees there is its own
+    # Where nothing is said, the top one's: what a container sees there is its own.
+    lines = ["0::/", f"0:{controller}:/"]
     with suppress(OSError):
         lines += os.fsdecode(_OWN.read_bytes()).splitlines()
     seen: set[Path] = set()

@@ -20,7 +20,7 @@ def remarks(manifest: Manifest) -> Iterator[str]:
         absent = [label for label, count in zip(manifest.classes, split.class_counts, strict=True) if not count]
         if absent and split.samples:
             few = ", ".join(map(repr, absent[:_MOST_NAMES])) + (" and others" if len(absent) > _MOST_NAMES else "")
-            yield f"split {name} has no image of {few}: scores will not tell of that"
+            yield f"split {name} has no image of {few}: scores say nothing about these classes"
 
 
 def _validation(manifest: Manifest) -> Iterator[str]:
@@ -30,7 +30,7 @@ def _validation(manifest: Manifest) -> Iterator[str]:
     if not val or not val.samples:
         remedy = "no class can spare an image: add images, or name a folder with a split of its own"
         if max(manifest.splits["train"].class_counts) > 1:
-            remedy = "classes have copies only to spare, or an older version began this pack: then pack again"
+            remedy = "every image a class could spare is a copy of another, and copies stay in one split; or an older version began this pack: pack again"
         if fraction is None:
             remedy = "add a val beside train, or pack the folder train alone, of which one is drawn"
         yield f"has no images in split 'val', so trainings on it validate nothing; {remedy}"

@@ -65,8 +65,7 @@ class SampleSource:
             self.replaced[damaged] = str(error)
             _log.warning("another sample stands in for a damaged one: %s", error)
         if not self._replaces or len(self.replaced) == count:
-            raise SampleError(
-                str(error)
-            ) from error  # a new one: what holds on to the other would hold on to its frames
+            # A new one: what holds on to the other would hold on to its frames.
+            raise SampleError(str(error)) from error
         indices[row] = (damaged + 1) % count
         return request.of(indices, self.sizes[indices])

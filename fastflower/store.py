@@ -234,9 +234,8 @@ class Store:
                             digest.update(piece)
                         os.fsync(file.fileno())
                     if digest.hexdigest() == shard.sha256:
-                        with locked(
-                            self._cache / "room.lock", self._ending
-                        ):  # who counts would meet it under neither name
+                        # Whoever counts meanwhile would meet it under neither name.
+                        with locked(self._cache / "room.lock", self._ending):
                             part.replace(path)
                         return
                     self._pause(name, attempt, "its bytes are not those that the manifest names (checksum mismatch)")

@@ -176,7 +176,6 @@ class ThreadExecutor:
 
 def _finished(request: Request, images: Tensor, futures: list[Future[None]]) -> tuple[Request, Tensor]:
     while futures:
-        futures.pop(
-            0
-        ).result()  # raises what a thread raised; a future that stayed would hold on to this frame for ever
+        # Raises what a thread raised; a future that stayed would hold on to this frame for ever.
+        futures.pop(0).result()
     return request, images

@@ -97,9 +97,8 @@ def _sampled(whole, fractions, row, column):
         g = w00 * g00 + w01 * g01 + w10 * g10 + w11 * g11
         b = w00 * b00 + w01 * b01 + w10 * b10 + w11 * b11
     else:
-        i = (
-            -reach_down
-        )  # while, not for: the same machine code, and Triton 3.6's interpreter has no range of tensors with numpy 2.5
+        # while, not for: the same machine code, and Triton 3.6's interpreter has no range of tensors with numpy 2.5.
+        i = -reach_down
         while i < reach_down + 2:
             weight_down = _tap(fractions + _BLUR_DOWN, i, down)
             top = _clamp(y0 + i, 0, height - 1) * box_down

@@ -64,7 +64,7 @@ def test_what_a_pack_leaves_out_and_what_scores_will_not_tell_of_is_logged(
     ]
     assert caplog.messages == [
         f"{tmp_path / 'out'}: 2 files are left out; its manifest says why (skipped)",
-        f"{tmp_path / 'out'}: split val has no image of 'b': scores will not tell of that",
+        f"{tmp_path / 'out'}: split val has no image of 'b': scores say nothing about these classes",
     ]
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert verify(tmp_path / "out") == []

@@ -9,14 +9,13 @@ import numpy as np
 import parity
 import pytest
 import torch
+from gpu_smoke import RANDOM
 from test_damaged_samples import pack_garbage
 
 from fastflower import Augment, Loader, Recipe, evaluate, train
 from fastflower.errors import SampleError
 
 pytestmark = pytest.mark.gpu
-
-RANDOM = Augment(crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, contrast=0.2, saturation=0.2, hue=0.1, erase=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +73,14 @@ def test_batches_arrive_on_the_gpu(shards: Path, executor: Any, cache: Any, dtyp
             assert (batch.images.float().cpu() - other.images.float()).abs().mean().item() * scale < 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the latter is rounded after DALI, which has none
 @pytest.mark.parametrize(("executor", "cache"), WAYS)
 def test_whatever_a_slow_consumer_does_to_its_batches_the_others_are_as_they_should_be(
-    shards: Path, executor: Any, cache: Any
+    shards: Path, executor: Any, cache: Any, dtype: torch.dtype
 ) -> None:
     """A consumer that lags behind, writes into each batch and lets it go: memory used again too soon would show."""
-    loader = Loader(shards, batch_size=8, augment=RANDOM, device="cuda", executor=executor, cache=cache)
+    how: dict[str, Any] = {"executor": executor, "cache": cache, "dtype": dtype}
+    loader = Loader(shards, batch_size=8, augment=RANDOM, device="cuda", **how)
     expected: list[torch.Tensor] = []
     for epoch in (0, 1):
         loader.set_epoch(epoch)

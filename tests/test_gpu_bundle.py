@@ -8,6 +8,7 @@ from pathlib import Path
 import gpu_bundle
 import gpu_unpack
 import pytest
+import record
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,7 @@ def test_a_bundle_arrives_whole_and_runs_by_python_alone(parts: Path, flowers: P
     assert len(list(parts.glob("part-*"))) > 1
     command = [sys.executable, "-I", "-S", parts / "unpack.py", parts, tmp_path / "host"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"commit {record.COMMIT}: ")
     assert "parts came within" in done.stdout
     host = tmp_path / "host"
     for name in (

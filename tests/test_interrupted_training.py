@@ -270,7 +270,7 @@ def test_a_disk_that_has_no_room_for_the_history_is_named_and_the_run_goes_on(
     with pytest.MonkeyPatch.context() as patch:
         before_call(training, "write_history", 1, full, patch)
         with pytest.raises(
-            TrainingError, match=r"^history\.csv: cannot be read or written \(No space left on device\); mend"
+            TrainingError, match=r"^history\.csv: cannot be read or written \(No space left on device\); fix"
         ):
             train(shards, RECIPE, out=tmp_path / "run", device="cpu")
     train(shards, RECIPE, out=tmp_path / "run", resume=True, device="cpu")

@@ -183,7 +183,7 @@ def test_set_epoch_after_a_state_keeps_its_place_in_that_epoch_only(
         after.load_state_dict({**state, "step": step})
         after.set_epoch(0)
         assert indices(after) == epochs[0]
-        told = f"the place that was loaded, step {step} of epoch 1, is given up"
+        told = f"the loaded position, step {step} of epoch 1, is discarded"
         assert caplog.messages[-1] == f"set_epoch(0): begins at the start of that epoch; {told}"
 
 

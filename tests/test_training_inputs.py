@@ -121,7 +121,7 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: 
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(torch, "load", refuse)
-    with pytest.raises(CheckpointError, match=r"a\.pt: cannot be read \(Permission denied\); mend that"):
+    with pytest.raises(CheckpointError, match=r"a\.pt: cannot be read \(Permission denied\); fix that"):
         load_file(tmp_path / "a.pt")
 
 
