@@ -30,7 +30,7 @@ def _validation(manifest: Manifest) -> Iterator[str]:
     if not val or not val.samples:
         remedy = "no class can spare an image: add images, or name a folder with a split of its own"
         if max(manifest.splits["train"].class_counts) > 1:
-            remedy = "what a class could spare are copies, which stay in one split; or an older version began this pack: pack again"
+            remedy = "what classes could spare are copies, which stay together; or an older version began this pack: pack again"
         if fraction is None:
             remedy = "add a val beside train, or pack the folder train alone, of which one is drawn"
         yield f"has no images in split 'val', so trainings on it validate nothing; {remedy}"

@@ -77,9 +77,7 @@ def test_what_is_unusual_about_the_split_is_said(tmp_path: Path, caplog: pytest.
     copies = drawn(tmp_path / "copies", a=1, b=1)
     for name in "ab":
         (copies / name / "copy.jpg").write_bytes((copies / name / "000.jpg").read_bytes())
-    again = (
-        "what a class could spare are copies, which stay in one split; or an older version began this pack: pack again"
-    )
+    again = "what classes could spare are copies, which stay together; or an older version began this pack: pack again"
     assert said(copies) == [nothing + again]
     beside = "add a val beside train, or pack the folder train alone, of which one is drawn"
     splits = drawn(tmp_path / "splits", **{"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
