@@ -144,7 +144,7 @@ def test_a_smoke_test_that_is_only_slow_ends_nothing(tmp_path: Path) -> None:
         return [sys.executable, "-c", "import time; time.sleep(60)" if name == "smoke" else ""]
 
     slots = {"smoke": 1.0, "kernels": 60.0}
-    rows, failed = gpu_check.in_turn(tmp_path, slots, command, time.perf_counter())
+    rows, failed = gpu_check.in_turn(tmp_path, slots, command, time.perf_counter() + 0.5)
     assert failed == ["smoke"]
     assert [name for name, _ in rows] == ["smoke"]
 
