@@ -17,6 +17,7 @@ import torch
 
 from fastflower import Augment, pack
 from fastflower.folder import scan
+from fastflower.stepping import graphs_of
 from fastflower.training import Run
 
 FEEDING_IMAGES = 4096  # 16 batches of 256: what an epoch takes at its ends counts for as little as it does in earnest
@@ -189,5 +190,5 @@ def verdict(value: float, goal: float) -> str:
 def check_recorded(run: Run) -> None:
     """Raise RuntimeError where a run's steps were to be replayed from a CUDA graph, and none was recorded."""
     stepper: Any = run._stepper
-    if run.recipe.graph and not run.recipe.compile and run.device.type == "cuda" and not stepper._replays:
+    if graphs_of(run.recipe, run.device, run.precision) and not stepper._replays:
         raise RuntimeError("no step was recorded as a CUDA graph: see what was said, in failures.log")

@@ -8,11 +8,17 @@ from typing import Any
 
 import epoch_time
 import gpu_check
+import pytest
 import torch
 from gpu_part import Part, Place
 from torchvision import models
 
 CPU = torch.device("cpu")
+MARKS = [
+    pytest.mark.usefixtures("nothing_to_collect"),  # the baseline forks
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with CUDA the check itself is run"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+]
 
 
 def make_place(flowers: Path, folder: Path) -> Place:

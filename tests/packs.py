@@ -193,3 +193,9 @@ def read_by_dali(out: Path, split: str, batch_size: int) -> list[tuple[bytes, in
             label = np.asarray(labels.at(number)).tobytes()
             found.append((np.asarray(images.at(number)).tobytes(), int(label)))
     return found[:size]
+
+
+def repeats(tree: dict[str, Any]) -> bool:
+    """Whether folders in one class are named as a class, or as folders in another: then they may be the classes."""
+    inside = [{name for name, below in (held or {}).items() if below is not None} for held in tree.values()]
+    return any(held & set(tree) for held in inside) or sum(map(len, inside)) > len(set().union(*inside))

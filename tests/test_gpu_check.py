@@ -2,7 +2,9 @@
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import epoch_time
@@ -13,13 +15,9 @@ import pytest
 import record
 import torch
 from gpu_part import Part, Place
-from gpu_trial import CPU, make_part, make_place, row_of
+from gpu_trial import CPU, MARKS, make_part, make_place, row_of
 
-pytestmark = [
-    pytest.mark.usefixtures("nothing_to_collect"),  # the baseline forks
-    pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with CUDA the check itself is run"),
-    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +166,20 @@ def test_a_baseline_that_fails_costs_the_ratios_alone(part: Part) -> None:
     assert row_of(part, "other").endswith("nan times")
     assert gpu_part.verdict(record.ratio(other, first), 10) == "not compared"
     assert (gpu_part.verdict(10, 10), gpu_part.verdict(9, 10)) == ("met", "MISSED")
+
+
+def test_a_recording_that_failed_is_no_figure_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: Any = SimpleNamespace(recipe=None, device=CPU, precision=torch.float32, _stepper=SimpleNamespace(_replays={}))
+    for wanted in (None, lambda function: function):
+        monkeypatch.setattr(gpu_part, "graphs_of", lambda *_, wanted=wanted: wanted)
+        with (
+            nullcontext()
+            if wanted is None
+            else pytest.raises(RuntimeError, match="no step was recorded as a CUDA graph")
+        ):
+            gpu_part.check_recorded(run)
+    run._stepper._replays = {"a shape": print}
+    gpu_part.check_recorded(run)
 
 
 def test_where_the_smoke_test_fails_nothing_more_is_begun(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,16 +14,12 @@ import pytest
 import record
 import torch
 from gpu_part import Part, Place
-from gpu_trial import CPU, check_side, left, make_part, make_place, row_of, run
+from gpu_trial import CPU, MARKS, check_side, left, make_part, make_place, row_of, run
 from torchvision import models
 
 from fastflower.backbone import build
 
-pytestmark = [
-    pytest.mark.usefixtures("nothing_to_collect"),  # the baseline forks
-    pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with CUDA the check itself is run"),
-    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
