@@ -5,8 +5,9 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,14 @@ import pytest
 import fastflower
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = sorted((ROOT / "fastflower").glob("*.py"))
+PACKAGE = ROOT / "fastflower"
+FOLDERS = sorted(path for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)
+LIBRARY = sorted(path for path in PACKAGE.rglob("*.py") if path not in FOLDERS)
 PROGRAMS = [path for name in ("tools", "benchmarks", "tests") for path in sorted((ROOT / name).glob("**/*.py"))]
 
 # A file imports files above it only. Augment.from_torchvision imports torchvision_compat when it is called.
-ORDER = [*re.findall(r"^    (\w+)\.py ", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE), "__init__"]
+LISTED = re.findall(r"^    ([\w/]+)\.py ", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+ORDER = [*(path.replace("/", ".") for path in LISTED), "__init__"]
 
 PUBLIC = {
     "Augment", "Recipe", "pack", "train", "evaluate", "predict", "Loader", "Batch", "Manifest", "Checkpoint", "Report",
@@ -44,35 +48,68 @@ def tops(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in imports(path)}
 
 
+def dotted(path: Path) -> str:
+    """A file of the library as an import names it, without "fastflower."."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
 def files_imported(path: Path) -> set[str]:
-    """The files of fastflower that a file imports, without ending."""
+    """The files of fastflower that a file imports, dotted; of a folder that is imported as such its name."""
     found: set[str] = set()
     for name in imports(path):
         package, _, rest = name.partition(".")
         if package == "fastflower":
-            first = rest.partition(".")[0]
-            found.add(first if first in ORDER else "__init__")
+            parts = rest.split(".")
+            starts = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+            folder = "__init__" if len(parts) < 2 else starts[-2]
+            found.add(next((start for start in starts if start in ORDER), folder))
     return found
 
 
 def test_the_order_names_every_file_once() -> None:
-    assert sorted(ORDER) == [path.stem for path in LIBRARY]
+    assert sorted(ORDER) == sorted(dotted(path) for path in LIBRARY)
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_files_of_a_folder_stand_together(depth: int) -> None:
+    folders = [name for name, _ in groupby(".".join(name.split(".")[:-1][:depth]) for name in ORDER) if name]
+    inside = [name for name in folders if name.count(".") == depth - 1]
+    assert len(inside) == len(set(inside))
+
+
+@pytest.mark.parametrize("path", FOLDERS, ids=lambda path: path.parent.name)
+def test_a_folder_says_what_it_is_for_and_holds_nothing_else(path: Path) -> None:
+    (only,) = tree(path).body
+    assert isinstance(only, ast.Expr)
+    assert len((ast.get_docstring(tree(path)) or "").splitlines()) >= 3
+
+
+def test_every_folder_of_the_library_is_a_package() -> None:
+    """Or its files would escape the order: a folder without __init__.py imports as well."""
+    folders = {path.parent for path in LIBRARY} - {PACKAGE}
+    assert folders == {path.parent for path in FOLDERS}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=dotted)
 def test_a_file_imports_only_files_above_it(path: Path) -> None:
-    above = set(ORDER[: ORDER.index(path.stem)])
+    above = set(ORDER[: ORDER.index(dotted(path))])
     assert files_imported(path) - above == set()
 
 
-def test_only_the_dali_executor_imports_dali() -> None:
-    assert [path.stem for path in LIBRARY if "nvidia" in tops(path)] == ["dali_executor"]
-    assert [path.stem for path in LIBRARY if "dali_executor" in files_imported(path)] == ["executors"]
+def importers(name: str, found: Callable[[Path], set[str]]) -> list[str]:
+    return [dotted(path) for path in LIBRARY if name in found(path)]
 
 
-def test_only_the_kernels_import_triton() -> None:
-    assert [path.stem for path in LIBRARY if "triton" in tops(path)] == ["triton_kernels"]
-    assert [path.stem for path in LIBRARY if "triton_kernels" in files_imported(path)] == ["triton_executor"]
+def test_only_one_file_imports_dali() -> None:
+    (dali,) = importers("nvidia", tops)
+    assert importers(dali, files_imported) == ["executors"]
+    assert dali == "dali_executor"
+
+
+def test_only_one_file_imports_triton() -> None:
+    (kernels,) = importers("triton", tops)
+    assert importers(kernels, files_imported) == ["triton_executor"]
+    assert kernels == "triton_kernels"
 
 
 def test_the_library_imports_no_program() -> None:
@@ -152,7 +189,7 @@ def test_only_the_command_line_prints() -> None:
         calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
         return any(isinstance(function, ast.Name) and function.id == "print" for function in calls)
 
-    assert [path.stem for path in LIBRARY if prints(path)] == ["cli"]
+    assert [dotted(path) for path in LIBRARY if prints(path)] == ["cli"]
 
 
 def public(nodes: list[ast.stmt]) -> list[ast.FunctionDef | ast.ClassDef]:
@@ -162,7 +199,7 @@ def public(nodes: list[ast.stmt]) -> list[ast.FunctionDef | ast.ClassDef]:
     return [node for node in found if not node.name.startswith("_") and node not in properties]
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", LIBRARY, ids=dotted)
 def test_public_functions_classes_and_methods_are_documented(path: Path) -> None:
     module = tree(path)
     assert ast.get_docstring(module)
