@@ -21,8 +21,7 @@ from scipy.stats import t as student
 from torchvision import models, transforms
 
 from fastflower import Recipe, pack, train
-from fastflower.batch import resolve_device
-from fastflower.evaluation import precision_of
+from fastflower.devices import precision_of, resolve_device
 from fastflower.recipe import scratch
 
 SIDES = ("plain", "fastflower")
@@ -59,7 +58,7 @@ def run(side: str, data: Path, work: Path, size: int, epochs: int, seed: int, de
             transforms.ColorJitter(recipe.augment.brightness, recipe.augment.contrast, recipe.augment.saturation),
         ]
         how: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "epochs": epochs}
-        dtype = precision_of(recipe, chosen)
+        dtype = precision_of(recipe.precision, chosen)
         plain = baseline.OneCycle(model, folder, random, size, **how, device=chosen, dtype=dtype)
         accuracies = [plain.epoch() for _ in range(epochs)]
     stored = {**recipe.to_dict(), "weights": start.name}

@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from fastflower import Augment, Loader, Manifest, Recipe, pack
-from fastflower.batch import resolve_device
+from fastflower.devices import resolve_device
 from fastflower.folder import scan
 from fastflower.recipe import report_a
 from fastflower.training import Run

@@ -26,9 +26,8 @@ import tyro
 from torchvision import transforms
 
 from fastflower import pack, train
-from fastflower.batch import resolve_device
 from fastflower.checkpoint import LAST, Checkpoint
-from fastflower.evaluation import precision_of
+from fastflower.devices import precision_of, resolve_device
 from fastflower.recipe import PRESETS
 
 PLAIN = "plain"
@@ -56,7 +55,7 @@ def run(side: str, data: Path, work: Path, weights: Path, seed: int, device: str
         random = [transforms.RandomResizedCrop(224, (0.25, 1.0)), transforms.RandomHorizontalFlip()]
         frozen = (model.conv1, model.bn1, model.layer1) if side == PLAIN else ()
         how: dict[str, Any] = {"lr": 0.02, "weight_decay": 1e-4, "epochs": EPOCHS, "frozen": frozen}
-        dtype = precision_of(PRESETS["finetune"](), chosen)
+        dtype = precision_of(PRESETS["finetune"]().precision, chosen)
         plain = baseline.OneCycle(model, folder, random, 224, **how, device=chosen, dtype=dtype)
         accuracies = [plain.epoch() for _ in range(EPOCHS)]
         seconds = time.perf_counter() - start
@@ -79,7 +78,7 @@ def run(side: str, data: Path, work: Path, weights: Path, seed: int, device: str
     return {
         "side": side,
         "seed": seed,
-        "precision": str(precision_of(PRESETS["finetune"](), chosen)).removeprefix("torch."),
+        "precision": str(precision_of(PRESETS["finetune"]().precision, chosen)).removeprefix("torch."),
         "seconds": seconds,
         "processor_seconds": spent,
         "accuracies": accuracies,

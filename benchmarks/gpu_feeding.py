@@ -15,8 +15,8 @@ import torch
 from gpu_part import MAGNIFIED, Part, Place, check_recorded, verdict
 
 from fastflower import Augment, Loader, geometry
+from fastflower.devices import fastest_convolutions
 from fastflower.recipe import report_a
-from fastflower.stepping import fastest_convolutions
 from fastflower.training import Run
 
 FROM_CACHE = 350_000  # images/s, the goal

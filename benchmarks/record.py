@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from fastflower.checkpoint import environment
-from fastflower.manifest import version_of
+from fastflower.devices import environment
+from fastflower.machine import version_of
 
 ROOT = Path(__file__).parent.parent
 

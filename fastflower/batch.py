@@ -1,6 +1,5 @@
 """What is asked of an executor (`Request`) and what a Loader yields (`Batch`)."""
 
-import logging
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from threading import Lock
@@ -12,10 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastflower.augment import Augment, Draw, Mix
-from fastflower.errors import ArgumentError, DeviceError, SampleError
+from fastflower.errors import SampleError
 from fastflower.geometry import Warp
-
-_log = logging.getLogger("fastflower")
 
 Pixels = NDArray[np.uint8]
 SPENT = ("read", "decode", "augment", "wait", "consume")
@@ -174,27 +171,3 @@ def storage(dtype: torch.dtype) -> Any:
 def as_numpy(tensor: Tensor) -> NDArray[Any]:
     """The same memory in that dtype."""
     return tensor.numpy() if tensor.dtype in (torch.float32, torch.uint8) else tensor.view(torch.uint16).numpy()
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; None means CUDA where there is one, else the CPU, and says which in the log.
-
-    Raises DeviceError for CUDA where there is none, ArgumentError for what is no device.
-    """
-    available = torch.cuda.is_available()
-    if device is None:
-        _log.info("device: %s (none was asked for)", "cuda" if available else "cpu")
-    try:
-        chosen = torch.device(device or ("cuda" if available else "cpu"))
-    except RuntimeError:
-        raise ArgumentError(
-            f"device must be cpu, cuda or cuda:NUMBER, got {device!r}; leave it out for CUDA where there is one."
-        ) from None
-    if chosen.type == "cuda" and not available:
-        raise DeviceError(
-            f"device={str(device)!r}: this machine, or this build of torch ({torch.__version__}), has no CUDA; "
-            f"leave device out to use the CPU, or install an NVIDIA driver and a CUDA build of torch."
-        )
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", torch.cuda.current_device())
-    return chosen

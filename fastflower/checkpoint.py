@@ -1,7 +1,6 @@
 """A trained network and all that is needed to use it, or to go on training it, in one file."""
 
 import os
-import platform
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,11 +11,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from fastflower import ranks
+from fastflower import distributed
 from fastflower.backbone import build, load_file, not_finite
 from fastflower.errors import ArgumentError, CheckpointError, FastflowerError, HeldError
 from fastflower.files import PARTIAL, blame_the_system, locked, written
-from fastflower.manifest import version_of
 from fastflower.recipe import Recipe
 
 FORMAT_VERSION = 2
@@ -139,22 +137,6 @@ def _linked(file: Path, name: Path) -> bool:
     return True
 
 
-def environment(device: torch.device, precision: torch.dtype | None = None) -> dict[str, str]:
-    """Hardware, versions and, of training, its precision: for checkpoints and benchmark records."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    names = ("fastflower", "torch", "torchvision", "numpy", "opencv-python-headless")
-    found = {name: version_of(name) for name in names}
-    return {
-        "device": f"{device.type}: {chip}",
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "ranks": str(ranks.world_size()),
-        "python": platform.python_version(),
-        **({"precision": str(precision).removeprefix("torch.")} if precision else {}),
-        **found,
-    }
-
-
 def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
     """Where a run goes: `out`, or the first of runs/BACKBONE, runs/BACKBONE-2, ... that is free; makes nothing.
 
@@ -185,7 +167,7 @@ def own(folder: Path, *, new: bool, resume: bool) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     with ExitStack() as stack:
         failed: Exception | None = None
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             stack.callback(_clear, made)
             try:
                 folder.mkdir(parents=True, exist_ok=not new)
@@ -203,7 +185,7 @@ def own(folder: Path, *, new: bool, resume: bool) -> Iterator[None]:
                 failed = CheckpointError(f"{folder}: another run trains here ({error}); {wait}.")
             except OSError as error:
                 failed = error
-        failed = ranks.gathered(failed)[0]
+        failed = distributed.gathered(failed)[0]
         if failed is not None:
             raise failed
         yield

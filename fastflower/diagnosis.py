@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from fastflower.allocation import kept_memory
-from fastflower.batch import Stats, resolve_device
+from fastflower.batch import Stats
+from fastflower.devices import fastest_convolutions, kept_memory, resolve_device
 from fastflower.errors import require
 from fastflower.loader import Loader
 from fastflower.recipe import Recipe
-from fastflower.stepping import fastest_convolutions
 from fastflower.store import Remote
 from fastflower.training import Run
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from fastflower import ranks
-from fastflower.allocation import kept_memory
+from fastflower import distributed
 from fastflower.augment import Augment
 from fastflower.backbone import train_mode
-from fastflower.batch import Batch, resolve_device
+from fastflower.batch import Batch
 from fastflower.checkpoint import Checkpoint
+from fastflower.devices import kept_memory, precision_of, resolve_device
 from fastflower.errors import CheckpointError
 from fastflower.loader import Loader
 from fastflower.metrics import Scores, score
@@ -30,17 +30,6 @@ def view_of(recipe: Recipe) -> Augment:
     """The validation view that goes with a recipe: no draws, the same size and normalisation."""
     training = recipe.augment
     return Augment(size=training.size, resize=training.resize, mean=training.mean, std=training.std)
-
-
-def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """The dtype of a recipe's autocast on a device, in which a loader gives it images."""
-    if recipe.precision != "auto":
-        return getattr(torch, recipe.precision)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    # Elsewhere it is emulated: a ResNet-50's step took 2 times as long with AVX-512, 18 times without (docs/log.md).
-    fast = any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16")))  # ARM's is bf16
-    return torch.bfloat16 if fast else torch.float32
 
 
 def log_probabilities(network: nn.Module, images: Tensor, *, tta: bool) -> Tensor:
@@ -84,7 +73,7 @@ def measure(
     network.eval()
     found = [(batch.index, batch.labels, log_probabilities(network, batch.images, tta=tta)) for batch in batches]
     columns = [torch.cat(column).cpu().numpy() for column in zip(*found, strict=True)]
-    parts = [part for part in ranks.gathered(columns) if part]
+    parts = [part for part in distributed.gathered(columns) if part]
     index, labels, outputs = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(index, kind="stable")
     return score(classes, labels[order], outputs[order], paths)
@@ -115,7 +104,12 @@ def evaluate(
     chosen, recipe = resolve_device(device), checkpoint.recipe
     # On CUDA the cache decides on the executor, which is to be that of training. RAM has no use for images that come once.
     cache = "auto" if chosen.type == "cuda" else None
-    how: dict[str, Any] = {"device": chosen, "dtype": precision_of(recipe, chosen), "shuffle": False, "cache": cache}
+    how: dict[str, Any] = {
+        "device": chosen,
+        "dtype": precision_of(recipe.precision, chosen),
+        "shuffle": False,
+        "cache": cache,
+    }
     loader = Loader(shards, split, batch_size=_BATCH_SIZE, augment=view_of(recipe), **how)
     if loader.manifest.classes != checkpoint.classes:
         raise CheckpointError(

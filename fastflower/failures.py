@@ -2,7 +2,7 @@
 
 import torch
 
-from fastflower import ranks
+from fastflower import distributed
 from fastflower.errors import DeviceError, FastflowerError, TrainingError
 from fastflower.files import refusal
 from fastflower.recipe import Recipe
@@ -26,9 +26,10 @@ def explained(error: Exception, recipe: Recipe, device: torch.device) -> Fastflo
             f"batch_size {recipe.batch_size} does not fit the memory of {device} ({said}); halve batch_size and double "
             f"accumulate for the same updates, or lower augment.size."
         )
-    if ranks.world_size() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in said.lower()):
+    if distributed.world_size() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in said.lower()):
         return TrainingError(
-            f"rank {ranks.rank()}: another rank is gone ({said}); look at its log. torchrun --max-restarts with --resume goes on "
+            f"rank {distributed.rank()}: another rank is gone ({said}); look at its log. "
+            f"torchrun --max-restarts with --resume goes on "
             f"by itself."
         )
     return None

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from fastflower import ranks
+from fastflower import distributed
 from fastflower.augment import Augment
-from fastflower.batch import SPENT, Batch, Executor, Request, Stats, mixed, resolve_device
+from fastflower.batch import SPENT, Batch, Executor, Request, Stats, mixed
 from fastflower.cache import decoded_bytes
+from fastflower.devices import resolve_device
 from fastflower.errors import ArgumentError, ShardError, require
 from fastflower.executors import Name, choose, maker
 from fastflower.machine import cores
@@ -363,7 +364,7 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if (rank is None) != (world_size is None):
         raise ArgumentError("rank and world_size belong together; give both or neither.")
     if rank is None or world_size is None:
-        return ranks.rank(), ranks.world_size()
+        return distributed.rank(), distributed.world_size()
     if not 0 <= rank < world_size:
         raise ArgumentError(f"rank must lie in 0 .. world_size-1 = {world_size - 1}, got {rank}.")
     return rank, world_size

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 from pathlib import Path
 
@@ -101,3 +102,11 @@ def _table(path: Path) -> dict[str, int]:
                 name, value = line.split()[:2]
                 found[name] = int(value)
     return found
+
+
+def version_of(name: str) -> str:
+    """Of an installed distribution; "not installed" where it is only on the path, as a source tree may be."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, Self
@@ -33,14 +32,6 @@ INDEX_DTYPE = np.dtype(
         ("height", "<u4"),
     ]
 )
-
-
-def version_of(name: str) -> str:
-    """Of an installed distribution; "not installed" where it is only on the path, as a source tree may be."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 @dataclass(frozen=True, slots=True)

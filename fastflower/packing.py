@@ -27,8 +27,8 @@ from fastflower.duplicates import nearest
 from fastflower.errors import ArgumentError, FolderError, HeldError, require
 from fastflower.files import blame_the_system, locked, sync, write_atomically
 from fastflower.folder import Folder, scan
-from fastflower.machine import cores
-from fastflower.manifest import FILE, INFO, PLAN, WORK, Manifest, version_of
+from fastflower.machine import cores, version_of
+from fastflower.manifest import FILE, INFO, PLAN, WORK, Manifest
 from fastflower.part import STOP, Part, make_part
 from fastflower.planning import Plan, check_counts, check_same, load_plan, make_plan, save_plan, shard_name
 from fastflower.remarks import remarks

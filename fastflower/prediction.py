@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastflower.allocation import kept_memory
-from fastflower.batch import Request, resolve_device
+from fastflower.batch import Request
 from fastflower.checkpoint import Checkpoint
+from fastflower.devices import kept_memory, precision_of, resolve_device
 from fastflower.errors import ArgumentError, SampleError, require
-from fastflower.evaluation import log_probabilities, no_class, precision_of, view_of
+from fastflower.evaluation import log_probabilities, no_class, view_of
 from fastflower.files import blame_the_system, write_out
 from fastflower.folder import EXTENSIONS, images_in
 from fastflower.image import Prepared, decode, prepare
@@ -74,7 +74,7 @@ def predict(
         checkpoint = Checkpoint.load(checkpoint)
     paths = list(_files([images] if isinstance(images, (str, Path)) else images))
     chosen, recipe = resolve_device(device), checkpoint.recipe
-    precision = precision_of(recipe, chosen)
+    precision = precision_of(recipe.precision, chosen)
     model = checkpoint.network().to(chosen, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     found: list[Prediction] = []
     starts = range(0, len(paths), _BATCH_SIZE)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastflower import ranks
+from fastflower import distributed
 
 _LOOKED_AT = 64  # steps: a loader lets a GPU lag behind by eight
 
@@ -54,14 +54,14 @@ class Tally:
         Waits for the device; all ranks must ask at the same step.
         """
         losses = torch.cat([self._before, self._mean_losses()])
-        hits = int(ranks.summed(self._hits.cpu())) + self._before_hits
+        hits = int(distributed.summed(self._hits.cpu())) + self._before_hits
         state = {"seconds": self.seconds, "waited": self.waited, "trained": self.trained}
         return {"losses": losses, "hits": hits, **state}
 
     def _mean_losses(self) -> Tensor:
         if self._hits.is_cuda:
             torch.cuda.synchronize(self._hits.device)
-        return ranks.summed(self._losses[: self._count].double()) / ranks.world_size()
+        return distributed.summed(self._losses[: self._count].double()) / distributed.world_size()
 
 
 def first_not_finite(losses: Tensor) -> int | None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from fastflower import ranks
+from fastflower import distributed
+from fastflower.devices import generator_of
 from fastflower.errors import ArgumentError
 from fastflower.optimization import tensors_of
 from fastflower.recipe import Recipe
@@ -102,7 +103,7 @@ class Stepper:
     def _wrapped(self) -> Callable[[Tensor], Tensor]:
         """The network as training calls it: on several ranks, and compiled where the recipe says so."""
         model, cuda = self._network, self._device.type == "cuda"
-        if ranks.world_size() > 1:
+        if distributed.world_size() > 1:
             if self._recipe.sync_batchnorm and not cuda:
                 raise ArgumentError("sync_batchnorm: torch has SyncBatchNorm on CUDA only; leave it out on the CPU.")
             if self._recipe.sync_batchnorm:
@@ -143,18 +144,13 @@ def _state_of(optimizer: Optimizer) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def generator_of(device: torch.device) -> torch.Generator:
-    """Where a step on the device takes its random numbers from. A graph reads its seed anew at each replay."""
-    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-
-
 def graphs_of(recipe: Recipe, device: torch.device, precision: torch.dtype) -> Capture | None:
     """What records a run's steps, or None where they are not all alike to the device.
 
     So it is on several ranks, with gradients that wait for the next batch's, and where float16's loss is scaled, which is decided
     in Python; torch.compile makes graphs of its own.
     """
-    alike = ranks.world_size() == 1 and recipe.accumulate == 1 and precision != torch.float16
+    alike = distributed.world_size() == 1 and recipe.accumulate == 1 and precision != torch.float16
     return Graphs(device) if recipe.graph and device.type == "cuda" and alike and not recipe.compile else None
 
 
@@ -210,17 +206,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextmanager
-def fastest_convolutions(device: torch.device) -> Iterator[None]:
-    """Within, cuDNN times its algorithms at the first batch of each shape and keeps the fastest: shapes stay, so it pays.
-
-    Not torch.backends.cudnn.flags, which sets all of cuDNN's flags, TF32 too, to values of its own.
-    """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or device.type == "cuda"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before

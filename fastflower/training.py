@@ -14,11 +14,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastflower import ranks
-from fastflower.allocation import kept_memory
+from fastflower import distributed
 from fastflower.backbone import build, train_mode
-from fastflower.batch import Batch, resolve_device
-from fastflower.checkpoint import BEST, LAST, Checkpoint, environment, own, run_folder
+from fastflower.batch import Batch
+from fastflower.checkpoint import BEST, LAST, Checkpoint, own, run_folder
+from fastflower.devices import (
+    environment,
+    fastest_convolutions,
+    generator_of,
+    kept_memory,
+    precision_of,
+    resolve_device,
+)
 from fastflower.errors import (
     ArgumentError,
     CheckpointError,
@@ -27,7 +34,7 @@ from fastflower.errors import (
     TrainingError,
     require,
 )
-from fastflower.evaluation import measure, precision_of, recalibrate, view_of
+from fastflower.evaluation import measure, recalibrate, view_of
 from fastflower.failures import explained
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
@@ -36,7 +43,7 @@ from fastflower.order import stream_key
 from fastflower.progress import Tally, first_not_finite, preemption
 from fastflower.recipe import Recipe
 from fastflower.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report
-from fastflower.stepping import Stepper, fastest_convolutions, generator_of, graphs_of
+from fastflower.stepping import Stepper, graphs_of
 from fastflower.store import Remote
 
 _log = logging.getLogger("fastflower")
@@ -76,13 +83,13 @@ def train(
     require(isinstance(recipe, Recipe), "recipe", rule, recipe)  # pyright: ignore[reportUnnecessaryIsInstance]
     require(save_steps is None or save_steps >= 1, "save_steps", "at least 1", save_steps)
     with (
-        ranks.process_group(device),
+        distributed.process_group(device),
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         preemption() as stop,
     ):
         chosen = resolve_device(device)
         try:
-            folder = ranks.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
+            folder = distributed.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
             with own(folder, new=out is None, resume=resume):
                 start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
                 if recipe.freeze and recipe.weights is None and start is None:
@@ -90,7 +97,7 @@ def train(
                         f"freeze must be 0 where weights is None, got {recipe.freeze}: frozen stages would stay random; "
                         f"pass --freeze 0 (freeze=0), or --weights FILE (weights=) to start from."
                     )
-                if len(set(ranks.gathered((start.epoch, start.step) if start else None))) > 1:
+                if len(set(distributed.gathered((start.epoch, start.step) if start else None))) > 1:
                     raise CheckpointError(
                         f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
                     )
@@ -124,9 +131,9 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, resolve_device(device)
         device = self.device
-        self.precision = precision_of(recipe, device)
+        self.precision = precision_of(recipe.precision, device)
         self._save_steps, self._stop = save_steps, stop
-        batch_size = ranks.share(recipe.batch_size)
+        batch_size = distributed.share(recipe.batch_size)
         common: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": self.precision}
         shuffle = "balanced" if recipe.balanced else True
         self.loader = Loader(shards, "train", augment=recipe.augment_at(0), seed=recipe.seed, shuffle=shuffle, **common)
@@ -134,7 +141,7 @@ class Run:
         splits = self.loader.manifest.splits
         has_val = "val" in splits and splits["val"].samples > 0
         self.val = Loader(shards, "val", augment=view_of(recipe), **common) if has_val else None
-        if not has_val and ranks.rank() == 0:
+        if not has_val and distributed.rank() == 0:
             _log.warning(
                 "%s: has no images in split 'val', so nothing is validated: %s is of the last epoch", shards, BEST
             )
@@ -185,7 +192,7 @@ class Run:
             before, follows = start.environment.get(name), "the last bits will differ"
             if name == "ranks" and not self.recipe.sync_batchnorm:
                 follows += ", and all where batch norms are trained, which see their rank's part of a batch only"
-            if before != now[name] and ranks.rank() == 0:
+            if before != now[name] and distributed.rank() == 0:
                 _log.warning("%s: %s was %s, now %s: %s", place, name, before, now[name], follows)
         if self._finished():
             _log.info("%s: was finished after epoch %d", self.folder, start.epoch)
@@ -194,7 +201,7 @@ class Run:
 
     def report(self) -> Report:
         """Train the epochs that are left; validate, save and log after each; write the report at the end."""
-        first = ranks.rank() == 0
+        first = distributed.rank() == 0
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.history:  # a kill may have come before its last row
@@ -219,7 +226,7 @@ class Run:
             scores = self._score(self.val)
         if first:
             write_report(self.folder, self.recipe, self.classes, self.history, best, scores, self.val)
-        ranks.wait_for_all()
+        distributed.wait_for_all()
         self._obey()  # also where nothing is left to do, or a SIGTERM of the last epoch would be lost
         return Report(self.folder, self.history, best, scores)
 
@@ -245,7 +252,7 @@ class Run:
                 self.loader.load_state_dict(place)
             if self.val is None:
                 return row, None
-            ranks.share_buffers(self.scored)
+            distributed.share_buffers(self.scored)
             scores = self._score(self.val)
             if not isfinite(scores.loss):
                 raise TrainingError(
@@ -275,7 +282,7 @@ class Run:
         label = f"epoch {epoch + 1}/{recipe.epochs}"
         batch_size = self.loader.global_batch_size
         options: dict[str, Any] = {"total": steps * batch_size, "initial": tally.steps * batch_size, "unit": "image"}
-        options |= {"desc": label, "disable": ranks.rank() > 0 or None}
+        options |= {"desc": label, "disable": distributed.rank() > 0 or None}
         with fastest_convolutions(self.device), tqdm(**options) as bar, _ended(self.loader) as batches:
             waited = tally.waited - self.loader.stats().wait_seconds  # its clock stands while it waits for the GPU
             for step, (images, labels, _) in enumerate(batches, start=tally.steps):
@@ -319,7 +326,7 @@ class Run:
         ends = perf_counter() + _LONG
         with _ended(loader) as batches:
             for _ in range(steps):
-                due = ranks.any_rank(perf_counter() > ends)
+                due = distributed.any_rank(perf_counter() > ends)
                 self._obey(self._tally, due=due)
                 ends = inf if due else ends
                 yield from islice(batches, 1)
@@ -332,7 +339,7 @@ class Run:
     def _prepare(self, step: int, steps_per_epoch: int) -> None:
         """The rate of a step, counted over all epochs, and the random numbers of its dropout, which are functions of it."""
         set_rate(self.optimizer, self.recipe.lr_at(step, steps_per_epoch))
-        generator_of(self.device).manual_seed(stream_key(self.recipe.seed, step, ranks.rank()) >> 1)
+        generator_of(self.device).manual_seed(stream_key(self.recipe.seed, step, distributed.rank()) >> 1)
 
     def _check(self, step: int | None, epoch: int) -> None:
         """Raise for the step whose loss is not finite, if there is one."""
@@ -346,7 +353,7 @@ class Run:
 
     def _obey(self, tally: Tally | None = None, *, due: bool = False) -> None:
         """Save in mid-epoch where that is due, and stop where a rank got SIGTERM."""
-        stop = ranks.any_rank(self._stop())
+        stop = distributed.any_rank(self._stop())
         if tally and (stop or due):
             self._save(tally)
         if stop:
@@ -365,7 +372,7 @@ class Run:
         tensors = [*tensors_of(self.network), *tensors_of(self.scored)]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             raise TrainingError(f"{self.folder}: weights are not finite any more, and were not saved; {_ADVICE}.")
-        if ranks.rank() > 0:
+        if distributed.rank() > 0:
             return
         checkpoint = Checkpoint(
             recipe=self.recipe,

@@ -25,8 +25,9 @@ import oracle
 
 from fastflower import Augment
 from fastflower.augment import Draw
-from fastflower.batch import Executor, Request, resolve_device
+from fastflower.batch import Executor, Request
 from fastflower.cache import Allowance
+from fastflower.devices import resolve_device
 from fastflower.image import decode
 from fastflower.thread_executor import ThreadExecutor
 from fastflower.triton_executor import DevicePhotos, TritonExecutor

@@ -20,7 +20,7 @@ PROGRAM = f"""
 import json, os, resource, torch
 from contextlib import suppress
 from pathlib import Path
-from fastflower.allocation import kept_memory
+from fastflower.devices import kept_memory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 found = dict()

@@ -17,7 +17,8 @@ from packs import drawn, exactly, interrupted
 from fastflower import Manifest, pack
 from fastflower.errors import FolderError, ShardError
 from fastflower.files import write_atomically
-from fastflower.manifest import INDEX_DTYPE, Shard, Split, version_of
+from fastflower.machine import version_of
+from fastflower.manifest import INDEX_DTYPE, Shard, Split
 
 MANIFEST = Manifest(
     folder=Path("nowhere"),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from training_runs import RECIPE, assert_same, assert_same_run, killed, small
 
 from fastflower import Augment, Loader, Recipe, stepping, train, training
+from fastflower.devices import fastest_convolutions
 from fastflower.optimization import optimizer_of, plain_state, restore, set_rate
-from fastflower.stepping import Outcome, Stepper, fastest_convolutions, graphs_of, unchanged
+from fastflower.stepping import Outcome, Stepper, graphs_of, unchanged
 from fastflower.training import Run
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
@@ -307,7 +308,7 @@ def test_graphs_are_where_all_steps_are_alike(
 
 def test_several_ranks_record_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stepping, "Graphs", lambda device: ("graphs", device))
-    monkeypatch.setattr(stepping.ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(stepping.distributed, "world_size", lambda: 2)
     assert graphs_of(RECIPE, torch.device("cuda", 0), torch.bfloat16) is None
 
 

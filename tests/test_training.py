@@ -16,8 +16,9 @@ from training_runs import timeless
 
 from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, pack, predict, train
 from fastflower.backbone import build
+from fastflower.devices import precision_of
 from fastflower.errors import ArgumentError, CheckpointError, DeviceError, FolderError, SampleError
-from fastflower.evaluation import precision_of, view_of
+from fastflower.evaluation import view_of
 from fastflower.loader import Loader
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
@@ -251,15 +252,15 @@ def test_precision_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> N
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     if (path := Path("/proc/cpuinfo")).exists():  # Linux's words; what oneDNN would emulate is left to float32
         fast = {"avx512_bf16", "amx_bf16", "bf16"} & set(path.read_text().split())
-        assert precision_of(Recipe(), cpu) == (torch.bfloat16 if fast else torch.float32)
+        assert precision_of("auto", cpu) == (torch.bfloat16 if fast else torch.float32)
     for name, expected in (("avx512_bf16", torch.bfloat16), ("bf16", torch.bfloat16), ("avx512_bw", torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {"architecture": "any", name: True})
-        assert precision_of(Recipe(), cpu) == expected
-    assert precision_of(Recipe(precision="bfloat16"), cpu) == torch.bfloat16
+        assert precision_of("auto", cpu) == expected
+    assert precision_of("bfloat16", cpu) == torch.bfloat16
     for ampere, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda found=ampere, **_: found)
-        assert precision_of(Recipe(), cuda) == expected
-        assert precision_of(Recipe(precision="float32"), cuda) == torch.float32
+        assert precision_of("auto", cuda) == expected
+        assert precision_of("float32", cuda) == torch.float32
 
 
 def test_a_frozen_stage_stays_as_it_was(shards: Path, tmp_path: Path) -> None:

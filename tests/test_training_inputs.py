@@ -17,7 +17,7 @@ from packs import photo
 from PIL import Image
 from training_runs import RECIPE
 
-from fastflower import Augment, Checkpoint, Recipe, diagnosis, evaluate, pack, ranks, report, train, training
+from fastflower import Augment, Checkpoint, Recipe, diagnosis, distributed, evaluate, pack, report, train, training
 from fastflower.backbone import load_file
 from fastflower.diagnosis import diagnose
 from fastflower.errors import ArgumentError, CheckpointError
@@ -130,7 +130,7 @@ def test_ranks_take_the_gpus_of_their_numbers_and_not_all_one(monkeypatch: pytes
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     message = r"^device must be cuda, of which each rank takes the GPU of its number, got 'cuda:0'\.$"
-    with pytest.raises(ArgumentError, match=message), ranks.process_group("cuda:0"):
+    with pytest.raises(ArgumentError, match=message), distributed.process_group("cuda:0"):
         pass
 
 
