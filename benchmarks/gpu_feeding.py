@@ -14,8 +14,9 @@ import record
 import torch
 from gpu_part import MAGNIFIED, Part, Place, check_recorded, verdict
 
-from fastflower import Augment, Loader, geometry
+from fastflower import Augment, Loader
 from fastflower.devices import fastest_convolutions
+from fastflower.draws import geometry
 from fastflower.recipe import report_a
 from fastflower.training import Run
 

@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastflower.augment import Augment as Augment
     from fastflower.batch import Batch as Batch
     from fastflower.checkpoint import Checkpoint as Checkpoint
+    from fastflower.draws.augment import Augment as Augment
     from fastflower.errors import FastflowerError as FastflowerError
     from fastflower.evaluation import evaluate as evaluate
     from fastflower.loader import Loader as Loader
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastflower.training import train as train
 
 _HOME = {
-    "Augment": "augment",
+    "Augment": "draws.augment",
     "Batch": "batch",
     "Checkpoint": "checkpoint",
     "FastflowerError": "errors",

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastflower.augment import Augment, Draw, Mix
+from fastflower.draws.augment import Augment
+from fastflower.draws.draw import Draw, Mix
+from fastflower.draws.geometry import Warp
 from fastflower.errors import SampleError
-from fastflower.geometry import Warp
 
 Pixels = NDArray[np.uint8]
 SPENT = ("read", "decode", "augment", "wait", "consume")

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastflower.augment import Augment
+from fastflower.draws.augment import Augment
+from fastflower.draws.geometry import reductions
 from fastflower.errors import ArgumentError
-from fastflower.geometry import reductions
 from fastflower.machine import available_bytes, ranks_here
 
 _log = logging.getLogger("fastflower")

@@ -18,9 +18,9 @@ from nvidia.dali import types as untyped_types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch import Tensor
 
-from fastflower import color, geometry
-from fastflower.augment import Augment
 from fastflower.batch import Replace, Request, refuse
+from fastflower.draws import color, geometry
+from fastflower.draws.augment import Augment
 from fastflower.errors import SampleError
 
 # DALI makes most of their names at run time.

@@ -12,11 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from fastflower import distributed
-from fastflower.augment import Augment
 from fastflower.backbone import train_mode
 from fastflower.batch import Batch
 from fastflower.checkpoint import Checkpoint
 from fastflower.devices import kept_memory, precision_of, resolve_device
+from fastflower.draws.augment import Augment
 from fastflower.errors import CheckpointError
 from fastflower.loader import Loader
 from fastflower.metrics import Scores, score

@@ -6,9 +6,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from fastflower.augment import Augment
 from fastflower.batch import Executor
 from fastflower.cache import Allowance, Decoded, PixelCache, allow
+from fastflower.draws.augment import Augment
 from fastflower.errors import ArgumentError
 from fastflower.native_renderer import available
 from fastflower.samples import SampleSource

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastflower import distributed
-from fastflower.augment import Augment
 from fastflower.batch import SPENT, Batch, Executor, Request, Stats, mixed
 from fastflower.cache import decoded_bytes
 from fastflower.devices import resolve_device
+from fastflower.draws.augment import Augment
+from fastflower.draws.order import Windows, balanced, num_steps, permute, step_positions
 from fastflower.errors import ArgumentError, ShardError, require
 from fastflower.executors import Name, choose, maker
 from fastflower.machine import cores
 from fastflower.manifest import Manifest
-from fastflower.order import Windows, balanced, num_steps, permute, step_positions
 from fastflower.samples import SampleSource
 from fastflower.shard import Paths, ShardReader
 from fastflower.store import Remote, Store, remote

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastflower import color, geometry
-from fastflower.augment import Augment
 from fastflower.batch import Pixels, Request
+from fastflower.draws import color, geometry
+from fastflower.draws.augment import Augment
 from fastflower.opencv_renderer import shrunken
 
 _LIBRARY = Path(__file__).with_name("kernel.so")

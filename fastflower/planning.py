@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastflower.draws.order import epoch_order
 from fastflower.duplicates import Groups, identical
 from fastflower.errors import FolderError
 from fastflower.files import write_atomically
 from fastflower.folder import Folder
 from fastflower.manifest import PLAN
-from fastflower.order import epoch_order
 
 _IGNORED = "ignored.json"
 

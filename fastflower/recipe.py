@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Self, get_args
 
-from fastflower.augment import Augment
+from fastflower.draws.augment import Augment
 from fastflower.errors import make_plain, require
 from fastflower.schedule import Schedule, multiplier, warm_up
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastflower import libjpeg
-from fastflower.augment import Augment
 from fastflower.batch import Clock, Pixels, Replace, Request, as_numpy, refuse, storage
+from fastflower.draws.augment import Augment
 from fastflower.errors import ArgumentError, SampleError
 from fastflower.native_renderer import NativeRenderer, available
 from fastflower.opencv_renderer import OpencvRenderer

@@ -26,6 +26,7 @@ from fastflower.devices import (
     precision_of,
     resolve_device,
 )
+from fastflower.draws.random import stream_key
 from fastflower.errors import (
     ArgumentError,
     CheckpointError,
@@ -39,7 +40,6 @@ from fastflower.failures import explained
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
 from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate, tensors_of
-from fastflower.order import stream_key
 from fastflower.progress import Tally, first_not_finite, preemption
 from fastflower.recipe import Recipe
 from fastflower.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report

@@ -24,10 +24,10 @@ if not torch.cuda.is_available():  # asked for when Triton is imported, which to
 import oracle
 
 from fastflower import Augment
-from fastflower.augment import Draw
 from fastflower.batch import Executor, Request
 from fastflower.cache import Allowance
 from fastflower.devices import resolve_device
+from fastflower.draws.draw import Draw
 from fastflower.image import decode
 from fastflower.thread_executor import ThreadExecutor
 from fastflower.triton_executor import DevicePhotos, TritonExecutor

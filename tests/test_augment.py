@@ -1,7 +1,6 @@
 """What is drawn: the distributions of torchvision, one number at a time, and never a number that depends on another."""
 
 from dataclasses import fields, replace
-from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,10 @@ from hypothesis import settings
 from numpy.typing import ArrayLike, NDArray
 from torchvision.transforms import functional as F
 
-from fastflower.augment import Augment, Draw, uniform
+from fastflower.draws.augment import Augment
+from fastflower.draws.draw import Draw
+from fastflower.draws.geometry import corners, transform
 from fastflower.errors import ArgumentError
-from fastflower.geometry import corners, transform
 
 SAMPLES = 4000
 LAW = settings(deadline=None, max_examples=60, derandomize=True)
@@ -155,30 +155,6 @@ def test_no_two_drawn_numbers_are_correlated() -> None:
     worst = np.unravel_index(np.abs(correlation).argmax(), correlation.shape)
     # Rectangles that fit select their area by their ratio a little; 0.08 is five standard deviations of no correlation.
     assert np.abs(correlation).max() < 0.08, [list(columns)[column] for column in worst]
-
-
-def test_uniform_numbers_are_uniform_and_independent() -> None:
-    numbers = np.stack([uniform(0, epoch, np.arange(1000)) for epoch in range(8)])  # epochs, indices, slots
-    count = numbers.size
-    assert numbers.min() >= 0
-    assert numbers.max() < 1
-    assert abs(numbers.mean() - 1 / 2) < 5 * sqrt(1 / 12 / count)
-    assert abs(numbers.var() - 1 / 12) < 5 * sqrt(1 / 180 / count)
-    assert len(np.unique(numbers)) == count
-    centred = (numbers - 1 / 2) * sqrt(12)
-    for axis in range(3):
-        for lag in (1, 2, 3, 7):
-            near, far = np.moveaxis(centred, axis, 0)[:-lag], np.moveaxis(centred, axis, 0)[lag:]
-            assert abs((near * far).mean()) < 5 / sqrt(near.size)
-    assert abs((uniform(0, 0, np.arange(9000)) - 1 / 2).ravel() @ (uniform(1, 0, np.arange(9000)) - 1 / 2).ravel()) < (
-        5 / 12 * sqrt(9000 * 64)
-    )
-
-
-def test_uniform_numbers_of_far_indices_are_no_copies() -> None:
-    numbers = uniform(0, 0, np.array([0, 1, 2**31, 2**32, 2**62, 2**62 + 1]))
-    assert numbers.shape[0] == 6
-    assert len(np.unique(numbers)) == numbers.size
 
 
 @pytest.mark.parametrize("flip", [(False, False), (True, False), (False, True), (True, True)])

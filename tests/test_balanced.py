@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fastflower import Augment, Loader, Recipe, pack, train
+from fastflower.draws.order import balanced
 from fastflower.errors import ArgumentError
-from fastflower.order import balanced
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 

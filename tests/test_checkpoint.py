@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastflower.augment import Augment
 from fastflower.backbone import build
 from fastflower.checkpoint import FORMAT_VERSION, Checkpoint
+from fastflower.draws.augment import Augment
 from fastflower.errors import CheckpointError
 from fastflower.recipe import Recipe
 

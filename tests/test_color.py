@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from fastflower.color import (
+from fastflower.draws.color import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     LUMA,

@@ -15,7 +15,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from fastflower.augment import Augment
+from fastflower.draws.augment import Augment
 
 
 def assert_same_distribution(ours: ArrayLike, theirs: ArrayLike) -> None:

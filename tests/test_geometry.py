@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.functional import _get_inverse_affine_matrix
 
-from fastflower.geometry import (
+from fastflower.draws.geometry import (
     MIN_VARIANCE,
     affine,
     blur_kernels,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastflower import Augment, Batch, Loader
+from fastflower.draws.order import epoch_order
 from fastflower.errors import ArgumentError
-from fastflower.order import epoch_order
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text()
 EXAMPLES: dict[str, str] = dict(re.findall(r"^## (\w+)\n(?:(?!```).)*```python\n(.*?)```", DOCUMENT, re.DOTALL | re.M))

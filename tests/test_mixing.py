@@ -10,8 +10,8 @@ from scipy import stats
 from torchvision.transforms import v2
 
 from fastflower import Augment, Loader, Recipe, train
-from fastflower.augment import Mix
 from fastflower.batch import mixed
+from fastflower.draws.draw import Mix
 from fastflower.errors import ArgumentError
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")

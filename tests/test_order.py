@@ -10,18 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastflower.draws.order import MAX_SAMPLES, epoch_order, num_steps, permute, rank_part, step_positions
 from fastflower.errors import ArgumentError
-from fastflower.order import (
-    GOLDEN_GAMMA,
-    MAX_SAMPLES,
-    epoch_order,
-    mix64,
-    num_steps,
-    permute,
-    rank_part,
-    step_positions,
-    stream_key,
-)
 
 MASK = (1 << 64) - 1
 SHUFFLE = settings(deadline=None, max_examples=25, derandomize=True)
@@ -195,45 +185,3 @@ def test_a_rank_outside_the_world_is_refused(rank: int, world_size: int) -> None
         rank_part(103, rank, world_size)
     with pytest.raises(ArgumentError, match=rule):
         step_positions(0, 103, 8, rank=rank, world_size=world_size)
-
-
-def test_mixing_continues_the_published_splitmix64_sequence() -> None:
-    # The reference outputs of SplitMix64 for the seed 1234567, as Rosetta Code and the generators' authors publish them.
-    states = np.array([(1234567 + number * GOLDEN_GAMMA) & MASK for number in range(1, 6)], np.uint64)
-    assert mix64(states).tolist() == [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-        4593380528125082431,
-        16408922859458223821,
-    ]
-
-
-@settings(deadline=None, max_examples=200, derandomize=True)
-@given(value=st.integers(0, MASK))
-def test_mixing_can_be_undone(value: int) -> None:
-    """A function with an inverse is a bijection."""
-
-    def unshift(number: int, shift: int) -> int:
-        result = number
-        for _ in range(64 // shift):
-            result = number ^ (result >> shift)
-        return result
-
-    mixed = int(mix64(np.array([value], np.uint64))[0])
-    mixed = unshift(mixed, 31) * pow(0x94D049BB133111EB, -1, 1 << 64) & MASK
-    mixed = unshift(mixed, 27) * pow(0xBF58476D1CE4E5B9, -1, 1 << 64) & MASK
-    assert unshift(mixed, 30) == value
-
-
-def test_every_word_of_a_key_changes_about_half_of_its_bits() -> None:
-    changed: list[int] = []
-    for bit in range(64):
-        for words in ([1 << bit, 7, 9], [3, 7 ^ (1 << bit), 9], [3, 7, 9 ^ (1 << bit)]):
-            changed.append((stream_key(*words) ^ stream_key(3, 7, 9)).bit_count())
-    assert min(changed) > 12  # binomial (64, 1/2): mean 32, standard deviation 4
-    assert abs(np.mean(changed) - 32) < 1.5
-
-
-def test_keys_depend_on_the_order_of_their_words() -> None:
-    assert len({stream_key(0, 1), stream_key(1, 0), stream_key(0, 0), stream_key(0), stream_key(1), stream_key()}) == 6

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
 
-from fastflower.augment import Augment
 from fastflower.backbone import build
+from fastflower.draws.augment import Augment
 from fastflower.errors import ArgumentError
 from fastflower.recipe import PRESETS, Recipe
 

@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastflower import Augment, Loader, geometry, pack, prediction
+from fastflower import Augment, Loader, pack, prediction
 from fastflower.batch import Request
 from fastflower.cache import PixelCache, decoded_bytes
-from fastflower.geometry import reductions
+from fastflower.draws import geometry
+from fastflower.draws.geometry import reductions
 from fastflower.image import decode
 from fastflower.thread_executor import ThreadExecutor
 

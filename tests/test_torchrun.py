@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torchrun_epochs import STOP, Fed, fed, make
 
-from fastflower.order import epoch_order
+from fastflower.draws.order import epoch_order
 
 PROGRAM = Path(__file__).with_name("torchrun_epochs.py")
 WORLD_SIZES = [2, 4]

@@ -12,8 +12,8 @@ from torchvision import transforms, tv_tensors
 from torchvision.transforms import v2 as transforms_v2
 from torchvision.transforms.functional import InterpolationMode
 
-from fastflower.augment import Augment
-from fastflower.color import IMAGENET_MEAN, IMAGENET_STD
+from fastflower.draws.augment import Augment
+from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
 from fastflower.errors import ArgumentError
 
 # Their annotations allow less than they take.

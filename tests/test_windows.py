@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastflower import Augment, Loader
+from fastflower.draws.order import Windows, epoch_order
 from fastflower.errors import ArgumentError
-from fastflower.order import Windows, epoch_order
 
 LAW = settings(deadline=None, derandomize=True)
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any)

@@ -5,8 +5,7 @@ O(batch) memory at any size, and resume and sharding are consequences. Ranks tak
 for the same global batch size, every world size sees the same samples in the same step.
 
 The bijection is a generalised Feistel network over Z_a x Z_b with a*b >= num_samples and cycle walking: Black and Rogaway,
-"Ciphers with Arbitrary Finite Domains", 2002, sections 3 and 5. Its round function is the finaliser of SplitMix64:
-Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014, with Stafford's constants ("Mix13").
+"Ciphers with Arbitrary Finite Domains", 2002, sections 3 and 5. Its round function is SplitMix64's finaliser, `random.mix64`.
 
 Policies for what does not divide: training drops the tail of an epoch (a new order every epoch leaves out others each
 time) or pads it with the epoch's first samples, evaluation keeps it and gives the ranks uneven parts.
@@ -17,34 +16,12 @@ from math import isqrt
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastflower.draws.random import GOLDEN_GAMMA, Stream, mix64, stream_key
 from fastflower.errors import ArgumentError, require
 
-GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: SplitMix64's increment
 MAX_SAMPLES = 1 << 62  # both halves of the network then fit 32 bits, and no product overflows
-_MASK = (1 << 64) - 1
-_WINDOWS = 3  # separates the keys of windows from those of epochs and draws
-_CLASSES = 4
 # With eight rounds all 5,040 orders of seven samples are equally likely by the chi-square test, with four they are not.
 _ROUNDS = 8
-
-
-def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: a bijection on 64-bit integers whose every output bit depends on every input bit.
-
-    values  uint64, any shape. Returns the same shape and dtype.
-    """
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def stream_key(*words: int) -> int:
-    """One 64-bit key from integers such as (seed, epoch): every word changes every bit."""
-    key = 0
-    for word in words:
-        state = np.array([(key + GOLDEN_GAMMA + (word & _MASK)) & _MASK], np.uint64)
-        key = int(mix64(state)[0])
-    return key
 
 
 def permute(positions: ArrayLike, num_samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -171,7 +148,7 @@ class Windows:
             first = number * self._window
             begin = ends[first] - self._samples[shards[first]]
             end = ends[min(first + self._window, len(shards)) - 1]
-            key = stream_key(self._seed, int(number), _WINDOWS)
+            key = stream_key(self._seed, int(number), Stream.WINDOWS)
             place = begin + permute(values[rows] - begin, int(end - begin), seed=key, epoch=epoch)
             at = np.searchsorted(ends, place, "right")
             found[rows] = self._first_index[shards[at]] + place - (ends[at] - self._samples[shards[at]])
@@ -208,6 +185,6 @@ def balanced(
     found = (np.cumsum(counts) - counts)[label]
     for key in np.unique(np.stack([label, cycle]), axis=1).T.tolist():
         rows = np.flatnonzero((label == key[0]) & (cycle == key[1]))
-        cycle_seed = stream_key(seed, *key, _CLASSES)
+        cycle_seed = stream_key(seed, *key, Stream.CLASSES)
         found[rows] += permute(place[rows], int(counts[key[0]]), seed=cycle_seed, epoch=epoch)
     return by_class[found]

@@ -1,136 +1,22 @@
-"""What is drawn (`Augment`, a distribution) and what was drawn (`Draw`, plain numbers).
+"""What is drawn: `Augment`, a distribution, which gives a `Draw` of plain numbers for samples, and a `Mix` of pairs of them.
 
-Every random number is a function of (seed, epoch, index, slot): counter-based, so a sample's draw does not depend on batch
-size, worker, rank, or on which other augmentations are switched on. Shape suffixes: N samples, A attempts, S slots.
+A sample's draw does not depend on batch size, worker, rank, or on which other augmentations are switched on. Shape suffixes:
+N samples, A attempts, S slots.
 """
 
-from dataclasses import dataclass, fields
-from enum import IntEnum
-from typing import Any, Literal, NamedTuple, Self, cast
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastflower import geometry
-from fastflower.color import IMAGENET_MEAN, IMAGENET_STD
+from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
+from fastflower.draws.draw import Draw, Mix
+from fastflower.draws.geometry import Floats
+from fastflower.draws.random import Dice, Slot, Stream, uniform
 from fastflower.errors import make_plain, require
-from fastflower.geometry import Floats
-from fastflower.order import GOLDEN_GAMMA, mix64, stream_key
 
-_ATTEMPTS = 10  # as many as torchvision's RandomResizedCrop and RandomErasing make before they give up
-# torchvision resamples again for a rotation and for an affine, each adding a triangle's variance. Half of it is added here:
-# the chain is then 1.5 grey levels from torchvision's instead of 1.8, and no further from the truth (docs/augmentation.md).
-SOFTNESS = 0.5
-_DRAWS = 1  # separates the keys of draws from those of orders
-_MIXES = 2
 _WORD = (1 << 64) - 1
-
-
-class Slot(IntEnum):
-    """Which random number is which. Never renumber: every recorded draw depends on it."""
-
-    FLIP = 0
-    FLIP_VERTICAL = 1
-    ROTATE = 2
-    TRANSLATE_X = 3
-    TRANSLATE_Y = 4
-    SCALE = 5
-    SHEAR_X = 6
-    SHEAR_Y = 7
-    BRIGHTNESS = 8
-    CONTRAST = 9
-    SATURATION = 10
-    HUE = 11
-    ERASE = 12
-    AFFINE_ROTATE = 13
-    CROP = 16  # _ATTEMPTS areas, as many ratios, then top and left
-    ERASE_BOX = 40  # likewise
-
-
-_SLOTS = 64
-
-
-def uniform(seed: int, epoch: int, indices_N: NDArray[np.int64]) -> Floats:
-    """Uniform numbers in [0, 1), (N, S) float64: one for each sample and slot.
-
-    SplitMix64 (see `order`): a sample's stream starts at a hash of (seed, epoch, index), a slot is a jump in it.
-    """
-    key = np.uint64(stream_key(seed, epoch, _DRAWS))
-    starts = mix64(mix64(indices_N.astype(np.uint64) * np.uint64(GOLDEN_GAMMA) + key))
-    jumps = np.arange(1, _SLOTS + 1, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA)
-    bits = mix64(starts[:, None] + jumps[None, :])
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """The numbers drawn for N samples. Lengths are pixels, angles degrees; arrays share their first dimension."""
-
-    size: tuple[int, int]
-    """(height, width) of the output."""
-    roi: Floats
-    """(N, 4) top, left, height, width in the source; may reach beyond it when the crop is larger than the photograph."""
-    flip: NDArray[np.bool_]
-    """(N, 2) left-right, upside-down."""
-    rotate: Floats
-    """(N,) counter-clockwise, as torchvision's `rotate`."""
-    affine_rotate: Floats
-    """(N,) clockwise, as torchvision's `affine`."""
-    translate: Floats
-    """(N, 2) x, y: whole output pixels."""
-    scale: Floats
-    """(N,) factor; above 1 enlarges."""
-    shear: Floats
-    """(N, 2) x, y degrees."""
-    brightness: Floats
-    contrast: Floats
-    saturation: Floats
-    """(N,) factors; 1 changes nothing."""
-    hue: Floats
-    """(N,) turns of the colour wheel in [-0.5, 0.5]; 0 changes nothing."""
-    erase: NDArray[np.int64]
-    """(N, 4) top, left, height, width in the output; height 0 erases nothing."""
-
-    def __len__(self) -> int:
-        return len(self.roi)
-
-    def matrix(self) -> Floats:
-        """The whole geometry as one warp a sample, (N, 2, 3), destination to source."""
-        matrix = geometry.compose(geometry.resized_crop(self.roi, self.size), geometry.flips(self.flip, self.size))
-        still = np.zeros_like(self.shear)
-        # torchvision's rotate turns counter-clockwise and its affine clockwise.
-        if self.rotate.any():
-            rotation = geometry.affine(-self.rotate, still, np.ones_like(self.scale), still, self.size)
-            matrix = geometry.compose(matrix, rotation)
-        if any(part.any() for part in (self.affine_rotate, self.translate, self.scale - 1, self.shear)):
-            moved = geometry.affine(self.affine_rotate, self.translate, self.scale, self.shear, self.size)
-            matrix = geometry.compose(matrix, moved)
-        return matrix
-
-    def warp(self, sizes_N2: ArrayLike, fill: str) -> geometry.Warp:
-        """The geometry as an executor needs it, for photographs of `sizes`, (N, 2) height and width."""
-        sizes = np.asarray(sizes_N2, np.float64).reshape(-1, 2)
-        photo = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
-        visible = photo if fill == "photo" else geometry.intersect(photo, self.roi)
-        turned = (self.rotate != 0).astype(np.float64)
-        bent = (self.affine_rotate != 0) | (self.scale != 1) | (self.shear != 0).any(axis=1)
-        return geometry.plan(self.matrix(), visible, self.size, SOFTNESS * (turned + bent))
-
-    def take(self, rows: slice) -> "Draw":
-        """The draws of some of the samples."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Draw(**{name: value if name == "size" else value[rows] for name, value in values.items()})
-
-
-class Mix(NamedTuple):
-    """How the images of each pair are mixed; of P pairs."""
-
-    share: Floats
-    """(P,) of an image's own label; the rest is its neighbour's."""
-    box: NDArray[np.int64]
-    """(P, 4) top, left, height, width of the rectangle that is pasted from the neighbour."""
-    cut: NDArray[np.bool_]
-    """(P,) whether a rectangle is pasted, not the whole image blended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,7 +140,7 @@ class Augment:
 
         Raises ArgumentError, naming the transform, for what cannot be expressed.
         """
-        from fastflower.torchvision_compat import fields_of
+        from fastflower.draws.torchvision_compat import fields_of
 
         return cls(**fields_of(transform))
 
@@ -262,7 +148,7 @@ class Augment:
         """Draw for the samples `indices`, (N,) integers, whose photographs have `sizes`, (N, 2) height and width in pixels."""
         indices_N = np.asarray(indices, np.int64).reshape(-1)
         sizes_N2 = np.asarray(sizes, np.int64).reshape(-1, 2)
-        dice = _Dice(uniform(seed, 0 if self.fixed else epoch, indices_N))
+        dice = Dice(uniform(seed, 0 if self.fixed else epoch, indices_N))
         height, width = self.output_size
         shift = np.array([self.translate[0] * width, self.translate[1] * height])
         unit = np.stack([dice.between(-1, 1, Slot.TRANSLATE_X), dice.between(-1, 1, Slot.TRANSLATE_Y)], -1)
@@ -293,7 +179,7 @@ class Augment:
         height, width = self.output_size
         share, box, cut = np.ones(len(first)), np.zeros((len(first), 4), np.int64), np.zeros(len(first), bool)
         for pair, index in enumerate(first.tolist()):
-            dice = np.random.default_rng([seed & _WORD, 0 if self.fixed else epoch, index, _MIXES])
+            dice = np.random.default_rng([seed & _WORD, 0 if self.fixed else epoch, index, Stream.MIXES])
             cut[pair] = dice.random() * (bool(self.mixup) + bool(self.cutmix)) >= bool(self.mixup)
             alpha = self.cutmix if cut[pair] else self.mixup
             share[pair] = dice.beta(alpha, alpha)
@@ -321,7 +207,7 @@ class Augment:
         start = np.where(resized < size, -((size - resized) // 2), np.rint((resized - size) / 2))
         return np.concatenate([start * factor, size * factor], axis=1)
 
-    def _random_crop(self, dice: "_Dice", sizes_N2: NDArray[np.int64], crop: tuple[float, float]) -> Floats:
+    def _random_crop(self, dice: "Dice", sizes_N2: NDArray[np.int64], crop: tuple[float, float]) -> Floats:
         """torchvision's RandomResizedCrop.get_params: the first of ten attempts that fits, else the centre."""
         wide_NA2 = dice.sides(crop, sizes_N2.prod(axis=1), self.crop_ratio, Slot.CROP)
         fits_NA2 = (wide_NA2 > 0) & (wide_NA2 <= sizes_N2[:, None, :])
@@ -337,7 +223,7 @@ class Augment:
         top, left = (height - crop_height) // 2, (width - crop_width) // 2
         return np.stack([top, left, crop_height, crop_width], axis=1).astype(np.float64)
 
-    def _erased(self, dice: "_Dice") -> NDArray[np.int64]:
+    def _erased(self, dice: "Dice") -> NDArray[np.int64]:
         """torchvision's RandomErasing.get_params: the first of ten attempts that is smaller than the image, else nothing."""
         if not self.erase:
             return np.zeros((len(dice.numbers_NS), 4), np.int64)
@@ -347,43 +233,6 @@ class Augment:
         found, box, corner = dice.first_fit(box_NA2, box_NA2 < size[:, None, :], size, Slot.ERASE_BOX)
         hit = found & (dice.uniform(Slot.ERASE)[:, 0] < self.erase)
         return np.where(hit[:, None], np.concatenate([corner, box], axis=1), 0).astype(np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class _Dice:
-    """A batch's random numbers, by slot."""
-
-    numbers_NS: Floats
-
-    def uniform(self, slot: int, count: int = 1) -> Floats:
-        return self.numbers_NS[:, slot : slot + count]
-
-    def between(self, least: float, most: float, slot: int, count: int | None = None) -> Floats:
-        """Uniform in [least, most): (N,), or (N, count)."""
-        values = self.uniform(slot, count or 1)
-        return least + (most - least) * (values if count else values[:, 0])
-
-    def sides(
-        self, share: tuple[float, float], area_N: NDArray[np.int64], ratio: tuple[float, float], slot: int
-    ) -> Floats:
-        """Ten attempts at a rectangle of a share of the area and a ratio of width to height: (N, A, 2) height, width."""
-        areas_NA = self.between(*share, slot, _ATTEMPTS) * area_N[:, None]
-        ratios_NA = np.exp(self.between(float(np.log(ratio[0])), float(np.log(ratio[1])), slot + _ATTEMPTS, _ATTEMPTS))
-        return np.rint(np.sqrt(np.stack([areas_NA / ratios_NA, areas_NA * ratios_NA], axis=-1)))
-
-    def first_fit(
-        self, sides_NA2: Floats, fits_NA2: NDArray[np.bool_], sizes_N2: NDArray[np.int64], slot: int
-    ) -> tuple[NDArray[np.bool_], Floats, Floats]:
-        """Whether an attempt fits, (N,), the first that does, (N, 2), and a corner (top, left) for it, (N, 2)."""
-        fits_NA: NDArray[np.bool_] = np.logical_and(fits_NA2[..., 0], fits_NA2[..., 1])
-        rows = np.arange(len(fits_NA))
-        first = np.argmax(fits_NA, axis=1)
-        chosen = sides_NA2[rows, first]
-        corner = np.floor(self.uniform(slot + 2 * _ATTEMPTS, 2) * (sizes_N2 - chosen + 1))
-        return fits_NA[rows, first], chosen, corner
-
-    def factor(self, strength: float, slot: int) -> Floats:
-        return self.between(max(0.0, 1 - strength), 1 + strength, slot)
 
 
 def _are_numbers(value: Any, count: int, *kinds: type) -> bool:
