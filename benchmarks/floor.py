@@ -15,9 +15,9 @@ import torch
 
 from fastflower import Augment, Loader
 from fastflower.batch import Request
-from fastflower.image import decode
 from fastflower.native_renderer import NativeRenderer
 from fastflower.opencv_renderer import OpencvRenderer
+from fastflower.shards.image import decode
 from fastflower.thread_executor import Renderer
 
 RENDERERS: dict[str, Callable[[Augment, torch.dtype], Renderer]] = {"native": NativeRenderer, "opencv": OpencvRenderer}

@@ -23,8 +23,8 @@ from gpu_feeding import Way
 from gpu_part import SMALL, Part, Place, verdict
 
 from fastflower import Augment, Loader
-from fastflower.image import decode
 from fastflower.recipe import report_a
+from fastflower.shards.image import decode
 
 TIMES_OPENCV = 2.0  # decoding on the GPU, the goal
 _TOGETHER = 4  # probes at a time: each takes seconds to start, so its rate is that beside three others

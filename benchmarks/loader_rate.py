@@ -30,7 +30,7 @@ from pack_speed import installed, silent
 
 from fastflower import Augment, Loader, pack
 from fastflower.folder import scan
-from fastflower.image import decode
+from fastflower.shards.image import decode
 
 Epoch = Callable[[], int]
 Kind = Literal["warm-up", "memory", "counted"]

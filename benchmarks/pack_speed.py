@@ -22,8 +22,8 @@ from record import ROOT, Side, interleave, ratio, table, write
 
 from fastflower import pack
 from fastflower.folder import scan
-from fastflower.image import decode
 from fastflower.machine import cores
+from fastflower.shards.image import decode
 
 SHARD_BYTES = 64 << 20
 

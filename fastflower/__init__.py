@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from fastflower.errors import FastflowerError as FastflowerError
     from fastflower.evaluation import evaluate as evaluate
     from fastflower.loader import Loader as Loader
-    from fastflower.manifest import Manifest as Manifest
     from fastflower.packing import pack as pack
     from fastflower.prediction import predict as predict
     from fastflower.recipe import Recipe as Recipe
     from fastflower.report import Report as Report
+    from fastflower.shards.manifest import Manifest as Manifest
     from fastflower.training import train as train
 
 _HOME = {
@@ -26,7 +26,7 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "FastflowerError": "errors",
     "Loader": "loader",
-    "Manifest": "manifest",
+    "Manifest": "shards.manifest",
     "Recipe": "recipe",
     "Report": "report",
     "evaluate": "evaluation",

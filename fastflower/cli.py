@@ -146,7 +146,7 @@ def _dask(address: str | None) -> Iterator[Executor | None]:
 
 
 def _verify(prog: str, args: Sequence[str]) -> None:
-    from fastflower.verification import verify
+    from fastflower.shards.verification import verify
 
     values = _parse(prog, args, verify, shards=str)
     problems = verify(**values)

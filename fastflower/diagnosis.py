@@ -13,7 +13,7 @@ from fastflower.devices import fastest_convolutions, kept_memory, resolve_device
 from fastflower.errors import require
 from fastflower.loader import Loader
 from fastflower.recipe import Recipe
-from fastflower.store import Remote
+from fastflower.shards.remote import Remote
 from fastflower.training import Run
 
 

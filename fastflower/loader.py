@@ -25,10 +25,11 @@ from fastflower.draws.order import Windows, balanced, num_steps, permute, step_p
 from fastflower.errors import ArgumentError, ShardError, require
 from fastflower.executors import Name, choose, maker
 from fastflower.machine import cores
-from fastflower.manifest import Manifest
 from fastflower.samples import SampleSource
-from fastflower.shard import Paths, ShardReader
-from fastflower.store import Remote, Store, remote
+from fastflower.shards.manifest import Manifest
+from fastflower.shards.mirror import Mirror
+from fastflower.shards.reader import Paths, ShardReader
+from fastflower.shards.remote import Remote, remote
 
 _log = logging.getLogger("fastflower")
 
@@ -45,8 +46,8 @@ class Loader(IterableDataset[Batch]):
     `for` begins the next epoch. Every sample comes at most once an epoch, and exactly once where the tail is kept.
 
     Args:
-        shards: The folder that `pack` wrote; also an address such as s3://bucket/shards, or a `fastflower.store.Remote`, of
-            which shards are downloaded ahead into a bounded cache.
+        shards: The folder that `pack` wrote; also an address such as s3://bucket/shards, or a
+            `fastflower.shards.remote.Remote`, of which shards are downloaded ahead into a bounded cache.
         split: "train" or "val".
         batch_size: Samples a step on this rank; the global batch is batch_size * world_size.
         augment: What is drawn; None is `Augment()`, the validation view.
@@ -95,7 +96,7 @@ class Loader(IterableDataset[Batch]):
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         source = remote(shards)
-        self._store = Store(source) if source else None
+        self._store = Mirror(source) if source else None
         self.manifest = self._store.manifest if self._store else Manifest.load(str(shards))
         self.split = split
         self.augment = augment or Augment()

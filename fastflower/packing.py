@@ -28,11 +28,11 @@ from fastflower.errors import ArgumentError, FolderError, HeldError, require
 from fastflower.files import blame_the_system, locked, sync, write_atomically
 from fastflower.folder import Folder, scan
 from fastflower.machine import cores, version_of
-from fastflower.manifest import FILE, INFO, PLAN, WORK, Manifest
 from fastflower.part import STOP, Part, make_part
-from fastflower.planning import Plan, check_counts, check_same, load_plan, make_plan, save_plan, shard_name
+from fastflower.planning import Plan, check_counts, check_same, load_plan, make_plan, save_plan
 from fastflower.remarks import remarks
-from fastflower.shard import index_rows, npy, split_of
+from fastflower.shards.manifest import FILE, INFO, PLAN, WORK, Manifest, shard_name
+from fastflower.shards.writer import index_rows, npy, split_of
 
 _log = logging.getLogger("fastflower")
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from fastflower.errors import FolderError, SampleError
 from fastflower.files import blame_the_system, write_atomically
-from fastflower.image import prepare
-from fastflower.manifest import Shard
 from fastflower.planning import Plan, load_plan
-from fastflower.shard import Samples, ShardWriter
+from fastflower.shards.image import prepare
+from fastflower.shards.manifest import Shard
+from fastflower.shards.writer import Samples, ShardWriter
 
 STOP = "stop"  # a file in the workspace: those that make parts are to end
 _MAX_SLUG = 64  # characters: with the hash and an ending it fits the 100 bytes of a tar header's name

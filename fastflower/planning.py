@@ -18,7 +18,7 @@ from fastflower.duplicates import Groups, identical
 from fastflower.errors import FolderError
 from fastflower.files import write_atomically
 from fastflower.folder import Folder
-from fastflower.manifest import PLAN
+from fastflower.shards.manifest import PLAN, shard_name
 
 _IGNORED = "ignored.json"
 
@@ -32,11 +32,6 @@ class Place(NamedTuple):
     start: int
     stop: int
     """Its images, in order, are Plan.order[start:stop]."""
-
-
-def shard_name(split: str, number: int) -> str:
-    """Of a split's shard, without ending."""
-    return f"{split}-{number:06d}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -24,8 +24,8 @@ from fastflower.errors import ArgumentError, SampleError, require
 from fastflower.evaluation import log_probabilities, no_class, view_of
 from fastflower.files import blame_the_system, write_out
 from fastflower.folder import EXTENSIONS, images_in
-from fastflower.image import Prepared, decode, prepare
 from fastflower.machine import cores
+from fastflower.shards.image import Prepared, decode, prepare
 from fastflower.thread_executor import ThreadExecutor
 
 _BATCH_SIZE = 32

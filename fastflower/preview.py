@@ -12,7 +12,7 @@ from fastflower.files import write_out
 from fastflower.loader import Loader
 from fastflower.recipe import Recipe
 from fastflower.report import drawable, png
-from fastflower.store import Remote
+from fastflower.shards.remote import Remote
 
 
 def preview(

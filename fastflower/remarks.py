@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fastflower.manifest import Manifest
+from fastflower.shards.manifest import Manifest
 
 _MOST_NAMES = 10  # of classes, in a line
 _MORE = 0.05  # of all images: by so much may split "val" exceed the fraction asked for without a word

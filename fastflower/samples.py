@@ -7,8 +7,8 @@ import numpy as np
 
 from fastflower.batch import Clock, Pixels, Request
 from fastflower.errors import SampleError
-from fastflower.image import decode
-from fastflower.shard import ShardReader
+from fastflower.shards.image import decode
+from fastflower.shards.reader import ShardReader
 
 _log = logging.getLogger("fastflower")
 

@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastflower import libjpeg
 from fastflower.batch import Clock, Pixels, Replace, Request, as_numpy, refuse, storage
 from fastflower.draws.augment import Augment
 from fastflower.errors import ArgumentError, SampleError
 from fastflower.native_renderer import NativeRenderer, available
 from fastflower.opencv_renderer import OpencvRenderer
+from fastflower.shards import libjpeg
 
 _CPU = torch.device("cpu")
 _SPARE = 4  # batches whose memory waits to be used again

@@ -43,8 +43,8 @@ from fastflower.optimization import Average, forget, optimizer_of, plain_state, 
 from fastflower.progress import Tally, first_not_finite, preemption
 from fastflower.recipe import Recipe
 from fastflower.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report
+from fastflower.shards.remote import Remote
 from fastflower.stepping import Stepper, graphs_of
-from fastflower.store import Remote
 
 _log = logging.getLogger("fastflower")
 

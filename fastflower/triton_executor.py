@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastflower import libjpeg
 from fastflower import triton_kernels as kernels
 from fastflower.batch import Pixels, Replace, Request, refuse
 from fastflower.cache import Allowance
 from fastflower.draws import color, geometry
 from fastflower.draws.augment import Augment
 from fastflower.errors import SampleError
+from fastflower.shards import libjpeg
 from fastflower.thread_executor import end
 
 _CHUNK = 8  # samples a task

@@ -20,8 +20,8 @@ if not torch.cuda.is_available():
 from bad_server import IMPATIENT, BadServer, serving
 from training_runs import narrow_resnets
 
-from fastflower import pack, report, store
-from fastflower.store import Remote
+from fastflower import pack, report
+from fastflower.shards.remote import Remote
 
 ROOT = Path(__file__).parent.parent
 
@@ -88,7 +88,7 @@ def shards(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
     """A server of the packed photographs, and a store that is impatient with it."""
     for name, value in IMPATIENT.items():
-        monkeypatch.setattr(store, name, value)
+        monkeypatch.setattr(f"fastflower.shards.mirror.{name}", value)
     with serving(shards) as server:
         yield server
 

@@ -28,7 +28,7 @@ from fastflower.batch import Executor, Request
 from fastflower.cache import Allowance
 from fastflower.devices import resolve_device
 from fastflower.draws.draw import Draw
-from fastflower.image import decode
+from fastflower.shards.image import decode
 from fastflower.thread_executor import ThreadExecutor
 from fastflower.triton_executor import DevicePhotos, TritonExecutor
 

@@ -23,7 +23,7 @@ from fastflower.cli import main
 from fastflower.diagnosis import diagnose
 from fastflower.preview import preview
 from fastflower.recipe import PRESETS
-from fastflower.verification import verify
+from fastflower.shards.verification import verify
 
 ROOT = Path(__file__).parent.parent
 VERBS: dict[str, Callable[..., Any]] = {

@@ -16,14 +16,15 @@ import pytest
 from packs import drawn
 from training_runs import small
 
-from fastflower import Augment, Loader, Manifest, Recipe, pack, packing, predict, shard, store, train, training
+from fastflower import Augment, Loader, Manifest, Recipe, pack, packing, predict, train, training
 from fastflower.backbone import build
 from fastflower.checkpoint import Checkpoint
 from fastflower.errors import ResourceError, SampleError
 from fastflower.files import write_out
 from fastflower.folder import scan
-from fastflower.shard import ShardReader
-from fastflower.verification import verify
+from fastflower.shards import mirror, remote
+from fastflower.shards.reader import ShardReader
+from fastflower.shards.verification import verify
 
 SMALL = Augment(size=16, resize=16)
 EXECUTORS = ["native", "opencv", "dali", "triton"]
@@ -133,7 +134,7 @@ def test_readers_share_a_bound_and_read_their_own_shards(
     some: Path, flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack(flowers, tmp_path / "other", shard_bytes=1 << 16)
-    monkeypatch.setattr(shard, "_MOST_OPEN", 10)
+    monkeypatch.setattr("fastflower.shards.reader._MOST_OPEN", 10)
     readers = [ShardReader(Manifest.load(folder), "train") for folder in (some, tmp_path / "other")]
     for index in range(16):
         for reader in readers:
@@ -261,12 +262,12 @@ def test_what_the_system_refuses_is_no_fault_of_a_server(
         tries.append(name)
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(store, "_FIRST_PAUSE", 0.0)
-    monkeypatch.setattr(store.Store, "_read", refuse)
+    monkeypatch.setattr("fastflower.shards.mirror._FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(mirror.Mirror, "_read", refuse)
     message = f"^local://{some}/manifest.json: cannot be opened or read: {REFUSED[errno.EMFILE]}"
     with pytest.raises(ResourceError, match=message):
-        make(store.Remote(url=f"local://{some}", folder=tmp_path))  # pyright: ignore[reportArgumentType]
-    assert len(tries) == store._ATTEMPTS
+        make(remote.Remote(url=f"local://{some}", folder=tmp_path))  # pyright: ignore[reportArgumentType]
+    assert len(tries) == mirror._ATTEMPTS
 
 
 def test_what_the_system_refuses_is_not_skipped_by_predict(tmp_path: Path, refusing: Any) -> None:

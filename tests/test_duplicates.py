@@ -21,7 +21,7 @@ from PIL import Image, ImageEnhance
 from fastflower import duplicates
 from fastflower.duplicates import NEAR_BITS, Groups, identical, nearest
 from fastflower.folder import Folder, scan
-from fastflower.image import perceptual_hash, prepare
+from fastflower.shards.image import perceptual_hash, prepare
 
 TAIL = 4096  # bytes that are read first
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastflower import Augment, Loader, Manifest
 from fastflower.batch import Request
-from fastflower.manifest import INDEX_DTYPE, Shard, Split
+from fastflower.shards.manifest import INDEX_DTYPE, Shard, Split
 
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any)
 TAILS = st.sampled_from(["drop", "keep", "pad"])

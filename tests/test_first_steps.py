@@ -22,7 +22,7 @@ from fastflower.cli import main
 from fastflower.errors import ArgumentError, CheckpointError, ShardError
 from fastflower.evaluation import view_of
 from fastflower.recipe import scratch
-from fastflower.verification import verify
+from fastflower.shards.verification import verify
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 

@@ -13,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, JpegImagePlugin
 
-from fastflower import image as module
 from fastflower.errors import SampleError
-from fastflower.image import Prepared, decode, perceptual_hash, prepare
+from fastflower.shards import image as module
+from fastflower.shards.image import Prepared, decode, perceptual_hash, prepare
 
 # Mean grey levels between a picture and its JPEG of quality 95. Swapped channels are ten times as far off.
 TOLERANCE = 3.0

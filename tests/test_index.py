@@ -19,9 +19,9 @@ from PIL import Image
 
 from fastflower import Augment, Loader, Manifest, pack
 from fastflower.errors import SampleError, ShardError
-from fastflower.manifest import Split
-from fastflower.store import Remote
-from fastflower.verification import verify
+from fastflower.shards.manifest import Split
+from fastflower.shards.remote import Remote
+from fastflower.shards.verification import verify
 
 SMALL = Augment(size=16, resize=16)
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from packs import drawn
 
-from fastflower import Loader, machine, pack, packing, verification
+from fastflower import Loader, machine, pack, packing
 from fastflower.machine import available_bytes, cores
+from fastflower.shards import verification
 
 FREE = 64 << 30
 UNLIMITED = 9223372036854771712  # version 1 knows no "max"

@@ -18,7 +18,7 @@ from fastflower import Manifest, pack
 from fastflower.errors import FolderError, ShardError
 from fastflower.files import write_atomically
 from fastflower.machine import version_of
-from fastflower.manifest import INDEX_DTYPE, Shard, Split
+from fastflower.shards.manifest import INDEX_DTYPE, Shard, Split
 
 MANIFEST = Manifest(
     folder=Path("nowhere"),

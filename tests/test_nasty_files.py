@@ -18,9 +18,9 @@ from webdataset.compat import WebDataset
 
 from fastflower import Manifest, pack
 from fastflower.errors import FolderError
-from fastflower.image import decode
-from fastflower.shard import ShardReader
-from fastflower.verification import verify
+from fastflower.shards.image import decode
+from fastflower.shards.reader import ShardReader
+from fastflower.shards.verification import verify
 
 SPLITS = ["train", "val"]
 # Damage at which libjpeg, and so every decoder here, only warns: bytes that mean nothing, with an end behind them.

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from packs import drawn, exactly
 from PIL import Image, ImageOps
 
-from fastflower import Loader, Manifest, libjpeg, pack
+from fastflower import Loader, Manifest, pack
 from fastflower.errors import SampleError
-from fastflower.image import decode, prepare
 from fastflower.part import Part
+from fastflower.shards import libjpeg
+from fastflower.shards.image import decode, prepare
 
 WHOLE = encode(photo(90, 500, 333), "JPEG", quality=90)
 HALF = WHOLE[: len(WHOLE) // 2]
@@ -294,7 +295,7 @@ SHORT_OF_MEMORY = r"""
 import io, resource
 from functools import partial
 from PIL import Image
-from fastflower.image import decode, prepare
+from fastflower.shards.image import decode, prepare
 files = []
 for mode, side in (("L", 9000), ("RGB", 5500)):
     file = io.BytesIO()

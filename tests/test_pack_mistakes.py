@@ -11,10 +11,11 @@ import pytest
 from kill_packer import checksums
 from packs import drawn, exactly
 
-from fastflower import pack, planning, verification
+from fastflower import pack, planning
 from fastflower import part as parts
 from fastflower.errors import ArgumentError, FolderError
 from fastflower.folder import scan
+from fastflower.shards import verification
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ from PIL import Image
 from fastflower import Manifest, pack
 from fastflower.errors import ArgumentError, FolderError
 from fastflower.folder import scan
-from fastflower.image import perceptual_hash
 from fastflower.packing import _ahead
+from fastflower.shards.image import perceptual_hash
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torchvision.transforms.v2 import functional as F
 
 from fastflower import Augment
-from fastflower.image import decode
+from fastflower.shards.image import decode
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from packs import drawn, exactly
 from fastflower import part as module
 from fastflower.errors import FolderError
 from fastflower.folder import scan
-from fastflower.manifest import INDEX_DTYPE, Shard
 from fastflower.part import STOP, Part, key_of, make_part
 from fastflower.planning import Plan, make_plan, save_plan
+from fastflower.shards.manifest import INDEX_DTYPE, Shard
 
 NAME = "train-000000"
 

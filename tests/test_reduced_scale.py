@@ -18,7 +18,7 @@ from fastflower.batch import Request
 from fastflower.cache import PixelCache, decoded_bytes
 from fastflower.draws import geometry
 from fastflower.draws.geometry import reductions
-from fastflower.image import decode
+from fastflower.shards.image import decode
 from fastflower.thread_executor import ThreadExecutor
 
 

@@ -18,9 +18,9 @@ import torch
 from bad_server import BadServer
 from packs import resealed
 
-from fastflower import Augment, Loader, Manifest, store
+from fastflower import Augment, Loader, Manifest
 from fastflower.errors import ArgumentError, ShardError
-from fastflower.store import Remote
+from fastflower.shards.remote import Remote
 
 pytest.importorskip("aiohttp")
 AUGMENT = Augment(size=16, resize=18, crop=(0.3, 1.0))
@@ -153,7 +153,7 @@ def test_a_break_ends_the_downloads_and_the_next_epoch_is_whole(
     loader = Loader(source, **OPTIONS, window=2)
     feeding = iter(loader)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "_ATTEMPTS", 2)
+        patch.setattr("fastflower.shards.mirror._ATTEMPTS", 2)
         with pytest.raises(ShardError, match=r"could not be read in 2 attempts \(not all came within 1 seconds\)"):
             next(feeding)
     assert_nothing_half_done(source.folder)
@@ -182,7 +182,7 @@ def test_a_break_ends_the_downloads_and_the_next_epoch_is_whole(
 def test_a_server_that_never_recovers_is_named(
     name: str, kind: str, message: str, source: Remote, server: BadServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_ATTEMPTS", 3)
+    monkeypatch.setattr("fastflower.shards.mirror._ATTEMPTS", 3)
     server.fault = lambda asked_for, _asked: kind if asked_for == name else None
     with pytest.raises(ShardError, match=message):
         epochs(source, 1)

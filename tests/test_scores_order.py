@@ -14,8 +14,8 @@ from training_runs import RECIPE
 
 from fastflower import Checkpoint, Loader, Report, evaluate, pack, predict, train
 from fastflower.metrics import Scores, score
-from fastflower.shard import ShardReader
-from fastflower.store import Remote
+from fastflower.shards.reader import ShardReader
+from fastflower.shards.remote import Remote
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 

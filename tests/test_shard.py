@@ -20,9 +20,10 @@ from webdataset.compat import WebDataset
 
 from fastflower import Manifest, pack
 from fastflower.errors import SampleError, ShardError
-from fastflower.image import decode
-from fastflower.manifest import INDEX_DTYPE
-from fastflower.shard import Samples, ShardReader, ShardWriter, index_rows
+from fastflower.shards.image import decode
+from fastflower.shards.manifest import INDEX_DTYPE
+from fastflower.shards.reader import ShardReader
+from fastflower.shards.writer import Samples, ShardWriter, index_rows
 
 SPLITS = ["train", "val"]
 LEFT_OPEN = pytest.mark.filterwarnings(

@@ -16,15 +16,17 @@ import pytest
 from bad_server import BadServer
 from test_remote import OPTIONS
 
-from fastflower import Loader, Manifest, store
+from fastflower import Loader, Manifest
 from fastflower.errors import ShardError
 from fastflower.files import locked
-from fastflower.store import Remote, Store
+from fastflower.shards import mirror
+from fastflower.shards.mirror import Mirror
+from fastflower.shards.remote import Remote
 
 pytest.importorskip("aiohttp")
 
 
-def names_of(made: Store) -> list[str]:
+def names_of(made: Mirror) -> list[str]:
     return [shard.name for shard in made.manifest.split("train").shards]
 
 
@@ -32,7 +34,7 @@ def held(cache: str | Path) -> set[str]:
     return {path.name for path in Path(cache).glob("*/*.tar")}
 
 
-def settled(made: Store) -> None:
+def settled(made: Mirror) -> None:
     """Wait for what is being fetched ahead."""
     end = time.monotonic() + 30
     while made._threads and time.monotonic() < end:
@@ -41,10 +43,10 @@ def settled(made: Store) -> None:
 
 
 def test_the_shard_that_was_not_used_for_longest_makes_room(source: Remote, server: BadServer) -> None:
-    made = Store(source)
+    made = Mirror(source)
     names = names_of(made)
     sizes = [shard.bytes for shard in made.manifest.split("train").shards]
-    tight = Store(Remote(url=server.url, folder=source.folder, limit_bytes=sum(sizes[:3])))
+    tight = Mirror(Remote(url=server.url, folder=source.folder, limit_bytes=sum(sizes[:3])))
     for number, name in enumerate(names[:3]):
         tight.path(name)
         os.utime(tight.folder / name, (1000 + number, 1000 + number))
@@ -56,10 +58,10 @@ def test_the_shard_that_was_not_used_for_longest_makes_room(source: Remote, serv
 
 
 def test_what_is_read_soonest_stays_and_the_rest_waits_for_room(source: Remote, server: BadServer) -> None:
-    made = Store(source)
+    made = Mirror(source)
     names = names_of(made)
     sizes = [shard.bytes for shard in made.manifest.split("train").shards]
-    tight = Store(Remote(url=server.url, folder=source.folder, limit_bytes=2 * max(sizes)))
+    tight = Mirror(Remote(url=server.url, folder=source.folder, limit_bytes=2 * max(sizes)))
     assert tight.prefetch(names[:2]) == set(names[:2])
     settled(tight)
     assert tight.prefetch(names[1:4]) == set(names[:4]), "those of the call before are kept as well"
@@ -73,7 +75,7 @@ def test_what_is_read_soonest_stays_and_the_rest_waits_for_room(source: Remote, 
 
 
 def test_making_room_leaves_other_files_that_are_being_written(source: Remote) -> None:
-    made = Store(source)
+    made = Mirror(source)
     written = made.folder / f"val.index.npy.{os.getpid()}-1.part"
     written.write_bytes(b"half")
     made.path(names_of(made)[0])
@@ -86,10 +88,10 @@ def test_a_part_that_a_killed_process_left_takes_no_room(
     source: Remote, server: BadServer, locks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the file system has no locks one counts as left when nothing came for longer than all attempts take."""
-    made = Store(source)
+    made = Mirror(source)
     names = names_of(made)
     size = max(shard.bytes for shard in made._shards.values())
-    tight = Store(Remote(url=server.url, folder=source.folder, limit_bytes=size))
+    tight = Mirror(Remote(url=server.url, folder=source.folder, limit_bytes=size))
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -99,7 +101,7 @@ def test_a_part_that_a_killed_process_left_takes_no_room(
     parts = [tight.folder / f"{names[0]}.0123abcd.part", tight.folder / f"{names[1]}.part"]  # of an older fastflower
     for part in parts:
         part.write_bytes(bytes(size))
-        long_ago = time.time() - 8 * (store._TIMEOUT + store._LONGEST_PAUSE) - 1
+        long_ago = time.time() - 8 * (mirror._TIMEOUT + mirror._LONGEST_PAUSE) - 1
         os.utime(part, (long_ago, long_ago))
     assert tight.path(names[0]).exists()
     assert not any(part.exists() for part in parts)
@@ -127,7 +129,7 @@ def test_a_break_does_not_wait_for_a_lock_that_is_never_given_back(source: Remot
 
 def test_a_shard_gets_its_name_while_nobody_counts(source: Remote, server: BadServer) -> None:
     """Whoever makes room looks for tars, then for parts: one renamed in between would take room that nobody knows of."""
-    made = Store(source)
+    made = Mirror(source)
     path = made.folder / names_of(made)[0]
     with (Path(source.folder) / "room.lock").open("w") as counting:
 
@@ -153,7 +155,7 @@ def test_pauses_double_up_to_the_longest(
     source: Remote, server: BadServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, value in {"_FIRST_PAUSE": 0.25, "_LONGEST_PAUSE": 3.0}.items():
-        monkeypatch.setattr(store, name, value)
+        monkeypatch.setattr(mirror, name, value)
     slept: list[float] = []
     clock = [0.0]
 
@@ -161,13 +163,13 @@ def test_pauses_double_up_to_the_longest(
         slept.append(seconds)
         clock[0] += 100
 
-    monkeypatch.setattr(store.random, "uniform", lambda _low, high: high)
-    monkeypatch.setattr(store.time, "sleep", sleep)
+    monkeypatch.setattr(mirror.random, "uniform", lambda _low, high: high)
+    monkeypatch.setattr(mirror.time, "sleep", sleep)
     caplog.set_level(logging.WARNING, "fastflower")
     server.fault = lambda _name, _asked: "503"
-    monkeypatch.setattr(store.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(mirror.time, "monotonic", lambda: clock[0])
     with pytest.raises(ShardError, match="could not be read in 8 attempts"):
-        Store(source)
+        Mirror(source)
     pauses = [line.rpartition("trying again in ")[2] for line in caplog.messages]
     assert pauses == ["0.2 s", "0.5 s", "1.0 s", "2.0 s", "3.0 s", "3.0 s", "3.0 s"]
 
@@ -175,13 +177,13 @@ def test_pauses_double_up_to_the_longest(
 def test_what_may_not_be_read_is_asked_for_once(source: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def refuse(_self: Store, name: str, *_: object) -> bytes:
+    def refuse(_self: Mirror, name: str, *_: object) -> bytes:
         asked.append(name)
         raise PermissionError("Access Denied")
 
-    monkeypatch.setattr(Store, "_read", refuse)
+    monkeypatch.setattr(Mirror, "_read", refuse)
     with pytest.raises(ShardError, match=r"manifest.json: may not be read \(Access Denied\); check the credentials"):
-        Store(source)
+        Mirror(source)
     assert asked == ["manifest.json"]
 
 
@@ -195,7 +197,7 @@ def ends_soon(action: Any) -> None:
 def test_a_break_does_not_wait_for_a_server_that_stalls(
     source: Remote, server: BadServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_TIMEOUT", 1000.0)
+    monkeypatch.setattr(mirror, "_TIMEOUT", 1000.0)
     server.fault = lambda name, _asked: "stall" if name > "train-000002" and name.endswith(".tar") else None
     feeding = iter(Loader(source, **OPTIONS, window=1, shuffle=False))
     next(feeding)
@@ -242,13 +244,14 @@ import json, os, sys
 sys.path.insert(0, sys.argv[1])
 from bad_server import IMPATIENT, deafen
 from test_remote import OPTIONS
-from fastflower import Loader, store
-from fastflower.store import Remote
+from fastflower import Loader
+from fastflower.shards import mirror
+from fastflower.shards.remote import Remote
 for name, value in IMPATIENT.items():
-    setattr(store, name, value)
+    setattr(mirror, name, value)
 loader = Loader(Remote(url=sys.argv[2], folder=sys.argv[3]), **OPTIONS, window=1)
 if sys.argv[4] == "deaf exit":
-    deafen(store.Store, loader._store.manifest.split("train").shards[loader._windows.ahead([0], 0)[0]].name)
+    deafen(mirror.Mirror, loader._store.manifest.split("train").shards[loader._windows.ahead([0], 0)[0]].name)
 if sys.argv[4].endswith("exit"):
     feeding = iter(loader)
     next(feeding)
@@ -304,7 +307,7 @@ def test_an_exit_does_not_wait_for_downloads(what: str, server: BadServer, tmp_p
 
 
 def test_a_cache_that_somebody_cleared_is_filled_again(source: Remote) -> None:
-    made = Store(source)
+    made = Mirror(source)
     name = names_of(made)[0]
     assert made.path(name).exists()
     for path in made.folder.iterdir():
@@ -343,14 +346,14 @@ def test_an_index_of_another_pack_is_refused(server: BadServer, source: Remote, 
 def test_a_thread_that_fails_in_a_way_nobody_foresaw_does_not_hold_up_the_end(
     source: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Store._download
+    real = Mirror._download
 
-    def download(self: Store, name: str, *, demanded: bool = False) -> None:
+    def download(self: Mirror, name: str, *, demanded: bool = False) -> None:
         if not demanded:
             raise ValueError("unforeseen")
         real(self, name, demanded=demanded)
 
-    monkeypatch.setattr(Store, "_download", download)
+    monkeypatch.setattr(Mirror, "_download", download)
     feeding = iter(Loader(source, **OPTIONS, window=1))
     next(feeding)
     ends_soon(feeding.close)  # pyright: ignore[reportAttributeAccessIssue]

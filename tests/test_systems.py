@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from packs import drawn
 
-from fastflower import Loader, pack, shard, store
+from fastflower import Loader, pack
 from fastflower.errors import FolderError
-from fastflower.manifest import Manifest
-from fastflower.shard import ShardReader
-from fastflower.store import Remote, Store
+from fastflower.shards.manifest import Manifest
+from fastflower.shards.mirror import Mirror
+from fastflower.shards.reader import ShardReader
+from fastflower.shards.remote import Remote
 
 
 @pytest.mark.parametrize("on_bad", ["fail", "skip"])
@@ -26,7 +27,7 @@ def test_shards_may_be_more_than_files_that_may_be_open(
     """At most so many at once, and every sample comes once, not a neighbour in its place."""
     manifest = pack(drawn(tmp_path / "data", a=20, b=20), tmp_path / "shards", shard_bytes=1, val_fraction=0.0)
     assert len(manifest.split("train").shards) == 40
-    monkeypatch.setattr(shard, "_MOST_OPEN", 8)
+    monkeypatch.setattr("fastflower.shards.reader._MOST_OPEN", 8)
     reader = ShardReader(manifest, "train")
     for index in range(40):
         reader.encoded(index)
@@ -69,7 +70,7 @@ class _Impatient:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Impatient]:
     system = _Impatient()
-    monkeypatch.setattr(store, "_file_system", lambda *_: (system, "shards"))
+    monkeypatch.setattr("fastflower.shards.mirror.file_system", lambda *_: (system, "shards"))
     yield system
     system.end()
 
@@ -79,15 +80,15 @@ def test_a_timeout_of_the_client_is_one_attempt_and_not_waited_out(
 ) -> None:
     reasons: list[str] = []
 
-    def pause(_self: Store, _name: str, attempt: int, reason: str) -> None:
+    def pause(_self: Mirror, _name: str, attempt: int, reason: str) -> None:
         reasons.append(reason)
         if attempt == 2:
             raise StopIteration
 
-    monkeypatch.setattr(Store, "_pause", pause)
-    monkeypatch.setattr(store, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(Mirror, "_pause", pause)
+    monkeypatch.setattr("fastflower.shards.mirror._TIMEOUT", 0.3)
     with pytest.raises(StopIteration):
-        Store(Remote(url="https://host/shards", folder=str(tmp_path)))
+        Mirror(Remote(url="https://host/shards", folder=str(tmp_path)))
     assert (impatient.asked, reasons) == (3, ["the client gave up"] * 3)
 
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from packs import drawn, exactly
 
-from fastflower import Augment, Loader, Manifest, pack, verification
+from fastflower import Augment, Loader, Manifest, pack
 from fastflower.errors import ShardError
-from fastflower.manifest import INDEX_DTYPE
-from fastflower.shard import Samples, ShardWriter, npy
-from fastflower.verification import verify
+from fastflower.shards import verification
+from fastflower.shards.manifest import INDEX_DTYPE
+from fastflower.shards.verification import verify
+from fastflower.shards.writer import Samples, ShardWriter, npy
 
 FIRST, SECOND, IDX, INDEX = "train-000000.tar", "train-000001.tar", "train-000000.idx", "train.index.npy"
 INFO, MANIFEST = "_info.json", "manifest.json"

@@ -16,17 +16,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastflower.errors import ArgumentError, FastflowerError, HeldError, ShardError
 from fastflower.files import blame_the_system, locked, partial_name, refusal, write_atomically
-from fastflower.manifest import FILE, Manifest
+from fastflower.shards.manifest import FILE, Manifest
+from fastflower.shards.remote import Remote, file_system
+
+_log = logging.getLogger("fastflower")
 
 _T = TypeVar("_T")
-_log = logging.getLogger("fastflower")
 
 _PIECE = 4 << 20  # bytes asked for at a time: each is tried again alone
 _TIMEOUT = 60.0  # seconds for a piece
@@ -34,36 +35,9 @@ _LOOK = 0.05  # seconds between looks at whether anybody still waits
 _ATTEMPTS = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0  # seconds between attempts, doubled each time
 _THREADS = 4
-_GIGABYTE = 1 << 30
 
 
-def _default_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastflower"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Remote:
-    """Shards at an address of fsspec's: s3://, gs://, https:// and others. A Loader takes one where it takes a folder."""
-
-    url: str
-    """Of the folder that `pack` wrote."""
-    folder: str | Path = field(default_factory=_default_folder)
-    """Where mirrors are kept, shared by all processes of a machine; ~/.cache/fastflower."""
-    limit_bytes: int = 64 * _GIGABYTE
-    """Of tars in it: those not used for longest make room, but for the shards of three windows."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """What fsspec's file system is made with: storage_options, such as {"anon": True}."""
-
-
-def remote(shards: "str | Path | Remote") -> Remote | None:
-    """The shards as a Remote when they are not a local folder's."""
-    if isinstance(shards, Remote):
-        return shards
-    scheme, found, _ = str(shards).partition("://")
-    return Remote(url=str(shards)) if found and scheme != "file" else None
-
-
-class Store:
+class Mirror:
     """The mirror of one Remote. Thread-safe; may be used by several processes at once.
 
     Raises ArgumentError when the address's file system is not installed, ShardError when what is there cannot be read.
@@ -315,7 +289,7 @@ class Store:
         raise AssertionError("the last pause raises")
 
     def _read(self, name: str, start: int | None, end: int | None) -> bytes:
-        system, root = _file_system(self._url, self.source.options)  # each time: fsspec keeps one a process
+        system, root = file_system(self._url, self.source.options)  # each time: fsspec keeps one a process
         if not system.async_impl:
             return system.cat_file(f"{root}/{name}", start=start, end=end)
         patience = _TIMEOUT if end is not None else 10 * _TIMEOUT  # a whole file
@@ -373,15 +347,3 @@ def _abandoned(part: Path) -> bool:
             return exists or time.time() - part.stat().st_mtime > _ATTEMPTS * (_TIMEOUT + _LONGEST_PAUSE)
     except HeldError:
         return False
-
-
-def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path in it."""
-    from fsspec.core import url_to_fs
-
-    try:
-        return url_to_fs(url, **options)
-    except ImportError as error:
-        raise ArgumentError(f"{url}: {error}; pip install 'fastflower[s3]', for gs:// [gcs], else [http].") from None
-    except ValueError as error:
-        raise ArgumentError(f"{url}: {error}; name a folder, or an address that fsspec knows.") from None

@@ -1,151 +1,23 @@
-"""WebDataset tar shards: writing them with DALI's index beside, and reading single samples back by offset."""
+"""Reads single samples of WebDataset tar shards back, by offset."""
 
 import errno
-import hashlib
-import io
 import json
 import os
 import resource
-import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from time import sleep
-from typing import Any, ClassVar, Protocol, overload
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, ClassVar, overload
 
 from fastflower.errors import SampleError, ShardError
 from fastflower.files import blame_the_system
-from fastflower.manifest import INDEX_DTYPE, Manifest, Shard, Split
+from fastflower.shards.manifest import Manifest
+from fastflower.shards.writer import BLOCK
 
-_BLOCK = 512  # bytes: tar's unit
 _MOST_OPEN = 256  # shards of all readers; systems allow a process 1,024 files, of which others need some
 _TRIES = 20  # to open another, 10 ms apart: threads that close some of theirs open others
-# A member's header without name and size: owner 0, mode 644, time 0, so that bytes depend on contents alone.
-_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
-_REST_SUM = sum(_HEADER[156:])
-_ROW = struct.Struct("<IQIIiII")  # INDEX_DTYPE
-
-
-class Writable(Protocol):
-    """What a shard can be written to, such as a file opened in mode "wb"."""
-
-    def write(self, data: bytes, /) -> object:
-        """Take all of the bytes."""
-        ...
-
-
-class Samples:
-    """Samples as they stand in a tar, one after another. Any thread can make them; ShardWriter.extend appends them.
-
-    USTAR as Python's tarfile writes it, which takes six times as long.
-    """
-
-    def __init__(self) -> None:
-        self.pieces: list[bytes] = []
-        self.rows: list[tuple[int, ...]] = []
-        """(offset, size, crc32, label, width, height) of each image."""
-        self.members: list[list[tuple[str, int, int, str]]] = []
-        """(ending, offset, size, name) of each sample's files."""
-        self._bytes = 0
-
-    def add(self, key: str, image: bytes, label: int, size: tuple[int, int], source: str, class_name: str) -> None:
-        """Add KEY.cls, KEY.jpg and KEY.json. size  (height, width) of the decoded image; source  its original path."""
-        # "filename" is the key under which timm looks for it.
-        # A name that is no UTF-8 has surrogates, and backslashreplace writes them as JSON's own escapes.
-        note = json.dumps({"filename": source, "class": class_name}, ensure_ascii=False)
-        files = (("cls", b"%d" % label), ("jpg", image), ("json", note.encode("utf-8", "backslashreplace")))
-        members: list[tuple[str, int, int, str]] = []
-        for ending, data in files:
-            name = f"{key}.{ending}"
-            offset = self._bytes + _BLOCK
-            padding = -len(data) % _BLOCK
-            self.pieces += (_header(name, len(data)), data, bytes(padding))
-            self._bytes = offset + len(data) + padding
-            members.append((ending, offset, len(data), name))
-        self.members.append(members)
-        self.rows.append((members[1][1], len(image), zlib.crc32(image), label, size[1], size[0]))
-
-
-class ShardWriter:
-    """Writes one tar, and collects its indexes.
-
-    The bytes depend on what is added and in which order, nothing else.
-    """
-
-    def __init__(self, file: Writable) -> None:
-        self.samples = 0
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._bytes = 0
-        self._rows = bytearray()
-        self._index = bytearray()
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:  # tar ends with two empty blocks, in records of twenty
-            self._write(bytes(-(self._bytes + 2 * _BLOCK) % tarfile.RECORDSIZE + 2 * _BLOCK))
-
-    def extend(self, samples: Samples) -> None:
-        """Append samples."""
-        start = self._bytes
-        for offset, *row in samples.rows:
-            self._rows += _ROW.pack(0, start + offset, *row)
-        for members in samples.members:
-            # DALI's v1.2: extension, offset, size and name of each member (nvidia/dali/tools/wds2idx.py).
-            line = [f"{ending} {start + offset} {size} {name}" for ending, offset, size, name in members]
-            self._index += (" ".join(line) + "\n").encode()
-        self._write(b"".join(samples.pieces))  # in one piece, so that threads seldom ask for Python's lock
-        self.samples += len(samples.rows)
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._bytes += len(data)
-
-    @property
-    def rows(self) -> NDArray[Any]:
-        """(samples,) of INDEX_DTYPE, as if this were the split's first shard."""
-        return np.frombuffer(self._rows, INDEX_DTYPE)
-
-    def dali_index_pieces(self) -> tuple[bytes, bytearray]:
-        """The content of the .idx file, in two pieces: of a million small files it would not fit the memory twice."""
-        return b"v1.2 %d\n" % self.samples, self._index
-
-    def shard(self, name: str) -> Shard:
-        """The manifest's entry for the finished tar, which is to be called `name`."""
-        return Shard(name, self.samples, self._bytes, self._digest.hexdigest())
-
-
-def _header(name: str, size: int) -> bytes:
-    start = name.encode().ljust(100, b"\0") + _HEADER[100:124] + b"%011o\0" % size + _HEADER[136:148]
-    return start + b"%06o\0 " % (sum(start) + 8 * ord(" ") + _REST_SUM) + _HEADER[156:]
-
-
-def index_rows(shards: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """The rows of a split from those of its shards, each as if it were the first."""
-    rows = np.concatenate([np.zeros(0, INDEX_DTYPE), *shards])
-    rows["shard"] = np.repeat(np.arange(len(shards)), [len(shard) for shard in shards])
-    return rows
-
-
-def split_of(shards: Sequence[tuple[Shard, NDArray[Any]]], num_classes: int) -> Split:
-    """What the manifest says of a split with these shards, each with its rows."""
-    rows = index_rows([rows for _, rows in shards])
-    counts = np.bincount(rows["label"], minlength=num_classes).tolist()
-    return Split(len(rows), tuple(counts), tuple(shard for shard, _ in shards), hashlib.sha256(npy(rows)).hexdigest())
-
-
-def npy(rows: NDArray[Any]) -> memoryview:
-    """The bytes of a .npy file."""
-    file = io.BytesIO()
-    np.save(file, rows)
-    return file.getbuffer()
 
 
 class ShardReader:
@@ -194,7 +66,7 @@ class ShardReader:
         shard, start = int(row["shard"]), int(row["offset"])
         place = str(self._paths[shard])
         try:
-            header = self._read(shard, start - _BLOCK, _BLOCK)
+            header = self._read(shard, start - BLOCK, BLOCK)
             key = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name.rpartition(".")[0]
             return f"{place}: sample {key} ({self.path(index)})"
         except (OSError, tarfile.HeaderError, ValueError, KeyError):
@@ -203,9 +75,9 @@ class ShardReader:
     def path(self, index: int) -> str:
         """The path, relative to the packed folder, that a sample's image had: from the .json behind it."""
         row = self.index[index]
-        shard, header = int(row["shard"]), int(row["offset"]) + -(-int(row["size"]) // _BLOCK) * _BLOCK
-        note = tarfile.TarInfo.frombuf(self._read(shard, header, _BLOCK), "utf-8", "replace")
-        return json.loads(self._read(shard, header + _BLOCK, note.size))["filename"]
+        shard, header = int(row["shard"]), int(row["offset"]) + -(-int(row["size"]) // BLOCK) * BLOCK
+        note = tarfile.TarInfo.frombuf(self._read(shard, header, BLOCK), "utf-8", "replace")
+        return json.loads(self._read(shard, header + BLOCK, note.size))["filename"]
 
     def _read(self, shard: int, start: int, size: int) -> bytes:
         """Bytes of a shard; fewer where it ends before."""

@@ -18,11 +18,21 @@ from tqdm import tqdm
 
 from fastflower.errors import SampleError, ShardError, require
 from fastflower.files import blame_the_system, write_atomically
-from fastflower.image import prepare
 from fastflower.machine import cores
-from fastflower.manifest import FILE, FORMAT_VERSION, INDEX_DTYPE, INFO, PLAN, WORK, Manifest, Shard, Split
-from fastflower.planning import shard_name
-from fastflower.shard import Samples, ShardWriter, index_rows, npy, split_of
+from fastflower.shards.image import prepare
+from fastflower.shards.manifest import (
+    FILE,
+    FORMAT_VERSION,
+    INDEX_DTYPE,
+    INFO,
+    PLAN,
+    WORK,
+    Manifest,
+    Shard,
+    Split,
+    shard_name,
+)
+from fastflower.shards.writer import Samples, ShardWriter, index_rows, npy, split_of
 
 _log = logging.getLogger("fastflower")
 

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from fastflower import libjpeg
 from fastflower.errors import SampleError
-from fastflower.levels import is_wide, to_eight_bits
+from fastflower.shards import libjpeg
+from fastflower.shards.levels import is_wide, to_eight_bits
 
 # Twice Pillow's warning threshold, where Pillow itself raises DecompressionBombError.
 MAX_PIXELS = 178_956_970

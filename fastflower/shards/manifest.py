@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastflower.errors import ShardError
 from fastflower.files import blame_the_system
-from fastflower.image import MAX_PIXELS
+from fastflower.shards.image import MAX_PIXELS
 
 FORMAT_VERSION = 2
 _FIRST = 1  # the oldest version that is read: without checksums of indexes and of the manifest
@@ -266,3 +266,8 @@ def _wrong(rows: NDArray[Any], split: Split, classes: tuple[str, ...]) -> str:
         if len(split.class_counts) == len(classes)
         else f"is of {len(split.class_counts)} classes, not {len(classes)}"
     )
+
+
+def shard_name(split: str, number: int) -> str:
+    """Of a split's shard, without ending."""
+    return f"{split}-{number:06d}"
