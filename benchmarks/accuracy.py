@@ -22,7 +22,7 @@ from torchvision import models, transforms
 
 from fastflower import Recipe, pack, train
 from fastflower.devices import precision_of, resolve_device
-from fastflower.recipe import scratch
+from fastflower.recipes.presets import scratch
 
 SIDES = ("plain", "fastflower")
 

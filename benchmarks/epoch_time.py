@@ -24,7 +24,7 @@ import tyro
 from fastflower import Augment, Loader, Manifest, Recipe, pack
 from fastflower.devices import resolve_device
 from fastflower.folder import scan
-from fastflower.recipe import report_a
+from fastflower.recipes.presets import report_a
 from fastflower.training import Run
 
 

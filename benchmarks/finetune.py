@@ -28,7 +28,7 @@ from torchvision import transforms
 from fastflower import pack, train
 from fastflower.checkpoint import LAST, Checkpoint
 from fastflower.devices import precision_of, resolve_device
-from fastflower.recipe import PRESETS
+from fastflower.recipes.presets import PRESETS
 
 PLAIN = "plain"
 EPOCHS = 5  # of the plain loop

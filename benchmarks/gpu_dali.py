@@ -23,7 +23,7 @@ from gpu_feeding import Way
 from gpu_part import SMALL, Part, Place, verdict
 
 from fastflower import Augment, Loader
-from fastflower.recipe import report_a
+from fastflower.recipes.presets import report_a
 from fastflower.shards.image import decode
 
 TIMES_OPENCV = 2.0  # decoding on the GPU, the goal

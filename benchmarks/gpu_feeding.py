@@ -17,7 +17,7 @@ from gpu_part import MAGNIFIED, Part, Place, check_recorded, verdict
 from fastflower import Augment, Loader
 from fastflower.devices import fastest_convolutions
 from fastflower.draws import geometry
-from fastflower.recipe import report_a
+from fastflower.recipes.presets import report_a
 from fastflower.training import Run
 
 FROM_CACHE = 350_000  # images/s, the goal

@@ -21,7 +21,7 @@ from gpu_part import MAGNIFIED, SMALL, Part, Place, check_recorded
 from fastflower import Augment, Loader
 from fastflower.machine import cores
 from fastflower.native_renderer import available
-from fastflower.recipe import report_a
+from fastflower.recipes.presets import report_a
 from fastflower.training import Run
 
 RANDOM = Augment(crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, contrast=0.2, saturation=0.2, hue=0.1, erase=0.3)

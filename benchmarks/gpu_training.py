@@ -26,7 +26,7 @@ from gpu_smoke import surroundings
 from fastflower import Augment, Loader, Recipe, pack, train
 from fastflower.batch import Batch
 from fastflower.devices import fastest_convolutions
-from fastflower.recipe import PRESETS, report_a
+from fastflower.recipes.presets import PRESETS, report_a
 from fastflower.training import Run
 
 OVERLAP = 0.98  # of the rate with a replayed batch, the goal

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastflower.loader import Loader as Loader
     from fastflower.packing import pack as pack
     from fastflower.prediction import predict as predict
-    from fastflower.recipe import Recipe as Recipe
+    from fastflower.recipes.recipe import Recipe as Recipe
     from fastflower.report import Report as Report
     from fastflower.shards.manifest import Manifest as Manifest
     from fastflower.training import train as train
@@ -27,7 +27,7 @@ _HOME = {
     "FastflowerError": "errors",
     "Loader": "loader",
     "Manifest": "shards.manifest",
-    "Recipe": "recipe",
+    "Recipe": "recipes.recipe",
     "Report": "report",
     "evaluate": "evaluation",
     "pack": "packing",

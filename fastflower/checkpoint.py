@@ -15,7 +15,7 @@ from fastflower import distributed
 from fastflower.backbone import build, load_file, not_finite
 from fastflower.errors import ArgumentError, CheckpointError, FastflowerError, HeldError
 from fastflower.files import PARTIAL, blame_the_system, locked, written
-from fastflower.recipe import Recipe
+from fastflower.recipes.recipe import Recipe
 
 FORMAT_VERSION = 2
 LAST, BEST, LOCK = "checkpoint-last.pt", "checkpoint-best.pt", ".lock"  # in the folder of a run

@@ -188,7 +188,8 @@ def _train(prog: str, args: Sequence[str]) -> None:
 
 def _parse_recipe(prog: str, args: Sequence[str], verb: Callable[..., Any], **changes: Any) -> dict[str, Any]:
     """As _parse, for a verb on shards with a recipe, of which each field is a flag."""
-    from fastflower.recipe import PRESETS, Recipe
+    from fastflower.recipes.presets import PRESETS
+    from fastflower.recipes.recipe import Recipe
 
     preset, args = _preset(args, list(PRESETS))
     note = f"--recipe NAME, one of {', '.join(PRESETS)}, sets the fields of the recipe; the flags below change them."

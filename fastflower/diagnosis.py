@@ -12,7 +12,7 @@ from fastflower.batch import Stats
 from fastflower.devices import fastest_convolutions, kept_memory, resolve_device
 from fastflower.errors import require
 from fastflower.loader import Loader
-from fastflower.recipe import Recipe
+from fastflower.recipes.recipe import Recipe
 from fastflower.shards.remote import Remote
 from fastflower.training import Run
 

@@ -20,7 +20,7 @@ from fastflower.draws.augment import Augment
 from fastflower.errors import CheckpointError
 from fastflower.loader import Loader
 from fastflower.metrics import Scores, score
-from fastflower.recipe import Recipe
+from fastflower.recipes.recipe import Recipe
 from fastflower.shards.remote import Remote
 
 _BATCH_SIZE = 64  # of a pass without gradients: does not change the scores

@@ -5,7 +5,7 @@ import torch
 from fastflower import distributed
 from fastflower.errors import DeviceError, FastflowerError, TrainingError
 from fastflower.files import refusal
-from fastflower.recipe import Recipe
+from fastflower.recipes.recipe import Recipe
 
 
 def explained(error: Exception, recipe: Recipe, device: torch.device) -> FastflowerError | None:

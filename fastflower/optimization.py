@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fastflower.recipe import Recipe
+from fastflower.recipes.recipe import Recipe
 
 
 def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:

@@ -10,7 +10,7 @@ from fastflower.errors import require
 from fastflower.evaluation import view_of
 from fastflower.files import write_out
 from fastflower.loader import Loader
-from fastflower.recipe import Recipe
+from fastflower.recipes.recipe import Recipe
 from fastflower.report import drawable, png
 from fastflower.shards.remote import Remote
 

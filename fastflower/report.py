@@ -17,7 +17,7 @@ from PIL import Image
 from fastflower.files import write_atomically
 from fastflower.loader import Loader
 from fastflower.metrics import Scores
-from fastflower.recipe import Recipe
+from fastflower.recipes.recipe import Recipe
 
 _MISTAKES = 12  # photographs shown
 _MOST_NAMES = 50  # at either side of the confusion matrix

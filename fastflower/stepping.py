@@ -14,7 +14,7 @@ from fastflower import distributed
 from fastflower.devices import generator_of
 from fastflower.errors import ArgumentError
 from fastflower.optimization import tensors_of
-from fastflower.recipe import Recipe
+from fastflower.recipes.recipe import Recipe
 
 _log = logging.getLogger("fastflower")
 

@@ -41,7 +41,7 @@ from fastflower.loader import Loader
 from fastflower.metrics import Scores
 from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate, tensors_of
 from fastflower.progress import Tally, first_not_finite, preemption
-from fastflower.recipe import Recipe
+from fastflower.recipes.recipe import Recipe
 from fastflower.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report
 from fastflower.shards.remote import Remote
 from fastflower.stepping import Stepper, graphs_of
@@ -79,7 +79,7 @@ def train(
     SIGTERM, TrainingError for a loss that is not finite or a rank that is gone, DeviceError when memory runs out, and
     CheckpointError or TrainingError when the disk is full.
     """
-    rule = "a Recipe, such as fastflower.recipe.PRESETS['finetune']() makes one"
+    rule = "a Recipe, such as fastflower.recipes.presets.PRESETS['finetune']() makes one"
     require(isinstance(recipe, Recipe), "recipe", rule, recipe)  # pyright: ignore[reportUnnecessaryIsInstance]
     require(save_steps is None or save_steps >= 1, "save_steps", "at least 1", save_steps)
     with (

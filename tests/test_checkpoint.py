@@ -14,7 +14,7 @@ from fastflower.backbone import build
 from fastflower.checkpoint import FORMAT_VERSION, Checkpoint
 from fastflower.draws.augment import Augment
 from fastflower.errors import CheckpointError
-from fastflower.recipe import Recipe
+from fastflower.recipes.recipe import Recipe
 
 CLASSES = ("daisy", "dandelion", "roses")
 RECIPE = Recipe(weights=None, augment=Augment(size=64, resize=(70, 80), crop=(0.25, 1.0), rotate=10), epochs=4, lr=0.02)

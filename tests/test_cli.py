@@ -22,7 +22,7 @@ from fastflower import Augment, Checkpoint, Manifest, Recipe, evaluate, pack, pr
 from fastflower.cli import main
 from fastflower.diagnosis import diagnose
 from fastflower.preview import preview
-from fastflower.recipe import PRESETS
+from fastflower.recipes.presets import PRESETS
 from fastflower.shards.verification import verify
 
 ROOT = Path(__file__).parent.parent

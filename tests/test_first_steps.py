@@ -21,7 +21,7 @@ from fastflower.backbone import build
 from fastflower.cli import main
 from fastflower.errors import ArgumentError, CheckpointError, ShardError
 from fastflower.evaluation import view_of
-from fastflower.recipe import scratch
+from fastflower.recipes.presets import scratch
 from fastflower.shards.verification import verify
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")

@@ -14,7 +14,7 @@ from fastflower.cli import main
 from fastflower.diagnosis import diagnose
 from fastflower.errors import ArgumentError
 from fastflower.optimization import optimizer_of
-from fastflower.recipe import PRESETS
+from fastflower.recipes.presets import PRESETS
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 FROZEN = replace(RECIPE, freeze=1)

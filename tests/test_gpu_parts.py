@@ -271,7 +271,7 @@ def test_dali_renders_from_kept_images_as_triton_does(place: Place, part: Part) 
 
 
 def test_only_the_recipes_of_the_five_reports_and_ours_are_named() -> None:
-    from fastflower.recipe import PRESETS
+    from fastflower.recipes.presets import PRESETS
 
     assert {recipe for recipe, _ in gpu_training.RUNS.values()} <= PRESETS.keys()
     assert replace(PRESETS["finetune"](), seed=1).backbone == "resnet50"

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from fastflower import Augment, Loader, Recipe
 from fastflower.errors import ArgumentError
-from fastflower.schedule import warm_up
+from fastflower.recipes.schedule import warm_up
 from fastflower.training import Run, optimizer_of
 
 SMALL = Recipe(

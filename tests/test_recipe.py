@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import StepLR
 from fastflower.backbone import build
 from fastflower.draws.augment import Augment
 from fastflower.errors import ArgumentError
-from fastflower.recipe import PRESETS, Recipe
+from fastflower.recipes.presets import PRESETS
+from fastflower.recipes.recipe import Recipe
 
 UNUSUAL = Recipe(
     backbone="densenet121",

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastflower import Augment, Recipe, Report, pack, report, train, training
 from fastflower.errors import CheckpointError
-from fastflower.recipe import PRESETS
+from fastflower.recipes.presets import PRESETS
 
 pytestmark = pytest.mark.usefixtures("narrow")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler, OneCycleLR, StepLR
 
-from fastflower.schedule import Schedule, multiplier, warm_up
+from fastflower.recipes.schedule import Schedule, multiplier, warm_up
 
 LR = 0.7
 

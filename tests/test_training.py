@@ -316,7 +316,8 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
     with pytest.raises(ArgumentError, match=r"backbone must be one of .*resnet18.*, got 'resnet19'"):
         train(shards, replace(TINY, backbone="resnet19"), out=out, device="cpu")
     with pytest.raises(
-        ArgumentError, match=r"recipe must be a Recipe, such as fastflower\.recipe\.PRESETS.* makes one, got 'scratch'"
+        ArgumentError,
+        match=r"recipe must be a Recipe, such as fastflower\.recipes\.presets\.PRESETS.* makes one, got 'scratch'",
     ):
         train(shards, "scratch", out=out, device="cpu")  # pyright: ignore[reportArgumentType]
     with pytest.raises(

@@ -22,7 +22,7 @@ from fastflower import Checkpoint, FastflowerError, Report, evaluate, pack, trai
 from fastflower.errors import ArgumentError, CheckpointError, HeldError
 from fastflower.files import locked
 from fastflower.metrics import Scores
-from fastflower.recipe import PRESETS
+from fastflower.recipes.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 _MARK = ".fastflower-demo"  # in a folder that a demo may clear

@@ -19,7 +19,7 @@ from fastflower import Checkpoint, FastflowerError, Loader, Recipe, train
 from fastflower.checkpoint import LAST
 from fastflower.errors import StoppedError
 from fastflower.files import write_atomically
-from fastflower.recipe import PRESETS
+from fastflower.recipes.presets import PRESETS
 from fastflower.report import best_epoch, png
 
 Letter = Literal["a", "b", "c", "d", "e"]
