@@ -23,7 +23,7 @@ import tyro
 
 from fastflower import Augment, Loader, Manifest, Recipe, pack
 from fastflower.devices import resolve_device
-from fastflower.folder import scan
+from fastflower.packing.folder import scan
 from fastflower.recipes.presets import report_a
 from fastflower.training import Run
 

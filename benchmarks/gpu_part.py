@@ -16,7 +16,7 @@ import record
 import torch
 
 from fastflower import Augment, pack
-from fastflower.folder import scan
+from fastflower.packing.folder import scan
 from fastflower.stepping import graphs_of
 from fastflower.training import Run
 

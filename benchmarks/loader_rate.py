@@ -29,7 +29,7 @@ from epoch_time import some
 from pack_speed import installed, silent
 
 from fastflower import Augment, Loader, pack
-from fastflower.folder import scan
+from fastflower.packing.folder import scan
 from fastflower.shards.image import decode
 
 Epoch = Callable[[], int]

@@ -21,7 +21,7 @@ CLASSES = 10
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from fastflower.packing import pack
+from fastflower.packing.packer import pack
 start = time.perf_counter()
 manifest = pack(sys.argv[1], sys.argv[2])
 seconds = time.perf_counter() - start

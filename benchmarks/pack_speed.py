@@ -21,8 +21,8 @@ import tyro
 from record import ROOT, Side, interleave, ratio, table, write
 
 from fastflower import pack
-from fastflower.folder import scan
 from fastflower.machine import cores
+from fastflower.packing.folder import scan
 from fastflower.shards.image import decode
 
 SHARD_BYTES = 64 << 20

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastflower.errors import FastflowerError as FastflowerError
     from fastflower.evaluation import evaluate as evaluate
     from fastflower.loader import Loader as Loader
-    from fastflower.packing import pack as pack
+    from fastflower.packing.packer import pack as pack
     from fastflower.prediction import predict as predict
     from fastflower.recipes.recipe import Recipe as Recipe
     from fastflower.report import Report as Report
@@ -30,7 +30,7 @@ _HOME = {
     "Recipe": "recipes.recipe",
     "Report": "report",
     "evaluate": "evaluation",
-    "pack": "packing",
+    "pack": "packing.packer",
     "predict": "prediction",
     "train": "training",
 }

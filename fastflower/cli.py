@@ -92,7 +92,7 @@ def _parse(prog: str, args: Sequence[str], verb: Callable[..., Any], note: str =
 
 
 def _pack(prog: str, args: Sequence[str]) -> None:
-    from fastflower.packing import pack
+    from fastflower.packing.packer import pack
 
     address = tyro.conf.arg(
         name="dask",

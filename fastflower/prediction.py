@@ -23,8 +23,8 @@ from fastflower.devices import kept_memory, precision_of, resolve_device
 from fastflower.errors import ArgumentError, SampleError, require
 from fastflower.evaluation import log_probabilities, no_class, view_of
 from fastflower.files import blame_the_system, write_out
-from fastflower.folder import EXTENSIONS, images_in
 from fastflower.machine import cores
+from fastflower.packing.folder import EXTENSIONS, images_in
 from fastflower.shards.image import Prepared, decode, prepare
 from fastflower.thread_executor import ThreadExecutor
 

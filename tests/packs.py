@@ -19,7 +19,7 @@ from kill_packer import checksums
 from PIL import Image
 
 from fastflower import Manifest, pack
-from fastflower.folder import Folder
+from fastflower.packing.folder import Folder
 
 # Stems of files. No reader may lose one of them; DALI and webdataset do where a key holds such characters.
 NASTY = [

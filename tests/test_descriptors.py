@@ -16,12 +16,13 @@ import pytest
 from packs import drawn
 from training_runs import small
 
-from fastflower import Augment, Loader, Manifest, Recipe, pack, packing, predict, train, training
+from fastflower import Augment, Loader, Manifest, Recipe, pack, predict, train, training
 from fastflower.backbone import build
 from fastflower.checkpoint import Checkpoint
 from fastflower.errors import ResourceError, SampleError
 from fastflower.files import write_out
-from fastflower.folder import scan
+from fastflower.packing import packer
+from fastflower.packing.folder import scan
 from fastflower.shards import mirror, remote
 from fastflower.shards.reader import ShardReader
 from fastflower.shards.verification import verify
@@ -311,6 +312,6 @@ def test_what_the_system_refuses_is_named_by_train_pack_and_a_checkpoint(
     with pytest.raises(ResourceError, match=rf"x\.pt: cannot be opened or read: {message}"):
         _checkpoint().save(tmp_path / "x.pt")
     assert not list(tmp_path.glob("*.pt*"))
-    monkeypatch.setattr(packing, "save_plan", refuse)
+    monkeypatch.setattr(packer, "save_plan", refuse)
     with pytest.raises(ResourceError, match=rf"out: cannot be opened or read: {message}"):
         pack(drawn(tmp_path / "data", a=3, b=3), tmp_path / "out")

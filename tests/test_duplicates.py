@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from fastflower import duplicates
-from fastflower.duplicates import NEAR_BITS, Groups, identical, nearest
-from fastflower.folder import Folder, scan
+from fastflower.packing import duplicates
+from fastflower.packing.duplicates import NEAR_BITS, Groups, identical, nearest
+from fastflower.packing.folder import Folder, scan
 from fastflower.shards.image import perceptual_hash, prepare
 
 TAIL = 4096  # bytes that are read first

@@ -18,7 +18,7 @@ from packs import repeats
 from torchvision.datasets import ImageFolder
 
 from fastflower.errors import FolderError
-from fastflower.folder import EXTENSIONS, FILE_DTYPE, Folder, scan
+from fastflower.packing.folder import EXTENSIONS, FILE_DTYPE, Folder, scan
 
 ENDINGS = "(.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp)"
 UNNAMED = "is not named as an image"
@@ -226,7 +226,7 @@ def test_pipes_sockets_and_devices_are_ignored_and_never_opened(
 SCAN = """
 import json, os
 from fastflower.errors import FolderError
-from fastflower.folder import scan
+from fastflower.packing.folder import scan
 if os.getuid() == 0:
     try:
         os.setgroups([])

@@ -18,8 +18,9 @@ import pytest
 from kill_packer import checksums
 from packs import BEFORE_MANIFEST, NINE, child, drawn, exactly, killed, nine, samples, uninterrupted
 
-from fastflower import pack, part
+from fastflower import pack
 from fastflower.errors import FolderError
+from fastflower.packing import worker
 
 PROGRAM = Path(__file__).with_name("kill_packer.py")
 OPTIONS = NINE
@@ -254,7 +255,7 @@ def test_when_an_error_arrives_all_others_have_stopped_and_soon(
     pack(folder, tmp_path / "expected", **options)
     bad = folder / next(samples(tmp_path / "expected", "train")).path
     bad.write_bytes(bytes(bad.stat().st_size))  # of the same size, so that it is the first in the first shard again
-    prepare, prepared = part.prepare, list[bytes]()
+    prepare, prepared = worker.prepare, list[bytes]()
 
     def slowly(data: bytes, **options: Any) -> Any:
         if data.strip(b"\0"):
@@ -262,8 +263,8 @@ def test_when_an_error_arrives_all_others_have_stopped_and_soon(
             time.sleep(0.05)
         return prepare(data, **options)
 
-    monkeypatch.setattr(part, "prepare", slowly)
-    monkeypatch.setattr(part, "_CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(worker, "prepare", slowly)
+    monkeypatch.setattr(worker, "_CHUNK_BYTES", 1 << 12)
     executor = LikeDask()
     text = f"{bad}: is no image; remove or replace it, or pack with --on-bad skip."
     with pytest.raises(FolderError, match=exactly(text)):

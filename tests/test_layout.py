@@ -8,8 +8,8 @@ import pytest
 from packs import exactly
 
 from fastflower.errors import FolderError
-from fastflower.folder import Folder, scan
-from fastflower.layout import splits_named
+from fastflower.packing.folder import Folder, scan
+from fastflower.packing.layout import splits_named
 
 TRAIN = ["train/a/1.jpg", "train/b/1.jpg"]
 VAL = ["val/a/2.jpg", "val/b/2.jpg"]

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from packs import drawn
 
-from fastflower import Loader, machine, pack, packing
+from fastflower import Loader, machine, pack
 from fastflower.machine import available_bytes, cores
+from fastflower.packing import packer
 from fastflower.shards import verification
 
 FREE = 64 << 30
@@ -245,7 +246,7 @@ def test_loader_pack_and_verify_obey_the_quota(write: Write, tmp_path: Path, mon
         asked.append(workers)
         return ThreadPoolExecutor(workers, **options)
 
-    monkeypatch.setattr(packing, "ThreadPoolExecutor", pool)
+    monkeypatch.setattr(packer, "ThreadPoolExecutor", pool)
     monkeypatch.setattr(verification, "ThreadPoolExecutor", pool)
     pack(drawn(tmp_path / "data", a=4, b=4), tmp_path / "shards")
     assert asked == [3, 2], "two makers of shards share them"

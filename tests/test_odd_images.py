@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from fastflower import Loader, Manifest, pack
 from fastflower.errors import SampleError
-from fastflower.part import Part
+from fastflower.packing.worker import Part
 from fastflower.shards import libjpeg
 from fastflower.shards.image import decode, prepare
 

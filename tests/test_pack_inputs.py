@@ -17,7 +17,7 @@ from packs import NASTY, drawn, exactly, images, nasty, paths, photo, samples
 
 from fastflower import Manifest, pack
 from fastflower.errors import ArgumentError, FolderError
-from fastflower.folder import scan
+from fastflower.packing.folder import scan
 
 SPLITS = ("train", "val")
 

@@ -11,10 +11,11 @@ import pytest
 from kill_packer import checksums
 from packs import drawn, exactly
 
-from fastflower import pack, planning
-from fastflower import part as parts
+from fastflower import pack
 from fastflower.errors import ArgumentError, FolderError
-from fastflower.folder import scan
+from fastflower.packing import worker
+from fastflower.packing.folder import scan
+from fastflower.packing.plan import Plan, load_plan
 from fastflower.shards import verification
 
 
@@ -65,7 +66,7 @@ def test_a_class_of_which_all_is_dropped_is_named_before_an_image_is_decoded(
 ) -> None:
     folder = drawn(tmp_path / "data", a=4, b=1)
     (folder / "b/000.jpg").write_bytes((folder / "a/003.jpg").read_bytes())
-    monkeypatch.setattr(parts, "prepare", None)
+    monkeypatch.setattr(worker, "prepare", None)
     remedy = "add images, or remove the class folder. 2 files were under two labels in all."
     with pytest.raises(FolderError, match=exactly(f"class 'b': none of its images is left for training; {remedy}")):
         pack(folder, tmp_path / "out", on_conflict="drop")
@@ -106,7 +107,7 @@ def test_memory_that_runs_out_is_explained_and_the_pack_goes_on(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "prepare", full)
+        patch.setattr(worker, "prepare", full)
         rule = "is not finished: memory ran out; pack with fewer workers (--workers 1)."
         again = "The same command goes on where this one stopped."
         with pytest.raises(FolderError, match=exactly(f"{tmp_path / 'out'}: {rule} {again}")):
@@ -121,12 +122,12 @@ def test_files_without_an_images_name_are_listed_and_no_part_reads_their_names(
     touch(small, *names)
     loaded = list[int]()
 
-    def counting(work: Path) -> planning.Plan:
-        plan = planning.load_plan(work)
+    def counting(work: Path) -> Plan:
+        plan = load_plan(work)
         loaded.append(len(plan.found.ignored))
         return plan
 
-    monkeypatch.setattr(parts, "load_plan", counting)
+    monkeypatch.setattr(worker, "load_plan", counting)
     manifest = pack(small, tmp_path / "out", shard_bytes=5000)
     assert [item["path"] for item in manifest.skipped] == names
     assert loaded == [0] * sum(len(split.shards) for split in manifest.splits.values())

@@ -26,8 +26,8 @@ from PIL import Image
 
 from fastflower import Manifest, pack
 from fastflower.errors import ArgumentError, FolderError
-from fastflower.folder import scan
-from fastflower.packing import _ahead
+from fastflower.packing.folder import scan
+from fastflower.packing.packer import _ahead
 from fastflower.shards.image import perceptual_hash
 
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from kill_packer import checksums
 from packs import drawn, exactly
 
-from fastflower import part as module
 from fastflower.errors import FolderError
-from fastflower.folder import scan
-from fastflower.part import STOP, Part, key_of, make_part
-from fastflower.planning import Plan, make_plan, save_plan
+from fastflower.packing import worker as module
+from fastflower.packing.folder import scan
+from fastflower.packing.plan import Plan, make_plan, save_plan
+from fastflower.packing.worker import STOP, Part, key_of, make_part
 from fastflower.shards.manifest import INDEX_DTYPE, Shard
 
 NAME = "train-000000"
@@ -106,7 +106,7 @@ def test_two_at_a_time_do_not_disturb_each_other(small: Path, work: Path, expect
     program = """if True:
         import os, sys, time
         from pathlib import Path
-        from fastflower.part import make_part
+        from fastflower.packing.worker import make_part
 
         def meet(function, items):
             for item in items:

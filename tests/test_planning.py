@@ -16,10 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastflower import planning
 from fastflower.errors import FolderError
-from fastflower.folder import scan
-from fastflower.planning import PLAN, Place, Plan, check_same, load_plan, make_plan, save_plan
+from fastflower.packing.folder import scan
+from fastflower.packing.plan import PLAN, Place, Plan, check_same, load_plan, make_plan, save_plan
 
 OPTIONS: dict[str, Any] = {"split_by": "class", "val_fraction": 0.25, "seed": 0, "shard_bytes": 1000}
 OPTIONS |= {"max_side": None, "quality": None, "on_bad": "skip", "on_conflict": "keep", "lists": False}
@@ -289,7 +288,7 @@ def test_a_plan_that_could_not_be_saved_whole_is_none(tmp_path: Path, monkeypatc
             raise OSError("No space left on device")
         real(*arguments)
 
-    monkeypatch.setattr(planning.np, "save", save)
+    monkeypatch.setattr(np, "save", save)
     with pytest.raises(OSError, match="No space left"):
         save_plan(plan, tmp_path)
     assert not (tmp_path / PLAN).exists()

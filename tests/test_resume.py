@@ -25,9 +25,10 @@ from packs import (
     uninterrupted,
 )
 
-from fastflower import Manifest, pack, packing, part
+from fastflower import Manifest, pack
 from fastflower.errors import FolderError
-from fastflower.planning import load_plan
+from fastflower.packing import worker, workspace
+from fastflower.packing.plan import load_plan
 
 OPTIONS = NINE
 
@@ -84,7 +85,7 @@ def test_another_version_is_named_and_changes_nothing(
     out = interrupted(small, tmp_path / "out", parts=1, **OPTIONS)
     before = checksums(out)
     former = load_plan(out / ".packing").versions
-    places = {"fastflower": (packing, "version_of", lambda _: "9.9"), "pillow": (PIL, "__version__", "9.9")}
+    places = {"fastflower": (workspace, "version_of", lambda _: "9.9"), "pillow": (PIL, "__version__", "9.9")}
     places["opencv"] = (cv2, "__version__", "9.9")
     assert places.keys() == former.keys()
     for name, place in places.items():
@@ -146,13 +147,13 @@ def test_a_folder_that_was_moved_goes_on_from_another_current_folder(
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The images that are prepared from here on."""
     prepared: list[bytes] = []
-    prepare = part.prepare
+    prepare = worker.prepare
 
     def noted(data: bytes, **options: Any) -> Any:
         prepared.append(data)
         return prepare(data, **options)
 
-    monkeypatch.setattr(part, "prepare", noted)
+    monkeypatch.setattr(worker, "prepare", noted)
     return prepared
 
 

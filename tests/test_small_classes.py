@@ -10,8 +10,8 @@ from packs import drawn
 from training_runs import RECIPE
 
 from fastflower import Manifest, pack, train
-from fastflower.folder import scan
-from fastflower.planning import make_plan
+from fastflower.packing.folder import scan
+from fastflower.packing.plan import make_plan
 
 OPTIONS: dict[str, Any] = {"split_by": "class", "val_fraction": 0.2, "seed": 0, "shard_bytes": 1 << 20}
 OPTIONS |= {"on_conflict": "keep"}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
-from fastflower.layout import (
+from fastflower.packing.layout import (
     EXTENSIONS,
     NO_CLASSES,
     check_classes,
@@ -28,7 +28,7 @@ from fastflower.layout import (
     splits_named,
     subfolders,
 )
-from fastflower.lists import listed_classes, listed_files, lists_of
+from fastflower.packing.lists import listed_classes, listed_files, lists_of
 
 FILE_DTYPE = np.dtype(
     [

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastflower.errors import FolderError, SampleError
 from fastflower.files import blame_the_system, write_atomically
-from fastflower.planning import Plan, load_plan
+from fastflower.packing.plan import Plan, load_plan
 from fastflower.shards.image import prepare
 from fastflower.shards.manifest import Shard
 from fastflower.shards.writer import Samples, ShardWriter

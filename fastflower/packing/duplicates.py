@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.files import blame_the_system
-from fastflower.folder import Folder
+from fastflower.packing.folder import Folder
 
 _TAIL = 4096  # bytes: the last of a compressed image tell it from others of its size, and spare reading the rest
 

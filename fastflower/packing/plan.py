@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.draws.order import epoch_order
-from fastflower.duplicates import Groups, identical
 from fastflower.errors import FolderError
 from fastflower.files import write_atomically
-from fastflower.folder import Folder
+from fastflower.packing.duplicates import Groups, identical
+from fastflower.packing.folder import Folder
 from fastflower.shards.manifest import PLAN, shard_name
 
 _IGNORED = "ignored.json"

@@ -1,0 +1,183 @@
+"""Packs a folder of images into shards.
+
+The bytes on disk are a function of (input, options, seed). Work happens in OUT/.packing: the plan, a lock, and finished parts.
+A pack that is interrupted goes on from there; at the end files are renamed into place, the manifest last.
+"""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from fastflower.errors import ArgumentError, FolderError, require
+from fastflower.machine import cores
+from fastflower.packing.folder import Folder, scan
+from fastflower.packing.plan import Plan
+from fastflower.packing.publishing import publish, withdraw
+from fastflower.packing.remarks import remarks
+from fastflower.packing.worker import STOP, make_part
+from fastflower.packing.workspace import begun_plan, exists, workspace
+from fastflower.shards.manifest import FILE, PLAN, WORK, Manifest
+
+_log = logging.getLogger("fastflower")
+
+
+def pack(
+    folder: str | Path,
+    out: str | Path = "shards",
+    *,
+    split_by: Literal["class", "random", "folder"] | None = None,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    shard_bytes: int = 64 << 20,
+    max_side: int | None = None,
+    quality: int | None = None,
+    on_bad: Literal["skip", "fail"] = "skip",
+    on_conflict: Literal["keep", "drop"] = "keep",
+    lists: bool = False,
+    workers: int | None = None,
+    executor: Executor | None = None,
+) -> Manifest:
+    """Pack FOLDER, one folder of images a class, into WebDataset shards in OUT.
+
+    Every image is decoded in full; JPEG files are copied bit for bit, everything else is transcoded to JPEG. Images with
+    identical bytes stay in one split. The same folder, options and seed give the same bytes. When it is interrupted, the
+    same call goes on where it stopped.
+
+    Args:
+        folder: The folder: FOLDER/CLASS/** as torchvision's ImageFolder reads it, FOLDER/train/CLASS and FOLDER/val/CLASS
+            (a folder named as a split is never a class), or lists FOLDER/meta/train.txt, FOLDER/meta/val.txt and
+            FOLDER/classes.txt.
+        out: The folder to write; must not hold a pack already, nor lie in FOLDER.
+        split_by: "class" takes val_fraction of every class, at least one image of two, "random" of all images together,
+            "folder" keeps the folder's own split. By default the folder's own where it has one, else by class.
+        val_fraction: The share of the images that goes into split "val", 0 to less than 1; not used with the folder's own.
+        seed: Of the split and of the order in the shards.
+        shard_bytes: Of image files in a shard, as they are in FOLDER; exceeded by less than one. Where images are transcoded
+            a shard may become larger or smaller.
+        max_side: Pixels; reduces images whose longer side is longer.
+        quality: JPEG quality, 1 to 95; transcodes every image.
+        on_bad: "skip" lists images that do not decode in the manifest, "fail" stops at one.
+        on_conflict: "drop" leaves out identical images that stand under different labels; "keep" reports them.
+        lists: Also write classes.txt, meta/train.txt and meta/val.txt, with lines "PATH LABEL".
+        workers: Threads; all cores by default.
+        executor: Any concurrent.futures.Executor to make the shards, one a task, in place of threads; what it runs on must
+            see FOLDER and OUT under the same paths.
+
+    Returns the manifest. Raises FolderError when the folder cannot be packed as it stands or OUT cannot be written,
+    ArgumentError for an argument outside its rule.
+    """
+    require(split_by in (None, "class", "random", "folder"), "split_by", "'class', 'random' or 'folder'", split_by)
+    for name, value in {"seed": seed, "shard_bytes": shard_bytes, "max_side": max_side, "quality": quality}.items():
+        empty = value is None and name in ("max_side", "quality")
+        require(empty or isinstance(value, Integral), name, "a whole number", value)
+    require(0 <= val_fraction < 1, "val_fraction", "0 or more and less than 1", val_fraction)
+    require(shard_bytes >= 1, "shard_bytes", "at least 1", shard_bytes)
+    require(max_side is None or max_side >= 1, "max_side", "at least 1 pixel", max_side)
+    require(quality is None or 1 <= quality <= 95, "quality", "1 .. 95", quality)
+    require(on_bad in ("skip", "fail"), "on_bad", "'skip' or 'fail'", on_bad)
+    require(on_conflict in ("keep", "drop"), "on_conflict", "'keep' or 'drop'", on_conflict)
+    require(workers is None or workers >= 1, "workers", "at least 1", workers)
+    folder, out = Path(folder), Path(out)
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve raises at a link to itself
+        raise FolderError(f"{out}: lies in {folder}, where it would count as images; name another folder with --out.")
+    found = scan(folder, anew=split_by in ("class", "random"))
+    split_by = split_by or ("folder" if found.splits else "class")
+    if split_by == "folder" and not found.splits:
+        raise ArgumentError(f"split_by must be 'class' or 'random' for {folder}, which has no split of its own.")
+    if lists:
+        _check_names(found)
+    options: dict[str, Any] = {
+        "split_by": split_by,
+        "val_fraction": None if split_by == "folder" else float(val_fraction),  # numpy's are no JSON
+        "seed": int(seed),
+        "shard_bytes": int(shard_bytes),
+        "max_side": max_side and int(max_side),
+        "quality": quality and int(quality),
+        "on_bad": on_bad,
+        "on_conflict": on_conflict,
+        "lists": lists,
+    }
+    threads = workers or cores()
+    killed = exists(out / WORK)
+    with workspace(out) as work, ThreadPoolExecutor(threads) as pool:
+        if (out / FILE).exists():
+            manifest = Manifest.load(out)
+            files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
+            same = manifest.options == options and manifest.classes == found.classes
+            if not killed or not same or files != len(found) + len(found.ignored):
+                raise FolderError(f"{out}: holds a pack already; name another folder with --out, or remove this one.")
+            (work / PLAN).unlink(missing_ok=True)  # it was killed when all that was left was to remove the workspace
+            return manifest
+        plan = begun_plan(found, options, work, partial(_ahead, pool, 2 * threads))
+        del found  # the plan has the same, mapped from files
+        try:
+            withdraw(plan, work)
+            _run(plan, work, pool, threads, executor)
+            manifest = publish(plan, work)
+            for remark in remarks(manifest):
+                _log.warning("%s: %s", manifest.folder, remark)
+        except FolderError:  # lies in the images, so going on would not help
+            (work / PLAN).unlink()
+            raise
+        (work / PLAN).unlink()
+    return manifest
+
+
+def _check_names(found: Folder) -> None:
+    breaks = np.flatnonzero((found.paths == ord("\n")) | (found.paths == ord("\r")))
+    if len(breaks):
+        path = found.path(int(np.searchsorted(found.files["path_end"], breaks[0], "right")))
+        raise FolderError(
+            f"{str(found.root / path)!r}: has a line break in its name; rename it, or pack without --lists."
+        )
+
+
+def _ahead(pool: ThreadPoolExecutor, depth: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """As pool.map, with at most `depth` items begun that are not yet taken: memory does not grow with their number."""
+    begun: deque[Future[Any]] = deque()
+    for item in items:
+        begun.append(pool.submit(function, item))
+        if len(begun) >= depth:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+def _run(plan: Plan, work: Path, pool: ThreadPoolExecutor, threads: int, executor: Executor | None) -> None:
+    """Make the parts; stop at the first error."""
+    work = work.absolute()  # elsewhere the current folder may be another
+    root = plan.found.root.absolute()
+    (work / STOP).unlink(missing_ok=True)
+    token = os.urandom(8)
+    makers = executor or ThreadPoolExecutor(2)  # while one waits for the disk, the other keeps the pool busy
+    with tqdm(total=len(plan.order), desc="pack", unit="image", disable=None) as bar:
+        begun: list[Future[int]] = []
+        try:
+            for number in range(len(plan.parts)):
+                if executor:  # it may run elsewhere: there the bar moves a shard at a time
+                    begun.append(makers.submit(make_part, root, work, number, token=token))
+                else:
+                    mapped = partial(_ahead, pool, threads + 2)
+                    begun.append(makers.submit(make_part, root, work, number, mapped, bar.update))
+            for future in as_completed(begun):
+                count = future.result()
+                if executor:
+                    bar.update(count)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # so that those that run end soon
+            if executor:
+                (work / STOP).touch()
+            raise
+        finally:  # They still write into the workspace. An executor's are not cancelled: dask calls so what runs on.
+            wait([future for future in begun if executor or not future.cancel()])
+            if executor is None:
+                makers.shutdown()
