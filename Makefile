@@ -13,7 +13,7 @@ BACKBONE ?=
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml hatch_build.py fastflower/kernel.c
+.venv/installed: pyproject.toml hatch_build.py fastflower/loading/backends/kernel.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastflower needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv || (echo "python3 -m venv failed; on Debian: apt-get install python3-venv" && false)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

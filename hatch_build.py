@@ -22,9 +22,9 @@ class CustomBuildHook(BuildHookInterface[Any]):
         if find_spec("ziglang") is None:
             self.app.display_warning("ziglang is not installed: the package is built without its native kernel")
             return
-        package = Path(self.root, "fastflower")
-        target = ["-target", "x86_64-linux-gnu.2.17", "-o", package / "kernel.so", package / "kernel.c"]
+        folder = Path(self.root, "fastflower", "loading", "backends")
+        target = ["-target", "x86_64-linux-gnu.2.17", "-o", folder / "kernel.so", folder / "kernel.c"]
         subprocess.run([sys.executable, "-m", "ziglang", "cc", *_FLAGS, *target], check=True)
-        build_data["artifacts"].append("fastflower/kernel.so")
+        build_data["artifacts"].append("fastflower/loading/backends/kernel.so")
         build_data["pure_python"] = False
         build_data["tag"] = "py3-none-manylinux_2_17_x86_64"

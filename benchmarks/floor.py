@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from fastflower import Augment, Loader
-from fastflower.batch import Request
-from fastflower.native_renderer import NativeRenderer
-from fastflower.opencv_renderer import OpencvRenderer
+from fastflower.loading.backends.native import NativeRenderer
+from fastflower.loading.backends.opencv import OpencvRenderer
+from fastflower.loading.backends.threads import Renderer
+from fastflower.loading.request import Request
 from fastflower.shards.image import decode
-from fastflower.thread_executor import Renderer
 
 RENDERERS: dict[str, Callable[[Augment, torch.dtype], Renderer]] = {"native": NativeRenderer, "opencv": OpencvRenderer}
 

@@ -151,13 +151,13 @@ def _batches(part: Part, place: Place, load: float, busy: bool, batches: int, ba
 @contextmanager
 def share_of_engine(load: float) -> Iterator[None]:
     """Within, pipelines that are built give this share of a batch to the GPU's JPEG engine."""
-    from fastflower import dali_executor  # here, so that a machine without DALI loses its parts only
+    from fastflower.loading.backends import dali  # here, so that a machine without DALI loses its parts only
 
-    before, dali_executor.HW_DECODER_LOAD = dali_executor.HW_DECODER_LOAD, load
+    before, dali.HW_DECODER_LOAD = dali.HW_DECODER_LOAD, load
     try:
         yield
     finally:
-        dali_executor.HW_DECODER_LOAD = before
+        dali.HW_DECODER_LOAD = before
 
 
 def without_engine(part: Part, place: Place, **sizes: Any) -> None:
@@ -219,7 +219,7 @@ def kept(
     """Rendering alone: batches whose decoded images lie on the device, again and again, until the last one is made; by Triton's
     kernels, and by DALI's graph without its decoder.
     """
-    from fastflower.dali_executor import DaliExecutor, Pipeline, fn, pipeline_def, rendered, types
+    from fastflower.loading.backends.dali import DaliExecutor, Pipeline, fn, pipeline_def, rendered, types
 
     view, cuda = augment or report_a().augment, part.device.type == "cuda"
     options: dict[str, Any] = {"batch_size": batch_size, "augment": view, "dtype": torch.float16, "device": part.device}

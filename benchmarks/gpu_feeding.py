@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from fastflower.training import Run
 FROM_CACHE = 350_000  # images/s, the goal
 TIMES_IMAGE_FOLDER = 10  # from the cache, the goal
 KERNEL_SHARE = 0.03  # of a ResNet-18 step, the goal
-SHAPES = ((256, 4), (512, 4), (1024, 8), (512, 8))  # _BLOCK, _WARPS; the last is what the executor uses
+SHAPES = ((256, 4), (512, 4), (1024, 8), (512, 8))  # pixels a program, warps; the last is what the executor uses
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 STORED = {**DTYPES, "uint8": torch.uint8}
 _ALL = 64 << 30  # bytes that a cache may keep: the way has its name by that
@@ -186,15 +186,15 @@ def _augmenting(
     shape_of_images = (batch_size, *augment.output_size, 3)
     outs = [torch.empty(shape_of_images, dtype=DTYPES[name], device=part.device) for _ in range(4)]
 
-    def work() -> None:
+    def launch(block: int, warps: int) -> None:
         for number in range(launches):
-            executor._render(tables[number % len(tables)], outs[number % len(outs)])
+            executor._render(tables[number % len(tables)], outs[number % len(outs)], block, warps)
 
     found: dict[str, Any] = {}
     for shape in shapes:
-        with launched_as(*shape):
-            work()  # compiles
-            times = [device_seconds(work, part.device, executor._stream) / launches for _ in range(rounds)]
+        work = partial(launch, *shape)
+        work()  # compiles
+        times = [device_seconds(work, part.device, executor._stream) / launches for _ in range(rounds)]
         share = statistics.median(times) / step if step else None
         part.found[f"batch_{batch_size}_{name}"] = {"device_seconds": found, "step_seconds": step}
         found["{} pixels, {} warps".format(*shape)] = {**record.spread(times), "share_of_step": share, "raw": times}
@@ -227,20 +227,6 @@ def _tables(executor: Any, request: Any) -> torch.Tensor:
         raise RuntimeError(f"{len(missing)} images of a batch were not kept")
     address, width, _ = executor._photos.places(request.indices, how.reduce, missing, [], None)
     return executor._tables(request, how, address, width)
-
-
-@contextmanager
-def launched_as(block: int, warps: int) -> Iterator[None]:
-    """Within, the kernels are launched so."""
-    from fastflower import triton_executor  # here, as DALI
-
-    module: Any = triton_executor
-    before = module._BLOCK, module._WARPS
-    module._BLOCK, module._WARPS = block, warps
-    try:
-        yield
-    finally:
-        module._BLOCK, module._WARPS = before
 
 
 def device_seconds(work: Callable[[], object], device: torch.device, stream: Any = None) -> float:

@@ -19,8 +19,8 @@ import torch
 from gpu_part import MAGNIFIED, SMALL, Part, Place, check_recorded
 
 from fastflower import Augment, Loader
+from fastflower.loading.backends.native import available
 from fastflower.machine import cores
-from fastflower.native_renderer import available
 from fastflower.recipes.presets import report_a
 from fastflower.training import Run
 

@@ -24,8 +24,8 @@ from gpu_part import SMALL, Part, Place, check_recorded, verdict
 from gpu_smoke import surroundings
 
 from fastflower import Augment, Loader, Recipe, pack, train
-from fastflower.batch import Batch
 from fastflower.devices import fastest_convolutions
+from fastflower.loading.batch import Batch
 from fastflower.recipes.presets import PRESETS, report_a
 from fastflower.training import Run
 

@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastflower.batch import Batch as Batch
     from fastflower.checkpoint import Checkpoint as Checkpoint
     from fastflower.draws.augment import Augment as Augment
     from fastflower.errors import FastflowerError as FastflowerError
     from fastflower.evaluation import evaluate as evaluate
-    from fastflower.loader import Loader as Loader
+    from fastflower.loading.batch import Batch as Batch
+    from fastflower.loading.loader import Loader as Loader
     from fastflower.packing.packer import pack as pack
     from fastflower.prediction import predict as predict
     from fastflower.recipes.recipe import Recipe as Recipe
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Augment": "draws.augment",
-    "Batch": "batch",
+    "Batch": "loading.batch",
     "Checkpoint": "checkpoint",
     "FastflowerError": "errors",
-    "Loader": "loader",
+    "Loader": "loading.loader",
     "Manifest": "shards.manifest",
     "Recipe": "recipes.recipe",
     "Report": "report",

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from fastflower.batch import Stats
 from fastflower.devices import fastest_convolutions, kept_memory, resolve_device
 from fastflower.errors import require
-from fastflower.loader import Loader
+from fastflower.loading.loader import Loader
+from fastflower.loading.stats import Stats
 from fastflower.recipes.recipe import Recipe
 from fastflower.shards.remote import Remote
 from fastflower.training import Run

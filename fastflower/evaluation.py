@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from fastflower import distributed
 from fastflower.backbone import train_mode
-from fastflower.batch import Batch
 from fastflower.checkpoint import Checkpoint
 from fastflower.devices import kept_memory, precision_of, resolve_device
 from fastflower.draws.augment import Augment
 from fastflower.errors import CheckpointError
-from fastflower.loader import Loader
+from fastflower.loading.batch import Batch
+from fastflower.loading.loader import Loader
 from fastflower.metrics import Scores, score
 from fastflower.recipes.recipe import Recipe
 from fastflower.shards.remote import Remote

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastflower.files import write_atomically
-from fastflower.loader import Loader
+from fastflower.loading.loader import Loader
 from fastflower.metrics import Scores
 from fastflower.recipes.recipe import Recipe
 

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from fastflower import distributed
 from fastflower.backbone import build, train_mode
-from fastflower.batch import Batch
 from fastflower.checkpoint import BEST, LAST, Checkpoint, own, run_folder
 from fastflower.devices import (
     environment,
@@ -37,7 +36,8 @@ from fastflower.errors import (
 )
 from fastflower.evaluation import measure, recalibrate, view_of
 from fastflower.failures import explained
-from fastflower.loader import Loader
+from fastflower.loading.batch import Batch
+from fastflower.loading.loader import Loader
 from fastflower.metrics import Scores
 from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate, tensors_of
 from fastflower.progress import Tally, first_not_finite, preemption

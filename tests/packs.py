@@ -132,7 +132,6 @@ def child(folder: Path, out: Path, stop: str, action: str, **options: Any) -> su
                     {action}
         done = []
         sys.addaudithook(watch)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a shell runs behind
         pack({str(folder)!r}, {str(out)!r}, **{options!r})
     """
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)

@@ -24,13 +24,13 @@ if not torch.cuda.is_available():  # asked for when Triton is imported, which to
 import oracle
 
 from fastflower import Augment
-from fastflower.batch import Executor, Request
-from fastflower.cache import Allowance
 from fastflower.devices import resolve_device
 from fastflower.draws.draw import Draw
+from fastflower.loading.backends.threads import ThreadExecutor
+from fastflower.loading.backends.triton import DevicePhotos, TritonExecutor
+from fastflower.loading.cache import Allowance
+from fastflower.loading.request import Executor, Request
 from fastflower.shards.image import decode
-from fastflower.thread_executor import ThreadExecutor
-from fastflower.triton_executor import DevicePhotos, TritonExecutor
 
 EXECUTORS = ["native", "opencv", "dali", *(() if torch.cuda.is_available() else ("triton",))]
 """On the CPU; Triton's kernels run there only where there is no GPU, in its interpreter."""
@@ -109,7 +109,7 @@ def executor(
         return TritonExecutor(augment, dtype, decoded, photos, workers=2)
     if name != "dali":
         return ThreadExecutor(augment, dtype, decoded, workers=2, renderer=name)
-    from fastflower.dali_executor import DaliExecutor  # here: without DALI the others are still compared
+    from fastflower.loading.backends.dali import DaliExecutor  # here: without DALI the others are still compared
 
     return DaliExecutor(
         augment,

@@ -102,14 +102,14 @@ def importers(name: str, found: Callable[[Path], set[str]]) -> list[str]:
 
 def test_only_one_file_imports_dali() -> None:
     (dali,) = importers("nvidia", tops)
-    assert importers(dali, files_imported) == ["executors"]
-    assert dali == "dali_executor"
+    assert importers(dali, files_imported) == ["loading.backends.selection"]
+    assert dali == "loading.backends.dali"
 
 
 def test_only_one_file_imports_triton() -> None:
     (kernels,) = importers("triton", tops)
-    assert importers(kernels, files_imported) == ["triton_executor"]
-    assert kernels == "triton_kernels"
+    assert importers(kernels, files_imported) == ["loading.backends.triton"]
+    assert kernels == "loading.backends.triton_kernels"
 
 
 def test_the_library_imports_no_program() -> None:

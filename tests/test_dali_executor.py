@@ -19,15 +19,15 @@ def test_the_graph_asks_a_gpu_for_nothing_that_it_lacks(dtype: torch.dtype) -> N
     """No decoding of regions, which is reported to crash there, and nothing after the conversion to half precision, in which it
     cannot erase.
     """
-    from fastflower import dali_executor
+    from fastflower.loading.backends import dali
 
-    graph: Any = dali_executor._graph
+    graph: Any = dali._graph
     options = {"batch_size": 2, "num_threads": 1, "device_id": None, "prefetch_queue_depth": 2}
     pipe = graph(EVERYTHING, dtype, False, **options)
     pipe.build()
     names = dict.fromkeys(re.findall(rb"decoders__[A-Z]\w+|Erase|CropMirrorNormalize", pipe.serialize()))
     assert list(names) == [b"decoders__Image", b"Erase", b"CropMirrorNormalize"]
-    assert dali_executor.HW_DECODER_LOAD == 0
+    assert dali.HW_DECODER_LOAD == 0
 
 
 @pytest.mark.dali

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastflower import Augment, Loader, Manifest
-from fastflower.batch import Request
+from fastflower.loading.request import Request
 from fastflower.shards.manifest import INDEX_DTYPE, Shard, Split
 
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any)

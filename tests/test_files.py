@@ -33,10 +33,9 @@ import os, subprocess, sys, time
 from pathlib import Path
 from fastflower.files import locked
 with locked(Path(sys.argv[1])):
-    child = "exec" if sys.argv[2] == "fork" and not os.fork() else None
     if sys.argv[2] == "subprocess":
         subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
-    if child is None:
+    if sys.argv[2] != "fork" or not os.fork():  # a child that was forked says so when it runs
         print("held", flush=True)
     time.sleep(60)
 """

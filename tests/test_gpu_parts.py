@@ -79,11 +79,7 @@ def test_a_way_that_fails_is_left_out_alone(place: Place, part: Part) -> None:
 
 
 def test_kernels_are_timed_for_every_shape_beside_a_step(place: Place, part: Part) -> None:
-    from fastflower import triton_executor
-
-    before = triton_executor._BLOCK, triton_executor._WARPS
     run("kernels", part, place)
-    assert before == (triton_executor._BLOCK, triton_executor._WARPS)
     found = left(part)
     assert found["step_seconds_4"]["n"] == 2
     by_shape = found["batch_4_bfloat16"]["device_seconds"]
@@ -94,11 +90,10 @@ def test_kernels_are_timed_for_every_shape_beside_a_step(place: Place, part: Par
     assert found["batch_4_bfloat16"]["host_seconds"].keys() == {"draw", "tables", "both"}
 
 
-def test_kernels_are_launched_in_the_shape_that_is_asked_for() -> None:
-    from fastflower import triton_executor
+def test_the_last_shape_is_that_of_the_executor() -> None:
+    from fastflower.loading.backends import triton
 
-    with gpu_feeding.launched_as(1024, 2):
-        assert (triton_executor._BLOCK, triton_executor._WARPS) == (1024, 2)
+    assert gpu_feeding.SHAPES[-1] == (triton._BLOCK, triton._WARPS)
 
 
 REPLAYED = {"overlap": "resnet18, batch 8", "compile": "resnet18, batch 8, compiled too"}

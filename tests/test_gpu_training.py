@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from training_runs import LAST, RECIPE, KilledError, before_call, kill, timeless
 
-from fastflower import Augment, Checkpoint, Recipe, cache, train, training
+from fastflower import Augment, Checkpoint, Recipe, train, training
+from fastflower.loading import cache
 from fastflower.optimization import plain_state
 from fastflower.stepping import Graphs, Outcome
 from fastflower.training import Run

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastflower import Augment, Loader, cache, pack
-from fastflower.batch import Stats
-from fastflower.cache import Allowance, Decoded, PixelCache, allow, available_bytes, decoded_bytes
+from fastflower import Augment, Loader, pack
 from fastflower.draws.order import epoch_order
 from fastflower.errors import ArgumentError, DeviceError, ShardError
+from fastflower.loading import cache
+from fastflower.loading.cache import Allowance, Decoded, PixelCache, allow, available_bytes, decoded_bytes
+from fastflower.loading.stats import Stats
 
 RANDOM = Augment(size=64, resize=72, crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, hue=0.1)
 EXECUTORS = ["native", "opencv", "dali"]

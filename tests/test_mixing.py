@@ -10,9 +10,9 @@ from scipy import stats
 from torchvision.transforms import v2
 
 from fastflower import Augment, Loader, Recipe, train
-from fastflower.batch import mixed
 from fastflower.draws.draw import Mix
 from fastflower.errors import ArgumentError
+from fastflower.loading.batch import mixed
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fastflower import Augment, Loader, native_renderer
-from fastflower.batch import Request, as_numpy, storage
+from fastflower import Augment, Loader
 from fastflower.errors import ArgumentError
-from fastflower.native_renderer import NativeRenderer, available
-from fastflower.opencv_renderer import OpencvRenderer
+from fastflower.loading.backends import native
+from fastflower.loading.backends.native import NativeRenderer, available
+from fastflower.loading.backends.opencv import OpencvRenderer
+from fastflower.loading.batch import as_numpy, storage
+from fastflower.loading.request import Request
 
 DTYPES = [torch.uint8, torch.float32, torch.float16, torch.bfloat16]
 
@@ -48,7 +50,7 @@ def test_linux_on_x86_64_with_avx2_has_the_kernel() -> None:
         pytest.skip("no kernel is built for this system")
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this processor lacks AVX2")
-    assert available(), "the package was built without fastflower/kernel.so"
+    assert available(), "the package was built without kernel.so"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -140,8 +142,8 @@ def test_without_the_kernel_opencv_takes_its_place(
     shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     augment = Augment(size=32, resize=36, hue=0.1)
-    monkeypatch.setattr(native_renderer, "_LIBRARY", tmp_path / "kernel.so")
-    native_renderer._kernel.cache_clear()
+    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "kernel.so")
+    native._kernel.cache_clear()
     try:
         assert not available()
         options: dict[str, Any] = {"augment": augment, "batch_size": 8, "device": "cpu", "dtype": torch.uint8}
@@ -150,7 +152,7 @@ def test_without_the_kernel_opencv_takes_its_place(
         with pytest.raises(ArgumentError, match=r"executor='native' needs a Linux wheel .* pass executor='opencv'"):
             Loader(shards, executor="native", **options)
     finally:
-        native_renderer._kernel.cache_clear()
+        native._kernel.cache_clear()
 
 
 def test_storage_is_the_same_memory() -> None:

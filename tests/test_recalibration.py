@@ -15,9 +15,9 @@ from training_runs import BEST, LAST, RECIPE, assert_same_run, timeless
 
 from fastflower import Checkpoint, Loader, evaluate, train
 from fastflower.backbone import build
-from fastflower.batch import Batch
 from fastflower.errors import StoppedError
 from fastflower.evaluation import recalibrate, view_of
+from fastflower.loading.batch import Batch
 from fastflower.training import Run
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")

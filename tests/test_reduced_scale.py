@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastflower import Augment, Loader, pack, prediction
-from fastflower.batch import Request
-from fastflower.cache import PixelCache, decoded_bytes
 from fastflower.draws import geometry
 from fastflower.draws.geometry import reductions
+from fastflower.loading.backends.threads import ThreadExecutor
+from fastflower.loading.cache import PixelCache, decoded_bytes
+from fastflower.loading.request import Request
 from fastflower.shards.image import decode
-from fastflower.thread_executor import ThreadExecutor
 
 
 def encoded(image: NDArray[np.uint8], kind: str = "JPEG", **options: Any) -> bytes:

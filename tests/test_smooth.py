@@ -69,9 +69,8 @@ def test_nothing_is_left_of_an_epoch(end: str, executor: Any, shards: Path) -> N
 
 
 KILLED = """
-import signal, sys
+import sys
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs inherit as ignored
 sys.path.insert(0, sys.argv[1])
 from test_smooth import AUGMENT, OPTIONS, Loader
 loader = Loader(Path(sys.argv[2]), **OPTIONS)

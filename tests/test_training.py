@@ -19,7 +19,7 @@ from fastflower.backbone import build
 from fastflower.devices import precision_of
 from fastflower.errors import ArgumentError, CheckpointError, DeviceError, FolderError, SampleError
 from fastflower.evaluation import view_of
-from fastflower.loader import Loader
+from fastflower.loading.loader import Loader
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 

@@ -21,11 +21,11 @@ import torch
 from test_damaged_samples import flip_a_bit
 
 from fastflower import Augment, Loader, pack
-from fastflower.cache import Decoded
 from fastflower.errors import ArgumentError, SampleError
-from fastflower.executors import Name, choose
-from fastflower.native_renderer import available
-from fastflower.samples import SampleSource
+from fastflower.loading.backends.native import available
+from fastflower.loading.backends.selection import Name, choose
+from fastflower.loading.cache import Decoded
+from fastflower.loading.samples import SampleSource
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without CUDA")
 
@@ -207,8 +207,8 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastflower import triton_kernels as kernels
-from fastflower.triton_executor import _BLOCK, _WARPS
+from fastflower.loading.backends import triton_kernels as kernels
+from fastflower.loading.backends.triton import _BLOCK, _WARPS
 
 tables = {"whole": "*i64", "fractions": "*fp32"}
 halves = {"planes": "*fp16", "greys": "*fp32"}

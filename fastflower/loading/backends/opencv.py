@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastflower.batch import Pixels, Request, as_numpy
 from fastflower.draws import color, geometry
 from fastflower.draws.augment import Augment
+from fastflower.loading.batch import Pixels, as_numpy
+from fastflower.loading.request import Request
 
 _WARP = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 _SUBPIXEL = 8  # bits of fraction in the corners given to fillPoly

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastflower.batch import Pixels, Request
 from fastflower.draws import color, geometry
 from fastflower.draws.augment import Augment
-from fastflower.opencv_renderer import shrunken
+from fastflower.loading.backends.opencv import shrunken
+from fastflower.loading.batch import Pixels
+from fastflower.loading.request import Request
 
 _LIBRARY = Path(__file__).with_name("kernel.so")
 _KINDS = {torch.uint8: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}

@@ -5,8 +5,10 @@ from time import perf_counter
 
 import numpy as np
 
-from fastflower.batch import Clock, Pixels, Request
 from fastflower.errors import SampleError
+from fastflower.loading.batch import Pixels
+from fastflower.loading.request import Request
+from fastflower.loading.stats import Clock
 from fastflower.shards.image import decode
 from fastflower.shards.reader import ShardReader
 

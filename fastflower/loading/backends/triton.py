@@ -18,14 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastflower import triton_kernels as kernels
-from fastflower.batch import Pixels, Replace, Request, refuse
-from fastflower.cache import Allowance
 from fastflower.draws import color, geometry
 from fastflower.draws.augment import Augment
 from fastflower.errors import SampleError
+from fastflower.loading.backends import triton_kernels as kernels
+from fastflower.loading.backends.threads import end
+from fastflower.loading.batch import Pixels
+from fastflower.loading.cache import Allowance
+from fastflower.loading.request import Replace, Request, refuse
 from fastflower.shards import libjpeg
-from fastflower.thread_executor import end
 
 _CHUNK = 8  # samples a task
 _BLOCK, _WARPS = 512, 8  # output pixels a program; on compute capability 9.0 at most 48 registers a thread, no spills
@@ -232,15 +233,16 @@ class TritonExecutor:
             numbers[:, column] = getattr(request.draw, name)
         return memory
 
-    def _render(self, memory: Tensor, out: Tensor) -> None:
-        """Write `out`, (N, H, W, 3)."""
+    def _render(self, memory: Tensor, out: Tensor, block: int = _BLOCK, warps: int = _WARPS) -> None:
+        """Write `out`, (N, H, W, 3). block  output pixels a program; warps  that carry it out."""
         augment, (count, height, width, _) = self._augment, out.shape
         tables = memory.to(self._device, non_blocking=True)
         bytes_of_whole = count * kernels.WHOLE * 8
         whole, numbers = tables[:bytes_of_whole].view(torch.int64), tables[bytes_of_whole:].view(torch.float32)
-        block = _BLOCK if self._stream else _power_of_two(height * width)  # the interpreter takes its time for each
+        if not self._stream:  # the interpreter takes its time for each program
+            block = _power_of_two(height * width)
         blocks = -(-height * width // block)
-        size = {"H": height, "W": width, "BLOCK": block, "num_warps": _WARPS}
+        size = {"H": height, "W": width, "BLOCK": block, "num_warps": warps}
         drawn = {"SATURATION": augment.saturation > 0, "HUE": augment.hue > 0, "ERASE": augment.erase > 0}
         drawn["NORMAL"] = self._dtype != torch.uint8
         grid = (blocks, count)

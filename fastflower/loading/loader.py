@@ -17,15 +17,17 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastflower import distributed
-from fastflower.batch import SPENT, Batch, Executor, Request, Stats, mixed
-from fastflower.cache import decoded_bytes
 from fastflower.devices import resolve_device
 from fastflower.draws.augment import Augment
 from fastflower.draws.order import Windows, balanced, num_steps, permute, step_positions
 from fastflower.errors import ArgumentError, ShardError, require
-from fastflower.executors import Name, choose, maker
+from fastflower.loading.backends.selection import Name, choose, maker
+from fastflower.loading.batch import Batch, mixed
+from fastflower.loading.cache import decoded_bytes
+from fastflower.loading.request import Executor, Request
+from fastflower.loading.samples import SampleSource
+from fastflower.loading.stats import SPENT, Stats
 from fastflower.machine import cores
-from fastflower.samples import SampleSource
 from fastflower.shards.manifest import Manifest
 from fastflower.shards.mirror import Mirror
 from fastflower.shards.reader import Paths, ShardReader

@@ -18,10 +18,10 @@ from nvidia.dali import types as untyped_types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch import Tensor
 
-from fastflower.batch import Replace, Request, refuse
 from fastflower.draws import color, geometry
 from fastflower.draws.augment import Augment
 from fastflower.errors import SampleError
+from fastflower.loading.request import Replace, Request, refuse
 
 # DALI makes most of their names at run time.
 fn: Any = untyped_fn

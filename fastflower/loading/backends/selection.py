@@ -6,13 +6,13 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from fastflower.batch import Executor
-from fastflower.cache import Allowance, Decoded, PixelCache, allow
 from fastflower.draws.augment import Augment
 from fastflower.errors import ArgumentError
-from fastflower.native_renderer import available
-from fastflower.samples import SampleSource
-from fastflower.thread_executor import ThreadExecutor
+from fastflower.loading.backends.native import available
+from fastflower.loading.backends.threads import ThreadExecutor
+from fastflower.loading.cache import Allowance, Decoded, PixelCache, allow
+from fastflower.loading.request import Executor
+from fastflower.loading.samples import SampleSource
 
 Name = Literal["native", "opencv", "dali", "triton"]
 _WORD_BYTES = 4  # of a pixel in a GPU's memory, RGB and a spare; in RAM it takes three
@@ -55,13 +55,13 @@ def maker(
 ) -> Callable[[Augment], Executor]:
     """A function that makes executors for one augment after another, all over the same kept photographs."""
     if name == "dali":
-        from fastflower.dali_executor import DaliExecutor  # takes half a second to import
+        from fastflower.loading.backends.dali import DaliExecutor  # takes half a second to import
 
         options = {"device": device, "batch_size": batch_size, "workers": workers}
         sources = (samples.encoded, samples.decode, samples.replace)
         return lambda augment: DaliExecutor(augment, dtype, *sources, **options)
     if name == "triton":
-        from fastflower.triton_executor import DevicePhotos, TritonExecutor
+        from fastflower.loading.backends.triton import DevicePhotos, TritonExecutor
 
         photos = DevicePhotos(len(samples.sizes), allowance)
         return lambda augment: TritonExecutor(augment, dtype, samples.decode, photos, samples.replace, workers=workers)

@@ -14,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastflower.batch import Clock, Pixels, Replace, Request, as_numpy, refuse, storage
 from fastflower.draws.augment import Augment
 from fastflower.errors import ArgumentError, SampleError
-from fastflower.native_renderer import NativeRenderer, available
-from fastflower.opencv_renderer import OpencvRenderer
+from fastflower.loading.backends.native import NativeRenderer, available
+from fastflower.loading.backends.opencv import OpencvRenderer
+from fastflower.loading.batch import Pixels, as_numpy, storage
+from fastflower.loading.request import Replace, Request, refuse
+from fastflower.loading.stats import Clock
 from fastflower.shards import libjpeg
 
 _CPU = torch.device("cpu")

@@ -1,0 +1,53 @@
+"""What a Loader yields: a `Batch`, and what is done to it as a whole."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastflower.draws.draw import Mix
+
+Pixels = NDArray[np.uint8]
+
+
+class Batch(NamedTuple):
+    """Samples in the order of the epoch, all on the loader's device."""
+
+    images: Tensor
+    """(N, 3, H, W), an NCHW view of channels-last memory, in the loader's dtype; normalised unless that is uint8."""
+    labels: Tensor
+    """(N,) int64; where the augment mixes images (N, classes) float32, the share of each class."""
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (hides tuple.index, which has no use here)
+    """(N,) int64: the samples' positions in the split's index, which key every random number."""
+
+
+def mixed(
+    images: Tensor, labels: Tensor, mix: Mix, num_classes: int, put: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, H, W), float, and labels (N,), mixed with those of the other in the pair; labels become (N, K) float32.
+
+    put  brings a tensor of the host to where they are, without waiting for a GPU.
+    """
+    partner = torch.arange(len(labels), device=labels.device) ^ 1
+    numbers = np.repeat(np.stack([mix.share, np.where(mix.cut, 1.0, mix.share)]), 2, axis=1).astype(np.float32)
+    share, blend = put(torch.from_numpy(numbers))[:, :, None]
+    classes = (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()  # one_hot waits for a GPU
+    out = torch.lerp(images[partner], images, blend[:, :, None, None].to(images.dtype))
+    for pair, (top, left, height, width) in enumerate(mix.box.tolist()):
+        if height and width:
+            place = (slice(None), slice(top, top + height), slice(left, left + width))
+            out[2 * pair][place], out[2 * pair + 1][place] = images[2 * pair + 1][place], images[2 * pair][place]
+    return out.contiguous(memory_format=torch.channels_last), torch.lerp(classes[partner], classes, share)
+
+
+def storage(dtype: torch.dtype) -> Any:
+    """The numpy dtype that stores `dtype`; numpy has no bfloat16, so its bits travel as uint16."""
+    return {torch.uint8: np.uint8, torch.float32: np.float32}.get(dtype, np.uint16)
+
+
+def as_numpy(tensor: Tensor) -> NDArray[Any]:
+    """The same memory in that dtype."""
+    return tensor.numpy() if tensor.dtype in (torch.float32, torch.uint8) else tensor.view(torch.uint16).numpy()
