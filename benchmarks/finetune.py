@@ -26,8 +26,8 @@ import tyro
 from torchvision import transforms
 
 from fastflower import pack, train
-from fastflower.checkpoint import LAST, Checkpoint
 from fastflower.devices import precision_of, resolve_device
+from fastflower.models.checkpoint import LAST, Checkpoint
 from fastflower.recipes.presets import PRESETS
 
 PLAIN = "plain"

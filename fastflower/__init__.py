@@ -7,14 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastflower.checkpoint import Checkpoint as Checkpoint
     from fastflower.draws.augment import Augment as Augment
     from fastflower.errors import FastflowerError as FastflowerError
-    from fastflower.evaluation import evaluate as evaluate
     from fastflower.loading.batch import Batch as Batch
     from fastflower.loading.loader import Loader as Loader
+    from fastflower.models.checkpoint import Checkpoint as Checkpoint
+    from fastflower.models.evaluation import evaluate as evaluate
+    from fastflower.models.prediction import predict as predict
     from fastflower.packing.packer import pack as pack
-    from fastflower.prediction import predict as predict
     from fastflower.recipes.recipe import Recipe as Recipe
     from fastflower.report import Report as Report
     from fastflower.shards.manifest import Manifest as Manifest
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 _HOME = {
     "Augment": "draws.augment",
     "Batch": "loading.batch",
-    "Checkpoint": "checkpoint",
+    "Checkpoint": "models.checkpoint",
     "FastflowerError": "errors",
     "Loader": "loading.loader",
     "Manifest": "shards.manifest",
     "Recipe": "recipes.recipe",
     "Report": "report",
-    "evaluate": "evaluation",
+    "evaluate": "models.evaluation",
     "pack": "packing.packer",
-    "predict": "prediction",
+    "predict": "models.prediction",
     "train": "training",
 }
 

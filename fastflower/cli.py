@@ -211,7 +211,7 @@ def _preset(args: Sequence[str], known: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _evaluate(prog: str, args: Sequence[str]) -> None:
-    from fastflower.evaluation import evaluate
+    from fastflower.models.evaluation import evaluate
 
     scores = evaluate(**_parse(prog, args, evaluate, checkpoint=Path, shards=str, device=str | None))
     print(
@@ -223,7 +223,7 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
 
 
 def _predict(prog: str, args: Sequence[str]) -> None:
-    from fastflower.prediction import predict
+    from fastflower.models.prediction import predict
 
     values = _parse(prog, args, predict, checkpoint=Path, images=list[Path], device=str | None)
     if not values["images"]:

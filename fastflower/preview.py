@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastflower.errors import require
-from fastflower.evaluation import view_of
 from fastflower.files import write_out
 from fastflower.loading.loader import Loader
+from fastflower.models.inference import view_of
 from fastflower.recipes.recipe import Recipe
 from fastflower.report import drawable, png
 from fastflower.shards.remote import Remote

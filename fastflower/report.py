@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastflower.files import write_atomically
 from fastflower.loading.loader import Loader
-from fastflower.metrics import Scores
+from fastflower.models.metrics import Scores
 from fastflower.recipes.recipe import Recipe
 
 _MISTAKES = 12  # photographs shown

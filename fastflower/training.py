@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastflower import distributed
-from fastflower.backbone import build, train_mode
-from fastflower.checkpoint import BEST, LAST, Checkpoint, own, run_folder
 from fastflower.devices import (
     environment,
     fastest_convolutions,
@@ -34,11 +32,13 @@ from fastflower.errors import (
     TrainingError,
     require,
 )
-from fastflower.evaluation import measure, recalibrate, view_of
 from fastflower.failures import explained
 from fastflower.loading.batch import Batch
 from fastflower.loading.loader import Loader
-from fastflower.metrics import Scores
+from fastflower.models.backbone import build, train_mode
+from fastflower.models.checkpoint import BEST, LAST, Checkpoint, own, run_folder
+from fastflower.models.inference import measure, recalibrate, view_of
+from fastflower.models.metrics import Scores
 from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate, tensors_of
 from fastflower.progress import Tally, first_not_finite, preemption
 from fastflower.recipes.recipe import Recipe

@@ -13,7 +13,8 @@ import torch
 from torchvision.models import ResNet
 from training_runs import RECIPE
 
-from fastflower import diagnosis, evaluate, evaluation, predict, prediction, train, training
+from fastflower import diagnosis, evaluate, predict, train, training
+from fastflower.models import evaluation, prediction
 
 BLOCK = 64 << 20  # bytes: twice what glibc never keeps by itself
 PROGRAM = f"""

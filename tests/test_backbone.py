@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torchvision import models
 
-from fastflower.backbone import NAMES, build, frozen_modules, train_mode
 from fastflower.errors import ArgumentError, CheckpointError
+from fastflower.models.backbone import NAMES, build, frozen_modules, train_mode
 
 # The modules of every stage, and of the rest, by the prefix of their names.
 STAGES = {

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastflower.backbone import build
-from fastflower.checkpoint import FORMAT_VERSION, Checkpoint
 from fastflower.draws.augment import Augment
 from fastflower.errors import CheckpointError
+from fastflower.models.backbone import build
+from fastflower.models.checkpoint import FORMAT_VERSION, Checkpoint
 from fastflower.recipes.recipe import Recipe
 
 CLASSES = ("daisy", "dandelion", "roses")

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastflower import Augment, Checkpoint, Loader, evaluate, evaluation, train
+from fastflower import Augment, Checkpoint, Loader, evaluate, train
+from fastflower.models import evaluation
 from fastflower.recipes.recipe import Recipe
 
 EVERYTHING = Augment(crop=(0.2, 1.0), rotate=10, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1, erase=0.5)

@@ -17,10 +17,10 @@ from packs import drawn
 from training_runs import small
 
 from fastflower import Augment, Loader, Manifest, Recipe, pack, predict, train, training
-from fastflower.backbone import build
-from fastflower.checkpoint import Checkpoint
 from fastflower.errors import ResourceError, SampleError
 from fastflower.files import write_out
+from fastflower.models.backbone import build
+from fastflower.models.checkpoint import Checkpoint
 from fastflower.packing import packer
 from fastflower.packing.folder import scan
 from fastflower.shards import mirror, remote

@@ -17,10 +17,10 @@ from torchvision import transforms
 from training_runs import RECIPE
 
 from fastflower import Augment, Checkpoint, Manifest, Recipe, pack, train
-from fastflower.backbone import build
 from fastflower.cli import main
 from fastflower.errors import ArgumentError, CheckpointError, ShardError
-from fastflower.evaluation import view_of
+from fastflower.models.backbone import build
+from fastflower.models.inference import view_of
 from fastflower.recipes.presets import scratch
 from fastflower.shards.verification import verify
 

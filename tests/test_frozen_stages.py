@@ -9,10 +9,10 @@ import torch
 from training_runs import LAST, RECIPE
 
 from fastflower import Checkpoint, evaluate, train
-from fastflower.backbone import build
 from fastflower.cli import main
 from fastflower.diagnosis import diagnose
 from fastflower.errors import ArgumentError
+from fastflower.models.backbone import build
 from fastflower.optimization import optimizer_of
 from fastflower.recipes.presets import PRESETS
 

@@ -17,7 +17,7 @@ from gpu_part import Part, Place
 from gpu_trial import CPU, MARKS, check_side, left, make_part, make_place, row_of, run
 from torchvision import models
 
-from fastflower.backbone import build
+from fastflower.models.backbone import build
 
 pytestmark = MARKS
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
-from fastflower.metrics import score
+from fastflower.models.metrics import score
 
 CLASSES = ("daisy", "dandelion", "roses", "sunflowers")
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastflower import Augment, Loader, Recipe, evaluation, pack, train, training
+from fastflower import Augment, Loader, Recipe, pack, train, training
 from fastflower.errors import ArgumentError
+from fastflower.models import inference
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
@@ -41,7 +42,7 @@ def test_the_first_half_is_trained_small_and_all_is_validated_large(
 ) -> None:
     trained: list[tuple[int, ...]] = []
     validated: set[tuple[int, ...]] = set()
-    step, outputs = training.Run.step, evaluation.log_probabilities
+    step, outputs = training.Run.step, inference.log_probabilities
 
     def spied_step(run: training.Run, images: Tensor, *args: Any, **options: Any) -> Any:
         trained.append(tuple(images.shape))
@@ -52,7 +53,7 @@ def test_the_first_half_is_trained_small_and_all_is_validated_large(
         return outputs(network, images, *args, **options)
 
     monkeypatch.setattr(training.Run, "step", spied_step)
-    monkeypatch.setattr(evaluation, "log_probabilities", spied_outputs)
+    monkeypatch.setattr(inference, "log_probabilities", spied_outputs)
     report = train(shards, SMALL, out=tmp_path / "run", device="cpu")
     assert trained == [(40, 3, 32, 32)] * 6 + [(40, 3, 48, 48)] * 6
     assert validated == {(3, 48, 48)}

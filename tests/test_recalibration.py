@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import BEST, LAST, RECIPE, assert_same_run, timeless
 
 from fastflower import Checkpoint, Loader, evaluate, train
-from fastflower.backbone import build
 from fastflower.errors import StoppedError
-from fastflower.evaluation import recalibrate, view_of
 from fastflower.loading.batch import Batch
+from fastflower.models.backbone import build
+from fastflower.models.inference import recalibrate, view_of
 from fastflower.training import Run
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
 
-from fastflower.backbone import build
 from fastflower.draws.augment import Augment
 from fastflower.errors import ArgumentError
+from fastflower.models.backbone import build
 from fastflower.recipes.presets import PRESETS
 from fastflower.recipes.recipe import Recipe
 

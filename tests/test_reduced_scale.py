@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastflower import Augment, Loader, pack, prediction
+from fastflower import Augment, Loader, pack
 from fastflower.draws import geometry
 from fastflower.draws.geometry import reductions
 from fastflower.loading.backends.threads import ThreadExecutor
 from fastflower.loading.cache import PixelCache, decoded_bytes
 from fastflower.loading.request import Request
+from fastflower.models import prediction
 from fastflower.shards.image import decode
 
 

@@ -13,7 +13,7 @@ from packs import photo
 from training_runs import RECIPE
 
 from fastflower import Checkpoint, Loader, Report, evaluate, pack, predict, train
-from fastflower.metrics import Scores, score
+from fastflower.models.metrics import Scores, score
 from fastflower.shards.reader import ShardReader
 from fastflower.shards.remote import Remote
 

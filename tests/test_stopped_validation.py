@@ -10,8 +10,9 @@ import pytest
 import torch
 from training_runs import LAST, RECIPE, assert_same_run, before_call, kill, killed, place, small, terminate
 
-from fastflower import Checkpoint, Recipe, evaluation, train, training
+from fastflower import Checkpoint, Recipe, train, training
 from fastflower.errors import StoppedError
+from fastflower.models import evaluation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

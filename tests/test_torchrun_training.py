@@ -14,7 +14,7 @@ from torchrun_trainings import AVERAGED, WEIGHTS, recipes
 from training_runs import BEST, DIE, LAST, TRAIN, assert_same_run, flags, place, timeless, written_history
 
 from fastflower import Checkpoint, evaluate, train
-from fastflower.backbone import build
+from fastflower.models.backbone import build
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 

@@ -15,11 +15,11 @@ from PIL import Image
 from training_runs import timeless
 
 from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, pack, predict, train
-from fastflower.backbone import build
 from fastflower.devices import precision_of
 from fastflower.errors import ArgumentError, CheckpointError, DeviceError, FolderError, SampleError
-from fastflower.evaluation import view_of
 from fastflower.loading.loader import Loader
+from fastflower.models.backbone import build
+from fastflower.models.inference import view_of
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 

@@ -18,10 +18,10 @@ from PIL import Image
 from training_runs import RECIPE
 
 from fastflower import Augment, Checkpoint, Recipe, diagnosis, distributed, evaluate, pack, report, train, training
-from fastflower.backbone import load_file
 from fastflower.diagnosis import diagnose
 from fastflower.errors import ArgumentError, CheckpointError
-from fastflower.metrics import score
+from fastflower.models.backbone import load_file
+from fastflower.models.metrics import score
 from fastflower.preview import preview
 from fastflower.report import png
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageOps
 
 from fastflower import Augment, Checkpoint, Loader, Recipe, evaluate, predict, train
-from fastflower.backbone import build
 from fastflower.cli import main
-from fastflower.evaluation import view_of
+from fastflower.models.backbone import build
+from fastflower.models.inference import view_of
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from training_runs import LAST, RECIPE
 
 from fastflower import Checkpoint, Loader, Report, evaluate, predict, train
-from fastflower.backbone import build
 from fastflower.cli import main
 from fastflower.errors import CheckpointError
+from fastflower.models.backbone import build
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 

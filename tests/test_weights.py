@@ -16,8 +16,8 @@ from torch import nn
 from torchvision import models
 
 from fastflower import Augment, Checkpoint, Recipe, train
-from fastflower.backbone import build
 from fastflower.errors import ArgumentError, CheckpointError
+from fastflower.models.backbone import build
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,10 @@ import pytest
 import torch.distributed as dist
 from training_runs import LAST, RECIPE, narrow_resnets
 
-from fastflower import Recipe, evaluation, train
+from fastflower import Recipe, train
 from fastflower.errors import FastflowerError
 from fastflower.files import locked
+from fastflower.models import inference
 from fastflower.training import Run
 
 WEIGHTS = "weights.pth"  # in OUT, of a narrow ResNet-18: what frozen stages are
@@ -59,15 +60,15 @@ def come_to(shards: str, recipe: Recipe, out: Path) -> dict[str, Any]:
             signal.raise_signal(signal.SIGTERM)
         return log_probabilities(*values, **options)
 
-    log_probabilities = evaluation.log_probabilities
-    evaluation.log_probabilities = signalled
+    log_probabilities = inference.log_probabilities
+    inference.log_probabilities = signalled
     Run.step = counted
     try:
         history = train(shards, recipe, out=out, resume=True, device="cpu").history
     except FastflowerError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        Run.step, evaluation.log_probabilities = step, log_probabilities
+        Run.step, inference.log_probabilities = step, log_probabilities
     return {"history": history, "steps": len(steps), "updates": sum(steps)}
 
 

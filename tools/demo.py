@@ -21,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fastflower import Checkpoint, FastflowerError, Report, evaluate, pack, train
 from fastflower.errors import ArgumentError, CheckpointError, HeldError
 from fastflower.files import locked
-from fastflower.metrics import Scores
+from fastflower.models.metrics import Scores
 from fastflower.recipes.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent

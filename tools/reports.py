@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastflower import Checkpoint, FastflowerError, Loader, Recipe, train
-from fastflower.checkpoint import LAST
 from fastflower.errors import StoppedError
 from fastflower.files import write_atomically
+from fastflower.models.checkpoint import LAST
 from fastflower.recipes.presets import PRESETS
 from fastflower.report import best_epoch, png
 

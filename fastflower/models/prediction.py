@@ -17,19 +17,20 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastflower.checkpoint import Checkpoint
 from fastflower.devices import kept_memory, precision_of, resolve_device
 from fastflower.errors import ArgumentError, SampleError, require
-from fastflower.evaluation import log_probabilities, no_class, view_of
 from fastflower.files import blame_the_system, write_out
 from fastflower.loading.backends.threads import ThreadExecutor
 from fastflower.loading.request import Request
 from fastflower.machine import cores
+from fastflower.models.checkpoint import Checkpoint
+from fastflower.models.inference import log_probabilities, no_class, view_of
 from fastflower.packing.folder import EXTENSIONS, images_in
 from fastflower.shards.image import Prepared, decode, prepare
 
-_BATCH_SIZE = 32
 _log = logging.getLogger("fastflower")
+
+_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True, slots=True)

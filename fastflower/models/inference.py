@@ -1,29 +1,20 @@
-"""Scores of a trained network on a split."""
+"""A network's answers: its validation view, probabilities, scores over batches."""
 
 from collections.abc import Iterable, Sequence
-from math import isfinite, log, nan
-from pathlib import Path
-from typing import Any
+from math import log, nan
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
 from fastflower import distributed
-from fastflower.backbone import train_mode
-from fastflower.checkpoint import Checkpoint
-from fastflower.devices import kept_memory, precision_of, resolve_device
 from fastflower.draws.augment import Augment
 from fastflower.errors import CheckpointError
 from fastflower.loading.batch import Batch
-from fastflower.loading.loader import Loader
-from fastflower.metrics import Scores, score
+from fastflower.models.backbone import train_mode
+from fastflower.models.metrics import Scores, score
 from fastflower.recipes.recipe import Recipe
-from fastflower.shards.remote import Remote
-
-_BATCH_SIZE = 64  # of a pass without gradients: does not change the scores
 
 
 def view_of(recipe: Recipe) -> Augment:
@@ -77,53 +68,6 @@ def measure(
     index, labels, outputs = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(index, kind="stable")
     return score(classes, labels[order], outputs[order], paths)
-
-
-def evaluate(
-    checkpoint: str | Path | Checkpoint,
-    shards: str | Path | Remote,
-    *,
-    split: str = "val",
-    tta: bool | None = None,
-    device: str | torch.device | None = None,
-) -> Scores:
-    """Score a checkpoint on every sample of a split, exactly once; by index in the split, as `Scores` promises.
-
-    Args:
-        checkpoint: A checkpoint that `train` wrote.
-        shards: The folder that `pack` wrote, or its address, as for Loader.
-        split: "train" or "val".
-        tta: Score the mean probabilities of each image and its mirror image; None does as the recipe says.
-        device: None means CUDA where there is one, else the CPU.
-
-    Raises CheckpointError when the checkpoint cannot be used or was trained on other classes than the shards hold.
-    """
-    name = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint.load(checkpoint)
-    chosen, recipe = resolve_device(device), checkpoint.recipe
-    # On CUDA the cache decides on the executor, which is to be that of training. RAM has no use for images that come once.
-    cache = "auto" if chosen.type == "cuda" else None
-    how: dict[str, Any] = {
-        "device": chosen,
-        "dtype": precision_of(recipe.precision, chosen),
-        "shuffle": False,
-        "cache": cache,
-    }
-    loader = Loader(shards, split, batch_size=_BATCH_SIZE, augment=view_of(recipe), **how)
-    if loader.manifest.classes != checkpoint.classes:
-        raise CheckpointError(
-            f"{shards}: holds the classes {', '.join(loader.manifest.classes)}; "
-            f"the checkpoint was trained on {', '.join(checkpoint.classes)}."
-        )
-    model = checkpoint.network().to(chosen, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    with kept_memory(chosen), tqdm(loader, desc="evaluate", unit="batch", disable=None) as batches:
-        mirrored = recipe.tta if tta is None else tta
-        scores = measure(model, batches, checkpoint.classes, tta=mirrored, paths=loader.paths)
-    if not isfinite(scores.loss):
-        bad = np.flatnonzero(np.isnan(scores.probabilities[:, 0]))
-        raise no_class(name, scores.paths[int(bad[0])], len(bad))
-    return scores
 
 
 def no_class(checkpoint: str, image: str, count: int = 1) -> CheckpointError:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fastflower import distributed
-from fastflower.backbone import build, load_file, not_finite
 from fastflower.errors import ArgumentError, CheckpointError, FastflowerError, HeldError
 from fastflower.files import PARTIAL, blame_the_system, locked, written
+from fastflower.models.backbone import build, load_file, not_finite
 from fastflower.recipes.recipe import Recipe
 
 FORMAT_VERSION = 2
