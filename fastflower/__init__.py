@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastflower.models.prediction import predict as predict
     from fastflower.packing.packer import pack as pack
     from fastflower.recipes.recipe import Recipe as Recipe
-    from fastflower.report import Report as Report
+    from fastflower.reporting.report import Report as Report
     from fastflower.shards.manifest import Manifest as Manifest
     from fastflower.training import train as train
 
@@ -28,7 +28,7 @@ _HOME = {
     "Loader": "loading.loader",
     "Manifest": "shards.manifest",
     "Recipe": "recipes.recipe",
-    "Report": "report",
+    "Report": "reporting.report",
     "evaluate": "models.evaluation",
     "pack": "packing.packer",
     "predict": "models.prediction",

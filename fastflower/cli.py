@@ -165,7 +165,7 @@ def _doctor(prog: str, args: Sequence[str]) -> None:
 
 
 def _preview(prog: str, args: Sequence[str]) -> None:
-    from fastflower.preview import preview
+    from fastflower.reporting.preview import preview
 
     values = _parse_recipe(prog, args, preview, out=(Path, Path("preview.png")))
     print(f"wrote {preview(**values)}")

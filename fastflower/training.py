@@ -42,7 +42,7 @@ from fastflower.models.metrics import Scores
 from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate, tensors_of
 from fastflower.progress import Tally, first_not_finite, preemption
 from fastflower.recipes.recipe import Recipe
-from fastflower.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report
+from fastflower.reporting.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report
 from fastflower.shards.remote import Remote
 from fastflower.stepping import Stepper, graphs_of
 

@@ -21,7 +21,8 @@ if not torch.cuda.is_available():
 from bad_server import IMPATIENT, BadServer, serving
 from training_runs import narrow_resnets
 
-from fastflower import pack, report
+from fastflower import pack
+from fastflower.reporting import figures
 from fastflower.shards.remote import Remote
 
 # A shell's background jobs ignore SIGINT, and so would the programs that tests start and interrupt.
@@ -124,7 +125,7 @@ def narrow() -> Iterator[None]:
 def no_pictures() -> Iterator[None]:
     """Reports of runs have empty pictures, whose drawing takes longer than a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "png", lambda _: b"")
+        patch.setattr(figures, "png", lambda _: b"")
         yield
 
 

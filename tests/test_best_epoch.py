@@ -9,7 +9,7 @@ import pytest
 from training_runs import BEST, LAST, RECIPE
 
 from fastflower import Checkpoint, Loader, train, training
-from fastflower.report import best_epoch
+from fastflower.reporting.report import best_epoch
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 

@@ -33,7 +33,7 @@ def test_a_bundle_arrives_whole_and_runs_by_python_alone(parts: Path, flowers: P
     assert "parts came within" in done.stdout
     host = tmp_path / "host"
     for name in (
-        "fastflower/templates/report.html",
+        "fastflower/reporting/templates/report.html",
         "benchmarks/gpu_check.py",
         "tests/test_gpu.py",
         "pyproject.toml",

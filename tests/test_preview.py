@@ -13,7 +13,7 @@ from fastflower import Augment, Loader, Recipe
 from fastflower.cli import main
 from fastflower.errors import ArgumentError
 from fastflower.models.inference import view_of
-from fastflower.preview import preview, views
+from fastflower.reporting.preview import preview, views
 
 AUGMENT = Augment(size=48, resize=56, crop=(0.3, 1.0), flip=0.5, rotate=20, hue=0.1, erase=0.5)
 RECIPE = Recipe(augment=AUGMENT, epochs=5, sizes=(32, 48), seed=4)

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastflower import Augment, Recipe, Report, pack, report, train, training
+from fastflower import Augment, Recipe, Report, pack, train, training
 from fastflower.errors import CheckpointError
 from fastflower.recipes.presets import PRESETS
+from fastflower.reporting import report
 
 pytestmark = pytest.mark.usefixtures("narrow")
 

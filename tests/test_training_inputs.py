@@ -17,13 +17,14 @@ from packs import photo
 from PIL import Image
 from training_runs import RECIPE
 
-from fastflower import Augment, Checkpoint, Recipe, diagnosis, distributed, evaluate, pack, report, train, training
+from fastflower import Augment, Checkpoint, Recipe, diagnosis, distributed, evaluate, pack, train, training
 from fastflower.diagnosis import diagnose
 from fastflower.errors import ArgumentError, CheckpointError
 from fastflower.models.backbone import load_file
 from fastflower.models.metrics import score
-from fastflower.preview import preview
-from fastflower.report import png
+from fastflower.reporting import figures
+from fastflower.reporting.figures import png
+from fastflower.reporting.preview import preview
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 ROOT = Path(__file__).parent.parent
@@ -51,13 +52,13 @@ def confusion(classes: list[str]) -> tuple[int, int]:
     """(width, height) in pixels of the picture."""
     count = len(classes)
     outputs = np.log(np.full((count, count), 1 / count))
-    data = report._confusion(score(tuple(classes), np.arange(count), outputs.astype(np.float32)))
+    data = figures.confusion(score(tuple(classes), np.arange(count), outputs.astype(np.float32)))
     return struct.unpack(">II", data[16:24])
 
 
 @pytest.fixture
 def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "png", png)
+    monkeypatch.setattr(figures, "png", png)
 
 
 @pytest.mark.usefixtures("pictures")
@@ -193,4 +194,4 @@ def test_names_that_are_no_utf8_are_drawn_and_reported(tmp_path: Path) -> None:
     assert r"caf\udce9" in text
     assert evaluate(done.checkpoint, tmp_path / "shards", device="cpu").classes == (os.fsdecode(b"caf\xe9"), "tea")
     assert preview(tmp_path / "shards", recipe, photographs=4, draws=1, out=tmp_path / "p.png").exists()
-    assert "\udce9" not in report.drawable(os.fsdecode(b"caf\xe9"))
+    assert "\udce9" not in figures.drawable(os.fsdecode(b"caf\xe9"))

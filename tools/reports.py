@@ -20,7 +20,8 @@ from fastflower.errors import StoppedError
 from fastflower.files import write_atomically
 from fastflower.models.checkpoint import LAST
 from fastflower.recipes.presets import PRESETS
-from fastflower.report import best_epoch, png
+from fastflower.reporting.figures import png
+from fastflower.reporting.report import best_epoch
 
 Letter = Literal["a", "b", "c", "d", "e"]
 

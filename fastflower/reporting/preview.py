@@ -11,7 +11,7 @@ from fastflower.files import write_out
 from fastflower.loading.loader import Loader
 from fastflower.models.inference import view_of
 from fastflower.recipes.recipe import Recipe
-from fastflower.report import drawable, png
+from fastflower.reporting.figures import drawable, png
 from fastflower.shards.remote import Remote
 
 

@@ -11,17 +11,14 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
-from matplotlib.figure import Figure
-from PIL import Image
 
 from fastflower.files import write_atomically
 from fastflower.loading.loader import Loader
 from fastflower.models.metrics import Scores
 from fastflower.recipes.recipe import Recipe
+from fastflower.reporting.figures import confusion, curves, thumbnail
 
 _MISTAKES = 12  # photographs shown
-_MOST_NAMES = 50  # at either side of the confusion matrix
-_THUMB = 160  # pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +94,14 @@ def write_report(
     val: Loader | None,
 ) -> None:
     """Draw the run and write it into its folder."""
-    pictures = {"curves": _curves(history)}
+    pictures = {"curves": curves(history)}
     mistakes: list[dict[str, Any]] = []
     if scores is not None and val is not None:
-        pictures["confusion"] = _confusion(scores)
+        pictures["confusion"] = confusion(scores)
         mistakes = _mistakes(scores, val)
     for name, data in pictures.items():
         write_atomically(folder / f"{name}.png", data)
-    template = Environment(loader=PackageLoader("fastflower"), autoescape=True).get_template("report.html")
+    template = Environment(loader=PackageLoader("fastflower.reporting"), autoescape=True).get_template("report.html")
     html = template.render(
         recipe=recipe.to_dict(),
         classes=classes,
@@ -115,51 +112,6 @@ def write_report(
         mistakes=mistakes,
     )
     write_atomically(folder / "report.html", html.encode("utf-8", "backslashreplace"))
-
-
-def drawable(name: str) -> str:
-    """A class's name as matplotlib takes it: it need not be UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as a file, 110 pixels an inch."""
-    data = io.BytesIO()
-    # Without the version of matplotlib inside, the same run gives the same bytes.
-    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
-    return data.getvalue()
-
-
-def _curves(history: list[dict[str, float]]) -> bytes:
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    epochs = [row["epoch"] for row in history]
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split in ("train", "val"):
-            if f"{split}_{name}" in history[-1]:
-                axes.plot(epochs, [row[f"{split}_{name}"] for row in history], marker="o", markersize=3, label=split)
-        axes.set(xlabel="epoch", ylabel=name, xlim=(0, len(epochs) + 1))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    return png(figure)
-
-
-def _confusion(scores: Scores) -> bytes:
-    size = min(20, max(4.5, 0.45 * len(scores.classes)))
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
-    axes = figure.subplots()
-    share = scores.confusion / np.maximum(1, scores.confusion.sum(axis=1, keepdims=True))
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    ticks = range(0, len(scores.classes), -(-len(scores.classes) // _MOST_NAMES))
-    names = [drawable(scores.classes[tick]) for tick in ticks]
-    axes.set_xticks(ticks, names, rotation=45, ha="right", parse_math=False)  # a $ is a $
-    axes.set_yticks(ticks, names, parse_math=False)
-    axes.set(xlabel="predicted", ylabel="true")
-    if len(scores.classes) <= 30:
-        for (row, column), count in np.ndenumerate(scores.confusion):
-            color = "white" if share[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=color)
-    return png(figure)
 
 
 def _mistakes(scores: Scores, val: Loader) -> list[dict[str, Any]]:
@@ -174,15 +126,7 @@ def _mistakes(scores: Scores, val: Loader) -> list[dict[str, Any]]:
             "predicted": scores.classes[predicted[index]],
             "probability": float(confidence[index]),
             "path": scores.paths[index],
-            "jpeg": _thumbnail(val.photo(int(index))),
+            "jpeg": thumbnail(val.photo(int(index))),
         }
         for index in worst
     ]
-
-
-def _thumbnail(photo: Any) -> str:
-    image = Image.fromarray(photo)
-    image.thumbnail((_THUMB, _THUMB))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=85)
-    return base64.b64encode(data.getvalue()).decode()

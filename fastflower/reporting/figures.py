@@ -1,0 +1,70 @@
+"""Pictures of a run as bytes: curves, the confusion matrix, thumbnails."""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fastflower.models.metrics import Scores
+
+_MOST_NAMES = 50  # at either side of the confusion matrix
+_THUMB = 160  # pixels
+
+
+def drawable(name: str) -> str:
+    """A class's name as matplotlib takes it: it need not be UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a file, 110 pixels an inch."""
+    data = io.BytesIO()
+    # Without the version of matplotlib inside, the same run gives the same bytes.
+    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
+    return data.getvalue()
+
+
+def curves(history: list[dict[str, float]]) -> bytes:
+    """Loss and accuracy over the epochs, a PNG."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for split in ("train", "val"):
+            if f"{split}_{name}" in history[-1]:
+                axes.plot(epochs, [row[f"{split}_{name}"] for row in history], marker="o", markersize=3, label=split)
+        axes.set(xlabel="epoch", ylabel=name, xlim=(0, len(epochs) + 1))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return png(figure)
+
+
+def confusion(scores: Scores) -> bytes:
+    """The confusion matrix, a PNG: shares as shades, and counts where they fit."""
+    size = min(20, max(4.5, 0.45 * len(scores.classes)))
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    axes = figure.subplots()
+    share = scores.confusion / np.maximum(1, scores.confusion.sum(axis=1, keepdims=True))
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    ticks = range(0, len(scores.classes), -(-len(scores.classes) // _MOST_NAMES))
+    names = [drawable(scores.classes[tick]) for tick in ticks]
+    axes.set_xticks(ticks, names, rotation=45, ha="right", parse_math=False)  # a $ is a $
+    axes.set_yticks(ticks, names, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(scores.classes) <= 30:
+        for (row, column), count in np.ndenumerate(scores.confusion):
+            color = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=color)
+    return png(figure)
+
+
+def thumbnail(photo: Any) -> str:
+    """An image, (H, W, 3) uint8, as a small JPEG in base64."""
+    image = Image.fromarray(photo)
+    image.thumbnail((_THUMB, _THUMB))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=85)
+    return base64.b64encode(data.getvalue()).decode()
