@@ -25,7 +25,7 @@ from fastflower import Augment, Loader, Manifest, Recipe, pack
 from fastflower.devices import resolve_device
 from fastflower.packing.folder import scan
 from fastflower.recipes.presets import report_a
-from fastflower.training import Run
+from fastflower.training.run import Run
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from fastflower import Augment, Loader
 from fastflower.devices import fastest_convolutions
 from fastflower.draws import geometry
 from fastflower.recipes.presets import report_a
-from fastflower.training import Run
+from fastflower.training.run import Run
 
 FROM_CACHE = 350_000  # images/s, the goal
 TIMES_IMAGE_FOLDER = 10  # from the cache, the goal

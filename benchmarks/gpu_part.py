@@ -17,8 +17,8 @@ import torch
 
 from fastflower import Augment, pack
 from fastflower.packing.folder import scan
-from fastflower.stepping import graphs_of
-from fastflower.training import Run
+from fastflower.training.cuda_graphs import graphs_of
+from fastflower.training.run import Run
 
 FEEDING_IMAGES = 4096  # 16 batches of 256: what an epoch takes at its ends counts for as little as it does in earnest
 TRAINING_IMAGES = 2848  # of the five reports

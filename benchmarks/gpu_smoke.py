@@ -22,7 +22,7 @@ from fastflower import Augment, Loader
 from fastflower.loading.backends.native import available
 from fastflower.machine import cores
 from fastflower.recipes.presets import report_a
-from fastflower.training import Run
+from fastflower.training.run import Run
 
 RANDOM = Augment(crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, contrast=0.2, saturation=0.2, hue=0.1, erase=0.3)
 _LEVELS = 4.0  # on average: a broken kernel is dozens off, and what is less is for the tests to judge

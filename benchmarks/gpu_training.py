@@ -27,7 +27,7 @@ from fastflower import Augment, Loader, Recipe, pack, train
 from fastflower.devices import fastest_convolutions
 from fastflower.loading.batch import Batch
 from fastflower.recipes.presets import PRESETS, report_a
-from fastflower.training import Run
+from fastflower.training.run import Run
 
 OVERLAP = 0.98  # of the rate with a replayed batch, the goal
 MARKS = (0.945, 0.96)  # validation accuracies

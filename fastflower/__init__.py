@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastflower.recipes.recipe import Recipe as Recipe
     from fastflower.reporting.report import Report as Report
     from fastflower.shards.manifest import Manifest as Manifest
-    from fastflower.training import train as train
+    from fastflower.training.trainer import train as train
 
 _HOME = {
     "Augment": "draws.augment",
@@ -32,7 +32,7 @@ _HOME = {
     "evaluate": "models.evaluation",
     "pack": "packing.packer",
     "predict": "models.prediction",
-    "train": "training",
+    "train": "training.trainer",
 }
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

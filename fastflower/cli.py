@@ -159,7 +159,7 @@ def _verify(prog: str, args: Sequence[str]) -> None:
 
 
 def _doctor(prog: str, args: Sequence[str]) -> None:
-    from fastflower.diagnosis import diagnose
+    from fastflower.training.diagnosis import diagnose
 
     print(diagnose(**_parse_recipe(prog, args, diagnose)))
 
@@ -172,7 +172,7 @@ def _preview(prog: str, args: Sequence[str]) -> None:
 
 
 def _train(prog: str, args: Sequence[str]) -> None:
-    from fastflower.training import train
+    from fastflower.training.trainer import train
 
     first = os.environ.get("RANK", "0") == "0"  # torchrun's number: one of the ranks speaks
     if not first:

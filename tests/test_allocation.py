@@ -13,8 +13,9 @@ import torch
 from torchvision.models import ResNet
 from training_runs import RECIPE
 
-from fastflower import diagnosis, evaluate, predict, train, training
+from fastflower import evaluate, predict, train
 from fastflower.models import evaluation, prediction
+from fastflower.training import diagnosis, run
 
 BLOCK = 64 << 20  # bytes: twice what glibc never keeps by itself
 PROGRAM = f"""
@@ -107,7 +108,7 @@ def test_every_pass_of_a_network_keeps_it(
         yield
         depth[0] -= 1
 
-    for module in (training, evaluation, prediction, diagnosis):
+    for module in (run, evaluation, prediction, diagnosis):
         monkeypatch.setattr(module, "kept_memory", noted)
     forward = ResNet.forward
     monkeypatch.setattr(ResNet, "forward", lambda self, x: seen.append(depth[0]) or forward(self, x))

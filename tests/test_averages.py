@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from training_runs import timeless
 
-from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, train, training
-from fastflower.optimization import Average
+from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, train
+from fastflower.training.averaging import Average
+from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
@@ -119,7 +120,7 @@ def test_a_resumed_run_goes_on_averaging(run: Report, shards: Path, tmp_path: Pa
     class KilledError(Exception):
         pass
 
-    class Killed(training.Run):
+    class Killed(Run):
         def train_epoch(self, epoch: int) -> dict[str, float]:
             if epoch == 1:
                 raise KilledError("killed")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from training_runs import BEST, LAST, RECIPE
 
-from fastflower import Checkpoint, Loader, train, training
+from fastflower import Checkpoint, Loader, train
 from fastflower.reporting.report import best_epoch
+from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
@@ -51,13 +52,13 @@ def test_patience_and_the_best_checkpoint_follow_the_loss_where_accuracies_are_e
     """An equal accuracy at a lower loss is better, and begins the count again."""
     losses = [2.0, 1.5, 1.6, 1.4, 1.4, 1.45, 0.1]
 
-    class Scored(training.Run):
+    class Scored(Run):
         def _score(self, val: Loader) -> Any:
             scores = super()._score(val)
             scores.confusion[:] = np.eye(5, dtype=np.int64)
             return replace(scores, loss=losses[min(len(self.history), 6)])
 
-    monkeypatch.setattr(training, "Run", Scored)
+    monkeypatch.setattr("fastflower.training.trainer.Run", Scored)
     report = train(shards, replace(RECIPE, patience=2, epochs=7), out=tmp_path / "run", device="cpu")
     assert [entry["val_loss"] for entry in report.history] == losses[:6]
     assert report.best_epoch == Checkpoint.load(tmp_path / "run" / BEST).epoch == 4

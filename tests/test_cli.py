@@ -20,10 +20,10 @@ from torchvision.models import resnet18
 
 from fastflower import Augment, Checkpoint, Manifest, Recipe, evaluate, pack, predict, train
 from fastflower.cli import main
-from fastflower.diagnosis import diagnose
 from fastflower.recipes.presets import PRESETS
 from fastflower.reporting.preview import preview
 from fastflower.shards.verification import verify
+from fastflower.training.diagnosis import diagnose
 
 ROOT = Path(__file__).parent.parent
 VERBS: dict[str, Callable[..., Any]] = {

@@ -16,12 +16,12 @@ import pytest
 from packs import drawn
 from training_runs import small
 
-from fastflower import Augment, Loader, Manifest, Recipe, pack, predict, train, training
+from fastflower import Augment, Loader, Manifest, Recipe, pack, predict, train
 from fastflower.errors import ResourceError, SampleError
 from fastflower.files import write_out
 from fastflower.models.backbone import build
 from fastflower.models.checkpoint import Checkpoint
-from fastflower.packing import packer
+from fastflower.packing import workspace
 from fastflower.packing.folder import scan
 from fastflower.shards import mirror, remote
 from fastflower.shards.reader import ShardReader
@@ -303,8 +303,8 @@ def test_what_the_system_refuses_is_named_by_train_pack_and_a_checkpoint(
         raise OSError(errno.EMFILE, "Too many open files", "history.csv")
 
     message = REFUSED[errno.EMFILE]
-    monkeypatch.setattr(training, "write_history", refuse)
-    monkeypatch.setattr(training, "build", small)
+    monkeypatch.setattr("fastflower.training.run.write_history", refuse)
+    monkeypatch.setattr("fastflower.training.run.build", small)
     recipe = Recipe(weights=None, freeze=0, augment=SMALL, epochs=1)
     with pytest.raises(ResourceError, match=rf"^history\.csv: cannot be opened or read: {message}"):
         train(shards, recipe, out=tmp_path / "run", device="cpu")
@@ -312,6 +312,6 @@ def test_what_the_system_refuses_is_named_by_train_pack_and_a_checkpoint(
     with pytest.raises(ResourceError, match=rf"x\.pt: cannot be opened or read: {message}"):
         _checkpoint().save(tmp_path / "x.pt")
     assert not list(tmp_path.glob("*.pt*"))
-    monkeypatch.setattr(packer, "save_plan", refuse)
+    monkeypatch.setattr(workspace, "save_plan", refuse)
     with pytest.raises(ResourceError, match=rf"out: cannot be opened or read: {message}"):
         pack(drawn(tmp_path / "data", a=3, b=3), tmp_path / "out")

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from fastflower import Augment, Loader, Recipe, diagnosis, training
+from fastflower import Augment, Loader, Recipe
 from fastflower.cli import main
-from fastflower.diagnosis import Diagnosis, diagnose
 from fastflower.errors import ArgumentError
+from fastflower.training import diagnosis
+from fastflower.training.diagnosis import Diagnosis, diagnose
+from fastflower.training.run import Run
 
 SMALL = Recipe(weights=None, augment=Augment(size=32, resize=36, flip=0.5, hue=0.1), batch_size=16)
 
@@ -44,7 +46,7 @@ def test_it_feeds_by_the_executor_of_training(shards: Path, monkeypatch: pytest.
     made: list[Loader] = []
     monkeypatch.setattr(diagnosis, "Loader", lambda *args, **how: made.append(Loader(*args, **how)) or made[-1])
 
-    class Opencv(training.Run):
+    class Opencv(Run):
         def __init__(self, *args: Any, **how: Any) -> None:
             super().__init__(*args, **how)
             self.loader = Loader(shards, batch_size=16, device="cpu", executor="opencv")

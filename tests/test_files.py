@@ -203,9 +203,9 @@ def test_of_two_runs_in_one_folder_the_second_says_who_holds_it(shards: Path, tm
 def test_a_folder_is_held_while_training_runs_and_no_longer(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastflower import training
+    from fastflower.training.run import Run
 
-    out, step, tries = tmp_path / "run", training.Run.step, list[str]()
+    out, step, tries = tmp_path / "run", Run.step, list[str]()
 
     def second(self: Any, *values: Any, **options: Any) -> Any:
         if not tries:
@@ -215,7 +215,7 @@ def test_a_folder_is_held_while_training_runs_and_no_longer(
             tries.append(str(caught.value))
         return step(self, *values, **options)
 
-    monkeypatch.setattr(training.Run, "step", second)
+    monkeypatch.setattr(Run, "step", second)
     train(shards, replace(RECIPE, epochs=1), out=out, device="cpu")
     assert f"process {os.getpid()} on" in tries[1]
     with pytest.raises(CheckpointError, match=r"run: holds a run already; pass resume=True \(--resume\)"):

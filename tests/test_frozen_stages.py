@@ -10,11 +10,11 @@ from training_runs import LAST, RECIPE
 
 from fastflower import Checkpoint, evaluate, train
 from fastflower.cli import main
-from fastflower.diagnosis import diagnose
 from fastflower.errors import ArgumentError
 from fastflower.models.backbone import build
-from fastflower.optimization import optimizer_of
 from fastflower.recipes.presets import PRESETS
+from fastflower.training.diagnosis import diagnose
+from fastflower.training.optimizer import optimizer_of
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 FROZEN = replace(RECIPE, freeze=1)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from training_runs import LAST, RECIPE, KilledError, before_call, kill, timeless
 
-from fastflower import Augment, Checkpoint, Recipe, train, training
+from fastflower import Augment, Checkpoint, Recipe, train
 from fastflower.loading import cache
-from fastflower.optimization import plain_state
-from fastflower.stepping import Graphs, Outcome
-from fastflower.training import Run
+from fastflower.training.cuda_graphs import Graphs, Outcome
+from fastflower.training.optimizer import plain_state
+from fastflower.training.run import Run
+from fastflower.training.step import Stepper
 
 pytestmark = pytest.mark.gpu
 
@@ -40,8 +41,8 @@ def network(_backbone: str, classes: int, **_: Any) -> nn.Module:
 @pytest.fixture
 def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same kernels in every run: no timing of convolutions, which may choose another each time."""
-    monkeypatch.setattr(training, "build", network)
-    monkeypatch.setattr(training, "fastest_convolutions", lambda _: nullcontext())
+    monkeypatch.setattr("fastflower.training.run.build", network)
+    monkeypatch.setattr("fastflower.training.run.fastest_convolutions", lambda _: nullcontext())
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
     yield
@@ -115,7 +116,7 @@ def test_recording_leaves_everything_as_it_was(
     shards: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], updates: int
 ) -> None:
     """Bit for bit, of a ResNet-18."""
-    monkeypatch.setattr(training, "graphs_of", lambda *_: None)
+    monkeypatch.setattr("fastflower.training.run.graphs_of", lambda *_: None)
     run = Run(shards, replace(RECIPE, **changes), Path("unused"), CUDA)
     torch.manual_seed(0)
     images = torch.randn(24, 3, 32, 32, device=CUDA).contiguous(memory_format=torch.channels_last)
@@ -130,7 +131,7 @@ def test_recording_leaves_everything_as_it_was(
 
     parts = (run.network, run.optimizer, run.scaler, run.recipe, CUDA, torch.float32, record)
     before = state_of(run)
-    training.Stepper(*parts)(images, labels)
+    Stepper(*parts)(images, labels)
     after = state_of(run)
     assert after.keys() == before.keys()
     assert [name for name, value in before.items() if not torch.equal(value, after[name])] == []

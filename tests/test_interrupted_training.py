@@ -32,8 +32,10 @@ from training_runs import (
     written_history,
 )
 
-from fastflower import Augment, Checkpoint, Loader, train, training
+from fastflower import Augment, Checkpoint, Loader, train
 from fastflower.errors import ArgumentError, CheckpointError, DeviceError, StoppedError, TrainingError
+from fastflower.training import run as loop
+from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
@@ -47,14 +49,14 @@ def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "resnet" not in request.fixturenames:
-        monkeypatch.setattr(training, "build", small)
+        monkeypatch.setattr("fastflower.training.run.build", small)
 
 
 @pytest.fixture(scope="module")
 def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of the small network that nobody interrupted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build", small)
+        patch.setattr("fastflower.training.run.build", small)
         return train(shards, RECIPE, out=tmp_path_factory.mktemp("whole") / "run", device="cpu").folder
 
 
@@ -98,7 +100,7 @@ def test_a_run_that_is_killed_again_and_again_equals_an_uninterrupted_one(
     train(shards, recipe, out=one, device="cpu")
     places: list[tuple[int, int]] = []
     for batch in (4, 1, 6):
-        killed(shards, recipe, other, (training.Run, "step", batch), save_steps=2 // recipe.accumulate)
+        killed(shards, recipe, other, (Run, "step", batch), save_steps=2 // recipe.accumulate)
         places.append(place(other))
     assert places == [(0, 2), (0, 2), (1, 2)]
     train(shards, recipe, out=other, resume=True, device="cpu")
@@ -108,11 +110,11 @@ def test_a_run_that_is_killed_again_and_again_equals_an_uninterrupted_one(
 @pytest.mark.parametrize(
     "moment",
     [
-        pytest.param((training, "measure", 1), id="first validation"),
+        pytest.param((loop, "measure", 1), id="first validation"),
         pytest.param((Checkpoint, "save", 3), id="between the first epoch's two checkpoints"),
-        pytest.param((training, "write_history", 1), id="before the first row"),
-        pytest.param((training, "write_history", 2), id="before the last row"),
-        pytest.param((training, "write_report", 1), id="before the report"),
+        pytest.param((loop, "write_history", 1), id="before the first row"),
+        pytest.param((loop, "write_history", 2), id="before the last row"),
+        pytest.param((loop, "write_report", 1), id="before the report"),
     ],
 )
 def test_a_run_that_is_killed_at_the_end_of_an_epoch_equals_an_uninterrupted_one(
@@ -148,12 +150,12 @@ def test_a_process_that_is_killed_and_stopped_goes_on_to_what_nobody_interrupted
 @pytest.mark.parametrize(
     ("moment", "changes", "said"),
     [
-        pytest.param((training.Run, "step", 7), {}, "in epoch 2, step 2", id="a step"),
-        pytest.param((training.Run, "step", 3), {"accumulate": 2}, "in epoch 1, step 4", id="before its update"),
-        pytest.param((training, "measure", 1), {}, "in the validation of epoch 1", id="validation"),
-        pytest.param((training, "write_history", 1), {}, "after epoch 1", id="after validation"),
-        pytest.param((training, "write_report", 1), {}, "after epoch 2", id="report"),
-        pytest.param((training, "measure", 2), {}, "in the validation of epoch 2", id="last validation"),
+        pytest.param((Run, "step", 7), {}, "in epoch 2, step 2", id="a step"),
+        pytest.param((Run, "step", 3), {"accumulate": 2}, "in epoch 1, step 4", id="before its update"),
+        pytest.param((loop, "measure", 1), {}, "in the validation of epoch 1", id="validation"),
+        pytest.param((loop, "write_history", 1), {}, "after epoch 1", id="after validation"),
+        pytest.param((loop, "write_report", 1), {}, "after epoch 2", id="report"),
+        pytest.param((loop, "measure", 2), {}, "in the validation of epoch 2", id="last validation"),
     ],
 )
 def test_sigterm_stops_after_the_update_under_way_and_its_handler_does_not_stay(
@@ -189,7 +191,7 @@ def test_training_in_another_thread_leaves_signals_alone(shards: Path, tmp_path:
 
     def work() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            before_call(training.Run, "step", 1, lambda: seen.add(signal.getsignal(signal.SIGTERM)), patch)
+            before_call(Run, "step", 1, lambda: seen.add(signal.getsignal(signal.SIGTERM)), patch)
             torch.set_num_threads(1)
             train(shards, RECIPE, out=tmp_path / "run", device="cpu")
 
@@ -204,7 +206,7 @@ def test_training_in_another_thread_leaves_signals_alone(shards: Path, tmp_path:
 def begun(shards: Path, tmp_path: Path) -> Path:
     """A run that was stopped after the second epoch's fourth step."""
     with pytest.MonkeyPatch.context() as patch:
-        before_call(training.Run, "step", 9, terminate, patch)
+        before_call(Run, "step", 9, terminate, patch)
         with pytest.raises(StoppedError, match="in epoch 2, step 4"):
             train(shards, RECIPE, out=tmp_path / "begun", device="cpu")
     return tmp_path / "begun"
@@ -248,7 +250,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(shards: Path, tmp_
     try:
         with pytest.MonkeyPatch.context() as patch:
             full = (resource.RLIMIT_FSIZE, (1 << 20, hard))
-            before_call(training.Run, "step", 4, lambda: resource.setrlimit(*full), patch)
+            before_call(Run, "step", 4, lambda: resource.setrlimit(*full), patch)
             with pytest.raises(
                 CheckpointError, match=r"last\.pt: could not be written \(.*File too large\); what stood there before"
             ):
@@ -268,7 +270,7 @@ def test_a_disk_that_has_no_room_for_the_history_is_named_and_the_run_goes_on(
         raise OSError(28, "No space left on device", "history.csv")
 
     with pytest.MonkeyPatch.context() as patch:
-        before_call(training, "write_history", 1, full, patch)
+        before_call(loop, "write_history", 1, full, patch)
         with pytest.raises(
             TrainingError, match=r"^history\.csv: cannot be read or written \(No space left on device\); fix"
         ):
@@ -282,16 +284,16 @@ def test_a_loss_that_is_not_finite_is_named_with_its_batch_and_never_saved(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int | None
 ) -> None:
     """Also when the run is resumed and comes to the same batch."""
-    out, step = tmp_path / "run", training.Run.step
+    out, step = tmp_path / "run", Run.step
     loader = Loader(shards, batch_size=24, seed=RECIPE.seed, augment=RECIPE.augment, device="cpu")
     poison = loader.indices(1, 2)
     keys = "; ".join(loader.where(index) for index in poison.tolist())
 
-    def poisoned(self: training.Run, images: torch.Tensor, *rest: Any, **options: Any) -> Any:
+    def poisoned(self: Run, images: torch.Tensor, *rest: Any, **options: Any) -> Any:
         state = self.loader.state_dict()  # after this batch
         return step(self, images * math.nan if (state["epoch"], state["step"]) == (1, 3) else images, *rest, **options)
 
-    monkeypatch.setattr(training.Run, "step", poisoned)
+    monkeypatch.setattr(Run, "step", poisoned)
     advice = (
         f"{out}: the loss is not finite in epoch 2, step 3; train anew (another out) with a lower lr, warm-up "
         "(warmup_epochs) or clipped gradients (clip_norm), "
@@ -374,7 +376,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_it_stays_ended(
     recipe = replace(RECIPE, patience=2, epochs=12)
     accuracies = [0.2, 0.1, 0.3, 0.3, 0.1, 0.9]
 
-    class Scored(training.Run):
+    class Scored(Run):
         def _score(self, val: Loader) -> Any:
             scores = super()._score(val)
             hits = round(30 * accuracies[len(self.history)]) if len(self.history) < len(accuracies) else 0
@@ -382,7 +384,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_it_stays_ended(
             scores.confusion[0, :2] = hits, 30 - hits
             return scores
 
-    monkeypatch.setattr(training, "Run", Scored)
+    monkeypatch.setattr("fastflower.training.trainer.Run", Scored)
     killed(shards, recipe, tmp_path / "run", (Scored, "train_epoch", 5))
     report = train(shards, recipe, out=tmp_path / "run", resume=True, device="cpu")
     assert [round(row["val_accuracy"], 2) for row in report.history] == [0.2, 0.1, 0.3, 0.3, 0.1]

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LinearLR
 from fastflower import Augment, Loader, Recipe
 from fastflower.errors import ArgumentError
 from fastflower.recipes.schedule import warm_up
-from fastflower.training import Run, optimizer_of
+from fastflower.training.run import Run, optimizer_of
 
 SMALL = Recipe(
     weights=None, augment=Augment(size=32, resize=36), batch_size=16, epochs=2, precision="float32", momentum=0.5

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastflower import Augment, Loader, Recipe, pack, train, training
+from fastflower import Augment, Loader, Recipe, pack, train
 from fastflower.errors import ArgumentError
 from fastflower.models import inference
+from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
@@ -42,9 +43,9 @@ def test_the_first_half_is_trained_small_and_all_is_validated_large(
 ) -> None:
     trained: list[tuple[int, ...]] = []
     validated: set[tuple[int, ...]] = set()
-    step, outputs = training.Run.step, inference.log_probabilities
+    step, outputs = Run.step, inference.log_probabilities
 
-    def spied_step(run: training.Run, images: Tensor, *args: Any, **options: Any) -> Any:
+    def spied_step(run: Run, images: Tensor, *args: Any, **options: Any) -> Any:
         trained.append(tuple(images.shape))
         return step(run, images, *args, **options)
 
@@ -52,7 +53,7 @@ def test_the_first_half_is_trained_small_and_all_is_validated_large(
         validated.add(tuple(images.shape[1:]))
         return outputs(network, images, *args, **options)
 
-    monkeypatch.setattr(training.Run, "step", spied_step)
+    monkeypatch.setattr(Run, "step", spied_step)
     monkeypatch.setattr(inference, "log_probabilities", spied_outputs)
     report = train(shards, SMALL, out=tmp_path / "run", device="cpu")
     assert trained == [(40, 3, 32, 32)] * 6 + [(40, 3, 48, 48)] * 6
@@ -65,15 +66,15 @@ def test_a_progressive_run_resumes_at_the_size_of_its_epoch(
 ) -> None:
     recipe = replace(SMALL, epochs=2)
     whole = train(shards, recipe, out=tmp_path / "whole", device="cpu")
-    train_epoch = training.Run.train_epoch
+    train_epoch = Run.train_epoch
 
-    def killed(run: training.Run, epoch: int) -> dict[str, float]:
+    def killed(run: Run, epoch: int) -> dict[str, float]:
         if epoch == 1:
             raise KeyboardInterrupt("killed")
         return train_epoch(run, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "train_epoch", killed)
+        patch.setattr(Run, "train_epoch", killed)
         with pytest.raises(KeyboardInterrupt, match="killed"):
             train(shards, recipe, out=tmp_path / "part", device="cpu")
     rest = train(shards, recipe, out=tmp_path / "part", resume=True, device="cpu")

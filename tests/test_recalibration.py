@@ -18,7 +18,7 @@ from fastflower.errors import StoppedError
 from fastflower.loading.batch import Batch
 from fastflower.models.backbone import build
 from fastflower.models.inference import recalibrate, view_of
-from fastflower.training import Run
+from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 

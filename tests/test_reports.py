@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastflower import Augment, Recipe, Report, pack, train, training
+from fastflower import Augment, Recipe, Report, pack, train
 from fastflower.errors import CheckpointError
 from fastflower.recipes.presets import PRESETS
 from fastflower.reporting import report
+from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -143,15 +144,15 @@ def test_reports_goes_on_where_it_was_interrupted(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the second epoch of the second recipe."""
-    train_epoch = training.Run.train_epoch
+    train_epoch = Run.train_epoch
 
-    def killed(run: training.Run, epoch: int) -> dict[str, float]:
+    def killed(run: Run, epoch: int) -> dict[str, float]:
         if run.folder.name == "two" and epoch == 1:
             raise KeyboardInterrupt("killed")
         return train_epoch(run, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "train_epoch", killed)
+        patch.setattr(Run, "train_epoch", killed)
         with pytest.raises(KeyboardInterrupt, match="killed"):
             reports.reports(str(shards), ("a",), tmp_path, None, None, "cpu")
     assert [row[2] for row in rows(tmp_path)] == ["one"]
@@ -159,11 +160,11 @@ def test_reports_goes_on_where_it_was_interrupted(
     trained.clear()
     epochs: list[tuple[str, int]] = []
 
-    def spied(run: training.Run, epoch: int) -> dict[str, float]:
+    def spied(run: Run, epoch: int) -> dict[str, float]:
         epochs.append((run.folder.name, epoch))
         return train_epoch(run, epoch)
 
-    monkeypatch.setattr(training.Run, "train_epoch", spied)
+    monkeypatch.setattr(Run, "train_epoch", spied)
     reports.reports(str(shards), ("a",), tmp_path, None, None, "cpu")
     assert trained == ["two"]
     assert epochs == [("two", 1)]

@@ -11,7 +11,7 @@ from training_runs import timeless
 
 from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, train
 from fastflower.errors import StoppedError
-from fastflower.training import Run
+from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 

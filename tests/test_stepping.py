@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from training_runs import RECIPE, assert_same, assert_same_run, killed, small
 
-from fastflower import Augment, Loader, Recipe, stepping, train, training
+from fastflower import Augment, Loader, Recipe, train
 from fastflower.devices import fastest_convolutions
-from fastflower.optimization import optimizer_of, plain_state, restore, set_rate
-from fastflower.stepping import Outcome, Stepper, graphs_of, unchanged
-from fastflower.training import Run
+from fastflower.training import cuda_graphs, step
+from fastflower.training.cuda_graphs import Outcome, graphs_of, unchanged
+from fastflower.training.optimizer import optimizer_of, plain_state, restore, set_rate
+from fastflower.training.run import Run
+from fastflower.training.step import Stepper
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 
@@ -26,8 +28,8 @@ CPU = torch.device("cpu")
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The small network; nothing for the eye."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(training, "build", small)
-    monkeypatch.setattr(training, "write_report", lambda *_: None)
+    monkeypatch.setattr("fastflower.training.run.build", small)
+    monkeypatch.setattr("fastflower.training.run.write_report", lambda *_: None)
 
 
 class Recorder:
@@ -63,8 +65,8 @@ def recorder() -> Iterator[Recorder]:
     """Lets runs record their steps."""
     with pytest.MonkeyPatch.context() as patch:
         found = Recorder()
-        patch.setattr(training, "graphs_of", lambda *_: found)
-        patch.setattr(training, "optimizer_of", with_rate_in_a_tensor)
+        patch.setattr("fastflower.training.run.graphs_of", lambda *_: found)
+        patch.setattr("fastflower.training.run.optimizer_of", with_rate_in_a_tensor)
         yield found
 
 
@@ -77,8 +79,8 @@ def eager(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[R
         name = repr(recipe)
         if name not in made:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(training, "graphs_of", graphs_of)
-                patch.setattr(training, "optimizer_of", optimizer_of)
+                patch.setattr("fastflower.training.run.graphs_of", graphs_of)
+                patch.setattr("fastflower.training.run.optimizer_of", optimizer_of)
                 made[name] = train(shards, recipe, out=tmp_path_factory.mktemp("eager") / "run", device="cpu").folder
         return made[name]
 
@@ -121,8 +123,8 @@ def test_a_run_that_replays_resumes_in_mid_epoch(
     expected = eager(recipe)
     killed(shards, recipe, out, (Run, "step", 4), save_steps=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "graphs_of", graphs_of)
-        patch.setattr(training, "optimizer_of", optimizer_of)
+        patch.setattr("fastflower.training.run.graphs_of", graphs_of)
+        patch.setattr("fastflower.training.run.optimizer_of", optimizer_of)
         killed(shards, recipe, out, (Run, "step", 6), save_steps=2)
     train(shards, recipe, out=out, resume=True, device="cpu")
     assert recorder.records == 2
@@ -301,14 +303,14 @@ def test_a_step_gives_the_mean_loss_and_the_hits(shards: Path, batch: tuple[Tens
 def test_graphs_are_where_all_steps_are_alike(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], device: str, precision: torch.dtype, recorded: bool
 ) -> None:
-    monkeypatch.setattr(stepping, "Graphs", lambda device: ("graphs", device))
+    monkeypatch.setattr(cuda_graphs, "Graphs", lambda device: ("graphs", device))
     found = graphs_of(replace(RECIPE, **changes), torch.device(device), precision)
     assert found == (("graphs", torch.device(device)) if recorded else None)
 
 
 def test_several_ranks_record_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stepping, "Graphs", lambda device: ("graphs", device))
-    monkeypatch.setattr(stepping.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(cuda_graphs, "Graphs", lambda device: ("graphs", device))
+    monkeypatch.setattr(step.distributed, "world_size", lambda: 2)
     assert graphs_of(RECIPE, torch.device("cuda", 0), torch.bfloat16) is None
 
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from training_runs import LAST, RECIPE, assert_same_run, before_call, kill, killed, place, small, terminate
 
-from fastflower import Checkpoint, Recipe, train, training
+from fastflower import Checkpoint, Recipe, train
 from fastflower.errors import StoppedError
-from fastflower.models import evaluation
+from fastflower.models import inference
+from fastflower.training import run as loop
+from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -29,7 +31,7 @@ VARIANTS: list[Any] = [
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "build", small)
+    monkeypatch.setattr("fastflower.training.run.build", small)
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -37,13 +39,13 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with each step of training."""
     done: list[int] = []
-    step = training.Run.step
+    step = Run.step
 
     def counted(*values: Any, **options: Any) -> Any:
         done.append(1)
         return step(*values, **options)
 
-    monkeypatch.setattr(training.Run, "step", counted)
+    monkeypatch.setattr(Run, "step", counted)
     return done
 
 
@@ -64,8 +66,8 @@ def test_sigterm_in_a_validation_keeps_the_epochs_training_and_waits_for_no_more
     for number in numbers:
         out, seen = tmp_path / f"run-{number}", count_from(0)
         with pytest.MonkeyPatch.context() as patch:
-            before_call(evaluation, "log_probabilities", number, terminate, patch)
-            before_call(evaluation, "log_probabilities", number + 1, lambda seen=seen: next(seen), patch)
+            before_call(inference, "log_probabilities", number, terminate, patch)
+            before_call(inference, "log_probabilities", number + 1, lambda seen=seen: next(seen), patch)
             with pytest.raises(StoppedError) as stopped:
                 train(shards, recipe, out=out, device="cpu")
         assert next(seen) == 0, "no batch after the one under way"
@@ -82,8 +84,8 @@ def test_sigterm_at_the_start_of_a_validation_is_obeyed_before_its_first_batch(
     shards: Path, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        before_call(training, "measure", 2, terminate, patch)
-        before_call(evaluation, "log_probabilities", 3, kill, patch)
+        before_call(loop, "measure", 2, terminate, patch)
+        before_call(inference, "log_probabilities", 3, kill, patch)
         with pytest.raises(StoppedError, match="stopped by SIGTERM in the validation of epoch 2, and saved"):
             train(shards, RECIPE, out=tmp_path / "run", device="cpu")
     last = Checkpoint.load(tmp_path / "run" / LAST)
@@ -99,12 +101,12 @@ def test_a_kill_in_a_long_validation_does_not_lose_the_epochs_training(
     monkeypatch.setattr(Checkpoint, "save", spied(saved, Checkpoint.save))
     whole = train(shards, RECIPE, out=tmp_path / "whole", device="cpu")
     assert saved.count(LAST) == 2
-    monkeypatch.setattr(training, "_LONG", -1.0)
+    monkeypatch.setattr("fastflower.training.run._LONG", -1.0)
     saved.clear()
     again = train(shards, RECIPE, out=tmp_path / "again", device="cpu")
     assert saved.count(LAST) == 4
     assert_same_run(again.folder, whole.folder)
-    killed(shards, RECIPE, tmp_path / "run", (evaluation, "log_probabilities", 2))
+    killed(shards, RECIPE, tmp_path / "run", (inference, "log_probabilities", 2))
     assert place(tmp_path / "run") == (0, 5)
     assert trained(shards, RECIPE, tmp_path / "run", steps) == 5
     assert_same_run(tmp_path / "run", whole.folder)
@@ -124,7 +126,7 @@ def test_an_older_versions_checkpoint_of_an_epochs_last_step_goes_on(
     """It does not say whether a soup has its share: it was saved before."""
     recipe = replace(RECIPE, soup=2)
     whole = train(shards, recipe, out=tmp_path / "whole", device="cpu").folder
-    killed(shards, recipe, tmp_path / "run", (training, "measure", 1), save_steps=5)
+    killed(shards, recipe, tmp_path / "run", (loop, "measure", 1), save_steps=5)
     last = Checkpoint.load(tmp_path / "run" / LAST)
     assert last.tally.pop("trained") is False
     last.save(tmp_path / "run" / LAST)
@@ -135,9 +137,9 @@ def test_an_older_versions_checkpoint_of_an_epochs_last_step_goes_on(
 def test_sigterm_while_the_best_epoch_is_scored_again_ends_with_what_was_saved(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "best_epoch", lambda _: 1)
+    monkeypatch.setattr("fastflower.training.run.best_epoch", lambda _: 1)
     with monkeypatch.context() as patch:
-        before_call(training, "measure", 3, terminate, patch)
+        before_call(loop, "measure", 3, terminate, patch)
         with pytest.raises(StoppedError, match="stopped by SIGTERM after epoch 2, and saved"):
             train(shards, RECIPE, out=tmp_path / "run", device="cpu")
     assert place(tmp_path / "run") == (2, 0)
@@ -154,11 +156,11 @@ def test_what_is_saved_while_statistics_are_computed_anew_has_those_of_training(
         shards,
         replace(recipe, recalibrate=False),
         tmp_path / "plain",
-        (training, "write_history", 1 if "soup" in changes else 2),
+        (loop, "write_history", 1 if "soup" in changes else 2),
     )
     with pytest.MonkeyPatch.context() as patch:
         batches = 3 if "soup" in changes else 5  # of an epoch's validation, then of the statistics
-        before_call(evaluation, "log_probabilities", batches, terminate, patch)
+        before_call(inference, "log_probabilities", batches, terminate, patch)
         with pytest.raises(StoppedError, match="in the validation of epoch"):
             train(shards, recipe, out=tmp_path / "run", device="cpu")
     left, right = (Checkpoint.load(tmp_path / name / LAST) for name in ("plain", "run"))

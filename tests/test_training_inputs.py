@@ -17,14 +17,17 @@ from packs import photo
 from PIL import Image
 from training_runs import RECIPE
 
-from fastflower import Augment, Checkpoint, Recipe, diagnosis, distributed, evaluate, pack, train, training
-from fastflower.diagnosis import diagnose
+from fastflower import Augment, Checkpoint, Recipe, distributed, evaluate, pack, train
 from fastflower.errors import ArgumentError, CheckpointError
 from fastflower.models.backbone import load_file
 from fastflower.models.metrics import score
 from fastflower.reporting import figures
 from fastflower.reporting.figures import png
 from fastflower.reporting.preview import preview
+from fastflower.training import diagnosis
+from fastflower.training.diagnosis import diagnose
+from fastflower.training.run import Run
+from fastflower.training.run_folder import run_folder
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
 ROOT = Path(__file__).parent.parent
@@ -76,10 +79,10 @@ def test_of_two_runs_that_began_together_the_second_does_not_overwrite_the_first
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    began = training.run_folder(None, RECIPE.backbone, resume=False)
+    began = run_folder(None, RECIPE.backbone, resume=False)
     first = train(shards, RECIPE, device="cpu")
     assert first.folder == began
-    monkeypatch.setattr(training, "run_folder", lambda *_, **__: began)
+    monkeypatch.setattr("fastflower.training.trainer.run_folder", lambda *_, **__: began)
     before = first.checkpoint.read_bytes()
     with pytest.raises(
         CheckpointError, match=r"^runs/resnet18: another run took it meanwhile; start again, or name out\.$"
@@ -147,14 +150,14 @@ def test_the_diagnosis_steps_with_the_convolutions_that_training_has(
         yield
         inside[0] = False
 
-    step = training.Run.step
+    step = Run.step
 
-    def noted(self: training.Run, *batch: Any) -> Any:
+    def noted(self: Run, *batch: Any) -> Any:
         seen.append(inside[0])
         return step(self, *batch)
 
     monkeypatch.setattr(diagnosis, "fastest_convolutions", fastest)
-    monkeypatch.setattr(training.Run, "step", noted)
+    monkeypatch.setattr(Run, "step", noted)
     diagnose(shards, RECIPE, seconds=0.05, device="cpu")
     assert seen
     assert all(seen)

@@ -9,21 +9,22 @@ import pytest
 import torch
 from training_runs import BEST, LAST, RECIPE, assert_same_run, before_call, killed, small, terminate
 
-from fastflower import Checkpoint, train, training
+from fastflower import Checkpoint, train
 from fastflower.errors import StoppedError, TrainingError
+from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "build", small)
+    monkeypatch.setattr("fastflower.training.run.build", small)
 
 
 def test_the_seconds_of_an_interrupted_epoch_count(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before_call(training.Run, "step", 3, terminate, monkeypatch)
+    before_call(Run, "step", 3, terminate, monkeypatch)
     with pytest.raises(StoppedError, match="stopped by SIGTERM in epoch 1, step 3, and saved"):
         train(shards, RECIPE, out=tmp_path, device="cpu")
     last = Checkpoint.load(tmp_path / LAST)
@@ -39,7 +40,7 @@ def test_the_seconds_of_an_interrupted_epoch_count(
 def test_a_kill_between_the_checkpoints_of_the_best_epoch_does_not_lose_it(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "best_epoch", lambda _: 1)
+    monkeypatch.setattr("fastflower.training.run.best_epoch", lambda _: 1)
     whole = tmp_path / "whole"
     train(shards, RECIPE, out=whole, device="cpu")
     killed(shards, RECIPE, tmp_path / "run", (Checkpoint, "save", 2))
@@ -53,9 +54,9 @@ def test_weights_that_are_no_numbers_are_never_saved(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int | None
 ) -> None:
     """As when a gradient overflows in the last step of an epoch, whose loss still was finite."""
-    step, done = training.Run.step, [0]
+    step, done = Run.step, [0]
 
-    def breaking(self: training.Run, *values: Any, **options: Any) -> Any:
+    def breaking(self: Run, *values: Any, **options: Any) -> Any:
         found = step(self, *values, **options)
         done[0] += 1
         if done[0] == 10:  # the last of the second epoch
@@ -63,7 +64,7 @@ def test_weights_that_are_no_numbers_are_never_saved(
                 next(self.network.parameters()).fill_(torch.nan)
         return found
 
-    monkeypatch.setattr(training.Run, "step", breaking)
+    monkeypatch.setattr(Run, "step", breaking)
     advice = "train anew (another out) with a lower lr, warm-up (warmup_epochs) or clipped gradients (clip_norm)"
     message = (
         f"{tmp_path}: the validation loss is not finite after epoch 2; {advice}. {LAST}, if there is one, is from before."
@@ -82,21 +83,21 @@ def test_statistics_that_are_no_numbers_are_not_saved_either(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float | None
 ) -> None:
     """An infinite variance makes outputs 0, and the validation loss stays finite. Of an average only its own counts, too."""
-    step, done = training.Run.step, [0]
+    step, done = Run.step, [0]
 
-    def breaking(self: training.Run, *values: Any, **options: Any) -> Any:
+    def breaking(self: Run, *values: Any, **options: Any) -> Any:
         done[0] += 1
         if done[0] == 10:  # the last of the second epoch
             next(value for name, value in self.scored.named_buffers() if name.endswith("running_var")).fill_(torch.inf)
         return step(self, *values, **options)
 
-    monkeypatch.setattr(training.Run, "step", breaking)
+    monkeypatch.setattr(Run, "step", breaking)
     with pytest.raises(TrainingError, match=r": weights are not finite any more, and were not saved; train anew"):
         train(shards, replace(RECIPE, ema=ema), out=tmp_path, device="cpu")
     assert Checkpoint.load(tmp_path / LAST).epoch == 1
 
 
 def test_two_signals_stop_training_as_one_does(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before_call(training.Run, "step", 2, lambda: (terminate(), terminate()), monkeypatch)
+    before_call(Run, "step", 2, lambda: (terminate(), terminate()), monkeypatch)
     with pytest.raises(StoppedError, match="stopped by SIGTERM in epoch 1, step 2, and saved"):
         train(shards, replace(RECIPE, epochs=1), out=tmp_path, device="cpu")

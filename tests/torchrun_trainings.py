@@ -22,7 +22,7 @@ from fastflower import Recipe, train
 from fastflower.errors import FastflowerError
 from fastflower.files import locked
 from fastflower.models import inference
-from fastflower.training import Run
+from fastflower.training.run import Run
 
 WEIGHTS = "weights.pth"  # in OUT, of a narrow ResNet-18: what frozen stages are
 AVERAGED = replace(RECIPE, ema=0.9)  # batch norms' statistics differ by rank, and are averaged, too

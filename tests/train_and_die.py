@@ -16,7 +16,7 @@ import pytest
 import torch
 from training_runs import narrow_resnets
 
-from fastflower.training import Run
+from fastflower.training.run import Run
 
 
 def main(name: str, where: str, call: str, program: str, *arguments: str) -> None:

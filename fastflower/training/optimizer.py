@@ -1,12 +1,10 @@
 """Updates of the weights: the recipe's optimizer, and averaged weights."""
 
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastflower.recipes.recipe import Recipe
 
@@ -60,39 +58,8 @@ def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
     set_rate(optimizer, rate)
 
 
-class Average:
-    """An average of a network's weights and of its batch norms' statistics: exponential (EMA), or with decay None uniform.
-
-    After n updates the decay is at most (1 + n) / (10 + n), so that the first weights are soon forgotten (as TensorFlow's
-    ExponentialMovingAverage with num_updates); of a uniform average it is n / (1 + n).
-    """
-
-    def __init__(self, network: nn.Module, decay: float | None) -> None:
-        self.network = deepcopy(network).requires_grad_(requires_grad=False).eval()
-        self._decay = decay
-
-    @torch.no_grad()
-    def update(self, network: nn.Module, updates: int) -> None:
-        """Take in the weights after the update that follows `updates` others."""
-        decay = updates / (1 + updates) if self._decay is None else min(self._decay, (1 + updates) / (10 + updates))
-        averages: list[Tensor] = []
-        current: list[Tensor] = []
-        for mine, theirs in zip(tensors_of(self.network), tensors_of(network), strict=True):
-            if mine.is_floating_point():
-                averages.append(mine)
-                current.append(theirs)
-            else:
-                mine.copy_(theirs)  # batch norms' counters
-        get_ema_multi_avg_fn(decay)(averages, current, None)
-
-
 def forget(optimizer: torch.optim.Optimizer) -> None:
     """Momentum and moments as before the first update, in place: a CUDA graph is of these very tensors."""
     for state in optimizer.state.values():
         for value in filter(torch.is_tensor, state.values()):
             value.zero_()
-
-
-def tensors_of(network: nn.Module) -> list[Tensor]:
-    """All that a network consists of: parameters, detached, and buffers."""
-    return [*(parameter.detach() for parameter in network.parameters()), *network.buffers()]

@@ -14,7 +14,7 @@ from fastflower.loading.loader import Loader
 from fastflower.loading.stats import Stats
 from fastflower.recipes.recipe import Recipe
 from fastflower.shards.remote import Remote
-from fastflower.training import Run
+from fastflower.training.run import Run
 
 
 @dataclass(frozen=True, slots=True)

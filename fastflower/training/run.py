@@ -1,4 +1,4 @@
-"""Trains a recipe on shards: one straight loop."""
+"""A run under way: one straight loop over epochs and steps."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -24,95 +24,27 @@ from fastflower.devices import (
     resolve_device,
 )
 from fastflower.draws.random import stream_key
-from fastflower.errors import (
-    ArgumentError,
-    CheckpointError,
-    FastflowerError,
-    StoppedError,
-    TrainingError,
-    require,
-)
-from fastflower.failures import explained
+from fastflower.errors import CheckpointError, FastflowerError, StoppedError, TrainingError
 from fastflower.loading.batch import Batch
 from fastflower.loading.loader import Loader
 from fastflower.models.backbone import build, train_mode
-from fastflower.models.checkpoint import BEST, LAST, Checkpoint, own, run_folder
+from fastflower.models.checkpoint import BEST, LAST, Checkpoint
 from fastflower.models.inference import measure, recalibrate, view_of
 from fastflower.models.metrics import Scores
-from fastflower.optimization import Average, forget, optimizer_of, plain_state, restore, set_rate, tensors_of
-from fastflower.progress import Tally, first_not_finite, preemption
 from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report
 from fastflower.shards.remote import Remote
-from fastflower.stepping import Stepper, graphs_of
+from fastflower.training.averaging import Average, tensors_of
+from fastflower.training.cuda_graphs import graphs_of
+from fastflower.training.optimizer import forget, optimizer_of, plain_state, restore, set_rate
+from fastflower.training.step import Stepper
+from fastflower.training.tally import Tally, first_not_finite
 
 _log = logging.getLogger("fastflower")
 
 _LONG = 10.0  # seconds of validation after which an epoch's training is saved
 _RECALIBRATION = 20  # batches; as many as a running mean of momentum 0.1 remembers
 _ADVICE = "train anew (another out) with a lower lr, warm-up (warmup_epochs) or clipped gradients (clip_norm)"
-
-
-def train(
-    shards: str | Path | Remote,
-    recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
-    *,
-    out: str | Path | None = None,
-    resume: bool = False,
-    save_steps: int | None = None,
-    device: str | torch.device | None = None,
-) -> Report:
-    """Train on split "train", score split "val" after every epoch, and write checkpoints, history and report.
-
-    On one machine, with the same number of threads, the same recipe and shards give the same history, also when training
-    was interrupted and resumed. SIGTERM saves after the step under way. Under torchrun the ranks share each batch.
-
-    Args:
-        shards: The folder that `pack` wrote, or its address, as for Loader.
-        recipe: What to train, and how.
-        out: The folder of the run; None takes the first of runs/BACKBONE, runs/BACKBONE-2, ... that is free.
-        resume: Go on where the run in `out` was saved last; a run without a checkpoint starts afresh.
-        save_steps: Also save after so many updates of an epoch, for epochs that take hours.
-        device: None means CUDA where there is one, else the CPU.
-
-    Raises ShardError, CheckpointError, ArgumentError or DeviceError before anything is written; later StoppedError after
-    SIGTERM, TrainingError for a loss that is not finite or a rank that is gone, DeviceError when memory runs out, and
-    CheckpointError or TrainingError when the disk is full.
-    """
-    rule = "a Recipe, such as fastflower.recipes.presets.PRESETS['finetune']() makes one"
-    require(isinstance(recipe, Recipe), "recipe", rule, recipe)  # pyright: ignore[reportUnnecessaryIsInstance]
-    require(save_steps is None or save_steps >= 1, "save_steps", "at least 1", save_steps)
-    with (
-        distributed.process_group(device),
-        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-        preemption() as stop,
-    ):
-        chosen = resolve_device(device)
-        try:
-            folder = distributed.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
-            with own(folder, new=out is None, resume=resume):
-                start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
-                if recipe.freeze and recipe.weights is None and start is None:
-                    raise ArgumentError(
-                        f"freeze must be 0 where weights is None, got {recipe.freeze}: frozen stages would stay random; "
-                        f"pass --freeze 0 (freeze=0), or --weights FILE (weights=) to start from."
-                    )
-                if len(set(distributed.gathered((start.epoch, start.step) if start else None))) > 1:
-                    raise CheckpointError(
-                        f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
-                    )
-                if start and start.recipe.spelled_out != recipe.spelled_out:
-                    raise CheckpointError(
-                        f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name "
-                        f"another out, which may start from this file (weights)."
-                    )
-                how: dict[str, Any] = {"save_steps": save_steps, "stop": stop}
-                return Run(shards, recipe, folder, chosen, start, **how).report()
-        except (RuntimeError, MemoryError, OSError) as error:
-            error_of_ours = explained(error, recipe, chosen)
-            if error_of_ours is None:
-                raise
-            raise error_of_ours from error
 
 
 class Run:
