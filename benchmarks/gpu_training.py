@@ -138,8 +138,8 @@ def _overlap(part: Part, shards: Path, what: str, ways: dict[str, Recipe], steps
 
 
 def runs(part: Part, place: Place, *, chosen: dict[str, tuple[str, int]] = RUNS, flags: tuple[str, ...] = ()) -> None:
-    """Whole runs of tools/train.py, from the start of its process until its exit, with checkpoints and report. All from random
-    weights: ResNet-18's pretrained ones are downloaded by torchvision, for which there may be no network.
+    """Whole runs of `fastflower train`, from the start of its process until its exit, with checkpoints and report. All start
+    from random weights: ResNet-18's pretrained ones are downloaded by torchvision, for which there may be no network.
 
     chosen  (recipe, n) by name. flags  for all of them.
     """
@@ -154,7 +154,7 @@ def runs(part: Part, place: Place, *, chosen: dict[str, tuple[str, int]] = RUNS,
 
 
 def _run(part: Part, name: str, arguments: list[str], out: Path) -> None:
-    command = [sys.executable, str(record.ROOT / "tools" / "train.py"), *arguments]
+    command = [sys.executable, "-P", "-m", "fastflower", "train", *arguments]  # -P: not the current folder's
     with tempfile.TemporaryFile("w+") as output:
         start = time.perf_counter()
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=surroundings(), check=False)

@@ -37,8 +37,8 @@ CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
 def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
     """A pack that waits ten seconds for a scheduler where there is none, meanwhile."""
     out = tmp_path_factory.mktemp("waiting") / "out"
-    command = [sys.executable, ROOT / "tools/pack.py", out, "--out", out, "--dask", "tcp://127.0.0.1:9"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    scheduler = [sys.executable, "-m", "fastflower", "pack", out, "--out", out, "--dask", "tcp://127.0.0.1:9"]
+    with subprocess.Popen(scheduler, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield process
         process.kill()
 
@@ -57,8 +57,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
-    return python(ROOT / "tools" / f"{name}.py", *args)
+def command(*args: object) -> subprocess.CompletedProcess[str]:
+    return python("-m", "fastflower", *args)
 
 
 def python(*args: object) -> subprocess.CompletedProcess[str]:
@@ -105,7 +105,7 @@ def test_pack_prints_counts_and_skipped(mixed: Path, tmp_path: Path, capsys: pyt
 
 def test_the_program_packs_as_the_function_does(mixed: Path, tmp_path: Path) -> None:
     (mixed / "b/0.jpg").write_bytes((mixed / "a/0.jpg").read_bytes())
-    done = tool("pack", mixed, "--out", tmp_path / "by tool", "--on-conflict", "keep", "--max-side", "8")
+    done = command("pack", mixed, "--out", tmp_path / "by tool", "--on-conflict", "keep", "--max-side", "8")
     pack(mixed, tmp_path / "by function", on_conflict="keep", max_side=8)
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr  # that files are left out
     assert "\nthe same picture under two labels: a/0.jpg, a/9.jpg, b/0.jpg\nwrote " in done.stdout
@@ -116,7 +116,7 @@ def test_the_program_packs_as_the_function_does(mixed: Path, tmp_path: Path) -> 
 def test_names_that_a_terminal_would_not_show_are_printed(mixed: Path, tmp_path: Path) -> None:
     for name in (b"caf\xe9 \xc3\xb6.jpg", b"new\nline.jpg", b"\x1b[2J.jpg"):
         (mixed / "a" / name.decode("utf-8", "surrogateescape")).write_text("no picture")
-    done = tool("pack", mixed, "--out", tmp_path / "out")
+    done = command("pack", mixed, "--out", tmp_path / "out")
     assert done.returncode == 0
     for name in ("caf\\udce9 ö", "new\\nline", "\\x1b[2J"):
         assert f"skipped a/{name}.jpg: is no image" in done.stdout.splitlines()
@@ -168,10 +168,10 @@ def test_verify_names_what_is_wrong_and_repairs_it(shards: Path, tmp_path: Path)
     for name, count in (("train.index.npy", "1 problem"), ("_info.json", "2 problems")):
         (copy / name).unlink()
         names.append(name)
-        done = tool("verify", copy)
+        done = command("verify", copy)
         assert (done.returncode, done.stderr) == (1, f"error: {copy}: {count}, named above.\n")
         assert done.stdout == "".join(f"{copy / name}: is missing; rebuild it with --repair.\n" for name in names)
-    done = tool("verify", copy, "--repair")
+    done = command("verify", copy, "--repair")
     assert (done.returncode, done.stderr) == (0, "".join(f"rebuilt {copy / name}\n" for name in names))
     assert done.stdout == f"{copy}: every image decodes; tars, indexes and manifest agree\n"
 
@@ -275,23 +275,19 @@ def test_help_shows_each_parameter_of_the_signature(verb: str, capsys: pytest.Ca
     assert all(re.search(rf"^\W*{name}\b", text, re.MULTILINE) for name in required)
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"doctor"}))
-def test_each_program_in_tools_is_its_verb(
-    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", [f"tools/{verb}.py", "--help"])
+def test_pack_is_a_program_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tools/pack.py", "--help"])
     with pytest.raises(SystemExit, match=r"^0$"):
-        runpy.run_path(str(ROOT / "tools" / f"{verb}.py"), run_name="__main__")
-    assert capsys.readouterr().out.startswith(f"usage: fastflower {verb} ")
+        runpy.run_path(str(ROOT / "tools" / "pack.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("usage: fastflower pack ")
 
 
 @pytest.mark.parametrize("verb", ["pack", "verify"])
 def test_help_of_a_verb_that_needs_no_torch_imports_none(verb: str) -> None:
     program = (
         "import runpy, sys\n"
-        f"path = {str(ROOT / 'tools' / f'{verb}.py')!r}\n"
-        "sys.argv = [path, '--help']\n"
-        "try:\n    runpy.run_path(path, run_name='__main__')\n"
+        f"sys.argv = ['fastflower', {verb!r}, '--help']\n"
+        "try:\n    runpy.run_module('fastflower', run_name='__main__')\n"
         "except SystemExit as end:\n    status = end.code\n"
         "print('status', status, 'heavy', sorted({'torch', 'torchvision', 'nvidia', 'matplotlib'} & set(sys.modules)))\n"
     )
@@ -380,7 +376,7 @@ def test_predict_names_the_file_that_is_no_image_or_missing(
 
 def test_a_scheduler_that_does_not_answer_is_explained(waiting: subprocess.Popen[str], mixed: Path) -> None:
     printed = {"tcp://127.0.0.1:9": waiting.communicate(timeout=15)}
-    done = tool("pack", mixed, "--dask", "scheduler")
+    done = command("pack", mixed, "--dask", "scheduler")
     assert (waiting.returncode, done.returncode) == (1, 1)
     for address, (out, err) in {**printed, "scheduler": (done.stdout, done.stderr)}.items():
         assert (out, err.count("\n")) == ("", 1)

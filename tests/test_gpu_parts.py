@@ -150,8 +150,9 @@ def test_whole_runs_are_timed_from_start_to_exit(place: Place, part: Part) -> No
 
 
 def test_what_a_run_that_fails_said_is_kept(part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tools").mkdir()
-    (tmp_path / "tools" / "train.py").write_text("import sys\nsys.exit('no room')\n")
+    (tmp_path / "fastflower").mkdir()
+    (tmp_path / "fastflower" / "__init__.py").touch()
+    (tmp_path / "fastflower" / "__main__.py").write_text("import sys\nsys.exit('no room')\n")
     monkeypatch.setattr(record, "ROOT", tmp_path)
     run("runs", part, Place(tmp_path, tmp_path), chosen={"report A": ("report-a", 2)})
     assert part.failed == ["report A, run 1", "report A, run 2"]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fastflower.cli import main
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -26,18 +28,34 @@ def test_the_python_of_the_readme_runs(flowers: Path, tmp_path: Path, monkeypatc
         exec(compile(shortened, "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_the_commands_of_the_readme_exist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    commands = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines() if line.strip()]
-    programs = {word for line in commands for word in line.split() if word.endswith(".py")}
-    assert programs
-    for program in programs:
-        monkeypatch.setattr(sys, "argv", [program, "--help"])
-        monkeypatch.syspath_prepend((ROOT / program).parent)  # where a program finds its neighbours
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / program), run_name="__main__")
-        said = capsys.readouterr().out
-        assert ended.value.code == 0, program
-        for line in commands:
-            if program in line:
-                flags = re.findall(r"--[a-z.-]+", line.partition("#")[0])
-                assert all(flag in said or flag == "--recipe" for flag in flags), line
+COMMANDS = [
+    line.partition("#")[0]
+    for language, text in BLOCKS
+    if language == "sh"
+    for line in text.splitlines()
+    if line.strip()
+]
+
+
+def assert_flags_exist(line: str, said: str) -> None:
+    flags = re.findall(r"--[a-z][a-z.-]*", line)
+    assert all(flag in said or flag == "--recipe" for flag in flags), line
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "fastflower " in line])
+def test_each_verb_of_the_readme_has_the_flags_that_it_names(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([line.partition("fastflower ")[2].split()[0], "--help"])
+    assert_flags_exist(line, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if ".py" in line])
+def test_each_program_of_the_readme_has_the_flags_that_it_names(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (program,) = [word for word in line.split() if word.endswith(".py")]
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    monkeypatch.syspath_prepend((ROOT / program).parent)  # where a program finds its neighbours
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    assert_flags_exist(line, capsys.readouterr().out)

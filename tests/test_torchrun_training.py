@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torchrun_trainings import AVERAGED, WEIGHTS, recipes
-from training_runs import BEST, DIE, LAST, TRAIN, assert_same_run, flags, place, timeless, written_history
+from training_runs import BEST, DIE, LAST, assert_same_run, flags, place, timeless, written_history
 
 from fastflower import Checkpoint, evaluate, train
 from fastflower.models.backbone import build
@@ -36,7 +36,7 @@ def launched(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedP
 def command(shards: Path, out: Path) -> list[str | Path]:
     """The command line of a run whose averaged weights and batch norms' statistics must survive, too."""
     options = ["--resume", "--save-steps", "2", "--device", "cpu", *flags(AVERAGED)]
-    return [TRAIN, shards, "--out", out, *options]
+    return ["train", shards, "--out", out, *options]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def found(launch: tuple[Path, str], name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def restarted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run of tools/train.py on two ranks of which one was killed in the second epoch, and both were started again."""
+    """A run of `fastflower train` on two ranks of which one was killed in the second epoch, and both were started again."""
     out = tmp_path_factory.mktemp("restarted") / "run"
     done = launched(*KILL, *command(shards, out), restarts=1)
     assert done.returncode == 0, done.stderr
@@ -140,6 +140,13 @@ def test_one_rank_writes_and_speaks(
     assert done.stderr.count("epoch 1/2: train loss") == 1
     assert {path.name for path in out.glob("*checkpoint*")} == {LAST, BEST}
     assert len(list((launch[0] / "averaged" / "tensorboard").iterdir())) == 1
+
+
+def test_torchrun_starts_the_module_on_every_rank(shards: Path, tmp_path: Path) -> None:
+    done = launched("-m", "fastflower", *command(shards, tmp_path / "run"), "--batch-size", "15")
+    assert done.returncode != 0
+    message = "error: batch_size 15 must be a multiple of the 2 ranks, which take equal parts."
+    assert done.stderr.splitlines().count(message) == 2
 
 
 def test_a_rank_that_is_killed_ends_the_job_and_leaves_a_checkpoint(shards: Path, tmp_path: Path) -> None:

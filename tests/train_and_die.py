@@ -1,4 +1,4 @@
-"""Runs a program that gets a signal at a given moment: python tests/train_and_die.py SIGNAL WHERE CALL PROGRAM ARGUMENT ...
+"""Runs a verb that gets a signal at a given moment: python train_and_die.py SIGNAL WHERE CALL VERB ARGUMENT ...
 
 CALL counts from 1: with WHERE "step" the batches that are trained on, with "write" the checkpoints, of which that one is
 then half written. Of torchrun's processes only the second rank's first incarnation gets the signal. ResNets are narrow.
@@ -19,7 +19,7 @@ from training_runs import narrow_resnets
 from fastflower.training.run import Run
 
 
-def main(name: str, where: str, call: str, program: str, *arguments: str) -> None:
+def main(name: str, where: str, call: str, *arguments: str) -> None:
     doomed = os.environ.get("RANK", "1") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     calls = count(1)
     step, save = Run.step, torch.save
@@ -46,8 +46,8 @@ def main(name: str, where: str, call: str, program: str, *arguments: str) -> Non
     elif doomed:
         torch.save = dying_save
     narrow_resnets(pytest.MonkeyPatch())
-    sys.argv = [program, *arguments]
-    runpy.run_path(program, run_name="__main__")
+    sys.argv = ["fastflower", *arguments]
+    runpy.run_module("fastflower", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from torchvision.models import ResNet
 
 from fastflower import Augment, Checkpoint, Recipe, train
 
-TRAIN = Path(__file__).parent.parent / "tools" / "train.py"
 DIE = Path(__file__).with_name("train_and_die.py")
 LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"
 RECIPE = Recipe(
@@ -151,9 +150,21 @@ def terminate() -> None:
 
 
 def child(*moment: str, recipe: Recipe, shards: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    """tools/train.py in a process of its own; moment as in train_and_die.py, or nothing."""
-    program = [DIE, *moment, TRAIN] if moment else [TRAIN]
-    command = [sys.executable, *program, shards, "--out", out, "--resume", "--save-steps", "2", "--device", "cpu"]
+    """`fastflower train` in a process of its own; moment as in train_and_die.py, or nothing."""
+    program = [DIE, *moment] if moment else ["-m", "fastflower"]
+    command = [
+        sys.executable,
+        *program,
+        "train",
+        shards,
+        "--out",
+        out,
+        "--resume",
+        "--save-steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # The limit only ends a hang; a child takes seconds.
     return subprocess.run(
