@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from bad_server import IMPATIENT, BadServer, serving
+from places import ROOT
 from training_runs import narrow_resnets
 
 from fastflower import pack
@@ -28,10 +29,7 @@ from fastflower.shards.remote import Remote
 # A shell's background jobs ignore SIGINT, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ROOT = Path(__file__).parent.parent
-
-
-SLOW = ("test_torchrun_training.py", "test_torchrun.py", "test_interrupted_training.py", "test_gpu_parts.py")
+SLOW = ("test_torchrun_training.py", "test_torchrun_loading.py", "test_interrupted_training.py", "test_gpu_parts.py")
 """They come first: one that is begun last leaves a worker with nothing to do."""
 
 

@@ -1,0 +1,242 @@
+"""Locks that die with their process, and files that several processes write: runs, demos, packs and mirrors share them."""
+
+import errno
+import fcntl
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packs import drawn
+from places import ROOT
+from training_runs import LAST, RECIPE
+
+from fastflower import files, pack, train
+from fastflower.errors import CheckpointError, HeldError
+from fastflower.files import locked, written
+
+HOLDER = rf"process \d+ on {re.escape(os.uname().nodename)}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+
+HOLDING = """
+import os, subprocess, sys, time
+from pathlib import Path
+from fastflower.files import locked
+with locked(Path(sys.argv[1])):
+    if sys.argv[2] == "subprocess":
+        subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
+    if sys.argv[2] != "fork" or not os.fork():  # a child that was forked says so when it runs
+        print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def holding(path: Path, child: str = "none") -> "Iterator[subprocess.Popen[str]]":
+    """A process that holds a lock, perhaps with a child that outlives it; all of them end with the block."""
+    command = [sys.executable, "-c", HOLDING, str(path), child]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("child", ["none", "fork", "subprocess"])
+def test_a_lock_dies_with_its_process_whatever_children_live_on(tmp_path: Path, child: str) -> None:
+    path = tmp_path / "folder" / "lock"
+    with holding(path, child) as process:
+        with pytest.raises(HeldError, match=rf"^process {process.pid} on ") as caught, locked(path):
+            pass
+        assert re.fullmatch(HOLDER, str(caught.value))
+        process.kill()
+        process.wait()
+        with locked(path) as exists:
+            assert exists
+
+
+def test_a_lock_keeps_out_other_threads_and_is_free_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locked(path):
+        with pytest.raises(HeldError, match=rf"^process {os.getpid()} on "), locked(path):
+            pass
+        with pytest.raises(CancelledError), locked(path, lambda: True):
+            pass
+    with locked(path):
+        pass
+    assert path.read_text() == ""
+
+
+def test_a_child_that_leaves_the_block_does_not_free_its_parents_lock(tmp_path: Path) -> None:
+    with locked(tmp_path / "lock"):
+        child = os.fork()
+        if not child:
+            os._exit(_leave_and_try(tmp_path / "lock"))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def _leave_and_try(path: Path) -> int:
+    for lock in list(files._Lock._all):
+        lock.close()
+    try:
+        with locked(path):
+            return 1
+    except HeldError:
+        return 0
+
+
+WAITING = """
+import sys
+from pathlib import Path
+from fastflower.files import locked
+print("waits", flush=True)
+with locked(Path(sys.argv[1]), lambda: False):
+    print("has it", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_waiting_for_a_lock_can_be_interrupted(tmp_path: Path, number: int) -> None:
+    with locked(tmp_path / "lock"):
+        command = [sys.executable, "-c", WAITING, str(tmp_path / "lock")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "waits\n"
+            time.sleep(0.2)
+            process.send_signal(number)
+            out, _ = process.communicate(timeout=10)
+    assert (process.returncode, out) == (-number, "")
+
+
+def test_who_waits_gets_the_lock_also_where_its_file_is_removed(tmp_path: Path) -> None:
+    path, order = tmp_path / "folder" / "lock", list[str]()
+
+    def wait() -> None:
+        with locked(path, lambda: False):
+            order.append("second")
+
+    with locked(path):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.1)
+        order.append("first")
+        path.unlink()
+        path.parent.rmdir()
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_locks_work_goes_on_with_one_warning(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(files._Lock, "_without", set[int]())
+    for path in (tmp_path / "a/lock", tmp_path / "b/lock"):
+        with locked(path) as exists, locked(path, lambda: False) as again:
+            assert (exists, again) == (False, False)
+    what = "its file system has no locks, so nothing keeps a second process from writing here: start one at a time"
+    assert caplog.messages == [f"{tmp_path / 'a'}: {what} ({os.strerror(number)})"]
+    pack(drawn(tmp_path / "data", a=3, b=3), tmp_path / "out")
+    assert not (tmp_path / "out/.packing").exists()
+
+
+def test_another_error_of_a_lock_is_none_of_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="Input/output error"), locked(tmp_path / "lock"):
+        pass
+
+
+def test_two_writers_of_a_file_have_parts_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with written(path) as one, written(path) as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def held(out: Path) -> str:
+    wait = r"wait for it and pass resume=True \(--resume\), or name another out\."
+    return rf"^{re.escape(str(out))}: another run trains here \({HOLDER}\); {wait}$"
+
+
+@pytest.mark.usefixtures("narrow", "no_pictures")
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_two_runs_in_one_folder_the_second_says_who_holds_it(shards: Path, tmp_path: Path, resume: bool) -> None:
+    out = tmp_path / "run"
+    with holding(out / ".lock"):
+        before = {path: path.read_bytes() for path in out.iterdir()}
+        with pytest.raises(CheckpointError, match=held(out)):
+            train(shards, RECIPE, out=out, resume=resume, device="cpu")
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
+    half = out / f"{LAST}.0123abcd.part"  # of a kill
+    half.touch()
+    (out / "mine.part").touch()
+    train(shards, replace(RECIPE, epochs=1), out=out, resume=resume, device="cpu")
+    assert not half.exists()
+    assert (out / "mine.part").exists()
+    assert not (out / ".lock").exists()
+
+
+@pytest.mark.usefixtures("narrow", "no_pictures")
+def test_a_folder_is_held_while_training_runs_and_no_longer(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastflower.training.run import Run
+
+    out, step, tries = tmp_path / "run", Run.step, list[str]()
+
+    def second(self: Any, *values: Any, **options: Any) -> Any:
+        if not tries:
+            tries.append("")
+            with pytest.raises(CheckpointError, match=held(out)) as caught:
+                train(shards, RECIPE, out=out, resume=True, device="cpu")
+            tries.append(str(caught.value))
+        return step(self, *values, **options)
+
+    monkeypatch.setattr(Run, "step", second)
+    train(shards, replace(RECIPE, epochs=1), out=out, device="cpu")
+    assert f"process {os.getpid()} on" in tries[1]
+    with pytest.raises(CheckpointError, match=r"run: holds a run already; pass resume=True \(--resume\)"):
+        train(shards, RECIPE, out=out, device="cpu")
+    assert not (out / ".lock").exists()
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path, shards: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        train(shards, replace(RECIPE, weights="nothing.pt"), out=tmp_path / "runs" / "a", device="cpu")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_demos_in_one_folder_do_not_clear_each_others_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(out)])
+    (out / "shards").mkdir(parents=True)
+    with holding(out / ".fastflower-demo"), pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools" / "demo.py"), run_name="__main__")
+    told = f"{end.value.code}{capsys.readouterr().err}"
+    assert re.search(rf"--out {re.escape(str(out))}: another demo runs there \({HOLDER}\); wait for it, or name", told)
+    assert (out / "shards").exists()

@@ -1,0 +1,400 @@
+"""Makes the nastiest folder of images: python tests/helpers/nasty_files.py FOLDER
+
+What packing has to do with each file is written beside it, from docs/format.md, not from what the code does.
+"""
+
+import base64
+import io
+import os
+import socket
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Expectation = Literal["kept", "transcoded", "skipped"]
+Files = dict[str, bytes]
+
+# 16 x 8, by cjpeg -arithmetic of libjpeg-turbo 2.1.5: nothing here writes such files.
+ARITHMETIC = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAYEBQYFBAYGBQYHBwYIChAKCgkJChQODwwQFxQYGBcUFhYaHSUfGhsjHBYWICwgIyYnKSopGR8tMC0oMCUoKSj/"
+    "2wBDAQcHBwoIChMKChMoGhYaKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCj/yQARCAAIABADASIAAhEBAxEB/8wA"
+    "CgAQEAUBEBEF/9oADAMBAAIRAxEAPwD/AGYIwGwrKTPvHcKWKaT3olwrsMVQyK48iWvX6Hj/2Q=="
+)
+TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"  # orientation 6
+SIDES = (0, 13_000, 20_000, 65_535)
+NO_UTF8 = b"caf\xe9".decode("utf-8", "surrogateescape")
+
+
+def main() -> int:
+    for path, expectation in make(Path(sys.argv[1])).items():
+        print(f"{expectation:10} {path!a}")
+    return 0
+
+
+def make(folder: Path) -> dict[str, Expectation]:
+    """Write the files into a new folder. Returns what packing has to do with each, by the path in the folder."""
+    expected: dict[str, Expectation] = {}
+    twice = [segment(0xE1, TURNED[:25] + bytes([value]) + TURNED[26:]) for value in (6, 3)]
+    groups: list[tuple[str, Expectation, Files]] = [
+        ("jpeg", "kept", jpegs() | exifs()),
+        ("formats", "transcoded", formats() | pngs() | tiffs()),
+        ("broken", "kept", {"one good.jpg": encode(photo(1), "JPEG")}),
+        ("broken", "skipped", broken_jpegs() | broken_others() | bombs() | not_images()),
+        ("names.jpg", "kept", {name: encode(photo(100 + number), "JPEG") for number, name in enumerate(NAMES)}),
+        ("formats", "transcoded", {"exif, twice.jpg": with_segments(encode(photo(31), "JPEG"), *twice)}),
+        ("names.jpg", "transcoded", {"same.png": encode(photo(2), "PNG")}),
+        *((name, "kept", {"x.jpg": encode(photo(200 + number), "JPEG")}) for number, name in enumerate(CLASSES)),
+        (".hidden", "kept", {"seen.jpg": encode(photo(3), "JPEG")}),
+    ]
+    for name, expectation, files in groups:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for file, data in files.items():
+            (folder / name / file).write_bytes(data)
+            assert f"{name}/{file}" not in expected, f"{name}/{file} stands there twice"
+            expected[f"{name}/{file}"] = expectation
+    del expected[".hidden/seen.jpg"]  # hidden folders are no classes; a link leads to it
+    expected |= {f"no files/{path}": what for path, what in not_files(folder / "no files").items()}
+    return expected
+
+
+def photo(seed: int = 0, width: int = 64, height: int = 48) -> Image.Image:
+    """Smooth colours without any symmetry."""
+    coarse = np.random.default_rng(seed).uniform(0, 255, (5, 6, 3)).astype(np.float32)
+    return Image.fromarray(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.uint8))
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    target = io.BytesIO()
+    image.save(target, kind, **options)
+    return target.getvalue()
+
+
+def by_opencv(ending: str, image: NDArray[Any], *options: int) -> bytes:
+    return cv2.imencode(ending, image, options)[1].tobytes()
+
+
+def segment(marker: int, payload: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(payload) + 2) + payload
+
+
+def with_segments(jpeg: bytes, *segments: bytes) -> bytes:
+    return jpeg[:2] + b"".join(segments) + jpeg[2:]
+
+
+def patched(data: bytes, place: int, *values: int) -> bytes:
+    return data[:place] + bytes(values) + data[place + len(values) :]
+
+
+def tiff(order: str, entries: Sequence[tuple[int, int, int, int]], rest: bytes = b"", following: int = 0) -> bytes:
+    """A TIFF file, such as EXIF is one: (tag, type, count, value) of its only directory, then `rest`."""
+
+    def line(tag: int, kind: int, count: int, value: int) -> bytes:
+        short = kind == 3 and count == 1
+        return struct.pack(f"{order}HHI{'HH' if short else 'I'}", tag, kind, count, value, *[0][:short])
+
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+    return head + b"".join(line(*entry) for entry in entries) + struct.pack(f"{order}I", following) + rest
+
+
+def jpegs() -> Files:
+    """Huffman-coded, 8 bits, grey or three colours: kept as they are."""
+    colour, grey = photo(10), photo(11).convert("L")
+    plain = encode(colour, "JPEG", quality=90)
+    frame = plain.index(b"\xff\xc0")
+    garbage = np.random.default_rng(0).bytes(100_000)
+    return {
+        "plain.jpg": plain,
+        "progressive.jpg": encode(colour, "JPEG", progressive=True),
+        "grey.jpg": encode(grey, "JPEG"),
+        **{f"{factor:x}.jpg": by_opencv(".jpg", np.asarray(photo(14)), cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor)
+           for factor in (0x411111, 0x211111, 0x121111, 0x221111)},
+        "restarts.jpg": encode(photo(15, 200, 160), "JPEG", restart_marker_blocks=1),
+        "extended.jpg": patched(plain, frame + 1, 0xC1),
+        "rgb.jpg": encode(colour, "JPEG", keep_rgb=True),
+        "one pixel.jpg": encode(photo(16, 1, 1), "JPEG"),
+        "odd.jpg": encode(photo(17, 17, 33), "JPEG"),
+        "wide.jpg": encode(photo(18, 65_500, 1), "JPEG"),
+        "high.jpg": encode(photo(19, 1, 65_500), "JPEG"),
+        "neither JFIF nor Adobe.jpg": plain[:2] + plain[20:],
+        "fill bytes.jpg": plain[:2] + 50 * b"\xff" + plain[2:],
+        "300 KB of profile.jpg": encode(colour, "JPEG", icc_profile=garbage * 3),
+        "300 KB of comments.jpg": with_segments(plain, *5 * [segment(0xFE, garbage[:60_000])]),
+        "a picture in a comment.jpg": with_segments(plain, segment(0xFE, encode(photo(20, 8, 8), "JPEG"))),
+        "garbage behind.jpg": plain + garbage,
+        "zeros behind.jpg": plain + bytes(4096),
+        "another behind.jpg": plain + encode(photo(21), "JPEG"),
+        "several pictures.jpg": encode(photo(12), "MPO", save_all=True, append_images=[photo(13)]),
+        "JPEG named png.png": encode(photo(22), "JPEG"),
+        "JPEG named tiff.TIFF": encode(photo(23), "JPEG"),
+    }  # fmt: skip
+
+
+def exifs() -> Files:
+    """JPEG with EXIF of every orientation, damaged and strange: kept as they are."""
+    thumbnail = encode(photo(30, 16, 12), "JPEG")
+    orientation = (0x0112, 3, 1)
+    made = {
+        **{f"orientation {value}": tiff("<", [(*orientation, value)]) for value in (*range(10), 65_535)},
+        **{f"orientation {value}, big-endian": tiff(">", [(*orientation, value)]) for value in (3, 6)},
+        "garbage": np.random.default_rng(1).bytes(500),
+        "nothing": b"",
+        "half a header": b"II*",
+        "cut": tiff("<", [(*orientation, 6)])[:14],
+        "no directory there": struct.pack("<4sI", b"II*\0", 1 << 31),
+        "65535 entries": b"II*\0" + struct.pack("<IH", 8, 65_535) + bytes(60),
+        "a loop": tiff("<", [(*orientation, 1), (0x8769, 4, 1, 8)], following=8),
+        "orientation as text": tiff("<", [(0x0112, 2, 4, 0x36)]),
+        "orientation far away": tiff("<", [(0x0112, 3, 1 << 30, 1 << 30)]),
+        "a thumbnail": tiff("<", [(*orientation, 8), (0x0201, 4, 1, 50), (0x0202, 4, 1, len(thumbnail))], thumbnail),
+    }
+    files = {
+        f"exif, {name}.jpg": with_segments(encode(photo(40 + number), "JPEG"), segment(0xE1, b"Exif\0\0" + data))
+        for number, (name, data) in enumerate(made.items())
+    }
+    return files
+
+
+def formats() -> Files:
+    """Everything else that Pillow knows, under a name that an image has."""
+    colour, other, grey = photo(60), photo(61), photo(62).convert("L")
+    clear = Image.merge("RGBA", (*colour.split(), grey))
+    cmyk = encode(colour.convert("CMYK"), "JPEG")
+    adobe = cmyk.index(b"Adobe")
+    lossless = b"\xff\xd8" + segment(0xC3, bytes([8, 0, 8, 0, 8, 1, 1, 0x11, 0])) + segment(0xC4, b"\0\1" + bytes(16))
+    lossless += segment(0xDA, bytes([1, 1, 0, 1, 0, 0])) + bytes(8) + b"\xff\xd9"
+    return {
+        "arithmetic.jpg": ARITHMETIC,
+        "lossless.jpg": lossless,
+        "stray bytes.jpg": encode(other, "JPEG").replace(b"\xff\xdb", bytes(20) + b"\xff\xdb", 1),
+        "cmyk.jpg": cmyk,
+        "ycck.jpg": patched(cmyk, adobe + 11, 2),
+        "cmyk turned.jpg": encode(colour.convert("CMYK"), "JPEG", exif=TURNED),
+        "lossy.webp": encode(colour, "WEBP"),
+        "lossless.webp": encode(clear, "WEBP", lossless=True),
+        "animated.webp": encode(colour, "WEBP", save_all=True, append_images=[other]),
+        "turned.webp": encode(colour, "WEBP", exif=TURNED),
+        "24 bits.bmp": encode(colour, "BMP"),
+        "8 bits.bmp": encode(colour.quantize(64), "BMP"),
+        "1 bit.bmp": encode(blocks().convert("1"), "BMP"),
+        "32 bits.bmp": by_opencv(".bmp", np.asarray(clear)),
+        "gif.png": encode(colour.quantize(64), "GIF"),
+        "animated gif.jpg": encode(colour.quantize(64), "GIF", save_all=True, append_images=[other.quantize(64)]),
+        "clear gif.png": encode(colour.quantize(64), "GIF", transparency=3),
+        "jpeg 2000.jpg": encode(colour, "JPEG2000"),
+        "avif.jpg": encode(colour, "AVIF"),
+        "icon.png": encode(colour, "ICO"),
+        "targa.bmp": encode(colour, "TGA", rle=True),
+        "pcx.bmp": encode(colour, "PCX"),
+        "6.ppm": encode(colour, "PPM"),
+        "16 bits.pgm": b"P5 64 48 65535\n" + wide_grey().astype(">u2").tobytes(),
+        "text.ppm": b"P3 2 1 255\n200 100 50  40 90 160\n",
+        "png.jpg": encode(colour, "PNG"),
+    }
+
+
+def wide_grey() -> NDArray[np.uint16]:
+    """16 bits, not all of them repeated."""
+    grey = np.asarray(photo(63).convert("L")).astype(np.uint16)
+    return grey * 257 - grey // 2
+
+
+def blocks() -> Image.Image:
+    return (
+        photo(64).convert("L").resize((8, 6)).point([255 * (value > 127) for value in range(256)]).resize((64, 48), 0)
+    )
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(
+    width: int, height: int, depth: int, colour: int, packed: bytes, *extra: bytes, interlaced: bool = False
+) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+def rows(image: NDArray[Any]) -> bytes:
+    return b"".join(b"\0" + np.ascontiguousarray(row).tobytes() for row in image)
+
+
+ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+
+
+def pngs() -> Files:
+    colour, grey = photo(70), photo(71).convert("L")
+    pixels = np.asarray(colour)
+    clear = Image.merge("RGBA", (*colour.split(), grey))
+    palette = colour.quantize(64)
+    wide = pixels.astype(np.uint16) * 257
+    passes = b"".join(rows(pixels[y::down, x::across]) for x, y, across, down in ADAM7)
+    good = png(64, 48, 8, 2, zlib.compress(rows(pixels)))
+    return {
+        "rgb.png": encode(colour, "PNG"),
+        "grey.png": encode(grey, "PNG"),
+        "1 bit.png": encode(blocks().convert("1"), "PNG"),
+        "2 bits.png": png(64, 48, 2, 0, zlib.compress(rows(np.full((48, 16), 0b00011011, np.uint8)))),
+        "palette.png": encode(palette, "PNG"),
+        "palette, one clear.png": encode(palette, "PNG", transparency=3),
+        "palette, many clear.png": encode(palette, "PNG", transparency=bytes(range(0, 256, 4))),
+        "rgba.png": encode(clear, "PNG"),
+        "grey and clear.png": encode(Image.merge("LA", (grey, grey)), "PNG"),
+        "rgb, one clear.png": encode(colour, "PNG", transparency=(1, 2, 3)),
+        "16-bit grey.png": encode(Image.fromarray(wide_grey()), "PNG"),
+        "16-bit rgb.png": by_opencv(".png", wide),
+        "16-bit rgba.png": by_opencv(".png", np.dstack([wide, wide[..., 0]])),
+        "interlaced.png": png(64, 48, 8, 2, zlib.compress(passes), interlaced=True),
+        "animated.png": encode(colour, "PNG", save_all=True, append_images=[photo(72)]),
+        "turned.png": encode(colour, "PNG", exif=TURNED),
+        "checksum of the pixels.png": patched(good, good.index(b"IEND") - 8, *4 * [0]),  # zlib has one of its own
+        "no end.png": good[:-12],
+        "garbage behind.png": good + b"garbage",
+    }
+
+
+def tiffs() -> Files:
+    colour, grey = photo(80), photo(81).convert("L")
+    level = np.asarray(grey)
+    wide = wide_grey()
+    entries = [(256, 3, 1, 64), (257, 3, 1, 48), (258, 3, 1, 16), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 122)]
+    entries += [(277, 3, 1, 1), (278, 3, 1, 48), (279, 4, 1, 2 * wide.size)]
+    kinds = {"lzw": "tiff_lzw", "deflate": "tiff_adobe_deflate", "packbits": "packbits", "jpeg": "jpeg"}
+    return {
+        "plain.tif": encode(colour, "TIFF"),
+        "pages.tiff": encode(colour, "TIFF", save_all=True, append_images=[photo(82)]),
+        **{f"{name}.tif": encode(colour, "TIFF", compression=kind) for name, kind in kinds.items()},
+        "fax.tif": encode(blocks().convert("1"), "TIFF", compression="group4"),
+        "16 bits.tif": encode(Image.fromarray(wide), "TIFF"),
+        "16 bits, big-endian.tif": tiff(">", entries, wide.astype(">u2").tobytes()),
+        "float.tif": encode(Image.fromarray(level.astype(np.float32)), "TIFF"),
+        "32 bits.tif": encode(Image.fromarray(level.astype(np.int32)), "TIFF"),
+        "cmyk.tif": encode(colour.convert("CMYK"), "TIFF"),
+        "palette.tif": encode(colour.quantize(64), "TIFF"),
+        "rgba.tif": encode(Image.merge("RGBA", (*colour.split(), grey)), "TIFF"),
+        "lab.tif": encode(Image.merge("LAB", colour.split()), "TIFF"),
+        "big.tif": encode(colour, "TIFF", big_tiff=True),
+        "turned.tif": encode(colour, "TIFF", exif=TURNED),
+    }
+
+
+def broken_jpegs() -> Files:
+    whole = encode(photo(90, 256, 192), "JPEG", quality=90)
+    restarts = encode(photo(91, 256, 192), "JPEG", restart_marker_blocks=4)
+    progressive = encode(photo(92, 256, 192), "JPEG", progressive=True)
+    frame, scan = whole.index(b"\xff\xc0"), whole.index(b"\xff\xda")
+    places = {"start": 2, "first segment": 9, "tables": 60, "frame": frame + 5, "codes": frame + 40, "scan": scan + 3}
+    places |= {"scan's end": scan + 14, "middle": len(whole) // 2, "last block": len(whole) - 9, "end": len(whole) - 2}
+    marker = restarts.index(b"\xff\xd3")
+    middle = len(restarts) // 2
+    return {
+        **{f"cut in its {name}.jpg": whole[:place] for name, place in places.items()},
+        "progressive, cut.jpg": progressive[: len(progressive) // 2],
+        "cut at a restart and ended.jpg": restarts[:marker] + b"\xff\xd9",
+        "zeros in the middle.jpg": restarts[:middle] + bytes(1000) + restarts[middle + 1000 :],
+        "zeros to the end.jpg": whole[: len(whole) // 2] + bytes(len(whole) // 2),
+        "12 bits.jpg": patched(whole, frame + 4, 12),
+        "no height.jpg": patched(whole, frame + 5, 0, 0),
+        **{f"{side} pixels.jpg": patched(whole, frame + 5, *2 * divmod(side, 256)) for side in SIDES},
+    }
+
+
+def broken_others() -> Files:
+    colour = photo(95, 256, 192)
+    kinds = {"png": "PNG", "webp": "WEBP", "bmp": "BMP", "ppm": "PPM", "tif": "TIFF"}
+    stored = {ending: encode(colour, kind) for ending, kind in kinds.items()}
+    stored |= {"gif.png": encode(colour.quantize(64), "GIF"), "lzw.tif": encode(colour, "TIFF", compression="tiff_lzw")}
+    made = {f"cut.{ending}": data[: len(data) // 2] for ending, data in stored.items()}
+    made |= {f"only its header.{ending}": data[:30] for ending, data in stored.items()}
+    whole = stored["png"]
+    middle = len(whole) // 2
+    pixels = rows(np.asarray(colour))
+    wrong = patched(zlib.compress(pixels, 0), 50_000, 1)  # of which zlib's own checksum tells
+    return made | {
+        "zeros in the middle.png": whole[:middle] + bytes(1000) + whole[middle + 1000 :],
+        "checksum of the header.png": patched(whole, 29, *4 * [0]),
+        "too few pixels.png": png(256, 192, 8, 2, zlib.compress(pixels[:-50_000])),
+        "changed pixels.png": png(256, 192, 8, 2, wrong),
+        "no compression.png": png(256, 192, 8, 2, pixels),
+        "a thousand million values.tif": tiff("<", [(256, 4, 1 << 30, 8), (257, 3, 1, 48), (273, 4, 1, 8)]),
+    }
+
+
+def bombs() -> Files:
+    few = zlib.compress(bytes(1000))
+    side = [(256, 4, 1, 60_000), (257, 4, 1, 60_000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8)]
+    webp = b"\x30\1\0\x9d\1\x2a" + struct.pack("<HH", 16_383, 16_383) + bytes(100)
+    return {
+        "bomb.png": png(50_000, 50_000, 8, 2, few),
+        "bomb with text.png": png(8, 8, 8, 0, few, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100 << 20)))),
+        "bomb.tif": tiff("<", [*side, (277, 3, 1, 1), (278, 4, 1, 60_000), (279, 4, 1, 60_000)]),
+        "bomb gif.png": b"GIF89a" + 4 * b"\xff" + bytes(3) + b"," + bytes(4) + 4 * b"\xff" + b"\0\2\2\x4c\1\0;",
+        "bomb.webp": b"RIFF" + struct.pack("<I", len(webp) + 12) + b"WEBPVP8 " + struct.pack("<I", len(webp)) + webp,
+        "bomb.bmp": b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
+        "bomb.ppm": b"P6 99999 99999 255\n",
+    }
+
+
+def not_images() -> Files:
+    """Under the names of images, and images under other names."""
+    archive, photograph = io.BytesIO(), encode(photo(97), "JPEG")
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("photo.jpg", photograph)
+    return {
+        "empty.jpg": b"",
+        "text.jpg": b"no picture",
+        "html.jpg": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+        "svg.png": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>',
+        "pdf.jpg": b"%PDF-1.4\n%%EOF\n",
+        **dict.fromkeys(("notes.txt", "Thumbs.db", ".DS_Store"), b"notes"),
+        **dict.fromkeys((f"photo.{end}" for end in ("jfif", "jpe", "gif", "jpg~", "jpg.txt", "jpg ")), photograph),
+        "heic.jpg": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100),
+        "zip.jpg": archive.getvalue(),
+        "noise.jpg": np.random.default_rng(2).bytes(100_000),
+        "._photo.jpg": b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(100),
+    }
+
+
+NAMES = [
+    "with space.jpg", " space first.jpg", "space last .jpg", "two.dots.here.jpg", "...jpg", ".jpg", ".hidden.jpg",
+    "-rf.jpg", "--help.jpg", "UPPER.JPG", "case.jpg", "Case.jpg", "CASE.jpg", "case.JPG", "\u00e9.jpg", "e\u0301.jpg",
+    "日本語.jpg", "🌻.jpg", f"{NO_UTF8}.jpg", "\udcff\udcfe.jpg", "new\nline.jpg", "return\r.jpg", "tab\t.jpg", "\x1b[2J.jpg",
+    "\x7f\x01.jpg", "quote'.jpg", 'quote".jpg', "back\\slash.jpg", 251 * "a" + ".jpg", 62 * "🌻" + "abc.jpg", "same.jpg",
+    "%s%n.jpg", "{0}{x}.jpg", "$HOME.jpg", "`id`.jpg", "*.jpg", "?.jpg", "[a-z].jpg", "a|b;c&d.jpg", "CON.jpg", "x.cls.jpg",
+    "x.json.jpg", "__key__.jpg", "\u202egpj.jpg", "zero\u200bwidth.jpg", "#.jpg", "~.jpg", "a 7.jpg", "same.jpeg",
+]  # fmt: skip
+CLASSES = ["two words", "-rf", "🌻", NO_UTF8, "new\nline", "x.y", "Jpeg", "e\u0301", "\u00e9", "100%"]
+
+
+def not_files(folder: Path) -> dict[str, Expectation]:
+    """Pipes, sockets, devices, links and folders that are named as images; (path, what is expected)."""
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.jpg")
+    handle = os.open(folder, os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"/proc/self/fd/{handle}/socket.jpg")  # an address has room for 107 bytes
+    os.close(handle)
+    links = {"itself.jpg": "itself.jpg", "nothing.jpg": "no such file", "too long.jpg": 300 * "x", "around": "."}
+    links |= {f"{name}.jpg": f"/dev/{name}" for name in ("zero", "null")} | {"kernel.jpg": "/proc/version"}
+    links |= {"hidden": "../.hidden", "link.jpg": "inside.jpg/x.jpg", "folder.jpg": "inside.jpg"}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    for name in ("inside.jpg", "empty.jpg"):
+        (folder / name).mkdir()
+    (folder / "inside.jpg/x.jpg").write_bytes(encode(photo(99), "JPEG"))
+    kept = ("inside.jpg/x.jpg", "link.jpg", "hidden/seen.jpg")
+    skipped = ("pipe.jpg", "socket.jpg", *(name for name in links if name not in ("link.jpg", "hidden")))
+    return {**dict.fromkeys(kept, "kept"), **dict.fromkeys(skipped, "skipped")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The native kernel: there where it should be, equal to OpenCV's renderer, and within the memory it is given."""
+
+import colorsys
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from fastflower import Augment, Loader
+from fastflower.errors import ArgumentError
+from fastflower.loading.backends import native
+from fastflower.loading.backends.native import NativeRenderer, available
+from fastflower.loading.backends.opencv import OpencvRenderer
+from fastflower.loading.batch import as_numpy, storage
+from fastflower.loading.request import Request
+
+DTYPES = [torch.uint8, torch.float32, torch.float16, torch.bfloat16]
+
+
+def request(augment: Augment, photos: list[NDArray[np.uint8]], seed: int = 0) -> Request:
+    indices = np.arange(len(photos))
+    sizes = np.array([photo.shape[:2] for photo in photos])
+    return Request.drawn(augment, indices, sizes, seed=seed, epoch=0, step=0)
+
+
+def render(kind: Any, augment: Augment, photos: list[NDArray[np.uint8]], dtype: torch.dtype) -> torch.Tensor:
+    """(N, H, W, 3) of `dtype`."""
+    renderer = kind(augment, dtype)
+    out = np.empty((len(photos), *augment.output_size, 3), storage(dtype))
+    for photo, job, row in zip(photos, renderer.jobs(request(augment, photos)), out, strict=True):
+        renderer(photo, job, row)
+    return torch.from_numpy(out).view(dtype)
+
+
+def smooth(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    """Colours that change slowly, as in photographs."""
+    y, x = np.mgrid[:height, :width]
+    waves = rng.uniform(0.01, 0.08, (3, 2))
+    return np.stack([127 + 120 * np.sin(a * x + b * y) for a, b in waves], axis=2).astype(np.uint8)
+
+
+def test_linux_on_x86_64_with_avx2_has_the_kernel() -> None:
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("no kernel is built for this system")
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this processor lacks AVX2")
+    assert available(), "the package was built without kernel.so"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(64, 64), (37, 50), (5, 3)])
+def test_it_makes_what_opencv_makes(size: tuple[int, int], dtype: torch.dtype, rng: np.random.Generator) -> None:
+    # Where nothing is uncovered, and no hue turned: OpenCV blurs the edge, and turns hues in 256 steps.
+    augment = Augment(size=size, crop=(0.2, 1.0), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4)
+    photos = [smooth(rng, *rng.integers(20, 300, 2)) for _ in range(24)]
+    one, other = (render(kind, augment, photos, dtype).float() for kind in (NativeRenderer, OpencvRenderer))
+    level = 1.0 if dtype == torch.uint8 else 1 / 255 / 0.225
+    assert (one - other).abs().mean() < 0.4 * level
+    assert (one - other).abs().max() < 4 * level
+
+
+def test_halves_are_rounded_as_torch_rounds_them(rng: np.random.Generator) -> None:
+    augment, photos = Augment(size=32, resize=40, hue=0.1), [smooth(rng, 60, 60) for _ in range(4)]
+    exact = render(NativeRenderer, augment, photos, torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(render(NativeRenderer, augment, photos, dtype), exact.to(dtype))
+
+
+def test_hue_is_turned_as_colorsys_turns_it(rng: np.random.Generator) -> None:
+    photo = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    photo[0, :4] = [[0, 0, 0], [255, 255, 255], [128, 128, 128], [255, 0, 0]]
+    augment = Augment(size=16, resize=16, hue=0.5)
+    turns = float(request(augment, [photo]).draw.hue[0])
+    made = render(NativeRenderer, augment, [photo], torch.float32)[0].numpy()
+    levels = 255 * (made * np.array(augment.std) + np.array(augment.mean))
+    for pixel, found in zip(photo.reshape(-1, 3), levels.reshape(-1, 3), strict=True):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(pixel / 255).tolist())
+        wanted = 255 * np.array(colorsys.hsv_to_rgb((hue + turns) % 1, saturation, value))
+        assert np.abs(found - wanted).max() < 0.01
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (2, 2), (3, 1000), (700, 2)])
+def test_photographs_of_a_few_pixels(shape: tuple[int, int], rng: np.random.Generator) -> None:
+    augment = Augment(size=24, crop=(0.1, 1.0), rotate=30)
+    photos = [np.full((*shape, 3), 200, np.uint8), rng.integers(0, 256, (*shape, 3), dtype=np.uint8)]
+    one, other = (render(kind, augment, photos, torch.uint8).float() for kind in (NativeRenderer, OpencvRenderer))
+    assert one[0].max() <= 200
+    assert (one - other).abs().mean() < 8
+
+
+def test_a_photograph_need_not_be_contiguous(rng: np.random.Generator) -> None:
+    augment, photo = Augment(size=24, resize=30, rotate=10), smooth(rng, 80, 90)
+    backwards = np.ascontiguousarray(photo[:, ::-1])[:, ::-1]
+    assert backwards.strides[1] < 0
+    expected = render(NativeRenderer, augment, [photo], torch.uint8)
+    assert torch.equal(render(NativeRenderer, augment, [backwards], torch.uint8), expected)
+
+
+# The photograph ends where readable memory ends, and its output starts and ends at memory that must stay as it is.
+GUARDED = """
+import ctypes, mmap, sys
+import numpy as np, torch
+sys.path.insert(0, sys.argv[1])
+from test_native import NativeRenderer, request
+from fastflower import Augment
+
+libc = ctypes.CDLL(None)
+def guarded(size):
+    pages = -(-size // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    address = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
+    assert libc.mprotect(ctypes.c_void_p(address + pages * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+    return np.frombuffer(memory, np.uint8, size, pages * mmap.PAGESIZE - size)
+
+for seed, (height, width) in enumerate([(40, 50), (2, 2), (7, 33), (130, 90), (64, 64)]):
+    for size in (24, 21, 64):
+        augment = Augment(size=size, crop=(0.5, 1.0), rotate=20, flip=0.5, flip_vertical=0.5)
+        photo = guarded(height * width * 3).reshape(height, width, 3)
+        photo[...] = seed
+        for dtype, kind in ((torch.uint8, np.uint8), (torch.float32, np.float32), (torch.float16, np.uint16)):
+            out = guarded(size * size * 3 * np.dtype(kind).itemsize).view(kind).reshape(size, size, 3)
+            renderer = NativeRenderer(augment, dtype)
+            for draw in range(4):
+                renderer(photo, renderer.jobs(request(augment, [photo], draw))[0], out)
+print("within")
+"""
+
+
+def test_nothing_behind_the_photograph_is_read_and_nothing_behind_the_output_is_written() -> None:
+    command = [sys.executable, "-c", GUARDED, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "within\n"), done.stderr[-1000:]
+
+
+def test_without_the_kernel_opencv_takes_its_place(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    augment = Augment(size=32, resize=36, hue=0.1)
+    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "kernel.so")
+    native._kernel.cache_clear()
+    try:
+        assert not available()
+        options: dict[str, Any] = {"augment": augment, "batch_size": 8, "device": "cpu", "dtype": torch.uint8}
+        (made, *_), (expected, *_) = Loader(shards, **options), Loader(shards, executor="opencv", **options)
+        assert torch.equal(made.images, expected.images)
+        with pytest.raises(ArgumentError, match=r"executor='native' needs a Linux wheel .* pass executor='opencv'"):
+            Loader(shards, executor="native", **options)
+    finally:
+        native._kernel.cache_clear()
+
+
+def test_storage_is_the_same_memory() -> None:
+    for dtype in DTYPES:
+        tensor = torch.arange(6).to(dtype)
+        assert as_numpy(tensor).dtype == storage(dtype)
+        assert as_numpy(tensor).__array_interface__["data"][0] == tensor.data_ptr()

@@ -1,0 +1,202 @@
+"""All executors against torchvision's functionals, given the same numbers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import oracle
+import parity
+import pytest
+import torch
+from numpy.typing import NDArray
+from places import HELPERS, ROOT
+from torchvision.transforms.v2 import functional as F
+
+from fastflower import Augment
+from fastflower.shards.image import decode
+
+
+@pytest.fixture(scope="module")
+def encoded(photographs: list[Path]) -> list[bytes]:
+    return [path.read_bytes() for path in photographs[::6]]
+
+
+LIMITS = [each for each in (("native", 1.0), ("dali", 2.0), ("triton", 1.0)) if each[0] in parity.EXECUTORS]
+
+
+def enough(name: str, encoded: list[bytes]) -> list[bytes]:
+    """Fewer for the interpreter of Triton, which takes a third of a second for one."""
+    return encoded[::7] if name == "triton" else encoded
+
+
+QUICK = ("validation view (resize 256, centre 224)", "reduction by four", "hue 0.1", "everything")
+"""Of Triton's interpreter: its kernels have one way for all of geometry, and one for all of color."""
+PAIRS = [
+    pytest.param(name, case, marks=[pytest.mark.soak] if name == "triton" and case not in QUICK else [])
+    for name in parity.EXECUTORS
+    for case in parity.CASES
+]
+
+
+@pytest.mark.parametrize(("name", "case"), PAIRS)
+def test_an_executor_draws_what_torchvision_draws(name: str, case: str, encoded: list[bytes]) -> None:
+    encoded = enough(name, encoded)
+    found = parity.differences(case, name, encoded)
+    worst = f"{case}, {name}: mean {found.mean():.2f}, worst photograph {found.max():.2f}"
+    assert len(found) >= 0.8 * len(encoded), "too few photographs show enough to be compared"
+    assert found.mean() <= parity.CASES[case].limit, worst
+    assert found.max() <= 12, worst
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+def test_a_reduction_without_a_prefilter_would_be_noticed(name: str, encoded: list[bytes]) -> None:
+    """The limit of the reduction by four is tight enough: plain bilinear sampling is several times over it."""
+    case, encoded = parity.CASES["reduction by four"], enough(name, encoded)
+    draw = parity.request(case.augment, encoded).draw
+    matrix = draw.matrix()
+    matrix[:, :, 2] += matrix[:, :, :2].sum(axis=2) / 2 - 0.5
+    wanted = parity.expected("reduction by four", tuple(encoded))
+    unfiltered = [
+        np.abs(
+            cv2.warpAffine(decode(data), warp, (56, 56), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP) - image
+        ).mean()
+        for data, warp, (image, _) in zip(encoded, matrix, wanted, strict=True)
+    ]
+    assert np.mean(unfiltered) > 3 * case.limit
+    assert parity.differences("reduction by four", name, encoded).mean() < case.limit
+
+
+def supersampled(photo: NDArray[np.uint8], matrix: NDArray[np.float64], size: tuple[int, int], factor: int = 6) -> Any:
+    """The truth: the mean of factor x factor bilinear samples over each output pixel."""
+    fine = matrix.copy()
+    fine[:, :2] /= factor
+    fine[:, 2] += fine[:, :2].sum(axis=1) / 2 - 0.5
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    shape = (size[1] * factor, size[0] * factor)
+    big = cv2.warpAffine(photo.astype(np.float32), fine, shape, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.resize(big, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+def test_one_resample_is_closer_to_the_truth_than_three(name: str, encoded: list[bytes]) -> None:
+    augment = Augment(
+        crop=(0.08, 1.0), rotate=10, translate=(0.1, 0.1), scale=(0.9, 1.1)
+    )  # torchvision resamples thrice
+    encoded = enough(name, encoded)
+    draw = parity.request(augment, encoded).draw
+    made = parity.render(name, augment, encoded)
+    ours, theirs = [], []
+    for row, (data, matrix) in enumerate(zip(encoded, draw.matrix(), strict=True)):
+        photo = decode(data)
+        chain, shown = oracle.render(photo, draw, row, augment)
+        truth = supersampled(photo, matrix, draw.size)
+        ours.append(np.abs(made[row] - truth)[shown].mean())
+        theirs.append(np.abs(chain - truth)[shown].mean())
+    assert np.mean(ours) < 0.75 * np.mean(theirs), f"ours {np.mean(ours):.2f}, torchvision's {np.mean(theirs):.2f}"
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+def test_the_neutral_view_of_a_photograph_of_the_output_size_is_the_photograph(name: str, encoded: list[bytes]) -> None:
+    frames = [parity.stretched(data) for data in encoded[:4]]
+    made = parity.render(name, Augment(resize=224), frames)
+    assert np.array_equal(made, np.stack([decode(data) for data in frames]))
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_normalisation_is_torchvisions(name: str, dtype: torch.dtype, encoded: list[bytes]) -> None:
+    levels = parity.render(name, Augment(), encoded[:4])
+    wanted = F.normalize(torch.from_numpy(levels).permute(0, 3, 1, 2) / 255, oracle.MEAN, oracle.STD).permute(
+        0, 2, 3, 1
+    )
+    made = parity.render(name, Augment(), encoded[:4], dtype)
+    # DALI normalises before it rounds to levels: half a level.
+    rounding = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    half_level = 0.0 if name == "opencv" else 0.5 / 255 / min(oracle.STD)
+    assert np.abs(made - wanted.numpy()).max() <= rounding + half_level
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_erasing_blots_out_the_rectangle_drawn_and_nothing_else(
+    name: str, dtype: torch.dtype, encoded: list[bytes]
+) -> None:
+    """Also by values that no image has."""
+    augment, encoded = Augment(erase=1.0, erase_value=(0.0, 4.0, -3.0)), enough(name, encoded)[:16]
+    draw = parity.request(augment, encoded).draw
+    made, plain = (parity.render(name, view, encoded, dtype) for view in (augment, Augment()))
+    assert (draw.erase[:, 2] > 0).all()
+    value = torch.tensor(augment.erase_value)[:, None, None]
+    for image, whole, (top, left, height, width) in zip(made, plain, draw.erase.tolist(), strict=True):
+        chw = torch.from_numpy(whole).permute(2, 0, 1)
+        wanted = F.erase(chw, top, left, height, width, value).permute(1, 2, 0).numpy()
+        # DALI erases before it normalises, which rounds.
+        assert np.allclose(image, wanted, rtol=0, atol=5e-6 if name == "dali" else 0)
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+def test_a_pixel_goes_where_the_matrix_says(name: str) -> None:
+    """Settles the direction of both executors' warps, which DALI's documentation states both ways."""
+    photo = np.zeros((224, 224, 3), np.uint8)
+    photo[60:63, 150:153] = 255
+    encoded = [cv2.imencode(".png", photo)[1].tobytes()]
+    augment = Augment(resize=224, rotate=30, translate=(0.1, 0.1), flip=0.5)
+    for seed in range(5):
+        ((_, images),) = parity.executor(name, augment, torch.uint8, encoded).run(
+            [parity.request(augment, encoded, seed)]
+        )
+        rows, columns = np.nonzero(images[0, 0].numpy() > 40)
+        found = np.array([columns.mean() + 0.5, rows.mean() + 0.5])
+        matrix = parity.request(augment, encoded, seed).draw.matrix()[0]
+        assert np.allclose(matrix[:, :2] @ found + matrix[:, 2], [151.5, 61.5], atol=0.7)
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+def test_outside_the_crop_lies_black_or_the_photograph(name: str, encoded: list[bytes]) -> None:
+    fields: dict[str, Any] = {"crop": (0.2, 0.4), "rotate": 45}
+    drawn = parity.request(Augment(**fields), enough(name, encoded)[:32])
+    warp = parity.request(Augment(**fields, fill="photo"), enough(name, encoded)[:32]).warp
+    black = parity.render(name, Augment(**fields), enough(name, encoded)[:32])
+    filled = parity.render(name, Augment(**fields, fill="photo"), enough(name, encoded)[:32])
+    turned = np.abs(drawn.draw.rotate) > 20
+    assert turned.sum() > 1
+    assert (black[turned][:, :3, :3].max(axis=(1, 2, 3)) <= 3).all(), "a corner that is turned out of the crop is black"
+    inside = turned & ~warp.masked
+    assert inside.any()
+    assert np.abs(black - filled)[:, 90:134, 90:134].max() <= 1, "inside the crop nothing changes"
+    assert filled[inside][:, :3, :3].mean() > 20, "with fill='photo' its corner shows the photograph"
+
+
+@pytest.mark.parametrize("name", parity.EXECUTORS)
+def test_exif_orientation_is_obeyed_where_only_a_part_is_shown(name: str, encoded: list[bytes]) -> None:
+    turned = parity.turned(encoded[0])
+    augment = Augment(size=150, crop=(0.1, 0.2))
+    ours, theirs = (parity.render(executor, augment, turned) for executor in (name, "opencv"))
+    assert np.abs(ours - theirs).mean(axis=(1, 2, 3)).max() < 1
+
+
+@pytest.mark.parametrize(("name", "limit"), LIMITS)
+def test_executors_make_the_same_batch(name: str, limit: float, encoded: list[bytes]) -> None:
+    augment, encoded = parity.CASES["everything"].augment, enough(name, encoded)
+    one, other = (parity.render(executor, augment, encoded) for executor in ("opencv", name))
+    assert np.abs(one - other).mean() < limit
+
+
+def test_the_table_needs_no_setting_of_the_environment(photographs: list[Path], tmp_path: Path) -> None:
+    """As `python tests/helpers/parity.py FOLDER`, for one case and one photograph."""
+    (tmp_path / "rose").mkdir()
+    (tmp_path / "rose/1.jpg").write_bytes(photographs[0].read_bytes())
+    case = "left-right flip"
+    program = f"import parity; parity.CASES = {{{case!r}: parity.CASES[{case!r}]}}; parity.main({str(tmp_path)!r})"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(HELPERS)))
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("1 photographs\n\n| augmentation |")
+    name, *numbers = done.stdout.splitlines()[-1].strip("| ").split(" | ")
+    assert name == case
+    assert len(numbers) == 3 * len(parity.EXECUTORS)
+    assert max(map(float, numbers)) < 0.5

@@ -1,0 +1,154 @@
+"""Damage after packing: it stops the epoch with the sample's name or, where asked, the next sample stands in."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from packs import flip_a_bit, pack_garbage
+
+from fastflower import Augment, Loader, pack
+from fastflower.errors import SampleError, ShardError
+
+RANDOM = Augment(size=64, resize=72, crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, hue=0.1)
+EXECUTORS = ["native", "opencv", "dali"]
+
+
+def make(shards: Path, **options: Any) -> Loader:
+    return Loader(shards, **{"augment": RANDOM, "batch_size": 16, "device": "cpu", **options})
+
+
+@pytest.fixture
+def damaged(flowers: Path, tmp_path: Path) -> Path:
+    """Shards with one flipped bit in the image of sample 5 of split "train"."""
+    folder = tmp_path / "damaged"
+    pack(flowers, folder)
+    flip_a_bit(folder, "train", 5)
+    return folder
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_bit_rot_stops_the_epoch_and_names_the_sample(damaged: Path, executor: Any) -> None:
+    loader = make(damaged, executor=executor, shuffle=False)
+    key = loader.path_of(5)
+    message = rf"train-000000\.tar: sample [0-9A-Za-z_-]+ \({key}\): its bytes have changed.*checksum.*restore"
+    for _ in range(2):  # the loader goes on working after an error
+        with pytest.raises(SampleError, match=message):
+            list(loader)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_bytes_that_do_not_decode_stop_the_epoch_and_name_the_sample(
+    shards: Path, tmp_path: Path, executor: Any
+) -> None:
+    folder = shutil.copytree(shards, tmp_path / "broken")
+    pack_garbage(folder)
+    loader = make(folder, split="val", executor=executor)
+    with pytest.raises(SampleError, match=rf"val-000000\.tar: sample .* \({loader.path_of(3)}\): cannot be decoded"):
+        list(loader)
+
+
+def pixels(loader: Loader) -> tuple[list[int], torch.Tensor, list[int]]:
+    batches = list(loader)
+    return (
+        [i for batch in batches for i in batch.index.tolist()],
+        torch.cat([batch.images for batch in batches]),
+        [label for batch in batches for label in batch.labels.tolist()],
+    )
+
+
+@pytest.mark.parametrize("cache", [None, "auto"])
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_the_next_sample_stands_in_for_a_damaged_one(
+    shards: Path, tmp_path: Path, executor: Any, cache: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "copy"))
+    bad = {3: 4, 17: 19, 18: 19, 29: 0}  # two in a row, and the last
+    for index in bad:
+        flip_a_bit(folder, "val", index)
+    options = {"split": "val", "batch_size": 7, "executor": executor, "cache": cache}
+    _, whole, labels = pixels(make(shards, **options))
+    loader = make(folder, on_bad="skip", **options)
+    for _ in range(2):
+        loader.set_epoch(0)
+        with caplog.at_level(logging.WARNING, logger="fastflower"):
+            index, images, found = pixels(loader)
+        expected = [bad.get(i, i) for i in range(30)]
+        assert index == expected
+        assert torch.equal(images, whole[expected])
+        assert found == [labels[i] for i in expected]
+    assert sorted(loader.replaced) == sorted(bad)
+    assert loader.stats().replaced == 4
+    assert len([record for record in caplog.records if "stands in for a damaged one" in record.message]) == 4
+    for i, reason in loader.replaced.items():
+        assert f"({make(shards, split='val').path_of(i)}): its bytes have changed" in reason
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_resume_with_damaged_samples_gives_the_same_batches(shards: Path, tmp_path: Path, executor: Any) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "copy"))
+    for index in range(0, 120, 7):
+        flip_a_bit(folder, "train", index)
+    whole = list(make(folder, executor=executor, on_bad="skip"))
+    first = make(folder, executor=executor, on_bad="skip")
+    iterator = iter(first)
+    next(iterator)
+    later = make(folder, executor=executor, on_bad="skip")
+    later.load_state_dict(first.state_dict())
+    rest = list(later)
+    assert all(torch.equal(one.index, other.index) for one, other in zip(rest, whole[1:], strict=True))
+    assert all(torch.equal(one.images, other.images) for one, other in zip(rest, whole[1:], strict=True))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing"])
+def test_a_shard_that_is_cut_or_gone_costs_its_samples_only(
+    shards: Path, tmp_path: Path, executor: Any, damage: str
+) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "copy"))
+    tar = folder / "train-000001.tar"
+    rows = np.load(folder / "train.index.npy")
+    if damage == "missing":
+        tar.unlink()
+    else:
+        content = tar.read_bytes()
+        tar.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    kept = tar.stat().st_size if tar.exists() else 0
+    lost = set(np.flatnonzero((rows["shard"] == 1) & (rows["offset"] + rows["size"] > kept)).tolist())
+    assert lost
+    with pytest.raises(ShardError, match=r"train-000001\.tar: (is missing|has \d+ bytes, the manifest says \d+)"):
+        make(folder, executor=executor)
+    loader = make(folder, executor=executor, on_bad="skip", tail="keep")
+    index, _, _ = pixels(loader)
+    assert len(index) == 120
+    assert set(index) == set(range(120)) - lost
+    assert set(loader.replaced) == lost
+    assert all("train-000001.tar: sample " in reason for reason in loader.replaced.values())
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_where_every_sample_is_damaged_the_epoch_stops(shards: Path, tmp_path: Path, executor: Any) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "copy"))
+    for tar in folder.glob("val-*.tar"):
+        tar.write_bytes(bytes(tar.stat().st_size))
+    loader = make(folder, split="val", executor=executor, on_bad="skip")
+    with pytest.raises(SampleError, match=r"val-00000[01]\.tar: sample \d+: its bytes have changed"):
+        list(loader)
+    assert len(loader.replaced) == 30
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_shard_that_is_cut_while_it_is_read_stops_the_epoch_not_the_process(
+    shards: Path, tmp_path: Path, executor: Any
+) -> None:
+    folder = shutil.copytree(shards, tmp_path / "cut")
+    loader = make(folder, executor=executor, cache=None)
+    assert len(list(loader)) == len(loader)
+    for path in folder.glob("train-*.tar"):
+        with path.open("r+b") as file:
+            file.truncate(5000)
+    with pytest.raises(SampleError, match=r"train-00000\d\.tar: sample .*: its bytes have changed"):
+        list(loader)

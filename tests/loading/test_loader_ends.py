@@ -1,0 +1,198 @@
+"""A loader leaves nothing behind, however its epoch ends, and works in forked and spawned processes and in notebooks."""
+
+import asyncio
+import gc
+import multiprocessing
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from fastflower import Augment, Loader
+
+AUGMENT = Augment(size=32, resize=36, crop=(0.3, 1.0), hue=0.1)
+OPTIONS: dict[str, Any] = {"batch_size": 8, "augment": AUGMENT, "device": "cpu"}
+EXECUTORS = ["native", "opencv", "dali"]
+OPENCV = pytest.param("opencv", marks=pytest.mark.soak)  # threads as native's
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_what_is_new_is_searched_for_garbage() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def left() -> dict[str, Any]:
+    """What could be left: processes, threads of ours, open files, shared memory."""
+    gc.collect()
+    me = psutil.Process()
+    return {
+        "processes": len(me.children(recursive=True)),
+        "threads": sorted(thread.name for thread in threading.enumerate() if "fastflower" in thread.name),
+        "files": sorted(file.path for file in me.open_files()),
+        "shared": [line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm" in line],
+    }
+
+
+@pytest.mark.parametrize("executor", ["native", "dali", OPENCV])
+@pytest.mark.parametrize("end", ["whole", "break", "exception", "interrupt", "two at once"])
+def test_nothing_is_left_of_an_epoch(end: str, executor: Any, shards: Path) -> None:
+    before = left()
+    loader = Loader(shards, executor=executor, **OPTIONS)
+    if end == "two at once":
+        for _pair in zip(loader, loader, strict=False):
+            break
+    try:
+        for step, _batch in enumerate(loader):
+            if step == 2 and end == "break":
+                break
+            if step == 2 and end == "exception":
+                raise RuntimeError("of the consumer")
+            if step == 2 and end == "interrupt":
+                signal.raise_signal(signal.SIGINT)
+    except (RuntimeError, KeyboardInterrupt):
+        pass
+    assert {**left(), "files": before["files"]} == before
+    assert len(list(loader)) == len(loader), "and the next epoch is whole"
+    del loader  # which holds shards open
+    assert left() == before
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_loader_ends import AUGMENT, OPTIONS, Loader
+loader = Loader(Path(sys.argv[2]), **OPTIONS)
+while True:
+    for batch in loader:
+        print("fed", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_that_is_killed_ends_at_once_and_leaves_nothing(number: signal.Signals, shards: Path) -> None:
+    before = left()
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(shards)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "fed\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children == []
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode in (-number, 1)
+    assert left() == before
+
+
+def test_memory_is_used_again_when_a_batch_is_gone_not_before_and_giving_it_back_runs_no_python(shards: Path) -> None:
+    """Python swallows a KeyboardInterrupt that comes in a callback of a weak reference."""
+    batches = iter(Loader(shards, executor="opencv", workers=1, **OPTIONS))
+    kept = [next(batches) for _ in range(6)]
+    places = [batch.images.data_ptr() for batch in kept]
+    assert len(set(places)) == len(places)
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    del kept
+    sys.setprofile(None)
+    assert calls == []
+    assert {batch.images.data_ptr() for batch in batches} & set(places)
+
+
+def feed(loader: Loader, pipe: Any) -> None:
+    pipe.send([(batch.index.tolist(), batch.images.sum().item()) for batch in loader])
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_when_an_iterator_ends_the_system_knows_of_its_threads_no_more(shards: Path) -> None:
+    for _ in range(20):
+        iterator = iter(Loader(shards, **OPTIONS))
+        next(iterator)
+        ours = {thread.native_id for thread in threading.enumerate() if thread.name.startswith("fastflower")}
+        assert ours
+        iterator.close()  # pyright: ignore[reportAttributeAccessIssue]
+        assert not ours & {thread.id for thread in psutil.Process().threads()}
+
+
+@pytest.mark.usefixtures("nothing_to_collect")
+@pytest.mark.parametrize("executor", ["native", OPENCV])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_loader_works_in_another_process(method: str, executor: Any, shards: Path) -> None:
+    loader = Loader(shards, executor=executor, **OPTIONS)
+    next(iter(loader))  # its threads have worked here
+    loader.load_state_dict({**loader.state_dict(), "epoch": 1, "step": 3})
+    context: Any = multiprocessing.get_context(method)
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=feed, args=(loader, there))
+    process.start()
+    assert here.poll(60), "nothing came"
+    fed = here.recv()
+    process.join()
+    assert process.exitcode == 0
+    assert fed == [(batch.index.tolist(), batch.images.sum().item()) for batch in loader]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_pickled_loader_stands_where_it_stood(executor: Any, shards: Path) -> None:
+    loader = Loader(shards, executor=executor, seed=3, **OPTIONS)
+    loader.set_epoch(2)
+    for step, _batch in enumerate(loader):
+        if step == 1:
+            break
+    again = pickle.loads(pickle.dumps(loader))
+    assert again.state_dict() == loader.state_dict()
+    assert all(torch.equal(one.images, other.images) for one, other in zip(again, loader, strict=True))
+
+
+def test_a_pickled_loader_says_which_place_it_gives_up(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loader = Loader(shards, batch_size=16, device="cpu")
+    loader.load_state_dict({**loader.state_dict(), "step": 3})
+    pickle.loads(pickle.dumps(loader)).set_epoch(1)
+    assert caplog.messages == [
+        "set_epoch(1): begins at the start of that epoch; the loaded position, step 3 of epoch 0, is discarded"
+    ]
+
+
+def test_a_pickled_loader_keeps_its_rank(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it arrives, torch.distributed may not have been initialised."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_rank", lambda: 1)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 3)
+        loader = Loader(shards, **OPTIONS)
+    again = pickle.loads(pickle.dumps(loader))
+    assert (again.rank, again.world_size) == (loader.rank, loader.world_size) == (1, 3)
+
+
+def test_a_loader_runs_where_an_event_loop_runs(shards: Path) -> None:
+    """As in a notebook, whose cells run inside one."""
+
+    async def cell() -> int:
+        return sum(len(batch.labels) for batch in Loader(shards, **OPTIONS))
+
+    assert asyncio.run(cell()) == 120
+
+
+def test_the_state_needs_no_pickle_and_no_large_file(shards: Path) -> None:
+    loader = Loader(shards, **OPTIONS)
+    next(iter(loader))
+    assert len(repr(loader.state_dict())) < 300
+
+
+def test_making_a_loader_reads_no_image(shards: Path) -> None:
+    """So that the first batch comes at once, however large the data."""
+    start = psutil.Process().io_counters().read_chars
+    loader = Loader(shards, **OPTIONS)
+    index = (shards / "train.index.npy").stat().st_size
+    assert psutil.Process().io_counters().read_chars - start < index + 100_000
+    assert len(loader) == 15

@@ -1,0 +1,139 @@
+"""Epochs under torchrun: ranks that find their places by themselves, and a real all_reduce in every step."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from places import HELPERS
+from torchrun_epochs import STOP, Fed, fed, make
+
+from fastflower.draws.order import epoch_order
+
+PROGRAM = HELPERS / "torchrun_epochs.py"
+WORLD_SIZES = [2, 4]
+
+Reports = dict[int, list[dict[str, Any]]]
+"""What the processes wrote, by world size and rank."""
+
+
+def launched(world_size: int, *arguments: Path) -> None:
+    # One thread each, and names that need no network: torchrun would look up the machine's own name.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+    command = [sys.executable, *torchrun, "--nproc-per-node", str(world_size), PROGRAM, *arguments]
+    # The limit only ends a hang; a launch takes seconds.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def reports(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """Of one launch with four processes, and of one with two that also goes on where the four were stopped."""
+    out = tmp_path_factory.mktemp("reports")
+
+    def read(world_size: int) -> list[dict[str, Any]]:
+        return [json.loads((out / f"{rank}_of_{world_size}.json").read_text()) for rank in range(world_size)]
+
+    launched(4, shards, out)
+    four = read(4)
+    state = out / "state.json"
+    state.write_text(json.dumps(four[0]["state"]))
+    launched(2, shards, out, state)
+    return {4: four, 2: read(2)}
+
+
+@pytest.fixture(scope="module")
+def alone(shards: Path) -> dict[str, list[Fed]]:
+    """The same epochs in this process, which is the only rank."""
+    loaders = {tail: make(shards, "train", 1, tail=tail, rank=0, world_size=1) for tail in ("drop", "pad")}
+    found = {tail: [fed(loader) for _ in range(2)] for tail, loader in loaders.items()}
+    for number in range(2):
+        order = epoch_order(120, seed=0, epoch=number).tolist()
+        assert samples(found["drop"][number]) == order[:112]
+        assert samples(found["pad"][number]) == order + order[:20]
+    return found
+
+
+def joined(parts: Iterable[Fed]) -> Fed:
+    """The global batches of an epoch, from those of its ranks, which must have the same number of steps."""
+    steps = zip(*parts, strict=True)
+    return [(list(chain.from_iterable(index for index, _ in step)), sum(sum_ for _, sum_ in step)) for step in steps]
+
+
+def samples(epoch: Fed) -> list[int]:
+    return list(chain.from_iterable(index for index, _ in epoch))
+
+
+def epochs(ranks: list[dict[str, Any]], name: str) -> list[Fed]:
+    """The epochs over all ranks; every rank saw the sums of all in every step."""
+    found: list[Fed] = []
+    for parts in zip(*(rank[name] for rank in ranks), strict=True):
+        found.append(joined(fed_ for fed_, _ in parts))
+        for _, sums in parts:
+            assert sums == [sum(index) for index, _ in found[-1]]
+    return found
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("tail", ["drop", "pad"])
+def test_the_ranks_batches_are_together_those_of_one_process(
+    reports: Reports, alone: dict[str, list[Fed]], world_size: int, tail: str
+) -> None:
+    assert epochs(reports[world_size], tail) == alone[tail]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_dropped_tail_gives_no_sample_twice_and_whole_batches_on_every_rank(
+    reports: Reports, world_size: int
+) -> None:
+    for epoch in epochs(reports[world_size], "drop"):
+        assert len(epoch) == 4
+        assert len(set(samples(epoch))) == len(samples(epoch)) == 112
+    lengths = {len(index) for rank in reports[world_size] for part, _ in rank["drop"] for index, _ in part}
+    assert lengths == {28 // world_size}
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_padded_tail_gives_every_sample_and_whole_batches_on_every_rank(reports: Reports, world_size: int) -> None:
+    for epoch in epochs(reports[world_size], "pad"):
+        assert len(epoch) == 5
+        assert set(samples(epoch)) == set(range(120))
+    lengths = {len(index) for rank in reports[world_size] for part, _ in rank["pad"] for index, _ in part}
+    assert lengths == {28 // world_size}
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_the_ranks_validate_every_sample_once_and_never_an_empty_batch(reports: Reports, world_size: int) -> None:
+    parts: list[Fed] = [rank["val"] for rank in reports[world_size]]
+    assert sorted(chain.from_iterable(map(samples, parts))) == list(range(30))
+    assert all(index for part in parts for index, _ in part)
+    # Two samples are left for the second step: with four ranks, two have one step less.
+    assert [len(part) for part in parts] == {2: [2, 2], 4: [1, 2, 1, 2]}[world_size]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_break_on_all_ranks_is_followed_by_a_whole_new_epoch(
+    reports: Reports, alone: dict[str, list[Fed]], world_size: int
+) -> None:
+    begun, whole = epochs(reports[world_size], "broken")
+    assert begun == alone["drop"][0][:STOP]
+    assert whole == alone["drop"][1]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_every_rank_has_the_same_state(reports: Reports, world_size: int) -> None:
+    state, *others = (rank["state"] for rank in reports[world_size])
+    assert (state["epoch"], state["step"]) == (0, STOP)
+    assert others == [state] * (world_size - 1)
+
+
+def test_what_four_processes_began_two_go_on_with(reports: Reports, alone: dict[str, list[Fed]]) -> None:
+    rest, following = epochs(reports[2], "resumed")
+    assert rest == alone["drop"][0][STOP:]
+    assert following == alone["drop"][1]

@@ -1,0 +1,306 @@
+"""A pack that is killed, or that the disk or a second pack stops, goes on to the same bytes."""
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from errno import ENOSPC
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kill_packer import checksums
+from packs import BEFORE_MANIFEST, NINE, child, drawn, exactly, killed, nine, samples, uninterrupted
+from places import HELPERS
+
+from fastflower import pack
+from fastflower.errors import FolderError
+from fastflower.packing import worker
+
+PROGRAM = HELPERS / "kill_packer.py"
+OPTIONS = NINE
+GOES_ON = "The same command goes on where this one stopped."
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Nine images: two shards to train on and one to validate."""
+    return nine(tmp_path / "small")
+
+
+@pytest.fixture
+def expected(small: Path, tmp_path: Path) -> dict[str, str]:
+    """Of a pack that nobody interrupted."""
+    return uninterrupted(small, tmp_path / "expected")
+
+
+def kills(folder: Path, work: Path, *arguments: str | Path) -> int:
+    """How often tests/helpers/kill_packer.py killed a pack."""
+    work.mkdir()
+    command = [sys.executable, PROGRAM, folder, work, "--shard-bytes", "4000", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    found = re.fullmatch(
+        r"(\d+) kills in \d+ attempts, 13 files, all bytes as if nobody had interrupted\n", done.stdout
+    )
+    assert found
+    return int(found[1])
+
+
+def test_a_pack_that_is_killed_at_any_step_goes_on_to_the_same_bytes(small: Path, tmp_path: Path) -> None:
+    assert kills(small, tmp_path / "work") > 50
+
+
+def test_a_pack_that_is_killed_at_random_moments_goes_on_to_the_same_bytes(small: Path, tmp_path: Path) -> None:
+    assert kills(small, tmp_path / "work", "--random", "5") == 5
+
+
+@pytest.mark.soak
+def test_a_pack_that_is_killed_again_while_it_goes_on_still_goes_on(small: Path, tmp_path: Path) -> None:
+    """First just before the manifest is put in place, when all else is there, then at each step."""
+    killed(small, tmp_path / "begun", BEFORE_MANIFEST, **OPTIONS)
+    assert (tmp_path / "begun/val-000000.tar").exists()
+    assert kills(small, tmp_path / "work", "--begin", tmp_path / "begun") > 30
+
+
+def test_a_full_disk_is_explained_and_the_pack_goes_on_when_there_is_room(
+    small: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    """A limit on the size of files stands for the disk."""
+    program = (
+        "import resource, sys; from fastflower.cli import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); sys.exit(main(sys.argv[1:]))"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", program, "pack", small, "--out", out, "--shard-bytes", "4000", "--lists"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    text = f"{out}: cannot be written (File too large); make room, or name another folder with --out. {GOES_ON}"
+    assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (1, "", f"error: {text}")
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in out.iterdir()] == [".packing"]
+    assert not list(out.rglob("*.part"))
+    pack(small, out, **OPTIONS)
+    assert checksums(out) == expected
+
+
+def refusal(folder: Path, out: Path) -> str | None:
+    """What a pack says against it, if anything."""
+    try:
+        pack(folder, out, workers=1, **OPTIONS)
+    except FolderError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_an_error_at_any_renaming_leaves_what_the_same_call_goes_on_with(
+    small: Path, tmp_path: Path, expected: dict[str, str], for_good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full at one moment, or from one moment on, when nothing can be taken back either."""
+    replace = Path.replace
+    out, number, calls = tmp_path / "out", 0, 0
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # some 60 packs need not wait for the disk
+
+    def fail(self: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == number or (for_good and calls > number):
+            raise OSError(ENOSPC, os.strerror(ENOSPC))
+        return replace(self, target)
+
+    text = f"{out}: cannot be written (No space left on device); make room, or name another folder with --out."
+    while True:
+        number += 1
+        calls = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", fail)
+            said = refusal(small, out)
+        if said is None:
+            break
+        assert said == (text if number <= 2 else f"{text} {GOES_ON}")  # the first two are those of the plan
+        visible = {path.name for path in out.iterdir()} if out.exists() else set[str]()
+        assert "manifest.json" not in visible
+        assert for_good or visible <= {".packing", "meta"}
+        pack(small, out, **OPTIONS)
+        assert checksums(out) == expected
+        shutil.rmtree(out)
+    assert checksums(out) == expected
+    assert calls == number - 1 > 20
+
+
+@pytest.mark.parametrize("stop", ["'train-000001.' in paths[0]", "paths[1] == 'val-000000.tar'"])
+def test_ctrl_c_keeps_what_was_made(small: Path, tmp_path: Path, expected: dict[str, str], stop: str) -> None:
+    """While parts are made, and while they are put in place."""
+    out = tmp_path / "out"
+    process = child(small, out, stop, "os.kill(os.getpid(), signal.SIGINT)", **OPTIONS)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert errors.splitlines()[-1] == "KeyboardInterrupt"
+    assert (out / ".packing/plan.json").exists()
+    assert (out / "train-000001.tar").exists() == ("val" in stop)
+    assert not list(out.rglob("*.part"))
+    pack(small, out, **OPTIONS)
+    assert checksums(out) == expected
+
+
+@pytest.mark.parametrize("ends", ["goes on", "dies"])
+def test_of_two_packs_the_second_says_so_and_the_first_is_not_disturbed(
+    small: Path, tmp_path: Path, expected: dict[str, str], ends: str
+) -> None:
+    out = tmp_path / "out"
+    stop = "event == 'open' and 'train-000001' in paths[0] and '.part' in paths[0]"
+    first = child(small, out, stop, "print('here', flush=True); input()", **OPTIONS)
+    assert first.stdout
+    assert first.stdout.readline() == "here\n"
+    for _ in range(1000):  # until the other two parts are made
+        if len(list(out.glob(".packing/*.npz"))) == 2 and not list(out.glob(".packing/*.part")):
+            break
+        time.sleep(0.01)
+    before = checksums(out)
+    holder = rf"process {first.pid} on {re.escape(os.uname().nodename)}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+    remedy = r"wait for it, or name another folder with --out\."
+    with pytest.raises(
+        FolderError, match=rf"^{re.escape(str(out))}: another pack is writing here \({holder}\); {remedy}$"
+    ):
+        pack(small, out, **OPTIONS)
+    assert checksums(out) == before
+    if ends == "dies":
+        first.kill()
+    first.communicate("\n", timeout=30)
+    assert first.returncode == (0 if ends == "goes on" else -signal.SIGKILL)
+    if ends == "dies":
+        pack(small, out, **OPTIONS)
+    assert checksums(out) == expected
+
+
+class Dying(ProcessPoolExecutor):
+    """Its workers die at the second part."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.count = getattr(self, "count", 0) + 1
+        return super().submit(os._exit, 1) if self.count == 2 else super().submit(fn, *args, **kwargs)
+
+
+def test_a_worker_that_dies_is_explained_and_the_pack_goes_on(
+    small: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    out = tmp_path / "out"
+    reason = "A process in the process pool was terminated abruptly while the future was running or pending."
+    text = f"{out}: a worker died ({reason}); pack with fewer workers where memory ran out. {GOES_ON}"
+    with Dying(1, mp_context=get_context("spawn")) as executor, pytest.raises(FolderError, match=exactly(text)):
+        pack(small, out, executor=executor, **OPTIONS)
+    pack(small, out, **OPTIONS)
+    assert checksums(out) == expected
+
+
+@pytest.mark.parametrize("third", [False, True])
+def test_the_lock_of_a_workspace_that_was_just_removed_is_worth_nothing(
+    small: Path, tmp_path: Path, expected: dict[str, str], third: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another pack ends between the opening of the lock and its locking; a third may have begun by then."""
+    out, flock = tmp_path / "out", fcntl.flock
+    locked: list[int] = []
+
+    def late(handle: int, operation: int) -> None:
+        if operation == fcntl.LOCK_UN:
+            return flock(handle, operation)
+        if not locked:
+            shutil.rmtree(out / ".packing")
+            if third:
+                (out / ".packing").mkdir()
+                (out / ".packing/lock").touch()
+        locked.append(os.fstat(handle).st_ino)
+        return flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    pack(small, out, **OPTIONS)
+    assert len(locked) == 2
+    assert checksums(out) == expected
+
+
+class LikeDask(Executor):
+    """While its tasks run, in two threads, it calls them pending: they can be "cancelled", and run on."""
+
+    def __init__(self) -> None:
+        self.pool, self.running = ThreadPoolExecutor(2), 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            self.running += 1
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except FolderError as error:
+                future.set_exception(error)
+            finally:
+                self.running -= 1
+
+        self.pool.submit(run)
+        return future
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_when_an_error_arrives_all_others_have_stopped_and_soon(
+    tmp_path: Path, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would still write into the workspace."""
+    folder = drawn(tmp_path / "data", a=20, b=20)
+    options: dict[str, Any] = {"shard_bytes": 25_000, "on_bad": "fail", "val_fraction": 0, "workers": 2}
+    pack(folder, tmp_path / "expected", **options)
+    bad = folder / next(samples(tmp_path / "expected", "train")).path
+    bad.write_bytes(bytes(bad.stat().st_size))  # of the same size, so that it is the first in the first shard again
+    prepare, prepared = worker.prepare, list[bytes]()
+
+    def slowly(data: bytes, **options: Any) -> Any:
+        if data.strip(b"\0"):
+            prepared.append(data)
+            time.sleep(0.05)
+        return prepare(data, **options)
+
+    monkeypatch.setattr(worker, "prepare", slowly)
+    monkeypatch.setattr(worker, "_CHUNK_BYTES", 1 << 12)
+    executor = LikeDask()
+    text = f"{bad}: is no image; remove or replace it, or pack with --on-bad skip."
+    with pytest.raises(FolderError, match=exactly(text)):
+        pack(folder, tmp_path / "out", executor=executor if elsewhere else None, **options)
+    assert executor.running == 0
+    assert not (tmp_path / "out").exists()
+    assert len(prepared) < 15  # of twenty in the other shard
+    executor.pool.shutdown()
+
+
+def test_every_file_is_on_the_disk_before_it_gets_its_name(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut leaves cannot be tested here, but the order of calls can."""
+    steps: list[tuple[str, int | str]] = []
+    replace, fsync = Path.replace, os.fsync
+
+    def renamed(self: Path, target: Path) -> Path:
+        steps.append(("rename", self.stat().st_ino))
+        if target == tmp_path / "out/manifest.json":
+            steps.append(("manifest", ""))
+        return replace(self, target)
+
+    def synced(handle: int) -> None:
+        steps.append(("sync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    monkeypatch.setattr(Path, "replace", renamed)
+    monkeypatch.setattr(os, "fsync", synced)
+    pack(small, tmp_path / "out", **OPTIONS)
+    out = (tmp_path / "out").stat().st_ino
+    for place, (step, inode) in enumerate(steps):
+        assert step != "rename" or ("sync", inode) in steps[:place]
+    end = steps.index(("manifest", ""))
+    assert steps[end - 2] == ("sync", out)
+    assert steps[end + 1 :] == [("sync", out)]
+    for path in (tmp_path / "out").glob("*.*"):
+        assert ("sync", path.stat().st_ino) in steps

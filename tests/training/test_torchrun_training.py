@@ -1,0 +1,183 @@
+"""Training under torchrun: two ranks are one process, and a rank that is killed holds nothing up."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from places import HELPERS
+from torchrun_trainings import AVERAGED, WEIGHTS, recipes
+from training_runs import BEST, DIE, LAST, assert_same_run, flags, place, timeless, written_history
+
+from fastflower import Checkpoint, evaluate, train
+from fastflower.models.backbone import build
+
+pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+
+KILL = [DIE, "SIGKILL", "step", "8"]  # the second epoch's third step
+
+
+def launched(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    # One thread each, and names that need no network: torchrun would look up the machine's own name.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    # Else torch 2.15 gives restarted ranks the store of those before, where they may find addresses of processes that are gone.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, "--max-restarts", str(restarts), *arguments]
+    # The limit only ends a hang; a launch takes seconds.
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+
+
+def command(shards: Path, out: Path) -> list[str | Path]:
+    """The command line of a run whose averaged weights and batch norms' statistics must survive, too."""
+    options = ["--resume", "--save-steps", "2", "--device", "cpu", *flags(AVERAGED)]
+    return ["train", shards, "--out", out, *options]
+
+
+@pytest.fixture(scope="module")
+def launch(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Of torchrun_trainings.py: its folder, and what it said."""
+    out = tmp_path_factory.mktemp("ranks")
+    torch.save(build("resnet18", 5, weights=None).state_dict(), out / WEIGHTS)
+    return out, launched(HELPERS / "torchrun_trainings.py", shards, out).stderr
+
+
+def found(launch: tuple[Path, str], name: str) -> list[dict[str, Any]]:
+    """What a training came to on each rank."""
+    out, said = launch
+    paths = [out / f"{name} {rank}.json" for rank in range(2)]
+    assert all(path.exists() for path in paths), said
+    return [json.loads(path.read_text()) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def restarted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run of `fastflower train` on two ranks of which one was killed in the second epoch, and both were started again."""
+    out = tmp_path_factory.mktemp("restarted") / "run"
+    done = launched(*KILL, *command(shards, out), restarts=1)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+@pytest.mark.parametrize(("name", "updates"), [("frozen", 10), ("accumulated", 6), ("frozen soup", 10)])
+def test_two_ranks_train_as_one_process_does(
+    launch: tuple[Path, str], shards: Path, tmp_path: Path, name: str, updates: int
+) -> None:
+    """Where batch norms do not see a rank's part of a batch in place of the whole."""
+    alone = timeless(train(shards, recipes(launch[0])[name], out=tmp_path / "run", device="cpu").history)
+    for rank in found(launch, name):
+        assert (rank["steps"], rank["updates"]) == (10, updates)
+        for row, expected in zip(timeless(rank["history"]), alone, strict=True):
+            assert row == pytest.approx(expected, rel=1e-5)
+            for exact in ("epoch", "lr", "size", "train_accuracy", "val_accuracy"):
+                assert row[exact] == expected[exact]
+    one, other = (Checkpoint.load(folder / LAST).model for folder in (tmp_path / "run", launch[0] / name))
+    assert all(torch.allclose(one[key], other[key], rtol=1e-4, atol=1e-6) for key in one)
+
+
+@pytest.mark.parametrize("name", ["frozen", "accumulated", "frozen soup"])
+def test_the_ranks_agree_on_the_history(launch: tuple[Path, str], name: str) -> None:
+    first, second = (timeless(rank["history"]) for rank in found(launch, name))
+    assert first == second == timeless(written_history(launch[0] / name))
+
+
+@pytest.mark.parametrize("name", ["averaged", "soup"])
+def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
+    launch: tuple[Path, str], shards: Path, name: str
+) -> None:
+    """Also where each rank's batch norms have seen other images."""
+    out = launch[0] / name
+    best = Checkpoint.load(out / BEST)
+    row = written_history(out)[best.epoch - 1]
+    scores = evaluate(best, shards, device="cpu")
+    assert scores.accuracy == row["val_accuracy"]
+    assert scores.loss == pytest.approx(row["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("not divisible", "ArgumentError: batch_size 15 must be a multiple of the 2 ranks, which take equal parts."),
+        (
+            "synchronous",
+            "ArgumentError: sync_batchnorm: torch has SyncBatchNorm on CUDA only; leave it out on the CPU.",
+        ),
+        (
+            "apart",
+            f"CheckpointError: run/{LAST}: ranks found different ones; let out be a folder that all machines share.",
+        ),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused_by_each(launch: tuple[Path, str], name: str, message: str) -> None:
+    assert found(launch, name) == [{"error": message}] * 2
+    assert not (launch[0] / name).exists()
+
+
+def test_a_folder_that_another_run_holds_is_refused_by_all_ranks(launch: tuple[Path, str]) -> None:
+    out = launch[0] / "held"
+    (one,), (other,) = (entry.values() for entry in found(launch, "held"))
+    assert one == other
+    assert re.match(
+        rf"CheckpointError: {re.escape(str(out))}: another run trains here \(process \d+ on .*\); wait for it", one
+    )
+    assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+def test_one_rank_writes_and_speaks(
+    launch: tuple[Path, str], restarted: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    out, done = restarted
+    best, wrote = done.stdout.splitlines()
+    assert best.startswith("best: epoch ")
+    assert wrote == f"wrote {out / 'report.html'}"
+    assert [row["epoch"] for row in written_history(out)] == [1, 2]
+    assert len((out / "history.csv").read_text().splitlines()) == 3
+    assert done.stderr.count("epoch 1/2: train loss") == 1
+    assert {path.name for path in out.glob("*checkpoint*")} == {LAST, BEST}
+    assert len(list((launch[0] / "averaged" / "tensorboard").iterdir())) == 1
+
+
+def test_torchrun_starts_the_module_on_every_rank(shards: Path, tmp_path: Path) -> None:
+    done = launched("-m", "fastflower", *command(shards, tmp_path / "run"), "--batch-size", "15")
+    assert done.returncode != 0
+    message = "error: batch_size 15 must be a multiple of the 2 ranks, which take equal parts."
+    assert done.stderr.splitlines().count(message) == 2
+
+
+def test_a_rank_that_is_killed_ends_the_job_and_leaves_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = launched(DIE, "SIGKILL", "step", "4", *command(shards, out))
+    assert done.returncode != 0
+    assert "error: rank 0: another rank is gone" in done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert "wrote" not in done.stdout
+    assert place(out) == (0, 2)
+
+
+def test_a_rank_that_is_killed_is_started_again_and_the_run_equals_one_that_nobody_interrupted(
+    launch: tuple[Path, str], restarted: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    out, done = restarted
+    assert f"{out}: resumed in epoch 2 after 2 steps" in done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
+    assert done.stdout.count("wrote ") == 1
+    assert_same_run(out, launch[0] / "averaged")
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch: tuple[Path, str]) -> None:
+    out = launch[0] / "signalled"
+    said = f"{out}: stopped by SIGTERM in epoch 1, step 3, and saved; resume=True (--resume) goes on."
+    assert found(launch, "signalled") == [{"error": f"StoppedError: {said}"}] * 2
+    assert place(out) == (0, 3)
+
+
+def test_a_signal_to_one_rank_stops_the_validation_of_all(launch: tuple[Path, str]) -> None:
+    out = launch[0] / "validating"
+    said = f"{out}: stopped by SIGTERM in the validation of epoch 1, and saved; resume=True (--resume) goes on."
+    assert found(launch, "validating") == [{"error": f"StoppedError: {said}"}] * 2
+    assert place(out) == (0, 30)

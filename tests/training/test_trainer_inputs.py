@@ -1,0 +1,200 @@
+"""What users give and do that once cost a run: numpy's numbers, many classes, two runs at once, another validation split."""
+
+import os
+import runpy
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from packs import photo
+from PIL import Image
+from places import ROOT
+from training_runs import RECIPE
+
+from fastflower import Augment, Checkpoint, Recipe, distributed, evaluate, pack, train
+from fastflower.errors import ArgumentError, CheckpointError
+from fastflower.models.backbone import load_file
+from fastflower.models.metrics import score
+from fastflower.reporting import figures
+from fastflower.reporting.figures import png
+from fastflower.reporting.preview import preview
+from fastflower.training import diagnosis
+from fastflower.training.diagnosis import diagnose
+from fastflower.training.run import Run
+from fastflower.training.run_folder import run_folder
+
+pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+
+
+def test_a_recipe_of_numpys_numbers_lists_and_paths_is_the_plain_one(shards: Path, tmp_path: Path) -> None:
+    odd: dict[str, Any] = {"size": [32, np.int64(32)], "resize": np.int32(36), "crop": [0.5, np.float32(1.0)]}
+    augment = Augment(**odd, flip=np.float64(0.5))  # pyright: ignore[reportArgumentType]
+    given: dict[str, Any] = {"lr": np.float64(0.01), "batch_size": np.int64(24), "epochs": np.int8(1), "sizes": [32]}
+    recipe = replace(RECIPE, augment=augment, **given)
+    plain = replace(RECIPE, augment=replace(RECIPE.augment, size=(32, 32)), epochs=1, sizes=(32,))
+    assert recipe == plain
+    assert {type(getattr(recipe, name)) for name in ("batch_size", "epochs")} == {int}
+    assert type(recipe.augment.flip) is float
+    done = train(shards, recipe, out=tmp_path / "run", device="cpu")
+    assert Checkpoint.load(done.checkpoint).recipe == recipe
+    assert evaluate(done.checkpoint, shards, device="cpu").accuracy == done.history[-1]["val_accuracy"]
+    train(shards, plain, out=tmp_path / "run", resume=True, device="cpu")
+    again: Any = replace(plain, weights=tmp_path / "run" / "checkpoint-best.pt")
+    assert again.weights == str(done.checkpoint)
+    assert train(shards, again, out=tmp_path / "next", device="cpu").checkpoint.exists()
+
+
+def confusion(classes: list[str]) -> tuple[int, int]:
+    """(width, height) in pixels of the picture."""
+    count = len(classes)
+    outputs = np.log(np.full((count, count), 1 / count))
+    data = figures.confusion(score(tuple(classes), np.arange(count), outputs.astype(np.float32)))
+    return struct.unpack(">II", data[16:24])
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "png", png)
+
+
+@pytest.mark.usefixtures("pictures")
+def test_the_confusion_matrix_of_many_classes_is_a_picture_of_bounded_size() -> None:
+    assert confusion(["a", "b"]) == (583, 495)
+    assert max(confusion([f"class {number}" for number in range(300)])) <= 21 * 110
+
+
+@pytest.mark.usefixtures("pictures")
+def test_a_dollar_in_a_class_name_is_no_formula() -> None:
+    assert confusion([r"a$\frac$", "5$ to 10$"]) == (583, 495)
+
+
+def test_of_two_runs_that_began_together_the_second_does_not_overwrite_the_first(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    began = run_folder(None, RECIPE.backbone, resume=False)
+    first = train(shards, RECIPE, device="cpu")
+    assert first.folder == began
+    monkeypatch.setattr("fastflower.training.trainer.run_folder", lambda *_, **__: began)
+    before = first.checkpoint.read_bytes()
+    with pytest.raises(
+        CheckpointError, match=r"^runs/resnet18: another run took it meanwhile; start again, or name out\.$"
+    ):
+        train(shards, replace(RECIPE, seed=1), device="cpu")
+    assert first.checkpoint.read_bytes() == before
+
+
+def packed(root: Path, out: Path, **splits: int) -> Path:
+    """A pack of 24 training images, the same each time, and other splits of images that begin at a number."""
+    for split, first in {"train": 0, **splits}.items():
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(12):
+                photo(first + 100 * (name == "b") + number, 40).save(root / split / name / f"{number}.jpg")
+    pack(root, out)
+    return out
+
+
+def test_a_run_goes_on_with_its_own_validation_split_only(tmp_path: Path) -> None:
+    first = packed(tmp_path / "1", tmp_path / "first", val=1000)
+    same = packed(tmp_path / "2", tmp_path / "same", val=1000)
+    other = packed(tmp_path / "3", tmp_path / "other", val=2000)
+    none = packed(tmp_path / "4", tmp_path / "none", test=1000)
+    recipe = replace(RECIPE, batch_size=8)
+    train(first, recipe, out=tmp_path / "run", device="cpu")
+    train(none, recipe, out=tmp_path / "without", device="cpu")
+    message = r"checkpoint-last\.pt: was validated on another split 'val'; resume on the same shards\.$"
+    for shards, run in ((other, "run"), (none, "run"), (first, "without")):
+        with pytest.raises(CheckpointError, match=message):
+            train(shards, recipe, out=tmp_path / run, resume=True, device="cpu")
+    assert len(train(same, recipe, out=tmp_path / "run", resume=True, device="cpu").history) == recipe.epochs
+
+
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match=r": is a folder; name a file, such as a run's checkpoint-best\.pt\.$"):
+        load_file(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(CheckpointError, match=r"a\.pt: cannot be read \(Permission denied\); fix that"):
+        load_file(tmp_path / "a.pt")
+
+
+def test_ranks_take_the_gpus_of_their_numbers_and_not_all_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    message = r"^device must be cuda, of which each rank takes the GPU of its number, got 'cuda:0'\.$"
+    with pytest.raises(ArgumentError, match=message), distributed.process_group("cuda:0"):
+        pass
+
+
+def test_the_diagnosis_steps_with_the_convolutions_that_training_has(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[bool] = [False]
+    seen: list[bool] = []
+
+    @contextmanager
+    def fastest(_device: torch.device) -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    step = Run.step
+
+    def noted(self: Run, *batch: Any) -> Any:
+        seen.append(inside[0])
+        return step(self, *batch)
+
+    monkeypatch.setattr(diagnosis, "fastest_convolutions", fastest)
+    monkeypatch.setattr(Run, "step", noted)
+    diagnose(shards, RECIPE, seconds=0.05, device="cpu")
+    assert seen
+    assert all(seen)
+
+
+@pytest.mark.parametrize("out", [".", "file"])
+def test_the_demo_clears_no_folder_of_others(
+    tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shards that the user packed there, or photographs in a folder called flowers."""
+    (tmp_path / "flowers" / "rose").mkdir(parents=True)
+    (tmp_path / "flowers" / "rose" / "mine.jpg").touch()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", out])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools" / "demo.py"), run_name="__main__")
+    told = f"--out {out}: is or holds what no demo wrote; name another folder, or remove this one."
+    assert told in f"{end.value.code}{capsys.readouterr().err}"
+    assert (tmp_path / "flowers" / "rose" / "mine.jpg").exists()
+
+
+@pytest.mark.usefixtures("pictures")
+def test_names_that_are_no_utf8_are_drawn_and_reported(tmp_path: Path) -> None:
+    """Of a class and of files, as Linux and Python have them."""
+    folder = tmp_path / "data"
+    for name in (b"caf\xe9", b"tea"):
+        (folder / os.fsdecode(name)).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(
+                os.fsencode(folder) + b"/" + name + b"/\xe9%d.jpg" % number
+            )
+    pack(folder, tmp_path / "shards", val_fraction=0.5)
+    recipe = Recipe(weights=None, augment=Augment(size=32, resize=32), epochs=1, batch_size=2, lr=1e-6)
+    done = train(tmp_path / "shards", recipe, out=tmp_path / "run", device="cpu")
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert r"caf\udce9" in text
+    assert evaluate(done.checkpoint, tmp_path / "shards", device="cpu").classes == (os.fsdecode(b"caf\xe9"), "tea")
+    assert preview(tmp_path / "shards", recipe, photographs=4, draws=1, out=tmp_path / "p.png").exists()
+    assert "\udce9" not in figures.drawable(os.fsdecode(b"caf\xe9"))

@@ -1,0 +1,208 @@
+"""The shape of the library: what imports what, what importing costs, how long files are, what is documented."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+import fastflower
+
+PACKAGE = ROOT / "fastflower"
+FOLDERS = sorted(path for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)
+LIBRARY = sorted(path for path in PACKAGE.rglob("*.py") if path not in FOLDERS)
+PROGRAMS = [path for name in ("tools", "benchmarks", "tests") for path in sorted((ROOT / name).glob("**/*.py"))]
+
+# A file imports files above it only. Augment.from_torchvision imports torchvision_compat when it is called.
+LISTED = re.findall(r"^    ([\w/]+)\.py ", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+ORDER = [*(path.replace("/", ".") for path in LISTED), "__init__"]
+
+PUBLIC = {
+    "Augment", "Recipe", "pack", "train", "evaluate", "predict", "Loader", "Batch", "Manifest", "Checkpoint", "Report",
+    "FastflowerError",
+}  # fmt: skip
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of what a file imports, also inside functions; `from a import b` gives a.b, which may be a module."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def tops(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+def dotted(path: Path) -> str:
+    """A file of the library as an import names it, without "fastflower."."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def files_imported(path: Path) -> set[str]:
+    """The files of fastflower that a file imports, dotted; of a folder that is imported as such its name."""
+    found: set[str] = set()
+    for name in imports(path):
+        package, _, rest = name.partition(".")
+        if package == "fastflower":
+            parts = rest.split(".")
+            starts = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+            folder = "__init__" if len(parts) < 2 else starts[-2]
+            found.add(next((start for start in starts if start in ORDER), folder))
+    return found
+
+
+def test_the_order_names_every_file_once() -> None:
+    assert sorted(ORDER) == sorted(dotted(path) for path in LIBRARY)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_files_of_a_folder_stand_together(depth: int) -> None:
+    folders = [name for name, _ in groupby(".".join(name.split(".")[:-1][:depth]) for name in ORDER) if name]
+    inside = [name for name in folders if name.count(".") == depth - 1]
+    assert len(inside) == len(set(inside))
+
+
+@pytest.mark.parametrize("path", FOLDERS, ids=lambda path: path.parent.name)
+def test_a_folder_says_what_it_is_for_and_holds_nothing_else(path: Path) -> None:
+    (only,) = tree(path).body
+    assert isinstance(only, ast.Expr)
+    assert len((ast.get_docstring(tree(path)) or "").splitlines()) >= 3
+
+
+def test_every_folder_of_the_library_is_a_package() -> None:
+    """Or its files would escape the order: a folder without __init__.py imports as well."""
+    folders = {path.parent for path in LIBRARY} - {PACKAGE}
+    assert folders == {path.parent for path in FOLDERS}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=dotted)
+def test_a_file_imports_only_files_above_it(path: Path) -> None:
+    above = set(ORDER[: ORDER.index(dotted(path))])
+    assert files_imported(path) - above == set()
+
+
+def importers(name: str, found: Callable[[Path], set[str]]) -> list[str]:
+    return [dotted(path) for path in LIBRARY if name in found(path)]
+
+
+def test_only_one_file_imports_dali() -> None:
+    (dali,) = importers("nvidia", tops)
+    assert importers(dali, files_imported) == ["loading.backends.selection"]
+    assert dali == "loading.backends.dali"
+
+
+def test_only_one_file_imports_triton() -> None:
+    (kernels,) = importers("triton", tops)
+    assert importers(kernels, files_imported) == ["loading.backends.triton"]
+    assert kernels == "loading.backends.triton_kernels"
+
+
+def test_the_library_imports_no_program() -> None:
+    programs = {"benchmarks", "tools", "tests", *(path.stem for path in PROGRAMS)} - {"__init__"}
+    assert [path.name for path in LIBRARY if tops(path) & programs] == []
+
+
+def test_the_baseline_imports_nothing_of_the_library() -> None:
+    path = ROOT / "benchmarks" / "baseline.py"
+    names = tops(path)
+    assert "torchvision" in names
+    assert not names & {"fastflower", *(other.stem for other in PROGRAMS)}
+
+
+IMPORT = """
+import sys
+sockets = []
+sys.addaudithook(lambda event, args: sockets.append(event) if event.startswith(("socket.", "urllib.")) else None)
+import fastflower
+heavy = {"torch", "torchvision", "nvidia", "cv2", "numpy", "PIL", "matplotlib", "webdataset"} & set(sys.modules)
+assert not heavy, heavy
+assert not sockets, sockets
+import fastflower.packing.packer
+heavy = {"torch", "torchvision", "nvidia", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+assert not sockets, sockets
+"""
+
+
+def test_importing_is_light_silent_and_opens_no_socket() -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_public_surface_is_the_documented_one() -> None:
+    assert len(fastflower.__all__) == len(PUBLIC)
+    assert set(fastflower.__all__) == PUBLIC
+    assert dir(fastflower) == sorted(fastflower.__all__)
+    for name in fastflower.__all__:
+        assert getattr(fastflower, name).__name__ == name
+
+
+def test_type_checkers_see_the_same_surface() -> None:
+    (block,) = [node for node in tree(ROOT / "fastflower" / "__init__.py").body if isinstance(node, ast.If)]
+    seen = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    home = {name: f"{getattr(fastflower, name).__module__}.{name}" for name in fastflower.__all__}
+    assert seen == home
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'fastflower' has no attribute 'load'$"):
+        fastflower.load  # noqa: B018  (looking the name up is what raises)
+
+
+def test_public_callables_have_at_most_16_parameters() -> None:
+    counts = {
+        name: len(inspect.signature(getattr(fastflower, name)).parameters)
+        for name in fastflower.__all__
+        if not is_dataclass(getattr(fastflower, name)) and name != "FastflowerError"
+    }
+    assert {"pack", "train", "evaluate", "predict", "Loader"} <= set(counts)
+    assert {name: count for name, count in counts.items() if count > 16} == {}
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in [*LIBRARY, *PROGRAMS]}
+    assert {str(path): length for path, length in lengths.items() if length > 400} == {}
+
+
+def test_only_the_command_line_prints() -> None:
+    def prints(path: Path) -> bool:
+        calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+        return any(isinstance(function, ast.Name) and function.id == "print" for function in calls)
+
+    assert [dotted(path) for path in LIBRARY if prints(path)] == ["cli"]
+
+
+def public(nodes: list[ast.stmt]) -> list[ast.FunctionDef | ast.ClassDef]:
+    """Public classes and functions; a property's name may say all."""
+    found = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    properties = [node for node in found for mark in node.decorator_list if ast.unparse(mark) == "property"]
+    return [node for node in found if not node.name.startswith("_") and node not in properties]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=dotted)
+def test_public_functions_classes_and_methods_are_documented(path: Path) -> None:
+    module = tree(path)
+    assert ast.get_docstring(module)
+    found = public(module.body)
+    found += [node for owner in found if isinstance(owner, ast.ClassDef) for node in public(owner.body)]
+    assert [node.name for node in found if not ast.get_docstring(node)] == []

@@ -1,0 +1,384 @@
+"""The command line: flags made from signatures, errors on stderr with a status, no traceback."""
+
+import inspect
+import math
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from places import ROOT
+from torchvision.models import resnet18
+
+from fastflower import Augment, Checkpoint, Manifest, Recipe, evaluate, pack, predict, train
+from fastflower.cli import main
+from fastflower.recipes.presets import PRESETS
+from fastflower.reporting.preview import preview
+from fastflower.shards.verification import verify
+from fastflower.training.diagnosis import diagnose
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "pack": pack, "verify": verify, "doctor": diagnose, "preview": preview, "train": train, "evaluate": evaluate,
+    "predict": predict,
+}  # fmt: skip
+CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """A pack that waits ten seconds for a scheduler where there is none, meanwhile."""
+    out = tmp_path_factory.mktemp("waiting") / "out"
+    scheduler = [sys.executable, "-m", "fastflower", "pack", out, "--out", out, "--dask", "tcp://127.0.0.1:9"]
+    with subprocess.Popen(scheduler, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that has learnt nothing, for small images."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("run") / "checkpoint-best.pt"
+    Checkpoint(
+        recipe=Recipe(weights=None, augment=Augment(size=32, resize=36)),
+        classes=CLASSES,
+        model=resnet18(weights=None, num_classes=5).state_dict(),
+        epoch=1,
+    ).save(path)
+    return path
+
+
+def command(*args: object) -> subprocess.CompletedProcess[str]:
+    return python("-m", "fastflower", *args)
+
+
+def python(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, check=False)
+
+
+def error(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """The error of a run that fails with an explanation: all that it prints."""
+    assert main([*map(str, args)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    return line.removeprefix("error: ")
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Two classes of ten photographs, two the same, and two files that are none."""
+    for label, name in enumerate(("a", "b")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(10):
+            levels = np.random.default_rng(10 * label + number % 9).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(levels).save(tmp_path / f"data/{name}/{number}.jpg")
+    (tmp_path / "data/a/text.jpg").write_text("no picture")
+    (tmp_path / "data/b/notes.txt").write_text("no picture's name")
+    return tmp_path / "data"
+
+
+def test_pack_prints_counts_and_skipped(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["pack", str(mixed), "--out", str(out), "--val-fraction", "0.3", "--seed", "3"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 14 images in 1 shards",
+        "val: 6 images in 1 shards",
+        "skipped a/text.jpg: is no image",
+        "skipped b/notes.txt: is not named as an image",
+        "identical: a/0.jpg, a/9.jpg",
+        "identical: b/0.jpg, b/9.jpg",
+        f"wrote {out}",
+    ]
+    assert Manifest.load(out).options["seed"] == 3
+
+
+def test_the_program_packs_as_the_function_does(mixed: Path, tmp_path: Path) -> None:
+    (mixed / "b/0.jpg").write_bytes((mixed / "a/0.jpg").read_bytes())
+    done = command("pack", mixed, "--out", tmp_path / "by tool", "--on-conflict", "keep", "--max-side", "8")
+    pack(mixed, tmp_path / "by function", on_conflict="keep", max_side=8)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr  # that files are left out
+    assert "\nthe same picture under two labels: a/0.jpg, a/9.jpg, b/0.jpg\nwrote " in done.stdout
+    for path in (tmp_path / "by function").iterdir():
+        assert (tmp_path / "by tool" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_names_that_a_terminal_would_not_show_are_printed(mixed: Path, tmp_path: Path) -> None:
+    for name in (b"caf\xe9 \xc3\xb6.jpg", b"new\nline.jpg", b"\x1b[2J.jpg"):
+        (mixed / "a" / name.decode("utf-8", "surrogateescape")).write_text("no picture")
+    done = command("pack", mixed, "--out", tmp_path / "out")
+    assert done.returncode == 0
+    for name in ("caf\\udce9 ö", "new\\nline", "\\x1b[2J"):
+        assert f"skipped a/{name}.jpg: is no image" in done.stdout.splitlines()
+
+
+def test_only_the_first_of_many_are_listed(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(20):
+        (mixed / f"a/text {number:02d}.jpg").write_text(f"no picture {number}")
+    assert main(["pack", str(mixed), "--out", str(tmp_path / "out"), "--val-fraction", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["train: 20 images in 1 shards", "val: 0 images in 0 shards"]
+    listed = [f"skipped a/text {number:02d}.jpg: is no image" for number in range(20)]
+    assert lines[2:24] == [*listed, "skipped 2 more, in manifest.json", "identical: a/0.jpg, a/9.jpg"]
+
+
+def test_images_that_look_alike_across_the_split_are_listed(
+    flowers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    for split in ("train", "val"):
+        for name in ("rose", "tulip"):
+            (data / split / name).mkdir(parents=True)
+            shutil.copy(flowers / name / f"000{(split, name) == ('val', 'tulip'):d}.jpg", data / split / name)
+    with Image.open(flowers / "rose/0000.jpg") as image:
+        image.save(data / "val/rose/0000.jpg", quality=60)
+    assert main(["pack", str(data), "--out", str(out), "--split-by", "folder", "--lists"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 2 images in 1 shards",
+        "val: 2 images in 1 shards",
+        "looks alike: val/rose/0000.jpg in val, train/rose/0000.jpg in train",
+        "1 images outside train look like one in train, so accuracy on them says little",
+        f"wrote {out}",
+    ]
+    assert (out / "meta/train.txt").read_text() == "train/rose/0000.jpg 0\ntrain/tulip/0000.jpg 1\n"
+    assert main(["pack", str(data), "--out", str(tmp_path / "random"), "--split-by", "random"]) == 0
+    assert Manifest.load(tmp_path / "random").options["split_by"] == "random"
+
+
+def test_verify_says_that_all_is_well(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(shards)]) == 0
+    assert capsys.readouterr() == (f"{shards}: every image decodes; tars, indexes and manifest agree\n", "")
+    text = f"{tmp_path}: has no shards; name a folder that pack wrote."
+    assert error(capsys, "verify", tmp_path) == text
+
+
+def test_verify_names_what_is_wrong_and_repairs_it(shards: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    names: list[str] = []
+    for name, count in (("train.index.npy", "1 problem"), ("_info.json", "2 problems")):
+        (copy / name).unlink()
+        names.append(name)
+        done = command("verify", copy)
+        assert (done.returncode, done.stderr) == (1, f"error: {copy}: {count}, named above.\n")
+        assert done.stdout == "".join(f"{copy / name}: is missing; rebuild it with --repair.\n" for name in names)
+    done = command("verify", copy, "--repair")
+    assert (done.returncode, done.stderr) == (0, "".join(f"rebuilt {copy / name}\n" for name in names))
+    assert done.stdout == f"{copy}: every image decodes; tars, indexes and manifest agree\n"
+
+
+ON_DASK = """
+import sys
+from distributed import LocalCluster
+from fastflower.cli import main
+with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
+    sys.exit(main([*sys.argv[1:], "--dask", cluster.scheduler_address]) or "make_part" not in cluster.scheduler.task_prefixes)
+"""
+
+
+def test_a_pack_on_dask_has_the_bytes_of_any_other(flowers: Path, shards: Path, tmp_path: Path) -> None:
+    done = python("-c", ON_DASK, "pack", flowers, "--out", tmp_path / "out", "--shard-bytes", 1 << 20)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == "train: 120 images in 6 shards"
+    for path in shards.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_dask_that_is_not_installed_is_explained(mixed: Path, tmp_path: Path) -> None:
+    program = "import sys; sys.modules['distributed'] = None; from fastflower.cli import main; sys.exit(main())"
+    done = python("-c", program, "pack", mixed, "--out", tmp_path / "out", "--dask", "tcp://127.0.0.1:9")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: --dask needs the package distributed: pip install 'fastflower[dask]'.\n"
+
+
+def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rule = "val_fraction must be 0 or more and less than 1, got 1.5."
+    assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--val-fraction", "1.5") == rule
+    missing = f"{tmp_path / 'no'}: does not exist; name a folder that holds one folder of images for each class."
+    assert error(capsys, "pack", tmp_path / "no", "--out", tmp_path / "out") == missing
+    bad = f"{mixed / 'a/text.jpg'}: is no image; remove or replace it, or pack with --on-bad skip."
+    assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--on-bad", "fail") == bad
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("args", [[], ["fly"], ["--versions"], ["Pack"]])
+def test_an_unknown_verb_is_wrong_usage_and_names_the_verbs(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(args) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    told, usage = printed.err.split("usage: fastflower VERB")
+    assert told == (f"there is no verb {args[0]!r}\n" if args else "")
+    assert [line.split()[0] for line in usage.splitlines()[1:]] == list(VERBS)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_without_a_verb_names_the_verbs(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([flag]) == 0
+    out, err = capsys.readouterr()
+    assert (err, [line.split()[0] for line in out.splitlines()[1:]]) == ("", list(VERBS))
+
+
+@pytest.mark.parametrize("args", [*(f"{verb} x y --no-such-flag 1" for verb in VERBS), "pack x --seed many"])
+def test_an_unknown_flag_or_value_is_wrong_usage_and_is_named(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(args.split())
+    assert args.split()[-2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_missing_argument_is_wrong_usage_and_is_named(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first = next(iter(inspect.signature(VERBS[verb]).parameters))
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main([verb])
+    assert first.upper() in capsys.readouterr().err
+
+
+def flags_of(verb: str) -> tuple[set[str], set[str]]:
+    """(flags, positional arguments) that the signature asks for."""
+    flags: set[str] = set()
+    required: set[str] = set()
+    for name, parameter in inspect.signature(VERBS[verb]).parameters.items():
+        if parameter.default is parameter.empty:
+            required.add(name.upper())
+        elif name == "recipe":
+            flags |= {field.name for field in fields(Recipe)} - {"augment"}
+            flags |= {f"augment.{field.name}" for field in fields(Augment)}
+        else:
+            flags.add(name)
+    if verb == "pack":  # an executor is an object, which no command line can name
+        flags = flags - {"executor"} | {"dask"}
+    return {f"--{name.replace('_', '-')}" for name in flags}, required
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_each_parameter_of_the_signature(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags, required = flags_of(verb)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    shown = set(re.findall(r"--[a-z][\w.-]*", text))
+    assert flags <= shown
+    # The second of a pair such as --resume, --no-resume; --recipe, which picks a preset; --help itself.
+    pairs = {re.sub(r"^--(.*\.)?", r"--\1no-", flag) for flag in flags}
+    assert shown - flags - pairs - {"--help"} == ({"--recipe"} if verb in ("doctor", "preview", "train") else set())
+    assert all(re.search(rf"^\W*{name}\b", text, re.MULTILINE) for name in required)
+
+
+def test_pack_is_a_program_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tools/pack.py", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(ROOT / "tools" / "pack.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("usage: fastflower pack ")
+
+
+@pytest.mark.parametrize("verb", ["pack", "verify"])
+def test_help_of_a_verb_that_needs_no_torch_imports_none(verb: str) -> None:
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['fastflower', {verb!r}, '--help']\n"
+        "try:\n    runpy.run_module('fastflower', run_name='__main__')\n"
+        "except SystemExit as end:\n    status = end.code\n"
+        "print('status', status, 'heavy', sorted({'torch', 'torchvision', 'nvidia', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    done = python("-c", program)
+    assert done.stdout.splitlines()[-1] == "status 0 heavy []"
+
+
+@pytest.mark.parametrize("args", ["--recipe best", "--recipe=best", "--lr 0.1 --recipe best", "--recipe"])
+def test_an_unknown_recipe_names_those_there_are(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"--recipe must be one of {', '.join(PRESETS)}, got {'best' * args.count('best')!r}."
+    for verb in ("doctor", "train"):
+        assert error(capsys, verb, "shards", *args.split()) == text
+        misspelt = text.split(", got ")[0] + ", got 'fine-tune'. Did you mean finetune?"
+        assert error(capsys, verb, "shards", "--recipe", "fine-tune") == misspelt
+
+
+@pytest.mark.parametrize(("name", "style"), [*((name, "{} {}") for name in PRESETS), ("finetune", "{}={}")])
+def test_a_recipe_sets_the_defaults_that_help_shows(name: str, style: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["train", *style.format("--recipe", name).split(), "--help"])
+    text = re.sub(r"[^\w.:()-]+", " ", capsys.readouterr().out)  # without frames and line breaks
+    recipe = PRESETS[name]()
+    for flag in ("epochs", "lr", "batch_size", "schedule", "label_smoothing"):
+        found = re.search(rf"--{flag.replace('_', '-')} .*?\(default: (.*?)\)", text)
+        assert found is not None
+        assert found[1] == str(getattr(recipe, flag))
+
+
+def test_train_on_a_folder_that_is_no_pack_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    text = error(capsys, "train", tmp_path, "--weights", "None", "--device", "cpu", "--out", out)
+    assert text.startswith(f"{tmp_path}: has no manifest.json, so it is no finished pack; name a folder")
+    assert not out.exists()
+
+
+def test_evaluate_scores_every_image_of_the_split(
+    checkpoint: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(checkpoint), str(shards), "--device", "cpu"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    scores = evaluate(checkpoint, shards, device="cpu")
+    assert first.startswith(f"30 images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, macro-F1 ")
+    precisions = ["undefined" if math.isnan(value) else f"{value:.1%}" for value in scores.precision]
+    assert "undefined" in precisions  # of a class that it never names
+    rows = zip(CLASSES, precisions, scores.recall, strict=True)
+    assert rest == [f"  {name}: precision {precision}, recall {recall:.1%}" for name, precision, recall in rows]
+
+
+def test_evaluate_refuses_what_is_no_checkpoint_and_no_split(
+    checkpoint: Path, flowers: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = next(flowers.glob("rose/*.jpg"))
+    pattern = rf"{re.escape(str(photo))}: is not a file that torch\.save wrote, is cut short, .*; pass another file\."
+    assert re.fullmatch(pattern, error(capsys, "evaluate", photo, shards))
+    missing = tmp_path / "no.pt"
+    assert error(capsys, "evaluate", missing, shards) == f"{missing}: does not exist; check the path."
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "state.pt")
+    text = f"{tmp_path / 'state.pt'}: is not a fastflower checkpoint; pass a checkpoint-best.pt that train wrote."
+    assert error(capsys, "evaluate", tmp_path / "state.pt", shards) == text
+    text = f"{shards}: has no samples in split 'test'; it has train, val."
+    assert error(capsys, "evaluate", checkpoint, shards, "--split", "test") == text
+
+
+def test_predict_prints_a_line_an_image(checkpoint: Path, flowers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = [flowers / "tulip" / "0003.jpg", flowers / "rose" / "0001.jpg"]
+    assert main(["predict", str(checkpoint), *map(str, photos), "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = predict(checkpoint, photos, device="cpu")
+    assert lines == [f"{item.path}: {item.class_name} ({item.probability:.1%})" for item in found]
+    assert [item.path for item in found] == photos
+    assert {item.class_name for item in found} <= set(CLASSES)
+
+
+def test_predict_names_the_file_that_is_no_image_or_missing(
+    checkpoint: Path, flowers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, text, gone, empty = flowers / "rose/0001.jpg", tmp_path / "text.jpg", tmp_path / "no.jpg", tmp_path / "empty"
+    text.write_text("no picture")
+    empty.mkdir()
+    reason, remedy = "is no image", "name image files or folders of them"
+    assert error(capsys, "predict", checkpoint, good, text).startswith(f"{text}: {reason}; {remedy}, or pass")
+    assert error(capsys, "predict", checkpoint, gone).startswith(f"{gone}: No such file or directory; {remedy}")
+    assert error(capsys, "predict", checkpoint, empty).startswith(f"{empty}: holds no images (")
+    assert error(capsys, "predict", checkpoint) == "IMAGES must name at least one image file or folder, got none."
+
+
+def test_a_scheduler_that_does_not_answer_is_explained(waiting: subprocess.Popen[str], mixed: Path) -> None:
+    printed = {"tcp://127.0.0.1:9": waiting.communicate(timeout=15)}
+    done = command("pack", mixed, "--dask", "scheduler")
+    assert (waiting.returncode, done.returncode) == (1, 1)
+    for address, (out, err) in {**printed, "scheduler": (done.stdout, done.stderr)}.items():
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith(f"error: --dask {address}: no scheduler answers there (")
+        assert err.endswith("); name one as tcp://HOST:PORT.\n")

@@ -1,0 +1,61 @@
+"""Every command and every block of Python in README.md runs."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+from fastflower.cli import main
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_of_the_readme_runs(flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [text for language, text in BLOCKS if language == "python"]
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(flowers)
+    Path("photo.jpg").symlink_to(next(flowers.glob("rose/*.jpg")))
+    # The readme's run takes minutes; one epoch of small images takes the same path.
+    small = "size=48, resize=54, "
+    for text in blocks:
+        shortened = text.replace("Augment(", f"Augment({small}").replace("epochs=10", "epochs=1")
+        assert shortened != text or "Augment(" not in text
+        exec(compile(shortened, "README.md", "exec"), {"__name__": "readme"})
+
+
+COMMANDS = [
+    line.partition("#")[0]
+    for language, text in BLOCKS
+    if language == "sh"
+    for line in text.splitlines()
+    if line.strip()
+]
+
+
+def assert_flags_exist(line: str, said: str) -> None:
+    flags = re.findall(r"--[a-z][a-z.-]*", line)
+    assert all(flag in said or flag == "--recipe" for flag in flags), line
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "fastflower " in line])
+def test_each_verb_of_the_readme_has_the_flags_that_it_names(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([line.partition("fastflower ")[2].split()[0], "--help"])
+    assert_flags_exist(line, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if ".py" in line])
+def test_each_program_of_the_readme_has_the_flags_that_it_names(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (program,) = [word for word in line.split() if word.endswith(".py")]
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    monkeypatch.syspath_prepend((ROOT / program).parent)  # where a program finds its neighbours
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    assert_flags_exist(line, capsys.readouterr().out)
