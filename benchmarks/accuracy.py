@@ -12,11 +12,9 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import baseline
-import epoch_time
-import record
 import torch
 import tyro
+from common import baseline, images, record
 from scipy.stats import t as student
 from torchvision import models, transforms
 
@@ -41,7 +39,7 @@ def run(side: str, data: Path, work: Path, size: int, epochs: int, seed: int, de
         manifest = pack(data, shards, val_fraction=0.4, seed=seed)
         torch.manual_seed(seed)
         torch.save(models.resnet18(num_classes=len(manifest.classes)).state_dict(), start)
-        epoch_time.split_folders(data, shards, folder)
+        images.split_folders(data, shards, folder)
     chosen, recipe = resolve_device(device), recipe_of(size, epochs, seed, start)
     if side == "fastflower":
         report = train(shards, recipe, out=work / f"run-{seed}", resume=True, device=chosen)

@@ -6,76 +6,17 @@ loaders, starting workers, and on fastflower's cached side decoding, fall into t
 recorded too.
 """
 
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import baseline
-import numpy as np
-import record
 import torch
 import tyro
+from common import baseline, record
+from common.epochs import plain_feeding, training, waited
+from common.images import photographs
 
-from fastflower import Augment, Loader, Manifest, Recipe, pack
+from fastflower import Augment, Loader, Recipe
 from fastflower.devices import resolve_device
-from fastflower.packing.folder import scan
-from fastflower.recipes.presets import report_a
-from fastflower.training.run import Run
-
-
-@contextmanager
-def photographs(data: Path | None, max_images: int | None, val_fraction: float = 0.0) -> Iterator[tuple[Path, Path]]:
-    """(class folders, or train/CLASS and val/CLASS, the same packed); without data they are drawn."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = data or Path(scratch, "drawn")
-        if data is None:
-            subprocess.run([sys.executable, record.ROOT / "tools" / "draw_flowers.py", folder], check=True)
-        if max_images is not None:
-            folder = some(folder, Path(scratch, "some"), max_images)
-        shards = Path(scratch, "shards")
-        pack(folder, shards, val_fraction=val_fraction)
-        yield split_folders(folder, shards, Path(scratch, "splits")) if val_fraction else folder, shards
-
-
-def split_folders(data: Path, shards: Path, into: Path) -> Path:
-    """Links SPLIT/CLASS/... to the photographs of each split, for ImageFolder."""
-    part = into.with_name(f"{into.name}.part")  # a part of the photographs must not be taken for all
-    shutil.rmtree(part, ignore_errors=True)
-    for split in Manifest.load(str(shards)).splits:
-        loader = Loader(shards, split, batch_size=1, device="cpu", cache=None)
-        for index in range(loader.num_samples):
-            place = part / split / loader.path_of(index)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to((data / loader.path_of(index)).resolve())
-    return part.rename(into)
-
-
-def some(folder: Path, into: Path, count: int) -> Path:
-    """Links to at most `count` photographs, evenly spread over the classes."""
-    found = scan(folder)
-    numbers = np.linspace(0, len(found), min(count, len(found)), endpoint=False).astype(int)
-    for number in numbers:
-        path = found.path(number)
-        (into / path).parent.mkdir(parents=True, exist_ok=True)
-        (into / path).symlink_to((folder / path).resolve())
-    return into
-
-
-def plain_feeding(folder: Path, size: int, batch_size: int, device: torch.device) -> record.Side:
-    """The baseline of loading alone, float32 batches on the device."""
-    plain = baseline.loader(folder, baseline.augmentation(size), batch_size=batch_size, pin=device.type == "cuda")
-
-    def run() -> int:
-        return sum(
-            len(labels.to(device)) for images, labels in plain if images.to(device, non_blocking=True) is not None
-        )
-
-    return record.Side("ImageFolder + DataLoader", run)
 
 
 def feeding(folder: Path, shards: Path, augment: Augment, batch_size: int, device: torch.device) -> list[record.Side]:
@@ -91,42 +32,6 @@ def feeding(folder: Path, shards: Path, augment: Augment, batch_size: int, devic
         record.Side("fastflower, decoding every epoch", lambda: run_with(decoding)),
         record.Side("fastflower, decoded once (the default)", lambda: run_with(cached)),
     ]
-
-
-def training(
-    folder: Path, shards: Path, augment: Augment, batch_size: int, device: torch.device
-) -> tuple[list[record.Side], Run]:
-    """Loading, a ResNet-18 training step and a validation, report A's recipe; fastflower's side also as what it is made of."""
-    size, pin = augment.output_size[0], device.type == "cuda"
-    plain = baseline.loader(folder / "train", baseline.augmentation(size), batch_size=batch_size, pin=pin)
-    view = baseline.validation(folder / "val", size, pin=pin)
-    recipe = replace(report_a(), weights=None, augment=augment, batch_size=batch_size, epochs=10**6)
-    ours = Run(shards, recipe, shards, device)
-    slow = baseline.Trainer(len(ours.classes), device, None)
-    fast = baseline.Trainer(len(ours.classes), device, ours.precision)
-    precision = str(ours.precision).removeprefix("torch.")
-
-    def run_plain(trainer: baseline.Trainer) -> int:
-        images = trainer.epoch(plain)
-        baseline.accuracy(trainer.model, view, device, trainer.dtype)
-        return images
-
-    def run_fastflower() -> int:
-        ours.history.append(ours.epoch(len(ours.history))[0])
-        return len(ours.loader) * batch_size
-
-    sides = [
-        record.Side("ImageFolder loop, float32, NCHW", lambda: run_plain(slow)),
-        record.Side(f"ImageFolder loop, {precision}, channels-last", lambda: run_plain(fast)),
-        record.Side(f"fastflower, {precision}, channels-last", run_fastflower),
-    ]
-    return sides, ours
-
-
-def waited(run: Run, rounds: int) -> float:
-    """The share of the counted epochs, validation included, in which training waited for data."""
-    rows = run.history[-rounds:]
-    return sum(row["wait_seconds"] for row in rows) / sum(row["train_seconds"] + row["val_seconds"] for row in rows)
 
 
 def main(

@@ -18,11 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import baseline
-import epoch_time
-import record
 import torch
 import tyro
+from common import baseline, images, record
 from torchvision import transforms
 
 from fastflower import pack, train
@@ -40,7 +38,7 @@ def prepare(data: Path, work: Path, seed: int) -> tuple[Path, Path]:
     if not folder.exists():
         shutil.rmtree(shards, ignore_errors=True)
         pack(data, shards, seed=seed)
-        epoch_time.split_folders(data, shards, folder)
+        images.split_folders(data, shards, folder)
     return shards, folder
 
 

@@ -18,11 +18,10 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import epoch_time
 import gpu_unpack
-import record
 import torch
 import tyro
+from common import images, record
 
 MIB = 1 << 20
 _OURS = (gpu_unpack.SUMS, "unpack.py")
@@ -76,8 +75,7 @@ def bundle(
         shutil.copy(record.ROOT / "pyproject.toml", stage)
         _install(stage / "site", [*_PACKAGES, *([_DALI] if dali else [])], python)
         if data is None:
-            data = Path(scratch, "drawn")
-            subprocess.run([sys.executable, record.ROOT / "tools" / "draw_flowers.py", data], check=True)
+            data = images.drawn(Path(scratch, "drawn"))
         _images(data, stage / "data", Path(scratch, "some"), images_mib * MIB)
         if weights:
             _weights(weights, stage / "weights.pth")
@@ -120,7 +118,7 @@ def _images(data: Path, into: Path, links: Path, limit: int) -> None:
     """As many as the limit allows, evenly spread over the classes."""
     count = found = sum(path.is_file() for path in data.glob("*/*"))
     while count:
-        chosen = epoch_time.some(data, links / str(count), count)
+        chosen = images.some(data, links / str(count), count)
         size = sum(path.stat().st_size for path in chosen.glob("*/*"))
         if size <= limit:
             shutil.copytree(chosen, into)

@@ -16,15 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import gpu_dali
-import gpu_feeding
-import gpu_part
-import gpu_smoke
-import gpu_training
-import record
 import torch
 import tyro
-from gpu_part import Part, Place
+from common import gpu_dali, gpu_feeding, gpu_part, gpu_smoke, gpu_training, record
+from common.gpu_part import Part, Place
+from common.images import drawn
 
 PARTS: dict[str, Callable[..., object]] = {
     "facts": gpu_smoke.facts,
@@ -191,9 +187,7 @@ def main(
     slots = {name: slot for name, slot in slots.items() if not parts or name in parts}
     with tempfile.TemporaryDirectory() as folder:
         room = Path(folder)
-        images = data.resolve() if data else room / "drawn"
-        if data is None:
-            subprocess.run([sys.executable, record.ROOT / "tools" / "draw_flowers.py", images], check=True)
+        images = data.resolve() if data else drawn(room / "drawn")
         Place(images, room).prepare(*((20, 20) if device == "cpu" else ()))
         print(f"prepared: {time.perf_counter() - begun:.0f} s", flush=True)
 

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import baseline
-import record
 import torch
 import tyro
-from epoch_time import photographs
+from common import baseline, record
+from common.images import photographs
 
 from fastflower import Augment, Loader
 

@@ -19,14 +19,12 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Literal
 
-import baseline
-import peers
 import psutil
-import record
 import torch
 import tyro
-from epoch_time import some
-from pack_speed import installed, silent
+from common import baseline, peers, record
+from common.images import drawn, some
+from common.record import installed, silent
 
 from fastflower import Augment, Loader, pack
 from fastflower.packing.folder import scan
@@ -53,7 +51,7 @@ def floor(renderer: str, *, decoded: bool) -> Callable[[peers.Job], Epoch]:
     """Bare threads; see floor.py."""
 
     def way(job: peers.Job) -> Epoch:
-        import floor
+        from common import floor
 
         augment = Augment.from_torchvision(baseline.augmentation())
         loader = Loader(job.shards, batch_size=job.batch_size, augment=augment, device="cpu", cache=None)
@@ -248,9 +246,7 @@ def main(
         return serve(way, peers.Job(data, shards, scratch))
     with tempfile.TemporaryDirectory() as temporary:
         room = Path(temporary)
-        folder = data.resolve() if data else room / "drawn"
-        if data is None:
-            subprocess.run([sys.executable, record.ROOT / "tools" / "draw_flowers.py", folder], check=True)
+        folder = data.resolve() if data else drawn(room / "drawn")
         tasks: list[tuple[str, Path, list[str]]] = [
             (f"{len(scan(folder))} photographs as they are", folder, list(WAYS))
         ]

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 import tyro
-from record import ROOT, write
+from common.record import ROOT, write
 
 CLASSES = 10
 CHILD = """

@@ -7,18 +7,16 @@ each run what others wrote is on the disk. litdata starts its worker processes i
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import tyro
-from record import ROOT, Side, interleave, ratio, table, write
+from common.images import drawn
+from common.record import ROOT, Side, installed, interleave, ratio, silent, table, write
 
 from fastflower import pack
 from fastflower.machine import cores
@@ -90,22 +88,6 @@ def mds(samples: list[tuple[Path, int]], out: Path, through: Callable[[bytes], b
     return len(samples)
 
 
-class silent:
-    """Sends what a library and its processes print to /dev/null."""
-
-    def __enter__(self) -> None:
-        self._kept = [os.dup(1), os.dup(2)]
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for number in (1, 2):
-            os.dup2(nowhere, number)
-        os.close(nowhere)
-
-    def __exit__(self, *_: object) -> None:
-        for number, kept in zip((1, 2), self._kept, strict=True):
-            os.dup2(kept, number)
-            os.close(kept)
-
-
 def main(data: Path | None = None, rounds: int = 5, out: Path = ROOT / "benchmarks" / "results") -> None:
     """Time packing against the floor and against other packers, interleaved.
 
@@ -116,9 +98,7 @@ def main(data: Path | None = None, rounds: int = 5, out: Path = ROOT / "benchmar
     """
     threads = cores()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = data or Path(scratch, "drawn")
-        if data is None:
-            subprocess.run([sys.executable, ROOT / "tools" / "draw_flowers.py", folder], check=True)
+        folder = data or drawn(Path(scratch, "drawn"))
         found = scan(folder)
         samples = [(folder / found.path(n), int(found.files["label"][n])) for n in range(len(found))]
         files = [path for path, _ in samples]
@@ -172,13 +152,6 @@ def has(module: str | None) -> bool:
         return True
     print(f"{module} is not installed and is left out: pip install '.[bench]'", file=sys.stderr)
     return False
-
-
-def installed(*names: str) -> Iterator[tuple[str, str]]:
-    """(name, version) of those distributions that are installed."""
-    for name in names:
-        with suppress(PackageNotFoundError):
-            yield name, version(name)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Decodes a folder of images in one DALI graph, and says how it went; a throwaway process of gpu_dali.py's, since it may crash.
 
-python benchmarks/dali_probe.py FOLDER PIXELS --device gpu [--torchvision] [--fancy] [--load L] [--region]
+python benchmarks/common/dali_probe.py FOLDER PIXELS --device gpu [--torchvision] [--fancy] [--load L] [--region]
 
 Writes the middle quarter of each image, (N, H, W, 3) uint8, to PIXELS (.npy), and prints one line of JSON: images a second,
 and the libnvjpeg that is mapped. It imports torchvision only when told to: what is loaded first decides on the nvJPEG.

@@ -12,16 +12,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import dali_probe
-import gpu_feeding
-import gpu_part
-import gpu_smoke
 import numpy as np
-import record
 import torch
-from gpu_feeding import Way
-from gpu_part import SMALL, Part, Place, verdict
 
+from common import dali_probe, gpu_feeding, gpu_part, gpu_smoke, record
+from common.gpu_feeding import Way
+from common.gpu_part import SMALL, Part, Place, verdict
 from fastflower import Augment, Loader
 from fastflower.recipes.presets import report_a
 from fastflower.shards.image import decode

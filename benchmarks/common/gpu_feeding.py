@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import epoch_time
-import record
 import torch
-from gpu_part import MAGNIFIED, Part, Place, check_recorded, verdict
 
+from common import epochs, record
+from common.gpu_part import MAGNIFIED, Part, Place, check_recorded, verdict
 from fastflower import Augment, Loader
 from fastflower.devices import fastest_convolutions
 from fastflower.draws import geometry
@@ -81,7 +80,7 @@ def feeding(
 
 
 def _feeding(part: Part, place: Place, batch_size: int, rounds: int, augment: Augment, chosen: list[Way]) -> None:
-    first = epoch_time.plain_feeding(place.many, augment.output_size[0], batch_size, part.device)
+    first = epochs.plain_feeding(place.many, augment.output_size[0], batch_size, part.device)
     common = {"batch_size": batch_size, "augment": augment, "device": part.device}
     sides = [first, *(side_of(way, place.all, common) for way in chosen)]
 

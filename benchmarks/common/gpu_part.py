@@ -11,10 +11,9 @@ from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
-import epoch_time
-import record
 import torch
 
+from common import images, record
 from fastflower import Augment, pack
 from fastflower.packing.folder import scan
 from fastflower.training.cuda_graphs import graphs_of
@@ -63,14 +62,14 @@ class Place:
         pack(repeated(self.data, self.many, feeding), self.all, val_fraction=0)
         report = repeated(self.data, self.scratch / "report", training)
         pack(report, self.split)
-        epoch_time.split_folders(report, self.split, self.folders)
+        images.split_folders(report, self.split, self.folders)
 
 
 def repeated(folder: Path, into: Path, count: int) -> Path:
     """Links to `count` images, evenly from all classes; each comes again under another name where there are too few."""
     found = scan(folder)
     if count <= len(found):
-        return epoch_time.some(folder, into, count)
+        return images.some(folder, into, count)
     for number in range(count):
         path = Path(found.path(number % len(found)))
         link = into / path.with_name(f"{number // len(found)}-{path.name}")

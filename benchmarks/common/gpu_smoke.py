@@ -13,11 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gpu_feeding
-import record
 import torch
-from gpu_part import MAGNIFIED, SMALL, Part, Place, check_recorded
 
+from common import gpu_feeding, record
+from common.gpu_part import MAGNIFIED, SMALL, Part, Place, check_recorded
 from fastflower import Augment, Loader
 from fastflower.loading.backends.native import available
 from fastflower.machine import cores

@@ -16,13 +16,12 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import baseline
-import epoch_time
-import record
 import torch
-from gpu_part import SMALL, Part, Place, check_recorded, verdict
-from gpu_smoke import surroundings
 
+from common import baseline, record
+from common.epochs import training, waited
+from common.gpu_part import SMALL, Part, Place, check_recorded, verdict
+from common.gpu_smoke import surroundings
 from fastflower import Augment, Loader, Recipe, pack, train
 from fastflower.devices import fastest_convolutions
 from fastflower.loading.batch import Batch
@@ -200,7 +199,7 @@ def epochs(
 
 
 def _epochs(part: Part, place: Place, augment: Augment, batch_size: int, rounds: int) -> None:
-    sides, run = epoch_time.training(place.folders, place.split, augment, batch_size, part.device)
+    sides, run = training(place.folders, place.split, augment, batch_size, part.device)
 
     def tell(left: list[record.Side]) -> None:
         what = f"batch {batch_size}"
@@ -208,7 +207,7 @@ def _epochs(part: Part, place: Place, augment: Augment, batch_size: int, rounds:
         for side in left:
             part.row(f"{what}: {side.name}", record.rate(side, sides[0]))
         if sides[-1] in left:
-            found["waited"] = epoch_time.waited(run, len(sides[-1].seconds))
+            found["waited"] = waited(run, len(sides[-1].seconds))
             part.row(f"{what}: waited for data", f"{found['waited']:.1%} of the time")
         part.found[f"batch_{batch_size}"] = found
 

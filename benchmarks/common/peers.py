@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import baseline
 import numpy as np
 import torch
 
+from common import baseline
 from fastflower.machine import cores
 
 WORKERS = cores()

@@ -1,4 +1,4 @@
-"""Interleaved timing, the table it prints and the JSON it leaves: see README.md beside this file for the rules."""
+"""Interleaved timing, the table it prints and the JSON it leaves: see benchmarks/README.md for the rules."""
 
 import json
 import os
@@ -7,11 +7,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from fastflower.devices import environment
 from fastflower.machine import version_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -221,3 +222,26 @@ def _commit() -> str:
 
 
 COMMIT = _commit()  # when the program started, not when it ended
+
+
+def installed(*names: str) -> Iterator[tuple[str, str]]:
+    """(name, version) of those distributions that are installed."""
+    for name in names:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
+
+
+class silent:
+    """Sends what a library and its processes print to /dev/null."""
+
+    def __enter__(self) -> None:
+        self._kept = [os.dup(1), os.dup(2)]
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+
+    def __exit__(self, *_: object) -> None:
+        for number, kept in zip((1, 2), self._kept, strict=True):
+            os.dup2(kept, number)
+            os.close(kept)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import floor
 import parity
 import pytest
+from common import floor
 
 from fastflower import Augment, Loader
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import gpu_bundle
 import gpu_unpack
 import pytest
-import record
 import torch
+from common import record
 from places import ROOT
 
 

@@ -7,14 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import epoch_time
 import gpu_check
-import gpu_part
-import gpu_smoke
 import pytest
-import record
 import torch
-from gpu_part import Part, Place
+from common import gpu_part, gpu_smoke, images, record
+from common.gpu_part import Part, Place
 from gpu_trial import CPU, MARKS, make_part, make_place, row_of
 
 pytestmark = MARKS
@@ -66,7 +63,7 @@ def test_rows_are_on_the_disk_after_each_round(part: Part) -> None:
 
 
 def test_images_come_again_where_there_are_too_few(flowers: Path, tmp_path: Path) -> None:
-    few = epoch_time.some(flowers, tmp_path / "few", 20)
+    few = images.some(flowers, tmp_path / "few", 20)
     found = sorted(gpu_part.repeated(few, tmp_path / "more", 50).glob("*/*"))
     assert len(found) == 50
     assert len({path.resolve() for path in found}) == 20

@@ -4,16 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import baseline
-import gpu_dali
-import gpu_feeding
-import gpu_part
-import gpu_smoke
-import gpu_training
 import pytest
-import record
 import torch
-from gpu_part import Part, Place
+from common import baseline, gpu_dali, gpu_feeding, gpu_part, gpu_smoke, gpu_training, record
+from common.gpu_part import Part, Place
 from gpu_trial import CPU, MARKS, check_side, left, make_part, make_place, row_of, run
 from torchvision import models
 

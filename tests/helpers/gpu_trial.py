@@ -6,11 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import epoch_time
 import gpu_check
 import pytest
 import torch
-from gpu_part import Part, Place
+from common import images
+from common.gpu_part import Part, Place
 from torchvision import models
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ MARKS = [
 
 def make_place(flowers: Path, folder: Path) -> Place:
     """20 photographs: all to train on, and split."""
-    few = epoch_time.some(flowers, folder / "few", 20)
+    few = images.some(flowers, folder / "few", 20)
     weights = folder / "weights.pth"
     torch.save({name: value.half() for name, value in models.resnet18().state_dict().items()}, weights)
     place = Place(few, folder, weights)

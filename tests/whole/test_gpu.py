@@ -9,7 +9,7 @@ import numpy as np
 import parity
 import pytest
 import torch
-from gpu_smoke import RANDOM
+from common.gpu_smoke import RANDOM
 from packs import pack_garbage
 
 from fastflower import Augment, Loader, Recipe, evaluate, train

@@ -1,0 +1,57 @@
+"""The images that benchmarks run on: a folder that is given, or drawn flowers; all of them or some, split as a pack is."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from common import record
+from fastflower import Loader, Manifest, pack
+from fastflower.packing.folder import scan
+
+
+def drawn(into: Path) -> Path:
+    """Flowers that the project draws, in class folders."""
+    subprocess.run([sys.executable, record.ROOT / "tools" / "draw_flowers.py", into], check=True)
+    return into
+
+
+@contextmanager
+def photographs(data: Path | None, max_images: int | None, val_fraction: float = 0.0) -> Iterator[tuple[Path, Path]]:
+    """(class folders, or train/CLASS and val/CLASS, the same packed); without data they are drawn."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = data or drawn(Path(scratch, "drawn"))
+        if max_images is not None:
+            folder = some(folder, Path(scratch, "some"), max_images)
+        shards = Path(scratch, "shards")
+        pack(folder, shards, val_fraction=val_fraction)
+        yield split_folders(folder, shards, Path(scratch, "splits")) if val_fraction else folder, shards
+
+
+def split_folders(data: Path, shards: Path, into: Path) -> Path:
+    """Links SPLIT/CLASS/... to the photographs of each split, for ImageFolder."""
+    part = into.with_name(f"{into.name}.part")  # a part of the photographs must not be taken for all
+    shutil.rmtree(part, ignore_errors=True)
+    for split in Manifest.load(str(shards)).splits:
+        loader = Loader(shards, split, batch_size=1, device="cpu", cache=None)
+        for index in range(loader.num_samples):
+            place = part / split / loader.path_of(index)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to((data / loader.path_of(index)).resolve())
+    return part.rename(into)
+
+
+def some(folder: Path, into: Path, count: int) -> Path:
+    """Links to at most `count` photographs, evenly spread over the classes."""
+    found = scan(folder)
+    numbers = np.linspace(0, len(found), min(count, len(found)), endpoint=False).astype(int)
+    for number in numbers:
+        path = found.path(number)
+        (into / path).parent.mkdir(parents=True, exist_ok=True)
+        (into / path).symlink_to((folder / path).resolve())
+    return into
