@@ -113,7 +113,7 @@ def test_clipping_limits_the_update(
     shards: Path, batch: tuple[torch.Tensor, torch.Tensor], precision: Literal["float32", "float16"]
 ) -> None:
     """Also where the loss is scaled: it is the gradients without the scale that are clipped."""
-    images, labels = batch[0].to(getattr(torch, precision)), batch[1]
+    images, labels = batch[0][:4].to(getattr(torch, precision)), batch[1][:4]
     common: dict[str, Any] = {"lr": 1.0, "momentum": 0.0, "precision": precision}
     free, clipped = run(shards, **common), run(shards, **common, clip_norm=1e-3)
     lengths: list[float] = []
