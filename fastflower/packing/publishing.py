@@ -16,11 +16,15 @@ from fastflower.shards.manifest import FILE, INFO, Manifest, shard_name
 from fastflower.shards.writer import index_rows, npy, split_of
 
 
-def _kept(plan: Plan, work: Path) -> dict[str, list[tuple[str, Part]]]:
+def _made(plan: Plan, work: Path) -> list[Part]:
+    """The record of each of the plan's parts. Raises OSError for one that is missing or damaged."""
+    return [Part.load(work / f"{place.name}.npz") for place in plan.parts]
+
+
+def _kept(plan: Plan, made: list[Part]) -> dict[str, list[tuple[str, Part]]]:
     """By split, (name in the workspace, part) of the parts with images, which alone get a number: DALI reads no empty shard."""
     kept: dict[str, list[tuple[str, Part]]] = {split: [] for split in plan.splits}
-    for split, name, *_ in plan.parts:
-        part = Part.load(work / f"{name}.npz")
+    for (split, name, *_), part in zip(plan.parts, made, strict=True):
         if part.shard.samples:
             shard = replace(part.shard, name=f"{shard_name(split, len(kept[split]))}.tar")
             kept[split].append((name, replace(part, shard=shard)))
@@ -40,7 +44,7 @@ def _moves(kept: dict[str, list[tuple[str, Part]]], work: Path) -> list[tuple[Pa
 def withdraw(plan: Plan, work: Path) -> None:
     """Take back what a pack that was killed while it published had in place already."""
     try:
-        moves = _moves(_kept(plan, work), work)
+        moves = _moves(_kept(plan, _made(plan, work)), work)
     except OSError:  # a record is missing: nothing is in place yet; or it is damaged: what is gone is made again
         return
     for source, target in moves:
@@ -50,9 +54,10 @@ def withdraw(plan: Plan, work: Path) -> None:
 
 def publish(plan: Plan, work: Path) -> Manifest:
     """Finish every file in the workspace, then rename them into place, the manifest last; all of them or none."""
-    kept, out = _kept(plan, work), work.parent
+    made, out = _made(plan, work), work.parent
+    kept = _kept(plan, made)
     parts = {split: [part for _, part in group] for split, group in kept.items()}
-    manifest = _described(plan, out, parts, [Part.load(work / f"{part.name}.npz") for part in plan.parts])
+    manifest = _described(plan, out, parts, made)
     moves = _moves(kept, work)
     for name, data in _files(plan, manifest, parts):
         (work / name).parent.mkdir(exist_ok=True)
