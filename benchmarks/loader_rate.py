@@ -34,13 +34,13 @@ Epoch = Callable[[], int]
 Kind = Literal["warm-up", "memory", "counted"]
 
 
-def ours(executor: Literal["native", "opencv"], cache: Literal["auto"] | None) -> Callable[[peers.Job], Epoch]:
+def ours(backend: Literal["native", "opencv"], cache: Literal["auto"] | None) -> Callable[[peers.Job], Epoch]:
     """fastflower's loader; from RAM the first round, which is not counted, decodes."""
 
     def way(job: peers.Job) -> Epoch:
         augment = Augment.from_torchvision(baseline.augmentation())
         loader = Loader(
-            job.shards, batch_size=job.batch_size, augment=augment, device="cpu", executor=executor, cache=cache
+            job.shards, batch_size=job.batch_size, augment=augment, device="cpu", backend=backend, cache=cache
         )
         return lambda: sum(len(batch.labels) for batch in loader)
 

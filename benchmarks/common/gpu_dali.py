@@ -129,7 +129,7 @@ def _batches(part: Part, place: Place, load: float, busy: bool, batches: int, ba
             augment=Augment(),
             dtype=torch.uint8,
             device=part.device,
-            executor="dali",
+            backend="dali",
             cache=None,
         )
         while len(found) < batches:
@@ -184,8 +184,8 @@ def _feeding(
         names = {"OpenCV on threads, bfloat16": ("opencv", torch.bfloat16)}
         names |= {f"DALI, {name}": ("dali", dtype) for name, dtype in gpu_feeding.DTYPES.items()}
         sides = [
-            gpu_feeding.side_of(Way(name, {"executor": executor, "dtype": dtype, "cache": None}), place.all, common)
-            for name, (executor, dtype) in names.items()
+            gpu_feeding.side_of(Way(name, {"backend": backend, "dtype": dtype, "cache": None}), place.all, common)
+            for name, (backend, dtype) in names.items()
         ]
         what = f"engine {load:.0%}, batch {batch_size}"
 
@@ -215,12 +215,12 @@ def kept(
     """Rendering alone: batches whose decoded images lie on the device, again and again, until the last one is made; by Triton's
     kernels, and by DALI's graph without its decoder.
     """
-    from fastflower.loading.backends.dali import DaliExecutor, Pipeline, fn, pipeline_def, rendered, types
+    from fastflower.loading.backends.dali import DaliBackend, Pipeline, fn, pipeline_def, rendered, types
 
     view, cuda = augment or report_a().augment, part.device.type == "cuda"
     options: dict[str, Any] = {"batch_size": batch_size, "augment": view, "dtype": torch.float16, "device": part.device}
-    loader = Loader(place.split, executor="triton", **options)
-    triton: Any = loader._executor
+    loader = Loader(place.split, backend="triton", **options)
+    triton: Any = loader._backend
     requests = list(loader._requests(0, 0))[:batches]
     images: dict[int, Any] = {}
     for index in np.concatenate([request.indices for request in requests]).tolist():
@@ -235,7 +235,7 @@ def kept(
         )
         return rendered(decoded, view, torch.float16, cuda)
 
-    class Kept(DaliExecutor):
+    class Kept(DaliBackend):
         """Takes decoded images."""
 
         def _build(self) -> Pipeline:
@@ -248,8 +248,8 @@ def kept(
 
     dali = Kept(view, torch.float16, bytes, bytes, device=part.device, batch_size=batch_size, workers=4)
 
-    def run(executor: Any) -> int:
-        return sum(len(made) for _, made in executor.run(iter(requests)))
+    def run(backend: Any) -> int:
+        return sum(len(made) for _, made in backend.run(iter(requests)))
 
     sides = [record.Side("DALI", partial(run, dali)), record.Side("Triton", partial(run, triton))]
 

@@ -22,7 +22,7 @@ from fastflower.training.run import Run
 FROM_CACHE = 350_000  # images/s, the goal
 TIMES_IMAGE_FOLDER = 10  # from the cache, the goal
 KERNEL_SHARE = 0.03  # of a ResNet-18 step, the goal
-SHAPES = ((256, 4), (512, 4), (1024, 8), (512, 8))  # pixels a program, warps; the last is what the executor uses
+SHAPES = ((256, 4), (512, 4), (1024, 8), (512, 8))  # pixels a program, warps; the last is what the backend uses
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 STORED = {**DTYPES, "uint8": torch.uint8}
 _ALL = 64 << 30  # bytes that a cache may keep: the way has its name by that
@@ -43,21 +43,19 @@ def ways(fast: int = 20) -> list[Way]:
     """All that need no DALI; Triton's last, since what goes wrong in a kernel of one's own ends all that comes after it."""
     half = torch.bfloat16
     found = [
-        Way(f"threads, {name}, decoding, bfloat16", {"executor": executor, "dtype": half, "cache": None})
-        for name, executor in (("native", "native"), ("OpenCV", "opencv"))
+        Way(f"threads, {name}, decoding, bfloat16", {"backend": backend, "dtype": half, "cache": None})
+        for name, backend in (("native", "native"), ("OpenCV", "opencv"))
     ]
     found.append(
         Way(
             "threads, native, from RAM, bfloat16",
-            {"executor": "native", "dtype": half, "cache": _ALL},
+            {"backend": "native", "dtype": half, "cache": _ALL},
             max(1, fast // 4),
         )
     )
-    found.append(Way("Triton, threads decode, bfloat16", {"executor": "triton", "dtype": half, "cache": None}))
+    found.append(Way("Triton, threads decode, bfloat16", {"backend": "triton", "dtype": half, "cache": None}))
     for name, dtype in DTYPES.items():
-        found.append(
-            Way(f"Triton, from the cache, {name}", {"executor": "triton", "dtype": dtype, "cache": _ALL}, fast)
-        )
+        found.append(Way(f"Triton, from the cache, {name}", {"backend": "triton", "dtype": dtype, "cache": _ALL}, fast))
     return found
 
 
@@ -174,26 +172,26 @@ def _augmenting(
     steps: dict[int, float],
 ) -> None:
     step = steps.get(batch_size)
-    options = {"augment": augment, "dtype": DTYPES[name], "device": part.device, "executor": "triton"}
+    options = {"augment": augment, "dtype": DTYPES[name], "device": part.device, "backend": "triton"}
     loader = Loader(shards, batch_size=batch_size, **options)
-    executor: Any = loader._executor
+    backend: Any = loader._backend
     requests = list(loader._requests(0, 0))
-    for _ in executor.run(requests):  # decodes them, and keeps them
+    for _ in backend.run(requests):  # decodes them, and keeps them
         pass
-    tables = [_tables(executor, request) for request in requests]
+    tables = [_tables(backend, request) for request in requests]
     label = f"batch {batch_size}, {name}"
     shape_of_images = (batch_size, *augment.output_size, 3)
     outs = [torch.empty(shape_of_images, dtype=DTYPES[name], device=part.device) for _ in range(4)]
 
     def launch(block: int, warps: int) -> None:
         for number in range(launches):
-            executor._render(tables[number % len(tables)], outs[number % len(outs)], block, warps)
+            backend._render(tables[number % len(tables)], outs[number % len(outs)], block, warps)
 
     found: dict[str, Any] = {}
     for shape in shapes:
         work = partial(launch, *shape)
         work()  # compiles
-        times = [device_seconds(work, part.device, executor._stream) / launches for _ in range(rounds)]
+        times = [device_seconds(work, part.device, backend._stream) / launches for _ in range(rounds)]
         share = statistics.median(times) / step if step else None
         part.found[f"batch_{batch_size}_{name}"] = {"device_seconds": found, "step_seconds": step}
         found["{} pixels, {} warps".format(*shape)] = {**record.spread(times), "share_of_step": share, "raw": times}
@@ -210,7 +208,7 @@ def _augmenting(
         host["draw"].append((time.perf_counter() - start) / len(drawn))
         start = time.perf_counter()
         for request in requests:
-            _tables(executor, request)
+            _tables(backend, request)
         host["tables"].append((time.perf_counter() - start) / len(requests))
     both: list[float] = [sum(pair) for pair in zip(*host.values(), strict=True)]
     part.row(f"{label}: on the host, draws and tables", milliseconds(both))
@@ -218,14 +216,14 @@ def _augmenting(
     part.found[f"batch_{batch_size}_{name}"]["host_seconds"] = times
 
 
-def _tables(executor: Any, request: Any) -> torch.Tensor:
+def _tables(backend: Any, request: Any) -> torch.Tensor:
     """The tables of a batch all of whose images are kept."""
     how = geometry.resampling(request.warp)
-    missing = executor._photos.missing(request.indices, how.reduce)
+    missing = backend._photos.missing(request.indices, how.reduce)
     if len(missing):
         raise RuntimeError(f"{len(missing)} images of a batch were not kept")
-    address, width, _ = executor._photos.places(request.indices, how.reduce, missing, [], None)
-    return executor._tables(request, how, address, width)
+    address, width, _ = backend._photos.places(request.indices, how.reduce, missing, [], None)
+    return backend._tables(request, how, address, width)
 
 
 def device_seconds(work: Callable[[], object], device: torch.device, stream: Any = None) -> float:

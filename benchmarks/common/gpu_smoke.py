@@ -32,7 +32,7 @@ def facts(part: Part, _: Place, *, copied: int = 4 << 30) -> None:
     """Seconds between two events of the GPU, of one copy or product each, after one uncounted; n such times."""
     part.found["nvjpeg"] = mapped("nvjpeg")
     part.row("libnvjpeg mapped after torchvision", ", ".join(part.found["nvjpeg"]) or "none")
-    part.row("native kernel", "there" if available() else "not there: the native executor cannot be timed")
+    part.row("native kernel", "there" if available() else "not there: the native backend cannot be timed")
     where = record.hardware(part.device)
     part.row("processor", f"{where['processor']}, {cores()} of {where['cores']} cores")
     shared = os.statvfs("/dev/shm")  # of DataLoader's workers: the baseline's batches of 256 take 5 GB there
@@ -95,9 +95,9 @@ def smoke(
 def _same_images(part: Part, place: Place, name: str, count: int, augment: Augment | None) -> None:
     dtype = gpu_feeding.STORED[name]
     options: dict[str, Any] = {"batch_size": count, "augment": augment or RANDOM, "dtype": dtype}
-    ours = next(iter(Loader(place.all, executor="triton", device=part.device, **options)))
+    ours = next(iter(Loader(place.all, backend="triton", device=part.device, **options)))
     # Where the processor lacks AVX2, or kernel.so was not brought, OpenCV stands in.
-    theirs = next(iter(Loader(place.all, executor="native" if available() else "opencv", device="cpu", **options)))
+    theirs = next(iter(Loader(place.all, backend="native" if available() else "opencv", device="cpu", **options)))
     if ours.index.tolist() != theirs.index.tolist():
         raise RuntimeError(f"{name}: the two loaders fed other samples")
     scale = 1.0 if dtype == torch.uint8 else 255 * 0.225

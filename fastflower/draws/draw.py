@@ -60,7 +60,7 @@ class Draw:
         return matrix
 
     def warp(self, sizes_N2: ArrayLike, fill: str) -> geometry.Warp:
-        """The geometry as an executor needs it, for photographs of `sizes`, (N, 2) height and width."""
+        """The geometry as a backend needs it, for photographs of `sizes`, (N, 2) height and width."""
         sizes = np.asarray(sizes_N2, np.float64).reshape(-1, 2)
         photo = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
         visible = photo if fill == "photo" else geometry.intersect(photo, self.roi)

@@ -108,7 +108,7 @@ def grow(quad_N42: Floats, distance: float) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Warp:
-    """What an executor needs to resample N photographs: numbers only."""
+    """What a backend needs to resample N photographs: numbers only."""
 
     matrix: Floats
     """(N, 2, 3) destination to `region`."""

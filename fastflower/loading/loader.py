@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from fastflower.errors import ArgumentError, ShardError, require
 from fastflower.loading.backends.selection import Name, choose, maker
 from fastflower.loading.batch import Batch, mixed
 from fastflower.loading.cache import decoded_bytes
-from fastflower.loading.request import Executor, Request
+from fastflower.loading.request import Backend, Request
 from fastflower.loading.samples import SampleSource
 from fastflower.loading.stats import SPENT, Stats
 from fastflower.machine import cores
@@ -67,11 +68,12 @@ class Loader(IterableDataset[Batch]):
             uneven parts of it, a rank without a part one step less), or "pad" with the epoch's first samples.
         on_bad: What a damaged sample does: "fail" stops the epoch with a SampleError, "skip" puts the next sample of the
             index in its place; `replaced` counts them, and the log names each once.
-        executor: With CUDA "triton" (the default where photographs are kept: two kernels render from the GPU's memory) or "dali"
+        backend: With CUDA "triton" (the default where photographs are kept: two kernels render from the GPU's memory) or "dali"
             (otherwise: decodes on the GPU, every epoch); "native", a kernel for processors with AVX2 (the default without CUDA,
             where there is one), or "opencv". Their pixels differ by a grey level or two, their draws not at all.
         workers: Threads; by default one more than cores, so that none idles while a thread waits for Python's lock. Ranks on
             one machine share its cores.
+        executor: The former name of `backend`.
 
     Raises ShardError for shards that are missing or damaged, ArgumentError for an argument outside its rule, DeviceError.
     """
@@ -93,17 +95,17 @@ class Loader(IterableDataset[Batch]):
         window: int | None = None,
         tail: Literal["drop", "keep", "pad"] | None = None,
         on_bad: Literal["fail", "skip"] = "fail",
-        executor: Name | None = None,
+        backend: Name | None = None,
         workers: int | None = None,
+        executor: Name | None = None,
     ) -> None:
+        backend, executor = _asked_for(backend, executor), None
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         source = remote(shards)
         self._store = Mirror(source) if source else None
         self.manifest = self._store.manifest if self._store else Manifest.load(str(shards))
-        self.split = split
         self.augment = augment or Augment()
-        self.batch_size = batch_size
-        self.seed = seed
+        self.split, self.batch_size, self.seed = split, batch_size, seed
         self.device = resolve_device(device)
         self.dtype = dtype or torch.float32
         self.rank, self.world_size = _place(rank, world_size)
@@ -126,12 +128,12 @@ class Loader(IterableDataset[Batch]):
             _log.info("shuffle: classes come equally often, so that an epoch does not hold every sample exactly once")
         self._images = 0
         self._workers = workers or cores() + 1
-        chosen = choose(executor, self.device, cache, lambda: decoded_bytes(self._samples.sizes, self.augment, seed))
-        self.executor: Name = chosen[0]
+        chosen = choose(backend, self.device, cache, lambda: decoded_bytes(self._samples.sizes, self.augment, seed))
+        self.backend: Name = chosen[0]
         """Which of them makes the batches."""
         options = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, "workers": self._workers}
         self._made_for = maker(*chosen, self._samples, **options)
-        self._executor = self._make_executor()
+        self._backend = self._make_backend()
         self._next = (0, 0)  # (epoch, step) at which the next `for` begins
         self._restored = False  # whether a state said so
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
@@ -171,7 +173,7 @@ class Loader(IterableDataset[Batch]):
                 f"{self.split!r}, so an epoch would have no step; lower it (--batch-size), or give a Loader tail='keep'."
             )
 
-    def _make_executor(self) -> Executor:
+    def _make_backend(self) -> Backend:
         return self._made_for(self.augment)
 
     def photo(self, index: int) -> NDArray[np.uint8]:
@@ -227,7 +229,7 @@ class Loader(IterableDataset[Batch]):
         self._next, self._restored = (epoch + 1, 0), False
         if self._store:
             self._store.begin()
-        made = self._executor.run(self._requests(epoch, start))
+        made = self._backend.run(self._requests(epoch, start))
         asked, used = perf_counter(), deque[torch.cuda.Event]()
         try:
             for request, images in made:
@@ -313,7 +315,7 @@ class Loader(IterableDataset[Batch]):
         """Draw from another distribution from the next `for` on; photographs that are kept stay."""
         self._check(None, augment)
         self.augment = self._arguments["augment"] = augment
-        self._executor = self._make_executor()
+        self._backend = self._make_backend()
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next `for` in this epoch: at its start, or, right after `load_state_dict`, where that stands in it."""
@@ -360,6 +362,15 @@ def _made_again(arguments: dict[str, Any], *place: Any) -> Loader:
     loader = Loader(**arguments)
     loader._next, loader._position, loader._restored = place
     return loader
+
+
+def _asked_for(backend: Name | None, executor: Name | None) -> Name | None:
+    if executor is None:
+        return backend
+    if backend is not None:
+        raise ArgumentError(f"executor is the former name of backend; pass backend={backend!r} alone.")
+    warnings.warn(f"Loader(executor=) is called backend= now; pass backend={executor!r}.", FutureWarning, stacklevel=3)
+    return executor
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -20,7 +20,7 @@ class Request:
     epoch: int
     step: int
     indices: NDArray[Any]
-    """(N,) int64. An executor overwrites those of samples that it replaces."""
+    """(N,) int64. A backend overwrites those of samples that it replaces."""
     draw: Draw
     warp: Warp
     """The draw's geometry, for photographs of their sizes."""
@@ -55,7 +55,7 @@ def refuse(_request: Request, _row: int, error: SampleError) -> Request:
     raise error
 
 
-class Executor(Protocol):
+class Backend(Protocol):
     """Moves the pixels."""
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:

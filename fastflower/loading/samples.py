@@ -16,7 +16,7 @@ _log = logging.getLogger("fastflower")
 
 
 class SampleSource:
-    """What executors ask for samples. Thread-safe.
+    """What backends ask for samples. Thread-safe.
 
     It does not know the loader that it is made for: one that nobody uses is freed at once, with its files and photographs.
 

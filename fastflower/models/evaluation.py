@@ -42,7 +42,7 @@ def evaluate(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)
     chosen, recipe = resolve_device(device), checkpoint.recipe
-    # On CUDA the cache decides on the executor, which is to be that of training. RAM has no use for images that come once.
+    # On CUDA the cache decides on the backend, which is to be that of training. RAM has no use for images that come once.
     cache = "auto" if chosen.type == "cuda" else None
     how: dict[str, Any] = {
         "device": chosen,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fastflower.devices import kept_memory, precision_of, resolve_device
 from fastflower.errors import ArgumentError, SampleError, require
 from fastflower.files import blame_the_system, write_out
-from fastflower.loading.backends.threads import ThreadExecutor
+from fastflower.loading.backends.threads import ThreadBackend
 from fastflower.loading.request import Request
 from fastflower.machine import cores
 from fastflower.models.checkpoint import Checkpoint
@@ -132,7 +132,7 @@ def _view(images: Sequence[Prepared], checkpoint: Checkpoint, dtype: torch.dtype
     def decoded(index: int, reduce: int) -> NDArray[np.uint8]:
         return decode(images[index].encoded, reduce)
 
-    ((_, view),) = ThreadExecutor(augment, dtype, decoded, workers=cores()).run([request])
+    ((_, view),) = ThreadBackend(augment, dtype, decoded, workers=cores()).run([request])
     return view
 
 

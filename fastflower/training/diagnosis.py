@@ -63,7 +63,7 @@ def diagnose(
     require(seconds > 0, "seconds", "above 0", seconds)
     run = Run(shards, recipe, Path(), resolve_device(device), None)
     how: dict[str, Any] = {"batch_size": recipe.batch_size, "dtype": run.precision, "device": run.device}
-    feeding = Loader(shards, augment=recipe.augment, cache=None, executor=run.loader.executor, **how)
+    feeding = Loader(shards, augment=recipe.augment, cache=None, backend=run.loader.backend, **how)
     batches = (batch for _ in count() for batch in feeding)
     batch = next(batches)
     images, start = 0, perf_counter()

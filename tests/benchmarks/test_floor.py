@@ -14,7 +14,7 @@ from fastflower import Augment, Loader
 def test_the_floor_renders_every_photograph_by_a_renderer_under_parity(
     renderer: str, decoded: bool, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert renderer in parity.EXECUTORS
+    assert renderer in parity.BACKENDS
     rendered: list[int] = []
     make = floor.RENDERERS[renderer]
 

@@ -62,14 +62,14 @@ def test_feeding_is_timed_by_every_way_against_the_baseline(place: Place, part: 
 
 
 def test_a_way_that_fails_is_left_out_alone(place: Place, part: Part) -> None:
-    wrong = gpu_feeding.Way("wrong", {"executor": "none such"})
-    chosen = [wrong, gpu_feeding.Way("threads", {"executor": "opencv"})]
+    wrong = gpu_feeding.Way("wrong", {"backend": "none such"})
+    chosen = [wrong, gpu_feeding.Way("threads", {"backend": "opencv"})]
     run("feeding", part, place, augment=gpu_part.SMALL, chosen=chosen)
     assert part.failed == ["batch 8: wrong"]
     assert [side["name"] for side in part.found["batch_8"]] == ["ImageFolder + DataLoader", "threads"]
     log = (part.out / "failures.log").read_text()
     assert log.startswith("tried: batch 8: wrong\n")
-    assert "executor must be one of" in log
+    assert "backend must be one of" in log
 
 
 def test_kernels_are_timed_for_every_shape_beside_a_step(place: Place, part: Part) -> None:
@@ -84,7 +84,7 @@ def test_kernels_are_timed_for_every_shape_beside_a_step(place: Place, part: Par
     assert found["batch_4_bfloat16"]["host_seconds"].keys() == {"draw", "tables", "both"}
 
 
-def test_the_last_shape_is_that_of_the_executor() -> None:
+def test_the_last_shape_is_that_of_the_backend() -> None:
     from fastflower.loading.backends import triton
 
     assert gpu_feeding.SHAPES[-1] == (triton._BLOCK, triton._WARPS)

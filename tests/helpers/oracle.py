@@ -1,4 +1,4 @@
-"""What torchvision's functionals make of the numbers in a Draw: the chain that both executors are tested against."""
+"""What torchvision's functionals make of the numbers in a Draw: the chain that both backends are tested against."""
 
 import numpy as np
 import torch

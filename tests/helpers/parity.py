@@ -1,4 +1,4 @@
-"""How far the executors are from torchvision's functionals: python tests/helpers/parity.py FOLDER prints the table.
+"""How far the backends are from torchvision's functionals: python tests/helpers/parity.py FOLDER prints the table.
 
 Differences are grey levels of 255, a mean a photograph, over the pixels that none of torchvision's frames cut off.
 """
@@ -26,13 +26,13 @@ import oracle
 from fastflower import Augment
 from fastflower.devices import resolve_device
 from fastflower.draws.draw import Draw
-from fastflower.loading.backends.threads import ThreadExecutor
-from fastflower.loading.backends.triton import DevicePhotos, TritonExecutor
+from fastflower.loading.backends.threads import ThreadBackend
+from fastflower.loading.backends.triton import DevicePhotos, TritonBackend
 from fastflower.loading.cache import Allowance
-from fastflower.loading.request import Executor, Request
+from fastflower.loading.request import Backend, Request
 from fastflower.shards.image import decode
 
-EXECUTORS = ["native", "opencv", "dali", *(() if torch.cuda.is_available() else ("triton",))]
+BACKENDS = ["native", "opencv", "dali", *(() if torch.cuda.is_available() else ("triton",))]
 """On the CPU; Triton's kernels run there only where there is no GPU, in its interpreter."""
 JITTER: dict[str, Any] = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
 REPORTS: dict[str, Any] = {"crop": (0.08, 1.0), "flip": 0.5, "rotate": 10, "translate": (0.1, 0.1)}
@@ -96,22 +96,20 @@ def turned(encoded: bytes) -> list[bytes]:
     return found
 
 
-def executor(
-    name: str, augment: Augment, dtype: torch.dtype, encoded: Sequence[bytes], device: str = "cpu"
-) -> Executor:
-    """An executor over image files in memory."""
+def backend(name: str, augment: Augment, dtype: torch.dtype, encoded: Sequence[bytes], device: str = "cpu") -> Backend:
+    """A backend over image files in memory."""
 
     def decoded(index: int, reduce: int) -> Any:
         return decode(encoded[index], reduce)
 
     if name == "triton":
         photos = DevicePhotos(len(encoded), Allowance(resolve_device(device), 1 << 30))
-        return TritonExecutor(augment, dtype, decoded, photos, workers=2)
+        return TritonBackend(augment, dtype, decoded, photos, workers=2)
     if name != "dali":
-        return ThreadExecutor(augment, dtype, decoded, workers=2, renderer=name)
-    from fastflower.loading.backends.dali import DaliExecutor  # here: without DALI the others are still compared
+        return ThreadBackend(augment, dtype, decoded, workers=2, renderer=name)
+    from fastflower.loading.backends.dali import DaliBackend  # here: without DALI the others are still compared
 
-    return DaliExecutor(
+    return DaliBackend(
         augment,
         dtype,
         encoded.__getitem__,
@@ -132,8 +130,8 @@ def request(augment: Augment, encoded: Sequence[bytes], seed: int = 0) -> Reques
 def render(
     name: str, augment: Augment, encoded: Sequence[bytes], dtype: torch.dtype = torch.uint8, device: str = "cpu"
 ) -> Any:
-    """(N, H, W, 3) as the executor makes them."""
-    ((_, images),) = executor(name, augment, dtype, encoded, device).run([request(augment, encoded)])
+    """(N, H, W, 3) as the backend makes them."""
+    ((_, images),) = backend(name, augment, dtype, encoded, device).run([request(augment, encoded)])
     return images.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
@@ -159,11 +157,11 @@ def main(folder: str) -> None:
     photographs = [path.read_bytes() for path in paths[:: max(1, len(paths) // 128)][:128]]
     if not photographs:
         sys.exit(f"{folder}: has no photographs CLASS/*.jpg; name a folder of class folders.")
-    heads = "".join(f" {name}: mean | 95% | worst |" for name in EXECUTORS)
-    print(f"{len(photographs)} photographs\n\n| augmentation |{heads}\n|---|{'--:|' * 3 * len(EXECUTORS)}")
+    heads = "".join(f" {name}: mean | 95% | worst |" for name in BACKENDS)
+    print(f"{len(photographs)} photographs\n\n| augmentation |{heads}\n|---|{'--:|' * 3 * len(BACKENDS)}")
     for case in CASES:
         cells = [case]
-        for name in EXECUTORS:
+        for name in BACKENDS:
             found = differences(case, name, photographs)
             cells += [f"{found.mean():.2f}", f"{np.percentile(found, 95):.2f}", f"{found.max():.2f}"]
         expected.cache_clear()

@@ -14,7 +14,7 @@ from fastflower import Augment, Loader, pack
 from fastflower.errors import SampleError, ShardError
 
 RANDOM = Augment(size=64, resize=72, crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, hue=0.1)
-EXECUTORS = ["native", "opencv", "dali"]
+BACKENDS = ["native", "opencv", "dali"]
 
 
 def make(shards: Path, **options: Any) -> Loader:
@@ -30,9 +30,9 @@ def damaged(flowers: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_bit_rot_stops_the_epoch_and_names_the_sample(damaged: Path, executor: Any) -> None:
-    loader = make(damaged, executor=executor, shuffle=False)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bit_rot_stops_the_epoch_and_names_the_sample(damaged: Path, backend: Any) -> None:
+    loader = make(damaged, backend=backend, shuffle=False)
     key = loader.path_of(5)
     message = rf"train-000000\.tar: sample [0-9A-Za-z_-]+ \({key}\): its bytes have changed.*checksum.*restore"
     for _ in range(2):  # the loader goes on working after an error
@@ -40,13 +40,13 @@ def test_bit_rot_stops_the_epoch_and_names_the_sample(damaged: Path, executor: A
             list(loader)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bytes_that_do_not_decode_stop_the_epoch_and_name_the_sample(
-    shards: Path, tmp_path: Path, executor: Any
+    shards: Path, tmp_path: Path, backend: Any
 ) -> None:
     folder = shutil.copytree(shards, tmp_path / "broken")
     pack_garbage(folder)
-    loader = make(folder, split="val", executor=executor)
+    loader = make(folder, split="val", backend=backend)
     with pytest.raises(SampleError, match=rf"val-000000\.tar: sample .* \({loader.path_of(3)}\): cannot be decoded"):
         list(loader)
 
@@ -61,15 +61,15 @@ def pixels(loader: Loader) -> tuple[list[int], torch.Tensor, list[int]]:
 
 
 @pytest.mark.parametrize("cache", [None, "auto"])
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_next_sample_stands_in_for_a_damaged_one(
-    shards: Path, tmp_path: Path, executor: Any, cache: Any, caplog: pytest.LogCaptureFixture
+    shards: Path, tmp_path: Path, backend: Any, cache: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "copy"))
     bad = {3: 4, 17: 19, 18: 19, 29: 0}  # two in a row, and the last
     for index in bad:
         flip_a_bit(folder, "val", index)
-    options = {"split": "val", "batch_size": 7, "executor": executor, "cache": cache}
+    options = {"split": "val", "batch_size": 7, "backend": backend, "cache": cache}
     _, whole, labels = pixels(make(shards, **options))
     loader = make(folder, on_bad="skip", **options)
     for _ in range(2):
@@ -87,26 +87,26 @@ def test_the_next_sample_stands_in_for_a_damaged_one(
         assert f"({make(shards, split='val').path_of(i)}): its bytes have changed" in reason
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_resume_with_damaged_samples_gives_the_same_batches(shards: Path, tmp_path: Path, executor: Any) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_resume_with_damaged_samples_gives_the_same_batches(shards: Path, tmp_path: Path, backend: Any) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "copy"))
     for index in range(0, 120, 7):
         flip_a_bit(folder, "train", index)
-    whole = list(make(folder, executor=executor, on_bad="skip"))
-    first = make(folder, executor=executor, on_bad="skip")
+    whole = list(make(folder, backend=backend, on_bad="skip"))
+    first = make(folder, backend=backend, on_bad="skip")
     iterator = iter(first)
     next(iterator)
-    later = make(folder, executor=executor, on_bad="skip")
+    later = make(folder, backend=backend, on_bad="skip")
     later.load_state_dict(first.state_dict())
     rest = list(later)
     assert all(torch.equal(one.index, other.index) for one, other in zip(rest, whole[1:], strict=True))
     assert all(torch.equal(one.images, other.images) for one, other in zip(rest, whole[1:], strict=True))
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing"])
 def test_a_shard_that_is_cut_or_gone_costs_its_samples_only(
-    shards: Path, tmp_path: Path, executor: Any, damage: str
+    shards: Path, tmp_path: Path, backend: Any, damage: str
 ) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "copy"))
     tar = folder / "train-000001.tar"
@@ -120,8 +120,8 @@ def test_a_shard_that_is_cut_or_gone_costs_its_samples_only(
     lost = set(np.flatnonzero((rows["shard"] == 1) & (rows["offset"] + rows["size"] > kept)).tolist())
     assert lost
     with pytest.raises(ShardError, match=r"train-000001\.tar: (is missing|has \d+ bytes, the manifest says \d+)"):
-        make(folder, executor=executor)
-    loader = make(folder, executor=executor, on_bad="skip", tail="keep")
+        make(folder, backend=backend)
+    loader = make(folder, backend=backend, on_bad="skip", tail="keep")
     index, _, _ = pixels(loader)
     assert len(index) == 120
     assert set(index) == set(range(120)) - lost
@@ -129,23 +129,23 @@ def test_a_shard_that_is_cut_or_gone_costs_its_samples_only(
     assert all("train-000001.tar: sample " in reason for reason in loader.replaced.values())
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_where_every_sample_is_damaged_the_epoch_stops(shards: Path, tmp_path: Path, executor: Any) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_every_sample_is_damaged_the_epoch_stops(shards: Path, tmp_path: Path, backend: Any) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "copy"))
     for tar in folder.glob("val-*.tar"):
         tar.write_bytes(bytes(tar.stat().st_size))
-    loader = make(folder, split="val", executor=executor, on_bad="skip")
+    loader = make(folder, split="val", backend=backend, on_bad="skip")
     with pytest.raises(SampleError, match=r"val-00000[01]\.tar: sample \d+: its bytes have changed"):
         list(loader)
     assert len(loader.replaced) == 30
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_shard_that_is_cut_while_it_is_read_stops_the_epoch_not_the_process(
-    shards: Path, tmp_path: Path, executor: Any
+    shards: Path, tmp_path: Path, backend: Any
 ) -> None:
     folder = shutil.copytree(shards, tmp_path / "cut")
-    loader = make(folder, executor=executor, cache=None)
+    loader = make(folder, backend=backend, cache=None)
     assert len(list(loader)) == len(loader)
     for path in folder.glob("train-*.tar"):
         with path.open("r+b") as file:

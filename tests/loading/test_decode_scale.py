@@ -16,7 +16,7 @@ from PIL import Image
 from fastflower import Augment, Loader, pack
 from fastflower.draws import geometry
 from fastflower.draws.geometry import reductions
-from fastflower.loading.backends.threads import ThreadExecutor
+from fastflower.loading.backends.threads import ThreadBackend
 from fastflower.loading.cache import PixelCache, decoded_bytes
 from fastflower.loading.request import Request
 from fastflower.models import prediction
@@ -82,11 +82,11 @@ def test_half_of_the_reduction_is_left_at_least() -> None:
 AUGMENTS = {"views": Augment(size=64, resize=73), "crops": Augment(size=64, crop=(0.02, 1.0), flip=0.5, rotate=10)}
 
 
-@pytest.mark.parametrize("executor", ["native", "opencv"])
+@pytest.mark.parametrize("backend", ["native", "opencv"])
 @pytest.mark.parametrize("name", AUGMENTS)
-def test_a_cache_that_holds_some_changes_no_pixel(name: str, executor: Any, shards: Path) -> None:
+def test_a_cache_that_holds_some_changes_no_pixel(name: str, backend: Any, shards: Path) -> None:
     options: dict[str, Any] = {
-        "batch_size": 5, "augment": AUGMENTS[name], "device": "cpu", "executor": executor, "tail": "keep",
+        "batch_size": 5, "augment": AUGMENTS[name], "device": "cpu", "backend": backend, "tail": "keep",
     }  # fmt: skip
     loaders = [Loader(shards, cache=cache, **options) for cache in (None, "auto", 400_000)]
     for _ in range(3):
@@ -95,7 +95,7 @@ def test_a_cache_that_holds_some_changes_no_pixel(name: str, executor: Any, shar
 
 
 def test_a_large_photograph_is_never_decoded_whole_for_a_small_view(shards: Path) -> None:
-    loader = Loader(shards, batch_size=5, augment=AUGMENTS["views"], device="cpu", executor="opencv")
+    loader = Loader(shards, batch_size=5, augment=AUGMENTS["views"], device="cpu", backend="opencv")
     asked: set[int] = set()
     for request in loader._requests(0, 0):
         asked |= set(reductions(request.warp.footprint).tolist())
@@ -152,10 +152,10 @@ def test_reduced_or_whole_a_photograph_lies_in_the_same_place(renderer: Any, mon
     request = Request.drawn(augment, indices, sizes, seed=0, epoch=0, step=0)
 
     def render() -> NDArray[Any]:
-        executor = ThreadExecutor(
+        backend = ThreadBackend(
             augment, torch.uint8, lambda _, reduce: decode(data, reduce), workers=2, renderer=renderer
         )
-        ((_, images),) = executor.run([request])
+        ((_, images),) = backend.run([request])
         return images.float().numpy()
 
     reduced = render()

@@ -30,7 +30,7 @@ Ranks = list[list[list[int]]]
 
 
 class NoPixels:
-    """An executor that makes nothing."""
+    """A backend that makes nothing."""
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
         for request in requests:
@@ -38,7 +38,7 @@ class NoPixels:
 
 
 class Unseen(Loader):
-    def _make_executor(self, *_: Any, **__: Any) -> NoPixels:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _make_backend(self, *_: Any, **__: Any) -> NoPixels:  # pyright: ignore[reportIncompatibleMethodOverride]
         return NoPixels()
 
 

@@ -1,6 +1,6 @@
 """What the loader promises: exact epochs, resume, the same samples on any number of ranks."""
 
-import gc
+import pickle
 import threading
 import time
 from collections.abc import Iterable
@@ -16,12 +16,10 @@ import torch
 from fastflower import Augment, Loader, pack
 from fastflower.draws.order import epoch_order
 from fastflower.errors import ArgumentError, DeviceError, ShardError
-from fastflower.loading import cache
-from fastflower.loading.cache import Allowance, Decoded, PixelCache, allow, available_bytes, decoded_bytes
 from fastflower.loading.stats import Stats
 
 RANDOM = Augment(size=64, resize=72, crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, hue=0.1)
-EXECUTORS = ["native", "opencv", "dali"]
+BACKENDS = ["native", "opencv", "dali"]
 OPENCV, DALI = (pytest.param(name, marks=pytest.mark.soak) for name in ("opencv", "dali"))  # where the loader decides
 
 
@@ -37,9 +35,9 @@ def joined(parts: Iterable[list[int]]) -> list[int]:
     return list(chain.from_iterable(parts))
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_batches_are_what_the_docstring_says(shards: Path, executor: Any) -> None:
-    loader = make(shards, executor=executor, dtype=torch.bfloat16)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_are_what_the_docstring_says(shards: Path, backend: Any) -> None:
+    loader = make(shards, backend=backend, dtype=torch.bfloat16)
     images, labels, index = next(iter(loader))
     assert images.shape == (16, 3, 64, 64)
     assert images.dtype == torch.bfloat16
@@ -56,23 +54,23 @@ def test_a_shuffled_epoch_follows_the_order_and_drops_the_tail(shards: Path) -> 
         assert joined(indices(loader)) == epoch_order(120, seed=3, epoch=epoch)[:100].tolist()
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch_size", [1, 7, 30, 64])
-def test_an_ordered_epoch_holds_every_sample_once(shards: Path, executor: Any, batch_size: int) -> None:
-    loader = make(shards, split="val", batch_size=batch_size, executor=executor)
+def test_an_ordered_epoch_holds_every_sample_once(shards: Path, backend: Any, batch_size: int) -> None:
+    loader = make(shards, split="val", batch_size=batch_size, backend=backend)
     for _ in range(2):
         found = indices(loader)
         assert len(found) == len(loader)
         assert joined(found) == list(range(30))
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_a_sample_looks_the_same_in_any_batch_on_any_rank(shards: Path, executor: Any) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sample_looks_the_same_in_any_batch_on_any_rank(shards: Path, backend: Any) -> None:
     whole = {}
-    for batch in make(shards, executor=executor, batch_size=24):
+    for batch in make(shards, backend=backend, batch_size=24):
         whole |= {int(i): image for i, image in zip(batch.index, batch.images, strict=True)}
     for rank in range(4):
-        for batch in make(shards, executor=executor, batch_size=6, rank=rank, world_size=4):
+        for batch in make(shards, backend=backend, batch_size=6, rank=rank, world_size=4):
             for i, image in zip(batch.index, batch.images, strict=True):
                 assert torch.equal(image, whole[int(i)])
 
@@ -99,14 +97,14 @@ def test_ranks_evaluate_every_sample_once_and_never_an_empty_batch(
     assert sorted(i for batches in found for batch in batches for i in batch) == list(range(30))
 
 
-@pytest.mark.parametrize("executor", ["native", OPENCV, DALI])
+@pytest.mark.parametrize("backend", ["native", OPENCV, DALI])
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 50), (2, 25), (4, 70)])
 def test_a_padded_tail_is_filled_with_the_first_samples(
-    shards: Path, executor: Any, world_size: int, batch_size: int
+    shards: Path, backend: Any, world_size: int, batch_size: int
 ) -> None:
     order = epoch_order(120, seed=0, epoch=0)
     ranks = [
-        indices(make(shards, batch_size=batch_size, rank=r, world_size=world_size, tail="pad", executor=executor))
+        indices(make(shards, batch_size=batch_size, rank=r, world_size=world_size, tail="pad", backend=backend))
         for r in range(world_size)
     ]
     found = joined(joined(parts) for parts in zip(*ranks, strict=True))
@@ -188,20 +186,20 @@ def test_set_epoch_after_a_state_keeps_its_place_in_that_epoch_only(
         assert caplog.messages[-1] == f"set_epoch(0): begins at the start of that epoch; {told}"
 
 
-@pytest.mark.parametrize("executor", ["native", OPENCV, DALI])
+@pytest.mark.parametrize("backend", ["native", OPENCV, DALI])
 @pytest.mark.parametrize(("ranks_before", "ranks_after"), [(1, 1), (1, 4), (4, 2)])
 def test_resume_gives_the_remaining_batches_bit_for_bit(
-    shards: Path, executor: Any, ranks_before: int, ranks_after: int
+    shards: Path, backend: Any, ranks_before: int, ranks_after: int
 ) -> None:
-    whole = [batch.images for batch in make(shards, batch_size=24, executor=executor)]
-    before = make(shards, batch_size=24 // ranks_before, rank=0, world_size=ranks_before, executor=executor)
+    whole = [batch.images for batch in make(shards, batch_size=24, backend=backend)]
+    before = make(shards, batch_size=24 // ranks_before, rank=0, world_size=ranks_before, backend=backend)
     iterator = iter(before)
     next(iterator)
     next(iterator)
     state = before.state_dict()
     rest = []
     for rank in range(ranks_after):
-        after = make(shards, batch_size=24 // ranks_after, rank=rank, world_size=ranks_after, executor=executor)
+        after = make(shards, batch_size=24 // ranks_after, rank=rank, world_size=ranks_after, backend=backend)
         after.load_state_dict(state)
         rest.append([batch.images for batch in after])
         assert after.state_dict()["epoch"] == 1
@@ -243,85 +241,9 @@ def test_a_state_of_other_shards_is_refused(shards: Path, flowers: Path, tmp_pat
         make(tmp_path / "other").load_state_dict(make(shards).state_dict())
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("cache", ["auto", 0, 5_000_000])
-def test_pixels_do_not_depend_on_the_cache(shards: Path, cache: Any, executor: Any) -> None:
-    if executor == "dali" and cache == 5_000_000:
-        pytest.skip("DALI keeps nothing, and refuses to be told so")
-    loader, plain = (make(shards, cache=kept, executor=executor) for kept in (cache, None))
-    for _ in range(2):
-        for one, other in zip(loader, plain, strict=True):
-            assert torch.equal(one.images, other.images)
-
-
-def test_the_cache_keeps_no_more_than_its_limit() -> None:
-    decoded: list[int] = []
-
-    def decode(index: int, _reduce: int) -> Any:
-        decoded.append(index)
-        return np.zeros((10, 10, 3), np.uint8)
-
-    kept = PixelCache(decode, Allowance(torch.device("cpu"), 650))
-    for _ in range(3):
-        for index in range(4):
-            kept(index, 1)
-    assert decoded == [0, 1, 2, 3, 2, 3, 2, 3]
-
-
-def test_auto_caches_only_what_fits() -> None:
-    assert available_bytes() > 1 << 20
-    cpu = torch.device("cpu")
-    small, large = Decoded(1 << 20, 1 << 21), Decoded(1 << 60, 1 << 61)
-    assert allow("auto", small, cpu).left == 1 << 21
-    assert allow("auto", large, cpu).left == 0
-    assert allow(None, small, cpu).left == 0
-    assert allow(1 << 10, small, cpu).left == 1 << 10
-    with pytest.raises(ArgumentError, match="cache must be 'auto', None or a number of bytes, got 'all'"):
-        allow("all", small, cpu)  # pyright: ignore[reportArgumentType]
-
-
-def test_what_one_loader_may_keep_no_other_counts_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that loaders of a process may keep fits what was free, in whatever order they are made and filled."""
-    device, total, taken = torch.device("meta"), 1000, 0
-    monkeypatch.setattr(cache, "free_bytes", lambda _device: total - taken)
-    train = allow("auto", Decoded(450, 600), device)
-    assert train.left == 500
-    assert allow("auto", Decoded(300, 400), device).left == 0, "of 500 a half, 250"
-    val = allow("auto", Decoded(200, 266), device)
-    assert val.left == 250
-    assert train.take(450)
-    taken += 450
-    assert not train.take(51)
-    assert Allowance.promised(device) == 50 + 250
-    third = allow("auto", Decoded(100, 133), device)
-    assert third.left == 125, "of 1000 - 450 - 300 a half"
-    assert taken + Allowance.promised(device) <= total
-    del train, val, third
-    assert Allowance.promised(device) == 0
-    assert allow("auto", Decoded(200, 266), device).left == 266
-
-
-def test_a_loader_that_nobody_uses_promises_nothing(
-    shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    loader = make(shards, cache=None)
-    needed = decoded_bytes(loader._samples.sizes, loader.augment, 0).needed
-    gc.collect()
-    others = Allowance.promised(torch.device("cpu"))
-    monkeypatch.setattr(cache, "free_bytes", lambda _device: others + 2 * needed)
-    caplog.set_level("INFO", "fastflower")
-    for _ in range(3):
-        make(shards, cache="auto")
-    assert len(caplog.messages) == 3
-    assert all("each photograph is decoded once" in line for line in caplog.messages)
-    in_use = [make(shards, cache="auto") for _ in range(2)]
-    assert len(caplog.messages) == 3 + len(in_use)
-    assert "photographs are decoded every epoch" in caplog.messages[-1]
-
-
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_threads_end_with_the_iterator(shards: Path, executor: Any) -> None:
-    loader = make(shards, executor=executor)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_end_with_the_iterator(shards: Path, backend: Any) -> None:
+    loader = make(shards, backend=backend)
     for _ in islice(loader, 1):
         pass
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastflower")]
@@ -343,7 +265,7 @@ def test_threads_end_with_the_iterator(shards: Path, executor: Any) -> None:
         ({"dtype": torch.int32}, ArgumentError, "dtype must be one of torch.float32"),
         ({"rank": 0}, ArgumentError, "rank and world_size belong together"),
         ({"rank": 2, "world_size": 2}, ArgumentError, r"rank must lie in 0 \.\. world_size-1 = 1, got 2"),
-        ({"executor": "pil"}, ArgumentError, "executor must be one of native, opencv, dali, triton, got 'pil'"),
+        ({"backend": "pil"}, ArgumentError, "backend must be one of native, opencv, dali, triton, got 'pil'"),
         ({"split": "test"}, ShardError, "has no samples in split 'test'; it has train, val"),
     ],
 )
@@ -395,6 +317,17 @@ def test_dali_hands_its_memory_to_torch(
         return real(tensor)
 
     monkeypatch.setattr(torch, "from_dlpack", spy)
-    loader = make(shards, executor="dali", device=device, dtype=dtype)
+    loader = make(shards, backend="dali", device=device, dtype=dtype)
     assert [batch.images.data_ptr() for batch in loader] == pointers
     assert pointers
+
+
+def test_backend_may_be_asked_for_by_its_former_name(shards: Path) -> None:
+    with pytest.warns(
+        FutureWarning, match=r"^Loader\(executor=\) is called backend= now; pass backend='opencv'\.$"
+    ) as told:
+        loader = make(shards, executor="opencv")
+    assert (len(told), loader.backend) == (1, "opencv")
+    assert [batch.index.tolist() for batch in pickle.loads(pickle.dumps(loader))] == indices(loader)
+    with pytest.raises(ArgumentError, match=r"^executor is the former name of backend; pass backend='native' alone\.$"):
+        make(shards, executor="opencv", backend="native")

@@ -20,7 +20,7 @@ from fastflower import Augment, Loader
 
 AUGMENT = Augment(size=32, resize=36, crop=(0.3, 1.0), hue=0.1)
 OPTIONS: dict[str, Any] = {"batch_size": 8, "augment": AUGMENT, "device": "cpu"}
-EXECUTORS = ["native", "opencv", "dali"]
+BACKENDS = ["native", "opencv", "dali"]
 OPENCV = pytest.param("opencv", marks=pytest.mark.soak)  # threads as native's
 
 
@@ -44,11 +44,11 @@ def left() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("executor", ["native", "dali", OPENCV])
+@pytest.mark.parametrize("backend", ["native", "dali", OPENCV])
 @pytest.mark.parametrize("end", ["whole", "break", "exception", "interrupt", "two at once"])
-def test_nothing_is_left_of_an_epoch(end: str, executor: Any, shards: Path) -> None:
+def test_nothing_is_left_of_an_epoch(end: str, backend: Any, shards: Path) -> None:
     before = left()
-    loader = Loader(shards, executor=executor, **OPTIONS)
+    loader = Loader(shards, backend=backend, **OPTIONS)
     if end == "two at once":
         for _pair in zip(loader, loader, strict=False):
             break
@@ -97,7 +97,7 @@ def test_a_process_that_is_killed_ends_at_once_and_leaves_nothing(number: signal
 
 def test_memory_is_used_again_when_a_batch_is_gone_not_before_and_giving_it_back_runs_no_python(shards: Path) -> None:
     """Python swallows a KeyboardInterrupt that comes in a callback of a weak reference."""
-    batches = iter(Loader(shards, executor="opencv", workers=1, **OPTIONS))
+    batches = iter(Loader(shards, backend="opencv", workers=1, **OPTIONS))
     kept = [next(batches) for _ in range(6)]
     places = [batch.images.data_ptr() for batch in kept]
     assert len(set(places)) == len(places)
@@ -125,10 +125,10 @@ def test_when_an_iterator_ends_the_system_knows_of_its_threads_no_more(shards: P
 
 
 @pytest.mark.usefixtures("nothing_to_collect")
-@pytest.mark.parametrize("executor", ["native", OPENCV])
+@pytest.mark.parametrize("backend", ["native", OPENCV])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_loader_works_in_another_process(method: str, executor: Any, shards: Path) -> None:
-    loader = Loader(shards, executor=executor, **OPTIONS)
+def test_a_loader_works_in_another_process(method: str, backend: Any, shards: Path) -> None:
+    loader = Loader(shards, backend=backend, **OPTIONS)
     next(iter(loader))  # its threads have worked here
     loader.load_state_dict({**loader.state_dict(), "epoch": 1, "step": 3})
     context: Any = multiprocessing.get_context(method)
@@ -142,9 +142,9 @@ def test_a_loader_works_in_another_process(method: str, executor: Any, shards: P
     assert fed == [(batch.index.tolist(), batch.images.sum().item()) for batch in loader]
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_a_pickled_loader_stands_where_it_stood(executor: Any, shards: Path) -> None:
-    loader = Loader(shards, executor=executor, seed=3, **OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pickled_loader_stands_where_it_stood(backend: Any, shards: Path) -> None:
+    loader = Loader(shards, backend=backend, seed=3, **OPTIONS)
     loader.set_epoch(2)
     for step, _batch in enumerate(loader):
         if step == 1:

@@ -91,12 +91,12 @@ def test_a_mix_depends_on_seed_epoch_and_sample_unless_it_is_fixed() -> None:
     assert shares(fixed, 0, 0) == shares(fixed, 0, 5)
 
 
-@pytest.mark.parametrize("executor", ["native", "opencv", "dali"])
+@pytest.mark.parametrize("backend", ["native", "opencv", "dali"])
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.soak)])
-def test_any_number_of_ranks_mixes_the_same_images(shards: Path, executor: Any, world_size: int) -> None:
-    alone = list(make(shards, executor=executor))
+def test_any_number_of_ranks_mixes_the_same_images(shards: Path, backend: Any, world_size: int) -> None:
+    alone = list(make(shards, backend=backend))
     ranks = [
-        list(make(shards, executor=executor, batch_size=24 // world_size, rank=rank, world_size=world_size))
+        list(make(shards, backend=backend, batch_size=24 // world_size, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     for whole, parts in zip(alone, zip(*ranks, strict=True), strict=True):

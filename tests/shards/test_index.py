@@ -184,7 +184,7 @@ def test_a_manifest_that_names_a_class_twice_is_refused_before_training(old: Pat
     assert Manifest.load(old).classes == ("a", "b", "c")
 
 
-@pytest.mark.parametrize("executor", ["native", "opencv"])
+@pytest.mark.parametrize("backend", ["native", "opencv"])
 @pytest.mark.parametrize(
     ("size", "told"),
     [
@@ -193,7 +193,7 @@ def test_a_manifest_that_names_a_class_twice_is_refused_before_training(old: Pat
     ],
 )
 def test_an_image_of_another_size_than_its_row_says_is_a_damaged_sample(
-    tmp_path: Path, executor: Any, size: int, told: str
+    tmp_path: Path, backend: Any, size: int, told: str
 ) -> None:
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -203,7 +203,7 @@ def test_an_image_of_another_size_than_its_row_says_is_a_damaged_sample(
     change(tmp_path / "out", of("width", 102))
     resealed(tmp_path / "out")
     augment = Augment(size=size, resize=size)
-    how: dict[str, Any] = {"batch_size": 4, "augment": augment, "shuffle": False, "device": "cpu", "executor": executor}
+    how: dict[str, Any] = {"batch_size": 4, "augment": augment, "shuffle": False, "device": "cpu", "backend": backend}
     with pytest.raises(SampleError, match=rf"sample .* \(.*jpg\): is decoded to {told}; rebuild it with .*--repair"):
         list(Loader(tmp_path / "out", **how))
     loader = Loader(tmp_path / "out", on_bad="skip", **how)

@@ -41,7 +41,7 @@ def test_where_feeding_is_slower_it_says_what_takes_the_time(shards: Path) -> No
         assert f"most of it for {what}; " in sentence
 
 
-def test_it_feeds_by_the_executor_of_training(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_feeds_by_the_backend_of_training(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where training keeps images in a GPU's memory and renders them there, the doctor does not measure DALI."""
     made: list[Loader] = []
     monkeypatch.setattr(diagnosis, "Loader", lambda *args, **how: made.append(Loader(*args, **how)) or made[-1])
@@ -49,11 +49,11 @@ def test_it_feeds_by_the_executor_of_training(shards: Path, monkeypatch: pytest.
     class Opencv(Run):
         def __init__(self, *args: Any, **how: Any) -> None:
             super().__init__(*args, **how)
-            self.loader = Loader(shards, batch_size=16, device="cpu", executor="opencv")
+            self.loader = Loader(shards, batch_size=16, device="cpu", backend="opencv")
 
     monkeypatch.setattr(diagnosis, "Run", Opencv)
     diagnose(shards, SMALL, seconds=0.1, device="cpu")
-    assert [loader.executor for loader in made] == ["opencv"]
+    assert [loader.backend for loader in made] == ["opencv"]
 
 
 def test_a_diagnosis_of_no_time_is_refused(shards: Path) -> None:

@@ -27,7 +27,7 @@ SMALL = Recipe(
 )
 BEFORE = Augment(size=32, resize=36, crop=(0.5, 1.0), flip=0.5, rotate=10, hue=0.1)
 AFTER = replace(BEFORE, size=48, resize=54, rotate=0, erase=0.5)
-EXECUTORS = ["native", "opencv", "dali"]
+BACKENDS = ["native", "opencv", "dali"]
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,9 @@ def test_without_sizes_every_epoch_is_trained_at_the_augments_size(shards: Path,
 
 
 @pytest.mark.parametrize("cache", ["auto", None])
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_batches_after_a_change_are_those_of_a_new_loader(small_shards: Path, executor: Any, cache: Any) -> None:
-    options: dict[str, Any] = {"batch_size": 16, "device": "cpu", "executor": executor, "seed": 3, "cache": cache}
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_after_a_change_are_those_of_a_new_loader(small_shards: Path, backend: Any, cache: Any) -> None:
+    options: dict[str, Any] = {"batch_size": 16, "device": "cpu", "backend": backend, "seed": 3, "cache": cache}
     changed, new = Loader(small_shards, augment=BEFORE, **options), Loader(small_shards, augment=AFTER, **options)
     list(changed)
     changed.set_augment(AFTER)
@@ -106,10 +106,10 @@ def test_batches_after_a_change_are_those_of_a_new_loader(small_shards: Path, ex
 
 
 @pytest.mark.parametrize(
-    "executor", ["native", "opencv"]
+    "backend", ["native", "opencv"]
 )  # DALI keeps none; tests/loading/backends/test_triton.py has the other
-def test_photographs_that_are_kept_are_not_decoded_again(small_shards: Path, executor: Any) -> None:
-    loader = Loader(small_shards, augment=BEFORE, batch_size=40, device="cpu", executor=executor, cache="auto")
+def test_photographs_that_are_kept_are_not_decoded_again(small_shards: Path, backend: Any) -> None:
+    loader = Loader(small_shards, augment=BEFORE, batch_size=40, device="cpu", backend=backend, cache="auto")
     list(loader)
     before = loader.stats()
     loader.set_augment(AFTER)

@@ -1,4 +1,4 @@
-"""What needs CUDA: both of a GPU's executors against torchvision and the CPU, beside slow consumers, and under training."""
+"""What needs CUDA: both of a GPU's backends against torchvision and the CPU, beside slow consumers, and under training."""
 
 import shutil
 from dataclasses import replace
@@ -57,10 +57,10 @@ def test_exif_orientations_are_obeyed_on_a_gpu(name: str, augment: Augment, enco
 WAYS = [("dali", None), ("triton", None), ("triton", "auto"), ("triton", 20_000_000), ("opencv", "auto")]
 
 
-@pytest.mark.parametrize(("executor", "cache"), WAYS)
+@pytest.mark.parametrize(("backend", "cache"), WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
-def test_batches_arrive_on_the_gpu(shards: Path, executor: Any, cache: Any, dtype: torch.dtype) -> None:
-    loader = Loader(shards, batch_size=16, augment=RANDOM, device="cuda", executor=executor, cache=cache, dtype=dtype)
+def test_batches_arrive_on_the_gpu(shards: Path, backend: Any, cache: Any, dtype: torch.dtype) -> None:
+    loader = Loader(shards, batch_size=16, augment=RANDOM, device="cuda", backend=backend, cache=cache, dtype=dtype)
     plain = Loader(shards, batch_size=16, augment=RANDOM, device="cpu", dtype=dtype)
     for _ in range(2):
         for batch, other in zip(loader, plain, strict=True):
@@ -74,12 +74,12 @@ def test_batches_arrive_on_the_gpu(shards: Path, executor: Any, cache: Any, dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the latter is rounded after DALI, which has none
-@pytest.mark.parametrize(("executor", "cache"), WAYS)
+@pytest.mark.parametrize(("backend", "cache"), WAYS)
 def test_whatever_a_slow_consumer_does_to_its_batches_the_others_are_as_they_should_be(
-    shards: Path, executor: Any, cache: Any, dtype: torch.dtype
+    shards: Path, backend: Any, cache: Any, dtype: torch.dtype
 ) -> None:
     """A consumer that lags behind, writes into each batch and lets it go: memory used again too soon would show."""
-    how: dict[str, Any] = {"executor": executor, "cache": cache, "dtype": dtype}
+    how: dict[str, Any] = {"backend": backend, "cache": cache, "dtype": dtype}
     loader = Loader(shards, batch_size=8, augment=RANDOM, device="cuda", **how)
     expected: list[torch.Tensor] = []
     for epoch in (0, 1):
@@ -101,10 +101,10 @@ def test_whatever_a_slow_consumer_does_to_its_batches_the_others_are_as_they_sho
     assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("executor", ["dali", "triton"])
-def test_two_loaders_share_a_gpu(shards: Path, executor: Any) -> None:
+@pytest.mark.parametrize("backend", ["dali", "triton"])
+def test_two_loaders_share_a_gpu(shards: Path, backend: Any) -> None:
     def loader(split: str) -> Loader:
-        return Loader(shards, split, batch_size=10, augment=RANDOM, device="cuda", executor=executor, tail="drop")
+        return Loader(shards, split, batch_size=10, augment=RANDOM, device="cuda", backend=backend, tail="drop")
 
     alone = {split: [batch.images.cpu() for batch in loader(split)] for split in ("train", "val")}
     pairs = zip(loader("train"), loader("val"), strict=False)
@@ -113,23 +113,23 @@ def test_two_loaders_share_a_gpu(shards: Path, executor: Any) -> None:
         assert torch.equal(val_batch.images.cpu(), alone["val"][number])
 
 
-@pytest.mark.parametrize("executor", ["dali", "triton"])
-def test_a_failure_names_its_sample_and_the_process_goes_on(shards: Path, tmp_path: Path, executor: Any) -> None:
+@pytest.mark.parametrize("backend", ["dali", "triton"])
+def test_a_failure_names_its_sample_and_the_process_goes_on(shards: Path, tmp_path: Path, backend: Any) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "broken"))
     pack_garbage(folder)
-    broken = Loader(folder, "val", batch_size=8, augment=RANDOM, device="cuda", executor=executor)
+    broken = Loader(folder, "val", batch_size=8, augment=RANDOM, device="cuda", backend=backend)
     for _ in range(3):
         with pytest.raises(
             SampleError, match=rf"val-000000\.tar: sample .* \({broken.path_of(3)}\): cannot be decoded"
         ):
             list(broken)
-    assert sum(len(batch.index) for batch in Loader(shards, "val", device="cuda", executor=executor)) == 30
+    assert sum(len(batch.index) for batch in Loader(shards, "val", device="cuda", backend=backend)) == 30
 
 
-@pytest.mark.parametrize(("executor", "cache"), WAYS)
-def test_two_runs_give_the_same_batches_and_kept_batches_stay(shards: Path, executor: Any, cache: Any) -> None:
+@pytest.mark.parametrize(("backend", "cache"), WAYS)
+def test_two_runs_give_the_same_batches_and_kept_batches_stay(shards: Path, backend: Any, cache: Any) -> None:
     """Batches are kept while the pipeline goes on: a buffer used again would show."""
-    options: dict[str, Any] = {"executor": executor, "cache": cache, "device": "cuda", "augment": RANDOM}
+    options: dict[str, Any] = {"backend": backend, "cache": cache, "device": "cuda", "augment": RANDOM}
     runs = [list(Loader(shards, batch_size=8, **options)) for _ in range(2)]
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one.images, other.images)
@@ -147,7 +147,7 @@ def test_batches_of_threads_are_made_in_pinned_memory(shards: Path, monkeypatch:
         return real(tensor)
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", counting)
-    for batch in Loader(shards, batch_size=16, augment=RANDOM, device="cuda", executor="opencv"):
+    for batch in Loader(shards, batch_size=16, augment=RANDOM, device="cuda", backend="opencv"):
         assert batch.images.is_cuda
     assert max(copied) <= 16 * 8, "labels and indices only"
 

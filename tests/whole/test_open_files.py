@@ -28,7 +28,7 @@ from fastflower.shards.reader import ShardReader
 from fastflower.shards.verification import verify
 
 SMALL = Augment(size=16, resize=16)
-EXECUTORS = ["native", "opencv", "dali", "triton"]
+BACKENDS = ["native", "opencv", "dali", "triton"]
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +94,10 @@ def to_an_error(loader: Loader) -> None:
 @pytest.mark.parametrize(
     "use", [to_the_middle, *(pytest.param(use, marks=pytest.mark.soak) for use in (to_the_end, at_another))]
 )
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("no_collector")
-def test_a_loader_that_nobody_uses_is_freed_at_once_with_its_files(some: Path, executor: Any, use: Any) -> None:
-    loader = make(some, executor=executor)
+def test_a_loader_that_nobody_uses_is_freed_at_once_with_its_files(some: Path, backend: Any, use: Any) -> None:
+    loader = make(some, backend=backend)
     use(loader)
     found, reader = weakref.ref(loader), weakref.ref(loader._reader)
     del loader
@@ -106,13 +106,13 @@ def test_a_loader_that_nobody_uses_is_freed_at_once_with_its_files(some: Path, e
     assert tars() == 0
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("no_collector")
-def test_so_is_a_loader_that_met_a_damaged_sample(some: Path, tmp_path: Path, executor: Any) -> None:
+def test_so_is_a_loader_that_met_a_damaged_sample(some: Path, tmp_path: Path, backend: Any) -> None:
     folder = Path(shutil.copytree(some, tmp_path / "copy"))
     tar = folder / "train-000010.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
-    loader = make(folder, executor=executor)
+    loader = make(folder, backend=backend)
     to_an_error(loader)
     found = weakref.ref(loader)
     del loader
@@ -198,10 +198,10 @@ def refusing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("on_bad", ["fail", "skip"])
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_what_the_system_refuses_is_no_damaged_sample(some: Path, executor: Any, on_bad: Any, refusing: Any) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_the_system_refuses_is_no_damaged_sample(some: Path, backend: Any, on_bad: Any, refusing: Any) -> None:
     refused, message = refusing
-    loader = make(some, executor=executor, on_bad=on_bad, cache=None if executor != "triton" else "auto")
+    loader = make(some, backend=backend, on_bad=on_bad, cache=None if backend != "triton" else "auto")
     refused.append("train-000010.tar")
     with pytest.raises(ResourceError, match=rf"^{some}/train-000010\.tar: {message}"):
         list(loader)

@@ -39,7 +39,7 @@ _DTYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16, torch.bfloat1
 _FACTORS = ("brightness", "contrast", "saturation", "hue")
 
 
-class DaliExecutor:
+class DaliBackend:
     """Turns samples into batches, decoding on the device.
 
     source(index) gives the bytes of a sample's image file and runs on threads. prove(index) raises SampleError when a sample

@@ -1,6 +1,6 @@
 /* One sample: blur, warp, colour and normalisation in two passes over the output, by AVX2.
  *
- * What it computes is what opencv_executor's renderer computes, without rounding in between: parity tests hold both to
+ * What it computes is what opencv.py computes, without rounding in between: parity tests hold both to
  * torchvision. Compiled when the package is built (hatch_build.py); native.py calls it, without Python's lock.
  */
 #include <immintrin.h>

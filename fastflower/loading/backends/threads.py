@@ -76,7 +76,7 @@ class _Memory:
         return array
 
 
-class ThreadExecutor:
+class ThreadBackend:
     """Turns samples into batches. decoded(index, reduce) gives a sample's pixels and runs on the pool's threads.
 
     renderer  "native" or "opencv"; None: native where there is one. Raises ArgumentError for "native" where there is none.
@@ -97,8 +97,8 @@ class ThreadExecutor:
     ) -> None:
         if renderer == "native" and not available():
             raise ArgumentError(
-                "executor='native' needs a Linux wheel of fastflower and a processor with AVX2; "
-                "leave executor out, or pass executor='opencv'."
+                "backend='native' needs a Linux wheel of fastflower and a processor with AVX2; "
+                "leave backend out, or pass backend='opencv'."
             )
         native = available() if renderer is None else renderer == "native"
         self._render: Renderer = NativeRenderer(augment, dtype) if native else OpencvRenderer(augment, dtype)

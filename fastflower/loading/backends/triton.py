@@ -113,7 +113,7 @@ class _Started:
     futures: list[Future[list[Any]]]
 
 
-class TritonExecutor:
+class TritonBackend:
     """Turns samples into batches. decode(index, reduce) gives a sample's pixels and runs on threads.
 
     On the CPU it runs in Triton's interpreter, for tests: TRITON_INTERPRET=1.

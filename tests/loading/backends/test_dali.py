@@ -1,4 +1,4 @@
-"""What DALI's graph asks a GPU for, and which executor scores on one: as far as can be seen without a GPU."""
+"""What DALI's graph asks a GPU for, and which backend scores on one: as far as can be seen without a GPU."""
 
 import re
 from pathlib import Path
@@ -34,12 +34,12 @@ def test_the_graph_asks_a_gpu_for_nothing_that_it_lacks(dtype: torch.dtype) -> N
 @pytest.mark.dali
 def test_workers_are_threads_in_all(shards: Path) -> None:
     for workers in (1, 2, 17):
-        executor: Any = Loader(shards, device="cpu", executor="dali", cache=None, workers=workers)._executor
-        threads = executor._readers + executor._options["num_threads"]
+        backend: Any = Loader(shards, device="cpu", backend="dali", cache=None, workers=workers)._backend
+        threads = backend._readers + backend._options["num_threads"]
         assert threads == max(2, workers), "one at least reads, one decodes"
 
 
-def test_evaluate_takes_the_executor_of_training(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_takes_the_backend_of_training(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA the cache decides, which is "auto" in training: None would mean DALI."""
     recipe = Recipe(weights=None, augment=Augment(size=32, resize=36), epochs=1, batch_size=24, lr=0.01)
     checkpoint = Checkpoint.load(train(shards, recipe, out=tmp_path / "run", device="cpu").checkpoint)

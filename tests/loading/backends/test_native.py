@@ -147,10 +147,10 @@ def test_without_the_kernel_opencv_takes_its_place(
     try:
         assert not available()
         options: dict[str, Any] = {"augment": augment, "batch_size": 8, "device": "cpu", "dtype": torch.uint8}
-        (made, *_), (expected, *_) = Loader(shards, **options), Loader(shards, executor="opencv", **options)
+        (made, *_), (expected, *_) = Loader(shards, **options), Loader(shards, backend="opencv", **options)
         assert torch.equal(made.images, expected.images)
-        with pytest.raises(ArgumentError, match=r"executor='native' needs a Linux wheel .* pass executor='opencv'"):
-            Loader(shards, executor="native", **options)
+        with pytest.raises(ArgumentError, match=r"backend='native' needs a Linux wheel .* pass backend='opencv'"):
+            Loader(shards, backend="native", **options)
     finally:
         native._kernel.cache_clear()
 

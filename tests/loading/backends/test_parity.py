@@ -1,4 +1,4 @@
-"""All executors against torchvision's functionals, given the same numbers."""
+"""All backends against torchvision's functionals, given the same numbers."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def encoded(photographs: list[Path]) -> list[bytes]:
     return [path.read_bytes() for path in photographs[::6]]
 
 
-LIMITS = [each for each in (("native", 1.0), ("dali", 2.0), ("triton", 1.0)) if each[0] in parity.EXECUTORS]
+LIMITS = [each for each in (("native", 1.0), ("dali", 2.0), ("triton", 1.0)) if each[0] in parity.BACKENDS]
 
 
 def enough(name: str, encoded: list[bytes]) -> list[bytes]:
@@ -37,13 +37,13 @@ QUICK = ("validation view (resize 256, centre 224)", "reduction by four", "hue 0
 """Of Triton's interpreter: its kernels have one way for all of geometry, and one for all of color."""
 PAIRS = [
     pytest.param(name, case, marks=[pytest.mark.soak] if name == "triton" and case not in QUICK else [])
-    for name in parity.EXECUTORS
+    for name in parity.BACKENDS
     for case in parity.CASES
 ]
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
-def test_an_executor_draws_what_torchvision_draws(name: str, case: str, encoded: list[bytes]) -> None:
+def test_an_backend_draws_what_torchvision_draws(name: str, case: str, encoded: list[bytes]) -> None:
     encoded = enough(name, encoded)
     found = parity.differences(case, name, encoded)
     worst = f"{case}, {name}: mean {found.mean():.2f}, worst photograph {found.max():.2f}"
@@ -52,7 +52,7 @@ def test_an_executor_draws_what_torchvision_draws(name: str, case: str, encoded:
     assert found.max() <= 12, worst
 
 
-@pytest.mark.parametrize("name", parity.EXECUTORS)
+@pytest.mark.parametrize("name", parity.BACKENDS)
 def test_a_reduction_without_a_prefilter_would_be_noticed(name: str, encoded: list[bytes]) -> None:
     """The limit of the reduction by four is tight enough: plain bilinear sampling is several times over it."""
     case, encoded = parity.CASES["reduction by four"], enough(name, encoded)
@@ -81,7 +81,7 @@ def supersampled(photo: NDArray[np.uint8], matrix: NDArray[np.float64], size: tu
     return cv2.resize(big, (size[1], size[0]), interpolation=cv2.INTER_AREA)
 
 
-@pytest.mark.parametrize("name", parity.EXECUTORS)
+@pytest.mark.parametrize("name", parity.BACKENDS)
 def test_one_resample_is_closer_to_the_truth_than_three(name: str, encoded: list[bytes]) -> None:
     augment = Augment(
         crop=(0.08, 1.0), rotate=10, translate=(0.1, 0.1), scale=(0.9, 1.1)
@@ -99,14 +99,14 @@ def test_one_resample_is_closer_to_the_truth_than_three(name: str, encoded: list
     assert np.mean(ours) < 0.75 * np.mean(theirs), f"ours {np.mean(ours):.2f}, torchvision's {np.mean(theirs):.2f}"
 
 
-@pytest.mark.parametrize("name", parity.EXECUTORS)
+@pytest.mark.parametrize("name", parity.BACKENDS)
 def test_the_neutral_view_of_a_photograph_of_the_output_size_is_the_photograph(name: str, encoded: list[bytes]) -> None:
     frames = [parity.stretched(data) for data in encoded[:4]]
     made = parity.render(name, Augment(resize=224), frames)
     assert np.array_equal(made, np.stack([decode(data) for data in frames]))
 
 
-@pytest.mark.parametrize("name", parity.EXECUTORS)
+@pytest.mark.parametrize("name", parity.BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_normalisation_is_torchvisions(name: str, dtype: torch.dtype, encoded: list[bytes]) -> None:
     levels = parity.render(name, Augment(), encoded[:4])
@@ -120,7 +120,7 @@ def test_normalisation_is_torchvisions(name: str, dtype: torch.dtype, encoded: l
     assert np.abs(made - wanted.numpy()).max() <= rounding + half_level
 
 
-@pytest.mark.parametrize("name", parity.EXECUTORS)
+@pytest.mark.parametrize("name", parity.BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_erasing_blots_out_the_rectangle_drawn_and_nothing_else(
     name: str, dtype: torch.dtype, encoded: list[bytes]
@@ -138,15 +138,15 @@ def test_erasing_blots_out_the_rectangle_drawn_and_nothing_else(
         assert np.allclose(image, wanted, rtol=0, atol=5e-6 if name == "dali" else 0)
 
 
-@pytest.mark.parametrize("name", parity.EXECUTORS)
+@pytest.mark.parametrize("name", parity.BACKENDS)
 def test_a_pixel_goes_where_the_matrix_says(name: str) -> None:
-    """Settles the direction of both executors' warps, which DALI's documentation states both ways."""
+    """Settles the direction of both backends' warps, which DALI's documentation states both ways."""
     photo = np.zeros((224, 224, 3), np.uint8)
     photo[60:63, 150:153] = 255
     encoded = [cv2.imencode(".png", photo)[1].tobytes()]
     augment = Augment(resize=224, rotate=30, translate=(0.1, 0.1), flip=0.5)
     for seed in range(5):
-        ((_, images),) = parity.executor(name, augment, torch.uint8, encoded).run(
+        ((_, images),) = parity.backend(name, augment, torch.uint8, encoded).run(
             [parity.request(augment, encoded, seed)]
         )
         rows, columns = np.nonzero(images[0, 0].numpy() > 40)
@@ -155,7 +155,7 @@ def test_a_pixel_goes_where_the_matrix_says(name: str) -> None:
         assert np.allclose(matrix[:, :2] @ found + matrix[:, 2], [151.5, 61.5], atol=0.7)
 
 
-@pytest.mark.parametrize("name", parity.EXECUTORS)
+@pytest.mark.parametrize("name", parity.BACKENDS)
 def test_outside_the_crop_lies_black_or_the_photograph(name: str, encoded: list[bytes]) -> None:
     fields: dict[str, Any] = {"crop": (0.2, 0.4), "rotate": 45}
     drawn = parity.request(Augment(**fields), enough(name, encoded)[:32])
@@ -171,18 +171,18 @@ def test_outside_the_crop_lies_black_or_the_photograph(name: str, encoded: list[
     assert filled[inside][:, :3, :3].mean() > 20, "with fill='photo' its corner shows the photograph"
 
 
-@pytest.mark.parametrize("name", parity.EXECUTORS)
+@pytest.mark.parametrize("name", parity.BACKENDS)
 def test_exif_orientation_is_obeyed_where_only_a_part_is_shown(name: str, encoded: list[bytes]) -> None:
     turned = parity.turned(encoded[0])
     augment = Augment(size=150, crop=(0.1, 0.2))
-    ours, theirs = (parity.render(executor, augment, turned) for executor in (name, "opencv"))
+    ours, theirs = (parity.render(backend, augment, turned) for backend in (name, "opencv"))
     assert np.abs(ours - theirs).mean(axis=(1, 2, 3)).max() < 1
 
 
 @pytest.mark.parametrize(("name", "limit"), LIMITS)
-def test_executors_make_the_same_batch(name: str, limit: float, encoded: list[bytes]) -> None:
+def test_backends_make_the_same_batch(name: str, limit: float, encoded: list[bytes]) -> None:
     augment, encoded = parity.CASES["everything"].augment, enough(name, encoded)
-    one, other = (parity.render(executor, augment, encoded) for executor in ("opencv", name))
+    one, other = (parity.render(backend, augment, encoded) for backend in ("opencv", name))
     assert np.abs(one - other).mean() < limit
 
 
@@ -198,5 +198,5 @@ def test_the_table_needs_no_setting_of_the_environment(photographs: list[Path], 
     assert done.stdout.startswith("1 photographs\n\n| augmentation |")
     name, *numbers = done.stdout.splitlines()[-1].strip("| ").split(" | ")
     assert name == case
-    assert len(numbers) == 3 * len(parity.EXECUTORS)
+    assert len(numbers) == 3 * len(parity.BACKENDS)
     assert max(map(float, numbers)) < 0.5

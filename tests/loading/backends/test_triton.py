@@ -49,10 +49,10 @@ def images_of(loader: Loader, epochs: int = 1) -> list[tuple[list[int], torch.Te
     return [(batch.index.tolist(), batch.images) for _ in range(epochs) for batch in loader]
 
 
-def test_batches_are_those_of_the_other_executors(few: Path) -> None:
+def test_batches_are_those_of_the_other_backends(few: Path) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8):
-        ours = images_of(Loader(few, executor="triton", dtype=dtype, **FEWER))
-        theirs = images_of(Loader(few, executor="opencv", dtype=dtype, **FEWER))
+        ours = images_of(Loader(few, backend="triton", dtype=dtype, **FEWER))
+        theirs = images_of(Loader(few, backend="opencv", dtype=dtype, **FEWER))
         assert [index for index, _ in ours] == [index for index, _ in theirs]
         for (_, one), (_, other) in zip(ours, theirs, strict=True):
             assert one.dtype == dtype
@@ -73,40 +73,40 @@ def test_whatever_is_kept_the_images_are_the_same_and_photographs_are_decoded_on
         return real(self, index, reduce)
 
     monkeypatch.setattr(SampleSource, "decode", counting)
-    kept = images_of(Loader(few, executor="triton", **FEWER), 2)
+    kept = images_of(Loader(few, backend="triton", **FEWER), 2)
     assert set(asked.values()) == {1}
     asked.clear()
     for cache in (None, 1_500_000):
-        found = images_of(Loader(few, executor="triton", cache=cache, **FEWER), 2)
+        found = images_of(Loader(few, backend="triton", cache=cache, **FEWER), 2)
         assert [index for index, _ in found] == [index for index, _ in kept]
         assert all(torch.equal(one, other) for (_, one), (_, other) in zip(found, kept, strict=True))
     assert set(asked.values()) == {3, 4}, "nothing is kept, and then some"
 
 
 def test_photographs_stay_for_another_augment_and_are_kept_at_each_scale(few: Path) -> None:
-    loader = Loader(few, executor="triton", **FEWER)
+    loader = Loader(few, backend="triton", **FEWER)
     images_of(loader)
     loader.set_epoch(0)
     small = Augment(size=24, resize=26)
     loader.set_augment(small)
     again = images_of(loader)
-    fresh = images_of(Loader(few, executor="triton", **{**FEWER, "augment": small}))
+    fresh = images_of(Loader(few, backend="triton", **{**FEWER, "augment": small}))
     assert all(torch.equal(one, other) for (_, one), (_, other) in zip(again, fresh, strict=True))
-    plain = images_of(Loader(few, executor="opencv", **{**FEWER, "augment": small}))
+    plain = images_of(Loader(few, backend="opencv", **{**FEWER, "augment": small}))
     assert np.mean([(one - other).abs().mean() for (_, one), (_, other) in zip(again, plain, strict=True)]) < 1 / 58
 
 
 def test_a_damaged_sample_is_named_or_replaced(few: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(few, tmp_path / "copy"))
-    whole = images_of(Loader(few, executor="triton", shuffle=False, **OPTIONS))
+    whole = images_of(Loader(few, backend="triton", shuffle=False, **OPTIONS))
     for index in (3, 4, 14):
         flip_a_bit(folder, "train", index)
-    failing = Loader(folder, executor="triton", shuffle=False, **OPTIONS)
+    failing = Loader(folder, backend="triton", shuffle=False, **OPTIONS)
     for _ in range(2):
         failing.set_epoch(0)
         with pytest.raises(SampleError, match=rf"\({failing.path_of(3)}\): its bytes have changed"):
             images_of(failing)
-    loader = Loader(folder, executor="triton", shuffle=False, on_bad="skip", **OPTIONS)
+    loader = Loader(folder, backend="triton", shuffle=False, on_bad="skip", **OPTIONS)
     for _ in range(2):
         loader.set_epoch(0)
         found = images_of(loader)
@@ -117,11 +117,11 @@ def test_a_damaged_sample_is_named_or_replaced(few: Path, tmp_path: Path) -> Non
 
 
 def test_it_resumes_travels_and_leaves_nothing_behind(few: Path) -> None:
-    whole = images_of(Loader(few, executor="triton", **FEWER))
-    first = Loader(few, executor="triton", **FEWER)
+    whole = images_of(Loader(few, backend="triton", **FEWER))
+    first = Loader(few, backend="triton", **FEWER)
     iterator = iter(first)
     next(iterator)
-    later = Loader(few, executor="triton", **FEWER)
+    later = Loader(few, backend="triton", **FEWER)
     later.load_state_dict(first.state_dict())
     for loader in (later, pickle.loads(pickle.dumps(later))):
         rest = images_of(loader)
@@ -132,7 +132,7 @@ def test_it_resumes_travels_and_leaves_nothing_behind(few: Path) -> None:
 
 @pytest.mark.soak
 def test_two_at_once_share_nothing(few: Path) -> None:
-    one, other = (Loader(few, executor="triton", seed=seed, **FEWER) for seed in (0, 1))
+    one, other = (Loader(few, backend="triton", seed=seed, **FEWER) for seed in (0, 1))
     expected = [images_of(loader) for loader in (one, other)]
     for loader in (one, other):
         loader.set_epoch(0)
@@ -159,12 +159,12 @@ def test_a_photograph_is_kept_once_where_a_padded_step_shows_it_again(few: Path,
     """In the batch before, which is still under way, or several times in its own."""
     augment = Augment(size=60, crop=(0.02, 0.03))
     options = {**FEWER, "augment": augment, "batch_size": batch_size, "tail": "pad", "cache": 1 << 40}
-    loader, other = (Loader(few, executor=name, **options) for name in ("triton", "opencv"))
+    loader, other = (Loader(few, backend=name, **options) for name in ("triton", "opencv"))
     for mine, theirs in zip(loader, other, strict=True):
         assert mine.index.tolist() == theirs.index.tolist()
         assert (mine.images - theirs.images).abs().mean() < 0.02
-    executor: Any = loader._executor
-    photos = executor._photos
+    backend: Any = loader._backend
+    photos = backend._photos
     samples, levels = np.nonzero(photos._address)
     assert len(set(photos._address[samples, levels].tolist())) == len(samples) >= loader.num_samples
     shapes = -(-loader._samples.sizes[samples] // (1 << levels)[:, None])
@@ -173,14 +173,14 @@ def test_a_photograph_is_kept_once_where_a_padded_step_shows_it_again(few: Path,
 
 
 def test_what_does_not_go_together_is_refused(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ArgumentError, match="cache must be None with executor='dali', which keeps nothing, got 1000"):
-        Loader(few, executor="dali", **{**OPTIONS, "cache": 1000})
+    with pytest.raises(ArgumentError, match="cache must be None with backend='dali', which keeps nothing, got 1000"):
+        Loader(few, backend="dali", **{**OPTIONS, "cache": 1000})
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(ArgumentError, match="executor='triton' needs device='cuda', got 'cpu'; leave executor out"):
-        Loader(few, executor="triton", **OPTIONS)
+    with pytest.raises(ArgumentError, match="backend='triton' needs device='cuda', got 'cpu'; leave backend out"):
+        Loader(few, backend="triton", **OPTIONS)
     wrong: Any = "cuda"
-    with pytest.raises(ArgumentError, match="executor must be one of native, opencv, dali, triton, got 'cuda'"):
-        Loader(few, executor=wrong, **OPTIONS)
+    with pytest.raises(ArgumentError, match="backend must be one of native, opencv, dali, triton, got 'cuda'"):
+        Loader(few, backend=wrong, **OPTIONS)
 
 
 def test_with_cuda_photographs_that_fit_are_kept_and_others_are_decoded_there(monkeypatch: pytest.MonkeyPatch) -> None:
