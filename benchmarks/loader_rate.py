@@ -48,7 +48,7 @@ def ours(backend: Literal["native", "opencv"], cache: Literal["auto"] | None) ->
 
 
 def floor(renderer: str, *, decoded: bool) -> Callable[[peers.Job], Epoch]:
-    """Bare threads; see floor.py."""
+    """Bare threads; see common/floor.py."""
 
     def way(job: peers.Job) -> Epoch:
         from common import floor

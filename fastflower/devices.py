@@ -17,6 +17,14 @@ from fastflower.machine import version_of
 
 _log = logging.getLogger("fastflower")
 
+# The parameters of glibc's mallopt: malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+# Where glibc's own, which move with what is freed, end: man 3 mallopt, of 64 bits.
+_LARGEST_THRESHOLD, _USUAL_MMAP_MAX = 32 << 20, 65536
+
+_lock = Lock()
+_users = 0
+
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device asked for; None means CUDA where there is one, else the CPU, and says which in the log.
@@ -86,20 +94,6 @@ def fastest_convolutions(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-# The parameters of glibc's mallopt: malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-
-
-# Where glibc's own, which move with what is freed, end: man 3 mallopt, of 64 bits.
-_LARGEST_THRESHOLD, _USUAL_MMAP_MAX = 32 << 20, 65536
-
-
-_lock = Lock()
-
-
-_users = 0
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What this process may use of its machine: cores and memory, as the kernel and the control groups around it allow."""
+"""What this process may use of its machine: cores and memory, as the kernel and the control groups around it allow; versions."""
 
 import os
 from collections.abc import Iterator

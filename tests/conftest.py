@@ -89,7 +89,7 @@ def shards(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
-    """A server of the packed photographs, and a store that is impatient with it."""
+    """A server of the packed photographs, and a mirror that is impatient with it."""
     for name, value in IMPATIENT.items():
         monkeypatch.setattr(f"fastflower.shards.mirror.{name}", value)
     with serving(shards) as server:

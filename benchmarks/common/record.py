@@ -1,4 +1,4 @@
-"""Interleaved timing, the table it prints and the JSON it leaves: see benchmarks/README.md for the rules."""
+"""Interleaved timing, its table and its JSON, and quiet for what others print: see benchmarks/README.md for the rules."""
 
 import json
 import os

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from fastflower.draws.random import Floats
 
 # Less blur than this changes photographs by less than 0.1 grey levels and would cost a tenth of the time.
 MIN_VARIANCE = 0.02

@@ -37,7 +37,7 @@ def stream_key(*words: int) -> int:
 
 
 class Stream(IntEnum):
-    """What separates the keys of things that are drawn with the same seed and epoch. Never renumber."""
+    """What separates the keys of things that are drawn from one seed; an epoch's order has none. Never renumber."""
 
     DRAWS = 1
     MIXES = 2

@@ -1,4 +1,4 @@
-"""What a Loader yields: a `Batch`, and what is done to it as a whole."""
+"""What a Loader yields: a `Batch`, how one is mixed as a whole, and how its memory looks to numpy."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -102,15 +102,15 @@ class Loader(IterableDataset[Batch]):
         backend, executor = _asked_for(backend, executor), None
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         source = remote(shards)
-        self._store = Mirror(source) if source else None
-        self.manifest = self._store.manifest if self._store else Manifest.load(str(shards))
+        self._mirror = Mirror(source) if source else None
+        self.manifest = self._mirror.manifest if self._mirror else Manifest.load(str(shards))
         self.augment = augment or Augment()
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self.device = resolve_device(device)
         self.dtype = dtype or torch.float32
         self.rank, self.world_size = _place(rank, world_size)
         self.shuffle = split == "train" if shuffle is None else shuffle
-        self.window = _REMOTE_WINDOW if window is None and self._store and self.shuffle else window
+        self.window = _REMOTE_WINDOW if window is None and self._mirror and self.shuffle else window
         self._shards = self.manifest.split(split).shards
         self.tail = tail or ("drop" if self.shuffle else "keep")
         self.on_bad = on_bad
@@ -139,10 +139,10 @@ class Loader(IterableDataset[Batch]):
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
 
     def _open(self, split: str) -> ShardReader:
-        if self._store is None:
+        if self._mirror is None:
             return ShardReader(self.manifest, split, strict=self.on_bad == "fail")
-        self._store.open(split, self.window or 1)
-        return ShardReader(self.manifest, split, strict=False, fetch=self._store.path)
+        self._mirror.open(split, self.window or 1)
+        return ShardReader(self.manifest, split, strict=False, fetch=self._mirror.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """To another process: made again from the same arguments, at the same place; nothing kept goes along."""
@@ -227,8 +227,8 @@ class Loader(IterableDataset[Batch]):
         # At the first batch, not in __iter__: torchdata and Lightning make iterators that they take no batch from.
         epoch, start = self._position = self._next
         self._next, self._restored = (epoch + 1, 0), False
-        if self._store:
-            self._store.begin()
+        if self._mirror:
+            self._mirror.begin()
         made = self._backend.run(self._requests(epoch, start))
         asked, used = perf_counter(), deque[torch.cuda.Event]()
         try:
@@ -245,7 +245,7 @@ class Loader(IterableDataset[Batch]):
                 self._samples.clock.add("consume", asked - given)
             self._position = (epoch + 1, 0)  # where this rank has no part of the last step
         finally:
-            with self._store.ending() if self._store else nullcontext():
+            with self._mirror.ending() if self._mirror else nullcontext():
                 made.close()
                 self._reader.keep(())  # no file stays open between epochs
 
@@ -287,9 +287,9 @@ class Loader(IterableDataset[Batch]):
             drawn = Request.drawn(augment, indices, sizes, seed=self.seed, epoch=epoch, step=first)
             row = 0
             for step, positions in steps.items():
-                if self._store and len(positions):
+                if self._mirror and len(positions):
                     ahead = [self._shards[number].name for number in self._windows.ahead(positions, epoch)]
-                    self._reader.keep(self._store.prefetch(ahead))
+                    self._reader.keep(self._mirror.prefetch(ahead))
                 yield drawn.take(step, slice(row, row + len(positions)))
                 row += len(positions)
 

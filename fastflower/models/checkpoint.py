@@ -15,7 +15,7 @@ from fastflower.models.backbone import build, load_file, not_finite
 from fastflower.recipes.recipe import Recipe
 
 FORMAT_VERSION = 2
-LAST, BEST, LOCK = "checkpoint-last.pt", "checkpoint-best.pt", ".lock"  # in the folder of a run
+LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"  # in the folder of a run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,7 +54,7 @@ class Recipe:
     """Compute batch norms' statistics anew at the end of a training, from 20 batches of training images as validation views
     them: for sizes that end elsewhere (Touvron et al. 2019) and for averaged weights (Izmailov et al. 2018)."""
     schedule: Schedule = "step"
-    """How the rate goes over the epochs, see `recipes.schedule`; "three_phase" resumes older runs of report E."""
+    """How the rate goes over the epochs, see `fastflower.recipes.schedule`; "three_phase" resumes older runs of report E."""
     warmup_epochs: float = 0.0
     """Over which the rate rises evenly to what the schedule says, from a hundredth of it; one_cycle warms up itself."""
     step_epochs: int = 7

@@ -111,7 +111,7 @@ class Mirror:
             raise ShardError(str(error).replace(str(self.folder), self._url)) from None
 
     def begin(self) -> None:
-        """An iterator begins to use the store; ends with `ending`."""
+        """An iterator begins to use the mirror; ends with `ending`."""
         if self._process != os.getpid():  # forked: threads, and whoever held the lock, stayed behind
             self._process, self._lock, self._threads, self._users = os.getpid(), threading.Lock(), set(), 0
             self._reading.clear()

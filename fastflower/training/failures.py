@@ -29,7 +29,6 @@ def explained(error: Exception, recipe: Recipe, device: torch.device) -> Fastflo
     if distributed.world_size() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in said.lower()):
         return TrainingError(
             f"rank {distributed.rank()}: another rank is gone ({said}); look at its log. "
-            f"torchrun --max-restarts with --resume goes on "
-            f"by itself."
+            f"torchrun --max-restarts with --resume goes on by itself."
         )
     return None

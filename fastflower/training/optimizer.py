@@ -1,4 +1,4 @@
-"""Updates of the weights: the recipe's optimizer, and averaged weights."""
+"""Updates of the weights: the recipe's optimizer."""
 
 from typing import Any
 

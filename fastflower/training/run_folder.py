@@ -8,7 +8,9 @@ from pathlib import Path
 from fastflower import distributed
 from fastflower.errors import ArgumentError, CheckpointError, HeldError
 from fastflower.files import PARTIAL, locked
-from fastflower.models.checkpoint import LAST, LOCK
+from fastflower.models.checkpoint import LAST
+
+_LOCK = ".lock"  # in the folder of a run
 
 
 def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
@@ -45,8 +47,8 @@ def own(folder: Path, *, new: bool, resume: bool) -> Iterator[None]:
             stack.callback(_clear, made)
             try:
                 folder.mkdir(parents=True, exist_ok=not new)
-                alone = stack.enter_context(locked(folder / LOCK))
-                stack.callback((folder / LOCK).unlink, missing_ok=True)
+                alone = stack.enter_context(locked(folder / _LOCK))
+                stack.callback((folder / _LOCK).unlink, missing_ok=True)
                 if not resume and (folder / LAST).exists():
                     told = "holds a run already; pass resume=True (--resume), or name another out"
                     failed = CheckpointError(f"{folder}: {told}.")

@@ -227,7 +227,9 @@ def test_tests_that_fail_are_told_and_a_broken_file_costs_only_itself(part: Part
     tests["broken"] = "# pytest.mark.gpu\nimport no_such_module\n"
     tests["other"] = "import not_even_looked_at\n"
     for name, text in tests.items():
-        (tmp_path / f"test_{name}.py").write_text(text)
+        folder = tmp_path / ("loading/backends" if name == "two" else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"test_{name}.py").write_text(text)
     part.ends = time.perf_counter() + 60
     with pytest.raises(RuntimeError, match="assert 1 == 2"):
         gpu_smoke.run_tests(part, place, folder=tmp_path)

@@ -11,6 +11,7 @@ from common.gpu_part import Part, Place
 from gpu_trial import CPU, MARKS, check_side, left, make_part, make_place, row_of, run
 from torchvision import models
 
+from fastflower.loading.backends import triton
 from fastflower.models.backbone import build
 
 pytestmark = MARKS
@@ -72,8 +73,20 @@ def test_a_way_that_fails_is_left_out_alone(place: Place, part: Part) -> None:
     assert "backend must be one of" in log
 
 
-def test_kernels_are_timed_for_every_shape_beside_a_step(place: Place, part: Part) -> None:
+def test_kernels_are_timed_for_every_shape_beside_a_step(
+    place: Place, part: Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[tuple[int, ...]] = []
+    render = triton.TritonBackend._render
+
+    def watched(self: triton.TritonBackend, memory: Any, out: Any, *shape: int) -> None:
+        launched.append(shape)
+        render(self, memory, out, *shape)
+
+    monkeypatch.setattr(triton.TritonBackend, "_render", watched)
     run("kernels", part, place)
+    shapes = [shape for shape in launched if shape]  # the loader's own batches name none
+    assert list(dict.fromkeys(shapes)) == list(gpu_feeding.SHAPES[:2])
     found = left(part)
     assert found["step_seconds_4"]["n"] == 2
     by_shape = found["batch_4_bfloat16"]["device_seconds"]
@@ -85,8 +98,6 @@ def test_kernels_are_timed_for_every_shape_beside_a_step(place: Place, part: Par
 
 
 def test_the_last_shape_is_that_of_the_backend() -> None:
-    from fastflower.loading.backends import triton
-
     assert gpu_feeding.SHAPES[-1] == (triton._BLOCK, triton._WARPS)
 
 

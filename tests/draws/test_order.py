@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from fastflower.draws.order import MAX_SAMPLES, epoch_order, num_steps, permute, rank_part, step_positions
 from fastflower.errors import ArgumentError
 
-MASK = (1 << 64) - 1
 SHUFFLE = settings(deadline=None, max_examples=25, derandomize=True)
 
 

@@ -258,12 +258,11 @@ def test_loader_pack_and_verify_obey_the_quota(write: Write, tmp_path: Path, mon
 
 def test_no_program_counts_cores_by_itself() -> None:
     """But the baseline, which imports nothing of the library, and what names the hardware."""
-    root = ROOT
     counting = ("cpu_count", "sched_getaffinity", "ThreadPoolExecutor()")
     found = {
         path.name
         for folder in ("fastflower", "tools", "benchmarks")
-        for path in (root / folder).rglob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
         if any(name in path.read_text() for name in counting)
     }
     assert found == {"machine.py", "devices.py", "record.py", "baseline.py"}

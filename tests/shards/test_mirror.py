@@ -120,11 +120,13 @@ def test_without_locks_an_epoch_is_whole(source: Remote, shards: Path, monkeypat
 @pytest.mark.parametrize("wait", ["shard", "room"])
 def test_a_break_does_not_wait_for_a_lock_that_is_never_given_back(source: Remote, wait: str) -> None:
     loader = Loader(source, **OPTIONS, window=1, shuffle=False)
-    assert loader._store is not None
+    assert loader._mirror is not None
     feeding = iter(loader)
     next(feeding)
     path = Path(source.folder) / "room.lock"
-    with locked(path if wait == "room" else loader._store.folder / f"{names_of(loader._store)[3]}.lock", lambda: False):
+    with locked(
+        path if wait == "room" else loader._mirror.folder / f"{names_of(loader._mirror)[3]}.lock", lambda: False
+    ):
         ends_soon(feeding.close)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -217,8 +219,8 @@ time.sleep(600)
 
 def test_a_break_does_not_wait_for_another_process(source: Remote) -> None:
     loader = Loader(source, **OPTIONS, window=1, shuffle=False)
-    assert loader._store is not None
-    locks = [str(loader._store.folder / f"{name}.lock") for name in names_of(loader._store)[1:]]
+    assert loader._mirror is not None
+    locks = [str(loader._mirror.folder / f"{name}.lock") for name in names_of(loader._mirror)[1:]]
     other = subprocess.Popen([sys.executable, "-c", HOLDING, *locks], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
@@ -252,7 +254,7 @@ for name, value in IMPATIENT.items():
     setattr(mirror, name, value)
 loader = Loader(Remote(url=sys.argv[2], folder=sys.argv[3]), **OPTIONS, window=1)
 if sys.argv[4] == "deaf exit":
-    deafen(mirror.Mirror, loader._store.manifest.split("train").shards[loader._windows.ahead([0], 0)[0]].name)
+    deafen(mirror.Mirror, loader._mirror.manifest.split("train").shards[loader._windows.ahead([0], 0)[0]].name)
 if sys.argv[4].endswith("exit"):
     feeding = iter(loader)
     next(feeding)
@@ -320,9 +322,9 @@ def test_a_cache_that_somebody_cleared_is_filled_again(source: Remote) -> None:
 
 def test_a_cache_that_cannot_be_written_stops_the_epoch_whatever_is_said_of_bad_samples(source: Remote) -> None:
     loader = Loader(source, **OPTIONS, on_bad="skip", shuffle=False)
-    assert loader._store is not None
-    for name in names_of(loader._store):
-        (loader._store.folder / f"{name}.lock").mkdir()
+    assert loader._mirror is not None
+    for name in names_of(loader._mirror):
+        (loader._mirror.folder / f"{name}.lock").mkdir()
     with pytest.raises(ShardError, match=r"cannot be written \(Is a directory\); make room, or name another folder"):
         list(loader)
     assert not loader.replaced

@@ -155,7 +155,7 @@ def test_a_break_ends_the_downloads_and_the_next_epoch_is_whole(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastflower.shards.mirror._ATTEMPTS", 2)
         patch.setattr("fastflower.shards.mirror._TIMEOUT", 0.3)
-        with pytest.raises(ShardError, match=r"could not be read in 2 attempts \(not all came within 0 seconds\)"):
+        with pytest.raises(ShardError, match=r"could not be read in 2 attempts \(not all came within "):
             next(feeding)
     assert_nothing_half_done(source.folder)
     server.fault = lambda _name, _asked: None

@@ -120,7 +120,7 @@ def test_only_one_file_imports_triton() -> None:
 
 
 def test_the_library_imports_no_program() -> None:
-    programs = {"benchmarks", "tools", "tests", *(path.stem for path in PROGRAMS)} - {"__init__"}
+    programs = {"benchmarks", "common", "tools", "tests", *(path.stem for path in PROGRAMS)} - {"__init__"}
     assert [path.name for path in LIBRARY if tops(path) & programs] == []
 
 
@@ -176,12 +176,17 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         fastflower.load  # noqa: B018  (looking the name up is what raises)
 
 
-# What breaks a limit, by name. A name that no longer does is to be taken off.
-LONG_FUNCTIONS = {"packing.packer.pack", "loading.backends.triton_kernels._sampled"}
+# What breaks a limit, by name, and what it has: the figure only goes down.
+LONG_FUNCTIONS = {"packing.packer.pack": 100, "loading.backends.triton_kernels._sampled": 64}
 LONG_SIGNATURES = {
-    "loading.loader.Loader.__init__", "packing.packer.pack", "draws.augment.Augment", "recipes.recipe.Recipe",
-    "loading.backends.triton_kernels.colour", "shards.manifest.Manifest", "draws.draw.Draw",
-}  # fmt: skip
+    "loading.loader.Loader.__init__": 17,
+    "packing.packer.pack": 13,
+    "draws.augment.Augment": 25,
+    "recipes.recipe.Recipe": 29,
+    "loading.backends.triton_kernels.colour": 14,
+    "shards.manifest.Manifest": 13,
+    "draws.draw.Draw": 13,
+}
 
 
 def definitions(nodes: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
@@ -240,8 +245,8 @@ def test_functions_signatures_and_branching_keep_their_limits() -> None:
     for what, found in (("longest", lengths), ("most parameters", counts), ("most branches", complexity)):
         worst = sorted(found.items(), key=itemgetter(1), reverse=True)[:5]
         print(f"{what}: {', '.join(f'{name} {value}' for name, value in worst)}")
-    assert {name for name, length in lengths.items() if length > 60} == LONG_FUNCTIONS
-    assert {name for name, count in counts.items() if count > 12} == LONG_SIGNATURES
+    assert {name: length for name, length in lengths.items() if length > 60} == LONG_FUNCTIONS
+    assert {name: count for name, count in counts.items() if count > 12} == LONG_SIGNATURES
     assert {name: count for name, count in complexity.items() if count > 15} == {}
 
 

@@ -42,14 +42,20 @@ def assert_flags_exist(line: str, said: str) -> None:
     assert all(flag in said or flag == "--recipe" for flag in flags), line
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if "fastflower " in line])
+VERBS = [line for line in COMMANDS if "fastflower " in line]
+PROGRAMS = [line for line in COMMANDS if ".py" in line]
+assert VERBS
+assert PROGRAMS
+
+
+@pytest.mark.parametrize("line", VERBS)
 def test_each_verb_of_the_readme_has_the_flags_that_it_names(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main([line.partition("fastflower ")[2].split()[0], "--help"])
     assert_flags_exist(line, capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if ".py" in line])
+@pytest.mark.parametrize("line", PROGRAMS)
 def test_each_program_of_the_readme_has_the_flags_that_it_names(
     line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,7 +43,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
-def test_an_backend_draws_what_torchvision_draws(name: str, case: str, encoded: list[bytes]) -> None:
+def test_a_backend_draws_what_torchvision_draws(name: str, case: str, encoded: list[bytes]) -> None:
     encoded = enough(name, encoded)
     found = parity.differences(case, name, encoded)
     worst = f"{case}, {name}: mean {found.mean():.2f}, worst photograph {found.max():.2f}"
