@@ -18,7 +18,9 @@ from fastflower.loading.backends.native import NativeRenderer
 from fastflower.loading.backends.opencv import OpencvRenderer
 from fastflower.loading.backends.threads import Renderer
 from fastflower.loading.request import Request
+from fastflower.loading.samples import SampleSource
 from fastflower.shards.image import decode
+from fastflower.shards.reader import ShardReader
 
 RENDERERS: dict[str, Callable[[Augment, torch.dtype], Renderer]] = {"native": NativeRenderer, "opencv": OpencvRenderer}
 
@@ -31,9 +33,9 @@ def epoch_of(loader: Loader, renderer: str, workers: int, *, decoded: bool) -> C
     render = RENDERERS[renderer](loader.augment, torch.float32)
     numbers = range(loader.num_samples)
     indices = np.array(numbers)
-    sizes = np.array([loader.photo(index).shape[:2] for index in numbers])
-    jobs = render.jobs(Request.drawn(loader.augment, indices, sizes, seed=loader.seed, epoch=0, step=0))
-    encoded = [bytes(loader._samples.encoded(index)) for index in numbers]
+    samples = SampleSource(ShardReader(loader.manifest, loader.split))
+    jobs = render.jobs(Request.drawn(loader.augment, indices, samples.sizes, seed=loader.seed, epoch=0, step=0))
+    encoded = [samples.encoded(index) for index in numbers]
     photos = [decode(data, job.reduce) for data, job in zip(encoded, jobs, strict=True)] if decoded else None
 
     def epoch() -> int:

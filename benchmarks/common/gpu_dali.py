@@ -19,8 +19,13 @@ from common import dali_probe, gpu_feeding, gpu_part, gpu_smoke, record
 from common.gpu_feeding import Way
 from common.gpu_part import SMALL, Part, Place, verdict
 from fastflower import Augment, Loader
+from fastflower.loading.backends.base import Setup
+from fastflower.loading.backends.triton import DeviceImages, TritonBackend
+from fastflower.loading.cache import Allowance
+from fastflower.loading.samples import SampleSource
 from fastflower.recipes.presets import report_a
 from fastflower.shards.image import decode
+from fastflower.shards.reader import ShardReader
 
 TIMES_OPENCV = 2.0  # decoding on the GPU, the goal
 _TOGETHER = 4  # probes at a time: each takes seconds to start, so its rate is that beside three others
@@ -218,16 +223,16 @@ def kept(
     from fastflower.loading.backends.dali import DaliBackend, Pipeline, fn, pipeline_def, rendered, types
 
     view, cuda = augment or report_a().augment, part.device.type == "cuda"
-    options: dict[str, Any] = {"batch_size": batch_size, "augment": view, "dtype": torch.float16, "device": part.device}
-    loader = Loader(place.split, backend="triton", **options)
-    triton: Any = loader._backend
-    requests = list(loader._requests(0, 0))[:batches]
+    loader = Loader(place.split, batch_size=batch_size, augment=view, device="cpu", cache=None)
+    requests = list(loader.requests(0))[:batches]
+    samples = SampleSource(ShardReader(loader.manifest, loader.split))
+    setup = Setup(part.device, torch.float16, batch_size, workers=4)
     images: dict[int, Any] = {}
     for index in np.concatenate([request.indices for request in requests]).tolist():
         image = loader.photo(index)
         images[index] = torch.from_numpy(image.copy()).to(part.device) if cuda else image
 
-    @pipeline_def(enable_conditionals=True)
+    @pipeline_def(enable_conditionals=True, batch_size=batch_size, num_threads=4, prefetch_queue_depth=2)
     def graph() -> Any:
         place = "gpu" if cuda else "cpu"
         decoded = fn.external_source(
@@ -238,15 +243,14 @@ def kept(
     class Kept(DaliBackend):
         """Takes decoded images."""
 
-        def _build(self) -> Pipeline:
-            pipe = graph(**self._options)
-            pipe.build()
-            return pipe
+        def pipeline(self) -> Pipeline:
+            return graph(device_id=part.device.index if cuda else None)
 
-        def _sample(self, index: int) -> Any:
-            return images[index]
+        def prepare(self, work: Any, row: int) -> None:
+            work.files[row] = images[int(work.request.indices[row])]
 
-    dali = Kept(view, torch.float16, bytes, bytes, device=part.device, batch_size=batch_size, workers=4)
+    dali = Kept(view, samples, setup)
+    triton = TritonBackend(view, samples, setup, DeviceImages(loader.num_samples, Allowance(part.device, 1 << 34)))
 
     def run(backend: Any) -> int:
         return sum(len(made) for _, made in backend.run(iter(requests)))

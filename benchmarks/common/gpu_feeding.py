@@ -16,7 +16,13 @@ from common.gpu_part import MAGNIFIED, Part, Place, check_recorded, verdict
 from fastflower import Augment, Loader
 from fastflower.devices import fastest_convolutions
 from fastflower.draws import geometry
+from fastflower.loading.backends.base import Setup
+from fastflower.loading.backends.triton import DeviceImages, TritonBackend
+from fastflower.loading.cache import Allowance, free_bytes
+from fastflower.loading.request import Request
+from fastflower.loading.samples import SampleSource
 from fastflower.recipes.presets import report_a
+from fastflower.shards.reader import ShardReader
 from fastflower.training.run import Run
 
 FROM_CACHE = 350_000  # images/s, the goal
@@ -172,10 +178,12 @@ def _augmenting(
     steps: dict[int, float],
 ) -> None:
     step = steps.get(batch_size)
-    options = {"augment": augment, "dtype": DTYPES[name], "device": part.device, "backend": "triton"}
-    loader = Loader(shards, batch_size=batch_size, **options)
-    backend: Any = loader._backend
-    requests = list(loader._requests(0, 0))
+    loader = Loader(shards, batch_size=batch_size, augment=augment, device="cpu", cache=None)
+    samples = SampleSource(ShardReader(loader.manifest, loader.split))
+    setup = Setup(part.device, DTYPES[name], batch_size, loader.workers)
+    kept = DeviceImages(loader.num_samples, Allowance(part.device, free_bytes(part.device) // 2))
+    backend = TritonBackend(augment, samples, setup, kept)
+    requests = list(loader.requests(0))
     for _ in backend.run(requests):  # decodes them, and keeps them
         pass
     tables = [_tables(backend, request) for request in requests]
@@ -185,13 +193,13 @@ def _augmenting(
 
     def launch(block: int, warps: int) -> None:
         for number in range(launches):
-            backend._render(tables[number % len(tables)], outs[number % len(outs)], block, warps)
+            backend.launch(tables[number % len(tables)], outs[number % len(outs)], block, warps)
 
     found: dict[str, Any] = {}
     for shape in shapes:
         work = partial(launch, *shape)
         work()  # compiles
-        times = [device_seconds(work, part.device, backend._stream) / launches for _ in range(rounds)]
+        times = [device_seconds(work, part.device, backend.stream) / launches for _ in range(rounds)]
         share = statistics.median(times) / step if step else None
         part.found[f"batch_{batch_size}_{name}"] = {"device_seconds": found, "step_seconds": step}
         found["{} pixels, {} warps".format(*shape)] = {**record.spread(times), "share_of_step": share, "raw": times}
@@ -204,7 +212,7 @@ def _augmenting(
     host: dict[str, list[float]] = {"draw": [], "tables": []}
     for epoch in range(rounds):
         start = time.perf_counter()
-        drawn = list(loader._requests(epoch, 0))
+        drawn = list(loader.requests(epoch))
         host["draw"].append((time.perf_counter() - start) / len(drawn))
         start = time.perf_counter()
         for request in requests:
@@ -216,14 +224,13 @@ def _augmenting(
     part.found[f"batch_{batch_size}_{name}"]["host_seconds"] = times
 
 
-def _tables(backend: Any, request: Any) -> torch.Tensor:
+def _tables(backend: TritonBackend, request: Request) -> torch.Tensor:
     """The tables of a batch all of whose images are kept."""
-    how = geometry.resampling(request.warp)
-    missing = backend._photos.missing(request.indices, how.reduce)
+    reduce = geometry.reductions(request.warp.footprint)
+    missing = backend.kept.missing(request.indices, reduce)
     if len(missing):
         raise RuntimeError(f"{len(missing)} images of a batch were not kept")
-    address, width, _ = backend._photos.places(request.indices, how.reduce, missing, [], None)
-    return backend._tables(request, how, address, width)
+    return backend.tables(request, *backend.kept.find(request.indices, reduce))
 
 
 def device_seconds(work: Callable[[], object], device: torch.device, stream: Any = None) -> float:

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-from collections.abc import Callable
 from threading import Lock
 from typing import ClassVar, Literal, NamedTuple
 from weakref import WeakSet
@@ -14,9 +13,13 @@ from numpy.typing import NDArray
 from fastflower.draws.augment import Augment
 from fastflower.draws.geometry import reductions
 from fastflower.errors import ArgumentError
+from fastflower.loading.batch import Pixels
+from fastflower.loading.samples import SampleSource
 from fastflower.machine import available_bytes, ranks_here
 
 _log = logging.getLogger("fastflower")
+
+Cache = Literal["auto"] | int | None
 
 _SHARE = 0.5  # of the memory that is free, and promised to no other loader, when one is made
 
@@ -82,7 +85,7 @@ def _unpromised(device: torch.device) -> int:
     return max(0, free_bytes(device) // ranks - Allowance.promised(device))
 
 
-def allow(cache: Literal["auto"] | int | None, decoded: Decoded, device: torch.device) -> Allowance:
+def allow(cache: Cache, decoded: Decoded, device: torch.device) -> Allowance:
     """What a loader may keep on a device. "auto": half of what is free and promised to no other, where that is enough; logged.
 
     Raises ArgumentError for another kind of `cache`.
@@ -108,21 +111,20 @@ def allow(cache: Literal["auto"] | int | None, decoded: Decoded, device: torch.d
 
 
 class PixelCache:
-    """Keeps what `decode` gives, first come, while it is allowed to. Thread-safe."""
+    """Keeps decoded images in RAM, first come, while it is allowed to. Thread-safe."""
 
-    def __init__(self, decode: Callable[[int, int], NDArray[np.uint8]], allowance: Allowance) -> None:
-        self._decode = decode
-        self._allowance = allowance
-        self._kept: dict[tuple[int, int], NDArray[np.uint8]] = {}
+    def __init__(self, samples: SampleSource, allowance: Allowance) -> None:
+        self._samples, self._allowance = samples, allowance
+        self._kept: dict[tuple[int, int], Pixels] = {}
         self._lock = Lock()
 
-    def __call__(self, index: int, reduce: int = 1) -> NDArray[np.uint8]:
-        """A photograph at a scale, (H, W, 3) uint8; not to be written to."""
+    def decode(self, index: int, reduce: int = 1) -> Pixels:
+        """An image as `SampleSource.decode` gives it, mostly decoded before; not to be written to."""
         key = (index, reduce)
-        found = self._kept.get(key)
-        if found is not None:
-            return found
-        image = self._decode(index, reduce)
+        kept = self._kept.get(key)
+        if kept is not None:
+            return kept
+        image = self._samples.decode(index, reduce)
         with self._lock:
             if key not in self._kept and self._allowance.take(image.nbytes):
                 self._kept[key] = image

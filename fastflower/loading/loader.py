@@ -20,14 +20,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 from fastflower import distributed
 from fastflower.devices import resolve_device
 from fastflower.draws.augment import Augment
-from fastflower.draws.order import Windows, balanced, num_steps, permute, step_positions
 from fastflower.errors import ArgumentError, ShardError, require
-from fastflower.loading.backends.selection import Name, choose, maker
+from fastflower.loading.backends.base import Name, Setup
+from fastflower.loading.backends.selection import create
 from fastflower.loading.batch import Batch, mixed
-from fastflower.loading.cache import decoded_bytes
-from fastflower.loading.request import Backend, Request
+from fastflower.loading.cache import Cache
+from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 from fastflower.loading.stats import SPENT, Stats
+from fastflower.loading.steps import Shuffle, Steps, Tail
 from fastflower.machine import cores
 from fastflower.shards.manifest import Manifest
 from fastflower.shards.mirror import Mirror
@@ -39,6 +40,10 @@ _log = logging.getLogger("fastflower")
 _REMOTE_WINDOW = 8  # shards: with the packer's 64 MB half a gigabyte, some ten thousand photographs
 _DRAWN_TOGETHER = 1024  # samples: numpy's calls then cost less than what they compute
 _BATCHES_AHEAD = 8  # of a GPU: some 30 ms of steps of 4 ms, in which the host may do something else
+_ARGUMENTS = (
+    *("shards", "split", "batch_size", "augment", "seed", "device", "dtype", "cache", "rank", "world_size"),
+    *("shuffle", "window", "tail", "on_bad", "workers"),
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
@@ -88,68 +93,47 @@ class Loader(IterableDataset[Batch]):
         seed: int = 0,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        cache: Literal["auto"] | int | None = "auto",
+        cache: Cache = "auto",
         rank: int | None = None,
         world_size: int | None = None,
-        shuffle: bool | Literal["balanced"] | None = None,
+        shuffle: Shuffle | None = None,
         window: int | None = None,
-        tail: Literal["drop", "keep", "pad"] | None = None,
+        tail: Tail | None = None,
         on_bad: Literal["fail", "skip"] = "fail",
         backend: Name | None = None,
         workers: int | None = None,
         executor: Name | None = None,
     ) -> None:
-        backend, executor = _asked_for(backend, executor), None
-        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.shards, self.split, self.batch_size, self.seed = shards, split, batch_size, seed
+        self.augment = augment or Augment()
+        self.device, self.dtype = resolve_device(device), dtype or torch.float32
+        self.cache, self.workers = cache, workers or cores() + 1
+        self.rank, self.world_size = _place(rank, world_size)
+        self.shuffle: Shuffle = split == "train" if shuffle is None else shuffle
         source = remote(shards)
+        self.window = _REMOTE_WINDOW if window is None and source and self.shuffle else window
+        self.tail: Tail = tail or ("drop" if self.shuffle else "keep")
+        self.on_bad = on_bad
+        self._check(workers)
+        _check_mix(self.augment, self.batch_size, self.tail, self.dtype)
+
         self._mirror = Mirror(source) if source else None
         self.manifest = self._mirror.manifest if self._mirror else Manifest.load(str(shards))
-        self.augment = augment or Augment()
-        self.split, self.batch_size, self.seed = split, batch_size, seed
-        self.device = resolve_device(device)
-        self.dtype = dtype or torch.float32
-        self.rank, self.world_size = _place(rank, world_size)
-        self.shuffle = split == "train" if shuffle is None else shuffle
-        self.window = _REMOTE_WINDOW if window is None and self._mirror and self.shuffle else window
-        self._shards = self.manifest.split(split).shards
-        self.tail = tail or ("drop" if self.shuffle else "keep")
-        self.on_bad = on_bad
-        self._reader = self._open(split)
+        self._reader = self._open()
+        self._steps = self._ordered()
         self._samples = SampleSource(self._reader, replaces=on_bad == "skip")
         self.replaced = self._samples.replaced
         """Damaged samples, by index, and what is wrong with each."""
-        self._check(workers, self.augment)
-        counts = [shard.samples for shard in self._shards]
-        self._windows = Windows(counts, self.window or 1, seed=seed, shuffle=bool(self.shuffle))
-        index = self._reader.index
-        self._labels = torch.from_numpy(index["label"].astype(np.int64))
-        self._by_class = np.argsort(index["label"], kind="stable") if self.shuffle == "balanced" else None
-        if self._by_class is not None:
-            _log.info("shuffle: classes come equally often, so that an epoch does not hold every sample exactly once")
+        self._wanted = _asked_for(backend, executor)
+        setup = Setup(self.device, self.dtype, batch_size, self.workers)
+        self._backend = create(self._wanted, self.augment, self._samples, setup, cache, seed=seed)
+
         self._images = 0
-        self._workers = workers or cores() + 1
-        chosen = choose(backend, self.device, cache, lambda: decoded_bytes(self._samples.sizes, self.augment, seed))
-        self.backend: Name = chosen[0]
-        """Which of them makes the batches."""
-        options = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, "workers": self._workers}
-        self._made_for = maker(*chosen, self._samples, **options)
-        self._backend = self._make_backend()
         self._next = (0, 0)  # (epoch, step) at which the next `for` begins
         self._restored = False  # whether a state said so
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
 
-    def _open(self, split: str) -> ShardReader:
-        if self._mirror is None:
-            return ShardReader(self.manifest, split, strict=self.on_bad == "fail")
-        self._mirror.open(split, self.window or 1)
-        return ShardReader(self.manifest, split, strict=False, fetch=self._mirror.path)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """To another process: made again from the same arguments, at the same place; nothing kept goes along."""
-        place = {"rank": self.rank, "world_size": self.world_size}
-        return _made_again, (self._arguments | place, self._next, self._position, self._restored)
-
-    def _check(self, workers: int | None, augment: Augment) -> None:
+    def _check(self, workers: int | None) -> None:
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         require(workers is None or workers >= 1, "workers", "at least 1", workers)
         require(self.shuffle in (True, False, "balanced"), "shuffle", "True, False or 'balanced'", self.shuffle)
@@ -161,20 +145,38 @@ class Loader(IterableDataset[Batch]):
             raise ArgumentError(
                 "window must be None with shuffle='balanced', which reads all shards; so must shards be local."
             )
-        mixes = augment.mixup or augment.cutmix
-        if mixes and (self.batch_size % 2 or self.tail == "keep" or self.dtype == torch.uint8):
-            raise ArgumentError(
-                "augment: mixup and cutmix mix pairs of a batch, in floating point: they need an even batch_size, tail 'drop' or "
-                f"'pad' and a dtype other than uint8; got {self.batch_size}, {self.tail!r} and {self.dtype}."
-            )
-        if self.tail == "drop" and self.global_batch_size > self.num_samples:
-            raise ArgumentError(
-                f"batch_size: {self.global_batch_size}, of all ranks together, exceeds the {self.num_samples} samples of split "
-                f"{self.split!r}, so an epoch would have no step; lower it (--batch-size), or give a Loader tail='keep'."
-            )
 
-    def _make_backend(self) -> Backend:
-        return self._made_for(self.augment)
+    def _open(self) -> ShardReader:
+        if self._mirror is None:
+            return ShardReader(self.manifest, self.split, strict=self.on_bad == "fail")
+        self._mirror.open(self.split, self.window or 1)
+        return ShardReader(self.manifest, self.split, strict=False, fetch=self._mirror.path)
+
+    def _ordered(self) -> Steps:
+        steps = Steps(
+            self.manifest.split(self.split),
+            self._reader.index["label"],
+            seed=self.seed,
+            batch_size=self.batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            shuffle=self.shuffle,
+            window=self.window,
+            tail=self.tail,
+        )
+        if not steps.of_all_ranks and self.tail == "drop":
+            raise ArgumentError(
+                f"batch_size: {steps.global_batch_size}, of all ranks together, exceeds the {steps.num_samples} samples of "
+                f"split {self.split!r}, so an epoch would have no step; lower it (--batch-size), or give a Loader tail='keep'."
+            )
+        if self.shuffle == "balanced":
+            _log.info("shuffle: classes come equally often, so that an epoch does not hold every sample exactly once")
+        return steps
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process: made again from the same arguments, at the same place; nothing kept goes along."""
+        arguments = {name: getattr(self, name) for name in _ARGUMENTS} | {"backend": self._wanted}
+        return _made_again, (arguments, self._next, self._position, self._restored)
 
     def photo(self, index: int) -> NDArray[np.uint8]:
         """The whole decoded photograph of a sample, (H, W, 3) RGB; not to be written to."""
@@ -194,24 +196,23 @@ class Loader(IterableDataset[Batch]):
         return Paths(self._reader)
 
     @property
+    def backend(self) -> Name:
+        """Which of them makes the batches."""
+        return self._backend.name
+
+    @property
     def num_samples(self) -> int:
         """Samples in the split, over all ranks."""
-        return len(self._reader.index)
+        return self._steps.num_samples
 
     @property
     def global_batch_size(self) -> int:
         """Samples a step over all ranks."""
-        return self.batch_size * self.world_size
+        return self._steps.global_batch_size
 
     def __len__(self) -> int:
         """Steps in an epoch: the same on every rank, but for one fewer where a kept tail has no sample for it."""
-        steps = self._steps
-        return steps if self.tail != "keep" or len(self._positions(steps - 1)) else steps - 1
-
-    @property
-    def _steps(self) -> int:
-        """Steps in an epoch over all ranks."""
-        return num_steps(self.num_samples, self.global_batch_size, drop_tail=self.tail == "drop")
+        return len(self._steps)
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -229,13 +230,16 @@ class Loader(IterableDataset[Batch]):
         self._next, self._restored = (epoch + 1, 0), False
         if self._mirror:
             self._mirror.begin()
-        made = self._backend.run(self._requests(epoch, start))
+        made = self._backend.run(self._announced(self.requests(epoch, start)))
         asked, used = perf_counter(), deque[torch.cuda.Event]()
         try:
             for request, images in made:
-                self._position = (epoch, request.step + 1) if request.step + 1 < self._steps else (epoch + 1, 0)
+                self._position = (
+                    (epoch, request.step + 1) if request.step + 1 < self._steps.of_all_ranks else (epoch + 1, 0)
+                )
+                labels = torch.from_numpy(self._samples.labels[request.indices])
                 index = torch.from_numpy(request.indices)
-                batch = self._mixed(request, Batch(self._put(images), self._put(self._labels[index]), self._put(index)))
+                batch = self._mixed(request, Batch(self._put(images), self._put(labels), self._put(index)))
                 given = perf_counter()
                 self._samples.clock.add("wait", given - asked)
                 self._images += len(index)
@@ -269,41 +273,38 @@ class Loader(IterableDataset[Batch]):
     def stats(self) -> Stats:
         """Where the time of all epochs so far went."""
         seconds = {f"{name}_seconds": self._samples.clock[name] for name in SPENT}
-        return Stats(images=self._images, workers=self._workers, replaced=len(self.replaced), **seconds)
+        return Stats(images=self._images, workers=self.workers, replaced=len(self.replaced), **seconds)
 
-    def _positions(self, step: int) -> NDArray[np.int64]:
-        ranks = {"rank": self.rank, "world_size": self.world_size}
-        return step_positions(step, self.num_samples, self.global_batch_size, **ranks, pad=self.tail == "pad")
+    def requests(self, epoch: int, start: int = 0) -> Iterator[Request]:
+        """What the backend is asked for in an epoch, from step `start` on.
 
-    def _requests(self, epoch: int, start: int) -> Iterator[Request]:
-        """The steps of an epoch from `start` on; after the first, some are drawn together, which takes a third of the time."""
+        After the first, steps are drawn together, which takes a third of the time.
+        """
         augment = self.augment  # whatever it is set to meanwhile
         later = range(start + 1, len(self), max(1, _DRAWN_TOGETHER // self.batch_size))
-        bounds = [*range(start, min(start + 1, len(self))), *later, len(self)]
-        for first, end in pairwise(bounds):
-            steps = {step: self._positions(step) for step in range(first, end)}
-            indices = self._indices(np.concatenate(list(steps.values())), epoch)
-            sizes = self._samples.sizes[indices]
-            drawn = Request.drawn(augment, indices, sizes, seed=self.seed, epoch=epoch, step=first)
+        for first, end in pairwise([*range(start, min(start + 1, len(self))), *later, len(self)]):
+            indices = self._steps.indices(epoch, range(first, end))
+            together = np.concatenate(indices)
+            sizes = self._samples.sizes[together]
+            drawn = Request.drawn(augment, together, sizes, seed=self.seed, epoch=epoch, step=first)
             row = 0
-            for step, positions in steps.items():
-                if self._mirror and len(positions):
-                    ahead = [self._shards[number].name for number in self._windows.ahead(positions, epoch)]
-                    self._reader.keep(self._mirror.prefetch(ahead))
-                yield drawn.take(step, slice(row, row + len(positions)))
-                row += len(positions)
+            for step, count in enumerate(map(len, indices), first):
+                yield drawn.take(step, slice(row, row + count))
+                row += count
+
+    def _announced(self, requests: Iterator[Request]) -> Iterator[Request]:
+        """Requests, each after the mirror has heard which shards it needs, and which come next."""
+        shards = self.manifest.split(self.split).shards
+        for request in requests:
+            if self._mirror:
+                ahead = self._steps.shards_ahead(request.epoch, request.step)
+                self._reader.keep(self._mirror.prefetch([shards[number].name for number in ahead]))
+            yield request
 
     def indices(self, epoch: int, step: int) -> NDArray[np.int64]:
         """(N,) the samples of a step of an epoch on this rank."""
-        return self._indices(self._positions(step), epoch)
-
-    def _indices(self, positions: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        if self.shuffle and self.window is not None:
-            return self._windows.indices(positions, epoch)
-        if self._by_class is not None:
-            counts = self.manifest.split(self.split).class_counts
-            return balanced(positions, self._by_class, counts, seed=self.seed, epoch=epoch)
-        return permute(positions, self.num_samples, seed=self.seed, epoch=epoch) if self.shuffle else positions
+        (indices,) = self._steps.indices(epoch, [step])
+        return indices
 
     def _put(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == self.device.type:
@@ -313,9 +314,9 @@ class Loader(IterableDataset[Batch]):
 
     def set_augment(self, augment: Augment) -> None:
         """Draw from another distribution from the next `for` on; photographs that are kept stay."""
-        self._check(None, augment)
-        self.augment = self._arguments["augment"] = augment
-        self._backend = self._make_backend()
+        _check_mix(augment, self.batch_size, self.tail, self.dtype)
+        self.augment = augment
+        self._backend = self._backend.with_augment(augment)
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next `for` in this epoch: at its start, or, right after `load_state_dict`, where that stands in it."""
@@ -371,6 +372,15 @@ def _asked_for(backend: Name | None, executor: Name | None) -> Name | None:
         raise ArgumentError(f"executor is the former name of backend; pass backend={backend!r} alone.")
     warnings.warn(f"Loader(executor=) is called backend= now; pass backend={executor!r}.", FutureWarning, stacklevel=3)
     return executor
+
+
+def _check_mix(augment: Augment, batch_size: int, tail: Tail, dtype: torch.dtype) -> None:
+    mixes = augment.mixup or augment.cutmix
+    if mixes and (batch_size % 2 or tail == "keep" or dtype == torch.uint8):
+        raise ArgumentError(
+            "augment: mixup and cutmix mix pairs of a batch, in floating point: they need an even batch_size, tail 'drop' or "
+            f"'pad' and a dtype other than uint8; got {batch_size}, {tail!r} and {dtype}."
+        )
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:

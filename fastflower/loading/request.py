@@ -1,16 +1,14 @@
 """What is asked of a backend: a `Request` for each batch."""
 
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from dataclasses import dataclass, fields
+from typing import Self
 
+import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fastflower.draws.augment import Augment
 from fastflower.draws.draw import Draw
 from fastflower.draws.geometry import Warp
-from fastflower.errors import SampleError
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,45 +17,46 @@ class Request:
 
     epoch: int
     step: int
-    indices: NDArray[Any]
-    """(N,) int64. A backend overwrites those of samples that it replaces."""
+    indices: NDArray[np.int64]
+    """(N,)."""
     draw: Draw
     warp: Warp
-    """The draw's geometry, for photographs of their sizes."""
+    """The draw's geometry, for images of their sizes."""
     augment: Augment
     """What was drawn from, and with which seed."""
     seed: int
 
     @classmethod
     def drawn(
-        cls, augment: Augment, indices: NDArray[Any], sizes: NDArray[Any], *, seed: int, epoch: int, step: int
+        cls,
+        augment: Augment,
+        indices: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        *,
+        seed: int,
+        epoch: int,
+        step: int,
     ) -> Self:
-        """The request for samples `indices`, (N,) int64, whose photographs have `sizes`, (N, 2) height and width."""
+        """The request for samples `indices`, (N,), whose images have `sizes`, (N, 2) height and width."""
         draw = augment.draw(seed, epoch, indices, sizes)
         return cls(epoch, step, indices, draw, draw.warp(sizes, augment.fill), augment, seed)
 
-    def of(self, indices: NDArray[Any], sizes: NDArray[Any]) -> "Request":
-        """The same step, of other samples."""
-        return Request.drawn(self.augment, indices, sizes, seed=self.seed, epoch=self.epoch, step=self.step)
-
     def take(self, step: int, rows: slice) -> "Request":
-        """Some of the samples, as a step of its own."""
+        """Some of the samples, as a step of its own. Its arrays are views of this one's."""
         draw, warp = self.draw.take(rows), self.warp.take(rows)
         return Request(self.epoch, step, self.indices[rows], draw, warp, self.augment, self.seed)
 
+    def row(self, row: int) -> "Request":
+        """One of the samples, as `take` gives it."""
+        return self.take(self.step, slice(row, row + 1))
 
-Replace = Callable[[Request, int, SampleError], Request]
-"""(request, row, what is wrong with the sample there) to the request with another sample in that row, or raises the error."""
-
-
-def refuse(_request: Request, _row: int, error: SampleError) -> Request:
-    """Replace nothing."""
-    raise error
-
-
-class Backend(Protocol):
-    """Moves the pixels."""
-
-    def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
-        """Yield each request, in order, with its images; takes requests ahead, and cleans up when closed."""
-        ...
+    def put(self, row: int, index: int, size: NDArray[np.int64]) -> None:
+        """Set another sample, whose image has `size`, (2,) height and width, into a row, with what is drawn for it."""
+        indices = np.array([index])
+        other = Request.drawn(self.augment, indices, size[None], seed=self.seed, epoch=self.epoch, step=self.step)
+        self.indices[row] = index
+        for mine, theirs in ((self.draw, other.draw), (self.warp, other.warp)):
+            for field in fields(mine):
+                values = getattr(mine, field.name)
+                if isinstance(values, np.ndarray):
+                    values[row] = getattr(theirs, field.name)[0]

@@ -1,18 +1,38 @@
 """The samples of a split: from an index to bytes to pixels, where one lies, and what stands in for a damaged one."""
 
 import logging
+from collections.abc import Sequence
 from time import perf_counter
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastflower.errors import SampleError
 from fastflower.loading.batch import Pixels
 from fastflower.loading.request import Request
 from fastflower.loading.stats import Clock
 from fastflower.shards.image import decode
+from fastflower.shards.manifest import INDEX_DTYPE
 from fastflower.shards.reader import ShardReader
 
 _log = logging.getLogger("fastflower")
+
+
+class EncodedFiles:
+    """Image files in memory, for what takes a ShardReader. sizes  (N, 2) height and width of the decoded images."""
+
+    def __init__(self, files: Sequence[bytes], sizes_N2: ArrayLike) -> None:
+        self.index = np.zeros(len(files), INDEX_DTYPE)
+        self.index["height"], self.index["width"] = np.transpose(np.asarray(sizes_N2))
+        self._files = files
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of a file."""
+        return self._files[index]
+
+    def where(self, index: int) -> str:
+        """Which it is, for messages."""
+        return f"image {index}"
 
 
 class SampleSource:
@@ -23,11 +43,13 @@ class SampleSource:
     replaces  put the next sample of the index in the place of a damaged one; else its error stops the epoch.
     """
 
-    def __init__(self, reader: ShardReader, *, replaces: bool) -> None:
+    def __init__(self, reader: ShardReader | EncodedFiles, *, replaces: bool = False) -> None:
         index = reader.index
         self.clock = Clock()
         self.sizes = np.stack([index["height"], index["width"]], axis=1).astype(np.int64)
         """(N, 2) height and width of the decoded photographs."""
+        self.labels = index["label"].astype(np.int64)
+        """(N,) the samples' classes."""
         self.replaced: dict[int, str] = {}
         """Damaged samples, by index, and what is wrong with each."""
         self._reader, self._replaces = reader, replaces
@@ -59,15 +81,14 @@ class SampleSource:
             )
         return image
 
-    def replace(self, request: Request, row: int, error: SampleError) -> Request:
-        """The request with the next sample of the index in a row whose sample is damaged, or its error."""
-        indices = request.indices.copy()
-        damaged, count = int(indices[row]), len(self.sizes)
+    def replace(self, request: Request, row: int, error: SampleError) -> None:
+        """Set the next sample of the index into a row whose sample is damaged, or raise what is wrong with that."""
+        damaged, count = int(request.indices[row]), len(self.sizes)
         if self._replaces and damaged not in self.replaced:
             self.replaced[damaged] = str(error)
             _log.warning("another sample stands in for a damaged one: %s", error)
         if not self._replaces or len(self.replaced) == count:
             # A new one: what holds on to the other would hold on to its frames.
             raise SampleError(str(error)) from error
-        indices[row] = (damaged + 1) % count
-        return request.of(indices, self.sizes[indices])
+        index = (damaged + 1) % count
+        request.put(row, index, self.sizes[index])

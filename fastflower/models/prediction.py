@@ -14,19 +14,20 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastflower.devices import kept_memory, precision_of, resolve_device
 from fastflower.errors import ArgumentError, SampleError, require
 from fastflower.files import blame_the_system, write_out
-from fastflower.loading.backends.threads import ThreadBackend
+from fastflower.loading.backends.base import Setup
+from fastflower.loading.backends.selection import create
 from fastflower.loading.request import Request
+from fastflower.loading.samples import EncodedFiles, SampleSource
 from fastflower.machine import cores
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.inference import log_probabilities, no_class, view_of
 from fastflower.packing.folder import EXTENSIONS, images_in
-from fastflower.shards.image import Prepared, decode, prepare
+from fastflower.shards.image import Prepared, prepare
 
 _log = logging.getLogger("fastflower")
 
@@ -126,13 +127,11 @@ def _prepared(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, Prepared
 
 def _view(images: Sequence[Prepared], checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
     """The validation view of images, (N, 3, H, W)."""
-    augment, indices = view_of(checkpoint.recipe), np.arange(len(images))
-    request = Request.drawn(augment, indices, np.array([image.size for image in images]), seed=0, epoch=0, step=0)
-
-    def decoded(index: int, reduce: int) -> NDArray[np.uint8]:
-        return decode(images[index].encoded, reduce)
-
-    ((_, view),) = ThreadBackend(augment, dtype, decoded, workers=cores()).run([request])
+    augment, sizes = view_of(checkpoint.recipe), np.array([image.size for image in images])
+    samples = SampleSource(EncodedFiles([image.encoded for image in images], sizes))
+    backend = create(None, augment, samples, Setup(torch.device("cpu"), dtype, len(images), cores()))
+    request = Request.drawn(augment, np.arange(len(images)), sizes, seed=0, epoch=0, step=0)
+    ((_, view),) = backend.run([request])
     return view
 
 

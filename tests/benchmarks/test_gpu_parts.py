@@ -77,13 +77,13 @@ def test_kernels_are_timed_for_every_shape_beside_a_step(
     place: Place, part: Part, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[tuple[int, ...]] = []
-    render = triton.TritonBackend._render
+    render = triton.TritonBackend.launch
 
     def watched(self: triton.TritonBackend, memory: Any, out: Any, *shape: int) -> None:
         launched.append(shape)
         render(self, memory, out, *shape)
 
-    monkeypatch.setattr(triton.TritonBackend, "_render", watched)
+    monkeypatch.setattr(triton.TritonBackend, "launch", watched)
     run("kernels", part, place)
     shapes = [shape for shape in launched if shape]  # the loader's own batches name none
     assert list(dict.fromkeys(shapes)) == list(gpu_feeding.SHAPES[:2])
@@ -98,7 +98,7 @@ def test_kernels_are_timed_for_every_shape_beside_a_step(
 
 
 def test_the_last_shape_is_that_of_the_backend() -> None:
-    assert gpu_feeding.SHAPES[-1] == (triton._BLOCK, triton._WARPS)
+    assert gpu_feeding.SHAPES[-1] == (triton.BLOCK, triton.WARPS)
 
 
 REPLAYED = {"overlap": "resnet18, batch 8", "compile": "resnet18, batch 8, compiled too"}

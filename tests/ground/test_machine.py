@@ -236,7 +236,7 @@ def test_threads_are_for_the_cores_that_the_process_is_held_to(
     monkeypatch.setattr(os, "cpu_count", lambda: count)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
     assert cores() == expected
-    assert Loader(shards)._workers == expected + 1
+    assert Loader(shards).workers == expected + 1
 
 
 def test_loader_pack_and_verify_obey_the_quota(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +253,7 @@ def test_loader_pack_and_verify_obey_the_quota(write: Write, tmp_path: Path, mon
     assert asked == [3, 2], "two makers of shards share them"
     assert verification.verify(tmp_path / "shards") == []
     assert asked == [3, 2, 3]
-    assert Loader(tmp_path / "shards", batch_size=2)._workers == 4
+    assert Loader(tmp_path / "shards", batch_size=2).workers == 4
 
 
 def test_no_program_counts_cores_by_itself() -> None:

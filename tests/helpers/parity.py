@@ -26,10 +26,10 @@ import oracle
 from fastflower import Augment
 from fastflower.devices import resolve_device
 from fastflower.draws.draw import Draw
-from fastflower.loading.backends.threads import ThreadBackend
-from fastflower.loading.backends.triton import DevicePhotos, TritonBackend
-from fastflower.loading.cache import Allowance
-from fastflower.loading.request import Backend, Request
+from fastflower.loading.backends.base import AnyBackend, Setup
+from fastflower.loading.backends.selection import create
+from fastflower.loading.request import Request
+from fastflower.loading.samples import EncodedFiles, SampleSource
 from fastflower.shards.image import decode
 
 BACKENDS = ["native", "opencv", "dali", *(() if torch.cuda.is_available() else ("triton",))]
@@ -96,28 +96,13 @@ def turned(encoded: bytes) -> list[bytes]:
     return found
 
 
-def backend(name: str, augment: Augment, dtype: torch.dtype, encoded: Sequence[bytes], device: str = "cpu") -> Backend:
+def backend(
+    name: Any, augment: Augment, dtype: torch.dtype, encoded: Sequence[bytes], device: str = "cpu"
+) -> AnyBackend:
     """A backend over image files in memory."""
-
-    def decoded(index: int, reduce: int) -> Any:
-        return decode(encoded[index], reduce)
-
-    if name == "triton":
-        photos = DevicePhotos(len(encoded), Allowance(resolve_device(device), 1 << 30))
-        return TritonBackend(augment, dtype, decoded, photos, workers=2)
-    if name != "dali":
-        return ThreadBackend(augment, dtype, decoded, workers=2, renderer=name)
-    from fastflower.loading.backends.dali import DaliBackend  # here: without DALI the others are still compared
-
-    return DaliBackend(
-        augment,
-        dtype,
-        encoded.__getitem__,
-        lambda index: decode(encoded[index]),
-        device=resolve_device(device),
-        batch_size=len(encoded),
-        workers=2,
-    )
+    samples = SampleSource(EncodedFiles(encoded, [decode(data).shape[:2] for data in encoded]))
+    setup = Setup(resolve_device(device), dtype, batch_size=len(encoded), workers=2)
+    return create(name, augment, samples, setup, None if name == "dali" else 1 << 30)
 
 
 def request(augment: Augment, encoded: Sequence[bytes], seed: int = 0) -> Request:

@@ -12,7 +12,9 @@ from fastflower import Loader
 from fastflower.draws.augment import Augment
 from fastflower.errors import ArgumentError
 from fastflower.loading import cache
+from fastflower.loading.batch import Pixels
 from fastflower.loading.cache import Allowance, Decoded, PixelCache, allow, available_bytes, decoded_bytes
+from fastflower.loading.samples import EncodedFiles, SampleSource
 
 RANDOM = Augment(size=64, resize=72, crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, hue=0.1)
 
@@ -35,14 +37,16 @@ def test_pixels_do_not_depend_on_the_cache(shards: Path, cache: Any, backend: An
 def test_the_cache_keeps_no_more_than_its_limit() -> None:
     decoded: list[int] = []
 
-    def decode(index: int, _reduce: int) -> Any:
-        decoded.append(index)
-        return np.zeros((10, 10, 3), np.uint8)
+    class Samples(SampleSource):
+        def decode(self, index: int, reduce: int = 1) -> Pixels:
+            decoded.append(index)
+            return np.zeros((10 // reduce, 10 // reduce, 3), np.uint8)
 
-    kept = PixelCache(decode, Allowance(torch.device("cpu"), 650))
+    samples = Samples(EncodedFiles([b""] * 4, [(10, 10)] * 4))
+    kept = PixelCache(samples, Allowance(torch.device("cpu"), 650))
     for _ in range(3):
         for index in range(4):
-            kept(index, 1)
+            kept.decode(index)
     assert decoded == [0, 1, 2, 3, 2, 3, 2, 3]
 
 

@@ -16,9 +16,11 @@ from PIL import Image
 from fastflower import Augment, Loader, pack
 from fastflower.draws import geometry
 from fastflower.draws.geometry import reductions
-from fastflower.loading.backends.threads import ThreadBackend
+from fastflower.loading.backends.base import Setup
+from fastflower.loading.backends.selection import create
 from fastflower.loading.cache import PixelCache, decoded_bytes
 from fastflower.loading.request import Request
+from fastflower.loading.samples import EncodedFiles, SampleSource
 from fastflower.models import prediction
 from fastflower.shards.image import decode
 
@@ -97,7 +99,7 @@ def test_a_cache_that_holds_some_changes_no_pixel(name: str, backend: Any, shard
 def test_a_large_photograph_is_never_decoded_whole_for_a_small_view(shards: Path) -> None:
     loader = Loader(shards, batch_size=5, augment=AUGMENTS["views"], device="cpu", backend="opencv")
     asked: set[int] = set()
-    for request in loader._requests(0, 0):
+    for request in loader.requests(0):
         asked |= set(reductions(request.warp.footprint).tolist())
     assert asked == {4}  # 901 to 73 pixels: 12.3 times smaller
 
@@ -150,11 +152,10 @@ def test_reduced_or_whole_a_photograph_lies_in_the_same_place(renderer: Any, mon
     )
     indices, sizes = np.arange(24), np.full((24, 2), photo.shape[:2])
     request = Request.drawn(augment, indices, sizes, seed=0, epoch=0, step=0)
+    samples = SampleSource(EncodedFiles([data] * len(sizes), sizes))
 
     def render() -> NDArray[Any]:
-        backend = ThreadBackend(
-            augment, torch.uint8, lambda _, reduce: decode(data, reduce), workers=2, renderer=renderer
-        )
+        backend = create(renderer, augment, samples, Setup(torch.device("cpu"), torch.uint8, len(sizes), 2))
         ((_, images),) = backend.run([request])
         return images.float().numpy()
 

@@ -4,7 +4,7 @@ The loaders are real but for the pixels: a manifest and an index stand on the di
 """
 
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastflower import Augment, Loader, Manifest
+from fastflower.loading import loader as loader_file
 from fastflower.loading.request import Request
 from fastflower.shards.manifest import INDEX_DTYPE, Shard, Split
 
@@ -37,9 +38,11 @@ class NoPixels:
             yield request, torch.empty(len(request.indices), 0)
 
 
-class Unseen(Loader):
-    def _make_backend(self, *_: Any, **__: Any) -> NoPixels:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return NoPixels()
+@pytest.fixture(scope="module", autouse=True)
+def _no_pixels() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader_file, "create", lambda *_, **__: NoPixels())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def written(folder: Path, counts: list[int]) -> Path:
 def make(folder: Path, world_size: int, **options: Any) -> list[Loader]:
     """The loaders of all ranks."""
     options |= {"augment": Augment(size=8), "device": "cpu", "cache": None, "on_bad": "skip", "world_size": world_size}
-    return [Unseen(folder, rank=rank, **options) for rank in range(world_size)]
+    return [Loader(folder, rank=rank, **options) for rank in range(world_size)]
 
 
 def fed(loaders: list[Loader]) -> Ranks:

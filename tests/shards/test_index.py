@@ -215,13 +215,13 @@ def test_of_a_mirror_that_is_used_again_a_damaged_index_is_downloaded_again(
     source: Remote, caplog: pytest.LogCaptureFixture
 ) -> None:
     loader = make(source)
-    expected = loader._labels.tolist()
+    expected = loader._samples.labels.tolist()
     path = loader.manifest.folder / "train.index.npy"
     good = path.read_bytes()
     path.write_bytes(good[:-13] + bytes([good[-13] ^ 1]) + good[-12:])
     (loader.manifest.folder / "manifest.json").write_bytes(b"{}")
     with caplog.at_level(logging.WARNING, "fastflower"):
-        assert make(source)._labels.tolist() == expected
+        assert make(source)._samples.labels.tolist() == expected
     assert caplog.messages == [f"{path}: has changed since it was packed (checksum mismatch); it is downloaded again"]
     assert path.read_bytes() == good
 

@@ -254,7 +254,7 @@ for name, value in IMPATIENT.items():
     setattr(mirror, name, value)
 loader = Loader(Remote(url=sys.argv[2], folder=sys.argv[3]), **OPTIONS, window=1)
 if sys.argv[4] == "deaf exit":
-    deafen(mirror.Mirror, loader._mirror.manifest.split("train").shards[loader._windows.ahead([0], 0)[0]].name)
+    deafen(mirror.Mirror, loader._mirror.manifest.split("train").shards[loader._steps.shards_ahead(0, 0)[0]].name)
 if sys.argv[4].endswith("exit"):
     feeding = iter(loader)
     next(feeding)

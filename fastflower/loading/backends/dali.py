@@ -4,9 +4,9 @@ The only file that imports nvidia.dali. How DALI behaves where its documentation
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ from torch import Tensor
 from fastflower.draws import color, geometry
 from fastflower.draws.augment import Augment
 from fastflower.errors import SampleError
-from fastflower.loading.request import Replace, Request, refuse
+from fastflower.loading.backends.base import Backend, Setup, Work
+from fastflower.loading.request import Request
+from fastflower.loading.samples import SampleSource
 
 # DALI makes most of their names at run time.
 fn: Any = untyped_fn
@@ -33,95 +35,78 @@ types: Any = untyped_types
 HW_DECODER_LOAD = 0.0
 
 _AHEAD = 2  # batches in the pipeline
-_CHUNK = 8  # samples a task
 # DALI has no bfloat16: rounding float16 moves 6 bytes a value, rounding float32 10.
 _DTYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16, torch.bfloat16: types.FLOAT16}
 _FACTORS = ("brightness", "contrast", "saturation", "hue")
 
 
-class DaliBackend:
-    """Turns samples into batches, decoding on the device.
+@dataclass(slots=True, kw_only=True)
+class _Reading(Work):
+    files: list[NDArray[np.uint8]]
+    """Of each row the bytes."""
 
-    source(index) gives the bytes of a sample's image file and runs on threads. prove(index) raises SampleError when a sample
-    does not decode.
-    """
 
-    def __init__(
-        self,
-        augment: Augment,
-        dtype: torch.dtype,
-        source: Callable[[int], bytes],
-        prove: Callable[[int], object],
-        replace: Replace = refuse,
-        *,
-        device: torch.device,
-        batch_size: int,
-        workers: int,
-    ) -> None:
-        self._augment, self._dtype, self._device = augment, dtype, device
-        self._readers = max(1, workers // 4)  # a read and its checksum take a small part of what decoding takes
-        self._source, self._prove, self._replace = source, prove, replace
-        self._options = {
-            "batch_size": batch_size,
-            "num_threads": max(1, workers - self._readers),
-            "device_id": device.index if device.type == "cuda" else None,
-            "prefetch_queue_depth": _AHEAD,
-        }
+class DaliBackend(Backend[_Reading, None]):
+    """Threads read; DALI decodes on the device, and renders. It keeps nothing."""
+
+    name = "dali"
+
+    def __init__(self, augment: Augment, samples: SampleSource, setup: Setup, kept: None = None) -> None:
+        super().__init__(augment, samples, setup, kept)
+        self.threads = max(1, setup.workers // 4)  # a read and its checksum take little of the time that decoding takes
         self._pipe: Pipeline | None = None
 
-    def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
-        """Yield (request, images (N, 3, H, W), channels-last) in order. The pipeline is built at the first call and kept."""
-        pipe, primed = self._pipe or self._build(), self._pipe is not None
-        # An error or an early end leaves batches in the pipeline, which it would yield later: it is kept only when drained.
-        self._pipe = None
-        started: deque[Request] = deque()
-        with ThreadPoolExecutor(self._readers, thread_name_prefix="fastflower") as pool:
-            for wanted in requests:
-                request, samples = self._read(pool, wanted)
-                self._feed(pipe, request, samples)
-                started.append(request)
-                if primed or len(started) == _AHEAD:  # DALI's first run takes as many batches as it prefetches
-                    pipe.schedule_run()
-                    primed = True
-                if len(started) == _AHEAD:
-                    yield self._take(pipe, started.popleft())
-            drained = primed
-            if not primed and started:
-                for _ in range(_AHEAD - len(started)):
-                    self._feed(pipe, *self._read(pool, started[-1]))
-                pipe.schedule_run()
-        while started:
-            yield self._take(pipe, started.popleft())
-        self._pipe = pipe if drained else None
+    def pipeline(self) -> Pipeline:
+        """A pipeline for these batches, not yet built."""
+        device = self.setup.device
+        return _graph(
+            self.augment,
+            self.setup.dtype,
+            device.type == "cuda",
+            batch_size=self.setup.batch_size,
+            num_threads=max(1, self.setup.workers - self.threads),
+            device_id=device.index if device.type == "cuda" else None,
+            prefetch_queue_depth=_AHEAD,
+        )
 
-    def _build(self) -> Pipeline:
-        pipe = _graph(self._augment, self._dtype, self._device.type == "cuda", **self._options)
+    def begin(self, request: Request) -> _Reading:
+        rows = range(len(request.indices))
+        return _Reading(request=request, rows=rows, files=[np.empty(0, np.uint8)] * len(rows))
+
+    def prepare(self, work: _Reading, row: int) -> None:
+        work.files[row] = np.frombuffer(self.samples.encoded(int(work.request.indices[row])), np.uint8)
+
+    def render(self, works: Iterable[_Reading], _pool: ThreadPoolExecutor, /) -> Generator[tuple[Request, Tensor]]:
+        # An error or an early end leaves batches in the pipeline, which it would yield later: it is kept only when drained.
+        pipe, self._pipe = self._pipe, None
+        fed = deque[Request]()
+        for work in works:
+            pipe = pipe or self._primed(work)
+            self._feed(pipe, work.request, work.files)
+            pipe.schedule_run()
+            fed.append(work.request)
+            if len(fed) == _AHEAD:
+                yield self._next(pipe, fed.popleft())
+        while pipe and fed:
+            yield self._next(pipe, fed.popleft())
+        self._pipe = pipe
+
+    def _primed(self, work: _Reading) -> Pipeline:
+        """A pipeline that takes a batch at each run. DALI's first run takes as many as it prefetches: an image of this batch."""
+        pipe, request = self.pipeline(), work.request.row(0)
         pipe.build()
+        for _ in range(_AHEAD):
+            self._feed(pipe, request, work.files[:1])
+        pipe.schedule_run()
+        for _ in range(_AHEAD):
+            self._outputs(pipe, request)
         return pipe
 
-    def _read(self, pool: ThreadPoolExecutor, request: Request) -> tuple[Request, list[Any]]:
-        """The samples of a batch, and the batch with those that stand in for damaged ones."""
-        indices = request.indices.tolist()
-        chunks = [indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK)]
-        samples = list(chain.from_iterable(pool.map(lambda chunk: [self._sample(index) for index in chunk], chunks)))
-        for row, sample in enumerate(samples):
-            while isinstance(sample, SampleError):
-                request = self._replace(request, row, sample)
-                sample = samples[row] = self._sample(int(request.indices[row]))
-        return request, samples
-
-    def _sample(self, index: int) -> Any:
-        """What the graph is fed, or what is wrong with it."""
-        try:
-            return np.frombuffer(self._source(index), np.uint8)
-        except SampleError as error:
-            return error
-
-    def _feed(self, pipe: Pipeline, request: Request, samples: list[Any]) -> None:
+    def _feed(self, pipe: Pipeline, request: Request, files: list[NDArray[np.uint8]]) -> None:
         draw, warp = request.draw, request.warp
         sigma, window = _gaussians(warp.footprint)
         mask = geometry.frame(warp, draw.size)
-        inputs: dict[str, Any] = {
+        inputs = {
             "start": warp.region[:, :2].astype(np.int32),
             "shape": warp.region[:, 2:].astype(np.int32),
             "matrix": np.ascontiguousarray(warp.matrix, np.float32),
@@ -134,26 +119,33 @@ class DaliBackend:
         }
         for name in _FACTORS:
             inputs[name] = getattr(draw, name).astype(np.float32).reshape(-1, 1, 1, 1)
-        pipe.feed_input("samples", samples)
-        for name in inputs.keys() - _unused(self._augment):
+        pipe.feed_input("samples", files)
+        for name in inputs.keys() - _unused(self.augment):
             # Whole: as lists of rows they took 15.9 ms a batch of 256 instead of 1.4.
             pipe.feed_input(name, inputs[name])
 
-    def _take(self, pipe: Pipeline, request: Request) -> tuple[Request, Tensor]:
+    def _next(self, pipe: Pipeline, request: Request) -> tuple[Request, Tensor]:
+        images = torch.from_dlpack(
+            self._outputs(pipe, request)
+        )  # the same memory, DALI's again when the tensor is gone
+        return request, images.to(self.setup.dtype).permute(0, 3, 1, 2)
+
+    def _outputs(self, pipe: Pipeline, request: Request) -> Any:
+        """What the pipeline makes next, which is of this request."""
+        device = self.setup.device
         try:
-            if self._device.type == "cuda":
-                with torch.cuda.device(self._device):  # whose default stream has no number of its own
-                    (images,) = pipe.outputs(cuda_stream=torch.cuda.current_stream(self._device))
+            if device.type == "cuda":
+                with torch.cuda.device(device):  # whose default stream has no number of its own
+                    (images,) = pipe.outputs(cuda_stream=torch.cuda.current_stream(device))
             else:
                 (images,) = pipe.outputs()
         except RuntimeError as error:
             if "out of memory" in str(error).lower():
                 raise
             for index in request.indices.tolist():  # DALI does not always say which
-                self._prove(index)
+                self.samples.decode(index)
             raise SampleError(f"DALI failed on a batch whose samples all decode on the CPU: {error}") from error
-        batch = torch.from_dlpack(images.as_tensor())  # the same memory, which DALI has back when the tensor is gone
-        return request, batch.to(self._dtype).permute(0, 3, 1, 2)
+        return images.as_tensor()
 
 
 _NO_BLUR = 0.05  # a Gaussian so narrow has one weight

@@ -2,24 +2,23 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import torch
 
 from fastflower.draws.augment import Augment
 from fastflower.errors import ArgumentError
+from fastflower.loading.backends.base import AnyBackend, Name, Setup
 from fastflower.loading.backends.native import available
-from fastflower.loading.backends.threads import ThreadBackend
-from fastflower.loading.cache import Allowance, Decoded, PixelCache, allow
-from fastflower.loading.request import Backend
+from fastflower.loading.backends.threads import NativeBackend, OpencvBackend
+from fastflower.loading.cache import Allowance, Cache, Decoded, PixelCache, allow, decoded_bytes
 from fastflower.loading.samples import SampleSource
 
-Name = Literal["native", "opencv", "dali", "triton"]
 _WORD_BYTES = 4  # of a pixel in a GPU's memory, RGB and a spare; in RAM it takes three
 
 
 def choose(
-    name: Name | None, device: torch.device, cache: Literal["auto"] | int | None, decoded: Callable[[], Decoded]
+    name: Name | None, device: torch.device, cache: Cache, decoded: Callable[[], Decoded]
 ) -> tuple[Name, Allowance]:
     """(backend, what it may keep). decoded  what the photographs of the split take.
 
@@ -30,6 +29,11 @@ def choose(
     cuda = device.type == "cuda"
     if name == "triton" and not cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ArgumentError(f"backend='triton' needs device='cuda', got {str(device)!r}; leave backend out.")
+    if name == "native" and not available():
+        raise ArgumentError(
+            "backend='native' needs a Linux wheel of fastflower and a processor with AVX2; "
+            "leave backend out, or pass backend='opencv'."
+        )
     if name == "dali" and isinstance(cache, int) and cache:
         raise ArgumentError(
             f"cache must be None with backend='dali', which keeps nothing, got {cache!r}; leave it out."
@@ -43,28 +47,21 @@ def choose(
     return name or ("native" if available() else "opencv"), allow(cache, decoded(), torch.device("cpu"))
 
 
-def maker(
-    name: Name,
-    allowance: Allowance,
-    samples: SampleSource,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch_size: int,
-    workers: int,
-) -> Callable[[Augment], Backend]:
-    """A function that makes backends for one augment after another, all over the same kept photographs."""
+def create(
+    wanted: Name | None, augment: Augment, samples: SampleSource, setup: Setup, cache: Cache = None, *, seed: int = 0
+) -> AnyBackend:
+    """The backend that is wanted, or, of None, that goes with the device and the cache.
+
+    seed  of the draws, which decide how much memory decoded images take. Raises ArgumentError as `choose` does.
+    """
+    name, allowance = choose(wanted, setup.device, cache, lambda: decoded_bytes(samples.sizes, augment, seed))
     if name == "dali":
         from fastflower.loading.backends.dali import DaliBackend  # takes half a second to import
 
-        options = {"device": device, "batch_size": batch_size, "workers": workers}
-        sources = (samples.encoded, samples.decode, samples.replace)
-        return lambda augment: DaliBackend(augment, dtype, *sources, **options)
+        return DaliBackend(augment, samples, setup, None)
     if name == "triton":
-        from fastflower.loading.backends.triton import DevicePhotos, TritonBackend
+        from fastflower.loading.backends.triton import DeviceImages, TritonBackend
 
-        photos = DevicePhotos(len(samples.sizes), allowance)
-        return lambda augment: TritonBackend(augment, dtype, samples.decode, photos, samples.replace, workers=workers)
-    kept = PixelCache(samples.decode, allowance)
-    how: dict[str, Any] = {"workers": workers, "renderer": name, "device": device}
-    return lambda augment: ThreadBackend(augment, dtype, kept, samples.replace, samples.clock, **how)
+        return TritonBackend(augment, samples, setup, DeviceImages(len(samples.sizes), allowance))
+    kind = NativeBackend if name == "native" else OpencvBackend
+    return kind(augment, samples, setup, PixelCache(samples, allowance))

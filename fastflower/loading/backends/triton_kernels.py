@@ -17,6 +17,8 @@ ERASE = 9  # top, left, height, width
 FRACTIONS = 28
 WARP, FRAME, BLUR_DOWN, BLUR_ACROSS = 0, 6, 12, 18  # six each: of the blur from its middle outwards, then a zero
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(24, 28)
+# What is done after the warp, as bits: what an augment never draws is left out.
+SATURATES, TURNS, ERASES, NORMALIZES = 1, 2, 4, 8
 
 _c: Any = tl.constexpr
 _jit: Any = triton.jit  # its stubs know nothing of launching
@@ -25,6 +27,7 @@ _ADDRESS, _STRIDE, _HEIGHT, _WIDTH, _MASKED, _ERASE = map(_c, (ADDRESS, STRIDE, 
 _BOX_DOWN, _BOX_ACROSS, _REACH_DOWN, _REACH_ACROSS = map(_c, (BOX_DOWN, BOX_ACROSS, REACH_DOWN, REACH_ACROSS))
 _WARP, _FRAME, _BLUR_DOWN, _BLUR_ACROSS = map(_c, (WARP, FRAME, BLUR_DOWN, BLUR_ACROSS))
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = map(_c, (BRIGHTNESS, CONTRAST, SATURATION, HUE))
+_SATURATES, _TURNS, _ERASES, _NORMALIZES = map(_c, (SATURATES, TURNS, ERASES, NORMALIZES))
 
 
 @_jit
@@ -51,6 +54,30 @@ def _pixels(BLOCK: tl.constexpr, W: tl.constexpr):
 
 
 @_jit
+def _interpolated(image, stride, height, width, x, y):
+    """The image between its pixels at the places (x, y): r, g, b."""
+    x0 = x.to(tl.int32)
+    y0 = y.to(tl.int32)
+    across = x - x0
+    down = y - y0
+    x1 = tl.minimum(x0 + 1, width - 1)
+    upper = image + y0 * stride
+    lower = image + tl.minimum(y0 + 1, height - 1) * stride
+    r00, g00, b00 = _rgb(tl.load(upper + x0))
+    r01, g01, b01 = _rgb(tl.load(upper + x1))
+    r10, g10, b10 = _rgb(tl.load(lower + x0))
+    r11, g11, b11 = _rgb(tl.load(lower + x1))
+    w00 = (1 - down) * (1 - across)
+    w01 = (1 - down) * across
+    w10 = down * (1 - across)
+    w11 = down * across
+    r = w00 * r00 + w01 * r01 + w10 * r10 + w11 * r11
+    g = w00 * g00 + w01 * g01 + w10 * g10 + w11 * g11
+    b = w00 * b00 + w01 * b01 + w10 * b10 + w11 * b11
+    return r, g, b
+
+
+@_jit
 def _tap(weights, step, share):
     """The weight of tap `step` where a blur of those weights is followed by interpolation with `share` of the next pixel."""
     near = tl.load(weights + tl.maximum(step, -step))
@@ -59,9 +86,44 @@ def _tap(weights, step, share):
 
 
 @_jit
+def _filtered(image, stride, height, width, x, y, fractions, reach_down, reach_across, box_down, box_across):
+    """The image in boxes, blurred, between them at the places (x, y), which count boxes: r, g, b."""
+    x0 = x.to(tl.int32)
+    y0 = y.to(tl.int32)
+    across = x - x0
+    down = y - y0
+    r = tl.zeros_like(x)
+    g = tl.zeros_like(x)
+    b = tl.zeros_like(x)
+    # while, not for: the same machine code, and Triton 3.6's interpreter has no range of tensors with numpy 2.5.
+    i = -reach_down
+    while i < reach_down + 2:
+        weight_down = _tap(fractions + _BLUR_DOWN, i, down)
+        top = _clamp(y0 + i, 0, height - 1) * box_down
+        j = -reach_across
+        while j < reach_across + 2:
+            weight = weight_down * _tap(fractions + _BLUR_ACROSS, j, across)
+            left = _clamp(x0 + j, 0, width - 1) * box_across
+            k = 0
+            while k < box_down:
+                m = 0
+                while m < box_across:
+                    red, green, blue = _rgb(tl.load(image + (top + k) * stride + left + m))
+                    r += weight * red
+                    g += weight * green
+                    b += weight * blue
+                    m += 1
+                k += 1
+            j += 1
+        i += 1
+    share = 1.0 / (box_down * box_across)
+    return r * share, g * share, b * share
+
+
+@_jit
 def _sampled(whole, fractions, row, column):
-    """The photograph at the places that the warp gives to output pixels (row, column): r, g, b in 0 .. 255."""
-    photo = tl.load(whole + _ADDRESS).to(tl.pointer_type(tl.int32))
+    """The image at the places that the warp gives to output pixels (row, column): r, g, b in 0 .. 255."""
+    image = tl.load(whole + _ADDRESS).to(tl.pointer_type(tl.int32))
     stride = tl.load(whole + _STRIDE)
     height = tl.load(whole + _HEIGHT).to(tl.int32)
     width = tl.load(whole + _WIDTH).to(tl.int32)
@@ -70,58 +132,14 @@ def _sampled(whole, fractions, row, column):
     reach_down = tl.load(whole + _REACH_DOWN).to(tl.int32)
     reach_across = tl.load(whole + _REACH_ACROSS).to(tl.int32)
     warp = fractions + _WARP
-    x = tl.load(warp) * column + (tl.load(warp + 1) * row + tl.load(warp + 2))
-    y = tl.load(warp + 3) * column + (tl.load(warp + 4) * row + tl.load(warp + 5))
-    x = _clamp(x, 0.0, width - 1.0)
-    y = _clamp(y, 0.0, height - 1.0)
-    x0 = x.to(tl.int32)
-    y0 = y.to(tl.int32)
-    across = x - x0
-    down = y - y0
-    r = tl.zeros_like(x)
-    g = tl.zeros_like(x)
-    b = tl.zeros_like(x)
-    if reach_down + reach_across + box_down + box_across == 2:  # nothing but interpolation
-        x1 = tl.minimum(x0 + 1, width - 1)
-        upper = photo + y0 * stride
-        lower = photo + tl.minimum(y0 + 1, height - 1) * stride
-        r00, g00, b00 = _rgb(tl.load(upper + x0))
-        r01, g01, b01 = _rgb(tl.load(upper + x1))
-        r10, g10, b10 = _rgb(tl.load(lower + x0))
-        r11, g11, b11 = _rgb(tl.load(lower + x1))
-        w00 = (1 - down) * (1 - across)
-        w01 = (1 - down) * across
-        w10 = down * (1 - across)
-        w11 = down * across
-        r = w00 * r00 + w01 * r01 + w10 * r10 + w11 * r11
-        g = w00 * g00 + w01 * g01 + w10 * g10 + w11 * g11
-        b = w00 * b00 + w01 * b01 + w10 * b10 + w11 * b11
+    x = _clamp(tl.load(warp) * column + (tl.load(warp + 1) * row + tl.load(warp + 2)), 0.0, width - 1.0)
+    y = _clamp(tl.load(warp + 3) * column + (tl.load(warp + 4) * row + tl.load(warp + 5)), 0.0, height - 1.0)
+    if reach_down + reach_across + box_down + box_across == 2:  # neither blur nor boxes
+        r, g, b = _interpolated(image, stride, height, width, x, y)
     else:
-        # while, not for: the same machine code, and Triton 3.6's interpreter has no range of tensors with numpy 2.5.
-        i = -reach_down
-        while i < reach_down + 2:
-            weight_down = _tap(fractions + _BLUR_DOWN, i, down)
-            top = _clamp(y0 + i, 0, height - 1) * box_down
-            j = -reach_across
-            while j < reach_across + 2:
-                weight = weight_down * _tap(fractions + _BLUR_ACROSS, j, across)
-                left = _clamp(x0 + j, 0, width - 1) * box_across
-                k = 0
-                while k < box_down:
-                    m = 0
-                    while m < box_across:
-                        red, green, blue = _rgb(tl.load(photo + (top + k) * stride + left + m))
-                        r += weight * red
-                        g += weight * green
-                        b += weight * blue
-                        m += 1
-                    k += 1
-                j += 1
-            i += 1
-        share = 1.0 / (box_down * box_across)
-        r *= share
-        g *= share
-        b *= share
+        r, g, b = _filtered(
+            image, stride, height, width, x, y, fractions, reach_down, reach_across, box_down, box_across
+        )
     return r, g, b
 
 
@@ -184,22 +202,22 @@ def _written(out, n, pixel, valid, r, g, b, H: tl.constexpr, W: tl.constexpr):
 @_jit
 def _coloured(
     whole, fractions, row, column, r, g, b, constants,
-    SATURATION: tl.constexpr, HUE: tl.constexpr, ERASE: tl.constexpr, NORMAL: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     """Saturated, turned, normalised and erased. constants  three factors, three summands, three values of what is erased."""
-    if SATURATION:
+    if _SATURATES & STEPS:
         saturation = tl.load(fractions + _SATURATION)
         grey = (1 - saturation) * _luma(r, g, b)
         r = _clamp(saturation * r + grey, 0.0, 255.0)
         g = _clamp(saturation * g + grey, 0.0, 255.0)
         b = _clamp(saturation * b + grey, 0.0, 255.0)
-    if HUE:
+    if _TURNS & STEPS:
         r, g, b = _turned(r, g, b, tl.load(fractions + _HUE))
-    if NORMAL:
+    if _NORMALIZES & STEPS:
         r = r * tl.load(constants) + tl.load(constants + 3)
         g = g * tl.load(constants + 1) + tl.load(constants + 4)
         b = b * tl.load(constants + 2) + tl.load(constants + 5)
-    if ERASE:
+    if _ERASES & STEPS:
         top = tl.load(whole + _ERASE)
         left = tl.load(whole + _ERASE + 1)
         below = (row >= top) & (row < top + tl.load(whole + _ERASE + 2))
@@ -233,7 +251,7 @@ def warp(
 def colour(
     whole, fractions, planes, greys, constants, out,
     H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    SATURATION: tl.constexpr, HUE: tl.constexpr, ERASE: tl.constexpr, NORMAL: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     """The second: contrast about the mean grey, and all that follows, into `out`, (N, H, W, 3)."""
     n, pixel, row, column = _pixels(BLOCK, W)
@@ -250,9 +268,7 @@ def colour(
     r = _clamp(contrast * r + base, 0.0, 255.0)
     g = _clamp(contrast * g + base, 0.0, 255.0)
     b = _clamp(contrast * b + base, 0.0, 255.0)
-    r, g, b = _coloured(
-        whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, r, g, b, constants, SATURATION, HUE, ERASE, NORMAL
-    )
+    r, g, b = _coloured(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, r, g, b, constants, STEPS)
     _written(out, n, pixel, valid, r, g, b, H, W)
 
 
@@ -260,13 +276,11 @@ def colour(
 def render(
     whole, fractions, constants, out,
     H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
-    SATURATION: tl.constexpr, HUE: tl.constexpr, ERASE: tl.constexpr, NORMAL: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     """Both at once where no contrast is drawn."""
     n, pixel, row, column = _pixels(BLOCK, W)
     valid = pixel < H * W
     r, g, b = _warped(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, H, W)
-    r, g, b = _coloured(
-        whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, r, g, b, constants, SATURATION, HUE, ERASE, NORMAL
-    )
+    r, g, b = _coloured(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, r, g, b, constants, STEPS)
     _written(out, n, pixel, valid, r, g, b, H, W)

@@ -35,7 +35,7 @@ def test_the_graph_asks_a_gpu_for_nothing_that_it_lacks(dtype: torch.dtype) -> N
 def test_workers_are_threads_in_all(shards: Path) -> None:
     for workers in (1, 2, 17):
         backend: Any = Loader(shards, device="cpu", backend="dali", cache=None, workers=workers)._backend
-        threads = backend._readers + backend._options["num_threads"]
+        threads = backend.threads + backend.pipeline().num_threads
         assert threads == max(2, workers), "one at least reads, one decodes"
 
 

@@ -164,12 +164,12 @@ def test_a_photograph_is_kept_once_where_a_padded_step_shows_it_again(few: Path,
         assert mine.index.tolist() == theirs.index.tolist()
         assert (mine.images - theirs.images).abs().mean() < 0.02
     backend: Any = loader._backend
-    photos = backend._photos
-    samples, levels = np.nonzero(photos._address)
-    assert len(set(photos._address[samples, levels].tolist())) == len(samples) >= loader.num_samples
+    kept_images = backend.kept
+    samples, levels = np.nonzero(kept_images._address)
+    assert len(set(kept_images._address[samples, levels].tolist())) == len(samples) >= loader.num_samples
     shapes = -(-loader._samples.sizes[samples] // (1 << levels)[:, None])
     kept = int(shapes.prod(axis=1).sum())
-    assert sum(piece.nbytes for piece in photos._pieces) == 4 * kept
+    assert sum(piece.nbytes for piece in kept_images._pieces) == 4 * kept
 
 
 def test_what_does_not_go_together_is_refused(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,25 +208,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fastflower.loading.backends import triton_kernels as kernels
-from fastflower.loading.backends.triton import _BLOCK, _WARPS
+from fastflower.loading.backends.triton import BLOCK, WARPS
 
 tables = {"whole": "*i64", "fractions": "*fp32"}
 halves = {"planes": "*fp16", "greys": "*fp32"}
-size = {"H": 224, "W": 224, "BLOCK": _BLOCK}
-drawn = {"SATURATION": True, "HUE": True, "ERASE": True, "NORMAL": True}
+size = {"H": 224, "W": 224, "BLOCK": BLOCK}
+every = kernels.SATURATES | kernels.TURNS | kernels.ERASES
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 for capability, outs in ((80, ["*bf16"]), (90, ["*fp32", "*bf16", "*u8"])):
     for out in outs:
         ends = {"constants": "*fp32", "out": out}
+        drawn = {"STEPS": every | (kernels.NORMALIZES if out != "*u8" else 0)}
         for kernel, pointers, constants in (
             (kernels.warp, {**tables, **halves}, size),
-            (kernels.colour, {**tables, **halves, **ends}, {**size, "BLOCKS": 128, **drawn, "NORMAL": out != "*u8"}),
-            (kernels.render, {**tables, **ends}, {**size, **drawn, "NORMAL": out != "*u8"}),
+            (kernels.colour, {**tables, **halves, **ends}, {**size, "BLOCKS": 128, **drawn}),
+            (kernels.render, {**tables, **ends}, {**size, **drawn}),
         ):
             signature = {name: pointers.get(name, "constexpr") for name in kernel.arg_names}
             values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
             source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-            made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": _WARPS})
+            made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
             path = Path(sys.argv[1], "kernel.cubin")
             path.write_bytes(made.asm["cubin"])
             said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
