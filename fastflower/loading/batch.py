@@ -1,7 +1,7 @@
 """What a Loader yields: a `Batch`, how one is mixed as a whole, and how its memory looks to numpy."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 from fastflower.draws.draw import Mix
 
 Pixels = NDArray[np.uint8]
+"""A decoded image, (H, W, 3) RGB."""
+Stored = NDArray[np.uint8 | np.float32 | np.uint16]
+"""Images of a batch as numpy has them: float16 and bfloat16 as their bits."""
 
 
 class Batch(NamedTuple):
@@ -33,7 +36,7 @@ def mixed(
     """
     partner = torch.arange(len(labels), device=labels.device) ^ 1
     numbers = np.repeat(np.stack([mix.share, np.where(mix.cut, 1.0, mix.share)]), 2, axis=1).astype(np.float32)
-    share, blend = put(torch.from_numpy(numbers))[:, :, None]
+    share, blend = put(torch.as_tensor(numbers))[:, :, None]
     classes = (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()  # one_hot waits for a GPU
     out = torch.lerp(images[partner], images, blend[:, :, None, None].to(images.dtype))
     for pair, (top, left, height, width) in enumerate(mix.box.tolist()):
@@ -43,11 +46,11 @@ def mixed(
     return out.contiguous(memory_format=torch.channels_last), torch.lerp(classes[partner], classes, share)
 
 
-def storage(dtype: torch.dtype) -> Any:
-    """The numpy dtype that stores `dtype`; numpy has no bfloat16, so its bits travel as uint16."""
+def storage(dtype: torch.dtype) -> type[np.uint8 | np.float32 | np.uint16]:
+    """The dtype of `Stored` for a dtype of torch."""
     return {torch.uint8: np.uint8, torch.float32: np.float32}.get(dtype, np.uint16)
 
 
-def as_numpy(tensor: Tensor) -> NDArray[Any]:
-    """The same memory in that dtype."""
+def as_numpy(tensor: Tensor) -> Stored:
+    """The same memory."""
     return tensor.numpy() if tensor.dtype in (torch.float32, torch.uint8) else tensor.view(torch.uint16).numpy()

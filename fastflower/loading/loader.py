@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -81,6 +82,16 @@ class Loader(IterableDataset[Batch]):
         executor: The former name of `backend`.
 
     Raises ShardError for shards that are missing or damaged, ArgumentError for an argument outside its rule, DeviceError.
+
+    Example:
+        >>> loader = Loader("shards", batch_size=32, augment=Augment(size=96, crop=(0.5, 1.0)), device="cpu")
+        >>> loader.num_samples, len(loader)
+        (120, 3)
+        >>> for images, labels, index in loader:
+        ...     print(tuple(images.shape), images.dtype, tuple(labels.shape), labels.dtype)
+        (32, 3, 96, 96) torch.float32 (32,) torch.int64
+        (32, 3, 96, 96) torch.float32 (32,) torch.int64
+        (32, 3, 96, 96) torch.float32 (32,) torch.int64
     """
 
     def __init__(
@@ -173,10 +184,11 @@ class Loader(IterableDataset[Batch]):
             _log.info("shuffle: classes come equally often, so that an epoch does not hold every sample exactly once")
         return steps
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """To another process: made again from the same arguments, at the same place; nothing kept goes along."""
         arguments = {name: getattr(self, name) for name in _ARGUMENTS} | {"backend": self._wanted}
-        return _made_again, (arguments, self._next, self._position, self._restored)
+        place = {"_next": self._next, "_position": self._position, "_restored": self._restored}
+        return partial(type(self), **arguments), (), place
 
     def photo(self, index: int) -> NDArray[np.uint8]:
         """The whole decoded photograph of a sample, (H, W, 3) RGB; not to be written to."""
@@ -237,8 +249,8 @@ class Loader(IterableDataset[Batch]):
                 self._position = (
                     (epoch, request.step + 1) if request.step + 1 < self._steps.of_all_ranks else (epoch + 1, 0)
                 )
-                labels = torch.from_numpy(self._samples.labels[request.indices])
-                index = torch.from_numpy(request.indices)
+                labels = torch.as_tensor(self._samples.labels[request.indices])
+                index = torch.as_tensor(request.indices)
                 batch = self._mixed(request, Batch(self._put(images), self._put(labels), self._put(index)))
                 given = perf_counter()
                 self._samples.clock.add("wait", given - asked)
@@ -345,7 +357,7 @@ class Loader(IterableDataset[Batch]):
         self._next = self._position = (int(state["epoch"]), int(state["step"]))
         self._restored = True
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         """What the order and the draws depend on, besides the position."""
         checksums = "".join(shard.sha256 for shard in self.manifest.split(self.split).shards)
         return {
@@ -357,12 +369,6 @@ class Loader(IterableDataset[Batch]):
             "window": self.window,
             "tail": self.tail,
         }
-
-
-def _made_again(arguments: dict[str, Any], *place: Any) -> Loader:
-    loader = Loader(**arguments)
-    loader._next, loader._position, loader._restored = place
-    return loader
 
 
 def _asked_for(backend: Name | None, executor: Name | None) -> Name | None:

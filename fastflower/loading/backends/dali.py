@@ -3,6 +3,9 @@
 The only file that imports nvidia.dali. How DALI behaves where its documentation is silent is pinned by tests.
 """
 
+# pyright: standard
+# (DALI has no types.)
+
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +31,8 @@ from fastflower.loading.samples import SampleSource
 # DALI makes most of their names at run time.
 fn: Any = untyped_fn
 types: Any = untyped_types
+Node = Any
+"""What an operator of DALI gives."""
 
 # The share of a batch that goes to the GPU's JPEG engine. DALI's own choice is 0.65. On an H100 the engine of nvJPEG 12.3 to
 # 13.2 may write before its stream's turn (pytorch/torchcodec pull request 1634): 0 until benchmarks/gpu_check.py has shown
@@ -130,7 +135,7 @@ class DaliBackend(Backend[_Reading, None]):
         )  # the same memory, DALI's again when the tensor is gone
         return request, images.to(self.setup.dtype).permute(0, 3, 1, 2)
 
-    def _outputs(self, pipe: Pipeline, request: Request) -> Any:
+    def _outputs(self, pipe: Pipeline, request: Request) -> Node:
         """What the pipeline makes next, which is of this request."""
         device = self.setup.device
         try:
@@ -174,7 +179,7 @@ def _unused(augment: Augment) -> set[str]:
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
+def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Node:
     """Decode and render.
 
     Images are decoded whole: decoding a region on the GPU is reported to crash on Hopper (NVIDIA/nvImageCodec issue 55), and
@@ -189,17 +194,17 @@ def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
     return rendered(images, augment, dtype, gpu)
 
 
-def _given(name: str, dtype: Any, ndim: int) -> Any:
+def _given(name: str, dtype: object, ndim: int) -> Node:
     return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
 
-def rendered(images: Any, augment: Augment, dtype: torch.dtype, gpu: bool) -> Any:
+def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> Node:
     """Cut out what is shown, blur, warp, black out, colour, erase, normalise; what `augment` never draws is left out.
 
     images  a DALI node of decoded images, (H, W, 3) uint8; the result is of augment.output_size, in dtype or what comes next.
     """
 
-    def placed(node: Any) -> Any:
+    def placed(node: Node) -> Node:
         return node.gpu() if gpu else node
 
     images = fn.slice(images, _given("start", types.INT32, 1), _given("shape", types.INT32, 1), axes=(0, 1))
@@ -241,11 +246,11 @@ def rendered(images: Any, augment: Augment, dtype: torch.dtype, gpu: bool) -> An
     )
 
 
-def _colour(images: Any, augment: Augment, factor: dict[str, Any]) -> Any:
+def _colour(images: Node, augment: Augment, factor: dict[str, Node]) -> Node:
     """torchvision's brightness, contrast, saturation and hue, each clipped, as arithmetic on (H, W, 3) float in 0 .. 255."""
     luma = color.LUMA.astype(np.float32).reshape(1, 1, 3)
 
-    def grey(pixels: Any) -> Any:
+    def grey(pixels: Node) -> Node:
         return fn.reductions.sum(pixels * luma, axes=2, keep_dims=True)
 
     if augment.brightness:
@@ -260,7 +265,7 @@ def _colour(images: Any, augment: Augment, factor: dict[str, Any]) -> Any:
     return _turned(images, factor["hue"]) if augment.hue else images
 
 
-def _turned(images: Any, turns: Any) -> Any:
+def _turned(images: Node, turns: Node) -> Node:
     """Turn the hue exactly: V - C * clamp(min(k, 4 - k), 0, 1), k = (n + hue / 60 degrees) mod 6, n = 5, 3, 1 for R, G, B.
 
     The closed form of HSV to RGB ("HSL and HSV", Wikipedia, "HSV to RGB alternative"); fn.hsv turns in YIQ, 16 levels off.

@@ -1,7 +1,8 @@
 /* One sample: blur, warp, colour and normalisation in two passes over the output, by AVX2.
  *
- * What it computes is what opencv.py computes, without rounding in between: parity tests hold both to
- * torchvision. Compiled when the package is built (hatch_build.py); native.py calls it, without Python's lock.
+ * What it computes is what opencv.py computes, without rounding in between: parity tests hold both to torchvision.
+ * hatch_build.py compiles it when the package is built; native.py calls `render` without Python's lock, and has
+ * the same two structures.
  */
 #include <immintrin.h>
 #include <stdint.h>
@@ -21,7 +22,7 @@ typedef struct {
     int32_t blurred;
     float blur[2][TAPS];           /* weights down and across */
     float brightness, contrast, saturation, hue; /* hue in turns */
-} Job;
+} Numbers;
 
 typedef struct {
     int32_t height, width, kind;   /* kind: 0 uint8, 1 float32, 2 float16, 3 bfloat16 */
@@ -30,13 +31,15 @@ typedef struct {
 
 static inline int clampi(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
 
-/* Bytes of scratch that a region and an output need. */
+/* Scratch memory: the blurred region, a row of it while it is blurred, planes of the output; each a multiple of 64 bytes. */
+static inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+static inline int64_t region_bytes(int64_t height, int64_t width) { return whole_lines(height * width * 3 + 64); }
+static inline int64_t row_bytes(int64_t width) { return whole_lines((width + 2 * TAPS) * 3 * 2 + 128); }
+
 int64_t scratch_bytes(int64_t region_height, int64_t region_width, int64_t height, int64_t width)
 {
-    int64_t blurred = region_height * region_width * 3 + 64;
-    int64_t row = (region_width + 2 * TAPS) * 3 * 2 + 128;
-    int64_t colour = height * ((width + LANES - 1) / LANES) * LANES * 3 * 4;
-    return ((blurred + 63) / 64) * 64 + ((row + 63) / 64) * 64 + colour + 64;
+    int64_t planes = height * ((width + LANES - 1) / LANES) * LANES * 3 * 4;
+    return region_bytes(region_height, region_width) + row_bytes(region_width) + planes + 64;
 }
 
 static inline __m256i weight(float value) { return _mm256_set1_epi16((int16_t)(value * 32768 > 32767 ? 32767 : value * 32768 + 0.5f)); }
@@ -53,25 +56,25 @@ static inline __m256i pair(const uint8_t *p, const uint8_t *q)
 }
 
 /* Blur the region into `out`, rows of width * 3 bytes; edges are repeated. */
-static void blur(const Job *job, uint8_t *out, int16_t *row)
+static void blur(const Numbers *numbers, uint8_t *out, int16_t *row)
 {
-    const int64_t stride = job->stride;
-    const int height = job->height, bytes = job->width * 3;
+    const int64_t stride = numbers->stride;
+    const int height = numbers->height, bytes = numbers->width * 3;
     int reach[2];
     __m256i weights[2][TAPS];
     for (int axis = 0; axis < 2; axis++) {
         reach[axis] = 0;
         for (int k = 0; k < TAPS; k++) {
-            weights[axis][k] = weight(job->blur[axis][k] * (k ? 2 : 1)); /* of the mean of two, but for the middle */
-            if (job->blur[axis][k] != 0) reach[axis] = k;
+            weights[axis][k] = weight(numbers->blur[axis][k] * (k ? 2 : 1)); /* of the mean of two, but for the middle */
+            if (numbers->blur[axis][k] != 0) reach[axis] = k;
         }
     }
     int16_t *middle = row + TAPS * 3;
     for (int y = 0; y < height; y++) {
-        const uint8_t *centre = job->source + y * stride, *above[TAPS], *below[TAPS];
+        const uint8_t *centre = numbers->source + y * stride, *above[TAPS], *below[TAPS];
         for (int k = 1; k <= reach[0]; k++) {
-            above[k] = job->source + clampi(y - k, 0, height - 1) * stride;
-            below[k] = job->source + clampi(y + k, 0, height - 1) * stride;
+            above[k] = numbers->source + clampi(y - k, 0, height - 1) * stride;
+            below[k] = numbers->source + clampi(y + k, 0, height - 1) * stride;
         }
         int i = 0;
         for (; i + 16 <= bytes; i += 16) {
@@ -112,7 +115,18 @@ static void blur(const Job *job, uint8_t *out, int16_t *row)
     }
 }
 
-/* Two neighbouring pixels, six bytes, of each of two places. `near`: close to the photograph's end, where eight cannot be read. */
+/* What is warped: the region, or its blurred copy. */
+typedef struct {
+    const uint8_t *first, *end;
+    int64_t stride;
+    int32_t height, width;
+} Source;
+
+typedef struct {
+    __m256 r, g, b;
+} Pixels; /* eight */
+
+/* Two neighbouring pixels, six bytes, of each of two places. `near`: close to the source's end, where eight cannot be read. */
 static inline __m128i neighbours(const uint8_t *p, const uint8_t *q, int near)
 {
     if (!near) return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)), (const __m64 *)q));
@@ -131,15 +145,50 @@ static inline __m256i blend(const uint8_t *p, const uint8_t *q, int64_t stride, 
     return _mm256_madd_epi16(_mm256_shuffle_epi8(_mm256_maddubs_epi16(rows, down), sides), across);
 }
 
-/* The same of places k and k + 4 of eight. */
-#define BLEND(k) blend(source + offset[k], source + offset[k + 4], stride, _mm256_shuffle_epi32(down, k * 0x55), _mm256_shuffle_epi32(across, k * 0x55), near)
+/* The same of eight places, k and k + 4 together. */
+static inline void blend_eight(__m256i pixels[4], const Source source, const int32_t *offset, __m256i down, __m256i across, int near)
+{
+#define BLEND(k) pixels[k] = blend(source.first + offset[k], source.first + offset[k + 4], source.stride, \
+                                   _mm256_shuffle_epi32(down, k * 0x55), _mm256_shuffle_epi32(across, k * 0x55), near)
+    BLEND(0), BLEND(1), BLEND(2), BLEND(3);
+#undef BLEND
+}
 
 static inline __m256 clamp(__m256 value, __m256 low, __m256 high) { return _mm256_min_ps(_mm256_max_ps(value, low), high); }
 
-static inline __m256 luma(__m256 r, __m256 g, __m256 b) /* ITU-R BT.601 */
+/* The source at eight places, edges repeated, between its pixels; levels times 127 * 16384. */
+static inline Pixels interpolate(const Source source, __m256 x, __m256 y)
 {
-    return _mm256_fmadd_ps(r, _mm256_set1_ps(0.299f), _mm256_fmadd_ps(g, _mm256_set1_ps(0.587f), _mm256_mul_ps(b, _mm256_set1_ps(0.114f))));
+    x = clamp(x, _mm256_setzero_ps(), _mm256_set1_ps(source.width - 1));
+    y = clamp(y, _mm256_setzero_ps(), _mm256_set1_ps(source.height - 1));
+    const __m256i x0 = _mm256_min_epi32(_mm256_cvttps_epi32(x), _mm256_set1_epi32(source.width - 2));
+    const __m256i y0 = _mm256_min_epi32(_mm256_cvttps_epi32(y), _mm256_set1_epi32(source.height - 2));
+    __m256i across = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(x, _mm256_cvtepi32_ps(x0)), _mm256_set1_ps(16384)));
+    __m256i down = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(y, _mm256_cvtepi32_ps(y0)), _mm256_set1_ps(127)));
+    /* (16384 - across, across) as 16-bit numbers, (127 - down, down) twice as bytes */
+    across = _mm256_or_si256(_mm256_slli_epi32(across, 16), _mm256_sub_epi32(_mm256_set1_epi32(16384), across));
+    down = _mm256_or_si256(_mm256_slli_epi32(down, 8), _mm256_sub_epi32(_mm256_set1_epi32(127), down));
+    down = _mm256_or_si256(down, _mm256_slli_epi32(down, 16));
+    const __m256i line = _mm256_set1_epi32((int32_t)source.stride);
+    const __m256i places = _mm256_add_epi32(_mm256_mullo_epi32(y0, line), _mm256_mullo_epi32(x0, _mm256_set1_epi32(3)));
+    int32_t offset[LANES];
+    _mm256_storeu_si256((__m256i *)offset, places);
+    __asm__("" : "+m"(offset)); /* through memory: eight loads are cheaper than taking a vector apart */
+    /* from where eight bytes of two rows can be read */
+    const __m256i last = _mm256_set1_epi32((int32_t)(source.end - source.first - source.stride - 8));
+    __m256i pixels[4];
+    if (__builtin_expect(_mm256_testz_si256(_mm256_cmpgt_epi32(places, last), _mm256_set1_epi32(-1)), 1))
+        blend_eight(pixels, source, offset, down, across, 0);
+    else
+        blend_eight(pixels, source, offset, down, across, 1);
+    const __m256i rg01 = _mm256_unpacklo_epi32(pixels[0], pixels[1]), rg23 = _mm256_unpacklo_epi32(pixels[2], pixels[3]);
+    const __m256i b01 = _mm256_unpackhi_epi32(pixels[0], pixels[1]), b23 = _mm256_unpackhi_epi32(pixels[2], pixels[3]);
+    return (Pixels){_mm256_cvtepi32_ps(_mm256_unpacklo_epi64(rg01, rg23)), _mm256_cvtepi32_ps(_mm256_unpackhi_epi64(rg01, rg23)),
+                    _mm256_cvtepi32_ps(_mm256_unpacklo_epi64(b01, b23))};
 }
+
+/* Where column 0 of row i comes to lie by two factors and a summand of a matrix; `more` is added. */
+static inline __m256 start(const float *matrix, int i, float more) { return _mm256_set1_ps((float)((double)matrix[1] * i + matrix[2] + more)); }
 
 /* How much of output pixels lies inside a frame of that size: 1, and falling to 0 over a pixel at its edges. `place`: + 1. */
 static inline __m256 inside(__m256 place, float size)
@@ -148,67 +197,41 @@ static inline __m256 inside(__m256 place, float size)
     return clamp(nearer, _mm256_setzero_ps(), _mm256_set1_ps(1));
 }
 
+static inline __m256 luma(Pixels p) /* ITU-R BT.601 */
+{
+    return _mm256_fmadd_ps(p.r, _mm256_set1_ps(0.299f), _mm256_fmadd_ps(p.g, _mm256_set1_ps(0.587f), _mm256_mul_ps(p.b, _mm256_set1_ps(0.114f))));
+}
+
 /* Warp and brighten into planes, eight R, eight G, eight B; returns the mean grey. */
-static float warp(const Job *job, const Output *output, const uint8_t *source, int64_t stride, const uint8_t *end, float *planes)
+static float warp(const Numbers *numbers, const Output *output, const Source source, float *planes)
 {
     const int width = output->width;
-    const float *w = job->warp, *f = job->frame;
-    const __m256i last = _mm256_set1_epi32((int32_t)(end - source - stride - 8)); /* from where eight bytes of two rows can be read */
-    const __m256 zero = _mm256_setzero_ps(), white = _mm256_set1_ps(255);
-    const __m256 right = _mm256_set1_ps(job->width - 1), bottom = _mm256_set1_ps(job->height - 1);
-    const __m256i before_right = _mm256_set1_epi32(job->width - 2), before_bottom = _mm256_set1_epi32(job->height - 2);
-    const __m256i line = _mm256_set1_epi32((int32_t)stride), three = _mm256_set1_epi32(3);
+    const float *w = numbers->warp, *f = numbers->frame;
     const __m256 step_x = _mm256_set1_ps(w[0]), step_y = _mm256_set1_ps(w[3]);
-    const __m256 scale = _mm256_set1_ps(job->brightness / (127.0f * 16384.0f));
+    const __m256 white = _mm256_set1_ps(255), scale = _mm256_set1_ps(numbers->brightness / (127.0f * 16384.0f));
     double total = 0;
     for (int i = 0; i < output->height; i++) {
-        const __m256 start_x = _mm256_set1_ps((float)((double)w[1] * i + w[2])), start_y = _mm256_set1_ps((float)((double)w[4] * i + w[5]));
-        __m256 grey = zero;
+        const __m256 start_x = start(w, i, 0), start_y = start(w + 3, i, 0);
+        __m256 grey = _mm256_setzero_ps();
         for (int j = 0; j < width; j += LANES, planes += 3 * LANES) {
             const __m256 column = _mm256_add_ps(_mm256_set1_ps((float)j), _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7));
-            __m256 x = clamp(_mm256_fmadd_ps(step_x, column, start_x), zero, right);
-            __m256 y = clamp(_mm256_fmadd_ps(step_y, column, start_y), zero, bottom);
-            __m256i x0 = _mm256_min_epi32(_mm256_cvttps_epi32(x), before_right);
-            __m256i y0 = _mm256_min_epi32(_mm256_cvttps_epi32(y), before_bottom);
-            __m256i across = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(x, _mm256_cvtepi32_ps(x0)), _mm256_set1_ps(16384)));
-            __m256i down = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(y, _mm256_cvtepi32_ps(y0)), _mm256_set1_ps(127)));
-            /* (16384 - across, across) as 16-bit numbers, (127 - down, down) twice as bytes */
-            across = _mm256_or_si256(_mm256_slli_epi32(across, 16), _mm256_sub_epi32(_mm256_set1_epi32(16384), across));
-            down = _mm256_or_si256(_mm256_slli_epi32(down, 8), _mm256_sub_epi32(_mm256_set1_epi32(127), down));
-            down = _mm256_or_si256(down, _mm256_slli_epi32(down, 16));
-            const __m256i places = _mm256_add_epi32(_mm256_mullo_epi32(y0, line), _mm256_mullo_epi32(x0, three));
-            int32_t offset[LANES];
-            _mm256_storeu_si256((__m256i *)offset, places);
-            __asm__("" : "+m"(offset)); /* through memory: eight loads are cheaper than taking a vector apart */
-            __m256i pixels[4];
-            if (__builtin_expect(_mm256_testz_si256(_mm256_cmpgt_epi32(places, last), _mm256_set1_epi32(-1)), 1)) {
-                const int near = 0;
-                pixels[0] = BLEND(0), pixels[1] = BLEND(1), pixels[2] = BLEND(2), pixels[3] = BLEND(3);
-            } else {
-                const int near = 1;
-                pixels[0] = BLEND(0), pixels[1] = BLEND(1), pixels[2] = BLEND(2), pixels[3] = BLEND(3);
-            }
-            __m256i rg01 = _mm256_unpacklo_epi32(pixels[0], pixels[1]), rg23 = _mm256_unpacklo_epi32(pixels[2], pixels[3]);
-            __m256i b01 = _mm256_unpackhi_epi32(pixels[0], pixels[1]), b23 = _mm256_unpackhi_epi32(pixels[2], pixels[3]);
-            __m256 r = _mm256_cvtepi32_ps(_mm256_unpacklo_epi64(rg01, rg23));
-            __m256 g = _mm256_cvtepi32_ps(_mm256_unpackhi_epi64(rg01, rg23));
-            __m256 b = _mm256_cvtepi32_ps(_mm256_unpacklo_epi64(b01, b23));
+            Pixels p = interpolate(source, _mm256_fmadd_ps(step_x, column, start_x), _mm256_fmadd_ps(step_y, column, start_y));
             __m256 factor = scale;
-            if (job->masked) {
-                __m256 u = _mm256_fmadd_ps(_mm256_set1_ps(f[0]), column, _mm256_set1_ps((float)((double)f[1] * i + f[2] + 1)));
-                __m256 v = _mm256_fmadd_ps(_mm256_set1_ps(f[3]), column, _mm256_set1_ps((float)((double)f[4] * i + f[5] + 1)));
+            if (numbers->masked) {
+                const __m256 u = _mm256_fmadd_ps(_mm256_set1_ps(f[0]), column, start(f, i, 1));
+                const __m256 v = _mm256_fmadd_ps(_mm256_set1_ps(f[3]), column, start(f + 3, i, 1));
                 factor = _mm256_mul_ps(factor, _mm256_mul_ps(inside(u, (float)width), inside(v, (float)output->height)));
             }
-            r = _mm256_min_ps(_mm256_mul_ps(r, factor), white);
-            g = _mm256_min_ps(_mm256_mul_ps(g, factor), white);
-            b = _mm256_min_ps(_mm256_mul_ps(b, factor), white);
-            if (job->contrast != 1) {
-                __m256 counts = _mm256_cmp_ps(column, _mm256_set1_ps((float)width), _CMP_LT_OQ);
-                grey = _mm256_add_ps(grey, _mm256_and_ps(luma(r, g, b), counts));
+            p.r = _mm256_min_ps(_mm256_mul_ps(p.r, factor), white);
+            p.g = _mm256_min_ps(_mm256_mul_ps(p.g, factor), white);
+            p.b = _mm256_min_ps(_mm256_mul_ps(p.b, factor), white);
+            if (numbers->contrast != 1) {
+                const __m256 counts = _mm256_cmp_ps(column, _mm256_set1_ps((float)width), _CMP_LT_OQ);
+                grey = _mm256_add_ps(grey, _mm256_and_ps(luma(p), counts));
             }
-            _mm256_storeu_ps(planes, r);
-            _mm256_storeu_ps(planes + LANES, g);
-            _mm256_storeu_ps(planes + 2 * LANES, b);
+            _mm256_storeu_ps(planes, p.r);
+            _mm256_storeu_ps(planes + LANES, p.g);
+            _mm256_storeu_ps(planes + 2 * LANES, p.b);
         }
         float lanes[LANES];
         _mm256_storeu_ps(lanes, grey);
@@ -224,20 +247,19 @@ static inline __m256 ramp(__m256 hue, float centre, float offset, float sign)
     return clamp(_mm256_fmadd_ps(distance, _mm256_set1_ps(sign), _mm256_set1_ps(offset)), _mm256_setzero_ps(), _mm256_set1_ps(1));
 }
 
-static inline void turn(__m256 *r, __m256 *g, __m256 *b, float turns)
+static inline Pixels turned(Pixels p, float turns)
 {
-    const __m256 high = _mm256_max_ps(*r, _mm256_max_ps(*g, *b)), low = _mm256_min_ps(*r, _mm256_min_ps(*g, *b));
+    const __m256 high = _mm256_max_ps(p.r, _mm256_max_ps(p.g, p.b)), low = _mm256_min_ps(p.r, _mm256_min_ps(p.g, p.b));
     const __m256 chroma = _mm256_sub_ps(high, low);
     const __m256 scale = _mm256_div_ps(_mm256_set1_ps(1), _mm256_max_ps(chroma, _mm256_set1_ps(1e-6f)));
-    const __m256 is_red = _mm256_cmp_ps(*r, high, _CMP_EQ_OQ), is_green = _mm256_cmp_ps(*g, high, _CMP_EQ_OQ);
-    __m256 hue = _mm256_fmadd_ps(_mm256_sub_ps(*r, *g), scale, _mm256_set1_ps(4));
-    hue = _mm256_blendv_ps(hue, _mm256_fmadd_ps(_mm256_sub_ps(*b, *r), scale, _mm256_set1_ps(2)), is_green);
-    hue = _mm256_blendv_ps(hue, _mm256_mul_ps(_mm256_sub_ps(*g, *b), scale), is_red);
+    const __m256 is_red = _mm256_cmp_ps(p.r, high, _CMP_EQ_OQ), is_green = _mm256_cmp_ps(p.g, high, _CMP_EQ_OQ);
+    __m256 hue = _mm256_fmadd_ps(_mm256_sub_ps(p.r, p.g), scale, _mm256_set1_ps(4));
+    hue = _mm256_blendv_ps(hue, _mm256_fmadd_ps(_mm256_sub_ps(p.b, p.r), scale, _mm256_set1_ps(2)), is_green);
+    hue = _mm256_blendv_ps(hue, _mm256_mul_ps(_mm256_sub_ps(p.g, p.b), scale), is_red);
     hue = _mm256_add_ps(hue, _mm256_set1_ps(6 * turns)); /* to 0 .. 6 */
     hue = _mm256_fnmadd_ps(_mm256_floor_ps(_mm256_mul_ps(hue, _mm256_set1_ps(1.0f / 6))), _mm256_set1_ps(6), hue);
-    *r = _mm256_fmadd_ps(chroma, ramp(hue, 3, -1, 1), low);
-    *g = _mm256_fmadd_ps(chroma, ramp(hue, 2, 2, -1), low);
-    *b = _mm256_fmadd_ps(chroma, ramp(hue, 4, 2, -1), low);
+    return (Pixels){_mm256_fmadd_ps(chroma, ramp(hue, 3, -1, 1), low), _mm256_fmadd_ps(chroma, ramp(hue, 2, 2, -1), low),
+                    _mm256_fmadd_ps(chroma, ramp(hue, 4, 2, -1), low)};
 }
 
 static inline __m128i narrow(__m256i wide) /* 32-bit numbers to 16 bits */
@@ -269,10 +291,10 @@ static inline char *put(char *to, __m256 values, int kind)
 }
 
 /* Interleave eight pixels and write them. */
-static inline char *put_pixels(char *to, __m256 r, __m256 g, __m256 b, int kind)
+static inline char *put_pixels(char *to, Pixels p, int kind)
 {
     /* a: r0 g0 r2 g2 | r4 g4 r6 g6; c: b0 r1 b2 r3 | ...; d: g1 b1 g3 b3 | ... */
-    __m256 a = _mm256_shuffle_ps(r, g, 0x88), c = _mm256_shuffle_ps(b, r, 0xd8), d = _mm256_shuffle_ps(g, b, 0xdd);
+    __m256 a = _mm256_shuffle_ps(p.r, p.g, 0x88), c = _mm256_shuffle_ps(p.b, p.r, 0xd8), d = _mm256_shuffle_ps(p.g, p.b, 0xdd);
     a = _mm256_shuffle_ps(a, a, 0xd8); /* r0 g0 r2 g2 */
     c = _mm256_shuffle_ps(c, c, 0xd8); /* b0 r1 b2 r3 */
     d = _mm256_shuffle_ps(d, d, 0xd8); /* g1 b1 g3 b3 */
@@ -284,39 +306,39 @@ static inline char *put_pixels(char *to, __m256 r, __m256 g, __m256 b, int kind)
     return put(to, _mm256_permute2f128_ps(second, third, 0x31), kind);
 }
 
-static inline void colour_as(const Job *job, const Output *output, const float *planes, float mean, char *out, int kind)
+static inline void colour_as(const Numbers *numbers, const Output *output, const float *planes, float mean, char *out, int kind)
 {
     const __m256 zero = _mm256_setzero_ps(), white = _mm256_set1_ps(255);
-    const __m256 contrast = _mm256_set1_ps(job->contrast), base = _mm256_set1_ps(mean * (1 - job->contrast));
-    const __m256 saturation = _mm256_set1_ps(job->saturation), rest = _mm256_set1_ps(1 - job->saturation);
+    const __m256 contrast = _mm256_set1_ps(numbers->contrast), base = _mm256_set1_ps(mean * (1 - numbers->contrast));
+    const __m256 saturation = _mm256_set1_ps(numbers->saturation), rest = _mm256_set1_ps(1 - numbers->saturation);
     const __m256 multiply[3] = {_mm256_set1_ps(output->multiply[0]), _mm256_set1_ps(output->multiply[1]), _mm256_set1_ps(output->multiply[2])};
     const __m256 add[3] = {_mm256_set1_ps(output->add[0]), _mm256_set1_ps(output->add[1]), _mm256_set1_ps(output->add[2])};
     const int bytes = kind == 0 ? 1 : kind == 1 ? 4 : 2;
     for (int i = 0; i < output->height; i++)
         for (int j = 0; j < output->width; j += LANES, planes += 3 * LANES) {
-            __m256 r = _mm256_loadu_ps(planes), g = _mm256_loadu_ps(planes + LANES), b = _mm256_loadu_ps(planes + 2 * LANES);
-            if (job->contrast != 1) {
-                r = clamp(_mm256_fmadd_ps(r, contrast, base), zero, white);
-                g = clamp(_mm256_fmadd_ps(g, contrast, base), zero, white);
-                b = clamp(_mm256_fmadd_ps(b, contrast, base), zero, white);
+            Pixels p = {_mm256_loadu_ps(planes), _mm256_loadu_ps(planes + LANES), _mm256_loadu_ps(planes + 2 * LANES)};
+            if (numbers->contrast != 1) {
+                p.r = clamp(_mm256_fmadd_ps(p.r, contrast, base), zero, white);
+                p.g = clamp(_mm256_fmadd_ps(p.g, contrast, base), zero, white);
+                p.b = clamp(_mm256_fmadd_ps(p.b, contrast, base), zero, white);
             }
-            if (job->saturation != 1) {
-                __m256 grey = _mm256_mul_ps(luma(r, g, b), rest);
-                r = clamp(_mm256_fmadd_ps(r, saturation, grey), zero, white);
-                g = clamp(_mm256_fmadd_ps(g, saturation, grey), zero, white);
-                b = clamp(_mm256_fmadd_ps(b, saturation, grey), zero, white);
+            if (numbers->saturation != 1) {
+                const __m256 grey = _mm256_mul_ps(luma(p), rest);
+                p.r = clamp(_mm256_fmadd_ps(p.r, saturation, grey), zero, white);
+                p.g = clamp(_mm256_fmadd_ps(p.g, saturation, grey), zero, white);
+                p.b = clamp(_mm256_fmadd_ps(p.b, saturation, grey), zero, white);
             }
-            if (job->hue != 0) turn(&r, &g, &b, job->hue);
+            if (numbers->hue != 0) p = turned(p, numbers->hue);
             if (kind) {
-                r = _mm256_fmadd_ps(r, multiply[0], add[0]);
-                g = _mm256_fmadd_ps(g, multiply[1], add[1]);
-                b = _mm256_fmadd_ps(b, multiply[2], add[2]);
+                p.r = _mm256_fmadd_ps(p.r, multiply[0], add[0]);
+                p.g = _mm256_fmadd_ps(p.g, multiply[1], add[1]);
+                p.b = _mm256_fmadd_ps(p.b, multiply[2], add[2]);
             }
             if (j + LANES <= output->width)
-                out = put_pixels(out, r, g, b, kind);
+                out = put_pixels(out, p, kind);
             else {
                 char tail[3 * LANES * 4];
-                put_pixels(tail, r, g, b, kind);
+                put_pixels(tail, p, kind);
                 memcpy(out, tail, (output->width - j) * 3 * bytes);
                 out += (output->width - j) * 3 * bytes;
             }
@@ -324,28 +346,27 @@ static inline void colour_as(const Job *job, const Output *output, const float *
 }
 
 /* Make one sample: (height, width, 3) of the output's type at `out`. */
-void render(const Job *job, const Output *output, char *out, char *scratch)
+void render(const Numbers *numbers, const Output *output, char *out, char *scratch)
 {
     scratch = (char *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
-    const uint8_t *source = job->source, *end = job->end;
-    int64_t stride = job->stride;
-    if (job->blurred) {
-        const int64_t bytes = (int64_t)job->height * job->width * 3 + 64;
+    Source source = {numbers->source, numbers->end, numbers->stride, numbers->height, numbers->width};
+    if (numbers->blurred) {
+        const int64_t bytes = region_bytes(source.height, source.width);
         uint8_t *blurred = (uint8_t *)scratch;
-        scratch += (bytes + 63) / 64 * 64;
-        blur(job, blurred, (int16_t *)scratch);
-        scratch += (((int64_t)job->width + 2 * TAPS) * 6 + 128 + 63) / 64 * 64;
-        source = blurred, stride = job->width * 3, end = blurred + bytes;
+        blur(numbers, blurred, (int16_t *)(scratch + bytes));
+        scratch += bytes + row_bytes(source.width);
+        source.first = blurred, source.stride = source.width * 3;
+        source.end = blurred + source.height * source.stride + 64;
     } else /* the warp jumps from row to row, which no hardware foresees */
-        for (int y = 0; y < job->height; y++)
-            for (int x = 0; x < job->width * 3; x += 64)
-                _mm_prefetch((const char *)source + y * stride + x, _MM_HINT_T1);
+        for (int y = 0; y < source.height; y++)
+            for (int x = 0; x < source.width * 3; x += 64)
+                _mm_prefetch((const char *)source.first + y * source.stride + x, _MM_HINT_T1);
     float *planes = (float *)scratch;
-    const float mean = warp(job, output, source, stride, end, planes);
-    switch (output->kind) {
-    case 0: colour_as(job, output, planes, mean, out, 0); break;
-    case 1: colour_as(job, output, planes, mean, out, 1); break;
-    case 2: colour_as(job, output, planes, mean, out, 2); break;
-    default: colour_as(job, output, planes, mean, out, 3);
+    const float mean = warp(numbers, output, source, planes);
+    switch (output->kind) { /* the type is known to the compiler in each */
+    case 0: colour_as(numbers, output, planes, mean, out, 0); break;
+    case 1: colour_as(numbers, output, planes, mean, out, 1); break;
+    case 2: colour_as(numbers, output, planes, mean, out, 2); break;
+    default: colour_as(numbers, output, planes, mean, out, 3);
     }
 }

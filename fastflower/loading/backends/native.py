@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fastflower.draws import color, geometry
 from fastflower.draws.augment import Augment
 from fastflower.loading.backends.opencv import shrunken
-from fastflower.loading.batch import Pixels
+from fastflower.loading.batch import Pixels, Stored
 from fastflower.loading.request import Request
 
 _LIBRARY = Path(__file__).with_name("kernel.so")
@@ -23,7 +22,7 @@ _FACTORS = ("brightness", "contrast", "saturation", "hue")
 
 
 class _Numbers(ctypes.Structure):
-    """kernel.c's Job."""
+    """kernel.c's Numbers."""
 
     _fields_ = (
         ("source", ctypes.c_void_p),
@@ -59,7 +58,7 @@ class _Job:
     reduce: int
     region: tuple[slice, slice]
     shrink: tuple[int, int]
-    numbers: Any
+    numbers: _Numbers
 
 
 @cache
@@ -113,7 +112,7 @@ class NativeRenderer:
             for reduce, (top, left, height, width), (down, across), row in columns
         ]
 
-    def __call__(self, photo: Pixels, job: _Job, out: NDArray[Any], /) -> None:
+    def __call__(self, photo: Pixels, job: _Job, out: Stored, /) -> None:
         """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8, decoded at job.reduce."""
         source = shrunken(photo[job.region], job.shrink)
         height, width, _ = source.shape

@@ -1,16 +1,16 @@
 """Carries out draws by OpenCV's SIMD kernels, which release the interpreter lock while they work."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from cv2.typing import MatLike
 from numpy.typing import NDArray
 
 from fastflower.draws import color, geometry
 from fastflower.draws.augment import Augment
-from fastflower.loading.batch import Pixels, as_numpy
+from fastflower.loading.batch import Pixels, Stored, as_numpy
 from fastflower.loading.request import Request
 
 _WARP = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
@@ -43,7 +43,7 @@ class OpencvRenderer:
         self._dtype = dtype
         multiply, add = color.normalize_factors(augment.mean, augment.std)
         levels = np.arange(256, dtype=np.float32)[:, None]
-        self._table = as_numpy(torch.from_numpy(levels * multiply + add).to(dtype))[:, None, :]
+        self._table = as_numpy(torch.as_tensor(levels * multiply + add).to(dtype))[:, None, :]
         _height, width = self._size
         self._multiply, self._add = (np.tile(factor, width) for factor in (multiply, add))
 
@@ -55,7 +55,7 @@ class OpencvRenderer:
         frame = geometry.corners(np.array([-2.0, -2.0, self._size[0] + 4, self._size[1] + 4]))
         quad = geometry.grow(warp.quad, _BOUNDARY)
         hue = np.rint(draw.hue * 256).astype(int) % 256
-        jobs = []
+        jobs = list[_Job]()
         for row, (top, left, height, width) in enumerate(how.region.tolist()):
             outside = None
             if warp.masked[row]:
@@ -78,7 +78,7 @@ class OpencvRenderer:
             )
         return jobs
 
-    def __call__(self, photo: Pixels, job: _Job, out: NDArray[Any], /) -> None:
+    def __call__(self, photo: Pixels, job: _Job, out: Stored, /) -> None:
         """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8, decoded at job.reduce."""
         image = _toned(self._warped(photo[job.region], job), job.brightness, job.contrast)
         if job.saturation != 1:
@@ -87,7 +87,7 @@ class OpencvRenderer:
             image = _turned(image, job.hue)
         self._written(image, out)
 
-    def _warped(self, source: Any, job: _Job) -> Any:
+    def _warped(self, source: MatLike, job: _Job) -> MatLike:
         source = shrunken(source, job.shrink)
         if job.blur is not None:
             down, across = map(geometry.whole_kernel, job.blur)
@@ -98,7 +98,7 @@ class OpencvRenderer:
             cv2.fillPoly(image, list(job.outside), (0, 0, 0), cv2.LINE_AA, _SUBPIXEL)
         return image
 
-    def _written(self, image: Any, out: NDArray[Any]) -> None:
+    def _written(self, image: MatLike, out: Stored) -> None:
         """Normalise into the batch, in its dtype."""
         if self._dtype == torch.uint8:
             out[...] = image
@@ -110,7 +110,7 @@ class OpencvRenderer:
             cv2.LUT(image, self._table, out)
 
 
-def shrunken(source: Any, shrink: tuple[int, int]) -> Any:
+def shrunken(source: MatLike, shrink: tuple[int, int]) -> MatLike:
     """The means of boxes of `shrink` (down, across) pixels, which `source` is made of."""
     if shrink == (1, 1):
         return source
@@ -119,7 +119,7 @@ def shrunken(source: Any, shrink: tuple[int, int]) -> Any:
     return cv2.resize(source, size, interpolation=cv2.INTER_AREA)
 
 
-def _toned(image: Any, brightness: float, contrast: float) -> Any:
+def _toned(image: MatLike, brightness: float, contrast: float) -> MatLike:
     """Brightness, then contrast about the mean grey of the brightened image."""
     if contrast == 1:
         return image if brightness == 1 else cv2.LUT(image, color.quantized(color.brightness_table(brightness)))
@@ -132,7 +132,7 @@ def _toned(image: Any, brightness: float, contrast: float) -> Any:
     return cv2.LUT(image, color.quantized(color.contrast_table(levels, contrast, mean)))
 
 
-def _turned(image: Any, steps: int) -> Any:
+def _turned(image: MatLike, steps: int) -> MatLike:
     """Turn the hue by steps / 256 of the wheel."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
     hsv[..., 0] += np.uint8(steps)  # wraps, as the wheel does

@@ -19,12 +19,15 @@ from fastflower.draws.augment import Augment
 from fastflower.loading.backends.base import Backend, Setup, Work
 from fastflower.loading.backends.native import NativeRenderer
 from fastflower.loading.backends.opencv import OpencvRenderer
-from fastflower.loading.batch import Pixels, as_numpy, storage
+from fastflower.loading.batch import Pixels, Stored, as_numpy, storage
 from fastflower.loading.cache import PixelCache
 from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 
 _SPARE = 4  # batches whose memory waits to be used again
+
+Job = Any
+"""What a renderer does for a row: its own, but for the attribute `reduce`, the scale at which the image is decoded."""
 
 
 class Renderer(Protocol):
@@ -32,11 +35,11 @@ class Renderer(Protocol):
 
     def __init__(self, augment: Augment, dtype: torch.dtype) -> None: ...
 
-    def jobs(self, request: Request) -> list[Any]:
-        """What to do for each row; the attribute `reduce` says at which scale to decode the image."""
+    def jobs(self, request: Request) -> list[Job]:
+        """What to do for each row."""
         ...
 
-    def __call__(self, image: Pixels, job: Any, out: NDArray[np.generic], /) -> None:
+    def __call__(self, image: Pixels, job: Job, out: Stored, /) -> None:
         """Write (height, width, 3) into `out`. image  (H, W, 3) uint8, decoded at job.reduce."""
         ...
 
@@ -49,11 +52,11 @@ class _Memory:
 
     def __init__(self) -> None:
         # Looked through for what is free again: called back then, Python would swallow a KeyboardInterrupt that came meanwhile.
-        self._lent: list[tuple[ref[NDArray[np.generic]], NDArray[np.uint8]]] = []
+        self._lent: list[tuple[ref[Stored], NDArray[np.uint8]]] = []
         self._free: deque[NDArray[np.uint8]] = deque(maxlen=_SPARE)
         self._lock = Lock()
 
-    def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
+    def take(self, shape: tuple[int, ...], dtype: type[np.uint8 | np.float32 | np.uint16]) -> Stored:
         """An array of whatever content."""
         size = prod(shape) * np.dtype(dtype).itemsize
         with self._lock:
@@ -77,9 +80,9 @@ class _Memory:
 class _Rendering(Work):
     images: Tensor
     """(N, H, W, 3)."""
-    out: NDArray[np.generic]
+    out: Stored
     """The same memory."""
-    jobs: list[Any]
+    jobs: list[Job]
 
 
 class ThreadBackend(Backend[_Rendering, PixelCache]):
@@ -93,7 +96,7 @@ class ThreadBackend(Backend[_Rendering, PixelCache]):
     def __init__(self, augment: Augment, samples: SampleSource, setup: Setup, kept: PixelCache) -> None:
         super().__init__(augment, samples, setup, kept)
         self._render = self.renderer(augment, setup.dtype)
-        self._erased = as_numpy(torch.from_numpy(self.erased()).to(setup.dtype))
+        self._erased = as_numpy(torch.as_tensor(self.erased()).to(setup.dtype))
         self._memory = _Memory()
 
     def begin(self, request: Request) -> _Rendering:
@@ -106,7 +109,7 @@ class ThreadBackend(Backend[_Rendering, PixelCache]):
         """A batch of whatever content."""
         device, dtype = self.setup.device, self.setup.dtype
         if device.type != "cuda":
-            return torch.from_numpy(self._memory.take(shape, storage(dtype))).view(dtype)
+            return torch.as_tensor(self._memory.take(shape, storage(dtype))).view(dtype)
         with torch.cuda.device(device):  # or pinning takes memory of another GPU, the current one
             return torch.empty(shape, dtype=dtype, pin_memory=True)  # torch uses it again when no copy needs it
 

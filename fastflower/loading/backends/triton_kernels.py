@@ -4,6 +4,9 @@ What they compute is `kernel.c`'s: boxes, blur, one bilinear interpolation, then
 normalisation, without rounding in between. Every number of a sample is a row of two tables, whose columns have names here.
 """
 
+# pyright: standard
+# (kernels are compiled from their source, without annotations.)
+
 from typing import Any
 
 import triton
