@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
@@ -177,19 +177,6 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         fastflower.load  # noqa: B018  (looking the name up is what raises)
 
 
-# What breaks a limit, by name, and what it has: the figure only goes down.
-LONG_FUNCTIONS = {"packing.packer.pack": 100, "loading.backends.triton_kernels._sampled": 64}
-LONG_SIGNATURES = {
-    "loading.loader.Loader.__init__": 17,
-    "packing.packer.pack": 13,
-    "draws.augment.Augment": 25,
-    "recipes.recipe.Recipe": 29,
-    "loading.backends.triton_kernels.colour": 14,
-    "shards.manifest.Manifest": 13,
-    "draws.draw.Draw": 13,
-}
-
-
 def definitions(nodes: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
     """(dotted name, node) of all functions and classes, also of those inside others."""
     for node in nodes:
@@ -214,6 +201,27 @@ def parameters(node: ast.FunctionDef | ast.ClassDef) -> int:
     return len([argument for argument in arguments if argument.arg not in ("self", "cls")])
 
 
+def by_keyword(name: str, node: ast.FunctionDef | ast.ClassDef) -> bool:
+    """Whether a caller names each argument, but for a few, and a docstring says what each is."""
+    if isinstance(node, ast.ClassDef):
+        keyword_only = any("kw_only=True" in ast.unparse(mark) for mark in node.decorator_list)
+        last = [one for one, after in pairwise(node.body) if isinstance(one, ast.AnnAssign) and not is_field(after)]
+        return keyword_only and all(is_text(node.body[node.body.index(one) + 1]) for one in last)
+    owner = next((other for path, other in DEFINITIONS if path == name.removesuffix(".__init__")), node)
+    told = re.findall(r"^ +([a-z_]+(?:, [a-z_]+)*): [A-Z\"]", ast.get_docstring(owner) or "", re.MULTILINE)
+    names = {name for line in told for name in line.split(", ")}
+    few = len(node.args.posonlyargs) + len(node.args.args) <= 3
+    return few and {argument.arg for argument in node.args.kwonlyargs} <= names
+
+
+def is_field(node: ast.stmt) -> bool:
+    return isinstance(node, ast.AnnAssign)
+
+
+def is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
 def branching() -> dict[str, int]:
     """McCabe's complexity of each function, as ruff counts it."""
     command = ["ruff", "check", "--isolated", "--select", "C901", "--config", "lint.mccabe.max-complexity=0"]
@@ -230,7 +238,10 @@ def branching() -> dict[str, int]:
 
 
 def test_functions_signatures_and_branching_keep_their_limits() -> None:
-    """Functions of 60 lines, 12 parameters, a complexity of 15. `pytest -s -k limits` prints what the library is like."""
+    """Functions of 60 lines, a complexity of 15, 12 parameters where not each is named by the caller and described.
+
+    `pytest -s -k limits` prints what the library is like.
+    """
     lengths = {
         name: (node.end_lineno or 0) - node.lineno + 1
         for name, node in DEFINITIONS
@@ -246,8 +257,9 @@ def test_functions_signatures_and_branching_keep_their_limits() -> None:
     for what, found in (("longest", lengths), ("most parameters", counts), ("most branches", complexity)):
         worst = sorted(found.items(), key=itemgetter(1), reverse=True)[:5]
         print(f"{what}: {', '.join(f'{name} {value}' for name, value in worst)}")
-    assert {name: length for name, length in lengths.items() if length > 60} == LONG_FUNCTIONS
-    assert {name: count for name, count in counts.items() if count > 12} == LONG_SIGNATURES
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
+    nodes = dict(DEFINITIONS)
+    assert {name: n for name, n in counts.items() if n > 12 and not by_keyword(name, nodes[name])} == {}
     assert {name: count for name, count in complexity.items() if count > 15} == {}
 
 
