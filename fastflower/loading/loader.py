@@ -196,7 +196,7 @@ class Loader(IterableDataset[Batch]):
 
     def where(self, index: int) -> str:
         """Shard, key and original path of a sample, for messages."""
-        return self._reader.where(index)
+        return self._samples.where(index)
 
     def path_of(self, index: int) -> str:
         """The path, relative to the packed folder, that a sample's image had."""

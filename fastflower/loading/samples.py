@@ -54,6 +54,10 @@ class SampleSource:
         """Damaged samples, by index, and what is wrong with each."""
         self._reader, self._replaces = reader, replaces
 
+    def where(self, index: int) -> str:
+        """Shard, key and original path of a sample, for messages."""
+        return self._reader.where(index)
+
     def encoded(self, index: int) -> bytes:
         """The bytes of a sample's image file. Raises SampleError when they are not those that were packed."""
         start = perf_counter()
@@ -69,14 +73,14 @@ class SampleSource:
         try:
             image = decode(encoded, reduce)
         except SampleError as error:
-            raise SampleError(f"{self._reader.where(index)}: {error}") from None
+            raise SampleError(f"{self.where(index)}: {error}") from None
         finally:
             self.clock.add("decode", perf_counter() - start)
         height, width = self.sizes[index].tolist()
         if image.shape[:2] != (-(-height // reduce), -(-width // reduce)):
             scale = f" at 1/{reduce} of its scale" if reduce > 1 else ""
             raise SampleError(
-                f"{self._reader.where(index)}: is decoded to {image.shape[1]} x {image.shape[0]} pixels{scale}, the index says "
+                f"{self.where(index)}: is decoded to {image.shape[1]} x {image.shape[0]} pixels{scale}, the index says "
                 f"{width} x {height}; rebuild it with fastflower verify --repair, or pack again."
             )
         return image

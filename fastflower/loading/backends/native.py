@@ -94,19 +94,21 @@ class NativeRenderer:
     def jobs(self, request: Request) -> list[_Job]:
         """The draws of a batch, a value for each row."""
         warp = request.warp
-        how = geometry.resampling(warp)
+        resampling = geometry.resampling(warp)
         count = len(request.indices)
         numbers: Any = np.zeros(count, np.dtype(_Numbers))
-        numbers["warp"] = how.matrix.reshape(count, 6)
+        numbers["warp"] = resampling.matrix.reshape(count, 6)
         numbers["masked"] = warp.masked
         if warp.masked.any():
             numbers["frame"] = geometry.centred(geometry.frame(warp, self._size)).reshape(count, 6)
-        numbers["blurred"] = how.blur.any(axis=1)
-        numbers["blur"] = geometry.blur_kernels(how.blur).reshape(count, -1)
+        numbers["blurred"] = resampling.blur.any(axis=1)
+        numbers["blur"] = geometry.blur_kernels(resampling.blur).reshape(count, -1)
         for name in _FACTORS:
             numbers[name] = getattr(request.draw, name)
         rows = (_Numbers * count).from_buffer(numbers)
-        columns = zip(how.reduce.tolist(), how.region.tolist(), how.shrink.tolist(), rows, strict=True)
+        columns = zip(
+            resampling.reduce.tolist(), resampling.region.tolist(), resampling.shrink.tolist(), rows, strict=True
+        )
         return [
             _Job(reduce, (slice(top, top + height), slice(left, left + width)), (down, across), row)
             for reduce, (top, left, height, width), (down, across), row in columns

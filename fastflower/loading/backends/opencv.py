@@ -50,25 +50,25 @@ class OpencvRenderer:
     def jobs(self, request: Request) -> list[_Job]:
         """The draws of a batch, a value for each row."""
         draw, warp = request.draw, request.warp
-        how = geometry.resampling(warp)
-        kernels = geometry.blur_kernels(how.blur)
+        resampling = geometry.resampling(warp)
+        kernels = geometry.blur_kernels(resampling.blur)
         frame = geometry.corners(np.array([-2.0, -2.0, self._size[0] + 4, self._size[1] + 4]))
         quad = geometry.grow(warp.quad, _BOUNDARY)
         hue = np.rint(draw.hue * 256).astype(int) % 256
         jobs = list[_Job]()
-        for row, (top, left, height, width) in enumerate(how.region.tolist()):
+        for row, (top, left, height, width) in enumerate(resampling.region.tolist()):
             outside = None
             if warp.masked[row]:
                 polygons = np.stack([frame, quad[row]]) - 0.5
                 outside = np.rint(polygons * 2**_SUBPIXEL).astype(np.int32)
-            down, across = how.shrink[row].tolist()
+            down, across = resampling.shrink[row].tolist()
             jobs.append(
                 _Job(
-                    reduce=int(how.reduce[row]),
+                    reduce=int(resampling.reduce[row]),
                     region=(slice(top, top + height), slice(left, left + width)),
                     shrink=(down, across),
-                    blur=kernels[row] if how.blur[row].any() else None,
-                    matrix=how.matrix[row],
+                    blur=kernels[row] if resampling.blur[row].any() else None,
+                    matrix=resampling.matrix[row],
                     outside=outside,
                     brightness=float(draw.brightness[row]),
                     contrast=float(draw.contrast[row]),

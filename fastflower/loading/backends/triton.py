@@ -193,21 +193,21 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
 
         address, width  (N,) of the decoded images.
         """
-        count, drawn = len(address), geometry.resampling(request.warp)
+        count, resampling = len(address), geometry.resampling(request.warp)
         memory = torch.empty(count * _ROW_BYTES, dtype=torch.uint8, pin_memory=self.stream is not None)
         bytes_of_whole = count * kernels.WHOLE * 8
         whole = memory[:bytes_of_whole].view(torch.int64).numpy().reshape(count, kernels.WHOLE)
         numbers = memory[bytes_of_whole:].view(torch.float32).numpy().reshape(count, kernels.FRACTIONS)
-        top, left = drawn.region[:, 0], drawn.region[:, 1]
+        top, left = resampling.region[:, 0], resampling.region[:, 1]
         whole[:, kernels.ADDRESS] = address + 4 * (top * width + left)
         whole[:, kernels.STRIDE] = width
-        whole[:, kernels.HEIGHT : kernels.WIDTH + 1] = drawn.region[:, 2:] // drawn.shrink
-        whole[:, kernels.BOX_DOWN : kernels.BOX_ACROSS + 1] = drawn.shrink
-        kernel = geometry.blur_kernels(drawn.blur)
+        whole[:, kernels.HEIGHT : kernels.WIDTH + 1] = resampling.region[:, 2:] // resampling.shrink
+        whole[:, kernels.BOX_DOWN : kernels.BOX_ACROSS + 1] = resampling.shrink
+        kernel = geometry.blur_kernels(resampling.blur)
         whole[:, kernels.REACH_DOWN : kernels.REACH_ACROSS + 1] = (kernel[:, :, 1:] != 0).sum(axis=2)
         whole[:, kernels.MASKED] = request.warp.masked
         whole[:, kernels.ERASE : kernels.ERASE + 4] = request.draw.erase
-        numbers[:, kernels.WARP : kernels.FRAME] = drawn.matrix.reshape(count, 6)
+        numbers[:, kernels.WARP : kernels.FRAME] = resampling.matrix.reshape(count, 6)
         if request.warp.masked.any():
             frame = geometry.centred(geometry.frame(request.warp, self.augment.output_size))
             numbers[:, kernels.FRAME : kernels.BLUR_DOWN] = frame.reshape(count, 6)
