@@ -102,7 +102,7 @@ class Loader(IterableDataset[Batch]):
         backend, executor = _asked_for(backend, executor), None
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         source = remote(shards)
-        self._mirror = Mirror(source) if source else None
+        self._mirror = Mirror.connect(source) if source else None
         self.manifest = self._mirror.manifest if self._mirror else Manifest.load(str(shards))
         self.augment = augment or Augment()
         self.split, self.batch_size, self.seed = split, batch_size, seed
@@ -141,7 +141,7 @@ class Loader(IterableDataset[Batch]):
     def _open(self, split: str) -> ShardReader:
         if self._mirror is None:
             return ShardReader(self.manifest, split, strict=self.on_bad == "fail")
-        self._mirror.open(split, self.window or 1)
+        self._mirror.open_split(split, self.window or 1)
         return ShardReader(self.manifest, split, strict=False, fetch=self._mirror.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -228,7 +228,7 @@ class Loader(IterableDataset[Batch]):
         epoch, start = self._position = self._next
         self._next, self._restored = (epoch + 1, 0), False
         if self._mirror:
-            self._mirror.begin()
+            self._mirror.begin_use()
         made = self._backend.run(self._requests(epoch, start))
         asked, used = perf_counter(), deque[torch.cuda.Event]()
         try:
@@ -245,7 +245,7 @@ class Loader(IterableDataset[Batch]):
                 self._samples.clock.add("consume", asked - given)
             self._position = (epoch + 1, 0)  # where this rank has no part of the last step
         finally:
-            with self._mirror.ending() if self._mirror else nullcontext():
+            with self._mirror.ending_use() if self._mirror else nullcontext():
                 made.close()
                 self._reader.keep(())  # no file stays open between epochs
 
