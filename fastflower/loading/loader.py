@@ -247,7 +247,7 @@ class Loader(IterableDataset[Batch]):
         finally:
             with self._mirror.ending_use() if self._mirror else nullcontext():
                 made.close()
-                self._reader.keep(())  # no file stays open between epochs
+                self._reader.close_all_but(())  # no file stays open between epochs
 
     def _pace(self, used: deque[torch.cuda.Event]) -> None:
         """Let a host that asks a GPU for steps run ahead of it by so many batches: unbounded it takes memory for each."""
@@ -289,7 +289,7 @@ class Loader(IterableDataset[Batch]):
             for step, positions in steps.items():
                 if self._mirror and len(positions):
                     ahead = [self._shards[number].name for number in self._windows.ahead(positions, epoch)]
-                    self._reader.keep(self._mirror.prefetch(ahead))
+                    self._reader.close_all_but(self._mirror.prefetch(ahead))
                 yield drawn.take(step, slice(row, row + len(positions)))
                 row += len(positions)
 
