@@ -95,13 +95,13 @@ def _number(path: Path) -> int | None:
 
 def _table(path: Path) -> dict[str, int]:
     """The lines of a file that are a name and a number."""
-    found: dict[str, int] = {}
+    table: dict[str, int] = {}
     with suppress(OSError):
         for line in os.fsdecode(path.read_bytes()).splitlines():
             with suppress(ValueError, IndexError):
                 name, value = line.split()[:2]
-                found[name] = int(value)
-    return found
+                table[name] = int(value)
+    return table
 
 
 def version_of(name: str) -> str:

@@ -4,7 +4,7 @@ import io
 import re
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -30,7 +30,7 @@ _REDUCED = {  # the flags' constants include IMREAD_COLOR, which means BGR
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "ICO", "PCX", "TGA")
 
 
-def decode(encoded: Any, reduce: int = 1) -> NDArray[np.uint8]:
+def decode(encoded: bytes, reduce: int = 1) -> NDArray[np.uint8]:
     """Decode an image file's bytes to RGB, (H, W, 3) uint8, upright by its EXIF orientation.
 
     reduce  1, 2, 4 or 8: a pixel for each box of so many, rounded up. In a JPEG file the low frequencies of its blocks give
@@ -40,26 +40,26 @@ def decode(encoded: Any, reduce: int = 1) -> NDArray[np.uint8]:
     """
     if reduce == 1:
         return _decoded(encoded, cv2.IMREAD_COLOR_RGB)
-    if bytes(encoded[:2]) == b"\xff\xd8":
+    if encoded[:2] == b"\xff\xd8":
         return _decoded(encoded, cv2.IMREAD_COLOR_RGB | _REDUCED[reduce])
     image = _decoded(encoded, cv2.IMREAD_COLOR_RGB)
     height, width = (-(-side // reduce) for side in image.shape[:2])
     missing = (height * reduce - image.shape[0], width * reduce - image.shape[1])
-    image = cv2.copyMakeBorder(image, 0, missing[0], 0, missing[1], cv2.BORDER_REPLICATE)
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)  # pyright: ignore[reportReturnType]
+    whole_boxes = cv2.copyMakeBorder(image, 0, missing[0], 0, missing[1], cv2.BORDER_REPLICATE)
+    return np.asarray(cv2.resize(whole_boxes, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def _decoded(encoded: Any, flags: int) -> NDArray[np.uint8]:
+def _decoded(encoded: bytes, flags: int) -> NDArray[np.uint8]:
     data = np.frombuffer(encoded, np.uint8)
     try:
-        image: Any = cv2.imdecode(data, flags) if data.size else None
+        image = cv2.imdecode(data, flags) if data.size else None
     except cv2.error as error:  # more pixels than OpenCV takes; or no memory, which says nothing about the image
         if error.code == cv2.Error.StsNoMem:
             raise MemoryError(error.err) from None
         image = None
     if image is None:
         raise SampleError("cannot be decoded as an image, or is cut short")
-    return image
+    return np.asarray(image, np.uint8)  # which it is
 
 
 class Prepared(NamedTuple):
@@ -141,10 +141,10 @@ def _listen(data: bytes, warn: Callable[[str], object]) -> None:
         read = cv2.imdecode(array, cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None  # an eighth: in half of the time
         grey = cv2.imdecode(array, cv2.IMREAD_GRAYSCALE) if read and heard else None
     if grey is not None:
-        _weigh(grey, heard, warn)
+        _weigh(np.asarray(grey, np.uint8), heard, warn)
 
 
-def _weigh(grey: NDArray[Any], heard: bytearray, warn: Callable[[str], object]) -> None:
+def _weigh(grey: NDArray[np.uint8], heard: bytearray, warn: Callable[[str], object]) -> None:
     """Pass on what libjpeg warns of. Raises SampleError where it has next to no data for what the header promises."""
     if heard:
         share = np.count_nonzero(grey != _NO_DATA) / grey.size
@@ -201,8 +201,8 @@ def _ends(data: bytes, place: int) -> bool:
             return False
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
         if kind == 0xDA:
-            found = _MARKER.search(data, place)
-            place = found.start() if found else len(data)
+            following = _MARKER.search(data, place)
+            place = following.start() if following else len(data)
         while data[place : place + 2] == b"\xff\xff":  # fill bytes
             place += 1
     return False
@@ -219,7 +219,7 @@ def perceptual_hash(grey: NDArray[np.uint8]) -> int:
     grey  (H, W) uint8. The hash of Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010,
     section 3.2.1, with the median over all 64 as in the imagehash package.
     """
-    image: Any = grey
+    image = grey
     while min(image.shape) >= 96:  # halving first takes half of the time
         height, width = image.shape
         image = cv2.resize(image[: height & ~1, : width & ~1], (width // 2, height // 2), interpolation=cv2.INTER_AREA)

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 _WRITE = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -45,7 +45,7 @@ class _Ear:
         return size
 
     @contextmanager
-    def listening(self) -> Iterator[bytearray]:
+    def listening(self) -> Generator[bytearray]:
         self._heard.text = bytearray()
         with self._lock:
             self._listeners += 1
@@ -65,7 +65,7 @@ _EARS: list[_Ear] = []  # one, made when it is first needed
 
 
 @contextmanager
-def warnings() -> Iterator[bytearray]:
+def warnings() -> Generator[bytearray]:
     """As a context: what libjpeg warns of on this thread meanwhile, as text; a line for each decode that it warns of."""
     with _MAKING:
         if not _EARS:
