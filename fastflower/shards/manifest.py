@@ -73,7 +73,7 @@ class Manifest:
     """Groups of files with identical bytes; a group lies in one split."""
     label_conflicts: tuple[tuple[str, ...], ...] = ()
     """Groups of files with identical bytes under different labels."""
-    near_duplicates: tuple[dict[str, str | int], ...] = ()
+    near_duplicates: tuple[dict[str, Any], ...] = ()
     """Look-alikes across the split: {"split", "path", "train_path", "distance"}, bits of a perceptual hash that differ."""
     source_bytes: int | None = None
     """Of the files that were packed; None where it is not known any more."""

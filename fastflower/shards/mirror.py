@@ -150,13 +150,10 @@ class Mirror:
 
     def _mark_used(self, name: str) -> bool:
         """Whether a shard is here. What was used last is kept, by other processes too."""
-        try:
-            os.utime(self.folder / name)
-        except FileNotFoundError:
-            return False
-        except OSError:  # another user's: it counts as used when he used it
-            pass
-        return True
+        path = self.folder / name
+        with suppress(OSError):  # another user's, which counts as used when he used it; or it is not here
+            os.utime(path)
+        return path.exists()
 
     def _download_queue(self) -> None:
         while True:

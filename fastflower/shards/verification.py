@@ -6,7 +6,7 @@ import logging
 import re
 import struct
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,11 +74,12 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     manifest, distrust = _load_manifest(folder)
     trusted = None if distrust else manifest
     names = _tar_names(folder, trusted)
-    tars = _read_all({split: [folder / name for name in group] for split, group in names.items()})
+    read = _read_all([folder / name for group in names.values() for name in group])
+    tars = {split: [read[name] for name in group] for split, group in names.items()}
     for split, group in tars.items():
         _note_changes(folder, trusted, split, group)
     problems = [tar.problem for group in tars.values() for tar in group if tar.problem]
-    problems += _strangers(folder, {name for group in names.values() for name in group})
+    problems += _unknown_tars(folder, known=read)
     files = _index_files(tars)
     if not problems:
         try:
@@ -89,13 +90,13 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
         problems.append(distrust)
     if problems and distrust:
         return problems  # nothing tells what the files must hold
-    return problems + _put_right(folder, files, distrust.partition(";")[0] if manifest else "", repair=repair)
+    return problems + _repair_or_report(folder, files, distrust.partition(";")[0] if manifest else "", repair=repair)
 
 
-def _strangers(folder: Path, names: set[str]) -> list[str]:
-    """What is wrong with tars that are not among the names."""
+def _unknown_tars(folder: Path, known: Collection[str]) -> list[str]:
+    """What is wrong with tars that have none of the names that are known."""
     advice = f"is no shard of this pack, as far as {FILE} tells; move it away, or restore {FILE} from a copy"
-    return [f"{path}: {advice}." for path in sorted(folder.glob("*.tar")) if path.name not in names]
+    return [f"{path}: {advice}." for path in sorted(folder.glob("*.tar")) if path.name not in known]
 
 
 def _index_files(tars: dict[str, list[_Tar]]) -> dict[str, bytes | memoryview]:
@@ -115,7 +116,9 @@ def _manifest_files(manifest: Manifest, *, repair: bool) -> dict[str, bytes | me
     return {INFO: stated.to_info().encode(), FILE: stated.to_json().encode("utf-8", "backslashreplace")}
 
 
-def _put_right(folder: Path, files: dict[str, bytes | memoryview], manifest_problem: str, *, repair: bool) -> list[str]:
+def _repair_or_report(
+    folder: Path, files: dict[str, bytes | memoryview], manifest_problem: str, *, repair: bool
+) -> list[str]:
     """Write the files that do not hold what they must; without `repair`, what is wrong with each.
 
     manifest_problem  what is wrong with a manifest of which all was kept that the tars do not tell; "" for none.
@@ -202,21 +205,12 @@ def _shard_counts(folder: Path) -> dict[str, int]:
     return {split: counts[split] for split in _SPLITS if split in counts}
 
 
-def _read_all(paths: dict[str, list[Path]]) -> dict[str, list[_Tar]]:
-    """What each tar holds; on as many threads as there are cores."""
-    with (
-        ThreadPoolExecutor(cores()) as pool,
-        tqdm(total=sum(map(len, paths.values())), desc="verify", unit="shard", disable=None) as bar,
-    ):
-
-        def read(path: Path) -> _Tar:
-            tar = _read(path)
-            bar.update()
-            return tar
-
+def _read_all(paths: list[Path]) -> dict[str, _Tar]:
+    """By file name, what each tar holds; on as many threads as there are cores."""
+    with ThreadPoolExecutor(cores()) as pool:
         try:
-            begun = {split: [pool.submit(read, path) for path in group] for split, group in paths.items()}
-            return {split: [future.result() for future in futures] for split, futures in begun.items()}
+            tars = tqdm(pool.map(_read, paths), total=len(paths), desc="verify", unit="shard", disable=None)
+            return {tar.path.name: tar for tar in tars}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool waits for all that is queued
             raise

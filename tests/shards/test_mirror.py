@@ -197,11 +197,13 @@ def ends_soon(action: Any) -> None:
     assert not thread.is_alive(), "it waits"
 
 
-def test_a_break_does_not_wait_for_a_server_that_stalls(
-    source: Remote, server: BadServer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["stall", "503"])
+def test_a_break_waits_neither_for_a_server_that_stalls_nor_for_the_next_attempt(
+    kind: str, source: Remote, server: BadServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_TIMEOUT", 1000.0)
-    server.fault = lambda name, _asked: "stall" if name > "train-000002" and name.endswith(".tar") else None
+    for name in ("_TIMEOUT", "_FIRST_PAUSE", "_LONGEST_PAUSE"):
+        monkeypatch.setattr(remote, name, 1000.0)
+    server.fault = lambda name, _asked: kind if name > "train-000002" and name.endswith(".tar") else None
     feeding = iter(Loader(source, **OPTIONS, window=1, shuffle=False))
     next(feeding)
     ends_soon(feeding.close)  # pyright: ignore[reportAttributeAccessIssue]
