@@ -5,7 +5,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from threading import Lock
 
@@ -45,7 +45,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             f"device={str(device)!r}: this machine, or this build of torch ({torch.__version__}), has no CUDA; "
             f"leave device out to use the CPU, or install an NVIDIA driver and a CUDA build of torch."
         )
-    if chosen.type == "cuda" and chosen.index is None:
+    if str(chosen) == "cuda":  # without a number
         chosen = torch.device("cuda", torch.cuda.current_device())
     return chosen
 
@@ -65,7 +65,6 @@ def environment(device: torch.device, precision: torch.dtype | None = None) -> d
     """Hardware, versions and, of training, its precision: for checkpoints and benchmark records."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     names = ("fastflower", "torch", "torchvision", "numpy", "opencv-python-headless")
-    found = {name: version_of(name) for name in names}
     return {
         "device": f"{device.type}: {chip}",
         "cores": str(os.cpu_count()),
@@ -73,7 +72,7 @@ def environment(device: torch.device, precision: torch.dtype | None = None) -> d
         "ranks": str(distributed.world_size()),
         "python": platform.python_version(),
         **({"precision": str(precision).removeprefix("torch.")} if precision else {}),
-        **found,
+        **{name: version_of(name) for name in names},
     }
 
 
@@ -83,7 +82,7 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 
 @contextmanager
-def fastest_convolutions(device: torch.device) -> Iterator[None]:
+def fastest_convolutions(device: torch.device) -> Generator[None]:
     """Within, cuDNN times its algorithms at the first batch of each shape and keeps the fastest: shapes stay, so it pays.
 
     Not torch.backends.cudnn.flags, which sets all of cuDNN's flags, TF32 too, to values of its own.
@@ -97,7 +96,7 @@ def fastest_convolutions(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def kept_memory(device: torch.device) -> Iterator[None]:
+def kept_memory(device: torch.device) -> Generator[None]:
     """Within, what is freed is not given back to the system: of a training step or a validation on the CPU.
 
     glibc maps every block of more than 32 MB anew, and unmaps it when it is freed. A step's activations are such blocks, whose

@@ -1,9 +1,9 @@
 """The processes that train together: torchrun's group, and the few sums and agreements that they need."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,11 @@ from torch import distributed as dist
 
 from fastflower.errors import ArgumentError, DeviceError
 
+_T = TypeVar("_T")
+
 
 @contextmanager
-def process_group(device: str | torch.device | None) -> Iterator[None]:
+def process_group(device: str | torch.device | None) -> Generator[None]:
     """Join the processes that torchrun started, and leave them at the end; does nothing alone or where that was done.
 
     Each rank takes the GPU of its number on the machine, unless `device` is the CPU. Raises DeviceError where there are fewer.
@@ -21,16 +23,15 @@ def process_group(device: str | torch.device | None) -> Iterator[None]:
     if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
         yield
         return
-    cuda = torch.cuda.is_available() and str(device or "cuda").startswith("cuda")
-    if cuda and torch.device(device or "cuda").index is not None:
-        raise ArgumentError(
-            f"device must be cuda, of which each rank takes the GPU of its number, got {str(device)!r}."
-        )
+    asked = str(device or "cuda")
+    cuda = torch.cuda.is_available() and asked.startswith("cuda")
+    if cuda and ":" in asked:
+        raise ArgumentError(f"device must be cuda, of which each rank takes the GPU of its number, got {asked!r}.")
     if cuda:
-        here, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if here >= found:
+        here, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if here >= gpus:
             raise DeviceError(
-                f"rank {here} of this machine has no GPU, there are {found}; start at most so many ranks on it."
+                f"rank {here} of this machine has no GPU, there are {gpus}; start at most so many ranks on it."
             )
         torch.cuda.set_device(here)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -71,13 +72,12 @@ def any_rank(flag: bool) -> bool:
     return bool(summed(torch.tensor(int(flag)))) if _together() else flag
 
 
-def gathered(part: Any) -> list[Any]:
-    """The parts of all ranks, in their order; numpy arrays and plain values."""
-    if not _together():
-        return [part]
-    parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, part)
-    return parts
+def gathered(value: _T) -> list[_T]:
+    """The values of all ranks, in their order; numpy arrays and plain values."""
+    values = [value] * world_size()
+    if _together():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def share_buffers(network: nn.Module) -> None:

@@ -3,11 +3,15 @@
 Each message names the file or argument, the rule and the remedy.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class FastflowerError(Exception):
@@ -24,15 +28,15 @@ def require(holds: bool, name: str, rule: str, value: object) -> None:
         raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
 
 
-def make_plain(value: Any) -> None:
+def make_plain(instance: "DataclassInstance") -> None:
     """Make a frozen dataclass's fields what a checkpoint may hold: numpy's numbers Python's, lists tuples, paths text."""
-    for item in fields(value):
-        object.__setattr__(value, item.name, _plain(getattr(value, item.name)))
+    for item in fields(instance):
+        object.__setattr__(instance, item.name, _plain(getattr(instance, item.name)))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if type(value) in (list, tuple):
-        return tuple(_plain(one) for one in value)
+        return tuple(map(_plain, cast("Sequence[object]", value)))
     if isinstance(value, np.generic):
         return value.item()  # pyright: ignore[reportUnknownVariableType]
     return str(value) if isinstance(value, Path) else value

@@ -11,11 +11,10 @@ import resource
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ClassVar
 
 from fastflower.errors import ArgumentError, HeldError, ResourceError
 
@@ -33,7 +32,7 @@ def partial_name(path: Path) -> Path:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[Path]:
+def written(path: Path) -> Generator[Path]:
     """A file to make and to sync in place of `path`: it gets that name at the end, and is removed after an error.
 
     Several processes may write the same file: the last one's stays.
@@ -96,7 +95,7 @@ def blame_the_system(error: object, path: object) -> None:
 
 
 @contextmanager
-def locked(path: Path, given_up: Callable[[], bool] | None = None) -> Iterator[bool]:
+def locked(path: Path, given_up: Callable[[], bool] | None = None) -> Generator[bool]:
     """Hold the lock of a file, which is made where it is missing, with its folder, until the end or the process's end.
 
     given_up  asked again and again while another holds the lock: CancelledError when it says so. None: nobody waits, and
@@ -106,32 +105,28 @@ def locked(path: Path, given_up: Callable[[], bool] | None = None) -> Iterator[b
     """
     lock = _Lock(path)
     try:
-        while not lock.taken():
+        while not lock.acquire():
             if given_up is None:
-                raise HeldError(lock.holder())
+                raise HeldError(lock.read_holder())
             if given_up():
                 raise CancelledError
             time.sleep(_LOOK)
         if given_up is None:
-            lock.sign()
+            lock.write_holder()
         yield lock.exists
     finally:
-        lock.close()
+        lock.release()
 
 
 class _Lock:
     """An open file that stands for a lock."""
 
-    _all: ClassVar[set["_Lock"]] = set()
-    _forking: ClassVar[threading.Lock] = threading.Lock()
-    _without: ClassVar[set[int]] = set()  # file systems that have no locks, and were warned of
-
     def __init__(self, path: Path) -> None:
         self.exists = True
         self._path, self._number, self._signed = path, -1, False
 
-    def taken(self) -> bool:
-        """Whether it now is ours. Raises OSError."""
+    def acquire(self) -> bool:
+        """Take the lock, unless another holds it; whether it now is ours. Raises OSError."""
         while True:
             try:
                 if self._number < 0:
@@ -146,27 +141,28 @@ class _Lock:
             except OSError as error:
                 if error.errno not in _NO_LOCKS or self._number < 0:
                     raise
-                self._warn(error)
+                self._go_on_without(error)
                 return True
-            self.close()
+            self.release()
 
     def _open(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with _Lock._forking:
+        with _forking:
             self._number = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            _Lock._all.add(self)
+            _open_locks.add(self)
 
-    def _warn(self, error: OSError) -> None:
+    def _go_on_without(self, error: OSError) -> None:
+        """Say once of a file system that it has no locks."""
         self.exists = False
         device = os.fstat(self._number).st_dev
-        if device not in _Lock._without:
-            _Lock._without.add(device)
+        if device not in _lockless_devices:
+            _lockless_devices.add(device)
             what = (
                 "its file system has no locks, so nothing keeps a second process from writing here: start one at a time"
             )
             _log.warning("%s: %s (%s)", self._path.parent, what, error.strerror)
 
-    def sign(self) -> None:
+    def write_holder(self) -> None:
         """Say in the file who holds it."""
         self._signed = True
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
@@ -174,31 +170,37 @@ class _Lock:
             os.ftruncate(self._number, 0)
             os.pwrite(self._number, f"process {os.getpid()} on {os.uname().nodename}, since {since}".encode(), 0)
 
-    def holder(self) -> str:
+    def read_holder(self) -> str:
         """Who holds it, as far as the file says."""
         return os.pread(self._number, 200, 0).decode(errors="replace") or "another process"
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Give the lock back; does nothing in a child that was forked meanwhile."""
-        with _Lock._forking:
+        with _forking:
             if self._number >= 0:
                 with suppress(OSError):  # closing is not enough where a child that C code forked shares the open file
                     if self._signed:
                         os.ftruncate(self._number, 0)
                     fcntl.flock(self._number, fcntl.LOCK_UN)
-                self._forget()
+                self.close_file()
 
-    def _forget(self) -> None:
-        _Lock._all.discard(self)
+    def close_file(self) -> None:
+        """Close the file; the lock goes with it, unless another process shares the open file."""
+        _open_locks.discard(self)
         os.close(self._number)
         self._number = -1
 
-    @staticmethod
-    def let_go() -> None:
-        """In a child that was forked: close what it shares with its parent, who goes on holding it."""
-        for lock in list(_Lock._all):
-            lock._forget()
-        _Lock._forking.release()
+
+_open_locks: set[_Lock] = set()
+_lockless_devices: set[int] = set()  # those that were warned of
+_forking = threading.Lock()  # held while `_open_locks` changes, and during a fork
 
 
-os.register_at_fork(before=_Lock._forking.acquire, after_in_parent=_Lock._forking.release, after_in_child=_Lock.let_go)
+def _close_inherited() -> None:
+    """In a child that was forked: close what it shares with its parent, who goes on holding it."""
+    for lock in list(_open_locks):
+        lock.close_file()
+    _forking.release()
+
+
+os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_close_inherited)

@@ -7,13 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 from pathlib import Path
 
-_GROUPS, _OWN, _MEMORY = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
+_GROUPS, _OWN_GROUPS, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
 
 # Of a group and those below it, by version: its limits, what it uses, and what of that the kernel gives up before it swaps or
 # kills: the page cache and caches of names, but not files of a tmpfs or locked pages (Documentation/admin-guide/cgroup-v2.rst,
 # memory.stat). /proc/meminfo's MemAvailable counts the same. Kubernetes' working set leaves out inactive_file only, so that a
 # file that was read twice, as shards are, would count as memory that is taken.
-_BYTES = (
+_MEMORY_FILES = (
     (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file", "slab_reclaimable")),
     (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 )
@@ -30,18 +30,18 @@ def cores() -> int:
     Fewer where this process is held to fewer (taskset, SLURM, Docker's --cpuset-cpus). A quota (--cpus, a Kubernetes limit) is
     rounded up: two threads use one and a half cores, one thread cannot.
     """
-    whole = min([os.cpu_count() or 1, *map(ceil, _quotas())])
+    whole = min([os.cpu_count() or 1, *map(ceil, _cores_allowed())])
     return max(1, min(len(os.sched_getaffinity(0)), whole // ranks_here()))
 
 
 def available_bytes() -> int:
     """RAM that can be had without swapping: the least of what the kernel and each control group allow."""
-    free = _table(_MEMORY).get("MemAvailable:")
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if free is None else free * 1024
-    return max(0, min([free, *_allowances()]))
+    kilobytes = _named_numbers(_MEMINFO).get("MemAvailable:")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if kilobytes is None else kilobytes * 1024
+    return max(0, min([free, *_bytes_allowed()]))
 
 
-def _quotas() -> Iterator[float]:
+def _cores_allowed() -> Iterator[float]:
     """Cores that each group around this process allows, where it limits them."""
     for group in _groups("cpu"):
         with suppress(OSError, ValueError, ZeroDivisionError):  # none there, or "max"
@@ -52,12 +52,12 @@ def _quotas() -> Iterator[float]:
             yield quota / period
 
 
-def _allowances() -> Iterator[int]:
+def _bytes_allowed() -> Iterator[int]:
     """Bytes that each group around this process still allows: a limit less what is used and cannot be reclaimed."""
     for group in _groups("memory"):
-        stat = _table(group / "memory.stat")
+        stat = _named_numbers(group / "memory.stat")
         above = stat.get("hierarchical_memory_limit")  # v1: the least also of groups that a container does not see
-        for files, current, reclaimable in _BYTES:
+        for files, current, reclaimable in _MEMORY_FILES:
             limits = [limit for limit in (above, *(_number(group / name) for name in files)) if limit is not None]
             used = _number(group / current)
             if limits and used is not None:
@@ -69,21 +69,23 @@ def _groups(controller: str) -> Iterator[Path]:
     # Where nothing is said, the top one's: what a container sees there is its own.
     lines = ["0::/", f"0:{controller}:/"]
     with suppress(OSError):
-        lines += os.fsdecode(_OWN.read_bytes()).splitlines()
+        lines += os.fsdecode(_OWN_GROUPS.read_bytes()).splitlines()
     seen: set[Path] = set()
-    for _, names, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
-        mounts = ["", "unified"] if not names else [names, controller] if controller in names.split(",") else []
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and controller not in controllers.split(","):
+            continue
+        mounts = [controllers, controller] if controllers else ["", "unified"]
         for top in (_GROUPS / mount for mount in mounts):
-            group = _below(top, path)
-            seen |= {place for place in (group, *group.parents) if place.is_relative_to(top)}
+            group = _group_folder(top, path)
+            seen |= {folder for folder in (group, *group.parents) if folder.is_relative_to(top)}
     yield from sorted(seen)
 
 
-def _below(top: Path, path: str) -> Path:
+def _group_folder(top: Path, path: str) -> Path:
     """The folder of a group; a container may see the groups from its own one on, but read the whole path of it."""
-    parts = [part for part in path.split("/") if part not in ("", "..")]
-    tries = (top.joinpath(*parts[start:]) for start in range(len(parts)))
-    return next((place for place in tries if place.is_dir()), top)
+    names = [name for name in path.split("/") if name not in ("", "..")]
+    folders = (top.joinpath(*names[start:]) for start in range(len(names)))
+    return next((folder for folder in folders if folder.is_dir()), top)
 
 
 def _number(path: Path) -> int | None:
@@ -93,15 +95,15 @@ def _number(path: Path) -> int | None:
     return None
 
 
-def _table(path: Path) -> dict[str, int]:
+def _named_numbers(path: Path) -> dict[str, int]:
     """The lines of a file that are a name and a number."""
-    found: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     with suppress(OSError):
         for line in os.fsdecode(path.read_bytes()).splitlines():
             with suppress(ValueError, IndexError):
                 name, value = line.split()[:2]
-                found[name] = int(value)
-    return found
+                numbers[name] = int(value)
+    return numbers
 
 
 def version_of(name: str) -> str:

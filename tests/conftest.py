@@ -89,9 +89,9 @@ def shards(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
-    """A server of the packed photographs, and a mirror that is impatient with it."""
+    """A server of the packed photographs, and readers that are impatient with it."""
     for name, value in IMPATIENT.items():
-        monkeypatch.setattr(f"fastflower.shards.mirror.{name}", value)
+        monkeypatch.setattr(f"fastflower.shards.remote.{name}", value)
     with serving(shards) as server:
         yield server
 

@@ -128,7 +128,7 @@ class Loader(IterableDataset[Batch]):
         self._check(workers)
         _check_mix(self.augment, self.batch_size, self.tail, self.dtype)
 
-        self._mirror = Mirror(source) if source else None
+        self._mirror = Mirror.connect(source) if source else None
         self.manifest = self._mirror.manifest if self._mirror else Manifest.load(str(shards))
         self._reader = self._open()
         self._steps = self._ordered()
@@ -160,7 +160,7 @@ class Loader(IterableDataset[Batch]):
     def _open(self) -> ShardReader:
         if self._mirror is None:
             return ShardReader(self.manifest, self.split, strict=self.on_bad == "fail")
-        self._mirror.open(self.split, self.window or 1)
+        self._mirror.open_split(self.split, self.window or 1)
         return ShardReader(self.manifest, self.split, strict=False, fetch=self._mirror.path)
 
     def _ordered(self) -> Steps:
@@ -241,7 +241,7 @@ class Loader(IterableDataset[Batch]):
         epoch, start = self._position = self._next
         self._next, self._restored = (epoch + 1, 0), False
         if self._mirror:
-            self._mirror.begin()
+            self._mirror.begin_use()
         made = self._backend.run(self._announced(self.requests(epoch, start)))
         asked, used = perf_counter(), deque[torch.cuda.Event]()
         try:
@@ -261,9 +261,9 @@ class Loader(IterableDataset[Batch]):
                 self._samples.clock.add("consume", asked - given)
             self._position = (epoch + 1, 0)  # where this rank has no part of the last step
         finally:
-            with self._mirror.ending() if self._mirror else nullcontext():
+            with self._mirror.ending_use() if self._mirror else nullcontext():
                 made.close()
-                self._reader.keep(())  # no file stays open between epochs
+                self._reader.close_all_but(())  # no file stays open between epochs
 
     def _pace(self, used: deque[torch.cuda.Event]) -> None:
         """Let a host that asks a GPU for steps run ahead of it by so many batches: unbounded it takes memory for each."""
@@ -310,7 +310,7 @@ class Loader(IterableDataset[Batch]):
         for request in requests:
             if self._mirror:
                 ahead = self._steps.shards_ahead(request.epoch, request.step)
-                self._reader.keep(self._mirror.prefetch([shards[number].name for number in ahead]))
+                self._reader.close_all_but(self._mirror.prefetch([shards[number].name for number in ahead]))
             yield request
 
     def indices(self, epoch: int, step: int) -> NDArray[np.int64]:

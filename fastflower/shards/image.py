@@ -3,8 +3,8 @@
 import io
 import re
 import struct
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -30,7 +30,7 @@ _REDUCED = {  # the flags' constants include IMREAD_COLOR, which means BGR
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "ICO", "PCX", "TGA")
 
 
-def decode(encoded: Any, reduce: int = 1) -> NDArray[np.uint8]:
+def decode(encoded: bytes, reduce: int = 1) -> NDArray[np.uint8]:
     """Decode an image file's bytes to RGB, (H, W, 3) uint8, upright by its EXIF orientation.
 
     reduce  1, 2, 4 or 8: a pixel for each box of so many, rounded up. In a JPEG file the low frequencies of its blocks give
@@ -40,26 +40,26 @@ def decode(encoded: Any, reduce: int = 1) -> NDArray[np.uint8]:
     """
     if reduce == 1:
         return _decoded(encoded, cv2.IMREAD_COLOR_RGB)
-    if bytes(encoded[:2]) == b"\xff\xd8":
+    if encoded[:2] == b"\xff\xd8":
         return _decoded(encoded, cv2.IMREAD_COLOR_RGB | _REDUCED[reduce])
     image = _decoded(encoded, cv2.IMREAD_COLOR_RGB)
     height, width = (-(-side // reduce) for side in image.shape[:2])
     missing = (height * reduce - image.shape[0], width * reduce - image.shape[1])
-    image = cv2.copyMakeBorder(image, 0, missing[0], 0, missing[1], cv2.BORDER_REPLICATE)
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)  # pyright: ignore[reportReturnType]
+    whole_boxes = cv2.copyMakeBorder(image, 0, missing[0], 0, missing[1], cv2.BORDER_REPLICATE)
+    return np.asarray(cv2.resize(whole_boxes, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def _decoded(encoded: Any, flags: int) -> NDArray[np.uint8]:
+def _decoded(encoded: bytes, flags: int) -> NDArray[np.uint8]:
     data = np.frombuffer(encoded, np.uint8)
     try:
-        image: Any = cv2.imdecode(data, flags) if data.size else None
+        image = cv2.imdecode(data, flags) if data.size else None
     except cv2.error as error:  # more pixels than OpenCV takes; or no memory, which says nothing about the image
         if error.code == cv2.Error.StsNoMem:
             raise MemoryError(error.err) from None
         image = None
     if image is None:
         raise SampleError("cannot be decoded as an image, or is cut short")
-    return image
+    return np.asarray(image, np.uint8)  # which it is
 
 
 class Prepared(NamedTuple):
@@ -83,14 +83,14 @@ def prepare(
     warn  is told what is odd about an image that is packed all the same: damage that decoders only warn of, or no contrast.
     Raises SampleError with the reason when the image does not decode, or would have more than MAX_PIXELS pixels.
     """
-    size = _plain_jpeg_size(data) if quality is None else None
+    size = _kept_jpeg_size(data) if quality is None else None
     if size is None or (max_side is not None and max(size) > max_side):
         made, grey = _transcoded(data, max_side, quality)
         if data[:2] == b"\xff\xd8":  # Pillow keeps to itself what libjpeg warns of
-            _listen(data, warn)
+            _pass_on_warnings(data, warn)
     else:
         _check_pixels(*size)
-        made, grey = data, _proven(data, warn)
+        made, grey = data, _grey_if_intact(data, warn)
     low, high, *_ = cv2.minMaxLoc(grey)
     if high - low < _CONTRAST:
         warn(f"has next to no contrast: its grey levels are {low:.0f} to {high:.0f} of 255")
@@ -106,7 +106,7 @@ def _transcoded(data: bytes, max_side: int | None, quality: int | None) -> tuple
     except (SampleError, MemoryError):  # the latter says nothing about the image
         raise
     except Exception as error:  # Pillow's readers raise whatever struct, zlib and they themselves raise
-        raise SampleError(_plain(error)) from None
+        raise SampleError(_message(error)) from None
     if max_side is not None:
         upright.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     if max(upright.size) > _MAX_SIDE:
@@ -117,7 +117,7 @@ def _transcoded(data: bytes, max_side: int | None, quality: int | None) -> tuple
     return target.getvalue(), np.asarray(upright.convert("L"))
 
 
-def _proven(data: bytes, warn: Callable[[str], object]) -> NDArray[np.uint8]:
+def _grey_if_intact(data: bytes, warn: Callable[[str], object]) -> NDArray[np.uint8]:
     """The grey levels of a JPEG file that is kept as it is.
 
     In grey every code of the file is read and nothing is refused less (3,960 damaged files, 1,701 refused by both); what is
@@ -127,24 +127,27 @@ def _proven(data: bytes, warn: Callable[[str], object]) -> NDArray[np.uint8]:
         with libjpeg.warnings() as heard:
             grey = _decoded(data, cv2.IMREAD_GRAYSCALE)
     except SampleError as error:
-        raise SampleError(_reason(data) or str(error)) from None
-    if heard and (reason := _reason(data)):  # an error behind the damage, at which OpenCV has its pixels already
-        raise SampleError(reason)
-    _weigh(grey, heard, warn)
+        raise SampleError(_pillow_error(data) or str(error)) from None
+    behind = (
+        _pillow_error(data) if heard else None
+    )  # an error behind the damage, at which OpenCV has its pixels already
+    if behind:
+        raise SampleError(behind)
+    _judge_damage(grey, heard, warn)
     return grey
 
 
-def _listen(data: bytes, warn: Callable[[str], object]) -> None:
+def _pass_on_warnings(data: bytes, warn: Callable[[str], object]) -> None:
     """What libjpeg warns of in a JPEG file that is transcoded, of which OpenCV does not read every kind."""
     array = np.frombuffer(data, np.uint8)
     with libjpeg.warnings() as heard:
         read = cv2.imdecode(array, cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None  # an eighth: in half of the time
         grey = cv2.imdecode(array, cv2.IMREAD_GRAYSCALE) if read and heard else None
     if grey is not None:
-        _weigh(grey, heard, warn)
+        _judge_damage(np.asarray(grey, np.uint8), heard, warn)
 
 
-def _weigh(grey: NDArray[Any], heard: bytearray, warn: Callable[[str], object]) -> None:
+def _judge_damage(grey: NDArray[np.uint8], heard: bytearray, warn: Callable[[str], object]) -> None:
     """Pass on what libjpeg warns of. Raises SampleError where it has next to no data for what the header promises."""
     if heard:
         share = np.count_nonzero(grey != _NO_DATA) / grey.size
@@ -154,44 +157,51 @@ def _weigh(grey: NDArray[Any], heard: bytearray, warn: Callable[[str], object]) 
         warn(heard.decode(errors="replace").splitlines()[0])
 
 
-def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+def _kept_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(width, height) of a JPEG file that is kept as it is: grey or three colours of 8 bits, Huffman-coded. Else None.
 
     Also None where anything else stands between the segments before the first scan: OpenCV skips it, DALI refuses the file.
     And None where the last scan is not followed by the image's end: OpenCV has its pixels by then, Pillow refuses some.
     Pillow tells the same in four times the time, most of it holding Python's lock. Markers: ITU-T T.81, annex B.
     """
-    place, size, orientations = 2, None, 0
-    while data[:2] == b"\xff\xd8" and place + 10 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
+    size, orientations = None, 0
+    for marker, place in _segments(data):
         if marker == 0xDA:  # the first scan
-            return size if _ends(data, place) else None
+            return size if _leads_to_end(data, place) else None
         if marker == 0xE1 and data[place + 4 : place + 8] == b"Exif":
             orientations += 1
             if orientations > 1:  # DALI 2.4 crashes where they differ
-                break
+                return None
         if marker in (0xC0, 0xC1, 0xC2):  # a frame: baseline, extended, progressive
             bits, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
             size = (width, height)
             if bits != 8 or not width or not height or components not in (1, 3):
-                break
-        if marker == 0xFF:  # a fill byte
-            place += 1
-        elif 0xC0 <= marker <= 0xFE and marker not in _NO_SEGMENT:
-            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        else:
-            break
+                return None
     return None
 
 
-# Other frames (lossless, hierarchical, arithmetic), restarts, start and end of image, start of scan: no frame of ours follows.
-_NO_SEGMENT = {*range(0xC3, 0xD0), *range(0xD0, 0xDB)} - {0xC4, 0xCC}
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """(marker, place) of each segment of a JPEG file to its first scan, or until something else stands there."""
+    place = 2
+    while data[:2] == b"\xff\xd8" and place + 10 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # a fill byte
+            place += 1
+            continue
+        if marker < 0xC0 or marker in _NO_SEGMENT:
+            return
+        yield marker, place
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+
+
+# Other frames (lossless, hierarchical, arithmetic), restarts, start and end of image: no frame of ours follows.
+_NO_SEGMENT = {*range(0xC3, 0xD0), *range(0xD0, 0xDA)} - {0xC4, 0xCC}
 # Tables, the number of lines, comments, other scans: what may stand between two scans.
 _BETWEEN = {0xC4, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE}
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # in a scan's data: no stuffed byte, restart or fill byte
 
 
-def _ends(data: bytes, place: int) -> bool:
+def _leads_to_end(data: bytes, place: int) -> bool:
     """Whether the scan at `place`, and those after it, lead by whole segments to the end of the image."""
     while marker := _MARKER.match(data, place):
         kind = marker[0][1]
@@ -201,8 +211,8 @@ def _ends(data: bytes, place: int) -> bool:
             return False
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
         if kind == 0xDA:
-            found = _MARKER.search(data, place)
-            place = found.start() if found else len(data)
+            following = _MARKER.search(data, place)
+            place = following.start() if following else len(data)
         while data[place : place + 2] == b"\xff\xff":  # fill bytes
             place += 1
     return False
@@ -219,7 +229,7 @@ def perceptual_hash(grey: NDArray[np.uint8]) -> int:
     grey  (H, W) uint8. The hash of Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010,
     section 3.2.1, with the median over all 64 as in the imagehash package.
     """
-    image: Any = grey
+    image = grey
     while min(image.shape) >= 96:  # halving first takes half of the time
         height, width = image.shape
         image = cv2.resize(image[: height & ~1, : width & ~1], (width // 2, height // 2), interpolation=cv2.INTER_AREA)
@@ -259,7 +269,7 @@ _TURNS = {
 }
 
 
-def _reason(data: bytes) -> str | None:
+def _pillow_error(data: bytes) -> str | None:
     """What Pillow says of a file that does not decode; None when Pillow decodes it."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -267,9 +277,9 @@ def _reason(data: bytes) -> str | None:
     except MemoryError:
         raise
     except Exception as error:
-        return _plain(error)
+        return _message(error)
     return None
 
 
-def _plain(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return "is no image" if "cannot identify" in str(error) else str(error) or type(error).__name__

@@ -1,7 +1,7 @@
 """Levels of more than 8 bits to 8, by the range that the file states."""
 
 import re
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from PIL import Image, TiffImagePlugin
 _RANGES = (1, 255, 4095, 65_535, (1 << 31) - 1, (1 << 32) - 1)
 _SAMPLE_FORMAT, _MIN, _MAX, _S_MIN, _S_MAX = 339, 280, 281, 340, 341  # tags of TIFF
 _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
+_Value = float | str | bytes | tuple[float, ...]  # of a tag
 
 
 def is_wide(image: Image.Image) -> bool:
@@ -44,8 +45,8 @@ def _range(image: Image.Image, levels: NDArray[np.float32]) -> tuple[float, floa
     smallest of a few usual ranges that holds them, on both sides of zero where some are negative.
     """
     tags = _tags(image)
-    whole = "F" not in image.mode and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED
-    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+    whole = "F" not in image.mode and _first(tags, _SAMPLE_FORMAT) in (None, _UNSIGNED)
+    bits = int(_first(tags, TiffImagePlugin.BITSPERSAMPLE) or 16)
     least, most = float(levels.min()), float(levels.max())
     for low, high in ((_first(tags, _S_MIN), _first(tags, _S_MAX)), (_first(tags, _MIN), _first(tags, _MAX))):
         if high is not None and (low or 0) < high and (low or 0) <= least and most <= high:  # or the tags are wrong
@@ -62,17 +63,18 @@ def _range(image: Image.Image, levels: NDArray[np.float32]) -> tuple[float, floa
     return (-high if least < 0 else 0), high
 
 
-def _tags(image: Image.Image) -> Any:
+def _tags(image: Image.Image) -> Mapping[int, _Value]:
     return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
 
 
-def _first(tags: Any, tag: int) -> float | None:
+def _first(tags: Mapping[int, _Value], tag: int) -> float | None:
+    """The number that a tag has, or the first of several."""
     value = tags.get(tag)
-    value = value[0] if isinstance(value, tuple) and value else value
-    return float(value) if isinstance(value, (int, float)) else None
+    first = value[0] if isinstance(value, tuple) and value else value
+    return float(first) if isinstance(first, (int, float)) else None
 
 
-def _noted(tags: Any) -> tuple[float, float] | None:
+def _noted(tags: Mapping[int, _Value]) -> tuple[float, float] | None:
     """What ImageJ, or a microscope's OME-XML, writes into the description: a range to show, or a number of bits."""
     text = str(tags.get(TiffImagePlugin.IMAGEDESCRIPTION, ""))
     if text.startswith("ImageJ="):

@@ -3,8 +3,9 @@
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 
 _WRITE = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _UNBUFFERED, _NO_LOCK = 2, 2  # _IONBF; FSETLOCKING_BYCALLER
@@ -14,7 +15,7 @@ class _Functions(ctypes.Structure):
     _fields_ = (("read", ctypes.c_void_p), ("write", _WRITE), ("seek", ctypes.c_void_p), ("close", ctypes.c_void_p))
 
 
-class _Ear:
+class _WarningStream:
     """A C stream whose write is our function, on the thread that writes: each thread hears its own, none of the others'.
 
     It stands in for C's `stderr`, not for file descriptor 2, so Python's own output and other processes are not touched.
@@ -31,9 +32,9 @@ class _Ear:
         library["__fsetlocking"](stream, _NO_LOCK)  # or who writes would wait for Python's lock with that of the stream
         self._stream, self._stderr = stream.value, ctypes.c_void_p.in_dll(library, "stderr")
         self._before = self._stderr.value
-        os.register_at_fork(after_in_child=self._begun)
+        os.register_at_fork(after_in_child=self._reset)
 
-    def _begun(self) -> None:
+    def _reset(self) -> None:
         """In a child that is forked: the parent's other threads, one of which may hold the lock, are not there."""
         self._lock, self._listeners, self._stderr.value = threading.Lock(), 0, self._before
 
@@ -45,7 +46,7 @@ class _Ear:
         return size
 
     @contextmanager
-    def listening(self) -> Iterator[bytearray]:
+    def listening(self) -> Generator[bytearray]:
         self._heard.text = bytearray()
         with self._lock:
             self._listeners += 1
@@ -60,15 +61,12 @@ class _Ear:
             self._heard.text = None
 
 
-_MAKING = threading.Lock()
-_EARS: list[_Ear] = []  # one, made when it is first needed
+_making = threading.Lock()
+_stream = cache(_WarningStream)  # one, made when it is first needed
 
 
-@contextmanager
-def warnings() -> Iterator[bytearray]:
+def warnings() -> AbstractContextManager[bytearray]:
     """As a context: what libjpeg warns of on this thread meanwhile, as text; a line for each decode that it warns of."""
-    with _MAKING:
-        if not _EARS:
-            _EARS.append(_Ear())
-    with _EARS[0].listening() as heard:
-        yield heard
+    with _making:
+        stream = _stream()
+    return stream.listening()

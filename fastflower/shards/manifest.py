@@ -79,7 +79,7 @@ class Manifest:
     """Of the files that were packed; None where it is not known any more."""
     packed_bytes: int = 0
     """Of the images in the shards."""
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict[str, str])
     version: int = FORMAT_VERSION
     """Of the format."""
 
@@ -104,7 +104,7 @@ class Manifest:
             raise ShardError(f"{path}: cannot be read ({error}); restore it from a copy or pack again.") from None
         try:
             _check_version(path, stored["format"], stored["version"])
-            manifest = cls._of(folder, stored)
+            manifest = cls._from_json(folder, stored)
             changed = stored["version"] > _FIRST and stored["sha256"] != _checksum(stored)
         except (KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{path}: lacks {error}; restore it from a copy or pack again.") from None
@@ -122,7 +122,7 @@ class Manifest:
         return manifest
 
     @classmethod
-    def _of(cls, folder: Path, stored: dict[str, Any]) -> Self:
+    def _from_json(cls, folder: Path, stored: dict[str, Any]) -> Self:
         splits = {
             name: Split(
                 split["samples"],
@@ -153,10 +153,10 @@ class Manifest:
         stored = {
             item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("folder", "version")
         }
-        content: dict[str, Any] = {"format": "fastflower", "version": self.version, **stored}
-        content["splits"] = {name: asdict(split) for name, split in self.splits.items()}
+        splits = {name: asdict(split) for name, split in self.splits.items()}
+        content: dict[str, object] = {"format": "fastflower", "version": self.version, **stored, "splits": splits}
         if self.version == _FIRST:
-            for split in content["splits"].values():
+            for split in splits.values():
                 del split["index_sha256"]
             if not self.warnings:
                 del content["warnings"]
@@ -185,7 +185,7 @@ class Manifest:
             raise ShardError(f"{self.folder}: has no samples in split {name!r}; it has {', '.join(full)}.")
         return split
 
-    def index(self, name: str) -> NDArray[Any]:
+    def index(self, name: str) -> NDArray[np.void]:
         """The rows of a split, (samples,) of INDEX_DTYPE, memory-mapped.
 
         Raises ShardError when the file is not the one that was packed, or holds a row that cannot be.
@@ -212,7 +212,7 @@ class Manifest:
         return rows
 
 
-def _check_version(path: Path, format_: Any, version: Any) -> None:
+def _check_version(path: Path, format_: object, version: object) -> None:
     if format_ != "fastflower" or not isinstance(version, int) or version < _FIRST:
         raise ShardError(
             f"{path}: is format {format_} version {version}, this fastflower reads versions {_FIRST} to {FORMAT_VERSION}; "
@@ -225,13 +225,13 @@ def _check_version(path: Path, format_: Any, version: Any) -> None:
         )
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def _checksum(content: dict[str, object]) -> str:
     """Of all values but itself: of their JSON in ASCII, without spaces, names sorted."""
     values = {name: value for name, value in content.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _wrong(rows: NDArray[Any], split: Split, classes: tuple[str, ...]) -> str:
+def _wrong(rows: NDArray[np.void], split: Split, classes: tuple[str, ...]) -> str:
     """What cannot be in the rows of a split's index; nothing where all can."""
     counts = [shard.samples for shard in split.shards]
     if sum(counts) != split.samples or (rows["shard"] != np.repeat(np.arange(len(counts)), counts)).any():
@@ -257,15 +257,13 @@ def _wrong(rows: NDArray[Any], split: Split, classes: tuple[str, ...]) -> str:
     back = np.flatnonzero(same & (offset[1:] < offset[:-1] + size[:-1]))
     if len(back):
         return f"row {back[0] + 1} has offset {offset[back[0] + 1]}, in or before the image of the row above"
-    found = np.bincount(label, minlength=len(classes)).tolist()
-    for name, count, told in zip(classes, found, split.class_counts, strict=False):
+    counted = np.bincount(label, minlength=len(classes)).tolist()
+    for name, count, told in zip(classes, counted, split.class_counts, strict=False):
         if count != told:
             return f"has {count} samples of class {name!r}, the manifest says {told}"
-    return (
-        ""
-        if len(split.class_counts) == len(classes)
-        else f"is of {len(split.class_counts)} classes, not {len(classes)}"
-    )
+    if len(split.class_counts) != len(classes):
+        return f"is of {len(split.class_counts)} classes, not {len(classes)}"
+    return ""
 
 
 def shard_name(split: str, number: int) -> str:

@@ -7,9 +7,10 @@ import resource
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import sleep
-from typing import Any, ClassVar, overload
+from typing import ClassVar, overload
 
 from fastflower.errors import SampleError, ShardError
 from fastflower.files import blame_the_system
@@ -17,7 +18,7 @@ from fastflower.shards.manifest import Manifest
 from fastflower.shards.writer import BLOCK
 
 _MOST_OPEN = 256  # shards of all readers; systems allow a process 1,024 files, of which others need some
-_TRIES = 20  # to open another, 10 ms apart: threads that close some of theirs open others
+_ATTEMPTS = 20  # to open another, 10 ms apart: threads that close some of theirs open others
 
 
 class ShardReader:
@@ -41,8 +42,8 @@ class ShardReader:
         for path, shard in zip(self._paths, manifest.split(split).shards if strict else (), strict=strict):
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
-                found = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
-                raise ShardError(f"{path}: {found}; restore the shard from a copy, or pack again.")
+                problem = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
+                raise ShardError(f"{path}: {problem}; restore the shard from a copy, or pack again.")
 
     def encoded(self, index: int) -> bytes:
         """The image file's bytes of a sample. Raises SampleError when they are not those that were packed."""
@@ -82,39 +83,42 @@ class ShardReader:
     def _read(self, shard: int, start: int, size: int) -> bytes:
         """Bytes of a shard; fewer where it ends before."""
         key = (id(self), shard)
-        found = ShardReader._open.get(key)
-        if found is None:
+        file = ShardReader._open.get(key)
+        if file is None:
             if len(ShardReader._open) >= min(_MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
                 ShardReader._open.clear()
-            found = ShardReader._open.setdefault(key, self._opened(shard))  # another thread may have been first
-        return os.pread(found.number, size, start)
+            file = ShardReader._open.setdefault(key, self._opened(shard))  # another thread may have been first
+        return os.pread(file.number, size, start)
 
     def _opened(self, shard: int) -> "_File":
-        path, refused = self._paths[shard], 0
-        while True:
-            if self._fetch is not None:
-                self._fetch(path.name)
+        path = self._paths[shard]
+        while self._fetch is not None:
+            self._fetch(path.name)
+            with suppress(FileNotFoundError):  # another process needed the room
+                return self._open_in_attempts(path)
+        return self._open_in_attempts(path)
+
+    @classmethod
+    def _open_in_attempts(cls, path: Path) -> "_File":
+        """The file, opened: where the system refuses another, all that are open are closed for it."""
+        for _ in range(_ATTEMPTS - 1):
             try:
                 return _File(path)
-            except FileNotFoundError:
-                if self._fetch is None:  # else another process needed the room
-                    raise
             except OSError as error:
-                refused += 1
-                if error.errno not in (errno.EMFILE, errno.ENFILE) or refused == _TRIES:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
                     raise
-            if refused:
-                ShardReader._open.clear()
-                sleep(0.01)
+            cls._open.clear()
+            sleep(0.01)
+        return _File(path)
 
-    def keep(self, names: Collection[str]) -> None:
+    def close_all_but(self, names: Collection[str]) -> None:
         """Close all other shards' files."""
         for key in list(ShardReader._open):
             if key[0] == id(self) and self._paths[key[1]].name not in names:
                 ShardReader._open.pop(key, None)
 
     def __del__(self) -> None:
-        self.keep(())
+        self.close_all_but(())
 
 
 class Paths(Sequence[str]):
@@ -133,10 +137,11 @@ class Paths(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> tuple[str, ...]: ...
     def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
-        found = range(len(self))[index]
-        return tuple(map(self._reader.path, found)) if isinstance(found, range) else self._reader.path(found)
+        if isinstance(index, slice):
+            return tuple(map(self._reader.path, range(len(self))[index]))
+        return self._reader.path(range(len(self))[index])
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[tuple[str, ...]], tuple[tuple[str, ...]]]:
         return tuple, (tuple(self),)  # open files are none of another process
 
 

@@ -6,11 +6,10 @@ import logging
 import re
 import struct
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +37,7 @@ _log = logging.getLogger("fastflower")
 
 _SPLITS = ("train", "val", "test")
 _RESTORE = "restore it from a copy, or pack again"
+_AGAIN = f"; restore {FILE} from a copy, or pack again."
 
 
 @dataclass(slots=True)
@@ -47,9 +47,9 @@ class _Tar:
     path: Path
     problem: str = ""
     shard: Shard | None = None
-    rows: NDArray[Any] = field(default_factory=lambda: np.zeros(0, INDEX_DTYPE))
+    rows: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, INDEX_DTYPE))
     dali_index: bytes = b""
-    classes: set[tuple[int, str]] = field(default_factory=set)
+    classes: set[tuple[int, str]] = field(default_factory=set[tuple[int, str]])
 
     def key(self, sample: int) -> str:
         """Of its sample at that position."""
@@ -71,48 +71,70 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     place = str(shards).removeprefix("file://")
     require("://" not in place, "shards", "a folder, and no address, whose files have to be downloaded first", place)
     folder = Path(place)
-    manifest, lost = _manifest(folder)
-    trusted = None if lost else manifest
-    names = _names(folder, trusted)
-    if not any(names.values()):
-        raise ShardError(f"{folder}: has no shards; name a folder that pack wrote.")
-    groups = _read_all({split: [folder / name for name in group] for split, group in names.items()})
-    problems: list[str] = []
-    expected: dict[str, bytes | memoryview] = {}
-    for split, group in groups.items():
-        _compare(folder, trusted, split, group)
-        good = [tar for tar in group if not tar.problem]
-        problems += [tar.problem for tar in group if tar.problem]
-        expected |= {tar.path.with_suffix(".idx").name: tar.dali_index for tar in good}
-        if len(good) == len(group):
-            expected[f"{split}.index.npy"] = npy(index_rows([tar.rows for tar in good]))
-    named = {name for group in names.values() for name in group}
-    for path in sorted(path for path in folder.glob("*.tar") if path.name not in named):
-        advice = f"move it away, or restore {FILE} from a copy"
-        problems.append(f"{path}: is no shard of this pack, as far as {FILE} tells; {advice}.")
+    manifest, distrust = _load_manifest(folder)
+    trusted = None if distrust else manifest
+    names = _tar_names(folder, trusted)
+    read = _read_all([folder / name for group in names.values() for name in group])
+    tars = {split: [read[name] for name in group] for split, group in names.items()}
+    for split, group in tars.items():
+        _note_changes(folder, trusted, split, group)
+    problems = [tar.problem for group in tars.values() for tar in group if tar.problem]
+    problems += _unknown_tars(folder, known=read)
+    files = _index_files(tars)
     if not problems:
         try:
-            derived = _derived(folder, manifest, groups, lost)
-            if repair:
-                derived = replace(derived, version=FORMAT_VERSION)  # has checksums that the first version lacks
-            expected |= {INFO: derived.to_info().encode(), FILE: derived.to_json().encode("utf-8", "backslashreplace")}
+            files |= _manifest_files(_derived(folder, manifest, tars, distrust), repair=repair)
         except ShardError as error:
             problems.append(str(error))
-    elif lost:
-        problems.append(lost)
-    for name, data in expected.items() if not (problems and lost) else ():
-        path = folder / name
-        if not path.is_file() or path.read_bytes() != data:
-            if repair:
-                _rebuild(path, data)
-                if name == FILE and manifest and lost:
-                    _log.warning(
-                        "%s: what the tars do not tell, such as options and skipped files, stays as it stood", path
-                    )
-            else:
-                what = f"{path}: {'does not say what the tars hold' if path.exists() else 'is missing'}"
-                told = lost.partition(";")[0] if name == FILE and manifest and lost else what
-                problems.append(f"{told}; rebuild it with --repair.")
+    elif distrust:
+        problems.append(distrust)
+    if problems and distrust:
+        return problems  # nothing tells what the files must hold
+    return problems + _repair_or_report(folder, files, distrust.partition(";")[0] if manifest else "", repair=repair)
+
+
+def _unknown_tars(folder: Path, known: Collection[str]) -> list[str]:
+    """What is wrong with tars that have none of the names that are known."""
+    advice = f"is no shard of this pack, as far as {FILE} tells; move it away, or restore {FILE} from a copy"
+    return [f"{path}: {advice}." for path in sorted(folder.glob("*.tar")) if path.name not in known]
+
+
+def _index_files(tars: dict[str, list[_Tar]]) -> dict[str, bytes | memoryview]:
+    """By name, what the indexes of intact tars must hold; a split's, where all of its tars are."""
+    files: dict[str, bytes | memoryview] = {}
+    for split, group in tars.items():
+        intact = [tar for tar in group if not tar.problem]
+        files |= {tar.path.with_suffix(".idx").name: tar.dali_index for tar in intact}
+        if len(intact) == len(group):
+            files[f"{split}.index.npy"] = npy(index_rows([tar.rows for tar in intact]))
+    return files
+
+
+def _manifest_files(manifest: Manifest, *, repair: bool) -> dict[str, bytes | memoryview]:
+    """By name, what the files of a manifest must hold; a repair adds the checksums that the first version lacks."""
+    stated = replace(manifest, version=FORMAT_VERSION) if repair else manifest
+    return {INFO: stated.to_info().encode(), FILE: stated.to_json().encode("utf-8", "backslashreplace")}
+
+
+def _repair_or_report(
+    folder: Path, files: dict[str, bytes | memoryview], manifest_problem: str, *, repair: bool
+) -> list[str]:
+    """Write the files that do not hold what they must; without `repair`, what is wrong with each.
+
+    manifest_problem  what is wrong with a manifest of which all was kept that the tars do not tell; "" for none.
+    """
+    problems: list[str] = []
+    for name, data in files.items():
+        path, kept = folder / name, manifest_problem if name == FILE else ""
+        if path.is_file() and path.read_bytes() == data:
+            continue
+        if not repair:
+            what = f"{path}: {'does not say what the tars hold' if path.exists() else 'is missing'}"
+            problems.append(f"{kept or what}; rebuild it with --repair.")
+            continue
+        _rebuild(path, data)
+        if kept:
+            _log.warning("%s: what the tars do not tell, such as options and skipped files, stays as it stood", path)
     return problems
 
 
@@ -125,7 +147,7 @@ def _rebuild(path: Path, data: bytes | memoryview) -> None:
     _log.info("rebuilt %s", path)
 
 
-def _manifest(folder: Path) -> tuple[Manifest | None, str]:
+def _load_manifest(folder: Path) -> tuple[Manifest | None, str]:
     """The manifest as far as it can be read, and why it cannot be trusted about the shards."""
     path = folder / FILE
     try:
@@ -154,10 +176,23 @@ def _version(path: Path) -> int | None:
         return None
 
 
-def _names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
-    """By split, the names of the tars that there should be: from the manifest or, without one, from the files that there are."""
+def _tar_names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
+    """By split, the names of the tars that there should be: from the manifest or, without one, from the files that there are.
+
+    Raises ShardError where there are none.
+    """
     if manifest:
-        return {split: [shard.name for shard in described.shards] for split, described in manifest.splits.items()}
+        names = {split: [shard.name for shard in described.shards] for split, described in manifest.splits.items()}
+    else:
+        counts = _shard_counts(folder)
+        names = {split: [f"{shard_name(split, number)}.tar" for number in range(counts[split])] for split in counts}
+    if not any(names.values()):
+        raise ShardError(f"{folder}: has no shards; name a folder that pack wrote.")
+    return names
+
+
+def _shard_counts(folder: Path) -> dict[str, int]:
+    """By split, how many shards the files of a pack without manifest tell of."""
     try:
         info = json.loads((folder / INFO).read_bytes())["splits"]
         listed = [str(name) for split in info.values() for name in split["filenames"]]
@@ -167,27 +202,15 @@ def _names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
     for name in [*listed, *(path.name for path in folder.glob("*.tar"))]:
         if match := re.fullmatch(rf"({'|'.join(_SPLITS)})-(\d{{6}})\.tar", name):
             counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
-    return {
-        split: [f"{shard_name(split, number)}.tar" for number in range(counts[split])]
-        for split in _SPLITS
-        if split in counts
-    }
+    return {split: counts[split] for split in _SPLITS if split in counts}
 
 
-def _read_all(paths: dict[str, list[Path]]) -> dict[str, list[_Tar]]:
-    with (
-        ThreadPoolExecutor(cores()) as pool,
-        tqdm(total=sum(map(len, paths.values())), desc="verify", unit="shard", disable=None) as bar,
-    ):
-
-        def read(path: Path) -> _Tar:
-            found = _read(path)
-            bar.update()
-            return found
-
+def _read_all(paths: list[Path]) -> dict[str, _Tar]:
+    """By file name, what each tar holds; on as many threads as there are cores."""
+    with ThreadPoolExecutor(cores()) as pool:
         try:
-            begun = {split: [pool.submit(read, path) for path in group] for split, group in paths.items()}
-            return {split: [future.result() for future in futures] for split, futures in begun.items()}
+            tars = tqdm(pool.map(_read, paths), total=len(paths), desc="verify", unit="shard", disable=None)
+            return {tar.path.name: tar for tar in tars}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool waits for all that is queued
             raise
@@ -195,44 +218,44 @@ def _read_all(paths: dict[str, list[Path]]) -> dict[str, list[_Tar]]:
 
 def _read(path: Path) -> _Tar:
     """Every sample, decoded and written again into nothing: the same bytes mean that the tar holds nothing else."""
-    found = _Tar(path)
+    tar = _Tar(path)
     key = "its first sample"
     try:
         with path.open("rb") as file, ShardWriter(_Nothing()) as writer:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for key, label, image, source, class_name in _samples(tar):
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for key, label, image, source, class_name in _samples(archive):
                     size = prepare(image, max_side=None, quality=None).size
                     sample = Samples()
                     sample.add(key, image, label, size, source, class_name)
                     writer.extend(sample)
-                    found.classes.add((label, class_name))
+                    tar.classes.add((label, class_name))
     except (OSError, tarfile.TarError, SampleError, ValueError, KeyError, OverflowError, struct.error) as error:
         blame_the_system(error, path)
         missing = isinstance(error, FileNotFoundError)
         what = "is missing" if missing else f"is damaged at or behind {key} ({error})"
-        found.problem = f"{path}: {what}; {_RESTORE}."
-        return found
-    found.shard, found.rows = writer.shard(path.name), writer.rows
-    found.dali_index = b"".join(writer.dali_index_pieces())
-    if found.shard.sha256 != digest:
-        found.problem = f"{path}: is damaged outside its images; {_RESTORE}."
-    return found
+        tar.problem = f"{path}: {what}; {_RESTORE}."
+        return tar
+    tar.shard, tar.rows = writer.shard(path.name), writer.rows
+    tar.dali_index = b"".join(writer.dali_index_pieces())
+    if tar.shard.sha256 != digest:
+        tar.problem = f"{path}: is damaged outside its images; {_RESTORE}."
+    return tar
 
 
 class _Nothing:
     def write(self, data: bytes, /) -> None: ...
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, int, bytes, str, str]]:
+def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, int, bytes, str, str]]:
     """(key, label, image, original path, class) of each KEY.cls, KEY.jpg and KEY.json."""
-    members = iter(tar)
+    members = iter(archive)
     for first in members:
         data: list[bytes] = []
         key = first.name.removesuffix(".cls")
         for ending, member in (("cls", first), ("jpg", next(members, None)), ("json", next(members, None))):
-            file = tar.extractfile(member) if member is not None else None
+            file = archive.extractfile(member) if member is not None else None
             if member is None or file is None or member.name != f"{key}.{ending}":
                 raise ValueError(f"{key} lacks its .{ending}")
             data.append(file.read())
@@ -245,8 +268,8 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, int, bytes, str, str]]
                 raise ValueError(f"{key} does not name its path and class")
 
 
-def _compare(folder: Path, manifest: Manifest | None, split: str, group: list[_Tar]) -> None:
-    """Note in each tar how it differs from what was packed, as far as manifest or index still tell."""
+def _note_changes(folder: Path, manifest: Manifest | None, split: str, group: list[_Tar]) -> None:
+    """Note in each tar of a split how it differs from what was packed, as far as manifest or index still tell."""
     stored = _stored_rows(folder, split)
     for number, tar in enumerate(group):
         if not tar.shard or tar.problem:
@@ -255,16 +278,16 @@ def _compare(folder: Path, manifest: Manifest | None, split: str, group: list[_T
             continue
         rows, places = stored[stored["shard"] == number], ["offset", "size"]
         same_places = len(rows) == len(tar.rows) and (rows[places] == tar.rows[places]).all()
-        changed = np.flatnonzero(rows["crc32"] != tar.rows["crc32"]) if same_places else []
-        if len(changed):
-            what = f"the image of {tar.key(int(changed[0]))} has changed since it was packed"
+        changed: list[int] = np.flatnonzero(rows["crc32"] != tar.rows["crc32"]).tolist() if same_places else []
+        if changed:
+            what = f"the image of {tar.key(changed[0])} has changed since it was packed"
             tar.problem = f"{tar.path}: {what}; {_RESTORE}."
         elif manifest:
             what = f"is not the shard that {FILE} describes (sha256 differs)"
             tar.problem = f"{tar.path}: {what}; restore one of them from a copy, or pack again."
 
 
-def _stored_rows(folder: Path, split: str) -> NDArray[Any]:
+def _stored_rows(folder: Path, split: str) -> NDArray[np.void]:
     """Of a split's index, whatever its header says; none where there is no index."""
     try:
         data = (folder / f"{split}.index.npy").read_bytes()[len(npy(index_rows([]))) :]
@@ -273,25 +296,30 @@ def _stored_rows(folder: Path, split: str) -> NDArray[Any]:
     return np.frombuffer(data, INDEX_DTYPE, len(data) // INDEX_DTYPE.itemsize)
 
 
-def _derived(folder: Path, manifest: Manifest | None, groups: dict[str, list[_Tar]], lost: str) -> Manifest:
+def _derived(folder: Path, manifest: Manifest | None, tars: dict[str, list[_Tar]], distrust: str) -> Manifest:
     """The manifest that these tars must have. Raises ShardError, saying why, where nobody can know."""
-    again = f"; restore {FILE} from a copy, or pack again."
-    pairs = sorted(set[tuple[int, str]]().union(*(tar.classes for group in groups.values() for tar in group)))
-    classes = list(manifest.classes if manifest else ())
-    for label, name in pairs:
-        if label > len(classes):
-            raise ShardError(f"{folder / FILE}: is lost, and no sample tells the name of class {len(classes)}{again}")
-        classes[label : label + 1] = [name]
-    if len(dict(pairs)) < len(pairs) or len(set(classes)) < len(classes):
-        raise ShardError(f"{folder / FILE}: is lost, and the tars do not agree which label is which class{again}")
+    old = manifest or Manifest(folder=folder, classes=(), splits={}, options={})
+    classes = _derived_classes(folder, old.classes, [tar for group in tars.values() for tar in group])
     splits: dict[str, Split] = {}
-    for split, group in groups.items():
+    for split, group in tars.items():
         shards = [(tar.shard, tar.rows) for tar in group if tar.shard]
         rows, stored = index_rows([tar.rows for tar in group]), _stored_rows(folder, split)
-        if lost and (len(stored) > len(rows) or (stored != rows[: len(stored)]).any()):
+        if distrust and (len(stored) > len(rows) or (stored != rows[: len(stored)]).any()):
             what = f"does not say what the tars hold, and {FILE}, which would tell what is right, is lost"
-            raise ShardError(f"{folder / f'{split}.index.npy'}: {what}{again}")
+            raise ShardError(f"{folder / f'{split}.index.npy'}: {what}{_AGAIN}")
         splits[split] = split_of(shards, len(classes))
-    packed = sum(int(tar.rows["size"].sum()) for group in groups.values() for tar in group)
-    old = manifest or Manifest(folder=folder, classes=(), splits={}, options={})
-    return replace(old, classes=tuple(classes), splits=splits, packed_bytes=packed)
+    packed = sum(int(tar.rows["size"].sum()) for group in tars.values() for tar in group)
+    return replace(old, classes=classes, splits=splits, packed_bytes=packed)
+
+
+def _derived_classes(folder: Path, known: tuple[str, ...], tars: list[_Tar]) -> tuple[str, ...]:
+    """The classes that samples of these tars name; those of which there is none as they are known."""
+    labelled = sorted(set[tuple[int, str]]().union(*(tar.classes for tar in tars)))
+    classes = list(known)
+    for label, name in labelled:
+        if label > len(classes):
+            raise ShardError(f"{folder / FILE}: is lost, and no sample tells the name of class {len(classes)}{_AGAIN}")
+        classes[label : label + 1] = [name]
+    if len(dict(labelled)) < len(labelled) or len(set(classes)) < len(classes):
+        raise ShardError(f"{folder / FILE}: is lost, and the tars do not agree which label is which class{_AGAIN}")
+    return tuple(classes)

@@ -7,7 +7,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +75,7 @@ class ShardWriter:
         self._rows = bytearray()
         self._index = bytearray()
 
-    def __enter__(self) -> "ShardWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -100,7 +100,7 @@ class ShardWriter:
         self._bytes += len(data)
 
     @property
-    def rows(self) -> NDArray[Any]:
+    def rows(self) -> NDArray[np.void]:
         """(samples,) of INDEX_DTYPE, as if this were the split's first shard."""
         return np.frombuffer(self._rows, INDEX_DTYPE)
 
@@ -118,21 +118,21 @@ def _header(name: str, size: int) -> bytes:
     return start + b"%06o\0 " % (sum(start) + 8 * ord(" ") + _REST_SUM) + _HEADER[156:]
 
 
-def index_rows(shards: Sequence[NDArray[Any]]) -> NDArray[Any]:
+def index_rows(shards: Sequence[NDArray[np.void]]) -> NDArray[np.void]:
     """The rows of a split from those of its shards, each as if it were the first."""
     rows = np.concatenate([np.zeros(0, INDEX_DTYPE), *shards])
     rows["shard"] = np.repeat(np.arange(len(shards)), [len(shard) for shard in shards])
     return rows
 
 
-def split_of(shards: Sequence[tuple[Shard, NDArray[Any]]], num_classes: int) -> Split:
+def split_of(shards: Sequence[tuple[Shard, NDArray[np.void]]], num_classes: int) -> Split:
     """What the manifest says of a split with these shards, each with its rows."""
     rows = index_rows([rows for _, rows in shards])
     counts = np.bincount(rows["label"], minlength=num_classes).tolist()
     return Split(len(rows), tuple(counts), tuple(shard for shard, _ in shards), hashlib.sha256(npy(rows)).hexdigest())
 
 
-def npy(rows: NDArray[Any]) -> memoryview:
+def npy(rows: NDArray[np.void]) -> memoryview:
     """The bytes of a .npy file."""
     file = io.BytesIO()
     np.save(file, rows)

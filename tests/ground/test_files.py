@@ -89,8 +89,8 @@ def test_a_child_that_leaves_the_block_does_not_free_its_parents_lock(tmp_path: 
 
 
 def _leave_and_try(path: Path) -> int:
-    for lock in list(files._Lock._all):
-        lock.close()
+    for lock in list(files._open_locks):
+        lock.release()
     try:
         with locked(path):
             return 1
@@ -147,7 +147,7 @@ def test_without_locks_work_goes_on_with_one_warning(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(files._Lock, "_without", set[int]())
+    monkeypatch.setattr(files, "_lockless_devices", set[int]())
     for path in (tmp_path / "a/lock", tmp_path / "b/lock"):
         with locked(path) as exists, locked(path, lambda: False) as again:
             assert (exists, again) == (False, False)

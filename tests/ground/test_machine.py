@@ -28,8 +28,8 @@ Write = Callable[..., None]
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Writes the files of a group; `own` is this process's /proc/self/cgroup. The machine has 64 GiB free and 16 cores."""
     monkeypatch.setattr(machine, "_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(machine, "_OWN", tmp_path / "own")
-    monkeypatch.setattr(machine, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(16)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

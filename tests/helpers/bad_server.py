@@ -9,20 +9,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-# For fastflower.shards.mirror: as patient in attempts as ever, but not in seconds; pieces so small that each shard has dozens.
+# For fastflower.shards.remote: as patient in attempts as ever, but not in seconds; pieces so small that each shard has dozens.
 IMPATIENT = {"_PIECE": 1 << 15, "_TIMEOUT": 1.0, "_FIRST_PAUSE": 0.01, "_LONGEST_PAUSE": 0.05}
 
 
-def deafen(mirror: Any, but: str) -> None:
-    """Threads that fetch ahead, anything but this file, do not notice that a Mirror ends."""
-    read = mirror._read
+def deafen(files: Any, but: str) -> None:
+    """Threads that fetch ahead, anything but this file, do not notice that RemoteFiles are stopped."""
+    request = files._request
 
     def deaf(self: Any, name: str, start: int | None, end: int | None) -> bytes:
         if threading.current_thread().name == "fastflower-download" and name != but:
             time.sleep(1000)
-        return read(self, name, start, end)
+        return request(self, name, start, end)
 
-    mirror._read = deaf
+    files._request = deaf
 
 
 Fault = Callable[[str, int], str | None]

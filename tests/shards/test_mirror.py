@@ -20,9 +20,9 @@ from test_remote import OPTIONS
 from fastflower import Loader, Manifest
 from fastflower.errors import ShardError
 from fastflower.files import locked
-from fastflower.shards import mirror
+from fastflower.shards import remote
 from fastflower.shards.mirror import Mirror
-from fastflower.shards.remote import Remote
+from fastflower.shards.remote import Remote, RemoteFiles
 
 pytest.importorskip("aiohttp")
 
@@ -44,10 +44,10 @@ def settled(made: Mirror) -> None:
 
 
 def test_the_shard_that_was_not_used_for_longest_makes_room(source: Remote, server: BadServer) -> None:
-    made = Mirror(source)
+    made = Mirror.connect(source)
     names = names_of(made)
     sizes = [shard.bytes for shard in made.manifest.split("train").shards]
-    tight = Mirror(Remote(url=server.url, folder=source.folder, limit_bytes=sum(sizes[:3])))
+    tight = Mirror.connect(Remote(url=server.url, folder=source.folder, limit_bytes=sum(sizes[:3])))
     for number, name in enumerate(names[:3]):
         tight.path(name)
         os.utime(tight.folder / name, (1000 + number, 1000 + number))
@@ -59,10 +59,10 @@ def test_the_shard_that_was_not_used_for_longest_makes_room(source: Remote, serv
 
 
 def test_what_is_read_soonest_stays_and_the_rest_waits_for_room(source: Remote, server: BadServer) -> None:
-    made = Mirror(source)
+    made = Mirror.connect(source)
     names = names_of(made)
     sizes = [shard.bytes for shard in made.manifest.split("train").shards]
-    tight = Mirror(Remote(url=server.url, folder=source.folder, limit_bytes=2 * max(sizes)))
+    tight = Mirror.connect(Remote(url=server.url, folder=source.folder, limit_bytes=2 * max(sizes)))
     assert tight.prefetch(names[:2]) == set(names[:2])
     settled(tight)
     assert tight.prefetch(names[1:4]) == set(names[:4]), "those of the call before are kept as well"
@@ -76,7 +76,7 @@ def test_what_is_read_soonest_stays_and_the_rest_waits_for_room(source: Remote, 
 
 
 def test_making_room_leaves_other_files_that_are_being_written(source: Remote) -> None:
-    made = Mirror(source)
+    made = Mirror.connect(source)
     written = made.folder / f"val.index.npy.{os.getpid()}-1.part"
     written.write_bytes(b"half")
     made.path(names_of(made)[0])
@@ -89,10 +89,10 @@ def test_a_part_that_a_killed_process_left_takes_no_room(
     source: Remote, server: BadServer, locks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the file system has no locks one counts as left when nothing came for longer than all attempts take."""
-    made = Mirror(source)
+    made = Mirror.connect(source)
     names = names_of(made)
     size = max(shard.bytes for shard in made._shards.values())
-    tight = Mirror(Remote(url=server.url, folder=source.folder, limit_bytes=size))
+    tight = Mirror.connect(Remote(url=server.url, folder=source.folder, limit_bytes=size))
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -102,7 +102,7 @@ def test_a_part_that_a_killed_process_left_takes_no_room(
     parts = [tight.folder / f"{names[0]}.0123abcd.part", tight.folder / f"{names[1]}.part"]  # of an older fastflower
     for part in parts:
         part.write_bytes(bytes(size))
-        long_ago = time.time() - 8 * (mirror._TIMEOUT + mirror._LONGEST_PAUSE) - 1
+        long_ago = time.time() - 8 * (remote._TIMEOUT + remote._LONGEST_PAUSE) - 1
         os.utime(part, (long_ago, long_ago))
     assert tight.path(names[0]).exists()
     assert not any(part.exists() for part in parts)
@@ -132,7 +132,7 @@ def test_a_break_does_not_wait_for_a_lock_that_is_never_given_back(source: Remot
 
 def test_a_shard_gets_its_name_while_nobody_counts(source: Remote, server: BadServer) -> None:
     """Whoever makes room looks for tars, then for parts: one renamed in between would take room that nobody knows of."""
-    made = Mirror(source)
+    made = Mirror.connect(source)
     path = made.folder / names_of(made)[0]
     with (Path(source.folder) / "room.lock").open("w") as counting:
 
@@ -158,7 +158,7 @@ def test_pauses_double_up_to_the_longest(
     source: Remote, server: BadServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, value in {"_FIRST_PAUSE": 0.25, "_LONGEST_PAUSE": 3.0}.items():
-        monkeypatch.setattr(mirror, name, value)
+        monkeypatch.setattr(remote, name, value)
     slept: list[float] = []
     clock = [0.0]
 
@@ -166,13 +166,13 @@ def test_pauses_double_up_to_the_longest(
         slept.append(seconds)
         clock[0] += 100
 
-    monkeypatch.setattr(mirror.random, "uniform", lambda _low, high: high)
-    monkeypatch.setattr(mirror.time, "sleep", sleep)
+    monkeypatch.setattr(remote.random, "uniform", lambda _low, high: high)
+    monkeypatch.setattr(remote.time, "sleep", sleep)
     caplog.set_level(logging.WARNING, "fastflower")
     server.fault = lambda _name, _asked: "503"
-    monkeypatch.setattr(mirror.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(remote.time, "monotonic", lambda: clock[0])
     with pytest.raises(ShardError, match="could not be read in 8 attempts"):
-        Mirror(source)
+        Mirror.connect(source)
     pauses = [line.rpartition("trying again in ")[2] for line in caplog.messages]
     assert pauses == ["0.2 s", "0.5 s", "1.0 s", "2.0 s", "3.0 s", "3.0 s", "3.0 s"]
 
@@ -180,13 +180,13 @@ def test_pauses_double_up_to_the_longest(
 def test_what_may_not_be_read_is_asked_for_once(source: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def refuse(_self: Mirror, name: str, *_: object) -> bytes:
+    def refuse(_self: RemoteFiles, name: str, *_: object) -> bytes:
         asked.append(name)
         raise PermissionError("Access Denied")
 
-    monkeypatch.setattr(Mirror, "_read", refuse)
+    monkeypatch.setattr(RemoteFiles, "_request", refuse)
     with pytest.raises(ShardError, match=r"manifest.json: may not be read \(Access Denied\); check the credentials"):
-        Mirror(source)
+        Mirror.connect(source)
     assert asked == ["manifest.json"]
 
 
@@ -197,11 +197,13 @@ def ends_soon(action: Any) -> None:
     assert not thread.is_alive(), "it waits"
 
 
-def test_a_break_does_not_wait_for_a_server_that_stalls(
-    source: Remote, server: BadServer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["stall", "503"])
+def test_a_break_waits_neither_for_a_server_that_stalls_nor_for_the_next_attempt(
+    kind: str, source: Remote, server: BadServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror, "_TIMEOUT", 1000.0)
-    server.fault = lambda name, _asked: "stall" if name > "train-000002" and name.endswith(".tar") else None
+    for name in ("_TIMEOUT", "_FIRST_PAUSE", "_LONGEST_PAUSE"):
+        monkeypatch.setattr(remote, name, 1000.0)
+    server.fault = lambda name, _asked: kind if name > "train-000002" and name.endswith(".tar") else None
     feeding = iter(Loader(source, **OPTIONS, window=1, shuffle=False))
     next(feeding)
     ends_soon(feeding.close)  # pyright: ignore[reportAttributeAccessIssue]
@@ -248,13 +250,13 @@ sys.path[:0] = sys.argv[1].split(os.pathsep)
 from bad_server import IMPATIENT, deafen
 from test_remote import OPTIONS
 from fastflower import Loader
-from fastflower.shards import mirror
+from fastflower.shards import remote
 from fastflower.shards.remote import Remote
 for name, value in IMPATIENT.items():
-    setattr(mirror, name, value)
+    setattr(remote, name, value)
 loader = Loader(Remote(url=sys.argv[2], folder=sys.argv[3]), **OPTIONS, window=1)
 if sys.argv[4] == "deaf exit":
-    deafen(mirror.Mirror, loader._mirror.manifest.split("train").shards[loader._steps.shards_ahead(0, 0)[0]].name)
+    deafen(remote.RemoteFiles, loader._mirror.manifest.split("train").shards[loader._steps.shards_ahead(0, 0)[0]].name)
 if sys.argv[4].endswith("exit"):
     feeding = iter(loader)
     next(feeding)
@@ -311,7 +313,7 @@ def test_an_exit_does_not_wait_for_downloads(what: str, server: BadServer, tmp_p
 
 
 def test_a_cache_that_somebody_cleared_is_filled_again(source: Remote) -> None:
-    made = Mirror(source)
+    made = Mirror.connect(source)
     name = names_of(made)[0]
     assert made.path(name).exists()
     for path in made.folder.iterdir():

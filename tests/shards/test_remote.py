@@ -153,8 +153,8 @@ def test_a_break_ends_the_downloads_and_the_next_epoch_is_whole(
     loader = Loader(source, **OPTIONS, window=2)
     feeding = iter(loader)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastflower.shards.mirror._ATTEMPTS", 2)
-        patch.setattr("fastflower.shards.mirror._TIMEOUT", 0.3)
+        patch.setattr("fastflower.shards.remote._ATTEMPTS", 2)
+        patch.setattr("fastflower.shards.remote._TIMEOUT", 0.3)
         with pytest.raises(ShardError, match=r"could not be read in 2 attempts \(not all came within "):
             next(feeding)
     assert_nothing_half_done(source.folder)
@@ -183,7 +183,7 @@ def test_a_break_ends_the_downloads_and_the_next_epoch_is_whole(
 def test_a_server_that_never_recovers_is_named(
     name: str, kind: str, message: str, source: Remote, server: BadServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastflower.shards.mirror._ATTEMPTS", 3)
+    monkeypatch.setattr("fastflower.shards.remote._ATTEMPTS", 3)
     server.fault = lambda asked_for, _asked: kind if asked_for == name else None
     with pytest.raises(ShardError, match=message):
         epochs(source, 1)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bad_server import IMPATIENT
 from packs import drawn
 
 from fastflower import Loader, pack
-from fastflower.errors import FolderError
+from fastflower.errors import FolderError, ShardError
 from fastflower.shards.manifest import Manifest
 from fastflower.shards.mirror import Mirror
 from fastflower.shards.reader import ShardReader
@@ -70,26 +71,21 @@ class _Impatient:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Impatient]:
     system = _Impatient()
-    monkeypatch.setattr("fastflower.shards.mirror.file_system", lambda *_: (system, "shards"))
+    monkeypatch.setattr("fastflower.shards.remote.file_system", lambda *_: (system, "shards"))
     yield system
     system.end()
 
 
 def test_a_timeout_of_the_client_is_one_attempt_and_not_waited_out(
-    impatient: _Impatient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    impatient: _Impatient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reasons: list[str] = []
-
-    def pause(_self: Mirror, _name: str, attempt: int, reason: str) -> None:
-        reasons.append(reason)
-        if attempt == 2:
-            raise StopIteration
-
-    monkeypatch.setattr(Mirror, "_pause", pause)
-    monkeypatch.setattr("fastflower.shards.mirror._TIMEOUT", 0.3)
-    with pytest.raises(StopIteration):
-        Mirror(Remote(url="https://host/shards", folder=str(tmp_path)))
-    assert (impatient.asked, reasons) == (3, ["the client gave up"] * 3)
+    for name, value in {**IMPATIENT, "_ATTEMPTS": 3, "_TIMEOUT": 0.3}.items():
+        monkeypatch.setattr(f"fastflower.shards.remote.{name}", value)
+    with pytest.raises(ShardError, match=r"could not be read in 3 attempts \(the client gave up\)"):
+        Mirror.connect(Remote(url="https://host/shards", folder=str(tmp_path)))
+    assert impatient.asked == 3
+    again = "https://host/shards/manifest.json: the client gave up; trying again in "
+    assert [message.startswith(again) for message in caplog.messages] == [True, True]
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "mount"])

@@ -23,7 +23,7 @@ from fastflower.models.backbone import build
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.packing import workspace
 from fastflower.packing.folder import scan
-from fastflower.shards import mirror, remote
+from fastflower.shards import remote
 from fastflower.shards.reader import ShardReader
 from fastflower.shards.verification import verify
 
@@ -263,12 +263,12 @@ def test_what_the_system_refuses_is_no_fault_of_a_server(
         tries.append(name)
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("fastflower.shards.mirror._FIRST_PAUSE", 0.0)
-    monkeypatch.setattr(mirror.Mirror, "_read", refuse)
+    monkeypatch.setattr("fastflower.shards.remote._FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(remote.RemoteFiles, "_request", refuse)
     message = f"^local://{some}/manifest.json: cannot be opened or read: {REFUSED[errno.EMFILE]}"
     with pytest.raises(ResourceError, match=message):
         make(remote.Remote(url=f"local://{some}", folder=tmp_path))  # pyright: ignore[reportArgumentType]
-    assert len(tries) == mirror._ATTEMPTS
+    assert len(tries) == remote._ATTEMPTS
 
 
 def test_what_the_system_refuses_is_not_skipped_by_predict(tmp_path: Path, refusing: Any) -> None:
