@@ -7,14 +7,11 @@ Shape suffixes: N batch, 2/3 matrix rows and columns, 4 sides of a rectangle, P 
 """
 
 from dataclasses import dataclass, fields
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.draws.random import Floats
-
-Number = TypeVar("Number", np.float64, np.int64)
 
 # Less blur than this changes photographs by less than 0.1 grey levels and would cost a tenth of the time.
 MIN_VARIANCE = 0.02
@@ -88,7 +85,7 @@ def corners(rectangle_N4: Floats) -> Floats:
     return np.stack([np.stack(point, axis=-1) for point in points], axis=-2)
 
 
-def ends(rectangle_N4: NDArray[Number]) -> tuple[NDArray[Number], NDArray[Number]]:
+def ends(rectangle_N4: Floats) -> tuple[Floats, Floats]:
     """Where rectangles (top, left, height, width) start, (top, left), and where they stop, (bottom, right); each (N, 2)."""
     start_N2 = rectangle_N4[..., :2]
     return start_N2, start_N2 + rectangle_N4[..., 2:]
@@ -256,7 +253,8 @@ def resampling(warp: Warp) -> Resampling:
     reduce_N1 = reduce_N[:, None]
 
     # The pixels of the reduced photograph that the region touches; `first` may lie before where the region starts.
-    start_N2, stop_N2 = ends(warp.region)
+    start_N2 = warp.region[:, :2]
+    stop_N2 = start_N2 + warp.region[:, 2:]
     first_N2, end_N2 = start_N2 // reduce_N1, -(-stop_N2 // reduce_N1)
     from_first_N23 = warp.matrix.copy()
     from_first_N23[:, :, 2] += (start_N2 - reduce_N1 * first_N2)[:, ::-1]

@@ -141,9 +141,7 @@ class Windows:
         if not self._shuffle:
             return values
         windows = np.searchsorted(ends, values, "right") // self._window
-        shuffled = np.empty(
-            len(values), np.int64
-        )  # positions, of which each lies in the window of the one that it replaces
+        shuffled = np.empty(len(values), np.int64)  # positions inside the same windows
         for window in np.unique(windows):
             start = starts[window * self._window]
             end = ends[min((window + 1) * self._window, len(shards)) - 1]
@@ -190,9 +188,7 @@ def balanced(
     classes = np.flatnonzero(counts)
     rounds, turn = np.divmod(permute(positions, len(by_class), seed=seed, epoch=epoch), len(classes))
     label = classes[turn]
-    cycle, place = np.divmod(
-        rounds, counts[label]
-    )  # how often the class has been gone through, and where it is in that
+    cycle, place = np.divmod(rounds, counts[label])  # a cycle goes once through the samples of a class
     chosen = (np.cumsum(counts) - counts)[label]
     for one_label, one_cycle in np.unique(np.stack([label, cycle]), axis=1).T.tolist():
         rows = np.flatnonzero((label == one_label) & (cycle == one_cycle))
