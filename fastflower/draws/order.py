@@ -30,6 +30,15 @@ def permute(positions: ArrayLike, num_samples: int, *, seed: int, epoch: int) ->
 
     positions  integers in 0 .. num_samples-1, shape (N,). num_samples  1 .. 2**62.
     Returns (N,) int64. Raises ArgumentError when a position lies outside the epoch.
+
+    Example:
+        >>> from fastflower.draws.order import permute
+        >>> permute(range(10), 10, seed=0, epoch=0).tolist()
+        [5, 8, 2, 3, 1, 4, 6, 7, 9, 0]
+        >>> permute([7, 8], 10, seed=0, epoch=0).tolist()  # any part of it, without the rest
+        [7, 9]
+        >>> permute([7, 8], 10**12, seed=0, epoch=0).shape
+        (2,)
     """
     if not 1 <= num_samples <= MAX_SAMPLES:
         raise ArgumentError(f"num_samples must lie in 1 .. 2**62, got {num_samples}.")
