@@ -84,9 +84,7 @@ def history_of(shards: str, name: str, recipe: Recipe, out: Path, device: str | 
         kept = Checkpoint.load(folder / LAST)
         loaders = (Loader(shards, split, batch_size=1, device="cpu", cache=None) for split in ("train", "val"))
         used = [kept.feeding["shards"], kept.feeding.get("val")]
-        if kept.recipe.spelled_out == recipe.spelled_out and used == [
-            loader.state_dict()["shards"] for loader in loaders
-        ]:
+        if kept.recipe.resolved == recipe.resolved and used == [loader.state_dict()["shards"] for loader in loaders]:
             return kept.history
     return train(shards, recipe, out=folder, resume=True, device=device).history
 
@@ -97,7 +95,7 @@ def seconds_of(history: list[dict[str, float]]) -> float:
 
 
 def table(letters: Sequence[Letter], histories: Histories) -> str:
-    """Markdown: what was reported and what was found; a recipe that is compared twice stands twice."""
+    """Markdown: what was reported and what is reached here; a recipe that is compared twice stands twice."""
     lines = [
         "| report | compared | recipe | reported | ours, best epoch | last epoch | reported s | ours s | epochs |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from fastflower.draws.augment import Augment
 from fastflower.recipes.recipe import Recipe
@@ -15,8 +14,17 @@ def report_a() -> Recipe:
     Its augmentations are resized crop, flip, rotation 10, jitter and affine. The report leaves open: the amounts of jitter
     and affine (here 0.2, hue 0.1 and a shift of 10%, as in the second report).
     """
-    colour: dict[str, Any] = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
-    return Recipe(augment=Augment(crop=(0.08, 1.0), flip=0.5, rotate=10, translate=(0.1, 0.1), **colour))
+    augment = Augment(
+        crop=(0.08, 1.0),
+        flip=0.5,
+        rotate=10,
+        translate=(0.1, 0.1),
+        brightness=0.2,
+        contrast=0.2,
+        saturation=0.2,
+        hue=0.1,
+    )
+    return Recipe(augment=augment)
 
 
 def report_b(batch_size: int = 32, backbone: str = "resnet18") -> Recipe:
