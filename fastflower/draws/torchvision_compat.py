@@ -105,9 +105,10 @@ class _Reading:
 
     fields: Fields = field(default_factory=lambda: {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
     seen: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])
+    """What is drawn otherwise than torchvision draws it."""
     floating: bool = True
     """Whether levels are floats in 0 .. 1 by now."""
-    notes: list[str] = field(default_factory=list[str])
 
     def finish(self) -> Fields:
         fields = self.fields
@@ -129,19 +130,16 @@ class _Reading:
         step.require("size" not in self.fields, "is a second crop; keep one")
         self.colour_last(step)
 
-    def before_normalising(self, step: _Step) -> None:
-        """What fills with black or jitters colour does another thing to levels that are normalised."""
-        step.require("Normalize" not in self.seen, "stands after Normalize; normalise behind it")
-
-    def before_erasing(self, step: _Step) -> None:
-        step.require("RandomErasing" not in self.seen, "stands after RandomErasing; erase last")
+    def must_precede(self, step: _Step, later: str, remedy: str) -> None:
+        """Behind the later one a step would do another thing: fill with black, say, levels that are normalised."""
+        step.require(later not in self.seen, f"stands after {later}; {remedy}")
 
     def colour_last(self, step: _Step) -> None:
         if "ColorJitter" in self.seen:
             self.notes.append(
                 f"colour is drawn as written but applied after all geometry ({step.name} follows ColorJitter)"
             )
-        self.before_erasing(step)
+        self.must_precede(step, "RandomErasing", "erase last")
 
     def bilinear(self, step: _Step) -> None:
         antialiased = step.get("antialias") is not False
@@ -202,8 +200,8 @@ def _about_centre(step: _Step) -> None:
 
 
 def _rotation(reading: _Reading, step: _Step) -> None:
-    step.require("RandomAffine" not in reading.seen, "stands after RandomAffine; rotate first")
-    reading.before_normalising(step)
+    reading.must_precede(step, "RandomAffine", "rotate first")
+    reading.must_precede(step, "Normalize", "normalise behind it")
     reading.colour_last(step)
     reading.bilinear(step)
     _about_centre(step)
@@ -212,7 +210,7 @@ def _rotation(reading: _Reading, step: _Step) -> None:
 
 
 def _affine(reading: _Reading, step: _Step) -> None:
-    reading.before_normalising(step)
+    reading.must_precede(step, "Normalize", "normalise behind it")
     reading.colour_last(step)
     reading.bilinear(step)
     _about_centre(step)
@@ -226,8 +224,8 @@ def _affine(reading: _Reading, step: _Step) -> None:
 
 
 def _jitter(reading: _Reading, step: _Step) -> None:
-    reading.before_erasing(step)
-    reading.before_normalising(step)
+    reading.must_precede(step, "RandomErasing", "erase last")
+    reading.must_precede(step, "Normalize", "normalise behind it")
     for what in ("brightness", "contrast", "saturation"):
         low, high = step.numbers(what, (1.0, 1.0))
         clipped = low == 0 and high >= 2  # torchvision clips 1 - strength at 0

@@ -117,9 +117,8 @@ class Recipe:
         if not self.sizes:
             return self.augment
         epochs_seen = min(epoch, self.epochs - 1) % self.epochs_per_training + 1  # with this one
-        stage = -(
-            -epochs_seen * len(self.sizes) // self.epochs_per_training
-        )  # rounded up: the last epoch has the last size
+        # Rounded up, so that the last epoch has the last size.
+        stage = -(-epochs_seen * len(self.sizes) // self.epochs_per_training)
         side = self.sizes[stage - 1]
         factor = side / self.augment.output_size[0]
         resize = self.augment.resize and _scaled(self.augment.resize, factor)
@@ -160,7 +159,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The recipe that `to_dict` described; lists, as JSON gives them, count as tuples."""
-        return cls(**{**values, "augment": Augment(**values["augment"])})
+        others = {name: value for name, value in values.items() if name != "augment"}
+        return cls(augment=Augment(**values["augment"]), **others)
 
 
 def _scaled(pixels: int | tuple[int, int], factor: float) -> int | tuple[int, int]:
