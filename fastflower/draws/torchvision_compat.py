@@ -155,7 +155,7 @@ def _convert(reading: _Reading, step: _Step) -> None:
     # v2 takes one by kind of input, too.
     dtypes = cast("dict[object, object]", dtype).values() if isinstance(dtype, dict) else [dtype]
     floating = step.name == "ToTensor" or any(getattr(one, "is_floating_point", False) for one in dtypes)
-    unscaled = floating and getattr(step.transform, "scale", True) is False
+    unscaled = floating and not getattr(step.transform, "scale", True)
     step.require(not unscaled, "with scale=False leaves levels at 0 .. 255; pass scale=True")
     reading.floating = floating or (reading.floating and step.name not in ("ToImage", "PILToTensor"))
 
