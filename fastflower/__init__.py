@@ -4,7 +4,7 @@ Importing this package loads nothing: each name below is imported when it is fir
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastflower.draws.augment import Augment as Augment
@@ -38,7 +38,7 @@ _HOME = {
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'fastflower' has no attribute {name!r}")
     return getattr(import_module(f"fastflower.{_HOME[name]}"), name)

@@ -1,14 +1,15 @@
 """The command line: each verb of the library, its flags made from its signature and docstring."""
 
 import inspect
-import io
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from argparse import ArgumentParser
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from dataclasses import field, make_dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,21 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fastflower.errors import ArgumentError, FastflowerError, ShardError, StoppedError
 
 _MOST_LINES = 20  # of a kind; the manifest has all
+
+_DASK = tyro.conf.arg(
+    name="dask",
+    metavar="ADDRESS",
+    help="Of a Dask scheduler: pack on its workers, which see FOLDER and OUT under the same paths.",
+)
+_TYPES: dict[str, object] = {
+    "folder": Path,
+    "shards": str,
+    "checkpoint": Path,
+    "images": list[Path],
+    "device": str | None,
+    "executor": Annotated[str | None, _DASK],
+}
+"""What a command line gives of the verbs' parameters that also take objects which no text describes."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -46,8 +62,8 @@ def _run(args: Sequence[str] | None) -> int:
         wrong = [f"there is no verb {args[0]!r}"] if args and not asked else []
         print(*wrong, usage, *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):  # what stands in for stdout may have none
+        reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
     warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata and large images, without the file's name
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fastflower").setLevel(logging.INFO)
@@ -67,41 +83,30 @@ def _run(args: Sequence[str] | None) -> int:
     return 0
 
 
-def _parse(prog: str, args: Sequence[str], verb: Callable[..., Any], note: str = "", **changes: Any) -> dict[str, Any]:
+def _parse(
+    prog: str, args: Sequence[str], verb: Callable[..., object], note: str = "", preset: object = None, **types: object
+) -> dict[str, Any]:
     """The keyword arguments for `verb` from the command line.
 
-    changes  what a command line needs in place of the signature's: an annotation, or (annotation, default); None drops
-    the parameter.
+    note  stands above the flags in the help. preset  the default of `recipe`. types  of parameters, as in _TYPES.
     """
-
-    def collect(**values: Any) -> dict[str, Any]:
-        return values
-
-    kept: list[inspect.Parameter] = []
+    flags: list[tuple[str, object, object]] = []
     for name, parameter in inspect.signature(verb).parameters.items():
-        change = changes.get(name, parameter.annotation)
-        annotation, default = change if isinstance(change, tuple) else (change, parameter.default)
-        if annotation is not None:
-            if default is parameter.empty:
-                annotation = Annotated[annotation, tyro.conf.arg(metavar=name.upper())]
-            kept.append(parameter.replace(annotation=annotation, default=default, kind=parameter.KEYWORD_ONLY))
-    collect.__signature__ = inspect.Signature(kept)  # pyright: ignore[reportFunctionMemberAccess]
-    collect.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
-    collect.__doc__ = inspect.cleandoc(verb.__doc__ or "").replace("Args:", f"{note}\n\nArgs:", 1)
-    return tyro.cli(collect, prog=prog, args=args, config=(tyro.conf.PositionalRequiredArgs,))
+        annotation = {**_TYPES, **types}.get(name, parameter.annotation)
+        default: Any = preset if name == "recipe" else parameter.default
+        if default is parameter.empty:
+            flags.append((name, Annotated[annotation, tyro.conf.arg(metavar=name.upper())], field()))
+        else:
+            flags.append((name, annotation, field(default=Path(default) if annotation is Path else default)))
+    text = inspect.cleandoc(verb.__doc__ or "").replace("Args:", f"{note}\n\nArgs:", 1)
+    arguments: type[object] = make_dataclass("Arguments", flags, kw_only=True, namespace={"__doc__": text})
+    return vars(tyro.cli(arguments, prog=prog, args=args, config=(tyro.conf.PositionalRequiredArgs,)))
 
 
 def _pack(prog: str, args: Sequence[str]) -> None:
     from fastflower.packing.packer import pack
 
-    address = tyro.conf.arg(
-        name="dask",
-        metavar="ADDRESS",
-        help="Of a Dask scheduler: pack on its workers, which see FOLDER and OUT under the same paths.",
-    )
-    values = _parse(
-        prog, args, pack, folder=Path, out=(Path, Path("shards")), executor=(Annotated[str | None, address], None)
-    )
+    values = _parse(prog, args, pack, out=Path)
     with _dask(values.pop("executor")) as executor:
         manifest = pack(**values, executor=executor)
     for name, split in manifest.splits.items():
@@ -127,7 +132,7 @@ def _listed(what: str, lines: Iterable[str]) -> None:
 
 
 @contextmanager
-def _dask(address: str | None) -> Iterator[Executor | None]:
+def _dask(address: str | None) -> Generator[Executor | None]:
     if address is None:
         yield None
         return
@@ -142,13 +147,13 @@ def _dask(address: str | None) -> Iterator[Executor | None]:
             f"--dask {address}: no scheduler answers there ({error}); name one as tcp://HOST:PORT."
         ) from None
     with client:
-        yield client.get_executor()
+        yield client.get_executor()  # pyright: ignore[reportUnknownMemberType]  (distributed is untyped)
 
 
 def _verify(prog: str, args: Sequence[str]) -> None:
     from fastflower.shards.verification import verify
 
-    values = _parse(prog, args, verify, shards=str)
+    values = _parse(prog, args, verify)
     problems = verify(**values)
     for problem in problems:
         print(problem)
@@ -167,7 +172,7 @@ def _doctor(prog: str, args: Sequence[str]) -> None:
 def _preview(prog: str, args: Sequence[str]) -> None:
     from fastflower.reporting.preview import preview
 
-    values = _parse_recipe(prog, args, preview, out=(Path, Path("preview.png")))
+    values = _parse_recipe(prog, args, preview, out=Path)
     print(f"wrote {preview(**values)}")
 
 
@@ -186,34 +191,28 @@ def _train(prog: str, args: Sequence[str]) -> None:
     print(f"wrote {report.folder / 'report.html'}")
 
 
-def _parse_recipe(prog: str, args: Sequence[str], verb: Callable[..., Any], **changes: Any) -> dict[str, Any]:
+def _parse_recipe(prog: str, args: Sequence[str], verb: Callable[..., object], **types: object) -> dict[str, Any]:
     """As _parse, for a verb on shards with a recipe, of which each field is a flag."""
     from fastflower.recipes.presets import PRESETS
     from fastflower.recipes.recipe import Recipe
 
-    preset, args = _preset(args, list(PRESETS))
+    # --recipe NAME is taken out first: the defaults of all other flags depend on it.
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", nargs="?", default="default", const="")
+    recipe_flag, rest = parser.parse_known_args(args)
+    name: str = recipe_flag.recipe
+    if name not in PRESETS:
+        meant = "".join(f" Did you mean {near}?" for near in get_close_matches(name, PRESETS, 1))
+        raise ArgumentError(f"--recipe must be one of {', '.join(PRESETS)}, got {name!r}.{meant}")
     note = f"--recipe NAME, one of {', '.join(PRESETS)}, sets the fields of the recipe; the flags below change them."
-    recipe = (Annotated[Recipe, tyro.conf.arg(name="")], PRESETS[preset]())
-    return _parse(prog, args, verb, note, shards=str, recipe=recipe, device=str | None, **changes)
-
-
-def _preset(args: Sequence[str], known: Sequence[str]) -> tuple[str, list[str]]:
-    """Take --recipe NAME out of the arguments: the defaults of all other flags depend on it."""
-    rest, name = list(args), "default"
-    for position, arg in enumerate(args):
-        if arg == "--recipe" or arg.startswith("--recipe="):
-            value = arg.partition("=")[2] or " ".join(args[position + 1 : position + 2])
-            if value not in known:
-                meant = "".join(f" Did you mean {near}?" for near in get_close_matches(value, known, 1))
-                raise ArgumentError(f"--recipe must be one of {', '.join(known)}, got {value!r}.{meant}")
-            name, rest = value, [*args[:position], *args[position + (1 if "=" in arg else 2) :]]
-    return name, rest
+    recipe = Annotated[Recipe, tyro.conf.arg(name="")]
+    return _parse(prog, rest, verb, note, PRESETS[name](), recipe=recipe, **types)
 
 
 def _evaluate(prog: str, args: Sequence[str]) -> None:
     from fastflower.models.evaluation import evaluate
 
-    scores = evaluate(**_parse(prog, args, evaluate, checkpoint=Path, shards=str, device=str | None))
+    scores = evaluate(**_parse(prog, args, evaluate))
     print(
         f"{scores.num_samples} images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, "
         f"macro-F1 {scores.macro_f1:.2%}, calibration error {scores.calibration_error:.2%}"
@@ -225,11 +224,11 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
 def _predict(prog: str, args: Sequence[str]) -> None:
     from fastflower.models.prediction import predict
 
-    values = _parse(prog, args, predict, checkpoint=Path, images=list[Path], device=str | None)
+    values = _parse(prog, args, predict)
     if not values["images"]:
         raise ArgumentError("IMAGES must name at least one image file or folder, got none.")
-    for found in predict(**values):
-        print(f"{found.path}: {found.class_name} ({found.probability:.1%})")
+    for prediction in predict(**values):
+        print(f"{prediction.path}: {prediction.class_name} ({prediction.probability:.1%})")
 
 
 _VERBS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {

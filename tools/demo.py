@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -26,6 +26,17 @@ from fastflower.recipes.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 _MARK = ".fastflower-demo"  # in a folder that a demo may clear
+
+
+class Timed(TypedDict):
+    """One side of a comparison, as benchmarks/epoch_time.py writes it."""
+
+    name: str
+    images: int
+    seconds: list[float]
+    """Of each round."""
+    ratio: float
+    """Of its rate to the baseline's."""
 
 
 def main(
@@ -113,24 +124,21 @@ def _trained(out: Path, weights: Path | None, backbone: str | None, epochs: int 
     raise AssertionError("unreachable: the last try returns or raises")
 
 
-def _timed(folder: Path, out: Path, size: int) -> dict[str, Any]:
+def _timed(folder: Path, out: Path, size: int) -> dict[str, list[Timed]]:
     """benchmarks/epoch_time.py on 640 of the same photographs, in the size that was trained."""
     command = [sys.executable, ROOT / "benchmarks" / "epoch_time.py", "--data", folder, "--out", out]
     options = {"rounds": 3, "train-rounds": 1, "size": size, "max-images": 640}
     subprocess.run([*command, *(f"--{name}={value}" for name, value in options.items())], check=True)
-    return json.loads(next(out.glob("epoch_time_*.json")).read_text())
+    content = json.loads(next(out.glob("epoch_time_*.json")).read_text())
+    return {name: content[name] for name in ("feeding", "training")}
 
 
-def _summary(report: Report, scores: Scores, timing: dict[str, Any], seconds: float) -> None:
+def _summary(report: Report, scores: Scores, timing: dict[str, list[Timed]], seconds: float) -> None:
     rows = [("validation accuracy", f"{scores.accuracy:.1%} of {scores.num_samples} images")]
-    rows.append(
-        (
-            "training",
-            f"{len(report.history)} epochs of {statistics.median(row['train_seconds'] for row in report.history):.1f} s",
-        )
-    )
-    for name in ("feeding", "training"):
-        for side in timing[name]:
+    epoch_seconds = statistics.median(row["train_seconds"] for row in report.history)
+    rows.append(("training", f"{len(report.history)} epochs of {epoch_seconds:.1f} s"))
+    for name, sides in timing.items():
+        for side in sides:
             rate = side["images"] / statistics.median(side["seconds"])
             rows.append((f"{name}: {side['name']}", f"{rate:.0f} images/s, {side['ratio']:.2f} times"))
     rows.append(("all of it", f"{seconds:.0f} s"))

@@ -5,29 +5,34 @@ a network has something to learn.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import cv2
 import numpy as np
 import tyro
 from numpy.random import Generator
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastflower.machine import cores
 
+Image = NDArray[np.uint8]
+"""(H, W, 3) RGB."""
+Point = NDArray[np.float64]
+"""(2,) x, y."""
 Colour = tuple[float, float, float]
 
 SHIFT = 4  # bits of fraction in the coordinates given to OpenCV
-WHITES = [(235, 235, 225), (240, 215, 225), (245, 240, 200)]
-YELLOWS = [(235, 195, 30), (245, 215, 70), (225, 160, 20)]
-REDS = [(190, 25, 45), (220, 90, 130), (160, 40, 110), (230, 120, 60)]
+WHITES: list[Colour] = [(235, 235, 225), (240, 215, 225), (245, 240, 200)]
+YELLOWS: list[Colour] = [(235, 195, 30), (245, 215, 70), (225, 160, 20)]
+REDS: list[Colour] = [(190, 25, 45), (220, 90, 130), (160, 40, 110), (230, 120, 60)]
 
 
 def petal(
-    image: Any, centre: Any, angle: float, start: float, length: float, width: float, colour: Colour, tip: float
+    image: Image, centre: Point, angle: float, start: float, length: float, width: float, colour: Colour, tip: float
 ) -> None:
     """One petal that points away from the centre; tip  0 is round, 1 pointed."""
     along = np.linspace(0, 1, 12)
@@ -37,24 +42,33 @@ def petal(
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     points = np.rint((outline @ turn + centre) * 2**SHIFT).astype(np.int32)
     cv2.fillPoly(image, [points], colour, cv2.LINE_AA, SHIFT)
-    shade = tuple(0.8 * part for part in colour)
-    cv2.polylines(image, [points], isClosed=True, color=shade, thickness=1, lineType=cv2.LINE_AA, shift=SHIFT)
+    cv2.polylines(
+        image, [points], isClosed=True, color=tinted(colour, 0.8), thickness=1, lineType=cv2.LINE_AA, shift=SHIFT
+    )
 
 
-def disc(image: Any, centre: Any, radius: float, colour: Colour) -> None:
-    at = tuple(round(part * 2**SHIFT) for part in centre)
-    cv2.circle(image, at, int(radius * 2**SHIFT), colour, -1, cv2.LINE_AA, SHIFT)
+def disc(image: Image, centre: Point, radius: float, colour: Colour) -> None:
+    x, y = np.rint(centre * 2**SHIFT).astype(int).tolist()
+    cv2.circle(image, (x, y), int(radius * 2**SHIFT), colour, -1, cv2.LINE_AA, SHIFT)
 
 
-def varied(rng: Generator, colours: list[Any], spread: float = 18) -> Colour:
-    red, green, blue = np.clip(np.array(colours[rng.integers(len(colours))]) + rng.normal(0, spread, 3), 0, 255)
-    return float(red), float(green), float(blue)
+def varied(rng: Generator, colours: Sequence[Colour], spread: float = 18) -> Colour:
+    return clipped(np.array(colours[int(rng.integers(len(colours)))]) + rng.normal(0, spread, 3))
+
+
+def tinted(colour: Colour, factor: float | NDArray[np.float64]) -> Colour:
+    return clipped(np.array(colour) * factor)
+
+
+def clipped(levels: NDArray[np.float64]) -> Colour:
+    red, green, blue = np.clip(levels, 0, 255).tolist()
+    return red, green, blue
 
 
 def ring(
-    image: Any,
+    image: Image,
     rng: Generator,
-    centre: Any,
+    centre: Point,
     count: int,
     start: float,
     length: float,
@@ -65,46 +79,46 @@ def ring(
     phase = rng.uniform(0, 2 * np.pi)
     for number in range(count):
         angle = phase + 2 * np.pi * number / count + rng.normal(0, 0.06)
-        tint = tuple(float(np.clip(part * rng.normal(1, 0.05), 0, 255)) for part in colour)
-        petal(image, centre, angle, start, length * rng.normal(1, 0.06), width, tint, tip)  # pyright: ignore[reportArgumentType]
+        tint = tinted(colour, rng.normal(1, 0.05, 3))
+        petal(image, centre, angle, start, length * rng.normal(1, 0.06), width, tint, tip)
 
 
-def daisy(image: Any, rng: Generator, centre: Any, radius: float) -> None:
+def daisy(image: Image, rng: Generator, centre: Point, radius: float) -> None:
     colour = varied(rng, WHITES + YELLOWS[:1])
     ring(image, rng, centre, int(rng.integers(12, 20)), 0.2 * radius, 0.8 * radius, 0.24 * radius, colour, 0.2)
     disc(image, centre, radius * rng.uniform(0.2, 0.3), varied(rng, YELLOWS))
 
 
-def dandelion(image: Any, rng: Generator, centre: Any, radius: float) -> None:
+def dandelion(image: Image, rng: Generator, centre: Point, radius: float) -> None:
     colour = varied(rng, YELLOWS + WHITES[2:])
     for share in (1.0, 0.72, 0.45):
         ring(image, rng, centre, int(rng.integers(26, 36)), 0, share * radius, 0.1 * radius, colour, 0.5)
 
 
-def rose(image: Any, rng: Generator, centre: Any, radius: float) -> None:
+def rose(image: Image, rng: Generator, centre: Point, radius: float) -> None:
     colour = varied(rng, REDS + WHITES + YELLOWS[:1])
     for share in (1.0, 0.75, 0.52, 0.3):
-        tint = tuple(part * (0.7 + 0.3 * share) for part in colour)
-        ring(image, rng, centre, int(rng.integers(4, 7)), 0, share * radius, share * radius, tint, 0.0)  # pyright: ignore[reportArgumentType]
+        tint = tinted(colour, 0.7 + 0.3 * share)
+        ring(image, rng, centre, int(rng.integers(4, 7)), 0, share * radius, share * radius, tint, 0.0)
 
 
-def sunflower(image: Any, rng: Generator, centre: Any, radius: float) -> None:
+def sunflower(image: Image, rng: Generator, centre: Point, radius: float) -> None:
     colour = varied(rng, [*YELLOWS, REDS[3]])
     ring(image, rng, centre, int(rng.integers(14, 22)), 0.35 * radius, 0.65 * radius, 0.26 * radius, colour, 1.0)
     disc(image, centre, radius * rng.uniform(0.34, 0.46), varied(rng, [(70, 45, 25), (95, 70, 30)]))
 
 
-def tulip(image: Any, rng: Generator, centre: Any, radius: float) -> None:
+def tulip(image: Image, rng: Generator, centre: Point, radius: float) -> None:
     colour = varied(rng, REDS + YELLOWS + WHITES)
     lean = rng.normal(0, 0.25)
-    base = np.array(centre) + 0.8 * radius * np.array([np.sin(lean), np.cos(lean)])
+    base = centre + 0.8 * radius * np.array([np.sin(lean), np.cos(lean)])
     petal(image, base, np.pi / 2 - lean, 0, 1.6 * radius, 0.1 * radius, varied(rng, [(60, 120, 50)]), 0.0)
     for turn, share in ((-0.42, 1.5), (0.42, 1.5), (0.0, 1.6)):
-        tint = tuple(part * (0.85 + 0.15 * (turn == 0)) for part in colour)
-        petal(image, base, -np.pi / 2 - lean + turn, 0, share * radius, 0.85 * radius, tint, 0.4)  # pyright: ignore[reportArgumentType]
+        tint = tinted(colour, 0.85 + 0.15 * (turn == 0))
+        petal(image, base, -np.pi / 2 - lean + turn, 0, share * radius, 0.85 * radius, tint, 0.4)
 
 
-KINDS: dict[str, Callable[[Any, Generator, Any, float], None]] = {
+KINDS: dict[str, Callable[[Image, Generator, Point, float], None]] = {
     "daisy": daisy,
     "dandelion": dandelion,
     "rose": rose,
@@ -113,7 +127,7 @@ KINDS: dict[str, Callable[[Any, Generator, Any, float], None]] = {
 }
 
 
-def draw(kind: str, rng: Generator) -> Any:
+def draw(kind: str, rng: Generator) -> Image:
     """One picture, (H, W, 3) uint8 RGB, 240 to 500 pixels a side."""
     height, width = rng.integers(240, 501, 2)
     coarse = rng.normal(0, 1, (int(rng.integers(3, 12)), int(rng.integers(3, 12)), 1))

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -84,9 +85,7 @@ def history_of(shards: str, name: str, recipe: Recipe, out: Path, device: str | 
         kept = Checkpoint.load(folder / LAST)
         loaders = (Loader(shards, split, batch_size=1, device="cpu", cache=None) for split in ("train", "val"))
         used = [kept.feeding["shards"], kept.feeding.get("val")]
-        if kept.recipe.spelled_out == recipe.spelled_out and used == [
-            loader.state_dict()["shards"] for loader in loaders
-        ]:
+        if kept.recipe.resolved == recipe.resolved and used == [loader.state_dict()["shards"] for loader in loaders]:
             return kept.history
     return train(shards, recipe, out=folder, resume=True, device=device).history
 
@@ -97,23 +96,23 @@ def seconds_of(history: list[dict[str, float]]) -> float:
 
 
 def table(letters: Sequence[Letter], histories: Histories) -> str:
-    """Markdown: what was reported and what was found; a recipe that is compared twice stands twice."""
+    """Markdown: what was reported and what is reached here; a recipe that is compared twice stands twice."""
     lines = [
         "| report | compared | recipe | reported | ours, best epoch | last epoch | reported s | ours s | epochs |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for letter in letters:
         for title, experiments in REPORTS[letter].items():
-            for one in experiments:
-                if one.recipe not in histories:
+            for experiment in experiments:
+                if experiment.recipe not in histories:
                     continue
-                history = histories[one.recipe]
+                history = histories[experiment.recipe]
                 best = 100 * history[best_epoch(history) - 1]["val_accuracy"]
-                seconds = seconds_of(history)
+                last = 100 * history[-1]["val_accuracy"]
+                reported_seconds = "" if experiment.seconds is None else round(experiment.seconds)
                 lines.append(
-                    f"| {letter.upper()} | {title} | {one.recipe} | {one.accuracy:.1f}% | {best:.1f}% | "
-                    f"{100 * history[-1]['val_accuracy']:.1f}% | {'' if one.seconds is None else round(one.seconds)} | "
-                    f"{seconds:.0f} | {len(history)} |"
+                    f"| {letter.upper()} | {title} | {experiment.recipe} | {experiment.accuracy:.1f}% | {best:.1f}% | "
+                    f"{last:.1f}% | {reported_seconds} | {seconds_of(history):.0f} | {len(history)} |"
                 )
     return "\n".join(lines) + "\n"
 
@@ -124,22 +123,23 @@ def draw(letter: Letter, histories: Histories, path: Path) -> None:
     figure = Figure(figsize=(11, 3.4 * len(comparisons)), layout="constrained")
     grid = figure.subplots(len(comparisons), 2, squeeze=False)
     for (curves, bars), (title, experiments) in zip(grid, comparisons.items(), strict=True):
-        shown = [one for one in experiments if one.recipe in histories]
-        for number, one in enumerate(shown):
-            history, color = histories[one.recipe], f"C{number}"
+        shown = [experiment for experiment in experiments if experiment.recipe in histories]
+        for number, experiment in enumerate(shown):
+            history, color = histories[experiment.recipe], f"C{number}"
             best = 100 * history[best_epoch(history) - 1]["val_accuracy"]
             accuracies = [100 * row["val_accuracy"] for row in history]
-            curves.plot([row["epoch"] for row in history], accuracies, marker=".", color=color, label=one.recipe)
-            curves.axhline(one.accuracy, color=color, linestyle="--", linewidth=0.8)
+            curves.plot([row["epoch"] for row in history], accuracies, marker=".", color=color, label=experiment.recipe)
+            curves.axhline(experiment.accuracy, color=color, linestyle="--", linewidth=0.8)
             bars.barh(number - 0.2, best, 0.38, color=color)
-            bars.barh(number + 0.2, one.accuracy, 0.38, color=color, alpha=0.4)
-            taken = "" if one.seconds is None else f", {one.seconds:.0f} s"
+            bars.barh(number + 0.2, experiment.accuracy, 0.38, color=color, alpha=0.4)
+            seconds = "" if experiment.seconds is None else f", {experiment.seconds:.0f} s"
+            reported = f" reported {experiment.accuracy:.1f}{seconds}"
             bars.text(best, number - 0.2, f" here {best:.1f}, {seconds_of(history):.0f} s", va="center", fontsize=8)
-            bars.text(one.accuracy, number + 0.2, f" reported {one.accuracy:.1f}{taken}", va="center", fontsize=8)
+            bars.text(experiment.accuracy, number + 0.2, reported, va="center", fontsize=8)
         curves.set(title=f"Report {letter.upper()}: {title}", xlabel="epoch", ylabel="validation accuracy, %")
         curves.xaxis.get_major_locator().set_params(integer=True)
         curves.legend(fontsize=8)
-        bars.set_yticks(range(len(shown)), [one.recipe for one in shown], fontsize=8)
+        bars.set_yticks(range(len(shown)), [experiment.recipe for experiment in shown], fontsize=8)
         bars.set(xlabel="best validation accuracy, %", xlim=(0, 129))
         bars.invert_yaxis()
     write_atomically(path, png(figure))
@@ -167,12 +167,12 @@ def reports(
     Loader(shards, "val", device="cpu", cache=None)  # shards without one are refused here, not after a training
     histories: Histories = {}
     for letter in report:
-        for one in (one for experiments in REPORTS[letter].values() for one in experiments):
-            recipe = PRESETS[one.recipe]()
+        for experiment in chain.from_iterable(REPORTS[letter].values()):
+            recipe = PRESETS[experiment.recipe]()
             recipe = replace(recipe, weights=weights, freeze=recipe.freeze if weights else 0)
-            if one.recipe not in histories:
+            if experiment.recipe not in histories:
                 recipe = replace(recipe, epochs=epochs or recipe.epochs)
-                histories[one.recipe] = history_of(shards, one.recipe, recipe, out, device)
+                histories[experiment.recipe] = history_of(shards, experiment.recipe, recipe, out, device)
                 write_atomically(out / "reports.md", table(report, histories).encode())
         draw(letter, histories, out / f"report-{letter}.png")
     text = table(report, histories)

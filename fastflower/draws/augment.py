@@ -5,7 +5,8 @@ N samples, A attempts, S slots.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from math import isfinite
+from typing import Literal, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -89,12 +90,12 @@ class Augment:
         for name in ("rotate", "affine_rotate", "brightness", "contrast", "saturation", "mixup", "cutmix"):
             _check(0 <= getattr(self, name) < np.inf, name, "0 or more", self)
         _check(0 <= self.hue <= 0.5, "hue", "in [0, 0.5]", self)
-        inside = _are_numbers(self.translate, 2) and all(0 <= part <= 1 for part in self.translate)
+        inside = _are_numbers(self.translate, 2) and all(0 <= share <= 1 for share in self.translate)
         _check(inside, "translate", "two fractions in [0, 1]", self)
-        inside = _are_numbers(self.shear, 2) and all(0 <= part < 90 for part in self.shear)
+        inside = _are_numbers(self.shear, 2) and all(0 <= angle < 90 for angle in self.shear)
         _check(inside, "shear", "two angles in [0, 90) degrees", self)
         for name in ("crop", "crop_ratio", "scale", "erase_area", "erase_ratio"):
-            value: Any = getattr(self, name)
+            value = getattr(self, name)
             most, rule = np.inf, "(least, most) with 0 < least <= most"
             if name in ("crop", "erase_area"):
                 most, rule = 1, f"{rule} <= 1"
@@ -118,8 +119,8 @@ class Augment:
     @property
     def moves(self) -> bool:
         """Whether rotation, shift, scale or shear is drawn."""
-        affine = (self.rotate, self.affine_rotate, *self.translate, *self.shear, *(part - 1 for part in self.scale))
-        return any(part != 0 for part in affine)
+        affine = (self.rotate, self.affine_rotate, *self.translate, *self.shear, *(factor - 1 for factor in self.scale))
+        return any(bound != 0 for bound in affine)
 
     @property
     def uncovers(self) -> bool:
@@ -145,7 +146,23 @@ class Augment:
         return cls(**fields_of(transform))
 
     def draw(self, seed: int, epoch: int, indices: ArrayLike, sizes: ArrayLike) -> Draw:
-        """Draw for the samples `indices`, (N,) integers, whose photographs have `sizes`, (N, 2) height and width in pixels."""
+        """Draw for the samples `indices`, (N,) integers, whose photographs have `sizes`, (N, 2) height and width in pixels.
+
+        Example:
+            >>> from fastflower import Augment
+            >>> augment = Augment(size=(64, 96), crop=(0.25, 1.0), flip=0.5, rotate=10)
+            >>> draw = augment.draw(seed=0, epoch=0, indices=[7, 8], sizes=[[300, 400], [500, 375]])
+            >>> draw.roi.tolist()  # top, left, height, width of each crop
+            [[50.0, 126.0, 234.0, 251.0], [61.0, 35.0, 334.0, 309.0]]
+            >>> draw.flip.tolist()  # left-right, upside-down
+            [[True, False], [False, False]]
+            >>> draw.rotate.round(3).tolist()
+            [1.552, 5.055]
+            >>> draw.matrix().shape  # all of the geometry as one matrix a sample
+            (2, 2, 3)
+            >>> augment.draw(0, 0, [8], [[500, 375]]).roi.tolist()  # no draw depends on its batch
+            [[61.0, 35.0, 334.0, 309.0]]
+        """
         indices_N = np.asarray(indices, np.int64).reshape(-1)
         sizes_N2 = np.asarray(sizes, np.int64).reshape(-1, 2)
         dice = Dice(uniform(seed, 0 if self.fixed else epoch, indices_N))
@@ -170,7 +187,7 @@ class Augment:
             erase=self._erased(dice),
         )
 
-    def mix(self, seed: int, epoch: int, indices: ArrayLike) -> "Mix":
+    def mix(self, seed: int, epoch: int, indices: ArrayLike) -> Mix:
         """Draw for the pairs (0, 1), (2, 3) ... of a batch of samples `indices`, (N,) with N even.
 
         mixup: Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018. cutmix: Yun et al., "CutMix", 2019, section 3.1.
@@ -207,12 +224,13 @@ class Augment:
         start = np.where(resized < size, -((size - resized) // 2), np.rint((resized - size) / 2))
         return np.concatenate([start * factor, size * factor], axis=1)
 
-    def _random_crop(self, dice: "Dice", sizes_N2: NDArray[np.int64], crop: tuple[float, float]) -> Floats:
+    def _random_crop(self, dice: Dice, sizes_N2: NDArray[np.int64], crop: tuple[float, float]) -> Floats:
         """torchvision's RandomResizedCrop.get_params: the first of ten attempts that fits, else the centre."""
-        wide_NA2 = dice.sides(crop, sizes_N2.prod(axis=1), self.crop_ratio, Slot.CROP)
-        fits_NA2 = (wide_NA2 > 0) & (wide_NA2 <= sizes_N2[:, None, :])
-        found, crop_size, corner = dice.first_fit(wide_NA2, fits_NA2, sizes_N2, Slot.CROP)
-        return np.where(found[:, None], np.concatenate([corner, crop_size], axis=1), self._widest_crop(sizes_N2))
+        sides_NA2 = dice.sides(crop, sizes_N2.prod(axis=1), self.crop_ratio, Slot.CROP)
+        fits_NA2 = (sides_NA2 > 0) & (sides_NA2 <= sizes_N2[:, None, :])
+        fits_N, crop_size_N2, corner_N2 = dice.first_fit(sides_NA2, fits_NA2, sizes_N2, Slot.CROP)
+        crop_N4 = np.concatenate([corner_N2, crop_size_N2], axis=1)
+        return np.where(fits_N[:, None], crop_N4, self._widest_crop(sizes_N2))
 
     def _widest_crop(self, sizes_N2: NDArray[np.int64]) -> Floats:
         """torchvision's fallback: the largest central crop whose ratio is allowed."""
@@ -223,21 +241,24 @@ class Augment:
         top, left = (height - crop_height) // 2, (width - crop_width) // 2
         return np.stack([top, left, crop_height, crop_width], axis=1).astype(np.float64)
 
-    def _erased(self, dice: "Dice") -> NDArray[np.int64]:
+    def _erased(self, dice: Dice) -> NDArray[np.int64]:
         """torchvision's RandomErasing.get_params: the first of ten attempts that is smaller than the image, else nothing."""
         if not self.erase:
             return np.zeros((len(dice.numbers_NS), 4), np.int64)
-        size = np.broadcast_to(np.array(self.output_size, np.int64), (len(dice.numbers_NS), 2))
+        size_N2 = np.broadcast_to(np.array(self.output_size, np.int64), (len(dice.numbers_NS), 2))
         # erase_ratio is height to width, crop_ratio width to height.
-        box_NA2 = dice.sides(self.erase_area, size.prod(axis=1), self.erase_ratio, Slot.ERASE_BOX)[..., ::-1]
-        found, box, corner = dice.first_fit(box_NA2, box_NA2 < size[:, None, :], size, Slot.ERASE_BOX)
-        hit = found & (dice.uniform(Slot.ERASE)[:, 0] < self.erase)
-        return np.where(hit[:, None], np.concatenate([corner, box], axis=1), 0).astype(np.int64)
+        sides_NA2 = dice.sides(self.erase_area, size_N2.prod(axis=1), self.erase_ratio, Slot.ERASE_BOX)[..., ::-1]
+        fits_N, box_size_N2, corner_N2 = dice.first_fit(
+            sides_NA2, sides_NA2 < size_N2[:, None, :], size_N2, Slot.ERASE_BOX
+        )
+        erased_N = fits_N & (dice.uniform(Slot.ERASE)[:, 0] < self.erase)
+        return np.where(erased_N[:, None], np.concatenate([corner_N2, box_size_N2], axis=1), 0).astype(np.int64)
 
 
-def _are_numbers(value: Any, count: int, *kinds: type) -> bool:
-    numbers = cast("tuple[Any, ...]", value if isinstance(value, tuple) else ())
-    right = all(isinstance(number, kinds or (int, float)) and np.isfinite(number) for number in numbers)
+def _are_numbers(value: object, count: int, kind: type[int] | type[float] = float) -> bool:
+    """Whether a field is a tuple of so many finite numbers; whole ones are floats too."""
+    numbers = cast("tuple[object, ...]", value if isinstance(value, tuple) else ())
+    right = all(isinstance(number, (int, kind)) and isfinite(number) for number in numbers)
     return right and len(numbers) == count
 
 

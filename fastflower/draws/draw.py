@@ -54,7 +54,7 @@ class Draw:
         if self.rotate.any():
             rotation = geometry.affine(-self.rotate, still, np.ones_like(self.scale), still, self.size)
             matrix = geometry.compose(matrix, rotation)
-        if any(part.any() for part in (self.affine_rotate, self.translate, self.scale - 1, self.shear)):
+        if any(drawn.any() for drawn in (self.affine_rotate, self.translate, self.scale - 1, self.shear)):
             moved = geometry.affine(self.affine_rotate, self.translate, self.scale, self.shear, self.size)
             matrix = geometry.compose(matrix, moved)
         return matrix

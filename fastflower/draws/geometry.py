@@ -1,8 +1,9 @@
 """Crop, flip, rotation, translation, scale and shear as one matrix.
 
 A warp matrix maps destination to source: 2x3, columns (x, y), in pixels whose centres lie at +0.5 (a pixel covers
-[i, i+1)). Angles are degrees at the interface and radians nowhere else than here. Shape suffixes: N batch, 2/3 matrix
-rows and columns, P points.
+[i, i+1)). Rectangles are (top, left, height, width), so that they and all that is measured down and across count (y, x):
+`[:, ::-1]` turns the one order into the other. Angles are degrees at the interface and radians nowhere else than here.
+Shape suffixes: N batch, 2/3 matrix rows and columns, 4 sides of a rectangle, P points.
 """
 
 from dataclasses import dataclass, fields
@@ -62,6 +63,7 @@ def affine(angle_N: Floats, translate_N2: Floats, scale_N: Floats, shear_N2: Flo
     torchvision's `_get_inverse_affine_matrix` (torchvision/transforms/functional.py); shear is (x, y) in degrees.
     """
     rotation = np.radians(angle_N)
+    # [[a, b], [c, d]] rotates and shears with determinant 1, so that [[d, -b], [-c, a]] is its inverse.
     a, c = np.cos(rotation), np.sin(rotation)
     b, d = -c, a
     if shear_N2.any():
@@ -83,26 +85,33 @@ def corners(rectangle_N4: Floats) -> Floats:
     return np.stack([np.stack(point, axis=-1) for point in points], axis=-2)
 
 
+def ends(rectangle_N4: Floats) -> tuple[Floats, Floats]:
+    """Where rectangles (top, left, height, width) start, (top, left), and where they stop, (bottom, right); each (N, 2)."""
+    start_N2 = rectangle_N4[..., :2]
+    return start_N2, start_N2 + rectangle_N4[..., 2:]
+
+
 def intersect(one_N4: Floats, other_N4: Floats) -> Floats:
     """The part of `one` that `other` shares, (top, left, height, width).
 
     At least a pixel of `one` high and wide, or all of it where it is smaller, even where they do not meet.
     """
-    end = one_N4[..., :2] + one_N4[..., 2:]
+    (one_start, one_stop), (other_start, other_stop) = ends(one_N4), ends(other_N4)
     least = np.minimum(one_N4[..., 2:], 1)
-    start = np.minimum(np.maximum(one_N4[..., :2], other_N4[..., :2]), end - least)
-    stop = np.minimum(end, other_N4[..., :2] + other_N4[..., 2:])
+    start = np.minimum(np.maximum(one_start, other_start), one_stop - least)
+    stop = np.minimum(one_stop, other_stop)
     return np.concatenate([start, np.maximum(stop - start, least)], axis=-1)
 
 
 def grow(quad_N42: Floats, distance: float) -> Floats:
     """Move every edge of parallelograms outwards by `distance` pixels."""
-    u = (quad_N42[..., 1, :] - quad_N42[..., 0, :]) / 2
-    v = (quad_N42[..., 3, :] - quad_N42[..., 0, :]) / 2
-    area = np.abs(u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0])
-    step_u = u * (distance * np.linalg.norm(v, axis=-1) / area)[..., None]
-    step_v = v * (distance * np.linalg.norm(u, axis=-1) / area)[..., None]
-    steps = [-step_u - step_v, step_u - step_v, step_u + step_v, step_v - step_u]
+    half_across = (quad_N42[..., 1, :] - quad_N42[..., 0, :]) / 2
+    half_down = (quad_N42[..., 3, :] - quad_N42[..., 0, :]) / 2
+    area = np.abs(half_across[..., 0] * half_down[..., 1] - half_across[..., 1] * half_down[..., 0])
+    # The edges along `down` lie area / |half_down| from the middle: half_across grows as that does by `distance`.
+    across = half_across * (distance * np.linalg.norm(half_down, axis=-1) / area)[..., None]
+    down = half_down * (distance * np.linalg.norm(half_across, axis=-1) / area)[..., None]
+    steps = [-across - down, across - down, across + down, down - across]
     return quad_N42 + np.stack(steps, axis=-2)
 
 
@@ -134,28 +143,43 @@ class Warp:
 
 
 def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness_N: Floats) -> Warp:
-    """Plan warps that show the rectangles `visible` (top, left, height, width) of their sources.
+    """Plan warps that show the rectangles `visible` (top, left, height, width) of their sources, for a destination of `size`.
 
     softness  (N,) by how much of itself the footprint is enlarged.
 
     Pillow's and torchvision's antialiased bilinear resize weighs the source by a triangle, (1 - |t|) for |t| < 1 in
     destination pixels, of variance 1/6; under a linear map J its covariance is J J^T / 6, of which the diagonal is used.
     """
-    footprint = np.square(matrix_N23[:, :, :2]).sum(axis=2)[:, ::-1] * (1 + softness_N[:, None])
-    # The destination's middle and half its extents, (y, x) in the source.
-    half = np.array([size[1] / 2, size[0] / 2])
-    reach = (np.abs(matrix_N23[:, ::-1, :2]) * half).sum(axis=2)
-    middle = (matrix_N23[:, ::-1, :2] * half).sum(axis=2) + matrix_N23[:, ::-1, 2]
+    # Rows y, x of the source by columns x, y of the destination, and where the destination's corner comes from.
+    linear_N22, offset_N2 = matrix_N23[:, ::-1, :2], matrix_N23[:, ::-1, 2]
+    footprint_N2 = np.square(linear_N22).sum(axis=2) * (1 + softness_N[:, None])
+
+    # The destination comes from a parallelogram of the source: its middle, and how far it reaches from there.
+    half_size = np.array([size[1] / 2, size[0] / 2])
+    middle_N2 = (linear_N22 * half_size).sum(axis=2) + offset_N2
+    reach_N2 = (np.abs(linear_N22) * half_size).sum(axis=2)
+
+    visible_start_N2, visible_size_N2 = visible_N4[:, :2], visible_N4[:, 2:]
+    past_start_N2 = visible_start_N2 - (middle_N2 - reach_N2)
+    past_stop_N2 = middle_N2 + reach_N2 - visible_start_N2 - visible_size_N2
     # A millionth of it: what rounding leaves where the edges of crop and output coincide.
-    past = np.maximum(visible_N4[:, :2] - (middle - reach), middle + reach - visible_N4[:, :2] - visible_N4[:, 2:])
-    masked = (past > 1e-6 * reach).any(axis=1)
-    reach += 2 + 2 * np.sqrt(footprint)  # the filter reaches 1, interpolation another destination pixel's width
-    region = intersect(visible_N4, np.concatenate([middle - reach, 2 * reach], axis=1))
-    first = np.floor(region[:, :2] + 1e-6)
-    region = np.concatenate([first, np.ceil(region[:, :2] + region[:, 2:] - 1e-6) - first], axis=1).astype(np.int64)
-    inside = matrix_N23.copy()
-    inside[:, :, 2] -= first[:, ::-1]
-    return Warp(inside, region, footprint, masked, matrix_N23, visible_N4)
+    masked_N = (np.maximum(past_start_N2, past_stop_N2) > 1e-6 * reach_N2).any(axis=1)
+
+    # A destination pixel is the footprint's root wide: the filter reads as much further, interpolation as much again.
+    read_N2 = reach_N2 + (2 + 2 * np.sqrt(footprint_N2))
+    read_N4 = np.concatenate([middle_N2 - read_N2, 2 * read_N2], axis=1)
+    start_N2, stop_N2 = ends(intersect(visible_N4, read_N4))
+    first_N2, end_N2 = np.floor(start_N2 + 1e-6), np.ceil(stop_N2 - 1e-6)  # whole pixels, again but for rounding
+    to_region_N23 = matrix_N23.copy()
+    to_region_N23[:, :, 2] -= first_N2[:, ::-1]
+    return Warp(
+        matrix=to_region_N23,
+        region=np.concatenate([first_N2, end_N2 - first_N2], axis=1).astype(np.int64),
+        footprint=footprint_N2,
+        masked=masked_N,
+        photo=matrix_N23,
+        visible=visible_N4,
+    )
 
 
 def reductions(footprint_N2: Floats) -> NDArray[np.int64]:
@@ -225,15 +249,25 @@ class Resampling:
 
 def resampling(warp: Warp) -> Resampling:
     """How such a renderer carries out a warp."""
-    reduce, shrink = reductions(warp.footprint), shrink_factors(warp.footprint)
-    first = warp.region[:, :2] // reduce[:, None]
-    region = np.concatenate([first, -(-(warp.region[:, :2] + warp.region[:, 2:]) // reduce[:, None]) - first], axis=1)
-    matrix = warp.matrix.copy()
-    matrix[:, :, 2] += (warp.region[:, :2] - reduce[:, None] * first)[:, ::-1]
-    boxes = np.minimum(shrink // reduce[:, None], region[:, 2:])
-    region[:, 2:] -= region[:, 2:] % boxes  # at most one box at the far edge is replaced by its neighbour
+    reduce_N, shrink_N2 = reductions(warp.footprint), shrink_factors(warp.footprint)
+    reduce_N1 = reduce_N[:, None]
+
+    # The pixels of the reduced photograph that the region touches; `first` may lie before where the region starts.
+    start_N2 = warp.region[:, :2]
+    stop_N2 = start_N2 + warp.region[:, 2:]
+    first_N2, end_N2 = start_N2 // reduce_N1, -(-stop_N2 // reduce_N1)
+    from_first_N23 = warp.matrix.copy()
+    from_first_N23[:, :, 2] += (start_N2 - reduce_N1 * first_N2)[:, ::-1]
+
+    size_N2 = end_N2 - first_N2
+    box_N2 = np.minimum(shrink_N2 // reduce_N1, size_N2)
+    whole_boxes_N2 = size_N2 - size_N2 % box_N2  # at most one box at the far edge is replaced by its neighbour
     return Resampling(
-        reduce, region, boxes, blur_variance(warp.footprint, shrink), centred(matrix / shrink[:, ::-1, None])
+        reduce=reduce_N,
+        region=np.concatenate([first_N2, whole_boxes_N2], axis=1),
+        shrink=box_N2,
+        blur=blur_variance(warp.footprint, shrink_N2),
+        matrix=centred(from_first_N23 / shrink_N2[:, ::-1, None]),
     )
 
 

@@ -12,6 +12,7 @@ time) or pads it with the epoch's first samples, evaluation keeps it and gives t
 """
 
 from math import isqrt
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +30,15 @@ def permute(positions: ArrayLike, num_samples: int, *, seed: int, epoch: int) ->
 
     positions  integers in 0 .. num_samples-1, shape (N,). num_samples  1 .. 2**62.
     Returns (N,) int64. Raises ArgumentError when a position lies outside the epoch.
+
+    Example:
+        >>> from fastflower.draws.order import permute
+        >>> permute(range(10), 10, seed=0, epoch=0).tolist()
+        [5, 8, 2, 3, 1, 4, 6, 7, 9, 0]
+        >>> permute([7, 8], 10, seed=0, epoch=0).tolist()  # any part of it, without the rest
+        [7, 9]
+        >>> permute([7, 8], 10**12, seed=0, epoch=0).shape
+        (2,)
     """
     if not 1 <= num_samples <= MAX_SAMPLES:
         raise ArgumentError(f"num_samples must lie in 1 .. 2**62, got {num_samples}.")
@@ -79,10 +89,10 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]
     return permute(np.arange(num_samples), num_samples, seed=seed, epoch=epoch)
 
 
-def rank_part(count: int, rank: int, world_size: int) -> slice:
-    """The slice of `count` consecutive things that belongs to `rank`; the parts of all ranks are disjoint and cover them.
+def rank_slice(count: int, rank: int, world_size: int) -> slice:
+    """The slice of `count` consecutive things that belongs to `rank`; the slices of all ranks are disjoint and cover them.
 
-    Parts differ by at most one where `world_size` does not divide `count`.
+    Their lengths differ by at most one where `world_size` does not divide `count`.
     """
     if not 0 <= rank < world_size:
         raise ArgumentError(f"rank must lie in 0 .. world_size-1 = {world_size - 1}, got {rank}.")
@@ -103,8 +113,17 @@ def step_positions(
     """
     start = step * global_batch_size
     count = global_batch_size if pad else min(global_batch_size, num_samples - start)
-    part = rank_part(count, rank, world_size)
-    return np.arange(int(start + part.start), int(start + part.stop)) % num_samples
+    mine = rank_slice(count, rank, world_size)
+    return np.arange(int(start + mine.start), int(start + mine.stop)) % num_samples
+
+
+class _Layout(NamedTuple):
+    """The shards of an epoch in the order in which they are read, and the positions at which each starts and ends, all (S,)."""
+
+    epoch: int
+    shards: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
 
 
 class Windows:
@@ -122,50 +141,47 @@ class Windows:
         self._samples = np.asarray(shard_samples, np.int64)
         self._first_index = np.cumsum(self._samples) - self._samples  # of each shard, in the index
         self._window, self._seed, self._shuffle = window, seed, shuffle
-        self._laid_out: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
-
-    def _layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The epoch's shards in order, and the positions at which each ends."""
-        if self._laid_out is None or self._laid_out[0] != epoch:
-            shards = self._shards(epoch)
-            self._laid_out = (epoch, shards, np.cumsum(self._samples[shards]))
-        return self._laid_out[1:]
-
-    def _shards(self, epoch: int) -> NDArray[np.int64]:
-        count = len(self._samples)
-        return epoch_order(count, seed=self._seed, epoch=epoch) if self._shuffle else np.arange(count)
+        self._laid_out: _Layout | None = None
 
     def indices(self, positions: ArrayLike, epoch: int) -> NDArray[np.int64]:
         """The indices of the samples that stand at `positions`, both (N,) integers. Raises ArgumentError as `permute` does."""
-        shards, ends = self._layout(epoch)
+        _, shards, starts, ends = self._layout(epoch)
         values = _checked(positions, int(ends[-1]))
         if not self._shuffle:
             return values
         windows = np.searchsorted(ends, values, "right") // self._window
-        found = np.empty(len(values), np.int64)
-        for number in np.unique(windows):
-            rows = np.flatnonzero(windows == number)
-            first = number * self._window
-            begin = ends[first] - self._samples[shards[first]]
-            end = ends[min(first + self._window, len(shards)) - 1]
-            key = stream_key(self._seed, int(number), Stream.WINDOWS)
-            place = begin + permute(values[rows] - begin, int(end - begin), seed=key, epoch=epoch)
-            at = np.searchsorted(ends, place, "right")
-            found[rows] = self._first_index[shards[at]] + place - (ends[at] - self._samples[shards[at]])
-        return found
+        shuffled = np.empty(len(values), np.int64)  # positions inside the same windows
+        for window in np.unique(windows):
+            start = starts[window * self._window]
+            end = ends[min((window + 1) * self._window, len(shards)) - 1]
+            rows = np.flatnonzero(windows == window)
+            window_seed = stream_key(self._seed, int(window), Stream.WINDOWS)
+            shuffled[rows] = start + permute(values[rows] - start, int(end - start), seed=window_seed, epoch=epoch)
+        turn = np.searchsorted(ends, shuffled, "right")
+        return self._first_index[shards[turn]] + shuffled - starts[turn]
 
     def ahead(self, positions: ArrayLike, epoch: int) -> list[int]:
         """The shards of the windows that hold `positions`, then those of the next window: at the end the next epoch's first."""
-        shards, ends = self._layout(epoch)
-        values = np.asarray(positions, np.int64)
-        windows = np.unique(np.searchsorted(ends, values, "right") // self._window)  # far apart in a padded tail
-        stop = (int(windows[-1]) + 2) * self._window
-        wanted: list[int] = []
-        for number in (*windows, windows[-1] + 1):
-            wanted += shards[number * self._window : (number + 1) * self._window].tolist()
-        if stop > len(shards):
-            wanted += self._shards(epoch + 1)[: min(stop - len(shards), self._window)].tolist()
-        return list(dict.fromkeys(wanted))
+        _, shards, _, ends = self._layout(epoch)
+        windows = np.unique(np.searchsorted(ends, np.asarray(positions, np.int64), "right") // self._window)
+        ahead: list[int] = []
+        for window in (*windows, windows[-1] + 1):  # one after the other, but for those of a padded tail
+            ahead += shards[window * self._window : (window + 1) * self._window].tolist()
+        missing = (int(windows[-1]) + 2) * self._window - len(shards)
+        if missing > 0:
+            ahead += self._shard_order(epoch + 1)[: min(missing, self._window)].tolist()
+        return list(dict.fromkeys(ahead))
+
+    def _layout(self, epoch: int) -> _Layout:
+        if self._laid_out is None or self._laid_out.epoch != epoch:
+            shards = self._shard_order(epoch)
+            ends = np.cumsum(self._samples[shards])
+            self._laid_out = _Layout(epoch, shards, ends - self._samples[shards], ends)
+        return self._laid_out
+
+    def _shard_order(self, epoch: int) -> NDArray[np.int64]:
+        count = len(self._samples)
+        return epoch_order(count, seed=self._seed, epoch=epoch) if self._shuffle else np.arange(count)
 
 
 def balanced(
@@ -181,10 +197,10 @@ def balanced(
     classes = np.flatnonzero(counts)
     rounds, turn = np.divmod(permute(positions, len(by_class), seed=seed, epoch=epoch), len(classes))
     label = classes[turn]
-    cycle, place = np.divmod(rounds, counts[label])
-    found = (np.cumsum(counts) - counts)[label]
-    for key in np.unique(np.stack([label, cycle]), axis=1).T.tolist():
-        rows = np.flatnonzero((label == key[0]) & (cycle == key[1]))
-        cycle_seed = stream_key(seed, *key, Stream.CLASSES)
-        found[rows] += permute(place[rows], int(counts[key[0]]), seed=cycle_seed, epoch=epoch)
-    return by_class[found]
+    cycle, place = np.divmod(rounds, counts[label])  # a cycle goes once through the samples of a class
+    chosen = (np.cumsum(counts) - counts)[label]
+    for one_label, one_cycle in np.unique(np.stack([label, cycle]), axis=1).T.tolist():
+        rows = np.flatnonzero((label == one_label) & (cycle == one_cycle))
+        cycle_seed = stream_key(seed, one_label, one_cycle, Stream.CLASSES)
+        chosen[rows] += permute(place[rows], int(counts[one_label]), seed=cycle_seed, epoch=epoch)
+    return by_class[chosen]

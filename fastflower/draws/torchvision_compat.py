@@ -5,11 +5,14 @@ torchvision without changing what is drawn (bilinear for nearest, colour after g
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from fastflower.errors import ArgumentError
+
+Fields = dict[str, Any]
+"""Keyword arguments for `Augment`, which checks them."""
 
 _log = logging.getLogger("fastflower")
 
@@ -27,207 +30,232 @@ _NEAREST_KIN = {
 }
 
 
-def fields_of(transform: object) -> dict[str, Any]:
+def fields_of(transform: object) -> Fields:
     """Keyword arguments for `Augment` from a torchvision transform or a Compose of them.
 
     Raises ArgumentError naming the transform that cannot be expressed, and the nearest that can where there is one.
     """
     reading = _Reading()
-    for step in _flatten(transform):
-        name = type(step).__name__
-        if name in _CONVERSIONS:
-            dtype: Any = getattr(step, "dtype", None)  # v2 takes one by kind of input, too
-            dtypes: list[Any] = list(dtype.values()) if isinstance(dtype, dict) else [dtype]  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-            floating = name == "ToTensor" or any(getattr(one, "is_floating_point", False) for one in dtypes)
-            scaled = getattr(step, "scale", True)
-            _require(not floating or scaled, name, "with scale=False leaves levels at 0 .. 255; pass scale=True")
-            reading.floating = floating or (reading.floating and name not in ("ToImage", "PILToTensor"))
+    for step in _steps(transform):
+        if step.name in _CONVERSIONS:
+            _convert(reading, step)
             continue
-        reader = _READERS.get(name)
+        reader = _READERS.get(step.name)
         if reader is None:
-            kin = f" The nearest that can is {_NEAREST_KIN[name]}." if name in _NEAREST_KIN else ""
-            raise ArgumentError(f"{name} cannot be expressed by Augment, which knows {', '.join(_READERS)}.{kin}")
-        _require(name not in reading.seen, name, "stands twice; draw it once")
-        reader(reading, name, step)
-        reading.seen.append(name)
+            kin = f" The nearest that can is {_NEAREST_KIN[step.name]}." if step.name in _NEAREST_KIN else ""
+            raise ArgumentError(f"{step.name} cannot be expressed by Augment, which knows {', '.join(_READERS)}.{kin}")
+        step.require(step.name not in reading.seen, "stands twice; draw it once")
+        reader(reading, step)
+        reading.seen.append(step.name)
     return reading.finish()
 
 
-def _flatten(transform: object) -> Iterator[object]:
+@dataclass(frozen=True)
+class _Step:
+    """One transform of torchvision: its name, and its attributes as plain values."""
+
+    transform: object
+
+    @property
+    def name(self) -> str:
+        return type(self.transform).__name__
+
+    def get(self, attribute: str) -> object:
+        """An attribute, or None: v1 and v2 have not all of them in common."""
+        return getattr(self.transform, attribute, None)
+
+    def number(self, attribute: str) -> float:
+        return float(getattr(self.transform, attribute))
+
+    def numbers(self, attribute: str, default: tuple[float, ...] = ()) -> tuple[float, ...]:
+        """What may be one number, several, or nothing: then `default`."""
+        value = self.get(attribute)
+        if isinstance(value, int | float):
+            return (value,)
+        return tuple(cast("Iterable[float] | None", value) or default)
+
+    def size(self) -> tuple[int, int]:
+        """(height, width), or a square of one number."""
+        height, *width = map(int, self.numbers("size"))
+        return height, width[0] if width else height
+
+    def require(self, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ArgumentError(f"{self.name} {rule}.")
+
+    def symmetric(self, what: str, low: float, high: float, about: float = 0.0) -> float:
+        """How far a range reaches either way from `about`."""
+        wanted = f"({about:g} - x, {about:g} + x)" if about else "(-x, x)"
+        even = abs(low + high - 2 * about) < 1e-9
+        self.require(even, f"with {what} ({low}, {high}) is not symmetric; draw from {wanted}")
+        return round(float(high - about), 12)  # 1.2 - 1 is not quite 0.2
+
+
+def _steps(transform: object) -> Iterator[_Step]:
     if type(transform).__name__ in ("Compose", "Sequential"):
-        parts: Any = getattr(transform, "transforms", transform)
-        for part in parts:
-            yield from _flatten(part)
+        for inner in cast("Iterable[object]", getattr(transform, "transforms", transform)):
+            yield from _steps(inner)
     else:
-        yield transform
-
-
-def _require(holds: bool, name: str, rule: str) -> None:
-    if not holds:
-        raise ArgumentError(f"{name} {rule}.")
+        yield _Step(transform)
 
 
 @dataclass
 class _Reading:
-    seen: list[str] = field(default_factory=list)
-    floating: bool = True
-    found: dict[str, Any] = field(default_factory=lambda: {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
-    notes: dict[str, None] = field(default_factory=dict)  # an ordered set
+    """What the steps so far come to."""
 
-    def finish(self) -> dict[str, Any]:
-        if "size" not in self.found:
-            _require("resize" not in self.found, "Resize", "to one number leaves sizes unequal; add CenterCrop(size)")
+    fields: Fields = field(default_factory=lambda: {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
+    seen: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])
+    """What is drawn otherwise than torchvision draws it."""
+    floating: bool = True
+    """Whether levels are floats in 0 .. 1 by now."""
+
+    def finish(self) -> Fields:
+        fields = self.fields
+        if "size" not in fields:
+            if "resize" in fields:
+                raise ArgumentError("Resize to one number leaves sizes unequal; add CenterCrop(size).")
             raise ArgumentError("The transform fixes no output size; start it with RandomResizedCrop(size).")
         if [name for name in self.seen if name in ("RandomErasing", "Normalize")] == ["RandomErasing", "Normalize"]:
-            triples = zip(self.found["erase_value"], self.found["mean"], self.found["std"], strict=True)
-            self.found["erase_value"] = tuple((value - mean) / std for value, mean, std in triples)
+            channels = zip(fields["erase_value"], fields["mean"], fields["std"], strict=True)
+            fields["erase_value"] = tuple((value - mean) / std for value, mean, std in channels)
         for note in self.notes:
             _log.warning("Augment.from_torchvision: %s", note)
-        return self.found
+        return fields
 
-    def view_first(self, name: str) -> None:
+    def view_first(self, step: _Step) -> None:
         """A crop must come before everything that moves or erases pixels, but for flips, which commute with it."""
         late = set(self.seen) & {"RandomRotation", "RandomAffine", "RandomErasing"}
-        _require(not late, name, f"stands after {', '.join(sorted(late))}; crop first")
-        _require("size" not in self.found, name, "is a second crop; keep one")
-        self.colour_last(name)
+        step.require(not late, f"stands after {', '.join(sorted(late))}; crop first")
+        step.require("size" not in self.fields, "is a second crop; keep one")
+        self.colour_last(step)
 
-    def before_normalising(self, name: str) -> None:
-        """What fills with black or jitters colour does another thing to levels that are normalised."""
-        _require("Normalize" not in self.seen, name, "stands after Normalize; normalise behind it")
+    def must_precede(self, step: _Step, later: str, remedy: str) -> None:
+        """Behind the later one a step would do another thing: fill with black, say, levels that are normalised."""
+        step.require(later not in self.seen, f"stands after {later}; {remedy}")
 
-    def colour_last(self, name: str) -> None:
+    def colour_last(self, step: _Step) -> None:
         if "ColorJitter" in self.seen:
-            self.notes[f"colour is drawn as written but applied after all geometry ({name} follows ColorJitter)"] = None
-        _require("RandomErasing" not in self.seen, name, "stands after RandomErasing; erase last")
+            self.notes.append(
+                f"colour is drawn as written but applied after all geometry ({step.name} follows ColorJitter)"
+            )
+        self.must_precede(step, "RandomErasing", "erase last")
 
-    def bilinear(self, name: str, step: Any) -> None:
-        antialias = getattr(step, "antialias", None)
-        _require(antialias is not False, name, "with antialias=False cannot be expressed; leave antialias out")
-        mode = getattr(step.interpolation, "value", step.interpolation)
+    def bilinear(self, step: _Step) -> None:
+        antialiased = step.get("antialias") is not False
+        step.require(antialiased, "with antialias=False cannot be expressed; leave antialias out")
+        interpolation = step.get("interpolation")
+        mode = getattr(interpolation, "value", interpolation)
         if mode not in ("bilinear", 2):
-            self.notes[f"{name} interpolates bilinearly, not {mode}"] = None
+            self.notes.append(f"{step.name} interpolates bilinearly, not {mode}")
 
 
-def _size(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+def _convert(reading: _Reading, step: _Step) -> None:
+    dtype = step.get("dtype")
+    # v2 takes one by kind of input, too.
+    dtypes = cast("dict[object, object]", dtype).values() if isinstance(dtype, dict) else [dtype]
+    floating = step.name == "ToTensor" or any(getattr(one, "is_floating_point", False) for one in dtypes)
+    unscaled = floating and not getattr(step.transform, "scale", True)
+    step.require(not unscaled, "with scale=False leaves levels at 0 .. 255; pass scale=True")
+    reading.floating = floating or (reading.floating and step.name not in ("ToImage", "PILToTensor"))
 
 
-def _resize(reading: _Reading, name: str, step: Any) -> None:
-    reading.view_first(name)
-    reading.bilinear(name, step)
-    _require(getattr(step, "max_size", None) is None, name, "with max_size cannot be expressed; leave max_size out")
-    size = step.size if isinstance(step.size, int) or len(step.size) > 1 else step.size[0]
-    if isinstance(size, int):
-        reading.found["resize"] = size
+def _resize(reading: _Reading, step: _Step) -> None:
+    reading.view_first(step)
+    reading.bilinear(step)
+    step.require(step.get("max_size") is None, "with max_size cannot be expressed; leave max_size out")
+    if len(step.numbers("size")) == 1:
+        reading.fields["resize"] = step.size()[0]
     else:
-        reading.found["resize"] = reading.found["size"] = _size(size)
+        reading.fields["resize"] = reading.fields["size"] = step.size()
 
 
-def _centre_crop(reading: _Reading, name: str, step: Any) -> None:
-    _require("resize" in reading.found, name, "without Resize before it cuts sizes unequally; add Resize(256)")
-    reading.found.pop("size", None)  # Resize((h, w)) alone had set it
-    reading.view_first(name)
-    reading.found["size"] = _size(step.size)
+def _centre_crop(reading: _Reading, step: _Step) -> None:
+    step.require("resize" in reading.fields, "without Resize before it cuts sizes unequally; add Resize(256)")
+    reading.fields.pop("size", None)  # Resize((h, w)) alone had set it
+    reading.view_first(step)
+    reading.fields["size"] = step.size()
 
 
-def _resized_crop(reading: _Reading, name: str, step: Any) -> None:
-    _require("size" not in reading.found, name, "stands after a resize to a fixed size; drop that Resize")
-    reading.view_first(name)
-    reading.bilinear(name, step)
-    if reading.found.pop("resize", None):
-        reading.notes[f"Resize before {name} is left out: the crop takes the same share of the photograph itself"] = (
-            None
+def _resized_crop(reading: _Reading, step: _Step) -> None:
+    step.require("size" not in reading.fields, "stands after a resize to a fixed size; drop that Resize")
+    reading.view_first(step)
+    reading.bilinear(step)
+    if reading.fields.pop("resize", None):
+        reading.notes.append(
+            f"Resize before {step.name} is left out: the crop takes the same share of the photograph itself"
         )
-    reading.found |= {"size": _size(step.size), "crop": tuple(step.scale), "crop_ratio": tuple(step.ratio)}
+    reading.fields |= {"size": step.size(), "crop": step.numbers("scale"), "crop_ratio": step.numbers("ratio")}
 
 
-def _flip(reading: _Reading, name: str, step: Any) -> None:
-    reading.colour_last(name)
-    reading.found["flip" if name == "RandomHorizontalFlip" else "flip_vertical"] = float(step.p)
+def _flip(reading: _Reading, step: _Step) -> None:
+    reading.colour_last(step)
+    reading.fields["flip" if step.name == "RandomHorizontalFlip" else "flip_vertical"] = step.number("p")
 
 
-def _symmetric(name: str, what: str, low: float, high: float, about: float = 0.0) -> float:
-    drawn = f"({about:g} - x, {about:g} + x)" if about else "(-x, x)"
-    _require(
-        abs(low + high - 2 * about) < 1e-9, name, f"with {what} ({low}, {high}) is not symmetric; draw from {drawn}"
-    )
-    return round(float(high - about), 12)  # 1.2 - 1 is not quite 0.2
+def _about_centre(step: _Step) -> None:
+    step.require(step.get("center") is None, "about another centre cannot be expressed; leave center out")
+    rule = f"with fill={step.get('fill')!r} cannot be expressed; Augment fills black, or with the photograph (fill='photo')"
+    step.require(not any(step.numbers("fill")), rule)
 
 
-def _about_centre(name: str, step: Any) -> None:
-    _require(getattr(step, "center", None) is None, name, "about another centre cannot be expressed; leave center out")
-    fill = getattr(step, "fill", None)
-    blank = fill is None or fill == 0 or (isinstance(fill, (list, tuple)) and not any(fill))
-    _require(
-        blank,
-        name,
-        f"with fill={fill!r} cannot be expressed; Augment fills black, or with the photograph (fill='photo')",
-    )
+def _rotation(reading: _Reading, step: _Step) -> None:
+    reading.must_precede(step, "RandomAffine", "rotate first")
+    reading.must_precede(step, "Normalize", "normalise behind it")
+    reading.colour_last(step)
+    reading.bilinear(step)
+    _about_centre(step)
+    step.require(not step.get("expand"), "with expand=True changes the size; leave expand out")
+    reading.fields["rotate"] = step.symmetric("degrees", *step.numbers("degrees"))
 
 
-def _rotation(reading: _Reading, name: str, step: Any) -> None:
-    _require("RandomAffine" not in reading.seen, name, "stands after RandomAffine; rotate first")
-    reading.before_normalising(name)
-    reading.colour_last(name)
-    reading.bilinear(name, step)
-    _about_centre(name, step)
-    _require(not step.expand, name, "with expand=True changes the size; leave expand out")
-    reading.found["rotate"] = _symmetric(name, "degrees", *step.degrees)
-
-
-def _affine(reading: _Reading, name: str, step: Any) -> None:
-    reading.before_normalising(name)
-    reading.colour_last(name)
-    reading.bilinear(name, step)
-    _about_centre(name, step)
-    shear = (*tuple(step.shear or (0, 0)), 0, 0)
-    reading.found |= {
-        "affine_rotate": _symmetric(name, "degrees", *step.degrees),
-        "translate": tuple(step.translate or (0.0, 0.0)),
-        "scale": tuple(step.scale or (1.0, 1.0)),
-        "shear": (_symmetric(name, "shear", *shear[:2]), _symmetric(name, "shear", *shear[2:4])),
+def _affine(reading: _Reading, step: _Step) -> None:
+    reading.must_precede(step, "Normalize", "normalise behind it")
+    reading.colour_last(step)
+    reading.bilinear(step)
+    _about_centre(step)
+    shear = (*step.numbers("shear", (0, 0)), 0, 0)
+    reading.fields |= {
+        "affine_rotate": step.symmetric("degrees", *step.numbers("degrees")),
+        "translate": step.numbers("translate", (0.0, 0.0)),
+        "scale": step.numbers("scale", (1.0, 1.0)),
+        "shear": (step.symmetric("shear", *shear[:2]), step.symmetric("shear", *shear[2:4])),
     }
 
 
-def _jitter(reading: _Reading, name: str, step: Any) -> None:
-    _require("RandomErasing" not in reading.seen, name, "stands after RandomErasing; erase last")
-    reading.before_normalising(name)
+def _jitter(reading: _Reading, step: _Step) -> None:
+    reading.must_precede(step, "RandomErasing", "erase last")
+    reading.must_precede(step, "Normalize", "normalise behind it")
     for what in ("brightness", "contrast", "saturation"):
-        low, high = getattr(step, what) or (1.0, 1.0)
+        low, high = step.numbers(what, (1.0, 1.0))
         clipped = low == 0 and high >= 2  # torchvision clips 1 - strength at 0
-        reading.found[what] = round(high - 1, 12) if clipped else _symmetric(name, what, low, high, about=1)
-    reading.found["hue"] = _symmetric(name, "hue", *(step.hue or (0.0, 0.0)))
-    if sum(reading.found[what] != 0 for what in ("brightness", "contrast", "saturation", "hue")) > 1:
-        reading.notes["ColorJitter's operations run in one order: brightness, contrast, saturation, hue"] = None
+        reading.fields[what] = round(high - 1, 12) if clipped else step.symmetric(what, low, high, about=1)
+    reading.fields["hue"] = step.symmetric("hue", *step.numbers("hue", (0.0, 0.0)))
+    if sum(reading.fields[what] != 0 for what in ("brightness", "contrast", "saturation", "hue")) > 1:
+        reading.notes.append("ColorJitter's operations run in one order: brightness, contrast, saturation, hue")
 
 
-def _normalize(reading: _Reading, _: str, step: Any) -> None:
+def _normalize(reading: _Reading, step: _Step) -> None:
     for what in ("mean", "std"):
-        values = tuple(map(float, getattr(step, what)))
-        reading.found[what] = values * 3 if len(values) == 1 else values  # torchvision broadcasts one
+        values = tuple(map(float, step.numbers(what)))
+        reading.fields[what] = values * 3 if len(values) == 1 else values  # torchvision broadcasts one
 
 
-def _erasing(reading: _Reading, name: str, step: Any) -> None:
-    _require(
-        not isinstance(step.value, str) and step.value is not None,
-        name,
-        "with random values cannot be expressed; use value=0",
-    )
-    value: list[Any] = list(step.value) if isinstance(step.value, (list, tuple)) else [step.value]
+def _erasing(reading: _Reading, step: _Step) -> None:
+    random = step.get("value") is None or isinstance(step.get("value"), str)
+    step.require(not random, "with random values cannot be expressed; use value=0")
+    values = tuple(map(float, step.numbers("value")))
     late = "with a value but 0 stands before the conversion to float, where levels end at 255; erase behind it"
-    _require(reading.floating or not any(value), name, late)
-    reading.found |= {
-        "erase": float(step.p),
-        "erase_area": tuple(step.scale),
-        "erase_ratio": tuple(step.ratio),
-        "erase_value": tuple(float(part) for part in (value * 3 if len(value) == 1 else value)),
+    step.require(reading.floating or not any(values), late)
+    reading.fields |= {
+        "erase": step.number("p"),
+        "erase_area": step.numbers("scale"),
+        "erase_ratio": step.numbers("ratio"),
+        "erase_value": values * 3 if len(values) == 1 else values,
     }
 
 
-_READERS: dict[str, Callable[[_Reading, str, Any], None]] = {
+_READERS: dict[str, Callable[[_Reading, _Step], None]] = {
     "RandomResizedCrop": _resized_crop,
     "Resize": _resize,
     "CenterCrop": _centre_crop,

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from fastflower.draws.augment import Augment
 from fastflower.recipes.recipe import Recipe
@@ -15,8 +14,8 @@ def report_a() -> Recipe:
     Its augmentations are resized crop, flip, rotation 10, jitter and affine. The report leaves open: the amounts of jitter
     and affine (here 0.2, hue 0.1 and a shift of 10%, as in the second report).
     """
-    colour: dict[str, Any] = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
-    return Recipe(augment=Augment(crop=(0.08, 1.0), flip=0.5, rotate=10, translate=(0.1, 0.1), **colour))
+    augment = Augment(crop=(0.08, 1.0), flip=0.5, rotate=10, translate=(0.1, 0.1))
+    return Recipe(augment=replace(augment, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1))
 
 
 def report_b(batch_size: int = 32, backbone: str = "resnet18") -> Recipe:
@@ -127,16 +126,16 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "default": Recipe,
     "report-a": report_a,
     "report-b": report_b,
-    "report-b-batch64": lambda: report_b(64),
-    "report-b-resnet34": lambda: report_b(backbone="resnet34"),
+    "report-b-batch64": partial(report_b, 64),
+    "report-b-resnet34": partial(report_b, backbone="resnet34"),
     "report-c": report_c,
-    "report-c-batch64": lambda: report_c(64),
-    "report-c-batch128": lambda: report_c(128),
-    "report-c-resnet50": lambda: report_c(128, "resnet50"),
-    "report-c-resnet50-frozen": lambda: report_c(128, "resnet50", freeze=2),
-    "report-c-densenet121": lambda: report_c(128, "densenet121"),
+    "report-c-batch64": partial(report_c, 64),
+    "report-c-batch128": partial(report_c, 128),
+    "report-c-resnet50": partial(report_c, 128, "resnet50"),
+    "report-c-resnet50-frozen": partial(report_c, 128, "resnet50", freeze=2),
+    "report-c-densenet121": partial(report_c, 128, "densenet121"),
     "report-d": report_d,
-    "report-d-50": lambda: report_d(50),
+    "report-d-50": partial(report_d, 50),
     **{
         f"report-e-{backbone}-freeze{freeze}-{'fixed' if fixed else 'mixed'}": partial(
             report_e, backbone, freeze, fixed=fixed
@@ -148,8 +147,8 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "report-e-resnet101-40": report_e_long,
     "scratch": scratch,
     "finetune": finetune,
-    "finetune-unfrozen": lambda: finetune(freeze=0),
+    "finetune-unfrozen": partial(finetune, freeze=0),
     "finetune-long": finetune_long,
-    "finetune-long-unfrozen": lambda: finetune_long(freeze=0),
+    "finetune-long-unfrozen": partial(finetune_long, freeze=0),
 }
 """What `--recipe NAME` names on the command line."""

@@ -108,40 +108,49 @@ class Recipe:
             require(holds, f"Recipe.{name}", rule, getattr(self, name))
 
     @property
-    def part(self) -> int:
-        """Epochs of one training of the soup: schedule and sizes go over these."""
+    def epochs_per_training(self) -> int:
+        """Of each training of the soup: schedule and sizes go over these."""
         return self.epochs // self.soup
 
     def augment_at(self, epoch: int) -> Augment:
         """`augment` at the size that an epoch, counted from 0, is trained at."""
         if not self.sizes:
             return self.augment
-        last = (min(epoch, self.epochs - 1) % self.part + 1) * len(self.sizes)
-        side = self.sizes[-(-last // self.part) - 1]  # rounded up, so that the last epoch has the last size
+        epochs_seen = min(epoch, self.epochs - 1) % self.epochs_per_training + 1  # with this one
+        # Rounded up, so that the last epoch has the last size.
+        stage = -(-epochs_seen * len(self.sizes) // self.epochs_per_training)
+        side = self.sizes[stage - 1]
         factor = side / self.augment.output_size[0]
         resize = self.augment.resize and _scaled(self.augment.resize, factor)
         return replace(self.augment, size=_scaled(self.augment.size, factor), resize=resize)
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from 0 over all epochs; each training of a soup has the whole schedule."""
-        how: dict[str, Any] = {name: getattr(self, name) for name in ("step_epochs", "gamma", "warmup_epochs")}
-        total = self.part * steps_per_epoch
-        step %= total
-        scheduled = multiplier(self.schedule, step, total_steps=total, steps_per_epoch=steps_per_epoch, **how)
+        total_steps = self.epochs_per_training * steps_per_epoch
+        step %= total_steps
+        scheduled = multiplier(
+            self.schedule,
+            step,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            step_epochs=self.step_epochs,
+            gamma=self.gamma,
+            warmup_epochs=self.warmup_epochs,
+        )
         return self.lr * scheduled * warm_up(step, self.warmup_epochs * steps_per_epoch)
 
     @property
-    def spelled_out(self) -> "Recipe":
-        """With what None stands for: recipes of which this is equal train the same."""
+    def resolved(self) -> "Recipe":
+        """With the numbers that None stands for: recipes that are equal then train the same."""
         return replace(self, augment=replace(self.augment, resize=self.augment.resized))
 
     def differences(self, other: "Recipe") -> str:
         """What another recipe has otherwise, field by field."""
-        mine, theirs = self.spelled_out.to_dict(), other.spelled_out.to_dict()
+        mine, theirs = self.resolved.to_dict(), other.resolved.to_dict()
         for values in (mine, theirs):
             values |= {f"augment.{name}": value for name, value in values.pop("augment").items()}
-        found = (f"{name} {theirs[name]!r} (now {value!r})" for name, value in mine.items() if value != theirs[name])
-        return ", ".join(found)
+        changed = (f"{name} {theirs[name]!r} (now {value!r})" for name, value in mine.items() if value != theirs[name])
+        return ", ".join(changed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints and benchmark records."""
@@ -150,8 +159,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The recipe that `to_dict` described; lists, as JSON gives them, count as tuples."""
-        fields: dict[str, Any] = {**values, "augment": Augment(**values["augment"])}
-        return cls(**fields)
+        others = {name: value for name, value in values.items() if name != "augment"}
+        return cls(augment=Augment(**values["augment"]), **others)
 
 
 def _scaled(pixels: int | tuple[int, int], factor: float) -> int | tuple[int, int]:

@@ -166,10 +166,10 @@ class Run:
         """Train and validate: a row of the history, and the scores where there is a split "val"."""
         with kept_memory(self.device):
             row = {"epoch": epoch + 1, **self.train_epoch(epoch)}
-            tally, last = self._tally, (epoch + 1) % self.recipe.part == 0
+            tally, last = self._tally, (epoch + 1) % self.recipe.epochs_per_training == 0
             if self._first and self.average and last:
                 if tally and not tally.trained:
-                    self.average.update(self.network, epoch // self.recipe.part)
+                    self.average.update(self.network, epoch // self.recipe.epochs_per_training)
                 self.scored = self.average.network
             if tally:
                 tally.trained = True
@@ -205,7 +205,7 @@ class Run:
         self._interrupted = {}
         if self._first:
             self.scored = self.network
-            if epoch % recipe.part == 0 and tally.steps == 0:
+            if epoch % recipe.epochs_per_training == 0 and tally.steps == 0:
                 self.network.load_state_dict(self._first)
                 forget(self.optimizer)
         self.loader.load_state_dict({**self.loader.state_dict(), "epoch": epoch, "step": tally.steps})

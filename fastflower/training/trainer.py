@@ -66,7 +66,7 @@ def train(
                     raise CheckpointError(
                         f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
                     )
-                if start and start.recipe.spelled_out != recipe.spelled_out:
+                if start and start.recipe.resolved != recipe.resolved:
                     raise CheckpointError(
                         f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name "
                         f"another out, which may start from this file (weights)."
