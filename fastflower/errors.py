@@ -8,8 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
-
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -35,6 +33,8 @@ def make_plain(instance: "DataclassInstance") -> None:
 
 
 def _plain(value: object) -> object:
+    import numpy as np  # takes a third of the time of `fastflower --help`, which comes to no dataclass
+
     if type(value) in (list, tuple):
         return tuple(map(_plain, cast("Sequence[object]", value)))
     if isinstance(value, np.generic):
