@@ -140,6 +140,9 @@ import fastflower
 heavy = {"torch", "torchvision", "nvidia", "cv2", "numpy", "PIL", "matplotlib", "webdataset"} & set(sys.modules)
 assert not heavy, heavy
 assert not sockets, sockets
+import fastflower.cli
+heavy = {"torch", "torchvision", "nvidia", "cv2", "numpy", "PIL", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
 import fastflower.packing.packer
 heavy = {"torch", "torchvision", "nvidia", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
