@@ -59,6 +59,10 @@ class Folder:
         start = int(self.files["path_end"][number - 1]) if number else 0
         return os.fsdecode(self.paths[start : int(self.files["path_end"][number])].tobytes())
 
+    def image_at(self, place: int) -> int:
+        """The image to whose path a byte of `paths` belongs."""
+        return int(np.searchsorted(self.files["path_end"], np.uint64(place), "right"))
+
     def __len__(self) -> int:
         return len(self.files)
 
