@@ -311,8 +311,8 @@ OTHER |= {"on_bad": "fail", "on_conflict": "drop", "lists": True, "pillow": "12.
 @pytest.mark.parametrize("name", OTHER)
 def test_another_option_or_version_is_named(tmp_path: Path, name: str) -> None:
     root, work, plan = interrupted(tmp_path, FILES)
-    groups: Any = (OPTIONS, VERSIONS)
-    options, versions = ({**group, name: OTHER[name]} if name in group else group for group in groups)
+    options: Any = OPTIONS | {name: OTHER[name]} if name in OPTIONS else OPTIONS
+    versions: Any = VERSIONS | {name: OTHER[name]} if name in VERSIONS else VERSIONS
     had = f"had {name} {(OPTIONS | VERSIONS)[name]!r}, not {OTHER[name]!r}"
     text = f"{work}: the pack that was interrupted here {had}; pack with the former to go on, or remove {work} to begin anew."
     with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
