@@ -114,7 +114,7 @@ def nearest(queries: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> tuple[ND
             pairs = counts[start:stop]  # to compare for each query
             query = np.repeat(np.arange(start, stop), pairs)
             pairs_before = np.cumsum(pairs) - pairs
-            place = np.arange(len(query)) + np.repeat(starts[start:stop] - pairs_before, pairs)
+            place = np.arange(len(query)) + np.repeat(starts[start:stop] - pairs_before, pairs)  # in `ordered`
             distance = np.bitwise_count(queries[query] ^ ordered[place])
             close = np.flatnonzero(distance <= NEAR_BITS)
             position = first[order[place[close]]].astype(np.uint64)

@@ -155,11 +155,8 @@ def _settled(options: Options, folder: Folder) -> Options:
         raise ArgumentError(f"split_by must be 'class' or 'random' for {folder.root}, which has no split of its own.")
     if options["lists"]:
         _check_names(folder)
-    return {
-        **options,
-        "split_by": split_by,
-        "val_fraction": None if split_by == "folder" else options["val_fraction"],
-    }
+    fraction = None if split_by == "folder" else options["val_fraction"]
+    return {**options, "split_by": split_by, "val_fraction": fraction}
 
 
 def _check_names(folder: Folder) -> None:
@@ -216,8 +213,8 @@ def _make_here(
             for future in as_completed(begun):
                 future.result()
         except BaseException:
-            for threads in (makers, pool):  # so that those that run end soon
-                threads.shutdown(wait=False, cancel_futures=True)
+            for running in (makers, pool):  # so that it ends soon
+                running.shutdown(wait=False, cancel_futures=True)
             raise
 
 

@@ -105,17 +105,20 @@ def check_counts(classes: tuple[str, ...], counts: Sequence[int] | NDArray[np.in
 
 
 def _drawn_for_validation(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which images are for validation: of each class, or of all, the share asked for; groups are not divided."""
+    """Which images are for validation: of each class, or of all, the share asked for; groups are not divided.
+
+    Images are taken in an order that the seed decides, each with its identical ones, until the share is reached.
+    """
     labels, seed = plan.folder.files["label"], plan.options["seed"]
     pools = labels if plan.options["split_by"] == "class" else np.zeros_like(labels)  # a share is taken of each pool
     sizes = np.bincount(pools[kept], minlength=1)
     shares = _shares(sizes, plan.options["val_fraction"] or 0.0, seed)
-    left = np.bincount(labels[kept], minlength=len(plan.folder.classes))  # of each class, for training
+    left = np.bincount(labels[kept], minlength=len(plan.folder.classes))  # so many of each class, for training
     group_of = {number: group for group in plan.groups for number in group.tolist()}
     val = np.zeros(len(kept), bool)
     by_pool = np.flatnonzero(kept)[np.argsort(pools[kept], kind="stable")]
     for pool, (share, images) in enumerate(zip(shares, np.split(by_pool, np.cumsum(sizes)[:-1]), strict=True)):
-        taken = int(val[images].sum())  # with an identical image of another class
+        taken = int(val[images].sum())  # with an identical image of another pool
         if taken >= share:
             continue
         # Epochs -1, -2 and -3 of the order function belong to packing: never the order of a training epoch.
@@ -124,7 +127,7 @@ def _drawn_for_validation(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.boo
                 continue
             group = group_of.get(image, np.array([image]))
             classes, counts = np.unique(labels[group], return_counts=True)
-            if (left[classes] <= counts).any():  # something of every class stays for training
+            if (left[classes] <= counts).any():  # nothing of a class would stay for training
                 continue
             val[group] = True
             left[classes] -= counts
@@ -183,7 +186,7 @@ def save_plan(plan: Plan, work: Path) -> None:
         "splits": folder.splits,
         "options": plan.options,
         "versions": plan.versions,
-        "parts": plan.shards,
+        "parts": plan.shards,  # as former versions have it, whose interrupted packs go on
     }
     write_atomically(work / _IGNORED, json.dumps(folder.ignored).encode())
     write_atomically(work / PLAN, json.dumps(content).encode())

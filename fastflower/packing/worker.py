@@ -75,22 +75,6 @@ class MadeShard:
             raise OSError(f"{path} is damaged: {error}") from error
 
 
-def make_shard_elsewhere(root: Path, work: Path, number: int, token: bytes) -> int:
-    """As `make_shard`, in a process of an executor, which reads the plan itself, once a pack.
-
-    token  tells this pack from others: the executor may serve another one to the same folder later, and dask answers a
-    call that it knows with what came of that one.
-    """
-    with _LOADING:
-        plan = _loaded(root, work, token)
-    return make_shard(plan, work, number)
-
-
-@lru_cache(maxsize=1)
-def _loaded(root: Path, work: Path, token: bytes) -> Plan:  # noqa: ARG001  (token: of which pack)
-    return load_plan(work, root)
-
-
 def make_shard(
     plan: Plan, work: Path, number: int, mapped: MapLike = map, advance: Callable[[int], object] = lambda _: None
 ) -> int:
@@ -133,6 +117,22 @@ def make_shard(
     made = MadeShard(entry, rows, np.concatenate(kept), np.concatenate(hashes), skipped, warnings)
     made.save(work / f"{name}.npz")
     return len(numbers)
+
+
+def make_shard_elsewhere(root: Path, work: Path, number: int, token: bytes) -> int:
+    """As `make_shard`, in a process of an executor, which reads the plan itself, once a pack.
+
+    token  tells this pack from others: the executor may serve another one to the same folder later, and dask answers a
+    call that it knows with what came of that one.
+    """
+    with _LOADING:
+        plan = _loaded(root, work, token)
+    return make_shard(plan, work, number)
+
+
+@lru_cache(maxsize=1)
+def _loaded(root: Path, work: Path, token: bytes) -> Plan:  # noqa: ARG001  (token: of which pack)
+    return load_plan(work, root)
 
 
 @dataclass(slots=True)
