@@ -162,7 +162,7 @@ def test_a_child_forked_meanwhile_hears_on_and_has_its_stderr(capfd: pytest.Capt
     assert heard.decode() == capfd.readouterr().err == PREMATURE + "\n"
 
 
-def test_packs_and_parts_of_older_versions_have_no_warnings(tmp_path: Path) -> None:
+def test_packs_and_shards_of_older_versions_have_no_warnings(tmp_path: Path) -> None:
     pack(drawn(tmp_path / "data", a=2, b=2), tmp_path / "out")
     stored = json.loads((tmp_path / "out/manifest.json").read_text())
     assert stored.pop("warnings") == []
