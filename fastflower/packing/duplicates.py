@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,17 @@ NEAR_BITS = 6
 
 _CHUNK = 1 << 17  # pairs compared at a time: 7 MB
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class MapLike(Protocol):
+    """As the builtin map, perhaps on many threads: results in the order of the items."""
+
+    def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterable[Result]:
+        """The function's result for each item."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
@@ -34,37 +46,36 @@ class Groups:
         return iter(np.split(self.members, self.ends[:-1]) if len(self.ends) else ())
 
 
-def identical(found: Folder, mapped: Callable[..., Iterable[Any]] = map) -> Groups:
+def identical(folder: Folder, mapped: MapLike = map) -> Groups:
     """Groups of images with the same bytes, each sorted, in the order of their first.
 
     Only files of equal size are read, and of those only the ends unless they are equal too.
-    mapped  like the builtin map, to read on many threads.
     """
-    numbers = np.arange(len(found), dtype=np.int64)
-    numbers, _ = _equal(numbers, found.files["size"][:, None])
+    numbers = np.arange(len(folder), dtype=np.int64)
+    numbers, _ = _equal(numbers, folder.files["size"][:, None])
     for whole in (False, True):
         chunks = np.array_split(numbers, -(-len(numbers) // 256)) if len(numbers) else []
-        jobs = ([(found.root, found.path(n), whole) for n in chunk] for chunk in chunks)
+        jobs = ([(folder.root, folder.path(n), whole) for n in chunk] for chunk in chunks)
         digests = np.frombuffer(b"".join(mapped(_digests, jobs)), np.uint64).reshape(len(numbers), 2)
-        read = digests.any(axis=1)  # what cannot be read is listed as skipped when its shard is made
-        sizes = found.files["size"][numbers, None]
-        numbers, ends = _equal(numbers[read], np.hstack([digests, sizes])[read])
+        readable = digests.any(axis=1)  # what cannot be read is listed as skipped when its shard is made
+        sizes = folder.files["size"][numbers, None]
+        numbers, ends = _equal(numbers[readable], np.hstack([digests, sizes])[readable])
     return Groups(numbers, ends)
 
 
-def _digests(files: list[tuple[Any, str, bool]]) -> bytes:
-    """16 bytes of the SHA-256 of each file or of its end, zeros where it cannot be read."""
-    made: list[bytes] = []
+def _digests(files: list[tuple[Path, str, bool]]) -> bytes:
+    """16 bytes of the SHA-256 of each file (root, path, whole) or of its end, zeros where it cannot be read."""
+    digests: list[bytes] = []
     for root, path, whole in files:
         try:
             with (root / path).open("rb") as file:
                 if not whole:
                     file.seek(max(0, file.seek(0, 2) - _TAIL))
-                made.append(hashlib.file_digest(file, "sha256").digest()[:16])
+                digests.append(hashlib.file_digest(file, "sha256").digest()[:16])
         except OSError as error:
             blame_the_system(error, root / path)
-            made.append(bytes(16))
-    return b"".join(made)
+            digests.append(bytes(16))
+    return b"".join(digests)
 
 
 def _equal(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -86,31 +97,44 @@ def nearest(queries: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> tuple[ND
 
     Hashes that differ in at most NEAR_BITS bits agree on one of NEAR_BITS + 1 bands of bits, so only those that share a
     band are compared: Norouzi, Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index Hashing", 2012.
+
+    queries  (Q,). hashes  (N,); of equally close ones the first counts. Returns two arrays (Q,).
     """
     hashes, first = np.unique(hashes, return_index=True)
-    best = np.full(len(queries), np.iinfo(np.uint64).max)  # distance, then position
-    cuts = np.linspace(0, 64, NEAR_BITS + 2).astype(int)
-    for low, high in pairwise(cuts):
-        mask = np.uint64((1 << int(high - low)) - 1)
-        bands = ((hashes >> np.uint64(low)) & mask).astype(np.uint16)
+    # The distance in the upper 16 bits, the position in the others: the least is the closest, and of those the first.
+    best = np.full(len(queries), np.iinfo(np.uint64).max)
+    edges: list[int] = np.linspace(0, 64, NEAR_BITS + 2).astype(int).tolist()
+    for low, high in pairwise(edges):
+        bands, wanted = _band(hashes, low, high), _band(queries, low, high)
         order = np.argsort(bands)
         bands, ordered = bands[order], hashes[order]
-        wanted = ((queries >> np.uint64(low)) & mask).astype(np.uint16)
-        starts = np.searchsorted(bands, wanted, "left")
+        starts = np.searchsorted(bands, wanted, "left")  # the hashes with a query's band stand together
         counts = np.searchsorted(bands, wanted, "right") - starts
-        ends = np.cumsum(counts)
-        done = 0
-        while done < len(queries):
-            until = max(done + 1, int(np.searchsorted(ends, (ends[done - 1] if done else 0) + _CHUNK, "right")))
-            some = counts[done:until]
-            query = np.repeat(np.arange(done, until), some)
-            place = np.arange(len(query)) + np.repeat(starts[done:until] - (np.cumsum(some) - some), some)
+        for start, stop in _runs(counts, _CHUNK):
+            pairs = counts[start:stop]  # to compare for each query
+            query = np.repeat(np.arange(start, stop), pairs)
+            pairs_before = np.cumsum(pairs) - pairs
+            place = np.arange(len(query)) + np.repeat(starts[start:stop] - pairs_before, pairs)  # in `ordered`
             distance = np.bitwise_count(queries[query] ^ ordered[place])
             close = np.flatnonzero(distance <= NEAR_BITS)
-            found = first[order[place[close]]].astype(np.uint64)
-            np.minimum.at(best, query[close], (distance[close].astype(np.uint64) << np.uint64(48)) | found)
-            done = until
+            position = first[order[place[close]]].astype(np.uint64)
+            np.minimum.at(best, query[close], distance[close].astype(np.uint64) << np.uint64(48) | position)
     distances = (best >> np.uint64(48)).astype(np.int64)
-    near = distances <= NEAR_BITS
     positions = (best & np.uint64((1 << 48) - 1)).astype(np.int64)
+    near = distances <= NEAR_BITS
     return np.where(near, positions, -1), np.where(near, distances, -1)
+
+
+def _band(hashes: NDArray[np.uint64], low: int, high: int) -> NDArray[np.uint16]:
+    """Bits low .. high-1 of each hash."""
+    return (hashes >> np.uint64(low) & np.uint64((1 << high - low) - 1)).astype(np.uint16)
+
+
+def _runs(counts: NDArray[np.int64], most: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of runs whose counts add up to `most` or less; one whose own count is more is alone."""
+    ends = np.cumsum(counts)
+    start = before = 0
+    while start < len(counts):
+        stop = max(start + 1, int(np.searchsorted(ends, before + most, "right")))
+        yield start, stop
+        start, before = stop, int(ends[stop - 1])

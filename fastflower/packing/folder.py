@@ -1,6 +1,6 @@
 """Finds the images of a folder: class folders as torchvision's ImageFolder reads them, splits of its own, or lists.
 
-A million files must fit, so what is found stands in arrays, not in objects.
+A million files must fit, so they stand in arrays, not in objects.
 """
 
 import logging
@@ -8,10 +8,8 @@ import os
 import stat
 import struct
 from dataclasses import dataclass, field
-from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +47,7 @@ class Folder:
     classes: tuple[str, ...]
     splits: tuple[str, ...]
     """Of its own: "train", "val", "test"; none where the images are still to be split."""
-    files: NDArray[Any]
+    files: NDArray[np.void]
     """(N,) of FILE_DTYPE: those that have an image's name, or are listed."""
     paths: NDArray[np.uint8]
     """Their paths as bytes, one after another."""
@@ -61,6 +59,10 @@ class Folder:
         start = int(self.files["path_end"][number - 1]) if number else 0
         return os.fsdecode(self.paths[start : int(self.files["path_end"][number])].tobytes())
 
+    def image_at(self, place: int) -> int:
+        """The image to whose path a byte of `paths` belongs."""
+        return int(np.searchsorted(self.files["path_end"], np.uint64(place), "right"))
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -69,38 +71,89 @@ _FILE = struct.Struct("<QiiQq")  # a row of FILE_DTYPE
 
 
 @dataclass(slots=True)
-class _Found:
-    """Collects images; 32 bytes and the path for each."""
+class _Collector:
+    """Collects the images of a folder: 32 bytes and the path for each."""
 
     root: Path
     files: bytearray = field(default_factory=bytearray)
     paths: bytearray = field(default_factory=bytearray)
-    ignored: list[tuple[str, str]] = field(default_factory=list)
+    ignored: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
     def add(self, path: str, label: int, split: int, named: bool = True) -> None:
         """Take a file for an image, or note why not. A link to nothing is taken: reading it fails, and that is reported."""
         try:
-            found = os.stat(os.path.join(self.root, path))  # noqa: PTH116, PTH118  (pathlib takes three times as long)
+            status = os.stat(os.path.join(self.root, path))  # noqa: PTH116, PTH118  (pathlib takes three times as long)
         except OSError:
             size = mtime_ns = 0
         else:
-            if stat.S_ISDIR(found.st_mode):
+            if stat.S_ISDIR(status.st_mode):
                 return
-            if not stat.S_ISREG(found.st_mode):
+            if not stat.S_ISREG(status.st_mode):
                 self.ignored.append((path, "is a pipe, socket or device"))
                 return
-            size, mtime_ns = found.st_size, found.st_mtime_ns
+            size, mtime_ns = status.st_size, status.st_mtime_ns
         if not named:
             self.ignored.append((path, "is not named as an image"))
             return
         self.paths += os.fsencode(path)
         self.files += _FILE.pack(len(self.paths), label, split, size, mtime_ns)
 
+    def add_class(self, name: str, label: int, split: int) -> bool:
+        """Add the files below root/name, sorted by folder, then by name, as ImageFolder has them. Whether there are images."""
+        before = len(self.files)
+        for parent in self._folders(name):
+            for file in sorted(os.listdir(self.root / parent)):  # noqa: PTH208  (names alone fit in memory)
+                self.add(f"{parent}/{file}", label, split, named=file.lower().endswith(EXTENSIONS))
+        return len(self.files) > before
+
+    def _folders(self, name: str) -> list[str]:
+        """Every folder at and below root/name that can be read, sorted; each once, so that links in a loop come to an end."""
+        seen: set[tuple[int, int]] = set()
+        folders: list[str] = []
+        pending, linked = [name], list[str]()
+        while pending or linked:
+            path = pending.pop() if pending else linked.pop()  # links last: a folder counts where it really stands
+            try:
+                status = (self.root / path).stat()
+                if (status.st_dev, status.st_ino) in seen:
+                    self.ignored.append((path, "is a link to a folder that was read already"))
+                    continue
+                entries = [entry for entry in os.scandir(self.root / path) if is_folder(entry)]
+            except OSError as error:
+                blame_the_system(error, self.root / path)
+                self.ignored.append((path, f"is a folder that cannot be read ({error.strerror})"))
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders.append(path)
+            for entry in sorted(entries, key=attrgetter("name"), reverse=True):
+                if entry.name in NO_CLASSES:
+                    self.ignored.append((f"{path}/{entry.name}", "is what a system adds"))
+                else:
+                    (linked if entry.is_symlink() else pending).append(f"{path}/{entry.name}")
+        return sorted(folders)
+
+    def leave_out(self, top: str) -> None:
+        """List the images of a split that has no class folders; they are for `predict`."""
+        before = len(self.ignored)
+        for parent in self._folders(top):
+            self.note_strays(parent)
+        if len(self.ignored) > before:
+            what = "has no class folders, so its images have no labels and are left out; predict classifies them"
+            logging.getLogger("fastflower").warning("%s: %s", self.root / top, what)
+        else:
+            self.ignored.append((top, "is a folder without images"))
+
+    def note_strays(self, folder: str) -> None:
+        """List images beside the class folders; a file of another kind may well stand there."""
+        for file in sorted(os.listdir(self.root / folder)):  # noqa: PTH208  (names alone fit in memory)
+            path = os.path.normpath(f"{folder}/{file}")
+            if file.lower().endswith(EXTENSIONS) and not (self.root / path).is_dir():
+                self.ignored.append((path, "lies in no class folder"))
+            elif file in NO_CLASSES:
+                self.ignored.append((path, "is what a system adds"))
+
     def folder(self, classes: list[str], splits: tuple[str, ...]) -> Folder:
-        if len(classes) == 1:
-            raise FolderError(
-                f"{self.root}: has one class, {classes[0]!r}; a classifier needs at least two class folders."
-            )
+        """All that was collected."""
         files, paths = np.frombuffer(self.files, FILE_DTYPE), np.frombuffer(self.paths, np.uint8)
         return Folder(self.root, tuple(classes), splits, files, paths, tuple(self.ignored))
 
@@ -117,10 +170,15 @@ def scan(root: str | Path, *, anew: bool = False) -> Folder:
     """
     root = Path(root)
     try:
-        return _scanned(root, anew)
+        folder = _scanned(root, anew)
     except OSError as error:
         blame_the_system(error, error.filename or root)
         raise FolderError(f"{error.filename or root}: cannot be read ({error.strerror}); make it readable.") from error
+    if len(folder.classes) == 1:
+        raise FolderError(
+            f"{root}: has one class, {folder.classes[0]!r}; a classifier needs at least two class folders."
+        )
+    return folder
 
 
 def _scanned(root: Path, anew: bool) -> Folder:
@@ -128,39 +186,39 @@ def _scanned(root: Path, anew: bool) -> Folder:
         what = "is a file" if root.exists() else "does not exist"
         raise FolderError(f"{root}: {what}; name a folder that holds one folder of images for each class.")
     if lists := lists_of(root):
-        found, classes = _Found(root), listed_classes(root, lists)
-        for path, label, split in listed_files(root, lists, classes):
-            found.add(path, label, split)
-        if not found.files:
-            raise FolderError(f"{lists['train']}: lists no image; write lines PATH LABEL.")
-        return found.folder(classes, tuple(lists))
+        return _of_lists(root, lists)
     tops = subfolders(root)
     if not tops:
         raise FolderError(f"{root}: has no class folders; put the images of each class into a folder of its own.")
     if len(tops) > 1 and (named := splits_named(tops)):
-        return _split(root, named, check_splits(root, named, tops))
+        return _of_splits(root, named, check_splits(root, named, tops))
     check_classes(root, tops, anew)
-    return _classes(root, tops)
+    return _of_classes(root, tops)
 
 
-def _classes(root: Path, tops: list[str]) -> Folder:
-    found, empty = _Found(root), list[str]()
-    for label, name in enumerate(tops):
-        before = len(found.files)
-        _add_class(found, name, label, 0)
-        if len(found.files) == before:
-            empty.append(name)
+def _of_lists(root: Path, lists: dict[str, Path]) -> Folder:
+    collector, classes = _Collector(root), listed_classes(root, lists)
+    for path, label, split in listed_files(root, lists, classes):
+        collector.add(path, label, split)
+    if not collector.files:
+        raise FolderError(f"{lists['train']}: lists no image; write lines PATH LABEL.")
+    return collector.folder(classes, tuple(lists))
+
+
+def _of_classes(root: Path, tops: list[str]) -> Folder:
+    collector = _Collector(root)
+    empty = [name for label, name in enumerate(tops) if not collector.add_class(name, label, 0)]
     if len(empty) == len(tops) - 1:
         check_wrapper(root, *(top for top in tops if top not in empty))
     if empty:
         raise _no_images(root / empty[0])
-    _note_strays(found, ".")
-    return found.folder(tops, ())
+    collector.note_strays(".")
+    return collector.folder(tops, ())
 
 
-def _split(root: Path, named: dict[str, str], bases: dict[str, str]) -> Folder:
+def _of_splits(root: Path, named: dict[str, str], bases: dict[str, str]) -> Folder:
     """bases  where the class folders of each labelled split stand, training first."""
-    found = _Found(root)
+    collector = _Collector(root)
     train, *_ = bases.values()
     classes = subfolders(root / train)
     for number, base in enumerate(bases.values()):
@@ -169,81 +227,23 @@ def _split(root: Path, named: dict[str, str], bases: dict[str, str]) -> Folder:
                 raise FolderError(
                     f"{root / base / name}: is no class of {root / train}; add the class there, or remove this folder."
                 )
-            before = len(found.files)
-            _add_class(found, f"{base}/{name}", classes.index(name), number)
-            if number == 0 and len(found.files) == before:
+            if not collector.add_class(f"{base}/{name}", classes.index(name), number) and base == train:
                 raise _no_images(root / base / name)
-    _note_strays(found, ".", *bases.values())
+    for folder in (".", *bases.values()):
+        collector.note_strays(folder)
     for top in named:
         if top not in bases:
-            _leave_out(found, top)
-    return found.folder(classes, tuple(named[top] for top in bases))
+            collector.leave_out(top)
+    return collector.folder(classes, tuple(named[top] for top in bases))
 
 
 def _no_images(folder: Path) -> FolderError:
     return FolderError(f"{folder}: has no images ({', '.join(EXTENSIONS)}); add some, or remove the class folder.")
 
 
-def _leave_out(found: _Found, top: str) -> None:
-    """List the images of a split that has no class folders; they are for `predict`."""
-    before = len(found.ignored)
-    for parent in _walk(found, top):
-        _note_strays(found, parent)
-    if len(found.ignored) > before:
-        what = "has no class folders, so its images have no labels and are left out; predict classifies them"
-        logging.getLogger("fastflower").warning("%s: %s", found.root / top, what)
-    else:
-        found.ignored.append((top, "is a folder without images"))
-
-
-def _note_strays(found: _Found, *folders: str) -> None:
-    """List images beside the class folders; a file of another kind may well stand there."""
-    for folder in folders:
-        for file in sorted(os.listdir(found.root / folder)):  # noqa: PTH208  (names alone fit in memory)
-            path = os.path.normpath(f"{folder}/{file}")
-            if file.lower().endswith(EXTENSIONS) and not (found.root / path).is_dir():
-                found.ignored.append((path, "lies in no class folder"))
-            elif file in NO_CLASSES:
-                found.ignored.append((path, "is what a system adds"))
-
-
-def _add_class(found: _Found, name: str, label: int, split: int) -> None:
-    """The files below root/name, sorted by folder, then by name, as ImageFolder has them; links are followed."""
-    for parent in _walk(found, name):
-        for file in sorted(os.listdir(found.root / parent)):  # noqa: PTH208  (names alone fit in memory)
-            found.add(f"{parent}/{file}", label, split, named=file.lower().endswith(EXTENSIONS))
-
-
 def images_in(root: Path) -> list[Path]:
     """Image files of a folder and of those below it, as those of a class are found."""
-    found = _Found(root)
-    _add_class(found, ".", 0, 0)
-    ends = [0, *(row[0] for row in _FILE.iter_unpack(found.files))]
-    return [root / os.fsdecode(bytes(found.paths[start:end])) for start, end in pairwise(ends)]
-
-
-def _walk(found: _Found, name: str) -> list[str]:
-    """Every folder at and below root/name that can be read, sorted; each once, so that links in a loop come to an end."""
-    seen: set[tuple[int, int]] = set()
-    folders: list[str] = []
-    pending, linked = [name], list[str]()
-    while pending or linked:
-        path = pending.pop() if pending else linked.pop()  # links last: a folder counts where it really stands
-        try:
-            status = (found.root / path).stat()
-            if (status.st_dev, status.st_ino) in seen:
-                found.ignored.append((path, "is a link to a folder that was read already"))
-                continue
-            entries = [entry for entry in os.scandir(found.root / path) if is_folder(entry)]
-        except OSError as error:
-            blame_the_system(error, found.root / path)
-            found.ignored.append((path, f"is a folder that cannot be read ({error.strerror})"))
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.append(path)
-        for entry in sorted(entries, key=attrgetter("name"), reverse=True):
-            if entry.name in NO_CLASSES:
-                found.ignored.append((f"{path}/{entry.name}", "is what a system adds"))
-            else:
-                (linked if entry.is_symlink() else pending).append(f"{path}/{entry.name}")
-    return sorted(folders)
+    collector = _Collector(root)
+    collector.add_class(".", 0, 0)
+    folder = collector.folder([], ())
+    return [root / folder.path(number) for number in range(len(folder))]

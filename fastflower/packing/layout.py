@@ -19,8 +19,11 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 
 # Words that stand for a split, as Hugging Face's imagefolder reads them; training comes first.
-_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
-_SPLITS |= {"test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 # Words that say nothing in the name of a split, and names of folders for images without labels.
 _FILLERS = {"", "image", "images", "img", "imgs", "split", "folder"}
 _UNLABELLED = {"unknown", "unlabeled", "unlabelled", "all", "classes", "none"}
@@ -41,8 +44,8 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 def subfolders(root: Path) -> list[str]:
     """Names of folders, sorted; hidden ones are no classes (ImageFolder takes .git or .cache for one)."""
-    found = (entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and is_folder(entry))
-    return sorted(name for name in found if name not in NO_CLASSES)
+    names = (entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and is_folder(entry))
+    return sorted(name for name in names if name not in NO_CLASSES)
 
 
 def _holds_images(folder: Path) -> bool:
@@ -98,19 +101,19 @@ def splits_named(names: Iterable[str]) -> dict[str, str]:
 
     "train", "Validation", "test_set" or "train2017" by itself; "flowers_train" where "flowers_val" or "flowers_test" is there.
     """
-    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    candidates: dict[str, tuple[str, list[str]]] = {}  # the split, and the other words of the name
     for name in names:
         words = _words(name)
         splits = [word for word in words if word in _SPLITS]
         if len(splits) == 1:
-            found[name] = _SPLITS[splits[0]], tuple(word for word in words if word != splits[0])
-    meant = [
-        name
-        for name, (split, rest) in found.items()
-        if not rest or any(other != split and also == rest for other, also in found.values())
-    ]
+            candidates[name] = _SPLITS[splits[0]], [word for word in words if word != splits[0]]
+    named = {
+        name: split
+        for name, (split, rest) in candidates.items()
+        if not rest or any(other != split and also == rest for other, also in candidates.values())
+    }
     order = list(_SPLITS.values())
-    return {name: found[name][0] for name in sorted(meant, key=lambda name: order.index(found[name][0]))}
+    return dict(sorted(named.items(), key=lambda item: order.index(item[1])))
 
 
 def check_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict[str, str]:
@@ -329,10 +332,10 @@ def _nested(root: Path, nested: Sequence[tuple[str, str]]) -> FolderError:
 
 def _those_in(root: Path, tops: Iterable[str], also: str = "") -> list[tuple[str, str]]:
     """The reading that the classes are those in a folder, for each that has some."""
-    parted = [top for top in (_inner(root, top) for top in tops) if len(subfolders(root / top)) > 1][:_MOST_NAMES]
+    several = [top for top in (_inner(root, top) for top in tops) if len(subfolders(root / top)) > 1]
     return [
         (f"the classes are those in {top!r}{also and f', {also}'}", f"fastflower pack {_quoted(root / top)}")
-        for top in parted
+        for top in several[:_MOST_NAMES]
     ]
 
 

@@ -1,6 +1,6 @@
 """Packs a folder of images into shards.
 
-The bytes on disk are a function of (input, options, seed). Work happens in OUT/.packing: the plan, a lock, and finished parts.
+The bytes on disk are a function of (input, options, seed). Work happens in OUT/.packing: the plan, a lock, and finished shards.
 A pack that is interrupted goes on from there; at the end files are renamed into place, the manifest last.
 """
 
@@ -12,18 +12,19 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_complete
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from fastflower.errors import ArgumentError, FolderError, require
 from fastflower.machine import cores
+from fastflower.packing.duplicates import Item, MapLike, Result
 from fastflower.packing.folder import Folder, scan
-from fastflower.packing.plan import Plan
+from fastflower.packing.plan import Options, Plan
 from fastflower.packing.publishing import publish, withdraw
 from fastflower.packing.remarks import remarks
-from fastflower.packing.worker import STOP, make_part
+from fastflower.packing.worker import STOP, make_shard, make_shard_elsewhere
 from fastflower.packing.workspace import begun_plan, exists, workspace
 from fastflower.shards.manifest import FILE, PLAN, WORK, Manifest
 
@@ -74,7 +75,31 @@ def pack(
 
     Returns the manifest. Raises FolderError when the folder cannot be packed as it stands or OUT cannot be written,
     ArgumentError for an argument outside its rule.
+
+    Example:
+        >>> manifest = pack("flowers", "packed", val_fraction=0.1)
+        >>> manifest.classes
+        ('daisy', 'dandelion', 'rose', 'sunflower', 'tulip')
+        >>> {name: split.samples for name, split in manifest.splits.items()}
+        {'train': 135, 'val': 15}
     """
+    options = _checked(split_by, val_fraction, seed, shard_bytes, max_side, quality, on_bad, on_conflict, lists)
+    require(workers is None or workers >= 1, "workers", "at least 1", workers)
+    return _pack(Path(folder), Path(out), options, workers or cores(), executor)
+
+
+def _checked(
+    split_by: Literal["class", "random", "folder"] | None,
+    val_fraction: float,
+    seed: int,
+    shard_bytes: int,
+    max_side: int | None,
+    quality: int | None,
+    on_bad: Literal["skip", "fail"],
+    on_conflict: Literal["keep", "drop"],
+    lists: bool,
+) -> Options:
+    """The options as JSON holds them, where numpy's numbers are none. Raises ArgumentError for one outside its rule."""
     require(split_by in (None, "class", "random", "folder"), "split_by", "'class', 'random' or 'folder'", split_by)
     for name, value in {"seed": seed, "shard_bytes": shard_bytes, "max_side": max_side, "quality": quality}.items():
         empty = value is None and name in ("max_side", "quality")
@@ -85,19 +110,9 @@ def pack(
     require(quality is None or 1 <= quality <= 95, "quality", "1 .. 95", quality)
     require(on_bad in ("skip", "fail"), "on_bad", "'skip' or 'fail'", on_bad)
     require(on_conflict in ("keep", "drop"), "on_conflict", "'keep' or 'drop'", on_conflict)
-    require(workers is None or workers >= 1, "workers", "at least 1", workers)
-    folder, out = Path(folder), Path(out)
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve raises at a link to itself
-        raise FolderError(f"{out}: lies in {folder}, where it would count as images; name another folder with --out.")
-    found = scan(folder, anew=split_by in ("class", "random"))
-    split_by = split_by or ("folder" if found.splits else "class")
-    if split_by == "folder" and not found.splits:
-        raise ArgumentError(f"split_by must be 'class' or 'random' for {folder}, which has no split of its own.")
-    if lists:
-        _check_names(found)
-    options: dict[str, Any] = {
+    return {
         "split_by": split_by,
-        "val_fraction": None if split_by == "folder" else float(val_fraction),  # numpy's are no JSON
+        "val_fraction": float(val_fraction),
         "seed": int(seed),
         "shard_bytes": int(shard_bytes),
         "max_side": max_side and int(max_side),
@@ -106,22 +121,23 @@ def pack(
         "on_conflict": on_conflict,
         "lists": lists,
     }
-    threads = workers or cores()
-    killed = exists(out / WORK)
+
+
+def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executor | None) -> Manifest:
+    """Read the folder, plan, make the shards, publish."""
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):  # Path.resolve raises at a link to itself
+        raise FolderError(f"{out}: lies in {root}, where it would count as images; name another folder with --out.")
+    folder = scan(root, anew=asked["split_by"] in ("class", "random"))
+    options = _settled(asked, folder)
+    interrupted = exists(out / WORK)
     with workspace(out) as work, ThreadPoolExecutor(threads) as pool:
         if (out / FILE).exists():
-            manifest = Manifest.load(out)
-            files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
-            same = manifest.options == options and manifest.classes == found.classes
-            if not killed or not same or files != len(found) + len(found.ignored):
-                raise FolderError(f"{out}: holds a pack already; name another folder with --out, or remove this one.")
-            (work / PLAN).unlink(missing_ok=True)  # it was killed when all that was left was to remove the workspace
-            return manifest
-        plan = begun_plan(found, options, work, partial(_ahead, pool, 2 * threads))
-        del found  # the plan has the same, mapped from files
+            return _finished(folder, options, out, interrupted)
+        plan = begun_plan(folder, options, work, partial(_ahead, pool, 2 * threads))
+        del folder  # the plan has the same, mapped from files
         try:
             withdraw(plan, work)
-            _run(plan, work, pool, threads, executor)
+            _make_shards(plan, work, pool, threads, executor)
             manifest = publish(plan, work)
             for remark in remarks(manifest):
                 _log.warning("%s: %s", manifest.folder, remark)
@@ -132,18 +148,42 @@ def pack(
     return manifest
 
 
-def _check_names(found: Folder) -> None:
-    breaks = np.flatnonzero((found.paths == ord("\n")) | (found.paths == ord("\r")))
+def _settled(options: Options, folder: Folder) -> Options:
+    """With the split that suits the folder where none was asked for; its own has no fraction."""
+    split_by = options["split_by"] or ("folder" if folder.splits else "class")
+    if split_by == "folder" and not folder.splits:
+        raise ArgumentError(f"split_by must be 'class' or 'random' for {folder.root}, which has no split of its own.")
+    if options["lists"]:
+        _check_names(folder)
+    fraction = None if split_by == "folder" else options["val_fraction"]
+    return {**options, "split_by": split_by, "val_fraction": fraction}
+
+
+def _check_names(folder: Folder) -> None:
+    breaks = np.flatnonzero((folder.paths == ord("\n")) | (folder.paths == ord("\r")))
     if len(breaks):
-        path = found.path(int(np.searchsorted(found.files["path_end"], breaks[0], "right")))
+        path = folder.path(folder.image_at(int(breaks[0])))
         raise FolderError(
-            f"{str(found.root / path)!r}: has a line break in its name; rename it, or pack without --lists."
+            f"{str(folder.root / path)!r}: has a line break in its name; rename it, or pack without --lists."
         )
 
 
-def _ahead(pool: ThreadPoolExecutor, depth: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+def _finished(folder: Folder, options: Options, out: Path, interrupted: bool) -> Manifest:
+    """The manifest of a pack that was killed when all that was left was to remove the workspace."""
+    manifest = Manifest.load(out)
+    files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
+    same = manifest.options == options and manifest.classes == folder.classes
+    if not interrupted or not same or files != len(folder) + len(folder.ignored):
+        raise FolderError(f"{out}: holds a pack already; name another folder with --out, or remove this one.")
+    (out / WORK / PLAN).unlink(missing_ok=True)
+    return manifest
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, depth: int, function: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Result]:
     """As pool.map, with at most `depth` items begun that are not yet taken: memory does not grow with their number."""
-    begun: deque[Future[Any]] = deque()
+    begun: deque[Future[Result]] = deque()
     for item in items:
         begun.append(pool.submit(function, item))
         if len(begun) >= depth:
@@ -152,32 +192,42 @@ def _ahead(pool: ThreadPoolExecutor, depth: int, function: Callable[[Any], Any],
         yield begun.popleft().result()
 
 
-def _run(plan: Plan, work: Path, pool: ThreadPoolExecutor, threads: int, executor: Executor | None) -> None:
-    """Make the parts; stop at the first error."""
-    work = work.absolute()  # elsewhere the current folder may be another
-    root = plan.found.root.absolute()
-    (work / STOP).unlink(missing_ok=True)
-    token = os.urandom(8)
-    makers = executor or ThreadPoolExecutor(2)  # while one waits for the disk, the other keeps the pool busy
+def _make_shards(plan: Plan, work: Path, pool: ThreadPoolExecutor, threads: int, executor: Executor | None) -> None:
+    """Make the shards; stop at the first error. Nobody writes into the workspace any more when it returns or raises."""
+    (work / STOP).unlink(missing_ok=True)  # of a pack that was interrupted
     with tqdm(total=len(plan.order), desc="pack", unit="image", disable=None) as bar:
+        if executor is None:
+            _make_here(plan, work, pool, partial(_ahead, pool, threads + 2), bar.update)
+        else:
+            _make_elsewhere(plan, work.absolute(), executor, bar.update)  # there the current folder may be another
+
+
+def _make_here(
+    plan: Plan, work: Path, pool: ThreadPoolExecutor, mapped: MapLike, advance: Callable[[int], object]
+) -> None:
+    with ThreadPoolExecutor(2) as makers:  # while one waits for the disk, the other keeps the pool busy
         begun: list[Future[int]] = []
         try:
-            for number in range(len(plan.parts)):
-                if executor:  # it may run elsewhere: there the bar moves a shard at a time
-                    begun.append(makers.submit(make_part, root, work, number, token=token))
-                else:
-                    mapped = partial(_ahead, pool, threads + 2)
-                    begun.append(makers.submit(make_part, root, work, number, mapped, bar.update))
+            for number in range(len(plan.shards)):
+                begun.append(makers.submit(make_shard, plan, work, number, mapped, advance))
             for future in as_completed(begun):
-                count = future.result()
-                if executor:
-                    bar.update(count)
+                future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # so that those that run end soon
-            if executor:
-                (work / STOP).touch()
+            for running in (makers, pool):  # so that it ends soon
+                running.shutdown(wait=False, cancel_futures=True)
             raise
-        finally:  # They still write into the workspace. An executor's are not cancelled: dask calls so what runs on.
-            wait([future for future in begun if executor or not future.cancel()])
-            if executor is None:
-                makers.shutdown()
+
+
+def _make_elsewhere(plan: Plan, work: Path, executor: Executor, advance: Callable[[int], object]) -> None:
+    token = os.urandom(8)
+    begun: list[Future[int]] = []
+    try:
+        for number in range(len(plan.shards)):
+            begun.append(executor.submit(make_shard_elsewhere, plan.folder.root, work, number, token))
+        for future in as_completed(begun):
+            advance(future.result())
+    except BaseException:
+        (work / STOP).touch()
+        raise
+    finally:
+        wait(begun)  # none is cancelled: dask calls so what runs on

@@ -5,10 +5,10 @@ A plan is saved in the workspace: it is what a pack that was interrupted goes on
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +16,30 @@ from numpy.typing import NDArray
 from fastflower.draws.order import epoch_order
 from fastflower.errors import FolderError
 from fastflower.files import write_atomically
-from fastflower.packing.duplicates import Groups, identical
+from fastflower.packing.duplicates import Groups, MapLike, identical
 from fastflower.packing.folder import Folder
 from fastflower.shards.manifest import PLAN, shard_name
 
 _IGNORED = "ignored.json"
 
 
-class Place(NamedTuple):
+class Options(TypedDict):
+    """What `pack` was asked for, as the manifest tells it."""
+
+    split_by: Literal["class", "random", "folder"] | None
+    """None, before the folder is read, for what suits it."""
+    val_fraction: float | None
+    """None where the folder's own split is kept."""
+    seed: int
+    shard_bytes: int
+    max_side: int | None
+    quality: int | None
+    on_bad: Literal["skip", "fail"]
+    on_conflict: Literal["keep", "drop"]
+    lists: bool
+
+
+class PlannedShard(NamedTuple):
     """A shard to make."""
 
     split: str
@@ -38,89 +54,86 @@ class Place(NamedTuple):
 class Plan:
     """Which image goes into which shard of which split, in order."""
 
-    found: Folder
-    options: dict[str, Any]
+    folder: Folder
+    options: Options
     versions: dict[str, str]
     """Of the libraries on which the bytes depend."""
     groups: Groups
     order: NDArray[np.int64]
     """Numbers of images, shard after shard."""
-    parts: tuple[Place, ...]
+    shards: tuple[PlannedShard, ...]
 
     @property
     def splits(self) -> tuple[str, ...]:
-        return self.found.splits if self.options["split_by"] == "folder" else ("train", "val")
+        return self.folder.splits if self.options["split_by"] == "folder" else ("train", "val")
 
     def conflicts(self) -> list[NDArray[np.int64]]:
         """Groups of identical images under different labels."""
-        labels = self.found.files["label"]
+        labels = self.folder.files["label"]
         return [group for group in self.groups if len(np.unique(labels[group])) > 1]
 
 
-def make_plan(
-    found: Folder, options: dict[str, Any], versions: dict[str, str], mapped: Callable[..., Iterable[Any]] = map
-) -> Plan:
-    """The plan is a function of the folder and the options alone. mapped  like the builtin map, to read on many threads."""
-    groups = identical(found, mapped)
-    plan = Plan(found, options, versions, groups, np.zeros(0, np.int64), ())
-    kept = np.ones(len(found), bool)
+def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped: MapLike = map) -> Plan:
+    """The plan is a function of the folder and the options alone."""
+    plan = Plan(folder, options, versions, identical(folder, mapped), np.zeros(0, np.int64), ())
+    kept = np.ones(len(folder), bool)
     if options["on_conflict"] == "drop":
         for group in plan.conflicts():
             kept[group] = False
-    if options["split_by"] == "folder":
-        split = found.files["split"]
-    else:
-        split = _validation(found, groups, kept, options).astype(np.int32)
+    own = options["split_by"] == "folder"
+    split = folder.files["split"] if own else _drawn_for_validation(plan, kept).astype(np.int32)
     order: list[NDArray[np.int64]] = []
-    parts: list[Place] = []
+    shards: list[PlannedShard] = []
+    stop = 0
     for number, name in enumerate(plan.splits):
-        for count, shard in enumerate(_shards(found, np.flatnonzero(kept & (split == number)), options)):
-            start = parts[-1].stop if parts else 0
-            parts.append(Place(name, shard_name(name, count), start, start + len(shard)))
-            order.append(shard)
-    train = found.files["label"][kept & (split == plan.splits.index("train"))]
-    check_counts(
-        found.classes, np.bincount(train, minlength=len(found.classes)), int((~kept).sum()), "under two labels"
-    )
-    return Plan(found, options, versions, groups, np.concatenate(order or [plan.order]), tuple(parts))
+        for count, images in enumerate(_cut(folder, np.flatnonzero(kept & (split == number)), options)):
+            start, stop = stop, stop + len(images)
+            shards.append(PlannedShard(name, shard_name(name, count), start, stop))
+            order.append(images)
+    train = folder.files["label"][kept & (split == plan.splits.index("train"))]
+    counts = np.bincount(train, minlength=len(folder.classes))
+    check_counts(folder.classes, counts, int((~kept).sum()), "under two labels")
+    return replace(plan, order=np.concatenate(order or [plan.order]), shards=tuple(shards))
 
 
 def check_counts(classes: tuple[str, ...], counts: Sequence[int] | NDArray[np.int64], left_out: int, why: str) -> None:
     """Every class must have something to learn from, or the split and the labels mean something else than was asked."""
     for name, count in zip(classes, counts, strict=True):
         if not count:
-            told = f"class {name!r}: none of its images is left for training; add images, or remove the class folder."
-            raise FolderError(f"{told} {left_out} files were {why} in all." if left_out else told)
+            what = f"class {name!r}: none of its images is left for training; add images, or remove the class folder."
+            raise FolderError(f"{what} {left_out} files were {why} in all." if left_out else what)
 
 
-def _validation(found: Folder, groups: Groups, kept: NDArray[np.bool_], options: dict[str, Any]) -> NDArray[np.bool_]:
-    """Which images are for validation: of each class, or of all, the share asked for; groups are not divided."""
-    classes = found.files["label"]
-    left = np.bincount(classes[kept], minlength=len(found.classes))  # of each class, for training
-    labels = classes if options["split_by"] == "class" else np.zeros(len(found), np.int32)
-    wanted = _shares(np.bincount(labels[kept], minlength=1), options["val_fraction"], options["seed"])
-    group_of = np.full(len(found), -1, np.int32)
-    group_of[groups.members] = np.repeat(np.arange(len(groups.ends)), np.diff(groups.ends, prepend=0))
-    val = np.zeros(len(found), bool)
-    by_label = np.flatnonzero(kept)[np.argsort(labels[kept], kind="stable")]
-    for label, numbers in enumerate(np.split(by_label, np.cumsum(np.bincount(labels[kept], minlength=1))[:-1])):
-        taken = int(val[numbers].sum())  # with an identical image of another class
+def _drawn_for_validation(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which images are for validation: of each class, or of all, the share asked for; groups are not divided.
+
+    Images are taken in an order that the seed decides, each with its identical ones, until the share is reached.
+    """
+    labels, seed = plan.folder.files["label"], plan.options["seed"]
+    pools = labels if plan.options["split_by"] == "class" else np.zeros_like(labels)  # a share is taken of each pool
+    sizes = np.bincount(pools[kept], minlength=1)
+    shares = _shares(sizes, plan.options["val_fraction"] or 0.0, seed)
+    left = np.bincount(labels[kept], minlength=len(plan.folder.classes))  # so many of each class, for training
+    group_of = {number: group for group in plan.groups for number in group.tolist()}
+    val = np.zeros(len(kept), bool)
+    by_pool = np.flatnonzero(kept)[np.argsort(pools[kept], kind="stable")]
+    for pool, (share, images) in enumerate(zip(shares, np.split(by_pool, np.cumsum(sizes)[:-1]), strict=True)):
+        taken = int(val[images].sum())  # with an identical image of another pool
+        if taken >= share:
+            continue
         # Epochs -1, -2 and -3 of the order function belong to packing: never the order of a training epoch.
-        for position in epoch_order(len(numbers), seed=options["seed"], epoch=-1) if wanted[label] else ():
-            if taken >= wanted[label]:
+        for image in images[epoch_order(len(images), seed=seed, epoch=-1)]:
+            if val[image]:
+                continue
+            group = group_of.get(image, np.array([image]))
+            classes, counts = np.unique(labels[group], return_counts=True)
+            if (left[classes] <= counts).any():  # nothing of a class would stay for training
+                continue
+            val[group] = True
+            left[classes] -= counts
+            taken += int((pools[group] == pool).sum())
+            if taken >= share:
                 break
-            number = numbers[position]
-            if not val[number]:
-                group = numbers[position : position + 1]
-                if group_of[number] >= 0:
-                    end = groups.ends[group_of[number]]
-                    start = groups.ends[group_of[number] - 1] if group_of[number] else 0
-                    group = groups.members[start:end]
-                touched, gone = np.unique(classes[group], return_counts=True)
-                if (left[touched] > gone).all():  # something of every class stays for training
-                    val[group] = True
-                    left[touched] -= gone
-                    taken += int((labels[group] == label).sum())
     return val
 
 
@@ -132,26 +145,28 @@ def _shares(counts: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np
     """
     exact = np.where(counts > 1, counts * fraction, 0)
     most = np.maximum(counts - 1, 0)
-    low, high = (np.clip(end, np.minimum(most, fraction > 0), most) for end in (np.floor(exact), np.ceil(exact)))
+    least = np.minimum(most, fraction > 0)
+    low, high = np.clip(np.floor(exact), least, most), np.clip(np.ceil(exact), least, most)
     shares = np.clip(np.rint(exact), low, high)
     missing = float(exact.sum() - shares.sum())
-    side = high if missing > 0 else low
-    order = np.lexsort((epoch_order(len(counts), seed=seed, epoch=-3), np.round(np.abs(side - exact), 9)))
     if abs(missing) > 1 + 1e-9:
-        changed = order[(shares != side)[order]][: round(abs(missing))]
-        shares[changed] = side[changed]
+        other = high if missing > 0 else low
+        order = np.lexsort((epoch_order(len(counts), seed=seed, epoch=-3), np.round(np.abs(other - exact), 9)))
+        changed = order[(shares != other)[order]][: round(abs(missing))]
+        shares[changed] = other[changed]
     return shares.astype(np.int64)
 
 
-def _shards(found: Folder, numbers: NDArray[np.int64], options: dict[str, Any]) -> list[NDArray[np.int64]]:
+def _cut(folder: Folder, images: NDArray[np.int64], options: Options) -> list[NDArray[np.int64]]:
     """Shuffle, and cut into as few shards of about equal size as `shard_bytes` allows."""
-    if not len(numbers):
+    if not len(images):
         return []
-    shuffled = numbers[epoch_order(len(numbers), seed=options["seed"], epoch=-2)]
-    ends = np.cumsum(found.files["size"][shuffled].astype(np.int64))
-    count = max(1, -(-int(ends[-1]) // options["shard_bytes"]))
-    places = np.maximum(ends - 1, 0) * count // max(1, int(ends[-1]))  # images of no bytes may come first
-    return np.split(shuffled, np.flatnonzero(np.diff(places)) + 1)
+    shuffled = images[epoch_order(len(images), seed=options["seed"], epoch=-2)]
+    ends = np.cumsum(folder.files["size"][shuffled].astype(np.int64))
+    total = int(ends[-1])
+    count = max(1, -(-total // options["shard_bytes"]))
+    shard = np.maximum(ends - 1, 0) * count // max(1, total)  # of each image; images of no bytes may come first
+    return np.split(shuffled, np.flatnonzero(np.diff(shard)) + 1)
 
 
 _ARRAYS = ("files", "paths", "order", "members", "ends")
@@ -159,60 +174,62 @@ _ARRAYS = ("files", "paths", "order", "members", "ends")
 
 def save_plan(plan: Plan, work: Path) -> None:
     """Write a plan into the workspace, plan.json last."""
-    found, groups = plan.found, plan.groups
-    for name, array in zip(_ARRAYS, (found.files, found.paths, plan.order, groups.members, groups.ends), strict=True):
+    folder, groups = plan.folder, plan.groups
+    arrays = (folder.files, folder.paths, plan.order, groups.members, groups.ends)
+    for name, array in zip(_ARRAYS, arrays, strict=True):
         with (work / f"{name}.npy").open("wb") as file:
             np.save(file, array)
             file.flush()
             os.fsync(file.fileno())
     content = {
-        "root": str(found.root.absolute()),
-        "classes": found.classes,
-        "splits": found.splits,
+        "classes": folder.classes,
+        "splits": folder.splits,
         "options": plan.options,
         "versions": plan.versions,
-        "parts": plan.parts,
+        "parts": plan.shards,  # as former versions have it, whose interrupted packs go on
     }
-    write_atomically(work / _IGNORED, json.dumps(found.ignored).encode())
+    write_atomically(work / _IGNORED, json.dumps(folder.ignored).encode())
     write_atomically(work / PLAN, json.dumps(content).encode())
 
 
-def load_plan(work: Path, *, whole: bool = False) -> Plan:
-    """Read the plan of a workspace; the arrays are memory-mapped. whole  also what is ignored, which no part needs."""
+def load_plan(work: Path, root: Path, *, whole: bool = False) -> Plan:
+    """Read the plan of a workspace; the arrays are memory-mapped.
+
+    root  where the folder is; it may have moved. whole  also what is ignored, which no shard needs.
+    """
     files, paths, order, members, ends = (np.load(work / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
     content = json.loads((work / PLAN).read_bytes())
     ignored = tuple((path, reason) for path, reason in json.loads((work / _IGNORED).read_bytes())) if whole else ()
-    found = Folder(Path(content["root"]), tuple(content["classes"]), tuple(content["splits"]), files, paths, ignored)
-    parts = tuple(Place(*part) for part in content["parts"])
-    return Plan(found, content["options"], content["versions"], Groups(members, ends), order, parts)
+    folder = Folder(root, tuple(content["classes"]), tuple(content["splits"]), files, paths, ignored)
+    shards = tuple(PlannedShard(*shard) for shard in content["parts"])
+    return Plan(folder, content["options"], content["versions"], Groups(members, ends), order, shards)
 
 
-def check_same(plan: Plan, found: Folder, options: dict[str, Any], versions: dict[str, str], work: Path) -> None:
+def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str, str], work: Path) -> None:
     """Raise FolderError, naming what differs, when an interrupted plan is not for this folder with these options."""
-    before, now = plan.options | plan.versions, options | versions
+    before, now = {**plan.options, **plan.versions}, {**options, **versions}
     for name in now:
         if before.get(name) != now[name]:
             raise FolderError(
                 f"{work}: the pack that was interrupted here had {name} {before.get(name)!r}, not {now[name]!r}; "
                 f"pack with the former to go on, or remove {work} to begin anew."
             )
-    changed = _difference(plan.found, found)
+    changed = _difference(plan.folder, folder)
     if changed is not None:
         raise FolderError(
-            f"{found.root / changed[0]}: {changed[1]} since the pack into {work.parent} was interrupted; "
+            f"{folder.root / changed[0]}: {changed[1]} since the pack into {work.parent} was interrupted; "
             f"undo that to go on, or remove {work} to begin anew."
         )
 
 
 def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:
-    """The first file that differs, and how."""
+    """The first file that differs, and what has become of it."""
     count = min(len(before), len(now))
-    paths = np.flatnonzero(before.paths[: len(now.paths)] != now.paths[: len(before.paths)])
     rows = np.flatnonzero(before.files[:count] != now.files[:count])
-    first = min(
-        int(np.searchsorted(now.files["path_end"], paths[0], "right")) if len(paths) else count,
-        int(rows[0]) if len(rows) else count,
-    )
+    letters = np.flatnonzero(before.paths[: len(now.paths)] != now.paths[: len(before.paths)])
+    first = int(rows[0]) if len(rows) else count
+    if len(letters):
+        first = min(first, now.image_at(int(letters[0])))
     old = before.path(first) if first < len(before) else None
     new = now.path(first) if first < len(now) else None
     if new is not None and new == old:

@@ -4,47 +4,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fastflower.files import sync, write_atomically
 from fastflower.packing.duplicates import nearest
 from fastflower.packing.plan import Plan, check_counts
-from fastflower.packing.worker import Part
+from fastflower.packing.worker import MadeShard
 from fastflower.shards.manifest import FILE, INFO, Manifest, shard_name
 from fastflower.shards.writer import index_rows, npy, split_of
 
-
-def _made(plan: Plan, work: Path) -> list[Part]:
-    """The record of each of the plan's parts. Raises OSError for one that is missing or damaged."""
-    return [Part.load(work / f"{place.name}.npz") for place in plan.parts]
-
-
-def _kept(plan: Plan, made: list[Part]) -> dict[str, list[tuple[str, Part]]]:
-    """By split, (name in the workspace, part) of the parts with images, which alone get a number: DALI reads no empty shard."""
-    kept: dict[str, list[tuple[str, Part]]] = {split: [] for split in plan.splits}
-    for (split, name, *_), part in zip(plan.parts, made, strict=True):
-        if part.shard.samples:
-            shard = replace(part.shard, name=f"{shard_name(split, len(kept[split]))}.tar")
-            kept[split].append((name, replace(part, shard=shard)))
-    return kept
-
-
-def _moves(kept: dict[str, list[tuple[str, Part]]], work: Path) -> list[tuple[Path, Path]]:
-    """(from, to) of tars and DALI's indexes."""
-    return [
-        (work / f"{name}{ending}", (work.parent / part.shard.name).with_suffix(ending))
-        for parts in kept.values()
-        for name, part in parts
-        for ending in (".tar", ".idx")
-    ]
+Splits = dict[str, list[MadeShard]]
+"""The shards of each split."""
 
 
 def withdraw(plan: Plan, work: Path) -> None:
     """Take back what a pack that was killed while it published had in place already."""
     try:
-        moves = _moves(_kept(plan, _made(plan, work)), work)
+        moves = _moves(_with_images(plan, _made(plan, work)), work)
     except OSError:  # a record is missing: nothing is in place yet; or it is damaged: what is gone is made again
         return
     for source, target in moves:
@@ -55,11 +32,10 @@ def withdraw(plan: Plan, work: Path) -> None:
 def publish(plan: Plan, work: Path) -> Manifest:
     """Finish every file in the workspace, then rename them into place, the manifest last; all of them or none."""
     made, out = _made(plan, work), work.parent
-    kept = _kept(plan, made)
-    parts = {split: [part for _, part in group] for split, group in kept.items()}
-    manifest = _described(plan, out, parts, made)
-    moves = _moves(kept, work)
-    for name, data in _files(plan, manifest, parts):
+    splits = _with_images(plan, made)
+    manifest = _described(plan, out, splits, made)
+    moves = _moves(splits, work)
+    for name, data in _files(plan, manifest, splits):
         (work / name).parent.mkdir(exist_ok=True)
         write_atomically(work / name, data)
         moves.append((work / name, out / name))
@@ -79,69 +55,97 @@ def publish(plan: Plan, work: Path) -> Manifest:
     return manifest
 
 
-def _files(plan: Plan, manifest: Manifest, parts: dict[str, list[Part]]) -> Iterator[tuple[str, bytes | memoryview]]:
-    """(name, content) of what stands beside the tars, the manifest last."""
-    for split, group in parts.items():
-        yield f"{split}.index.npy", npy(index_rows([part.rows for part in group]))
-    if plan.options["lists"]:
-        yield from _lists(plan, parts).items()
-    yield INFO, manifest.to_info().encode()
-    yield FILE, manifest.to_json().encode("utf-8", "backslashreplace")
+def _made(plan: Plan, work: Path) -> list[MadeShard]:
+    """Every shard of the plan. Raises OSError where a record is missing or damaged."""
+    return [MadeShard.load(work / f"{planned.name}.npz") for planned in plan.shards]
 
 
-def _lists(plan: Plan, parts: dict[str, list[Part]]) -> dict[str, bytes]:
-    """classes.txt and a list for each split, in the folder's order; scan reads them."""
-    lists = {"classes.txt": "".join(f"{name}\n" for name in plan.found.classes).encode("utf-8", "surrogateescape")}
-    labels = plan.found.files["label"]
-    for split, group in parts.items():
-        numbers = np.sort(np.concatenate([np.zeros(0, np.int64), *(part.numbers for part in group)]))
-        lines = (f"{plan.found.path(number)} {labels[number]}\n" for number in numbers)
-        lists[f"meta/{split}.txt"] = b"".join(line.encode("utf-8", "surrogateescape") for line in lines)
-    return lists
+def _with_images(plan: Plan, made: list[MadeShard]) -> Splits:
+    """The shards that hold images, which alone are numbered and put in place: DALI reads no empty shard."""
+    splits: Splits = {split: [] for split in plan.splits}
+    for planned, shard in zip(plan.shards, made, strict=True):
+        if shard.entry.samples:
+            splits[planned.split].append(shard)
+    return splits
 
 
-def _described(plan: Plan, out: Path, parts: dict[str, list[Part]], made: list[Part]) -> Manifest:
-    found, conflicts = plan.found, plan.conflicts()
+def _moves(splits: Splits, work: Path) -> list[tuple[Path, Path]]:
+    """(from, to) of tars and DALI's indexes."""
+    return [
+        ((work / shard.entry.name).with_suffix(ending), work.parent / f"{shard_name(split, number)}{ending}")
+        for split, shards in splits.items()
+        for number, shard in enumerate(shards)
+        for ending in (".tar", ".idx")
+    ]
+
+
+def _described(plan: Plan, out: Path, splits: Splits, made: list[MadeShard]) -> Manifest:
+    folder, conflicts = plan.folder, plan.conflicts()
     dropped = [number for group in conflicts for number in group] if plan.options["on_conflict"] == "drop" else []
-    left_out = [item for part in made for item in part.skipped]
-    left_out += [{"path": path, "reason": reason} for path, reason in found.ignored]
-    left_out += [{"path": found.path(number), "reason": "stands under two labels"} for number in dropped]
-    splits = {
-        split: split_of([(part.shard, part.rows) for part in group], len(found.classes))
-        for split, group in parts.items()
+    skipped = [item for shard in made for item in shard.skipped]
+    skipped += [{"path": path, "reason": reason} for path, reason in folder.ignored]
+    skipped += [{"path": folder.path(number), "reason": "stands under two labels"} for number in dropped]
+    described = {
+        split: split_of(
+            [
+                (replace(shard.entry, name=f"{shard_name(split, number)}.tar"), shard.rows)
+                for number, shard in enumerate(shards)
+            ],
+            len(folder.classes),
+        )
+        for split, shards in splits.items()
     }
-    check_counts(found.classes, splits["train"].class_counts, len(left_out), "skipped")
-    every = [part for group in parts.values() for part in group]
+    check_counts(folder.classes, described["train"].class_counts, len(skipped), "skipped")
     return Manifest(
         folder=out,
-        classes=found.classes,
-        splits=splits,
-        options=plan.options,
-        skipped=tuple(sorted(left_out, key=itemgetter("path"))),
-        warnings=tuple(sorted((item for part in made for item in part.warnings), key=itemgetter("path"))),
-        duplicates=tuple(tuple(found.path(number) for number in group) for group in plan.groups),
-        label_conflicts=tuple(tuple(found.path(number) for number in group) for group in conflicts),
-        near_duplicates=tuple(_near_duplicates(plan, parts)),
-        source_bytes=sum(int(found.files["size"][part.numbers].sum()) for part in every),
-        packed_bytes=sum(int(part.rows["size"].sum()) for part in every),
+        classes=folder.classes,
+        splits=described,
+        options=dict(plan.options),
+        skipped=tuple(sorted(skipped, key=itemgetter("path"))),
+        warnings=tuple(sorted((item for shard in made for item in shard.warnings), key=itemgetter("path"))),
+        duplicates=tuple(tuple(folder.path(number) for number in group) for group in plan.groups),
+        label_conflicts=tuple(tuple(folder.path(number) for number in group) for group in conflicts),
+        near_duplicates=tuple(_near_duplicates(plan, splits)),
+        source_bytes=sum(int(folder.files["size"][shard.numbers].sum()) for shard in made),
+        packed_bytes=sum(int(shard.rows["size"].sum()) for shard in made),
         versions=plan.versions,
     )
 
 
-def _near_duplicates(plan: Plan, parts: dict[str, list[Part]]) -> Iterator[dict[str, Any]]:
+def _near_duplicates(plan: Plan, splits: Splits) -> Iterator[dict[str, object]]:
     """For each image of the other splits the one most like it in "train", where there is one; in the order of their paths."""
-    train = parts["train"]
-    hashes = np.concatenate([part.hashes for part in train])
-    numbers = np.concatenate([part.numbers for part in train])
-    for split, group in parts.items():
-        if split != "train" and group:
-            mine = np.concatenate([part.numbers for part in group])
-            positions, distances = nearest(np.concatenate([part.hashes for part in group]), hashes)
-            near = np.flatnonzero(distances >= 0)
-            for place in near[np.argsort(mine[near])]:
-                yield {
-                    "split": split,
-                    "path": plan.found.path(int(mine[place])),
-                    "train_path": plan.found.path(int(numbers[positions[place]])),
-                    "distance": int(distances[place]),
-                }
+    train_hashes = np.concatenate([shard.hashes for shard in splits["train"]])
+    train_numbers = np.concatenate([shard.numbers for shard in splits["train"]])
+    for split, shards in splits.items():
+        if split == "train" or not shards:
+            continue
+        numbers = np.concatenate([shard.numbers for shard in shards])
+        positions, distances = nearest(np.concatenate([shard.hashes for shard in shards]), train_hashes)
+        near = np.flatnonzero(distances >= 0)
+        for place in near[np.argsort(numbers[near])]:
+            yield {
+                "split": split,
+                "path": plan.folder.path(int(numbers[place])),
+                "train_path": plan.folder.path(int(train_numbers[positions[place]])),
+                "distance": int(distances[place]),
+            }
+
+
+def _files(plan: Plan, manifest: Manifest, splits: Splits) -> Iterator[tuple[str, bytes | memoryview]]:
+    """(name, content) of what stands beside the tars, the manifest last."""
+    for split, shards in splits.items():
+        yield f"{split}.index.npy", npy(index_rows([shard.rows for shard in shards]))
+    if plan.options["lists"]:
+        yield from _lists(plan, splits)
+    yield INFO, manifest.to_info().encode()
+    yield FILE, manifest.to_json().encode("utf-8", "backslashreplace")
+
+
+def _lists(plan: Plan, splits: Splits) -> Iterator[tuple[str, bytes]]:
+    """classes.txt and a list for each split, in the folder's order; scan reads them."""
+    folder, labels = plan.folder, plan.folder.files["label"]
+    yield "classes.txt", "".join(f"{name}\n" for name in folder.classes).encode("utf-8", "surrogateescape")
+    for split, shards in splits.items():
+        numbers = np.sort(np.concatenate([np.zeros(0, np.int64), *(shard.numbers for shard in shards)]))
+        lines = (f"{folder.path(number)} {labels[number]}\n" for number in numbers)
+        yield f"meta/{split}.txt", b"".join(line.encode("utf-8", "surrogateescape") for line in lines)

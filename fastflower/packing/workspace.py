@@ -2,12 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import PIL
@@ -15,8 +13,9 @@ import PIL
 from fastflower.errors import FolderError, HeldError
 from fastflower.files import blame_the_system, locked
 from fastflower.machine import version_of
+from fastflower.packing.duplicates import MapLike
 from fastflower.packing.folder import Folder
-from fastflower.packing.plan import Plan, check_same, load_plan, make_plan, save_plan
+from fastflower.packing.plan import Options, Plan, check_same, load_plan, make_plan, save_plan
 from fastflower.shards.manifest import INFO, PLAN, WORK
 
 _ENDINGS = (".tar", ".idx", ".npy")
@@ -24,7 +23,7 @@ _LISTS = ("classes.txt", "meta")
 
 
 @contextmanager
-def workspace(out: Path) -> Iterator[Path]:
+def workspace(out: Path) -> Generator[Path]:
     """OUT/.packing, locked against a second pack. It stays while it holds a plan to go on with; OUT goes if it is empty."""
     work = out / WORK
     try:
@@ -56,7 +55,7 @@ def exists(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110  (which does not raise)
 
 
-def begun_plan(found: Folder, options: dict[str, Any], work: Path, mapped: Callable[..., Iterable[Any]]) -> Plan:
+def begun_plan(folder: Folder, options: Options, work: Path, mapped: MapLike) -> Plan:
     """The plan of the pack that was interrupted here, or a new one; saved, and read from the workspace in both cases."""
     out = work.parent
     versions = {"fastflower": version_of("fastflower"), "pillow": PIL.__version__, "opencv": cv2.__version__}
@@ -65,7 +64,7 @@ def begun_plan(found: Folder, options: dict[str, Any], work: Path, mapped: Calla
         taken = [path.name for path in sorted(out.iterdir()) if path.name in names or path.suffix in _ENDINGS]
         if taken:
             raise FolderError(f"{out}: holds {taken[0]} already; name another folder with --out, or remove this one.")
-        save_plan(make_plan(found, options, versions, mapped), work)
-    plan = load_plan(work, whole=True)
-    check_same(plan, found, options, versions, work)
-    return replace(plan, found=replace(plan.found, root=found.root))  # it may have moved
+        save_plan(make_plan(folder, options, versions, mapped), work)
+    plan = load_plan(work, folder.root.absolute(), whole=True)
+    check_same(plan, folder, options, versions, work)
+    return plan

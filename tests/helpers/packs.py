@@ -95,10 +95,10 @@ def exactly(text: str) -> str:
 
 
 class Stopping(Executor):
-    """Makes so many parts at once, and is interrupted at the next, as by Ctrl-C."""
+    """Makes so many shards at once, and is interrupted at the next, as by Ctrl-C."""
 
-    def __init__(self, parts: int) -> None:
-        self.left = parts
+    def __init__(self, shards: int) -> None:
+        self.left = shards
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         if not self.left:
@@ -109,10 +109,10 @@ class Stopping(Executor):
         return future
 
 
-def interrupted(folder: Path, out: Path, *, parts: int, **options: Any) -> Path:
-    """OUT after a pack that made so many parts."""
+def interrupted(folder: Path, out: Path, *, shards: int, **options: Any) -> Path:
+    """OUT after a pack that made so many shards."""
     with pytest.raises(KeyboardInterrupt):
-        pack(folder, out, executor=Stopping(parts), **options)
+        pack(folder, out, executor=Stopping(shards), **options)
     return out
 
 

@@ -60,7 +60,7 @@ def test_workers_of_dask_make_the_same_bytes(
 
 
 class Deadly(Executor):
-    """Kills a process when the first part is made."""
+    """Kills a process when the first shard is made."""
 
     def __init__(self, executor: Executor, victim: int) -> None:
         self.executor, self.victim, self.killed = executor, victim, False

@@ -136,7 +136,7 @@ def test_an_error_at_any_renaming_leaves_what_the_same_call_goes_on_with(
 
 @pytest.mark.parametrize("stop", ["'train-000001.' in paths[0]", "paths[1] == 'val-000000.tar'"])
 def test_ctrl_c_keeps_what_was_made(small: Path, tmp_path: Path, expected: dict[str, str], stop: str) -> None:
-    """While parts are made, and while they are put in place."""
+    """While shards are made, and while they are put in place."""
     out = tmp_path / "out"
     process = child(small, out, stop, "os.kill(os.getpid(), signal.SIGINT)", **OPTIONS)
     _, errors = process.communicate(timeout=30)
@@ -158,7 +158,7 @@ def test_of_two_packs_the_second_says_so_and_the_first_is_not_disturbed(
     first = child(small, out, stop, "print('here', flush=True); input()", **OPTIONS)
     assert first.stdout
     assert first.stdout.readline() == "here\n"
-    for _ in range(1000):  # until the other two parts are made
+    for _ in range(1000):  # until the other two shards are made
         if len(list(out.glob(".packing/*.npz"))) == 2 and not list(out.glob(".packing/*.part")):
             break
         time.sleep(0.01)
@@ -180,7 +180,7 @@ def test_of_two_packs_the_second_says_so_and_the_first_is_not_disturbed(
 
 
 class Dying(ProcessPoolExecutor):
-    """Its workers die at the second part."""
+    """Its workers die at the second shard."""
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         self.count = getattr(self, "count", 0) + 1

@@ -1,7 +1,10 @@
 """What users give that once cost a pack, or made another of it than they meant."""
 
 import re
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -115,22 +118,36 @@ def test_memory_that_runs_out_is_explained_and_the_pack_goes_on(
     assert pack(small, tmp_path / "out").splits["train"].samples == 24
 
 
-def test_files_without_an_images_name_are_listed_and_no_part_reads_their_names(
+def test_an_executors_process_reads_the_plan_once_a_pack_and_not_what_is_listed_as_no_image(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"a/{number}.txt" for number in range(3)]
     touch(small, *names)
     loaded = list[int]()
 
-    def counting(work: Path) -> Plan:
-        plan = load_plan(work)
-        loaded.append(len(plan.found.ignored))
+    def counting(work: Path, root: Path) -> Plan:
+        plan = load_plan(work, root)
+        loaded.append(len(plan.folder.ignored))
         return plan
 
     monkeypatch.setattr(worker, "load_plan", counting)
-    manifest = pack(small, tmp_path / "out", shard_bytes=5000)
-    assert [item["path"] for item in manifest.skipped] == names
-    assert loaded == [0] * sum(len(split.shards) for split in manifest.splits.values())
+    with ThreadPoolExecutor(4) as executor:
+        for count in (1, 2):
+            manifest = pack(small, tmp_path / "out", shard_bytes=5000, executor=executor)
+            assert [item["path"] for item in manifest.skipped] == names
+            assert sum(len(split.shards) for split in manifest.splits.values()) > 4
+            assert loaded == [0] * count
+            shutil.rmtree(tmp_path / "out")
+
+
+def test_an_executor_that_packs_another_folder_to_the_same_place_has_no_plan_left_of_the_first(tmp_path: Path) -> None:
+    first, second = drawn(tmp_path / "first", a=9, b=9), drawn(tmp_path / "second", b=9, c=9)
+    pack(second, tmp_path / "expected", shard_bytes=5000)
+    with ProcessPoolExecutor(2, get_context("spawn")) as executor:
+        for folder in (first, second):
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            pack(folder, tmp_path / "out", shard_bytes=5000, executor=executor)
+    assert checksums(tmp_path / "out") == checksums(tmp_path / "expected")
 
 
 def test_a_class_that_only_the_list_of_classes_has_is_named(tmp_path: Path) -> None:

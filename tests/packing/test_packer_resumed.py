@@ -64,9 +64,9 @@ def changed(name: str) -> dict[str, Any]:
 
 def test_a_changed_option_is_named_and_changes_nothing(small: Path, tmp_path: Path, expected: dict[str, str]) -> None:
     assert CHANGED.keys() == inspect.signature(pack).parameters.keys() - {"folder", "out", "workers", "executor"}
-    out = interrupted(small, tmp_path / "out", parts=2, **OPTIONS)
+    out = interrupted(small, tmp_path / "out", shards=2, **OPTIONS)
     before = checksums(out)
-    former = load_plan(out / ".packing").options
+    former = load_plan(out / ".packing", small).options
     for name, value in CHANGED.items():
         text = (
             f"{out / '.packing'}: the pack that was interrupted here had {name} {former[name]!r}, not {value!r}; "
@@ -82,9 +82,9 @@ def test_a_changed_option_is_named_and_changes_nothing(small: Path, tmp_path: Pa
 def test_another_version_is_named_and_changes_nothing(
     small: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = interrupted(small, tmp_path / "out", parts=1, **OPTIONS)
+    out = interrupted(small, tmp_path / "out", shards=1, **OPTIONS)
     before = checksums(out)
-    former = load_plan(out / ".packing").versions
+    former = load_plan(out / ".packing", small).versions
     places = {"fastflower": (workspace, "version_of", lambda _: "9.9"), "pillow": (PIL, "__version__", "9.9")}
     places["opencv"] = (cv2, "__version__", "9.9")
     assert places.keys() == former.keys()
@@ -115,7 +115,7 @@ def test_a_changed_folder_is_named_and_changes_nothing(
     small: Path, tmp_path: Path, expected: dict[str, str], how: str
 ) -> None:
     name, change = CHANGES[how]
-    out = interrupted(small, tmp_path / "out", parts=1, **OPTIONS)
+    out = interrupted(small, tmp_path / "out", shards=1, **OPTIONS)
     before = checksums(out)
     shutil.copytree(small, tmp_path / "copy")
     change(small / name)
@@ -136,7 +136,7 @@ def test_a_folder_that_was_moved_goes_on_from_another_current_folder(
     small: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    interrupted(Path("small"), Path("out"), parts=1, **OPTIONS)
+    interrupted(Path("small"), Path("out"), shards=1, **OPTIONS)
     (tmp_path / "elsewhere").mkdir()
     small.rename(tmp_path / "elsewhere/moved")
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -167,12 +167,12 @@ def test_what_is_in_place_already_is_taken_back_and_not_made_again(
     assert checksums(out) == expected
 
 
-def test_finished_parts_are_not_made_again(
+def test_finished_shards_are_not_made_again(
     small: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = interrupted(small, tmp_path / "out", parts=2, **OPTIONS)
+    out = interrupted(small, tmp_path / "out", shards=2, **OPTIONS)
     tars = {path.name: path.stat() for path in (out / ".packing").glob("*.tar")}
-    missing = load_plan(out / ".packing").parts[2]
+    missing = load_plan(out / ".packing", small).shards[2]
     prepared = counted(monkeypatch)
     pack(small, out, **OPTIONS)
     assert len(prepared) == missing.stop - missing.start == 2
@@ -187,7 +187,7 @@ def test_finished_parts_are_not_made_again(
 def test_a_damaged_record_is_made_again(
     small: Path, tmp_path: Path, expected: dict[str, str], size: int, placed: bool
 ) -> None:
-    """Also when its part was in place in OUT already."""
+    """Also when its shard was in place in OUT already."""
     out = killed(small, tmp_path / "out", BEFORE_MANIFEST if placed else "'index.npy' in paths[0]", **OPTIONS)
     assert (out / "train-000000.tar").exists() == placed
     os.truncate(out / ".packing/train-000000.npz", size)
@@ -226,9 +226,9 @@ def test_a_pack_that_was_killed_after_its_end_is_not_taken_for_another(
 def test_an_error_in_the_images_of_a_pack_that_goes_on_clears_it(small: Path, tmp_path: Path) -> None:
     pack(small, tmp_path / "expected", **OPTIONS)
     bad = small / next(iter(paths(tmp_path / "expected", "val")))
-    bad.write_bytes(bytes(bad.stat().st_size))  # of the same size, so that it is in the third part again
+    bad.write_bytes(bytes(bad.stat().st_size))  # of the same size, so that it is in the third shard again
     options = changed("on_bad")
-    out = interrupted(small, tmp_path / "out", parts=2, **options)
+    out = interrupted(small, tmp_path / "out", shards=2, **options)
     text = f"{bad}: is no image; remove or replace it, or pack with --on-bad skip."
     with pytest.raises(FolderError, match=exactly(text)):
         pack(small, out, **options)

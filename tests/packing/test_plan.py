@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from fastflower.errors import FolderError
 from fastflower.packing.folder import scan
-from fastflower.packing.plan import PLAN, Place, Plan, check_same, load_plan, make_plan, save_plan
+from fastflower.packing.plan import PLAN, Plan, PlannedShard, check_same, load_plan, make_plan, save_plan
 
-OPTIONS: dict[str, Any] = {"split_by": "class", "val_fraction": 0.25, "seed": 0, "shard_bytes": 1000}
+OPTIONS: Any = {"split_by": "class", "val_fraction": 0.25, "seed": 0, "shard_bytes": 1000}
 OPTIONS |= {"max_side": None, "quality": None, "on_bad": "skip", "on_conflict": "keep", "lists": False}
 VERSIONS = {"fastflower": "0.1.0", "pillow": "12.0.0", "opencv": "4.12.0"}
 
@@ -42,12 +42,12 @@ def planned(root: Path, **options: Any) -> Plan:
     return make_plan(scan(root), OPTIONS | options, VERSIONS)
 
 
-def shards(plan: Plan) -> Iterator[tuple[Place, list[int]]]:
-    return ((place, plan.order[place.start : place.stop].tolist()) for place in plan.parts)
+def shards(plan: Plan) -> Iterator[tuple[PlannedShard, list[int]]]:
+    return ((shard, plan.order[shard.start : shard.stop].tolist()) for shard in plan.shards)
 
 
 def split_of(plan: Plan) -> dict[int, str]:
-    return {number: place.split for place, numbers in shards(plan) for number in numbers}
+    return {number: shard.split for shard, numbers in shards(plan) for number in numbers}
 
 
 def drawn(root: Path, seed: int) -> Path:
@@ -63,7 +63,7 @@ def drawn(root: Path, seed: int) -> Path:
 
 def kept_images(plan: Plan) -> list[int]:
     """The oracle: read them all."""
-    found = plan.found
+    found = plan.folder
     contents = [(found.root / found.path(number)).read_bytes() for number in range(len(found))]
     labels: dict[bytes, set[int]] = defaultdict(set)
     for content, label in zip(contents, found.files["label"].tolist(), strict=True):
@@ -98,7 +98,7 @@ def test_the_share_for_validation_is_that_asked_for_but_for_the_rest_of_a_group(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     plan = planned(drawn(tmp_path, options["seed"]), **options)
-    labels, split = plan.found.files["label"], split_of(plan)
+    labels, split = plan.folder.files["label"], split_of(plan)
     slack = max(len(group) for group in plan.groups) - 1
     together = {number for group in plan.conflicts() for number in group.tolist()}
     for label in range(3) if options["split_by"] == "class" else [None]:
@@ -112,7 +112,7 @@ def test_the_share_for_validation_is_that_asked_for_but_for_the_rest_of_a_group(
 @pytest.mark.parametrize("fraction", [0, 0.01, 0.2, 0.5, 0.99])
 def test_without_copies_the_share_is_exact(tmp_path: Path, fraction: float) -> None:
     plan = planned(numbered(tmp_path, a=1, b=10, c=37), val_fraction=fraction)
-    by_class = Counter((split, int(plan.found.files["label"][number])) for number, split in split_of(plan).items())
+    by_class = Counter((split, int(plan.folder.files["label"][number])) for number, split in split_of(plan).items())
     for label, count in enumerate((1, 10, 37)):
         val = min(max(round(count * fraction), fraction > 0), count - 1)
         assert (by_class["val", label], by_class["train", label]) == (val, count - val)
@@ -149,13 +149,13 @@ def test_a_folders_own_splits_are_kept_or_drawn_anew(tmp_path: Path) -> None:
     numbered(tmp_path / "validation", a=3, b=2)
     numbered(tmp_path / "test", a=2)  # the same bytes as others: its own splits are not changed for that
     plan = planned(tmp_path, split_by="folder", val_fraction=None)
-    assert plan.splits == plan.found.splits == ("train", "val", "test")
+    assert plan.splits == plan.folder.splits == ("train", "val", "test")
     top = {"train": "train", "val": "validation", "test": "test"}
     assert len(split_of(plan)) == 25
-    assert all(plan.found.path(number).startswith(top[split]) for number, split in split_of(plan).items())
+    assert all(plan.folder.path(number).startswith(top[split]) for number, split in split_of(plan).items())
     anew = planned(tmp_path, split_by="random")
     assert anew.splits == ("train", "val")
-    assert len({anew.found.path(n).partition("/")[0] for n, split in split_of(anew).items() if split == "train"}) > 1
+    assert len({anew.folder.path(n).partition("/")[0] for n, split in split_of(anew).items() if split == "train"}) > 1
 
 
 def test_conflicts_are_the_groups_with_two_labels(tmp_path: Path) -> None:
@@ -168,25 +168,25 @@ def test_conflicts_are_the_groups_with_two_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shard_bytes", [1, 100, 777, 5000, 30_000])
 def test_shards_follow_each_other_are_about_equal_and_as_few_as_fit(tmp_path: Path, shard_bytes: int) -> None:
     plan = planned(drawn(tmp_path, 1), shard_bytes=shard_bytes)
-    starts = [0, *(place.stop for place in plan.parts)]
-    assert [place.start for place in plan.parts] == starts[:-1]
+    starts = [0, *(shard.stop for shard in plan.shards)]
+    assert [shard.start for shard in plan.shards] == starts[:-1]
     assert starts[-1] == len(plan.order)
-    assert all(place.stop > place.start for place in plan.parts)
+    assert all(shard.stop > shard.start for shard in plan.shards)
     for split in ("train", "val"):
-        mine = [(place, plan.found.files["size"][numbers]) for place, numbers in shards(plan) if place.split == split]
-        assert [place.name for place, _ in mine] == [f"{split}-{number:06d}" for number in range(len(mine))]
+        mine = [(shard, plan.folder.files["size"][numbers]) for shard, numbers in shards(plan) if shard.split == split]
+        assert [shard.name for shard, _ in mine] == [f"{split}-{number:06d}" for number in range(len(mine))]
         sizes = [int(size.sum()) for _, size in mine]
         total, largest = sum(sizes), max(int(size.max()) for _, size in mine)
         few = -(-total // shard_bytes)
         assert len(sizes) == few if total / few > largest else len(sizes) <= few
         assert all(abs(size - total / few) < largest for size in sizes) or total / few <= largest
-    assert [place.split for place in plan.parts] == sorted(place.split for place in plan.parts)
+    assert [shard.split for shard in plan.shards] == sorted(shard.split for shard in plan.shards)
 
 
 def test_images_without_bytes_make_no_shard_of_their_own(tmp_path: Path) -> None:
     contents = {f"{name}/{number}.jpg": b"" for name in "ab" for number in range(9)}
     plan = planned(write(tmp_path / "empty", contents), val_fraction=0)
-    assert plan.parts == (Place("train", "train-000000", 0, 18),)
+    assert plan.shards == (PlannedShard("train", "train-000000", 0, 18),)
     contents |= {"a/9.jpg": b"1" * 700, "b/9.jpg": b"2" * 700}
     found = scan(write(tmp_path / "some", contents))
     for seed in range(20):
@@ -196,15 +196,15 @@ def test_images_without_bytes_make_no_shard_of_their_own(tmp_path: Path) -> None
 
 def test_shards_mix_the_classes(tmp_path: Path) -> None:
     plan = planned(numbered(tmp_path, a=200, b=200), shard_bytes=1000)
-    assert len(plan.parts) == 8
+    assert len(plan.shards) == 8
     for _, numbers in shards(plan):
-        assert 0.2 < plan.found.files["label"][numbers].mean() < 0.8
+        assert 0.2 < plan.folder.files["label"][numbers].mean() < 0.8
 
 
 def test_a_plan_is_literally_this(tmp_path: Path) -> None:
     """Whoever changes it changes what every folder is packed to."""
     plan = planned(numbered(tmp_path, a=8, b=8), shard_bytes=100)
-    assert [place.stop for place in plan.parts] == [4, 8, 12, 16]
+    assert [shard.stop for shard in plan.shards] == [4, 8, 12, 16]
     assert plan.order.tolist() == [15, 4, 7, 14, 8, 13, 5, 0, 12, 2, 10, 6, 1, 3, 11, 9]
 
 
@@ -217,10 +217,10 @@ def test_the_seed_changes_the_split_and_the_order(tmp_path: Path) -> None:
 
 
 def same_plan(left: Plan, right: Plan) -> None:
-    for name in ("options", "versions", "parts", "splits", "found.classes", "found.splits", "found.ignored"):
+    for name in ("options", "versions", "shards", "splits", "folder.classes", "folder.splits", "folder.ignored"):
         assert attrgetter(name)(left) == attrgetter(name)(right)
-    assert left.found.root.absolute() == right.found.root.absolute()
-    for name in ("found.files", "found.paths", "order", "groups.members", "groups.ends"):
+    assert left.folder.root.absolute() == right.folder.root.absolute()
+    for name in ("folder.files", "folder.paths", "order", "groups.members", "groups.ends"):
         one, other = attrgetter(name)(left), attrgetter(name)(right)
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
@@ -269,13 +269,13 @@ def test_a_saved_plan_is_read_as_it_was(tmp_path: Path, kind: str, monkeypatch: 
     plan = planned(Path("data"), split_by="folder" if kind == "splits" else "class")
     save_plan(plan, tmp_path)
     monkeypatch.chdir("/")
-    loaded = load_plan(tmp_path, whole=True)
-    assert loaded.found.root == tmp_path / "data"
-    for number in range(len(loaded.found)):
-        assert (loaded.found.root / loaded.found.path(number)).is_file()
+    loaded = load_plan(tmp_path, tmp_path / "data", whole=True)
+    assert loaded.folder.root == tmp_path / "data"
+    for number in range(len(loaded.folder)):
+        assert (loaded.folder.root / loaded.folder.path(number)).is_file()
     monkeypatch.chdir(tmp_path)
     same_plan(loaded, plan)
-    assert isinstance(loaded.found.files, np.memmap)  # a million files are shared by the workers
+    assert isinstance(loaded.folder.files, np.memmap)  # a million files are shared by the workers
     assert not loaded.order.flags.writeable
 
 
@@ -300,7 +300,7 @@ def interrupted(tmp_path: Path, contents: dict[str, bytes]) -> tuple[Path, Path,
     (root / "b/2.jpg").symlink_to("nowhere")
     work.mkdir(parents=True)
     save_plan(planned(root), work)
-    return root, work, load_plan(work, whole=True)
+    return root, work, load_plan(work, root, whole=True)
 
 
 FILES = {name: name.encode() for name in ("a/1.jpg", "a/2.jpg", "a/notes.txt", "b/1.jpg", "b/3.jpg", "c/1.jpg")}
@@ -311,7 +311,8 @@ OTHER |= {"on_bad": "fail", "on_conflict": "drop", "lists": True, "pillow": "12.
 @pytest.mark.parametrize("name", OTHER)
 def test_another_option_or_version_is_named(tmp_path: Path, name: str) -> None:
     root, work, plan = interrupted(tmp_path, FILES)
-    options, versions = ({**group, name: OTHER[name]} if name in group else group for group in (OPTIONS, VERSIONS))
+    options: Any = OPTIONS | {name: OTHER[name]} if name in OPTIONS else OPTIONS
+    versions: Any = VERSIONS | {name: OTHER[name]} if name in VERSIONS else VERSIONS
     had = f"had {name} {(OPTIONS | VERSIONS)[name]!r}, not {OTHER[name]!r}"
     text = f"{work}: the pack that was interrupted here {had}; pack with the former to go on, or remove {work} to begin anew."
     with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):

@@ -13,7 +13,7 @@ from fastflower import Manifest, pack, train
 from fastflower.packing.folder import scan
 from fastflower.packing.plan import make_plan
 
-OPTIONS: dict[str, Any] = {"split_by": "class", "val_fraction": 0.2, "seed": 0, "shard_bytes": 1 << 20}
+OPTIONS: Any = {"split_by": "class", "val_fraction": 0.2, "seed": 0, "shard_bytes": 1 << 20}
 OPTIONS |= {"on_conflict": "keep"}
 
 
@@ -29,8 +29,8 @@ def classes(root: Path, *counts: int) -> Path:
 def shares(folder: Path, **options: Any) -> list[int]:
     """Of each class, how many are for validation."""
     plan = make_plan(scan(folder), OPTIONS | options, {})
-    (val,) = [plan.order[part.start : part.stop] for part in plan.parts if part.split == "val"]
-    return np.bincount(plan.found.files["label"][val], minlength=len(plan.found.classes)).tolist()
+    (val,) = [plan.order[shard.start : shard.stop] for shard in plan.shards if shard.split == "val"]
+    return np.bincount(plan.folder.files["label"][val], minlength=len(plan.folder.classes)).tolist()
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 6, 7, 8, 12, 13])

@@ -1,4 +1,4 @@
-"""One part of a pack: made by anyone, twice, at the same time, after damage, always the same bytes."""
+"""One shard of a pack: made by anyone, twice, at the same time, after damage, always the same bytes."""
 
 import hashlib
 import os
@@ -22,8 +22,8 @@ from packs import drawn, exactly
 from fastflower.errors import FolderError
 from fastflower.packing import worker as module
 from fastflower.packing.folder import scan
-from fastflower.packing.plan import Plan, make_plan, save_plan
-from fastflower.packing.worker import STOP, Part, key_of, make_part
+from fastflower.packing.plan import Plan, load_plan, make_plan, save_plan
+from fastflower.packing.worker import STOP, MadeShard, key_of, make_shard, make_shard_elsewhere
 from fastflower.shards.manifest import INDEX_DTYPE, Shard
 
 NAME = "train-000000"
@@ -46,13 +46,18 @@ def one_image_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planned(folder: Path, work: Path, **changes: Any) -> Plan:
-    """A workspace with the plan of one part."""
-    options = {"split_by": "class", "val_fraction": 0.0, "seed": 0, "shard_bytes": 1 << 30, "max_side": None}
+    """A workspace with the plan of one shard."""
+    options: Any = {"split_by": "class", "val_fraction": 0.0, "seed": 0, "shard_bytes": 1 << 30, "max_side": None}
     options |= {"quality": None, "on_bad": "skip", "on_conflict": "keep", "lists": False}
     plan = make_plan(scan(folder), options | changes, {})
     work.mkdir(parents=True)
     save_plan(plan, work)
     return plan
+
+
+def make(folder: Path, work: Path, mapped: Any = map, advance: Callable[[int], object] = lambda _: None) -> int:
+    """Its first shard."""
+    return make_shard(load_plan(work, folder), work, 0, mapped, advance)
 
 
 @pytest.fixture
@@ -63,38 +68,38 @@ def work(small: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def expected(small: Path, tmp_path: Path) -> dict[str, str]:
-    """Of every file in a workspace where the part was made once."""
+    """Of every file in a workspace where the shard was made once."""
     planned(small, tmp_path / "expected")
-    make_part(small, tmp_path / "expected", 0)
+    make(small, tmp_path / "expected")
     made = checksums(tmp_path / "expected")
     assert {f"{NAME}.tar", f"{NAME}.idx", f"{NAME}.npz"} < made.keys()
     return made
 
 
-def test_a_part_is_made_once(small: Path, work: Path, expected: dict[str, str]) -> None:
+def test_a_shard_is_made_once(small: Path, work: Path, expected: dict[str, str]) -> None:
     counts: list[int] = []
-    assert make_part(small, work, 0, advance=counts.append) == sum(counts) == 9
+    assert make(small, work, advance=counts.append) == sum(counts) == 9
     assert checksums(work) == expected
     before = {path.name: path.stat() for path in work.iterdir()}
     counts.clear()
-    assert make_part(small, work, 0, advance=counts.append) == sum(counts) == 9
+    assert make(small, work, advance=counts.append) == sum(counts) == 9
     assert {path.name: path.stat() for path in work.iterdir()} == before
 
 
-def test_the_record_tells_what_is_in_the_part(small: Path, work: Path) -> None:
-    make_part(small, work, 0)
-    part = Part.load(work / f"{NAME}.npz")
+def test_the_record_tells_what_is_in_the_shard(small: Path, work: Path) -> None:
+    make(small, work)
+    made = MadeShard.load(work / f"{NAME}.npz")
     data = (work / f"{NAME}.tar").read_bytes()
-    assert part.shard == Shard(f"{NAME}.tar", 6, len(data), hashlib.sha256(data).hexdigest())
+    assert made.entry == Shard(f"{NAME}.tar", 6, len(data), hashlib.sha256(data).hexdigest())
     found = scan(small)
-    paths = [found.path(number) for number in part.numbers]
+    paths = [found.path(number) for number in made.numbers]
     assert sorted(paths) == [f"a/00{n}.jpg" for n in (0, 2, 3)] + [f"b/00{n}.jpg" for n in (1, 2, 3)]
-    for path, row in zip(paths, part.rows, strict=True):
+    for path, row in zip(paths, made.rows, strict=True):
         assert data[row["offset"] : row["offset"] + row["size"]] == (small / path).read_bytes()
         assert row["label"] == int(path.startswith("b/"))
-    assert part.hashes.shape == (6,)
-    assert len(set(part.hashes.tolist())) == 6
-    assert sorted(part.skipped, key=lambda item: item["path"]) == [
+    assert made.hashes.shape == (6,)
+    assert len(set(made.hashes.tolist())) == 6
+    assert sorted(made.skipped, key=lambda item: item["path"]) == [
         {"path": "a/001.jpg", "reason": "is no image"},
         {"path": "b/000.jpg", "reason": "is no image"},
         {"path": "b/004.jpg", "reason": "No such file or directory"},
@@ -102,11 +107,12 @@ def test_the_record_tells_what_is_in_the_part(small: Path, work: Path) -> None:
 
 
 def test_two_at_a_time_do_not_disturb_each_other(small: Path, work: Path, expected: dict[str, str]) -> None:
-    """Two processes, of which neither ends its part before the other has begun."""
+    """Two processes, of which neither ends its shard before the other has begun."""
     program = """if True:
         import os, sys, time
         from pathlib import Path
-        from fastflower.packing.worker import make_part
+        from fastflower.packing.plan import load_plan
+        from fastflower.packing.worker import make_shard
 
         def meet(function, items):
             for item in items:
@@ -116,7 +122,7 @@ def test_two_at_a_time_do_not_disturb_each_other(small: Path, work: Path, expect
                     time.sleep(0.01)
 
         root, work = Path(sys.argv[1]), Path(sys.argv[2])
-        sys.exit(make_part(root, work, 0, meet))
+        sys.exit(make_shard(load_plan(work, root), work, 0, meet))
     """
     makers = [subprocess.Popen([sys.executable, "-c", program, small, work]) for _ in range(2)]
     assert [maker.wait(30) for maker in makers] == [9, 9]
@@ -139,20 +145,20 @@ def emptied(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [Path.unlink, cut, flipped, emptied])
 @pytest.mark.parametrize("ending", ["tar", "npz"])
-def test_a_damaged_part_is_made_again(
+def test_a_damaged_shard_is_made_again(
     small: Path, work: Path, expected: dict[str, str], ending: str, damage: Callable[[Path], object]
 ) -> None:
-    make_part(small, work, 0)
+    make(small, work)
     damage(work / f"{NAME}.{ending}")
     assert checksums(work) != expected
-    make_part(small, work, 0)
+    make(small, work)
     assert checksums(work) == expected
 
 
-def test_a_part_without_dalis_index_is_made_again(small: Path, work: Path, expected: dict[str, str]) -> None:
-    make_part(small, work, 0)
+def test_a_shard_without_dalis_index_is_made_again(small: Path, work: Path, expected: dict[str, str]) -> None:
+    make(small, work)
     (work / f"{NAME}.idx").unlink()
-    make_part(small, work, 0)
+    make(small, work)
     assert checksums(work) == expected
 
 
@@ -162,19 +168,19 @@ def test_a_record_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> Non
     rows = np.arange(2 * INDEX_DTYPE.itemsize, dtype=np.uint8).view(INDEX_DTYPE)
     shard = Shard("train-000000.tar", 2, 20480, "0" * 64)
     reason = {"path": "ø/caf\udce9.jpg", "reason": "is no image"}
-    part = Part(shard, rows, np.array([3, 1]), np.array([7, 1 << 63], np.uint64), [reason])
-    part.save(path)
+    made = MadeShard(shard, rows, np.array([3, 1]), np.array([7, 1 << 63], np.uint64), [reason])
+    made.save(path)
     whole = path.read_bytes()
 
     def same(data: bytes) -> bool:
         path.write_bytes(data)
         try:
-            read = Part.load(path)
+            read = MadeShard.load(path)
         except OSError:
             return False
-        assert (read.shard, read.skipped) == (part.shard, part.skipped)
+        assert (read.entry, read.skipped) == (made.entry, made.skipped)
         assert [read.rows.tolist(), read.numbers.tolist(), read.hashes.tolist()] == [
-            part.rows.tolist(), part.numbers.tolist(), part.hashes.tolist()
+            made.rows.tolist(), made.numbers.tolist(), made.hashes.tolist()
         ]  # fmt: skip
         assert (read.rows.dtype, read.numbers.dtype, read.hashes.dtype) == (INDEX_DTYPE, np.int64, np.uint64)
         return True
@@ -187,7 +193,7 @@ def test_a_record_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> Non
             assert not same(whole[:place])
     path.unlink()
     with pytest.raises(FileNotFoundError):
-        Part.load(path)
+        MadeShard.load(path)
 
 
 def after(chunks: int, error: BaseException) -> Callable[..., Iterator[Any]]:
@@ -209,9 +215,9 @@ def test_an_error_in_the_middle_leaves_nothing(
 ) -> None:
     before = checksums(work)
     with pytest.raises(type(error)):
-        make_part(small, work, 0, after(chunks, error))
+        make(small, work, after(chunks, error))
     assert checksums(work) == before
-    make_part(small, work, 0)
+    make(small, work)
     assert checksums(work) == expected
 
 
@@ -226,13 +232,13 @@ def test_who_is_told_to_stop_leaves_nothing(small: Path, work: Path, expected: d
                 (work / STOP).touch()
             yield function(item)
 
-    assert make_part(small, work, 0, stopped) == 0
+    assert make(small, work, stopped) == 0
     assert asked == [0, 1, 2, 3]
-    assert make_part(small, work, 0, stopped) == 0  # and does not begin
+    assert make(small, work, stopped) == 0  # and does not begin
     assert asked == [0, 1, 2, 3]
     (work / STOP).unlink()
     assert checksums(work) == before
-    make_part(small, work, 0)
+    make(small, work)
     assert checksums(work) == expected
 
 
@@ -252,7 +258,7 @@ def test_threads_that_finish_in_another_order_do_not_change_the_bytes(
         with ThreadPoolExecutor(9) as pool:
             yield from pool.map(late, enumerate(items))
 
-    make_part(small, work, 0, slow)
+    make(small, work, slow)
     assert finished[0] > finished[-1]
     assert checksums(work) == expected
 
@@ -262,7 +268,7 @@ def test_the_size_of_chunks_does_not_change_the_bytes(
     small: Path, work: Path, expected: dict[str, str], chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_CHUNK_BYTES", chunk_bytes)
-    make_part(small, work, 0)
+    make(small, work)
     assert checksums(work) == expected
 
 
@@ -280,9 +286,9 @@ def test_chunks_are_small_and_follow_each_other(tmp_path: Path, monkeypatch: pyt
         chunks.extend(items)
         return map(function, chunks)
 
-    make_part(folder, tmp_path / "work", 0, kept)
+    make(folder, tmp_path / "work", kept)
     assert np.concatenate(chunks).tolist() == plan.order.tolist()
-    sizes = [np.maximum(plan.found.files["size"][chunk].astype(int), 1 << 12) for chunk in chunks]
+    sizes = [np.maximum(plan.folder.files["size"][chunk].astype(int), 1 << 12) for chunk in chunks]
     assert [size.tolist() for size in sizes if size[1:].sum() > limit] == []
     total = sum(size.sum() for size in sizes)
     assert 0.5 * total / limit < len(chunks) <= total / limit + 1
@@ -297,12 +303,12 @@ def test_a_bad_image_ends_it_where_it_was_asked(small: Path, tmp_path: Path, nam
     before = checksums(work)
     text = f"{small / name}: {reason}; remove or replace it, or pack with --on-bad skip."
     with pytest.raises(FolderError, match=exactly(text)):
-        make_part(small, work, 0)
+        make(small, work)
     assert checksums(work) == before
 
 
 def test_the_folder_may_have_moved_since_it_was_planned(small: Path, work: Path, expected: dict[str, str]) -> None:
-    make_part(small.rename(small.with_name("moved")), work, 0)
+    make(small.rename(small.with_name("moved")), work)
     assert checksums(work) == expected
 
 
@@ -314,11 +320,10 @@ def test_threads_of_one_process_do_not_disturb_each_other(small: Path, work: Pat
             barrier.wait()
             yield function(item)
 
+    plan = load_plan(work, small)
     with ThreadPoolExecutor(2) as pool:
-        assert [making.result() for making in [pool.submit(make_part, small, work, 0, meet) for _ in range(2)]] == [
-            9,
-            9,
-        ]
+        making = [pool.submit(make_shard, plan, work, 0, meet) for _ in range(2)]
+        assert [future.result() for future in making] == [9, 9]
     assert checksums(work) == expected
 
 
@@ -338,7 +343,7 @@ def test_only_one_thread_at_a_time_loads_arrays(
 
     monkeypatch.setattr(np, "load", watched)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: make_part(small, work, 0), range(8)))
+        list(pool.map(lambda number: make_shard_elsewhere(small, work, 0, bytes([number])), range(8)))
     assert most == [1]
     assert checksums(work) == expected
 

@@ -251,7 +251,7 @@ def test_a_pack_that_cannot_be_finished_shows_no_shard_and_goes_on_later(tmp_pat
     """A folder stands where one of the last files is to go: what was in place already is taken back."""
     folder, out = drawn(tmp_path / "data", a=5, b=4), tmp_path / "out"
     pack(folder, tmp_path / "expected", shard_bytes=4000)
-    interrupted(folder, out, parts=1, shard_bytes=4000)
+    interrupted(folder, out, shards=1, shard_bytes=4000)
     (out / "_info.json").mkdir()
     text = (
         f"{out}: cannot be written (Is a directory); make room, or name another folder with --out. "

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from fastflower import Loader, Manifest, pack
 from fastflower.errors import SampleError
-from fastflower.packing.worker import Part
+from fastflower.packing.worker import MadeShard
 from fastflower.shards import libjpeg
 from fastflower.shards.image import decode, prepare
 
@@ -162,18 +162,18 @@ def test_a_child_forked_meanwhile_hears_on_and_has_its_stderr(capfd: pytest.Capt
     assert heard.decode() == capfd.readouterr().err == PREMATURE + "\n"
 
 
-def test_packs_and_parts_of_older_versions_have_no_warnings(tmp_path: Path) -> None:
+def test_packs_and_shards_of_older_versions_have_no_warnings(tmp_path: Path) -> None:
     pack(drawn(tmp_path / "data", a=2, b=2), tmp_path / "out")
     stored = json.loads((tmp_path / "out/manifest.json").read_text())
     assert stored.pop("warnings") == []
     (tmp_path / "out/manifest.json").write_text(json.dumps(stored | {"version": 1}))
     assert Manifest.load(tmp_path / "out").warnings == ()
-    work = tmp_path / "part.npz"
+    work = tmp_path / "record.npz"
     rest = {"shard": {"name": "a", "samples": 0, "bytes": 0, "sha256": ""}, "skipped": []}
     empty = np.zeros(0, np.int64)
     data = np.frombuffer(json.dumps(rest).encode(), np.uint8)
     np.savez(work, rows=empty, numbers=empty, hashes=empty, rest=data)
-    assert Part.load(work).warnings == []
+    assert MadeShard.load(work).warnings == []
 
 
 EXIFS = {
