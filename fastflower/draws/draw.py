@@ -14,7 +14,7 @@ from fastflower.draws.geometry import Floats
 SOFTNESS = 0.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
     """The numbers drawn for N samples. Lengths are pixels, angles degrees; arrays share their first dimension."""
 
