@@ -108,7 +108,7 @@ class Recipe:
             require(holds, f"Recipe.{name}", rule, getattr(self, name))
 
     @property
-    def part(self) -> int:
+    def epochs_each(self) -> int:
         """Epochs of one training of the soup: schedule and sizes go over these."""
         return self.epochs // self.soup
 
@@ -116,8 +116,8 @@ class Recipe:
         """`augment` at the size that an epoch, counted from 0, is trained at."""
         if not self.sizes:
             return self.augment
-        last = (min(epoch, self.epochs - 1) % self.part + 1) * len(self.sizes)
-        side = self.sizes[-(-last // self.part) - 1]  # rounded up, so that the last epoch has the last size
+        last = (min(epoch, self.epochs - 1) % self.epochs_each + 1) * len(self.sizes)
+        side = self.sizes[-(-last // self.epochs_each) - 1]  # rounded up, so that the last epoch has the last size
         factor = side / self.augment.output_size[0]
         resize = self.augment.resize and _scaled(self.augment.resize, factor)
         return replace(self.augment, size=_scaled(self.augment.size, factor), resize=resize)
@@ -125,7 +125,7 @@ class Recipe:
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from 0 over all epochs; each training of a soup has the whole schedule."""
         how: dict[str, Any] = {name: getattr(self, name) for name in ("step_epochs", "gamma", "warmup_epochs")}
-        total = self.part * steps_per_epoch
+        total = self.epochs_each * steps_per_epoch
         step %= total
         scheduled = multiplier(self.schedule, step, total_steps=total, steps_per_epoch=steps_per_epoch, **how)
         return self.lr * scheduled * warm_up(step, self.warmup_epochs * steps_per_epoch)
