@@ -52,6 +52,7 @@ class Checkpoint:
     soup: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Where the recipe says soup: the mean of the trainings that are finished."""
     tally: EpochSoFar = field(default_factory=EpochSoFar)
+    """In mid-epoch: of the steps so far."""
     feeding: dict[str, object] = field(default_factory=dict[str, object])
     """The loader's `state_dict`, which says what it was fed from."""
     environment: dict[str, str] = field(default_factory=dict[str, str])

@@ -67,16 +67,17 @@ class Graphs:
 
     def __call__(self, work: Work) -> Work:
         """Do the work three times, record it, and give what replays the record; its outcome always lies in one place."""
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), self._stream
         with torch.cuda.device(self._device):
             before = torch.cuda.current_stream()
-            self._warm_up(work)
+            stream.wait_stream(before)
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    work()
+            before.wait_stream(stream)
             try:
                 # thread_local: the loader's threads go on allocating and copying meanwhile, on other streams.
-                with (
-                    _no_collection(),
-                    torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
-                ):
+                with _no_collection(), torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                     outcome = work()
             except RuntimeError:
                 self._mend_generator()
@@ -89,14 +90,6 @@ class Graphs:
             return outcome
 
         return replay
-
-    def _warm_up(self, work: Work) -> None:
-        before = torch.cuda.current_stream()
-        self._stream.wait_stream(before)
-        with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UPS):
-                work()
-        before.wait_stream(self._stream)
 
     def _mend_generator(self) -> None:
         """torch 2.11 leaves it as being recorded, which dropout refuses; another recording's end mends it."""

@@ -61,11 +61,11 @@ class Run:
         self.loader, self.val = self._loaders(shards)
         self.classes = self.loader.manifest.classes
         torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]  (torch does not type it)
+        # A resumed run has weights of its own, but each training of a soup begins with the recipe's.
         weights = None if start and recipe.soup == 1 else recipe.weights
         classes, freeze = self.classes, recipe.freeze
-        self.network = on_device(
-            build(recipe.backbone, len(classes), weights=weights, freeze=freeze, classes=classes), self.device
-        )
+        network = build(recipe.backbone, len(classes), weights=weights, freeze=freeze, classes=classes)
+        self.network = on_device(network, self.device)
         self.optimizer = optimizer_of(self.network, recipe)
         self.average = Average(self.network, recipe.ema) if recipe.ema or recipe.soup > 1 else None
         self._first_weights = deepcopy(self.network.state_dict()) if recipe.soup > 1 else {}

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -101,8 +100,7 @@ class Stepper:
             if self._recipe.sync_batchnorm and not cuda:
                 raise ArgumentError("sync_batchnorm: torch has SyncBatchNorm on CUDA only; leave it out on the CPU.")
             if self._recipe.sync_batchnorm:
-                convert = nn.SyncBatchNorm.convert_sync_batchnorm  # pyright: ignore
-                model = cast("nn.Module", convert(model))
+                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
             model = DistributedDataParallel(
                 model, device_ids=[self._device] if cuda else None, gradient_as_bucket_view=True
             )

@@ -64,23 +64,29 @@ def train(
         try:
             folder = distributed.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
             with own(folder, new=out is None, resume=resume):
-                start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
+                start = _resumed(folder, recipe) if resume else None
                 if recipe.freeze and recipe.weights is None and start is None:
                     raise ArgumentError(
                         f"freeze must be 0 where weights is None, got {recipe.freeze}: frozen stages would stay random; "
                         f"pass --freeze 0 (freeze=0), or --weights FILE (weights=) to start from."
-                    )
-                if len(set(distributed.gathered((start.epoch, start.step) if start else None))) > 1:
-                    raise CheckpointError(
-                        f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
-                    )
-                if start and start.recipe.spelled_out != recipe.spelled_out:
-                    raise CheckpointError(
-                        f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name "
-                        f"another out, which may start from this file (weights)."
                     )
                 return Run(shards, recipe, folder, chosen, start, save_steps=save_steps, stop=stop).train()
         except (RuntimeError, MemoryError, OSError) as error:
             if explanation := explained(error, recipe, chosen):
                 raise explanation from error
             raise
+
+
+def _resumed(folder: Path, recipe: Recipe) -> Checkpoint | None:
+    """What a run goes on from, where it was saved. Raises CheckpointError where that is of another recipe."""
+    start = Checkpoint.load(folder / LAST) if (folder / LAST).exists() else None
+    if len(set(distributed.gathered((start.epoch, start.step) if start else None))) > 1:
+        raise CheckpointError(
+            f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
+        )
+    if start and start.recipe.spelled_out != recipe.spelled_out:
+        raise CheckpointError(
+            f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name "
+            f"another out, which may start from this file (weights)."
+        )
+    return start
