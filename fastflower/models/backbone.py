@@ -5,11 +5,11 @@ import re
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision import models
+from torchvision import models  # pyright: ignore[reportMissingTypeStubs]  (it has none)
 
 from fastflower.errors import ArgumentError, CheckpointError
 from fastflower.files import blame_the_system
@@ -21,7 +21,6 @@ _log = logging.getLogger("fastflower")
 _V1 = {f"resnet{depth}_v1": f"resnet{depth}" for depth in (50, 101, 152)}
 NAMES = (*(name for name in models.list_models(models) if re.match(r"(densenet|resnet|vgg)\d", name)), *_V1)
 
-# torchvision's own files of DenseNet spell norm1 as norm.1.
 _DOTTED = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 
 
@@ -41,8 +40,8 @@ def build(
         model = _empty(name)
         _fit_head(model, num_classes)
     elif weights.startswith(("https://", "http://")) or _is_file_name(weights):
-        model = _empty(name)
-        _load_file(model, name, _fetched(weights) if "://" in weights else Path(weights), num_classes, classes)
+        model, path = _empty(name), _fetched(weights) if "://" in weights else Path(weights)
+        _log.info("%s: loaded into %s; %s", path, name, _load_file(model, name, path, num_classes, classes))
     else:
         model = _downloaded(name, weights)
         _log.info("%s: %s", name, _fit_head(model, num_classes))
@@ -51,15 +50,21 @@ def build(
     return model
 
 
+def on_device(network: nn.Module, device: torch.device) -> nn.Module:
+    """The same network, moved to a device, its weights channels-last."""
+    network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's types lack it)
+    return network
+
+
 def frozen_modules(model: nn.Module, stages: int) -> list[nn.Module]:
     """The modules of the first `stages` stages; a ResNet's or DenseNet's stem counts with the first, a VGG's end at max-pools."""
     if isinstance(model, models.ResNet):
-        found = [[model.conv1, model.bn1, model.layer1], [model.layer2], [model.layer3], [model.layer4]]
+        known = [[model.conv1, model.bn1, model.layer1], [model.layer2], [model.layer3], [model.layer4]]
     else:
-        found = _feature_stages(model.features)  # pyright: ignore[reportArgumentType]  (DenseNet and VGG have one)
-    if stages > len(found):
-        raise ArgumentError(f"freeze must be at most {len(found)}, the stages of this backbone, got {stages}.")
-    return [module for stage in found[:stages] for module in stage]
+        known = _feature_stages(model.get_submodule("features"))  # DenseNet and VGG have one
+    if stages > len(known):
+        raise ArgumentError(f"freeze must be at most {len(known)}, the stages of this backbone, got {stages}.")
+    return [module for stage in known[:stages] for module in stage]
 
 
 def train_mode(model: nn.Module, freeze: int) -> None:
@@ -69,7 +74,7 @@ def train_mode(model: nn.Module, freeze: int) -> None:
         module.eval()
 
 
-def _feature_stages(features: nn.Sequential) -> list[list[nn.Module]]:
+def _feature_stages(features: nn.Module) -> list[list[nn.Module]]:
     """Cut after every DenseNet transition or VGG max-pool; DenseNet's own max-pool, pool0, ends its stem."""
     stages: list[list[nn.Module]] = [[]]
     for name, module in features.named_children():
@@ -79,22 +84,20 @@ def _feature_stages(features: nn.Sequential) -> list[list[nn.Module]]:
     return [stage for stage in stages if stage]
 
 
-def _head(model: nn.Module) -> tuple[nn.Module, str]:
-    """(parent, attribute) of the last linear layer."""
-    name, _ = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    parent, _, attribute = name.rpartition(".")
-    return model.get_submodule(parent), attribute
+def _head_name(model: nn.Module) -> str:
+    """Of the last linear layer: only those have matrices for weights."""
+    return [name for name, weight in model.named_parameters() if weight.ndim == 2][-1].removesuffix(".weight")
 
 
 def _fit_head(model: nn.Module, num_classes: int, *, keep: bool = True) -> str:
     """A new head where it has not as many outputs, or is not to be kept; says what was done."""
-    parent, attribute = _head(model)
-    head: nn.Linear = getattr(parent, attribute)
-    if head.out_features == num_classes and keep:
+    name = _head_name(model)
+    outputs, inputs = model.get_parameter(f"{name}.weight").shape
+    if outputs == num_classes and keep:
         return f"its head of {num_classes} classes was kept"
-    setattr(parent, attribute, nn.Linear(head.in_features, num_classes))
-    other = " others" if head.out_features == num_classes else ""
-    return f"its head of {head.out_features} classes was replaced by a new one of {num_classes}{other}"
+    model.set_submodule(name, nn.Linear(inputs, num_classes))
+    other = " others" if outputs == num_classes else ""
+    return f"its head of {outputs} classes was replaced by a new one of {num_classes}{other}"
 
 
 def _is_file_name(weights: str) -> bool:
@@ -103,9 +106,10 @@ def _is_file_name(weights: str) -> bool:
 
 
 def _empty(name: str) -> nn.Module:
-    model: Any = models.get_model(_V1.get(name, name), weights=None)
-    for first in (model.layer2[0], model.layer3[0], model.layer4[0]) if name in _V1 else ():
-        first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+    model = models.get_model(_V1.get(name, name), weights=None)
+    for layer in ("layer2", "layer3", "layer4") if name in _V1 else ():
+        conv1, conv2 = model.get_submodule(f"{layer}.0.conv1"), model.get_submodule(f"{layer}.0.conv2")
+        conv1.stride, conv2.stride = conv2.stride, conv1.stride
     return model
 
 
@@ -122,7 +126,7 @@ def _downloaded(name: str, weights: str) -> nn.Module:
             f"is a network, pass the file's path as weights, or train from scratch (--recipe scratch; weights=None, freeze=0)."
         ) from error
     except (KeyError, ValueError) as error:
-        known = ", ".join(entry.name for entry in models.get_model_weights(name))
+        known = ", ".join(entry.name for entry in models.get_model_weights(name))  # pyright: ignore[reportUnknownMemberType]
         raise CheckpointError(f"weights={weights!r}: {name} has {known}; a file's path or None will do too.") from error
 
 
@@ -150,28 +154,10 @@ def _fetched(address: str) -> Path:
     return path
 
 
-def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classes: Sequence[str]) -> None:
-    state = load_file(path)
-    theirs: Any = classes
-    if state.get("format") == "fastflower":
-        state, theirs = state.get("model"), state.get("classes", ())
-    if (
-        not state
-        or not isinstance(state, dict)
-        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
-    ):
-        raise CheckpointError(
-            f"{path}: is neither a state_dict nor a fastflower checkpoint; pass the path of a file that "
-            f"torch.save(model.state_dict(), path) or train wrote."
-        )
-    if broken := not_finite(state):
-        raise CheckpointError(
-            f"{path}: weights are not finite ({broken}), and nothing can be trained from them; pass another file."
-        )
-    parent, attribute = _head(model)
-    head = next(key for key, module in model.named_modules() if module is getattr(parent, attribute))
-    own = model.state_dict()
-    state = {_DOTTED.sub(r"\1", key): value for key, value in state.items()}
+def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classes: Sequence[str]) -> str:
+    """Load a file's weights, its head where that fits; says what became of the head."""
+    state, file_classes = _read_weights(path)
+    head, own = _head_name(model), model.state_dict()
     # The counters of batch norms are missing, or of shape (1,), in files of other origins.
     body = [key for key in own if not key.startswith(f"{head}.") and not key.endswith("num_batches_tracked")]
     wrong = [key for key in body if key not in state or state[key].shape != own[key].shape]
@@ -183,31 +169,52 @@ def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classe
         )
     model.load_state_dict(own | {key: state[key] for key in body})
     weight, bias = state.get(f"{head}.weight"), state.get(f"{head}.bias")
-    if (
-        weight is None
-        or bias is None
-        or weight.shape[1:] != own[f"{head}.weight"].shape[1:]
-        or len(weight) != len(bias)
-    ):
+    inputs = own[f"{head}.weight"].shape[1]
+    if weight is None or bias is None or weight.shape[1:] != (inputs,) or len(weight) != len(bias):
         _fit_head(model, num_classes)
-        told = f"it has no head that fits, a new one of {num_classes} classes was made"
-    else:
-        setattr(parent, attribute, nn.Linear(weight.shape[1], len(weight)))
-        getattr(parent, attribute).load_state_dict({"weight": weight, "bias": bias})
-        told = _fit_head(model, num_classes, keep=not classes or tuple(theirs) == tuple(classes))
-    _log.info("%s: loaded into %s; %s", path, name, told)
+        return f"it has no head that fits, a new one of {num_classes} classes was made"
+    layer = nn.Linear(inputs, len(weight))
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    model.set_submodule(head, layer)
+    return _fit_head(model, num_classes, keep=not classes or file_classes in (None, tuple(classes)))
 
 
-def not_finite(state: dict[str, Any]) -> str:
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+    """(state_dict, classes) of a file; the classes are None where it is no checkpoint of ours."""
+    content: object = load_file(path)
+    classes = None
+    if content.get("format") == "fastflower":
+        content, classes = content.get("model"), tuple(content.get("classes", ()))
+    if not _is_state_dict(content):
+        raise CheckpointError(
+            f"{path}: is neither a state_dict nor a fastflower checkpoint; pass the path of a file that "
+            f"torch.save(model.state_dict(), path) or train wrote."
+        )
+    if broken := not_finite(content):
+        raise CheckpointError(
+            f"{path}: weights are not finite ({broken}), and nothing can be trained from them; pass another file."
+        )
+    # torchvision's own files of DenseNet spell norm1 as norm.1.
+    return {_DOTTED.sub(r"\1", key): value for key, value in content.items()}, classes
+
+
+def _is_state_dict(value: object) -> TypeGuard[dict[str, Tensor]]:
+    if not isinstance(value, dict) or not value:
+        return False
+    items = cast("dict[object, object]", value).items()
+    return all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in items)
+
+
+def not_finite(state: dict[str, Tensor]) -> str:
     """Names the tensors of a state_dict that hold inf or NaN, in words; "" where all are finite."""
-    found = [key for key, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]
-    return f"{found[0]!r}{f' and {len(found) - 1} more' if len(found) > 1 else ''}" if found else ""
+    names = [key for key, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]
+    return f"{names[0]!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''}" if names else ""
 
 
 def load_file(path: Path) -> dict[str, Any]:
     """torch.load of a file from anywhere: tensors and plain values only. Raises CheckpointError."""
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded: object = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: does not exist; check the path.") from None
     except Exception as error:  # torch.load raises whatever zipfile, pickle and its own reader raise
@@ -223,4 +230,4 @@ def load_file(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a dictionary; pass another file.")
-    return loaded
+    return cast("dict[str, Any]", loaded)

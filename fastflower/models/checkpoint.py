@@ -4,10 +4,10 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastflower.errors import CheckpointError, FastflowerError
 from fastflower.files import blame_the_system, written
@@ -18,36 +18,49 @@ FORMAT_VERSION = 2
 LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"  # in the folder of a run
 
 
+class EpochSoFar(TypedDict, total=False):
+    """What the steps of an epoch under way came to, over all ranks; {} between epochs."""
+
+    losses: Tensor
+    """(steps,) float64, each step's mean."""
+    hits: int
+    seconds: float
+    """That the steps took on this rank."""
+    waited: float
+    """Of these seconds, for data."""
+    trained: bool
+    """Whether the epoch's training is over, and a soup has its share of it; what is left is to validate."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """The state after an epoch, or in the middle of one. The file loads with weights_only=True."""
 
     recipe: Recipe
     classes: tuple[str, ...]
-    model: dict[str, Any]
+    model: dict[str, Tensor]
     """The network's state_dict; where the recipe averages weights, the average."""
     epoch: int
     """Epochs that are finished."""
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     """One row an epoch; see `Report`."""
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    scaler: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict[str, Any])
+    scaler: dict[str, float] = field(default_factory=dict[str, float])
     """Of float16's loss scaling."""
-    trained: dict[str, Any] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Where the recipe averages weights: those that training goes on with."""
-    soup: dict[str, Any] = field(default_factory=dict)
+    soup: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Where the recipe says soup: the mean of the trainings that are finished."""
-    tally: dict[str, Any] = field(default_factory=dict)
-    """In mid-epoch: the losses, (steps,) float64, and hits of its steps so far, the seconds they took, and whether only its
-    validation is left."""
-    feeding: dict[str, Any] = field(default_factory=dict)
+    tally: EpochSoFar = field(default_factory=EpochSoFar)
+    """In mid-epoch: of the steps so far."""
+    feeding: dict[str, object] = field(default_factory=dict[str, object])
     """The loader's `state_dict`, which says what it was fed from."""
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def step(self) -> int:
         """Steps of the epoch under way that are done."""
-        return len(self.tally["losses"]) if self.tally else 0
+        return len(self.tally.get("losses", ()))
 
     def save(self, path: str | Path, *, twin: str | Path | None = None) -> None:
         """Write the file so that it is seen whole or not at all.
@@ -56,7 +69,7 @@ class Checkpoint:
               cost. Files are replaced and never written to, so that what is saved to one name later leaves the other as it is.
         """
         path = Path(path)
-        content = {"format": "fastflower", "version": FORMAT_VERSION}
+        content: dict[str, object] = {"format": "fastflower", "version": FORMAT_VERSION}
         content |= {entry.name: getattr(self, entry.name) for entry in fields(self)}
         content["recipe"] = self.recipe.to_dict()
         try:

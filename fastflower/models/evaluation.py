@@ -2,15 +2,15 @@
 
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastflower.devices import kept_memory, precision_of, resolve_device
+from fastflower.devices import precision_of, resolve_device
 from fastflower.errors import CheckpointError
 from fastflower.loading.loader import Loader
+from fastflower.models.backbone import on_device
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.inference import measure, no_class, view_of
 from fastflower.models.metrics import Scores
@@ -42,22 +42,24 @@ def evaluate(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)
     chosen, recipe = resolve_device(device), checkpoint.recipe
-    # On CUDA the cache decides on the backend, which is to be that of training. RAM has no use for images that come once.
-    cache = "auto" if chosen.type == "cuda" else None
-    how: dict[str, Any] = {
-        "device": chosen,
-        "dtype": precision_of(recipe.precision, chosen),
-        "shuffle": False,
-        "cache": cache,
-    }
-    loader = Loader(shards, split, batch_size=_BATCH_SIZE, augment=view_of(recipe), **how)
+    loader = Loader(
+        shards,
+        split,
+        batch_size=_BATCH_SIZE,
+        augment=view_of(recipe),
+        device=chosen,
+        dtype=precision_of(recipe.precision, chosen),
+        # On CUDA the cache decides on the backend, which is to be that of training. RAM has no use for images that come once.
+        cache="auto" if chosen.type == "cuda" else None,
+        shuffle=False,
+    )
     if loader.manifest.classes != checkpoint.classes:
         raise CheckpointError(
             f"{shards}: holds the classes {', '.join(loader.manifest.classes)}; "
             f"the checkpoint was trained on {', '.join(checkpoint.classes)}."
         )
-    model = checkpoint.network().to(chosen, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    with kept_memory(chosen), tqdm(loader, desc="evaluate", unit="batch", disable=None) as batches:
+    model = on_device(checkpoint.network(), chosen)
+    with tqdm(loader, desc="evaluate", unit="batch", disable=None) as batches:
         mirrored = recipe.tta if tta is None else tta
         scores = measure(model, batches, checkpoint.classes, tta=mirrored, paths=loader.paths)
     if not isfinite(scores.loss):

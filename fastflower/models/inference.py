@@ -6,7 +6,6 @@ from math import log, nan
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastflower import distributed
 from fastflower.draws.augment import Augment
@@ -32,15 +31,19 @@ def log_probabilities(network: nn.Module, images: Tensor, *, tta: bool) -> Tenso
     precision = images.dtype
     views = [images, images.flip(3)] if tta else [images]
     with torch.inference_mode(), torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-        found = [torch.log_softmax(network(view).float(), dim=1) for view in views]
-        found = [rows.where(rows.isfinite().all(dim=1, keepdim=True), nan) for rows in found]
-    return torch.logsumexp(torch.stack(found), dim=0) - log(len(found))
+        logarithms = [torch.log_softmax(network(view).float(), dim=1) for view in views]
+        logarithms = [rows.where(rows.isfinite().all(dim=1, keepdim=True), nan) for rows in logarithms]
+    return torch.logsumexp(torch.stack(logarithms), dim=0) - log(len(views))
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Batch], freeze: int) -> None:
     """Make the statistics of batch norms, but for those of frozen stages, the means over batches."""
     train_mode(network, freeze)
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
+    norms = [
+        module
+        for module in network.modules()
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.training
+    ]
     network.eval()  # no dropout
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -62,10 +65,10 @@ def measure(
     paths  Of the split's samples, by index.
     """
     network.eval()
-    found = [(batch.index, batch.labels, log_probabilities(network, batch.images, tta=tta)) for batch in batches]
-    columns = [torch.cat(column).cpu().numpy() for column in zip(*found, strict=True)]
-    parts = [part for part in distributed.gathered(columns) if part]
-    index, labels, outputs = (np.concatenate(column) for column in zip(*parts, strict=True))
+    rows = [(batch.index, batch.labels, log_probabilities(network, batch.images, tta=tta)) for batch in batches]
+    columns = [torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True)]
+    shares = [share for share in distributed.gathered(columns) if share]  # a rank may have had no batch
+    index, labels, outputs = (np.concatenate(column) for column in zip(*shares, strict=True))
     order = np.argsort(index, kind="stable")
     return score(classes, labels[order], outputs[order], paths)
 

@@ -87,5 +87,5 @@ def score(
     return Scores(classes, loss, confusion, labels_N, np.exp(log_probabilities_NK), paths_N)
 
 
-def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> Floats:
-    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+def _ratio(counts: NDArray[np.int64], totals: NDArray[np.int64]) -> Floats:
+    return np.divide(counts, totals, out=np.full(len(counts), np.nan), where=totals > 0)

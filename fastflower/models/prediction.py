@@ -14,9 +14,10 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastflower.devices import kept_memory, precision_of, resolve_device
+from fastflower.devices import precision_of, resolve_device
 from fastflower.errors import ArgumentError, SampleError, require
 from fastflower.files import blame_the_system, write_out
 from fastflower.loading.backends.base import Setup
@@ -24,6 +25,7 @@ from fastflower.loading.backends.selection import create
 from fastflower.loading.request import Request
 from fastflower.loading.samples import EncodedFiles, SampleSource
 from fastflower.machine import cores
+from fastflower.models.backbone import on_device
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.inference import log_probabilities, no_class, view_of
 from fastflower.packing.folder import EXTENSIONS, images_in
@@ -67,6 +69,16 @@ def predict(
 
     Returns one prediction an image, in order. Raises CheckpointError, ArgumentError for an argument outside its rule, and
     SampleError naming a bad file.
+
+    Example:
+        >>> from fastflower import predict
+        >>> predictions = predict("run/checkpoint-best.pt", "flowers/rose", device="cpu")
+        >>> len(predictions)
+        30
+        >>> predictions[0].path
+        PosixPath('flowers/rose/...')
+        >>> len(predictions[0].probabilities)  # one for each class
+        5
     """
     require(on_bad in ("fail", "skip"), "on_bad", "'fail' or 'skip'", on_bad)
     if out is not None and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):  # now, not after hours
@@ -77,21 +89,22 @@ def predict(
     paths = list(_files([images] if isinstance(images, (str, Path)) else images))
     chosen, recipe = resolve_device(device), checkpoint.recipe
     precision = precision_of(recipe.precision, chosen)
-    model = checkpoint.network().to(chosen, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    found: list[Prediction] = []
+    model = on_device(checkpoint.network(), chosen)
+    predictions: list[Prediction] = []
     starts = range(0, len(paths), _BATCH_SIZE)
-    with kept_memory(chosen), tqdm(starts, desc="predict", unit="batch", disable=None) as bar:
+    with tqdm(starts, desc="predict", unit="batch", disable=None) as bar:
         for start in bar:
             good = _prepared(paths[start : start + _BATCH_SIZE], skip=on_bad == "skip")
             if good:
                 view = _view([image for _, image in good], checkpoint, precision).to(chosen)
-                rows = log_probabilities(model, view, tta=recipe.tta).exp().tolist()
-                if broken := [path for (path, _), row in zip(good, rows, strict=True) if isnan(row[0])]:
+                rows = log_probabilities(model, view, tta=recipe.tta).exp().cpu().numpy()
+                batch = [_prediction(path, row, checkpoint.classes) for (path, _), row in zip(good, rows, strict=True)]
+                if broken := [prediction.path for prediction in batch if isnan(prediction.probability)]:
                     raise no_class(name, str(broken[0]), len(broken))
-                found += [_prediction(path, row, checkpoint.classes) for (path, _), row in zip(good, rows, strict=True)]
+                predictions += batch
     if out is not None:
-        write_out(Path(out), _table(found, checkpoint.classes))
-    return found
+        write_out(Path(out), _table(predictions, checkpoint.classes))
+    return predictions
 
 
 def _files(images: Iterable[str | Path]) -> Iterable[Path]:
@@ -135,16 +148,16 @@ def _view(images: Sequence[Prepared], checkpoint: Checkpoint, dtype: torch.dtype
     return view
 
 
-def _prediction(path: Path, row: list[float], classes: tuple[str, ...]) -> Prediction:
-    probabilities = dict(zip(classes, row, strict=True))
+def _prediction(path: Path, row: NDArray[np.float32], classes: tuple[str, ...]) -> Prediction:
+    probabilities: dict[str, float] = dict(zip(classes, row.tolist(), strict=True))
     best = max(probabilities, key=probabilities.__getitem__)
     return Prediction(path, best, probabilities[best], probabilities)
 
 
-def _table(found: Iterable[Prediction], classes: tuple[str, ...]) -> bytes:
+def _table(predictions: Iterable[Prediction], classes: tuple[str, ...]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "class", "probability", *classes])
-    for one in found:
+    for one in predictions:
         writer.writerow([one.path, one.class_name, one.probability, *one.probabilities.values()])
     return text.getvalue().encode("utf-8", "backslashreplace")  # the name of a file need not be UTF-8

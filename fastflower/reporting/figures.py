@@ -1,11 +1,13 @@
 """Pictures of a run as bytes: curves, the confusion matrix, thumbnails."""
+# pyright: standard
+# matplotlib's methods do not type their keywords.
 
 import base64
 import io
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 
 from fastflower.models.metrics import Scores
@@ -61,7 +63,7 @@ def confusion(scores: Scores) -> bytes:
     return png(figure)
 
 
-def thumbnail(photo: Any) -> str:
+def thumbnail(photo: NDArray[np.uint8]) -> str:
     """An image, (H, W, 3) uint8, as a small JPEG in base64."""
     image = Image.fromarray(photo)
     image.thumbnail((_THUMB, _THUMB))

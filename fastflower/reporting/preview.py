@@ -64,7 +64,8 @@ def views(
     for epoch in np.linspace(0, recipe.epochs - 1, draws).round().astype(int).tolist():
         augments[f"epoch {epoch + 1}"] = (epoch, recipe.augment_at(epoch))
     shown = min(photographs, loader.num_samples)
-    classes = [loader.manifest.classes[label] for label in next(iter(loader)).labels[:shown].tolist()]
+    labels: list[int] = next(iter(loader)).labels[:shown].numpy().tolist()
+    classes = [loader.manifest.classes[label] for label in labels]
     columns: dict[str, NDArray[np.uint8]] = {}
     for title, (epoch, augment) in augments.items():
         loader.set_augment(augment)

@@ -3,11 +3,11 @@
 import base64
 import csv
 import io
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
@@ -61,22 +61,31 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
     return f"{text}, {row['wait_seconds']:.1f} of {row['train_seconds']:.1f} s waiting"
 
 
-def tensorboard(folder: Path) -> Any:
-    """As a context: a writer of the run's folder "tensorboard", or None where the package is not installed."""
+@contextmanager
+def tensorboard(folder: Path) -> Generator[Callable[[dict[str, float]], None]]:
+    """Within, what is yielded writes a row of the history into the run's folder "tensorboard".
+
+    It does nothing where the package is not installed.
+    """
     if find_spec("tensorboard") is None:
-        return nullcontext()
+        yield lambda _: None
+        return
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"))
+    with SummaryWriter(str(folder / "tensorboard")) as board:
+
+        def write(row: dict[str, float]) -> None:
+            for name, value in row.items():
+                split, _, what = name.partition("_")
+                tag = f"{what}/{split}" if split in ("train", "val") else name
+                board.add_scalar(tag, value, row["epoch"])  # pyright: ignore[reportUnknownMemberType]  (untyped)
+            board.flush()
+
+        yield write
 
 
-def write_history(folder: Path, history: list[dict[str, float]], board: Any = None) -> None:
-    """Write history.csv whole, after every epoch, and its last row to `board`."""
-    if board is not None:
-        for name, value in history[-1].items():
-            split, _, what = name.partition("_")
-            board.add_scalar(f"{what}/{split}" if split in ("train", "val") else name, value, history[-1]["epoch"])
-        board.flush()
+def write_history(folder: Path, history: list[dict[str, float]]) -> None:
+    """Write history.csv whole, after every epoch."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(history[-1]), lineterminator="\n")
     writer.writeheader()
@@ -95,7 +104,7 @@ def write_report(
 ) -> None:
     """Draw the run and write it into its folder."""
     pictures = {"curves": curves(history)}
-    mistakes: list[dict[str, Any]] = []
+    mistakes: list[dict[str, object]] = []
     if scores is not None and val is not None:
         pictures["confusion"] = confusion(scores)
         mistakes = _mistakes(scores, val)
@@ -114,7 +123,7 @@ def write_report(
     write_atomically(folder / "report.html", html.encode("utf-8", "backslashreplace"))
 
 
-def _mistakes(scores: Scores, val: Loader) -> list[dict[str, Any]]:
+def _mistakes(scores: Scores, val: Loader) -> list[dict[str, object]]:
     """The photographs that were given to a wrong class with the highest probability."""
     predicted = scores.predictions
     confidence = scores.probabilities.max(axis=1)

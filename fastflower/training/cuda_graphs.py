@@ -1,7 +1,7 @@
 """Steps recorded once as graphs of CUDA kernels, and replayed."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 
 import torch
@@ -11,38 +11,35 @@ from torch.optim import Optimizer
 from fastflower import distributed
 from fastflower.recipes.recipe import Recipe
 from fastflower.training.averaging import tensors_of
+from fastflower.training.optimizer import state_of, zero_state
 
 Outcome = tuple[Tensor, Tensor]
 """Of a step: mean loss and hits, (), on the device."""
-Capture = Callable[[Callable[[], Outcome]], Callable[[], Outcome]]
-"""Takes what always does the same work on the same tensors, and gives what does that work again; may do it meanwhile."""
+Work = Callable[[], Outcome]
+"""A step on a batch that always lies in the same tensors."""
+Capture = Callable[[Work], Work]
+"""Takes such a step, and gives what does its work again; may do it meanwhile."""
 
 _WARM_UPS = 3  # as torch's notes on CUDA graphs have it: what is made at a first run is made before the recording
 
 
 @contextmanager
-def unchanged(network: nn.Module, optimizer: Optimizer, generator: torch.Generator) -> Iterator[None]:
+def unchanged(network: nn.Module, optimizer: Optimizer, generator: torch.Generator) -> Generator[None]:
     """Steps within leave no trace: weights, batch norms, the optimizer's state and random numbers are put back, in place.
 
     State that the first of them made is set to zero, which is what torch's optimizers begin with: Adam's as it is made, SGD's
     because its first momentum is the gradient, and so is momentum * 0 + gradient (dampening is 0 here).
     """
-    tensors = [*tensors_of(network), *_state_of(optimizer)]
+    tensors = [*tensors_of(network), *state_of(optimizer)]
     before, random = [tensor.detach().clone() for tensor in tensors], generator.get_state()
     try:
         yield
     finally:
         generator.set_state(random)
         with torch.no_grad():
-            for tensor in _state_of(optimizer):
-                tensor.zero_()
+            zero_state(optimizer)
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
-
-
-def _state_of(optimizer: Optimizer) -> list[Tensor]:
-    values = (value for state in optimizer.state.values() for value in state.values())
-    return [value for value in values if isinstance(value, Tensor)]
 
 
 def graphs_of(recipe: Recipe, device: torch.device, precision: torch.dtype) -> Capture | None:
@@ -68,24 +65,22 @@ class Graphs:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, function: Callable[[], Outcome]) -> Callable[[], Outcome]:
-        """Run the function three times, record it, and give what replays the record; its outcome always lies in one place."""
+    def __call__(self, work: Work) -> Work:
+        """Do the work three times, record it, and give what replays the record; its outcome always lies in one place."""
         graph, stream = torch.cuda.CUDAGraph(), self._stream
         with torch.cuda.device(self._device):
             before = torch.cuda.current_stream()
             stream.wait_stream(before)
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
-                    function()
+                    work()
             before.wait_stream(stream)
             try:
                 # thread_local: the loader's threads go on allocating and copying meanwhile, on other streams.
                 with _no_collection(), torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
-                    outcome = function()
+                    outcome = work()
             except RuntimeError:
-                # torch 2.11 leaves the generator as being recorded, which dropout refuses; another recording's end mends it
-                with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
-                    torch.zeros(1, device=self._device)
+                self._mend_generator()
                 raise
             finally:
                 torch.cuda.set_stream(before)  # where a recording fails, torch leaves its own
@@ -96,9 +91,14 @@ class Graphs:
 
         return replay
 
+    def _mend_generator(self) -> None:
+        """torch 2.11 leaves it as being recorded, which dropout refuses; another recording's end mends it."""
+        with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
+            torch.zeros(1, device=self._device)
+
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def _no_collection() -> Generator[None]:
     """Collect no garbage within: what is freed with it, such as a pipeline of DALI, would break a recording."""
     enabled = gc.isenabled()
     gc.disable()

@@ -1,14 +1,14 @@
 """Says what holds training back: the same loop as training, fed for some seconds, and the loader's clock."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 
-from fastflower.devices import fastest_convolutions, kept_memory, resolve_device
+from fastflower.devices import fastest_convolutions, resolve_device
 from fastflower.errors import require
 from fastflower.loading.loader import Loader
 from fastflower.loading.stats import Stats
@@ -61,23 +61,35 @@ def diagnose(
     """
     recipe = replace(recipe or Recipe(), weights=None)
     require(seconds > 0, "seconds", "above 0", seconds)
-    run = Run(shards, recipe, Path(), resolve_device(device), None)
-    how: dict[str, Any] = {"batch_size": recipe.batch_size, "dtype": run.precision, "device": run.device}
-    feeding = Loader(shards, augment=recipe.augment, cache=None, backend=run.loader.backend, **how)
-    batches = (batch for _ in count() for batch in feeding)
+    run = Run(shards, recipe, Path(), resolve_device(device))
+    loader = Loader(
+        shards,
+        batch_size=recipe.batch_size,
+        augment=recipe.augment,
+        device=run.device,
+        dtype=run.precision,
+        cache=None,
+        backend=run.loader.backend,
+    )
+    batches = (batch for _ in count() for batch in loader)
     batch = next(batches)
+    feeding_rate = _rate(lambda: len(next(batches).index), seconds)
+    batches.close()
+
+    def step() -> int:
+        loss, _ = run.step(batch.images, batch.labels)
+        loss.item()  # waits for the device
+        return len(batch.index)
+
+    with fastest_convolutions(run.device):
+        step()
+        training_rate = _rate(step, seconds)
+    return Diagnosis(feeding_rate, training_rate, loader.stats(), str(run.device))
+
+
+def _rate(work: Callable[[], int], seconds: float) -> float:
+    """Images/s of work that gives how many it dealt with, done again and again for so long."""
     images, start = 0, perf_counter()
     while perf_counter() - start < seconds:
-        batch = next(batches)
-        images += len(batch.index)
-    feeding_rate = images / (perf_counter() - start)
-    batches.close()
-    with kept_memory(run.device), fastest_convolutions(run.device):
-        run.step(batch.images, batch.labels)
-        steps, start = 0, perf_counter()
-        while perf_counter() - start < seconds:
-            loss, _ = run.step(batch.images, batch.labels)
-            loss.item()  # waits for the device
-            steps += 1
-    training_rate = steps * len(batch.index) / (perf_counter() - start)
-    return Diagnosis(feeding_rate, training_rate, feeding.stats(), str(run.device))
+        images += work()
+    return images / (perf_counter() - start)

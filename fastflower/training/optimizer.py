@@ -58,8 +58,13 @@ def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
     set_rate(optimizer, rate)
 
 
-def forget(optimizer: torch.optim.Optimizer) -> None:
+def state_of(optimizer: Optimizer) -> list[Tensor]:
+    """Momentum, moments and counters: all tensors that its updates change besides the weights."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def zero_state(optimizer: Optimizer) -> None:
     """Momentum and moments as before the first update, in place: a CUDA graph is of these very tensors."""
-    for state in optimizer.state.values():
-        for value in filter(torch.is_tensor, state.values()):
-            value.zero_()
+    for tensor in state_of(optimizer):
+        tensor.zero_()

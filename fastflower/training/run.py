@@ -1,34 +1,28 @@
 """A run under way: one straight loop over epochs and steps."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from copy import deepcopy
+from functools import partial
 from itertools import islice
 from math import inf, isfinite
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastflower import distributed
-from fastflower.devices import (
-    environment,
-    fastest_convolutions,
-    generator_of,
-    kept_memory,
-    precision_of,
-    resolve_device,
-)
+from fastflower.devices import environment, fastest_convolutions, generator_of, precision_of, resolve_device
 from fastflower.draws.random import stream_key
 from fastflower.errors import CheckpointError, FastflowerError, StoppedError, TrainingError
 from fastflower.loading.batch import Batch
 from fastflower.loading.loader import Loader
-from fastflower.models.backbone import build, train_mode
-from fastflower.models.checkpoint import BEST, LAST, Checkpoint
+from fastflower.models.backbone import build, on_device, train_mode
+from fastflower.models.checkpoint import BEST, LAST, Checkpoint, EpochSoFar
 from fastflower.models.inference import measure, recalibrate, view_of
 from fastflower.models.metrics import Scores
 from fastflower.recipes.recipe import Recipe
@@ -36,7 +30,7 @@ from fastflower.reporting.report import Report, best_epoch, epoch_line, tensorbo
 from fastflower.shards.remote import Remote
 from fastflower.training.averaging import Average, tensors_of
 from fastflower.training.cuda_graphs import graphs_of
-from fastflower.training.optimizer import forget, optimizer_of, plain_state, restore, set_rate
+from fastflower.training.optimizer import optimizer_of, plain_state, restore, set_rate, zero_state
 from fastflower.training.step import Stepper
 from fastflower.training.tally import Tally, first_not_finite
 
@@ -62,41 +56,45 @@ class Run:
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, resolve_device(device)
-        device = self.device
-        self.precision = precision_of(recipe.precision, device)
+        self.precision = precision_of(recipe.precision, self.device)
         self._save_steps, self._stop = save_steps, stop
-        batch_size = distributed.share(recipe.batch_size)
-        common: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": self.precision}
-        shuffle = "balanced" if recipe.balanced else True
-        self.loader = Loader(shards, "train", augment=recipe.augment_at(0), seed=recipe.seed, shuffle=shuffle, **common)
+        self.loader, self.val = self._loaders(shards)
         self.classes = self.loader.manifest.classes
-        splits = self.loader.manifest.splits
-        has_val = "val" in splits and splits["val"].samples > 0
-        self.val = Loader(shards, "val", augment=view_of(recipe), **common) if has_val else None
-        if not has_val and distributed.rank() == 0:
-            _log.warning(
-                "%s: has no images in split 'val', so nothing is validated: %s is of the last epoch", shards, BEST
-            )
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]  (torch does not type it)
+        # A resumed run has weights of its own, but each training of a soup begins with the recipe's.
         weights = None if start and recipe.soup == 1 else recipe.weights
-        how: dict[str, Any] = {"weights": weights, "freeze": recipe.freeze, "classes": self.classes}
-        network = build(recipe.backbone, len(self.classes), **how)
-        self.network: nn.Module = network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        classes, freeze = self.classes, recipe.freeze
+        network = build(recipe.backbone, len(classes), weights=weights, freeze=freeze, classes=classes)
+        self.network = on_device(network, self.device)
         self.optimizer = optimizer_of(self.network, recipe)
         self.average = Average(self.network, recipe.ema) if recipe.ema or recipe.soup > 1 else None
-        self._first = deepcopy(self.network.state_dict()) if recipe.soup > 1 else {}
-        self.scored = self.average.network if self.average and recipe.ema else self.network
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self._first_weights = deepcopy(self.network.state_dict()) if recipe.soup > 1 else {}
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self.history: list[dict[str, float]] = []
-        self._interrupted: dict[str, Any] = {}
+        self._interrupted: EpochSoFar = {}
         self._tally: Tally | None = None  # of the epoch under way
         self._statistics: dict[str, Tensor] = {}  # of batch norms, while they are being computed anew
         if start:
             self._restore(start)
         train_mode(self.network, recipe.freeze)
-        capture = graphs_of(recipe, device, self.precision)
-        parts = (self.network, self.optimizer, self.scaler)  # as restored: a graph is of these very tensors
-        self._stepper = Stepper(*parts, recipe, device, self.precision, capture)
+        capture = graphs_of(recipe, self.device, self.precision)
+        # With weights and state as restored: a graph is of these very tensors.
+        self._stepper = Stepper(self.network, self.optimizer, self.scaler, recipe, self.device, self.precision, capture)
+
+    def _loaders(self, shards: str | Path | Remote) -> tuple[Loader, Loader | None]:
+        """Of the splits "train" and "val", which may be missing."""
+        recipe, batch_size = self.recipe, distributed.share(self.recipe.batch_size)
+        make = partial(Loader, shards, batch_size=batch_size, device=self.device, dtype=self.precision)
+        shuffle = "balanced" if recipe.balanced else True
+        train = make("train", augment=recipe.augment_at(0), seed=recipe.seed, shuffle=shuffle)
+        splits = train.manifest.splits
+        if "val" in splits and splits["val"].samples > 0:
+            return train, make("val", augment=view_of(recipe))
+        if distributed.rank() == 0:
+            _log.warning(
+                "%s: has no images in split 'val', so nothing is validated: %s is of the last epoch", shards, BEST
+            )
+        return train, None
 
     def _restore(self, start: Checkpoint) -> None:
         place = self.folder / LAST
@@ -106,10 +104,10 @@ class Run:
         try:
             self.loader.load_state_dict(start.feeding)
         except FastflowerError as error:
-            told = str(error)
+            reason = str(error)
             if start.feeding["shards"] != self.loader.state_dict()["shards"]:
-                told = "was trained on other shards; resume on the same, or name another out, which may start from this file."
-            raise CheckpointError(f"{place}: {told}") from None
+                reason = "was trained on other shards; resume on the same, or name another out, which may start from this file."
+            raise CheckpointError(f"{place}: {reason}") from None
         val = self._feeding()["val"]
         if start.feeding.get("val", val) != val:
             raise CheckpointError(f"{place}: was validated on another split 'val'; resume on the same shards.")
@@ -119,19 +117,42 @@ class Run:
         restore(self.optimizer, start.optimizer)
         self.scaler.load_state_dict(start.scaler)
         self.history, self._interrupted = list(start.history), start.tally
-        now = environment(self.device, self.precision)
-        for name in ("device", "precision", "threads", "torch", "ranks"):
-            before, follows = start.environment.get(name), "the last bits will differ"
-            if name == "ranks" and not self.recipe.sync_batchnorm:
-                follows += ", and all where batch norms are trained, which see their rank's part of a batch only"
-            if before != now[name] and distributed.rank() == 0:
-                _log.warning("%s: %s was %s, now %s: %s", place, name, before, now[name], follows)
+        self._warn_of_changes(start.environment)
         if self._finished():
             _log.info("%s: was finished after epoch %d", self.folder, start.epoch)
         else:
             _log.info("%s: resumed in epoch %d after %d steps", self.folder, start.epoch + 1, start.step)
 
-    def report(self) -> Report:
+    def _warn_of_changes(self, then: dict[str, str]) -> None:
+        """Warn of what changed in the environment since the checkpoint, and changes the numbers."""
+        now = environment(self.device, self.precision)
+        for name in ("device", "precision", "threads", "torch", "ranks"):
+            follows = "the last bits will differ"
+            if name == "ranks" and not self.recipe.sync_batchnorm:
+                follows += ", and all where batch norms are trained, which see their rank's part of a batch only"
+            if then.get(name) != now[name] and distributed.rank() == 0:
+                _log.warning("%s: %s was %s, now %s: %s", self.folder / LAST, name, then.get(name), now[name], follows)
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network that is validated and saved.
+
+        That is the average of an EMA; of a soup the mean where a training of it has just ended; else the one in training.
+        """
+        if self.average is None:
+            return self.network
+        if self.recipe.ema:
+            return self.average.network
+        if self._tally and not self._tally.trained:
+            return self.network
+        epochs = len(self.history) + (self._tally is not None)
+        return self.average.network if self._ends_training(epochs - 1) else self.network
+
+    def _ends_training(self, epoch: int) -> bool:
+        """Whether an epoch, counted from 0, is the last of a training: of the run's only one, or of one of the soup."""
+        return (epoch + 1) % self.recipe.epochs_per_training == 0
+
+    def train(self) -> Report:
         """Train the epochs that are left; validate, save and log after each; write the report at the end."""
         first = distributed.rank() == 0
         if first:
@@ -139,17 +160,18 @@ class Run:
             if self.history:  # a kill may have come before its last row
                 write_history(self.folder, self.history)
         scores = None
-        with kept_memory(self.device), tensorboard(self.folder) if first else nullcontext() as board:
+        with tensorboard(self.folder) if first else nullcontext() as write_events:
             while not self._finished():
                 row, scores = self.epoch(len(self.history))
                 self.history.append(row)
                 self._tally = None
                 self._save()
-                if first:
-                    write_history(self.folder, self.history, board)
+                if write_events:  # rank 0 has it
+                    write_events(row)
+                    write_history(self.folder, self.history)
                     _log.info("%s", epoch_line(row, self.recipe.epochs))
                 if not self._finished():
-                    self._obey()
+                    self._save_or_stop()
         best = best_epoch(self.history)
         if self.val and (scores is None or best != len(self.history)):
             kept = Checkpoint.load(self.folder / BEST)
@@ -159,121 +181,95 @@ class Run:
         if first:
             write_report(self.folder, self.recipe, self.classes, self.history, best, scores, self.val)
         distributed.wait_for_all()
-        self._obey()  # also where nothing is left to do, or a SIGTERM of the last epoch would be lost
+        self._save_or_stop()  # also where nothing is left to do, or a SIGTERM of the last epoch would be lost
         return Report(self.folder, self.history, best, scores)
 
     def epoch(self, epoch: int) -> tuple[dict[str, float], Scores | None]:
         """Train and validate: a row of the history, and the scores where there is a split "val"."""
-        with kept_memory(self.device):
-            row = {"epoch": epoch + 1, **self.train_epoch(epoch)}
-            tally, last = self._tally, (epoch + 1) % self.recipe.epochs_per_training == 0
-            if self._first and self.average and last:
-                if tally and not tally.trained:
-                    self.average.update(self.network, epoch // self.recipe.epochs_per_training)
-                self.scored = self.average.network
-            if tally:
-                tally.trained = True
-            start = perf_counter()
-            if self.recipe.recalibrate and last:
-                place = self.loader.state_dict()
-                self.loader.set_augment(view_of(self.recipe))
-                self._statistics = {name: value.clone() for name, value in self.scored.named_buffers()}
-                batches = self._watched(self.loader, min(_RECALIBRATION, len(self.loader)))
-                recalibrate(self.scored, batches, self.recipe.freeze)
-                self._statistics = {}
-                self.loader.load_state_dict(place)
-            if self.val is None:
-                return row, None
-            distributed.share_buffers(self.scored)
-            scores = self._score(self.val)
-            if not isfinite(scores.loss):
-                raise TrainingError(
-                    f"{self.folder}: the validation loss is not finite after epoch {epoch + 1}; {_ADVICE}. {LAST}, if there "
-                    f"is one, is from before."
-                )
-            row |= {"val_loss": scores.loss, "val_accuracy": scores.accuracy, "val_seconds": perf_counter() - start}
-            return row, scores
+        row = {"epoch": epoch + 1, **self.train_epoch(epoch)}
+        start = perf_counter()
+        if self.recipe.recalibrate and self._ends_training(epoch):
+            self._recalibrate()
+        if self.val is None:
+            return row, None
+        distributed.share_buffers(self.scored)
+        scores = self._score(self.val)
+        if not isfinite(scores.loss):
+            raise TrainingError(
+                f"{self.folder}: the validation loss is not finite after epoch {epoch + 1}; {_ADVICE}. {LAST}, if there "
+                f"is one, is from before."
+            )
+        row |= {"val_loss": scores.loss, "val_accuracy": scores.accuracy, "val_seconds": perf_counter() - start}
+        return row, scores
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training split, or what an interruption left of it; its row of the history."""
-        recipe = self.recipe
-        train_mode(self.network, recipe.freeze)
-        augment, steps = recipe.augment_at(epoch), len(self.loader)
-        if augment != self.loader.augment:
-            self.loader.set_augment(augment)
-        tally = self._tally = Tally(steps, self.device, self._interrupted)
-        self._interrupted = {}
-        if self._first:
-            self.scored = self.network
-            if epoch % recipe.epochs_per_training == 0 and tally.steps == 0:
-                self.network.load_state_dict(self._first)
-                forget(self.optimizer)
-        self.loader.load_state_dict({**self.loader.state_dict(), "epoch": epoch, "step": tally.steps})
-        every = self._save_steps * recipe.accumulate if self._save_steps else steps + 1
+        recipe, loader, steps, batch_size = self.recipe, self.loader, len(self.loader), self.loader.global_batch_size
+        save_every = self._save_steps * recipe.accumulate if self._save_steps else steps + 1
+        tally = self._begin_epoch(epoch)
+        bar = tqdm(
+            desc=f"epoch {epoch + 1}/{recipe.epochs}",
+            total=steps * batch_size,
+            initial=tally.steps * batch_size,
+            unit="image",
+            disable=distributed.rank() > 0 or None,
+        )
         begun = perf_counter() - tally.seconds
-        label = f"epoch {epoch + 1}/{recipe.epochs}"
-        batch_size = self.loader.global_batch_size
-        options: dict[str, Any] = {"total": steps * batch_size, "initial": tally.steps * batch_size, "unit": "image"}
-        options |= {"desc": label, "disable": distributed.rank() > 0 or None}
-        with fastest_convolutions(self.device), tqdm(**options) as bar, _ended(self.loader) as batches:
-            waited = tally.waited - self.loader.stats().wait_seconds  # its clock stands while it waits for the GPU
+        with fastest_convolutions(self.device), bar, _batches_of(loader) as batches:
+            waited = tally.waited - loader.stats().wait_seconds  # its clock stands while it waits for the GPU
             for step, (images, labels, _) in enumerate(batches, start=tally.steps):
-                tally.waited = waited + self.loader.stats().wait_seconds
+                first = step - step % recipe.accumulate  # of the batches that share an update
+                last = min(first + recipe.accumulate, steps) - 1
                 self._prepare(epoch * steps + step, steps)
-                first = step - step % recipe.accumulate
-                end = min(first + recipe.accumulate, steps)
-                tally.add(*self.step(images, labels, end - first, update=step + 1 == end))
-                self._check(tally.not_finite(), epoch)
+                tally.add(*self.step(images, labels, last + 1 - first, update=step == last))
+                self._require_finite(tally.not_finite(), epoch)
                 bar.update(batch_size)
-                if step + 1 == end:
+                if step == last:
                     if self.average and recipe.ema:
-                        before = epoch * -(-steps // recipe.accumulate) + step // recipe.accumulate
-                        self.average.update(self.network, before)
-                    tally.seconds = perf_counter() - begun
-                    self._obey(tally, due=tally.steps % every == 0)
-        found = tally.state()
-        self._check(first_not_finite(found["losses"]), epoch)
+                        updates = epoch * -(-steps // recipe.accumulate) + step // recipe.accumulate
+                        self.average.update(self.network, updates)
+                    tally.seconds, tally.waited = perf_counter() - begun, waited + loader.stats().wait_seconds
+                    self._save_or_stop(due=tally.steps % save_every == 0)
+        losses, hits = tally.totals()
+        self._require_finite(first_not_finite(losses), epoch)
         seconds = perf_counter() - begun
+        if self.average and recipe.soup > 1 and self._ends_training(epoch) and not tally.trained:
+            self.average.update(self.network, epoch // recipe.epochs_per_training)
+        tally.trained = True
         return {
             "lr": recipe.lr_at(epoch * steps + steps - 1, steps),
-            "size": augment.output_size[0],
-            "train_loss": found["losses"].mean().item(),
-            "train_accuracy": found["hits"] / (steps * batch_size),
+            "size": loader.augment.output_size[0],
+            "train_loss": losses.mean().item(),
+            "train_accuracy": hits / (steps * batch_size),
             "images_per_second": steps * batch_size / seconds,
             "train_seconds": seconds,
             "wait_seconds": tally.waited,
         }
 
+    def _begin_epoch(self, epoch: int) -> Tally:
+        """Bring network, loader and tally to where the epoch goes on: at its first step, or where it was interrupted."""
+        train_mode(self.network, self.recipe.freeze)
+        tally = self._tally = Tally(len(self.loader), self.device, self._interrupted)
+        self._interrupted = {}
+        if self._first_weights and epoch % self.recipe.epochs_per_training == 0 and tally.steps == 0:
+            self.network.load_state_dict(self._first_weights)
+            zero_state(self.optimizer)
+        augment = self.recipe.augment_at(epoch)
+        if augment != self.loader.augment:
+            self.loader.set_augment(augment)
+        self.loader.load_state_dict({**self.loader.state_dict(), "epoch": epoch, "step": tally.steps})
+        return tally
+
     def step(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> tuple[Tensor, Tensor]:
         """One batch, the gradients of `together` batches averaged before an update; (mean loss, hits), until the next step."""
         return self._stepper(images, labels, together, update=update)
-
-    def _score(self, val: Loader) -> Scores:
-        steps = -(-val.num_samples // val.global_batch_size)  # of all ranks; one may have no part of the last
-        batches = self._watched(val, steps)
-        return measure(self.scored, batches, self.classes, tta=self.recipe.tta, paths=val.paths)
-
-    def _watched(self, loader: Loader, steps: int) -> Iterator[Batch]:
-        """Batches that nothing is trained on. Before each SIGTERM is obeyed; where they take long, the training is saved once."""
-        ends = perf_counter() + _LONG
-        with _ended(loader) as batches:
-            for _ in range(steps):
-                due = distributed.any_rank(perf_counter() > ends)
-                self._obey(self._tally, due=due)
-                ends = inf if due else ends
-                yield from islice(batches, 1)
-
-    def _finished(self) -> bool:
-        done, patience = len(self.history), self.recipe.patience
-        stale = patience is not None and done > 0 and done - best_epoch(self.history) >= patience
-        return done >= self.recipe.epochs or stale
 
     def _prepare(self, step: int, steps_per_epoch: int) -> None:
         """The rate of a step, counted over all epochs, and the random numbers of its dropout, which are functions of it."""
         set_rate(self.optimizer, self.recipe.lr_at(step, steps_per_epoch))
         generator_of(self.device).manual_seed(stream_key(self.recipe.seed, step, distributed.rank()) >> 1)
 
-    def _check(self, step: int | None, epoch: int) -> None:
+    def _require_finite(self, step: int | None, epoch: int) -> None:
         """Raise for the step whose loss is not finite, if there is one."""
         if step is None:
             return
@@ -283,24 +279,54 @@ class Run:
             f"{LAST}, if there is one, is from before. The batch: {'; '.join(places)}"
         )
 
-    def _obey(self, tally: Tally | None = None, *, due: bool = False) -> None:
-        """Save in mid-epoch where that is due, and stop where a rank got SIGTERM."""
-        stop = distributed.any_rank(self._stop())
+    def _recalibrate(self) -> None:
+        """Compute batch norms' statistics anew; what is saved meanwhile has the old ones."""
+        position = self.loader.state_dict()
+        self.loader.set_augment(view_of(self.recipe))
+        self._statistics = {name: value.clone() for name, value in self.scored.named_buffers()}
+        batches = self._watched(self.loader, min(_RECALIBRATION, len(self.loader)))
+        recalibrate(self.scored, batches, self.recipe.freeze)
+        self._statistics = {}
+        self.loader.load_state_dict(position)
+
+    def _score(self, val: Loader) -> Scores:
+        steps = -(-val.num_samples // val.global_batch_size)  # of all ranks; one may have no part of the last
+        batches = self._watched(val, steps)
+        return measure(self.scored, batches, self.classes, tta=self.recipe.tta, paths=val.paths)
+
+    def _watched(self, loader: Loader, steps: int) -> Iterator[Batch]:
+        """Batches that nothing is trained on. Before each SIGTERM is obeyed; where they take long, the training is saved once."""
+        ends = perf_counter() + _LONG
+        with _batches_of(loader) as batches:
+            for _ in range(steps):
+                due = distributed.any_rank(perf_counter() > ends)
+                self._save_or_stop(due=due)
+                ends = inf if due else ends
+                yield from islice(batches, 1)
+
+    def _finished(self) -> bool:
+        done, patience = len(self.history), self.recipe.patience
+        stale = patience is not None and done > 0 and done - best_epoch(self.history) >= patience
+        return done >= self.recipe.epochs or stale
+
+    def _save_or_stop(self, *, due: bool = False) -> None:
+        """Save an epoch under way where that is due, and save it and stop where a rank got SIGTERM."""
+        stop, tally = distributed.any_rank(self._stop()), self._tally
         if tally and (stop or due):
-            self._save(tally)
+            self._save()
         if stop:
             epoch = len(self.history)
-            step = f"in epoch {epoch + 1}, step {tally.steps}" if tally else f"after epoch {epoch}"
-            place = f"in the validation of epoch {epoch + 1}" if tally and tally.trained else step
+            place = f"in epoch {epoch + 1}, step {tally.steps}" if tally else f"after epoch {epoch}"
+            if tally and tally.trained:
+                place = f"in the validation of epoch {epoch + 1}"
             raise StoppedError(f"{self.folder}: stopped by SIGTERM {place}, and saved; resume=True (--resume) goes on.")
 
-    def _feeding(self) -> dict[str, Any]:
+    def _feeding(self) -> dict[str, object]:
         return {**self.loader.state_dict(), "val": self.val.state_dict()["shards"] if self.val else None}
 
-    def _save(self, tally: Tally | None = None) -> None:
-        state = tally.state() if tally else {}
-        if tally:
-            self._check(first_not_finite(state["losses"]), len(self.history))
+    def _save(self) -> None:
+        tally: EpochSoFar = self._tally.state() if self._tally else {}
+        self._require_finite(first_not_finite(tally.get("losses", torch.zeros(0))), len(self.history))
         tensors = [*tensors_of(self.network), *tensors_of(self.scored)]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             raise TrainingError(f"{self.folder}: weights are not finite any more, and were not saved; {_ADVICE}.")
@@ -311,10 +337,10 @@ class Run:
             classes=self.classes,
             model=self.scored.state_dict() | self._statistics,
             trained=self.network.state_dict() if self.average else {},
-            soup=self.average.network.state_dict() if self.average and self._first else {},
+            soup=self.average.network.state_dict() if self.average and self.recipe.soup > 1 else {},
             epoch=len(self.history),
             history=self.history,
-            tally=state,
+            tally=tally,
             feeding=self._feeding(),
             optimizer=plain_state(self.optimizer),
             scaler=self.scaler.state_dict(),
@@ -326,7 +352,6 @@ class Run:
         checkpoint.save(self.folder / LAST, twin=best)
 
 
-def _ended(loader: Loader) -> closing[Any]:
+def _batches_of(loader: Loader) -> closing[Generator[Batch]]:
     """As a context: its batches, whose threads end with it: an error's traceback would keep them until some collection."""
-    batches: Any = iter(loader)
-    return closing(batches)
+    return closing(cast("Generator[Batch]", iter(loader)))

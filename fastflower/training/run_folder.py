@@ -1,7 +1,7 @@
 """The folder of a run: which one it is, and that no two runs share it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
 
 
 @contextmanager
-def own(folder: Path, *, new: bool, resume: bool) -> Iterator[None]:
+def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
     """Make a run's folder and keep other runs out of it: rank 0 does, and where it cannot all ranks raise its error.
 
     new  there must be none yet. A folder in which nothing was written does not stay.

@@ -59,8 +59,8 @@ class Stepper:
         with self._on_its_own() if not update else nullcontext():
             with torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision != torch.float32):
                 logits = self._model(images)
-                loss = self._criterion(logits, labels)
-            self._scaler.scale(loss / together).backward()
+                loss: Tensor = self._criterion(logits, labels)
+            self._scaler.scale(loss / together).backward()  # pyright: ignore[reportUnknownMemberType]  (untyped)
         hits = (logits.argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))).sum()
         if update:
             if self._recipe.clip_norm is not None:
@@ -94,12 +94,13 @@ class Stepper:
 
     def _wrapped(self) -> Callable[[Tensor], Tensor]:
         """The network as training calls it: on several ranks, and compiled where the recipe says so."""
-        model, cuda = self._network, self._device.type == "cuda"
+        model: nn.Module = self._network
+        cuda = self._device.type == "cuda"
         if distributed.world_size() > 1:
             if self._recipe.sync_batchnorm and not cuda:
                 raise ArgumentError("sync_batchnorm: torch has SyncBatchNorm on CUDA only; leave it out on the CPU.")
             if self._recipe.sync_batchnorm:
-                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
             model = DistributedDataParallel(
                 model, device_ids=[self._device] if cuda else None, gradient_as_bucket_view=True
             )

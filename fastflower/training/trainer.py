@@ -1,7 +1,6 @@
 """Trains a recipe on shards."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,38 +42,51 @@ def train(
     Raises ShardError, CheckpointError, ArgumentError or DeviceError before anything is written; later StoppedError after
     SIGTERM, TrainingError for a loss that is not finite or a rank that is gone, DeviceError when memory runs out, and
     CheckpointError or TrainingError when the disk is full.
+
+    Example:
+        >>> from fastflower import Augment, Recipe, train
+        >>> recipe = Recipe(weights=None, augment=Augment(size=32, flip=0.5), epochs=1, batch_size=24)
+        >>> report = train("shards", recipe, out="runs/small", device="cpu")
+        >>> len(report.history), report.scores.num_samples
+        (1, 30)
+        >>> sorted(path.name for path in report.folder.glob("*.pt"))
+        ['checkpoint-best.pt', 'checkpoint-last.pt']
     """
     rule = "a Recipe, such as fastflower.recipes.presets.PRESETS['finetune']() makes one"
     require(isinstance(recipe, Recipe), "recipe", rule, recipe)  # pyright: ignore[reportUnnecessaryIsInstance]
     require(save_steps is None or save_steps >= 1, "save_steps", "at least 1", save_steps)
     with (
         distributed.process_group(device),
-        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        torch.random.fork_rng(range(torch.cuda.device_count())),  # pyright: ignore[reportUnknownMemberType]  (untyped)
         preemption() as stop,
     ):
         chosen = resolve_device(device)
         try:
             folder = distributed.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
             with own(folder, new=out is None, resume=resume):
-                start = Checkpoint.load(folder / LAST) if resume and (folder / LAST).exists() else None
+                start = _resumed(folder, recipe) if resume else None
                 if recipe.freeze and recipe.weights is None and start is None:
                     raise ArgumentError(
                         f"freeze must be 0 where weights is None, got {recipe.freeze}: frozen stages would stay random; "
                         f"pass --freeze 0 (freeze=0), or --weights FILE (weights=) to start from."
                     )
-                if len(set(distributed.gathered((start.epoch, start.step) if start else None))) > 1:
-                    raise CheckpointError(
-                        f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
-                    )
-                if start and start.recipe.resolved != recipe.resolved:
-                    raise CheckpointError(
-                        f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name "
-                        f"another out, which may start from this file (weights)."
-                    )
-                how: dict[str, Any] = {"save_steps": save_steps, "stop": stop}
-                return Run(shards, recipe, folder, chosen, start, **how).report()
+                return Run(shards, recipe, folder, chosen, start, save_steps=save_steps, stop=stop).train()
         except (RuntimeError, MemoryError, OSError) as error:
-            error_of_ours = explained(error, recipe, chosen)
-            if error_of_ours is None:
-                raise
-            raise error_of_ours from error
+            if explanation := explained(error, recipe, chosen):
+                raise explanation from error
+            raise
+
+
+def _resumed(folder: Path, recipe: Recipe) -> Checkpoint | None:
+    """What a run goes on from, where it was saved. Raises CheckpointError where that is of another recipe."""
+    start = Checkpoint.load(folder / LAST) if (folder / LAST).exists() else None
+    if len(set(distributed.gathered((start.epoch, start.step) if start else None))) > 1:
+        raise CheckpointError(
+            f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
+        )
+    if start and start.recipe.resolved != recipe.resolved:
+        raise CheckpointError(
+            f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name "
+            f"another out, which may start from this file (weights)."
+        )
+    return start

@@ -131,7 +131,7 @@ def test_a_soup_that_was_stopped_and_resumed_is_the_same(shards: Path, tmp_path:
     whole = train(shards, recipe, out=tmp_path / "whole", device="cpu")
     calls = iter(range(1, 1000))
     with pytest.raises(StoppedError, match="stopped by SIGTERM"), torch.random.fork_rng():
-        Run(shards, recipe, tmp_path / "run", CPU, stop=lambda: next(calls) == call).report()
+        Run(shards, recipe, tmp_path / "run", CPU, stop=lambda: next(calls) == call).train()
     train(shards, recipe, out=tmp_path / "run", resume=True, device="cpu")
     assert (whole.folder / BEST).exists()
     assert_same_run(tmp_path / "run", whole.folder)

@@ -127,7 +127,7 @@ def test_a_resumed_run_goes_on_averaging(run: Report, shards: Path, tmp_path: Pa
             return super().train_epoch(epoch)
 
     with pytest.raises(KilledError, match="killed"), torch.random.fork_rng():
-        Killed(shards, SMALL, tmp_path, torch.device("cpu")).report()
+        Killed(shards, SMALL, tmp_path, torch.device("cpu")).train()
     resumed = train(shards, SMALL, out=tmp_path, resume=True, device="cpu")
     assert timeless(resumed.history) == timeless(run.history)
     one, other = (Checkpoint.load(folder / "checkpoint-last.pt") for folder in (tmp_path, run.folder))

@@ -94,7 +94,7 @@ def test_a_soup_that_was_stopped_and_resumed_is_the_same(run: Report, shards: Pa
     """Stopped after a step, in a validation or after it: a look after each of four steps, and one at either place."""
     calls = iter(range(1, 1000))
     with pytest.raises(StoppedError, match="stopped by SIGTERM"), torch.random.fork_rng():
-        Run(shards, SOUP, tmp_path, CPU, stop=lambda: next(calls) == call).report()
+        Run(shards, SOUP, tmp_path, CPU, stop=lambda: next(calls) == call).train()
     resumed = train(shards, SOUP, out=tmp_path, resume=True, device="cpu")
     assert timeless(resumed.history) == timeless(run.history)
     one, other = last(tmp_path), last(run.folder)

@@ -28,8 +28,8 @@ def test_the_seconds_of_an_interrupted_epoch_count(
     with pytest.raises(StoppedError, match="stopped by SIGTERM in epoch 1, step 3, and saved"):
         train(shards, RECIPE, out=tmp_path, device="cpu")
     last = Checkpoint.load(tmp_path / LAST)
-    last.tally["seconds"] += 1000
-    last.tally["waited"] += 500
+    last.tally["seconds"] = last.tally.get("seconds", 0.0) + 1000
+    last.tally["waited"] = last.tally.get("waited", 0.0) + 500
     last.save(tmp_path / LAST)
     first, second = train(shards, RECIPE, out=tmp_path, resume=True, device="cpu").history
     assert first["train_seconds"] > 1000 > second["train_seconds"]

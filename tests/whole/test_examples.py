@@ -1,4 +1,4 @@
-"""The worked examples in docstrings, run as they stand, in a folder with flowers/ and shards/."""
+"""The worked examples in docstrings, run as they stand, in a folder with flowers/, shards/ and run/, a finished training."""
 
 import doctest
 from collections.abc import Iterator
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from places import ROOT
+
+from fastflower import Augment, Recipe, train
 
 PACKAGE = ROOT / "fastflower"
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -23,12 +25,18 @@ def examples() -> Iterator[doctest.DocTest]:
 EXAMPLES = {example.name.removeprefix("fastflower."): example for example in examples()}
 
 
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = Recipe(weights=None, augment=Augment(size=32), epochs=1, batch_size=24)
+    return train(shards, recipe, out=tmp_path_factory.mktemp("runs") / "run", device="cpu").folder
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_says_what_happens(
-    name: str, flowers: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, flowers: Path, shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "flowers").symlink_to(flowers)
-    (tmp_path / "shards").symlink_to(shards)
+    for folder, made in {"flowers": flowers, "shards": shards, "run": run}.items():
+        (tmp_path / folder).symlink_to(made)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     said: list[str] = []
