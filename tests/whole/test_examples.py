@@ -31,6 +31,11 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(shards, recipe, out=tmp_path_factory.mktemp("runs") / "run", device="cpu").folder
 
 
+def test_what_is_called_first_has_one() -> None:
+    first = ("pack", "Loader", "Augment.draw", "permute", "train", "predict")
+    assert [name for name in first if not any(each.endswith(f".{name}") for each in EXAMPLES)] == []
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_says_what_happens(
     name: str, flowers: Path, shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
