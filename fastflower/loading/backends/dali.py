@@ -2,9 +2,8 @@
 
 The only file that imports nvidia.dali. How DALI behaves where its documentation is silent is pinned by tests.
 """
-
 # pyright: standard
-# (DALI has no types.)
+# DALI has no types.
 
 from collections import deque
 from collections.abc import Generator, Iterable

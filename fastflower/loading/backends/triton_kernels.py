@@ -3,9 +3,8 @@
 What they compute is `kernel.c`'s: boxes, blur, one bilinear interpolation, then brightness, contrast, saturation, hue and
 normalisation, without rounding in between. Every number of a sample is a row of two tables, whose columns have names here.
 """
-
 # pyright: standard
-# (kernels are compiled from their source, without annotations.)
+# Kernels are compiled from their source, which has no annotations.
 
 from typing import Any
 
