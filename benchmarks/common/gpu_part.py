@@ -188,6 +188,5 @@ def verdict(value: float, goal: float) -> str:
 
 def check_recorded(run: Run) -> None:
     """Raise RuntimeError where a run's steps were to be replayed from a CUDA graph, and none was recorded."""
-    stepper: Any = run._stepper
-    if graphs_of(run.recipe, run.device, run.precision) and not stepper._replays:
+    if graphs_of(run.recipe, run.device, run.precision) and not run.stepper.replays:
         raise RuntimeError("no step was recorded as a CUDA graph: see what was said, in failures.log")

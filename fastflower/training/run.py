@@ -79,7 +79,7 @@ class Run:
         train_mode(self.network, recipe.freeze)
         capture = graphs_of(recipe, self.device, self.precision)
         # With weights and state as restored: a graph is of these very tensors.
-        self._stepper = Stepper(self.network, self.optimizer, self.scaler, recipe, self.device, self.precision, capture)
+        self.stepper = Stepper(self.network, self.optimizer, self.scaler, recipe, self.device, self.precision, capture)
 
     def _loaders(self, shards: str | Path | Remote) -> tuple[Loader, Loader | None]:
         """Of the splits "train" and "val", which may be missing."""
@@ -262,7 +262,7 @@ class Run:
 
     def step(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> tuple[Tensor, Tensor]:
         """One batch, the gradients of `together` batches averaged before an update; (mean loss, hits), until the next step."""
-        return self._stepper(images, labels, together, update=update)
+        return self.stepper(images, labels, together, update=update)
 
     def _prepare(self, step: int, steps_per_epoch: int) -> None:
         """The rate of a step, counted over all epochs, and the random numbers of its dropout, which are functions of it."""

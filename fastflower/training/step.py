@@ -55,6 +55,11 @@ class Stepper:
             self._replays[key] = self._recorded(self._capture, images, labels)
         return self._replays[key](images, labels)
 
+    @property
+    def replays(self) -> bool:
+        """Whether a step has been recorded, and is replayed."""
+        return bool(self._replays)
+
     def _eager(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> Outcome:
         with self._on_its_own() if not update else nullcontext():
             with torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision != torch.float32):

@@ -175,7 +175,7 @@ def test_a_recording_that_failed_is_no_figure_of_graphs(monkeypatch: pytest.Monk
             else pytest.raises(RuntimeError, match="no step was recorded as a CUDA graph")
         ):
             gpu_part.check_recorded(run)
-    run._stepper._replays = {"a shape": print}
+    run.stepper._replays = {"a shape": print}
     gpu_part.check_recorded(run)
 
 
