@@ -46,10 +46,11 @@ class Work:
     """Those whose samples threads prepare."""
     tasks: deque[Future[None]] = field(default_factory=deque[Future[None]])
 
-    def wait(self) -> None:
+    def wait(self) -> Self:
         """Until all samples are prepared. Raises what a thread raised."""
         while self.tasks:
             self.tasks.popleft().result()  # a future that stayed would hold on to this frame for ever
+        return self
 
 
 AnyWork = TypeVar("AnyWork", bound=Work)
@@ -106,9 +107,9 @@ class Backend(ABC, Generic[AnyWork, Kept]):
             tasks = sum(len(work.tasks) for work in started)
             # Every thread has a task and one more waits, without the first batch; or that needs none.
             if not started[0].tasks or tasks - len(started[0].tasks) > 2 * self.threads:
-                yield _waited_for(started.popleft())
+                yield started.popleft().wait()
         while started:
-            yield _waited_for(started.popleft())
+            yield started.popleft().wait()
 
     def _prepare(self, work: AnyWork, rows: Sequence[int]) -> None:
         with libjpeg.warnings():  # a pack's manifest names the images; here every epoch would, and none by its name
@@ -133,11 +134,6 @@ AnyBackend = Backend[Any, Any]
 def chunks(rows: Sequence[int]) -> list[Sequence[int]]:
     """Rows, as tasks for threads."""
     return [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
-
-
-def _waited_for(work: AnyWork) -> AnyWork:
-    work.wait()
-    return work
 
 
 def _end(pool: ThreadPoolExecutor) -> None:
