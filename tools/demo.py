@@ -98,7 +98,7 @@ def _clear(out: Path) -> None:
     for name in ("flowers", "shards"):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
-    patterns = ("checkpoint-*.pt", "history.csv", "report.html", "curves.png", "confusion.png", "epoch_time_*.json")
+    patterns = ("checkpoint-*.pt", "history.csv", "report.html", "*.png", "epoch_time_*.json")
     for path in [path for pattern in patterns for path in out.glob(pattern)]:
         path.unlink()
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-_BINS = 15
+_CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,11 @@ class Scores:
     def predictions(self) -> NDArray[np.int64]:
         """(N,) most probable classes, by index in the split."""
         return self.probabilities.argmax(axis=1)
+
+    @property
+    def confidence(self) -> NDArray[np.float32]:
+        """(N,) their probabilities."""
+        return self.probabilities.max(axis=1)
 
     @property
     def num_samples(self) -> int:
@@ -67,10 +72,12 @@ class Scores:
 
         The mean over 15 bins of equal width of |accuracy - mean probability|, weighted by samples (Guo et al. 2017).
         """
-        confidence = self.probabilities.max(axis=1).astype(np.float64)
+        confidence = self.confidence.astype(np.float64)
         gap = (self.predictions == self.labels) - confidence
-        bins = np.minimum(np.ceil(confidence * _BINS).astype(np.int64) - 1, _BINS - 1)  # open below, closed above
-        return float(np.abs(np.bincount(bins, gap, _BINS)).sum() / len(gap))
+        bins = np.minimum(
+            np.ceil(confidence * _CALIBRATION_BINS).astype(np.int64) - 1, _CALIBRATION_BINS - 1
+        )  # open below, closed above
+        return float(np.abs(np.bincount(bins, gap, _CALIBRATION_BINS)).sum() / len(gap))
 
 
 def score(

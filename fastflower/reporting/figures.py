@@ -22,7 +22,7 @@ def drawable(name: str) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a file, 110 pixels an inch."""
+    """A figure as a file, 110 pixels an inch. All are written by it: most tests of training have it write none."""
     data = io.BytesIO()
     # Without the version of matplotlib inside, the same run gives the same bytes.
     figure.savefig(data, format="png", dpi=110, metadata={"Software": None})

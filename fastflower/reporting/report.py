@@ -1,4 +1,4 @@
-"""The picture of a run: history.csv, curves.png, confusion.png and one report.html that opens anywhere."""
+"""The picture of a run: history.csv, figures (*.png) and one report.html that opens anywhere."""
 
 import base64
 import csv
@@ -26,8 +26,8 @@ class Report:
     """What `train` returns."""
 
     folder: Path
-    """Of the run: history.csv, checkpoint-best.pt, checkpoint-last.pt, report.html, curves.png, confusion.png, and where the
-    package is installed tensorboard."""
+    """Of the run: history.csv, checkpoint-best.pt, checkpoint-last.pt, report.html, its figures (*.png), and where the package
+    is installed tensorboard."""
     history: list[dict[str, float]]
     """A row an epoch: epoch, lr, size (pixels), train_loss, train_accuracy, images_per_second, train_seconds,
     wait_seconds, and where there is a split "val" val_loss, val_accuracy and val_seconds."""
@@ -126,14 +126,13 @@ def write_report(
 def _mistakes(scores: Scores, val: Loader) -> list[dict[str, object]]:
     """The photographs that were given to a wrong class with the highest probability."""
     predicted = scores.predictions
-    confidence = scores.probabilities.max(axis=1)
     wrong = np.flatnonzero(predicted != scores.labels)
-    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:_MISTAKES]
+    worst = wrong[np.argsort(-scores.confidence[wrong], kind="stable")][:_MISTAKES]
     return [
         {
             "true": scores.classes[scores.labels[index]],
             "predicted": scores.classes[predicted[index]],
-            "probability": float(confidence[index]),
+            "probability": float(scores.confidence[index]),
             "path": scores.paths[index],
             "jpeg": thumbnail(val.photo(int(index))),
         }

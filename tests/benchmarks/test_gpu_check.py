@@ -166,7 +166,7 @@ def test_a_baseline_that_fails_costs_the_ratios_alone(part: Part) -> None:
 
 
 def test_a_recording_that_failed_is_no_figure_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    run: Any = SimpleNamespace(recipe=None, device=CPU, precision=torch.float32, _stepper=SimpleNamespace(_replays={}))
+    run: Any = SimpleNamespace(recipe=None, device=CPU, precision=torch.float32, stepper=SimpleNamespace(replays=False))
     for wanted in (None, lambda function: function):
         monkeypatch.setattr(gpu_part, "graphs_of", lambda *_, wanted=wanted: wanted)
         with (
@@ -175,7 +175,7 @@ def test_a_recording_that_failed_is_no_figure_of_graphs(monkeypatch: pytest.Monk
             else pytest.raises(RuntimeError, match="no step was recorded as a CUDA graph")
         ):
             gpu_part.check_recorded(run)
-    run.stepper._replays = {"a shape": print}
+    run.stepper.replays = True
     gpu_part.check_recorded(run)
 
 

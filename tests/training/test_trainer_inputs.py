@@ -1,8 +1,6 @@
 """What users give and do that once cost a run: numpy's numbers, many classes, two runs at once, another validation split."""
 
-import os
 import runpy
-import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +12,12 @@ import numpy as np
 import pytest
 import torch
 from packs import photo
-from PIL import Image
 from places import ROOT
 from training_runs import RECIPE
 
-from fastflower import Augment, Checkpoint, Recipe, distributed, evaluate, pack, train
+from fastflower import Augment, Checkpoint, distributed, evaluate, pack, train
 from fastflower.errors import ArgumentError, CheckpointError
 from fastflower.models.backbone import load_file
-from fastflower.models.metrics import score
-from fastflower.reporting import figures
-from fastflower.reporting.figures import png
-from fastflower.reporting.preview import preview
 from fastflower.training import diagnosis
 from fastflower.training.diagnosis import diagnose
 from fastflower.training.run import Run
@@ -49,30 +42,6 @@ def test_a_recipe_of_numpys_numbers_lists_and_paths_is_the_plain_one(shards: Pat
     again: Any = replace(plain, weights=tmp_path / "run" / "checkpoint-best.pt")
     assert again.weights == str(done.checkpoint)
     assert train(shards, again, out=tmp_path / "next", device="cpu").checkpoint.exists()
-
-
-def confusion(classes: list[str]) -> tuple[int, int]:
-    """(width, height) in pixels of the picture."""
-    count = len(classes)
-    outputs = np.log(np.full((count, count), 1 / count))
-    data = figures.confusion(score(tuple(classes), np.arange(count), outputs.astype(np.float32)))
-    return struct.unpack(">II", data[16:24])
-
-
-@pytest.fixture
-def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "png", png)
-
-
-@pytest.mark.usefixtures("pictures")
-def test_the_confusion_matrix_of_many_classes_is_a_picture_of_bounded_size() -> None:
-    assert confusion(["a", "b"]) == (583, 495)
-    assert max(confusion([f"class {number}" for number in range(300)])) <= 21 * 110
-
-
-@pytest.mark.usefixtures("pictures")
-def test_a_dollar_in_a_class_name_is_no_formula() -> None:
-    assert confusion([r"a$\frac$", "5$ to 10$"]) == (583, 495)
 
 
 def test_of_two_runs_that_began_together_the_second_does_not_overwrite_the_first(
@@ -178,23 +147,3 @@ def test_the_demo_clears_no_folder_of_others(
     told = f"--out {out}: is or holds what no demo wrote; name another folder, or remove this one."
     assert told in f"{end.value.code}{capsys.readouterr().err}"
     assert (tmp_path / "flowers" / "rose" / "mine.jpg").exists()
-
-
-@pytest.mark.usefixtures("pictures")
-def test_names_that_are_no_utf8_are_drawn_and_reported(tmp_path: Path) -> None:
-    """Of a class and of files, as Linux and Python have them."""
-    folder = tmp_path / "data"
-    for name in (b"caf\xe9", b"tea"):
-        (folder / os.fsdecode(name)).mkdir(parents=True)
-        for number in range(4):
-            Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(
-                os.fsencode(folder) + b"/" + name + b"/\xe9%d.jpg" % number
-            )
-    pack(folder, tmp_path / "shards", val_fraction=0.5)
-    recipe = Recipe(weights=None, augment=Augment(size=32, resize=32), epochs=1, batch_size=2, lr=1e-6)
-    done = train(tmp_path / "shards", recipe, out=tmp_path / "run", device="cpu")
-    text = (tmp_path / "run" / "report.html").read_text()
-    assert r"caf\udce9" in text
-    assert evaluate(done.checkpoint, tmp_path / "shards", device="cpu").classes == (os.fsdecode(b"caf\xe9"), "tea")
-    assert preview(tmp_path / "shards", recipe, photographs=4, draws=1, out=tmp_path / "p.png").exists()
-    assert "\udce9" not in figures.drawable(os.fsdecode(b"caf\xe9"))
