@@ -87,6 +87,10 @@ def test_a_draw_does_not_depend_on_its_batch() -> None:
         assert equal(draw(EVERYTHING, [index], epoch=3), whole.take(slice(index, index + 1)))
 
 
+def test_all_that_can_be_drawn_is_looked_at_here() -> None:
+    assert {array for array, _ in DECIDES.values()} == set(ARRAYS)
+
+
 @pytest.mark.parametrize("name", SWITCHED_ON)
 def test_a_draw_does_not_depend_on_other_augmentations(name: str) -> None:
     alone = draw(Augment(**{name: SWITCHED_ON[name]}), range(200))

@@ -1,9 +1,11 @@
 """What DALI's graph asks a GPU for, and which backend scores on one: as far as can be seen without a GPU."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import parity
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from fastflower import Augment, Checkpoint, Loader, evaluate, train
 from fastflower.models import evaluation
 from fastflower.recipes.recipe import Recipe
 
-EVERYTHING = Augment(crop=(0.2, 1.0), rotate=10, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1, erase=0.5)
+EVERYTHING = replace(parity.CASES["everything"].augment, erase=0.5)
 
 
 @pytest.mark.dali

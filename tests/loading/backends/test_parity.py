@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,20 @@ def enough(name: str, encoded: list[bytes]) -> list[bytes]:
 
 
 QUICK = ("validation view (resize 256, centre 224)", "reduction by four", "hue 0.1", "everything")
-"""Of Triton's interpreter: its kernels have one way for all of geometry, and one for all of color."""
+"""Of Triton's interpreter: its kernels have one way for all of geometry; "everything" takes all of their steps of color."""
 PAIRS = [
     pytest.param(name, case, marks=[pytest.mark.soak] if name == "triton" and case not in QUICK else [])
     for name in parity.BACKENDS
     for case in parity.CASES
 ]
+
+
+def test_all_that_can_be_drawn_is_compared(encoded: list[bytes]) -> None:
+    """In one case or another; erasing has a test of its own."""
+    neutral = parity.request(Augment(), encoded).draw
+    draws = [parity.request(case.augment, encoded).draw for case in parity.CASES.values()]
+    for name in {field.name for field in fields(neutral)} - {"size", "erase"}:
+        assert any(not np.array_equal(getattr(draw, name), getattr(neutral, name)) for draw in draws), name
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
