@@ -4,7 +4,6 @@ A plan is saved in the workspace: it is what a pack that was interrupted goes on
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from fastflower.files import write_atomically
 from fastflower.packing.duplicates import Groups, MapLike, identical
 from fastflower.packing.folder import Folder
 from fastflower.shards.manifest import PLAN, shard_name
+from fastflower.shards.writer import npy
 
 _IGNORED = "ignored.json"
 
@@ -177,10 +177,7 @@ def save_plan(plan: Plan, work: Path) -> None:
     folder, groups = plan.folder, plan.groups
     arrays = (folder.files, folder.paths, plan.order, groups.members, groups.ends)
     for name, array in zip(_ARRAYS, arrays, strict=True):
-        with (work / f"{name}.npy").open("wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomically(work / f"{name}.npy", npy(array))
     content = {
         "classes": folder.classes,
         "splits": folder.splits,

@@ -11,7 +11,7 @@ from fastflower.files import sync, write_atomically
 from fastflower.packing.duplicates import nearest
 from fastflower.packing.plan import Plan, check_counts
 from fastflower.packing.worker import MadeShard
-from fastflower.shards.manifest import FILE, INFO, Manifest, shard_name
+from fastflower.shards.manifest import FILE, INFO, Manifest, Split, shard_name
 from fastflower.shards.writer import index_rows, npy, split_of
 
 Splits = dict[str, list[MadeShard]]
@@ -85,16 +85,10 @@ def _described(plan: Plan, out: Path, splits: Splits, made: list[MadeShard]) -> 
     skipped = [item for shard in made for item in shard.skipped]
     skipped += [{"path": path, "reason": reason} for path, reason in folder.ignored]
     skipped += [{"path": folder.path(number), "reason": "stands under two labels"} for number in dropped]
-    described = {
-        split: split_of(
-            [
-                (replace(shard.entry, name=f"{shard_name(split, number)}.tar"), shard.rows)
-                for number, shard in enumerate(shards)
-            ],
-            len(folder.classes),
-        )
-        for split, shards in splits.items()
-    }
+    described: dict[str, Split] = {}
+    for split, shards in splits.items():
+        entries = [replace(shard.entry, name=f"{shard_name(split, number)}.tar") for number, shard in enumerate(shards)]
+        described[split] = split_of(entries, index_rows([shard.rows for shard in shards]), len(folder.classes))
     check_counts(folder.classes, described["train"].class_counts, len(skipped), "skipped")
     return Manifest(
         folder=out,

@@ -63,14 +63,8 @@ class MadeShard:
             # Given a path, np.load leaves a damaged file open.
             with _LOADING, path.open("rb") as file, np.load(file) as record:
                 rest = json.loads(record["rest"].tobytes())
-                return cls(
-                    Shard(**rest["shard"]),
-                    record["rows"],
-                    record["numbers"],
-                    record["hashes"],
-                    rest["skipped"],
-                    rest.get("warnings", []),  # records of older versions have none
-                )
+                arrays, warnings = (record["rows"], record["numbers"], record["hashes"]), rest.get("warnings", [])
+                return cls(Shard(**rest["shard"]), *arrays, rest["skipped"], warnings)  # older records have no warnings
         except (EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
             raise OSError(f"{path} is damaged: {error}") from error
 

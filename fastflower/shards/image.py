@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 
 from fastflower.errors import SampleError
 from fastflower.shards import libjpeg
@@ -128,10 +128,7 @@ def _grey_if_intact(data: bytes, warn: Callable[[str], object]) -> NDArray[np.ui
             grey = _decoded(data, cv2.IMREAD_GRAYSCALE)
     except SampleError as error:
         raise SampleError(_pillow_error(data) or str(error)) from None
-    behind = (
-        _pillow_error(data) if heard else None
-    )  # an error behind the damage, at which OpenCV has its pixels already
-    if behind:
+    if heard and (behind := _pillow_error(data)):  # the damage, where OpenCV has its pixels already
         raise SampleError(behind)
     _judge_damage(grey, heard, warn)
     return grey
@@ -246,27 +243,14 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     """As Pillow's convert("RGB") makes it, but upright, and with levels of more than 8 bits scaled; Pillow clips them."""
     image.load()  # before EXIF is read, so that what this raises is about the pixels
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
     except Exception:  # damaged EXIF: every reader takes such an image as it stands
-        turn = None
+        pass
     upright = Image.fromarray(to_eight_bits(image)) if is_wide(image) else image
-    if turn is not None:
-        upright = upright.transpose(turn)
     upright.info.pop("transparency", None)  # dropped like every alpha; of a palette's, Pillow would warn
     return upright.convert("RGB")
-
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def _pillow_error(data: bytes) -> str | None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import re
 import struct
 import tarfile
@@ -221,7 +222,7 @@ def _read(path: Path) -> _Tar:
     tar = _Tar(path)
     key = "its first sample"
     try:
-        with path.open("rb") as file, ShardWriter(_Nothing()) as writer:
+        with path.open("rb") as file, Path(os.devnull).open("wb") as nothing, ShardWriter(nothing) as writer:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -242,10 +243,6 @@ def _read(path: Path) -> _Tar:
     if tar.shard.sha256 != digest:
         tar.problem = f"{path}: is damaged outside its images; {_RESTORE}."
     return tar
-
-
-class _Nothing:
-    def write(self, data: bytes, /) -> None: ...
 
 
 def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, int, bytes, str, str]]:
@@ -302,12 +299,11 @@ def _derived(folder: Path, manifest: Manifest | None, tars: dict[str, list[_Tar]
     classes = _derived_classes(folder, old.classes, [tar for group in tars.values() for tar in group])
     splits: dict[str, Split] = {}
     for split, group in tars.items():
-        shards = [(tar.shard, tar.rows) for tar in group if tar.shard]
         rows, stored = index_rows([tar.rows for tar in group]), _stored_rows(folder, split)
         if distrust and (len(stored) > len(rows) or (stored != rows[: len(stored)]).any()):
             what = f"does not say what the tars hold, and {FILE}, which would tell what is right, is lost"
             raise ShardError(f"{folder / f'{split}.index.npy'}: {what}{_AGAIN}")
-        splits[split] = split_of(shards, len(classes))
+        splits[split] = split_of([tar.shard for tar in group if tar.shard], rows, len(classes))
     packed = sum(int(tar.rows["size"].sum()) for group in tars.values() for tar in group)
     return replace(old, classes=classes, splits=splits, packed_bytes=packed)
 
