@@ -157,10 +157,8 @@ class _Lock:
         device = os.fstat(self._number).st_dev
         if device not in _lockless_devices:
             _lockless_devices.add(device)
-            what = (
-                "its file system has no locks, so nothing keeps a second process from writing here: start one at a time"
-            )
-            _log.warning("%s: %s (%s)", self._path.parent, what, error.strerror)
+            what = "its file system has no locks, so nothing keeps a second process from writing here"
+            _log.warning("%s: %s: start one at a time (%s)", self._path.parent, what, error.strerror)
 
     def write_holder(self) -> None:
         """Say in the file who holds it."""

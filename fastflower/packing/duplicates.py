@@ -30,7 +30,6 @@ class MapLike(Protocol):
 
     def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterable[Result]:
         """The function's result for each item."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

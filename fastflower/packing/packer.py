@@ -6,6 +6,7 @@ A pack that is interrupted goes on from there; at the end files are renamed into
 
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
@@ -14,7 +15,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from tqdm import tqdm
 
 from fastflower.errors import ArgumentError, FolderError, require
@@ -153,19 +153,11 @@ def _settled(options: Options, folder: Folder) -> Options:
     split_by = options["split_by"] or ("folder" if folder.splits else "class")
     if split_by == "folder" and not folder.splits:
         raise ArgumentError(f"split_by must be 'class' or 'random' for {folder.root}, which has no split of its own.")
-    if options["lists"]:
-        _check_names(folder)
+    if options["lists"] and (line_break := re.search(rb"[\n\r]", folder.paths)):
+        path = folder.root / folder.path(folder.image_at(line_break.start()))
+        raise FolderError(f"{str(path)!r}: has a line break in its name; rename it, or pack without --lists.")
     fraction = None if split_by == "folder" else options["val_fraction"]
     return {**options, "split_by": split_by, "val_fraction": fraction}
-
-
-def _check_names(folder: Folder) -> None:
-    breaks = np.flatnonzero((folder.paths == ord("\n")) | (folder.paths == ord("\r")))
-    if len(breaks):
-        path = folder.path(folder.image_at(int(breaks[0])))
-        raise FolderError(
-            f"{str(folder.root / path)!r}: has a line break in its name; rename it, or pack without --lists."
-        )
 
 
 def _finished(folder: Folder, options: Options, out: Path, interrupted: bool) -> Manifest:
@@ -206,10 +198,8 @@ def _make_here(
     plan: Plan, work: Path, pool: ThreadPoolExecutor, mapped: MapLike, advance: Callable[[int], object]
 ) -> None:
     with ThreadPoolExecutor(2) as makers:  # while one waits for the disk, the other keeps the pool busy
-        begun: list[Future[int]] = []
         try:
-            for number in range(len(plan.shards)):
-                begun.append(makers.submit(make_shard, plan, work, number, mapped, advance))
+            begun = [makers.submit(make_shard, plan, work, n, mapped, advance) for n in range(len(plan.shards))]
             for future in as_completed(begun):
                 future.result()
         except BaseException:

@@ -108,17 +108,12 @@ class Manifest:
             changed = stored["version"] > _FIRST and stored["sha256"] != _checksum(stored)
         except (KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{path}: lacks {error}; restore it from a copy or pack again.") from None
+        again = f"restore it from a copy, or rebuild it with fastflower verify {folder} --repair."
         if changed and sealed:
-            raise ShardError(
-                f"{path}: has changed since it was written (checksum mismatch); restore it from a copy, or rebuild it with "
-                f"fastflower verify {folder} --repair."
-            )
+            raise ShardError(f"{path}: has changed since it was written (checksum mismatch); {again}")
         twice = next((name for name, count in Counter(manifest.classes).items() if count > 1), None)
         if twice is not None:
-            raise ShardError(
-                f"{path}: names two classes {twice!r}; restore it from a copy, or rebuild it with fastflower verify {folder} "
-                f"--repair."
-            )
+            raise ShardError(f"{path}: names two classes {twice!r}; {again}")
         return manifest
 
     @classmethod
@@ -244,7 +239,7 @@ def _wrong(rows: NDArray[np.void], split: Split, classes: tuple[str, ...]) -> st
         ("size", (size == 0) | (size > room), "at least 1 byte, and not more than its shard has"),
         (
             "offset",
-            (offset > room - size) | (offset == 0) | (offset % 512 != 0),
+            (offset > room - size) | (offset == 0) | (offset % 512 > 0),
             "a multiple of 512 with room for the size",
         ),
         ("width", (pixels == 0) | (pixels > MAX_PIXELS), f"that of an image of 1 .. {MAX_PIXELS} pixels"),

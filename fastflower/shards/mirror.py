@@ -196,9 +196,8 @@ class Mirror:
                         raise CancelledError
                     time.sleep(_LOOK)
                 self._files.in_attempts(name, lambda: self._fill(part, shard))
-                with locked(
-                    self._cache / "room.lock", self._files.stopped
-                ):  # or whoever counts would meet it under neither name
+                # Locked, or whoever counts would meet it under neither name.
+                with locked(self._cache / "room.lock", self._files.stopped):
                     part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
@@ -283,11 +282,8 @@ def _load_or_remove(path: Path, url: str, load: Callable[[], _T]) -> _T:
 
 
 def _unwritable(path: Path, error: OSError) -> FastflowerError:
-    if refused := refusal(error, path):
-        return refused
-    return ShardError(
-        f"{path}: cannot be written ({error.strerror}); make room, or name another folder with Remote(folder=)."
-    )
+    remedy = "make room, or name another folder with Remote(folder=)"
+    return refusal(error, path) or ShardError(f"{path}: cannot be written ({error.strerror}); {remedy}.")
 
 
 def _abandoned(part: Path) -> bool:

@@ -153,9 +153,7 @@ class RemoteFiles:
             raise ShardError(f"{self.url}/{name}: is not there; name the folder that pack wrote.") from None
         except PermissionError as error:
             raise ShardError(f"{self.url}/{name}: may not be read ({error}); check the credentials.") from None
-        except (
-            Exception
-        ) as error:  # whatever the client raises; that it was cancelled, too, which `in_attempts` sorts out
+        except Exception as error:  # the client's, whatever they are; that it was cancelled, too: `in_attempts` tells
             raise AttemptError(str(error) or type(error).__name__) from error
 
     def _request(self, name: str, start: int | None, end: int | None) -> bytes:

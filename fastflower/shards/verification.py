@@ -7,7 +7,7 @@ import os
 import re
 import struct
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,18 +20,7 @@ from fastflower.errors import SampleError, ShardError, require
 from fastflower.files import blame_the_system, write_atomically
 from fastflower.machine import cores
 from fastflower.shards.image import prepare
-from fastflower.shards.manifest import (
-    FILE,
-    FORMAT_VERSION,
-    INDEX_DTYPE,
-    INFO,
-    PLAN,
-    WORK,
-    Manifest,
-    Shard,
-    Split,
-    shard_name,
-)
+from fastflower.shards.manifest import FILE, FORMAT_VERSION, INFO, PLAN, WORK, Manifest, Shard, Split, shard_name
 from fastflower.shards.writer import Samples, ShardWriter, index_rows, npy, split_of
 
 _log = logging.getLogger("fastflower")
@@ -48,7 +37,7 @@ class _Tar:
     path: Path
     problem: str = ""
     shard: Shard | None = None
-    rows: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, INDEX_DTYPE))
+    rows: NDArray[np.void] = field(default_factory=lambda: index_rows([]))
     dali_index: bytes = b""
     classes: set[tuple[int, str]] = field(default_factory=set[tuple[int, str]])
 
@@ -75,16 +64,23 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     manifest, distrust = _load_manifest(folder)
     trusted = None if distrust else manifest
     names = _tar_names(folder, trusted)
+    if not any(names.values()):
+        raise ShardError(f"{folder}: has no shards; name a folder that pack wrote.")
     read = _read_all([folder / name for group in names.values() for name in group])
     tars = {split: [read[name] for name in group] for split, group in names.items()}
     for split, group in tars.items():
         _note_changes(folder, trusted, split, group)
     problems = [tar.problem for group in tars.values() for tar in group if tar.problem]
-    problems += _unknown_tars(folder, known=read)
+    advice = f"is no shard of this pack, as far as {FILE} tells; move it away, or restore {FILE} from a copy"
+    problems += [f"{path}: {advice}." for path in sorted(folder.glob("*.tar")) if path.name not in read]
     files = _index_files(tars)
     if not problems:
         try:
-            files |= _manifest_files(_derived(folder, manifest, tars, distrust), repair=repair)
+            stated = _derived(folder, manifest, tars, distrust)
+            if repair:  # which adds the checksums that the first version lacks
+                stated = replace(stated, version=FORMAT_VERSION)
+            files[INFO] = stated.to_info().encode()
+            files[FILE] = stated.to_json().encode("utf-8", "backslashreplace")
         except ShardError as error:
             problems.append(str(error))
     elif distrust:
@@ -92,12 +88,6 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     if problems and distrust:
         return problems  # nothing tells what the files must hold
     return problems + _repair_or_report(folder, files, distrust.partition(";")[0] if manifest else "", repair=repair)
-
-
-def _unknown_tars(folder: Path, known: Collection[str]) -> list[str]:
-    """What is wrong with tars that have none of the names that are known."""
-    advice = f"is no shard of this pack, as far as {FILE} tells; move it away, or restore {FILE} from a copy"
-    return [f"{path}: {advice}." for path in sorted(folder.glob("*.tar")) if path.name not in known]
 
 
 def _index_files(tars: dict[str, list[_Tar]]) -> dict[str, bytes | memoryview]:
@@ -109,12 +99,6 @@ def _index_files(tars: dict[str, list[_Tar]]) -> dict[str, bytes | memoryview]:
         if len(intact) == len(group):
             files[f"{split}.index.npy"] = npy(index_rows([tar.rows for tar in intact]))
     return files
-
-
-def _manifest_files(manifest: Manifest, *, repair: bool) -> dict[str, bytes | memoryview]:
-    """By name, what the files of a manifest must hold; a repair adds the checksums that the first version lacks."""
-    stated = replace(manifest, version=FORMAT_VERSION) if repair else manifest
-    return {INFO: stated.to_info().encode(), FILE: stated.to_json().encode("utf-8", "backslashreplace")}
 
 
 def _repair_or_report(
@@ -178,22 +162,9 @@ def _version(path: Path) -> int | None:
 
 
 def _tar_names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
-    """By split, the names of the tars that there should be: from the manifest or, without one, from the files that there are.
-
-    Raises ShardError where there are none.
-    """
+    """By split, the names of the tars that there should be: from the manifest or, without one, from the files that there are."""
     if manifest:
-        names = {split: [shard.name for shard in described.shards] for split, described in manifest.splits.items()}
-    else:
-        counts = _shard_counts(folder)
-        names = {split: [f"{shard_name(split, number)}.tar" for number in range(counts[split])] for split in counts}
-    if not any(names.values()):
-        raise ShardError(f"{folder}: has no shards; name a folder that pack wrote.")
-    return names
-
-
-def _shard_counts(folder: Path) -> dict[str, int]:
-    """By split, how many shards the files of a pack without manifest tell of."""
+        return {split: [shard.name for shard in described.shards] for split, described in manifest.splits.items()}
     try:
         info = json.loads((folder / INFO).read_bytes())["splits"]
         listed = [str(name) for split in info.values() for name in split["filenames"]]
@@ -203,18 +174,15 @@ def _shard_counts(folder: Path) -> dict[str, int]:
     for name in [*listed, *(path.name for path in folder.glob("*.tar"))]:
         if match := re.fullmatch(rf"({'|'.join(_SPLITS)})-(\d{{6}})\.tar", name):
             counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
-    return {split: counts[split] for split in _SPLITS if split in counts}
+    ordered = [split for split in _SPLITS if split in counts]
+    return {split: [f"{shard_name(split, number)}.tar" for number in range(counts[split])] for split in ordered}
 
 
 def _read_all(paths: list[Path]) -> dict[str, _Tar]:
     """By file name, what each tar holds; on as many threads as there are cores."""
-    with ThreadPoolExecutor(cores()) as pool:
-        try:
-            tars = tqdm(pool.map(_read, paths), total=len(paths), desc="verify", unit="shard", disable=None)
-            return {tar.path.name: tar for tar in tars}
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool waits for all that is queued
-            raise
+    with ThreadPoolExecutor(cores()) as pool:  # whose map cancels what is queued when it raises
+        tars = tqdm(pool.map(_read, paths), total=len(paths), desc="verify", unit="shard", disable=None)
+        return {tar.path.name: tar for tar in tars}
 
 
 def _read(path: Path) -> _Tar:
@@ -286,11 +254,12 @@ def _note_changes(folder: Path, manifest: Manifest | None, split: str, group: li
 
 def _stored_rows(folder: Path, split: str) -> NDArray[np.void]:
     """Of a split's index, whatever its header says; none where there is no index."""
+    empty = index_rows([])
     try:
-        data = (folder / f"{split}.index.npy").read_bytes()[len(npy(index_rows([]))) :]
+        data = (folder / f"{split}.index.npy").read_bytes()[len(npy(empty)) :]
     except OSError:
-        data = b""
-    return np.frombuffer(data, INDEX_DTYPE, len(data) // INDEX_DTYPE.itemsize)
+        return empty
+    return np.frombuffer(data, empty.dtype, len(data) // empty.itemsize)
 
 
 def _derived(folder: Path, manifest: Manifest | None, tars: dict[str, list[_Tar]], distrust: str) -> Manifest:
