@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fastflower.errors import ArgumentError, FolderError, require
 from fastflower.machine import cores
-from fastflower.packing.duplicates import Item, MapLike, Result
+from fastflower.packing.duplicates import Item, Result
 from fastflower.packing.folder import Folder, scan
 from fastflower.packing.plan import Options, Plan
 from fastflower.packing.publishing import publish, withdraw
@@ -187,37 +187,29 @@ def _ahead(
 def _make_shards(plan: Plan, work: Path, pool: ThreadPoolExecutor, threads: int, executor: Executor | None) -> None:
     """Make the shards; stop at the first error. Nobody writes into the workspace any more when it returns or raises."""
     (work / STOP).unlink(missing_ok=True)  # of a pack that was interrupted
-    with tqdm(total=len(plan.order), desc="pack", unit="image", disable=None) as bar:
-        if executor is None:
-            _make_here(plan, work, pool, partial(_ahead, pool, threads + 2), bar.update)
+    begun: list[Future[int]] = []
+    # Two makers: while one waits for the disk, the other keeps the pool busy.
+    with tqdm(total=len(plan.order), desc="pack", unit="image", disable=None) as bar, ThreadPoolExecutor(2) as makers:
+        if executor:  # where it runs, the current folder may be another
+            make = partial(
+                executor.submit, make_shard_elsewhere, plan.folder.root, work.absolute(), token=os.urandom(8)
+            )
         else:
-            _make_elsewhere(plan, work.absolute(), executor, bar.update)  # there the current folder may be another
-
-
-def _make_here(
-    plan: Plan, work: Path, pool: ThreadPoolExecutor, mapped: MapLike, advance: Callable[[int], object]
-) -> None:
-    with ThreadPoolExecutor(2) as makers:  # while one waits for the disk, the other keeps the pool busy
+            mapped = partial(_ahead, pool, threads + 2)
+            make = partial(makers.submit, make_shard, plan, work, mapped=mapped, advance=bar.update)
         try:
-            begun = [makers.submit(make_shard, plan, work, n, mapped, advance) for n in range(len(plan.shards))]
+            for number in range(len(plan.shards)):
+                begun.append(make(number))
             for future in as_completed(begun):
-                future.result()
+                count = future.result()
+                if executor:
+                    bar.update(count)
         except BaseException:
+            if executor:
+                (work / STOP).touch()
             for running in (makers, pool):  # so that it ends soon
                 running.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _make_elsewhere(plan: Plan, work: Path, executor: Executor, advance: Callable[[int], object]) -> None:
-    token = os.urandom(8)
-    begun: list[Future[int]] = []
-    try:
-        for number in range(len(plan.shards)):
-            begun.append(executor.submit(make_shard_elsewhere, plan.folder.root, work, number, token))
-        for future in as_completed(begun):
-            advance(future.result())
-    except BaseException:
-        (work / STOP).touch()
-        raise
-    finally:
-        wait(begun)  # none is cancelled: dask calls so what runs on
+        finally:
+            if executor:
+                wait(begun)  # none is cancelled: dask calls so what runs on

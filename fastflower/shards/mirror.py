@@ -69,8 +69,7 @@ class Mirror:
         files = RemoteFiles(source)
         text = files.read(FILE)
         folder = Path(source.folder).expanduser() / hashlib.sha256(text).hexdigest()[:16]
-        _store(folder / FILE, text)
-        manifest = _load_or_remove(folder / FILE, files.url, lambda: Manifest.load(folder))
+        manifest = _stored(folder / FILE, text, files.url, lambda: Manifest.load(folder))
         for name in (shard.name for split in manifest.splits.values() for shard in split.shards):
             if Path(name).name != name:
                 raise ShardError(f"{files.url}/{FILE}: names a shard {name!r}, which is no file's name; pack again.")
@@ -81,8 +80,7 @@ class Mirror:
         shards = self.manifest.split(split).shards
         if not self._has_index(split):
             path = self.folder / f"{split}.index.npy"
-            _store(path, self._files.read(path.name))
-            _load_or_remove(path, self._files.url, lambda: self.manifest.index(split))
+            _stored(path, self._files.read(path.name), self._files.url, lambda: self.manifest.index(split))
         limit = self._source.limit_bytes
         total = sum(shard.bytes for shard in shards)
         needed = min(total, 3 * window * max(shard.bytes for shard in shards))  # behind, here, ahead
@@ -220,7 +218,7 @@ class Mirror:
         demanded, where a tar that comes sooner would have to go.
         """
         with locked(self._cache / "room.lock", self._files.stopped):
-            tars, downloading = self._stored()
+            tars, downloading = self._tars()
             excess = shard.bytes + sum(tar.bytes for tar in tars) + downloading - self._source.limit_bytes
             kept_from = max(2, self._worth(self.folder / shard.name))
             leaving: list[Path] = []
@@ -239,7 +237,7 @@ class Mirror:
             os.truncate(part, shard.bytes)
             return True
 
-    def _stored(self) -> tuple[list[_Tar], int]:
+    def _tars(self) -> tuple[list[_Tar], int]:
         """The tars in the cache, of all mirrors, and the bytes of those that are being downloaded."""
         tars: list[_Tar] = []
         downloading = 0
@@ -262,18 +260,14 @@ class Mirror:
         return 1 + (len(ahead) - ahead.index(path.name) if path.name in ahead else 0)
 
 
-def _store(path: Path, data: bytes) -> None:
-    """Write a file of a mirror, unless it is there with this content."""
+def _stored(path: Path, data: bytes, url: str, load: Callable[[], _T]) -> _T:
+    """Write a file of a mirror, unless it is there with this content; what it holds. Where it cannot be loaded, it goes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_bytes() != data:
             write_atomically(path, data)
     except OSError as error:
         raise _unwritable(path, error) from None
-
-
-def _load_or_remove(path: Path, url: str, load: Callable[[], _T]) -> _T:
-    """What a downloaded file holds. Where it cannot be loaded, it does not stay."""
     try:
         return load()
     except ShardError as error:
