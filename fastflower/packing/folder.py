@@ -166,9 +166,8 @@ def scan(root: str | Path, *, anew: bool = False) -> Folder:
         blame_the_system(error, error.filename or root)
         raise FolderError(f"{error.filename or root}: cannot be read ({error.strerror}); make it readable.") from error
     if len(folder.classes) == 1:
-        raise FolderError(
-            f"{root}: has one class, {folder.classes[0]!r}; a classifier needs at least two class folders."
-        )
+        only = folder.classes[0]
+        raise FolderError(f"{root}: has one class, {only!r}; a classifier needs at least two class folders.")
     return folder
 
 
@@ -214,12 +213,11 @@ def _of_splits(root: Path, named: dict[str, str], bases: dict[str, str]) -> Fold
     classes = layout.subfolders(root / train)
     for number, base in enumerate(bases.values()):
         for name in layout.subfolders(root / base):
+            place, ours = root / base / name, root / train
             if name not in classes:
-                raise FolderError(
-                    f"{root / base / name}: is no class of {root / train}; add the class there, or remove this folder."
-                )
+                raise FolderError(f"{place}: is no class of {ours}; add the class there, or remove this folder.")
             if not collector.add_class(f"{base}/{name}", classes.index(name), number) and base == train:
-                raise _no_images(root / base / name)
+                raise _no_images(place)
     for folder in (".", *bases.values()):
         collector.note_strays(folder)
     for top in named:

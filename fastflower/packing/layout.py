@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fastflower.errors import FolderError
@@ -243,7 +244,10 @@ def _beside(root: Path, named: dict[str, str], others: list[str]) -> FolderError
     if _fit(root, named, bases):
         readings.append((f"the splits are {_names(bases)}, and {_names(others)} left out", _hiding(root, others)))
     if len(others) > 1:
-        readings += _only(root, others, list(named))
+        with suppress(FolderError):  # which are none where they hold classes or splits themselves
+            check_classes(root, others, anew=False)
+            reading = f"the classes are {_names(others)}, and {_names(named)} left out"
+            readings.append((reading, _hiding(root, list(named))))
     readings += _those_in(root, [*named, *others])
     return _unclear(root, what, [*readings, _as_classes(root, [*named, *others])])
 
@@ -254,15 +258,6 @@ def _fit(root: Path, named: dict[str, str], bases: dict[str, str]) -> bool:
         return False
     train, *others = [set(subfolders(root / base)) for base in bases.values()]
     return len(train) > 1 and train.issuperset(set[str]().union(*others))
-
-
-def _only(root: Path, tops: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
-    """The reading that the classes are some folders without the others, where they can be."""
-    try:
-        check_classes(root, tops, anew=False)
-    except FolderError:
-        return []
-    return [(f"the classes are {_names(tops)}, and {_names(others)} left out", _hiding(root, others))]
 
 
 def _called(root: Path, base: str, called: Sequence[str], tops: Sequence[str], places: Sequence[str]) -> FolderError:

@@ -149,13 +149,11 @@ def _prepared(plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
         try:
             if size > _MAX_BYTES:
                 raise SampleError(f"has {size} bytes, more than the limit of {_MAX_BYTES}")
-            image = prepare(
-                file.read_bytes(), max_side=options["max_side"], quality=options["quality"], warn=odd.append
-            )
+            image = prepare(file.read_bytes(), max_side=options.max_side, quality=options.quality, warn=odd.append)
         except (OSError, SampleError) as error:
             blame_the_system(error, file)
             reason = str((isinstance(error, OSError) and error.strerror) or error)
-            if options["on_bad"] == "fail":
+            if options.on_bad == "fail":
                 raise FolderError(f"{file}: {reason}; remove or replace it, or pack with --on-bad skip.") from error
             chunk.skipped.append({"path": path, "reason": reason})
             continue

@@ -19,7 +19,6 @@ from fastflower.packing.plan import Options, Plan, check_same, load_plan, make_p
 from fastflower.shards.manifest import INFO, PLAN, WORK
 
 _ENDINGS = (".tar", ".idx", ".npy")
-_LISTS = ("classes.txt", "meta")
 
 
 @contextmanager
@@ -60,7 +59,7 @@ def begun_plan(folder: Folder, options: Options, work: Path, mapped: MapLike) ->
     out = work.parent
     versions = {"fastflower": version_of("fastflower"), "pillow": PIL.__version__, "opencv": cv2.__version__}
     if not (work / PLAN).exists():
-        names = [INFO, *_LISTS] if options["lists"] else [INFO]
+        names = [INFO, "classes.txt", "meta"] if options.lists else [INFO]
         taken = [path.name for path in sorted(out.iterdir()) if path.name in names or path.suffix in _ENDINGS]
         if taken:
             raise FolderError(f"{out}: holds {taken[0]} already; name another folder with --out, or remove this one.")

@@ -3,7 +3,7 @@
 import io
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import cv2
@@ -161,8 +161,14 @@ def _kept_jpeg_size(data: bytes) -> tuple[int, int] | None:
     And None where the last scan is not followed by the image's end: OpenCV has its pixels by then, Pillow refuses some.
     Pillow tells the same in four times the time, most of it holding Python's lock. Markers: ITU-T T.81, annex B.
     """
-    size, orientations = None, 0
-    for marker, place in _segments(data):
+    place, size, orientations = 2, None, 0
+    while data[:2] == b"\xff\xd8" and place + 10 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # a fill byte
+            place += 1
+            continue
+        if marker < 0xC0 or marker in _NO_SEGMENT:
+            return None
         if marker == 0xDA:  # the first scan
             return size if _leads_to_end(data, place) else None
         if marker == 0xE1 and data[place + 4 : place + 8] == b"Exif":
@@ -174,21 +180,8 @@ def _kept_jpeg_size(data: bytes) -> tuple[int, int] | None:
             size = (width, height)
             if bits != 8 or not width or not height or components not in (1, 3):
                 return None
-    return None
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """(marker, place) of each segment of a JPEG file to its first scan, or until something else stands there."""
-    place = 2
-    while data[:2] == b"\xff\xd8" and place + 10 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker == 0xFF:  # a fill byte
-            place += 1
-            continue
-        if marker < 0xC0 or marker in _NO_SEGMENT:
-            return
-        yield marker, place
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
 
 
 # Other frames (lossless, hierarchical, arithmetic), restarts, start and end of image: no frame of ours follows.

@@ -78,8 +78,13 @@ class Mirror:
     def open_split(self, split: str, window: int) -> None:
         """Download the split's index. Raises ArgumentError when the limit does not hold three windows of shards."""
         shards = self.manifest.split(split).shards
-        if not self._has_index(split):
-            path = self.folder / f"{split}.index.npy"
+        path = self.folder / f"{split}.index.npy"
+        try:
+            here = path.exists() and len(self.manifest.index(split)) > 0
+        except ShardError as error:
+            _log.warning("%s; it is downloaded again", str(error).partition(";")[0])
+            here = False
+        if not here:
             _stored(path, self._files.read(path.name), self._files.url, lambda: self.manifest.index(split))
         limit = self._source.limit_bytes
         total = sum(shard.bytes for shard in shards)
@@ -92,14 +97,6 @@ class Mirror:
         bounds = f"{total / 1e9:.2f} GB in {len(shards)} shards, {limit / 1e9:.1f} GB of cache in {self._cache}"
         told = "a machine downloads each once an epoch, or once if all fit"
         _log.info("%s: split %r: %s; %s", self._files.url, split, bounds, told)
-
-    def _has_index(self, split: str) -> bool:
-        """Whether the split's index is here, and as it was packed."""
-        try:
-            return (self.folder / f"{split}.index.npy").exists() and len(self.manifest.index(split)) > 0
-        except ShardError as error:
-            _log.warning("%s; it is downloaded again", str(error).partition(";")[0])
-            return False
 
     def begin_use(self) -> None:
         """An iterator begins to use the mirror, until `ending_use`."""

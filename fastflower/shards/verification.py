@@ -41,10 +41,6 @@ class _Tar:
     dali_index: bytes = b""
     classes: set[tuple[int, str]] = field(default_factory=set[tuple[int, str]])
 
-    def key(self, sample: int) -> str:
-        """Of its sample at that position."""
-        return self.dali_index.splitlines()[1 + sample].split()[3].decode().removesuffix(".cls")
-
 
 def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     """Read every tar of a pack, decode every image, and compare with the manifest, checksums and indexes.
@@ -117,19 +113,15 @@ def _repair_or_report(
             what = f"{path}: {'does not say what the tars hold' if path.exists() else 'is missing'}"
             problems.append(f"{kept or what}; rebuild it with --repair.")
             continue
-        _rebuild(path, data)
+        try:
+            write_atomically(path, data)
+        except OSError as error:
+            what = f"cannot be written ({error.strerror or error}); make room, or check what stands there"
+            raise ShardError(f"{path}: {what}, and repair again.") from error
+        _log.info("rebuilt %s", path)
         if kept:
             _log.warning("%s: what the tars do not tell, such as options and skipped files, stays as it stood", path)
     return problems
-
-
-def _rebuild(path: Path, data: bytes | memoryview) -> None:
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        what = f"cannot be written ({error.strerror or error}); make room, or check what stands there"
-        raise ShardError(f"{path}: {what}, and repair again.") from error
-    _log.info("rebuilt %s", path)
 
 
 def _load_manifest(folder: Path) -> tuple[Manifest | None, str]:
@@ -154,7 +146,6 @@ def _load_manifest(folder: Path) -> tuple[Manifest | None, str]:
 
 
 def _version(path: Path) -> int | None:
-    """That a manifest gives, None where it gives none."""
     try:
         return int(json.loads(path.read_bytes())["version"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -245,7 +236,8 @@ def _note_changes(folder: Path, manifest: Manifest | None, split: str, group: li
         same_places = len(rows) == len(tar.rows) and (rows[places] == tar.rows[places]).all()
         changed: list[int] = np.flatnonzero(rows["crc32"] != tar.rows["crc32"]).tolist() if same_places else []
         if changed:
-            what = f"the image of {tar.key(changed[0])} has changed since it was packed"
+            key = tar.dali_index.splitlines()[1 + changed[0]].split()[3].decode().removesuffix(".cls")
+            what = f"the image of {key} has changed since it was packed"
             tar.problem = f"{tar.path}: {what}; {_RESTORE}."
         elif manifest:
             what = f"is not the shard that {FILE} describes (sha256 differs)"
@@ -265,7 +257,14 @@ def _stored_rows(folder: Path, split: str) -> NDArray[np.void]:
 def _derived(folder: Path, manifest: Manifest | None, tars: dict[str, list[_Tar]], distrust: str) -> Manifest:
     """The manifest that these tars must have. Raises ShardError, saying why, where nobody can know."""
     old = manifest or Manifest(folder=folder, classes=(), splits={}, options={})
-    classes = _derived_classes(folder, old.classes, [tar for group in tars.values() for tar in group])
+    labelled = sorted({pair for group in tars.values() for tar in group for pair in tar.classes})
+    classes = list(old.classes)
+    for label, name in labelled:
+        if label > len(classes):
+            raise ShardError(f"{folder / FILE}: is lost, and no sample tells the name of class {len(classes)}{_AGAIN}")
+        classes[label : label + 1] = [name]
+    if len(dict(labelled)) < len(labelled) or len(set(classes)) < len(classes):
+        raise ShardError(f"{folder / FILE}: is lost, and the tars do not agree which label is which class{_AGAIN}")
     splits: dict[str, Split] = {}
     for split, group in tars.items():
         rows, stored = index_rows([tar.rows for tar in group]), _stored_rows(folder, split)
@@ -274,17 +273,4 @@ def _derived(folder: Path, manifest: Manifest | None, tars: dict[str, list[_Tar]
             raise ShardError(f"{folder / f'{split}.index.npy'}: {what}{_AGAIN}")
         splits[split] = split_of([tar.shard for tar in group if tar.shard], rows, len(classes))
     packed = sum(int(tar.rows["size"].sum()) for group in tars.values() for tar in group)
-    return replace(old, classes=classes, splits=splits, packed_bytes=packed)
-
-
-def _derived_classes(folder: Path, known: tuple[str, ...], tars: list[_Tar]) -> tuple[str, ...]:
-    """The classes that samples of these tars name; those of which there is none as they are known."""
-    labelled = sorted(set[tuple[int, str]]().union(*(tar.classes for tar in tars)))
-    classes = list(known)
-    for label, name in labelled:
-        if label > len(classes):
-            raise ShardError(f"{folder / FILE}: is lost, and no sample tells the name of class {len(classes)}{_AGAIN}")
-        classes[label : label + 1] = [name]
-    if len(dict(labelled)) < len(labelled) or len(set(classes)) < len(classes):
-        raise ShardError(f"{folder / FILE}: is lost, and the tars do not agree which label is which class{_AGAIN}")
-    return tuple(classes)
+    return replace(old, classes=tuple(classes), splits=splits, packed_bytes=packed)
