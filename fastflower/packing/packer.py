@@ -25,7 +25,7 @@ from fastflower.packing.plan import Options, Plan
 from fastflower.packing.publishing import publish, withdraw
 from fastflower.packing.remarks import remarks
 from fastflower.packing.worker import STOP, make_shard, make_shard_elsewhere
-from fastflower.packing.workspace import begun_plan, exists, workspace
+from fastflower.packing.workspace import begun_plan, workspace
 from fastflower.shards.manifest import FILE, PLAN, WORK, Manifest
 
 _log = logging.getLogger("fastflower")
@@ -94,10 +94,16 @@ def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executo
         raise FolderError(f"{out}: lies in {root}, where it would count as images; name another folder with --out.")
     folder = scan(root, anew=asked.split_by in ("class", "random"))
     options = _settled(asked, folder)
-    interrupted = exists(out / WORK)
+    interrupted = os.path.exists(out / WORK)  # noqa: PTH110  (does not raise)
     with workspace(out) as work, ThreadPoolExecutor(threads) as pool:
         if (out / FILE).exists():
-            return _finished(folder, options, out, interrupted)
+            manifest = Manifest.load(out)
+            files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
+            same = manifest.options == asdict(options) and manifest.classes == folder.classes
+            if not interrupted or not same or files != len(folder) + len(folder.ignored):
+                raise FolderError(f"{out}: holds a pack already; name another folder with --out, or remove this one.")
+            (work / PLAN).unlink(missing_ok=True)  # it was killed when all that was left was to remove the workspace
+            return manifest
         plan = begun_plan(folder, options, work, partial(_ahead, pool, 2 * threads))
         del folder  # the plan has the same, mapped from files
         try:
@@ -121,19 +127,7 @@ def _settled(options: Options, folder: Folder) -> Options:
     if options.lists and (line_break := re.search(rb"[\n\r]", folder.paths.data)):
         path = folder.root / folder.path(folder.image_at(line_break.start()))
         raise FolderError(f"{str(path)!r}: has a line break in its name; rename it, or pack without --lists.")
-    fraction = None if split_by == "folder" else options.val_fraction
-    return replace(options, split_by=split_by, val_fraction=fraction)
-
-
-def _finished(folder: Folder, options: Options, out: Path, interrupted: bool) -> Manifest:
-    """The manifest of a pack that was killed when all that was left was to remove the workspace."""
-    manifest = Manifest.load(out)
-    files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
-    same = manifest.options == asdict(options) and manifest.classes == folder.classes
-    if not interrupted or not same or files != len(folder) + len(folder.ignored):
-        raise FolderError(f"{out}: holds a pack already; name another folder with --out, or remove this one.")
-    (out / WORK / PLAN).unlink(missing_ok=True)
-    return manifest
+    return replace(options, split_by=split_by, val_fraction=None if split_by == "folder" else options.val_fraction)
 
 
 def _ahead(

@@ -221,8 +221,7 @@ def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str,
                 f"{work}: the pack that was interrupted here had {name} {before.get(name)!r}, not {now[name]!r}; "
                 f"pack with the former to go on, or remove {work} to begin anew."
             )
-    changed = _difference(plan.folder, folder)
-    if changed is not None:
+    if changed := _difference(plan.folder, folder):
         raise FolderError(
             f"{folder.root / changed[0]}: {changed[1]} since the pack into {work.parent} was interrupted; "
             f"undo that to go on, or remove {work} to begin anew."

@@ -45,13 +45,9 @@ def workspace(out: Path) -> Generator[Path]:
             what = f"cannot be written ({error.strerror or error}); make room, or name another folder with --out."
         else:
             what = f"a worker died ({error}); pack with fewer workers where memory ran out."
-        again = " The same command goes on where this one stopped." if exists(work / PLAN) else ""
+        begun = os.path.exists(work / PLAN)  # noqa: PTH110  (does not raise, as Path.exists does for a name that is too long)
+        again = " The same command goes on where this one stopped." if begun else ""
         raise FolderError(f"{out}: {what}{again}") from error
-
-
-def exists(path: Path) -> bool:
-    """Also where the question is an error, such as a name that is too long; Path.exists raises it."""
-    return os.path.exists(path)  # noqa: PTH110  (which does not raise)
 
 
 def begun_plan(folder: Folder, options: Options, work: Path, mapped: MapLike) -> Plan:

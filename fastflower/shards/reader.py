@@ -148,9 +148,8 @@ class _File:
     """An open file that is closed when nobody uses it any more."""
 
     def __init__(self, path: Path) -> None:
-        self.number = -1
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        if self.number >= 0:
+        with suppress(AttributeError):  # it could not be opened
             os.close(self.number)

@@ -64,12 +64,16 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
         raise ShardError(f"{folder}: has no shards; name a folder that pack wrote.")
     read = _read_all([folder / name for group in names.values() for name in group])
     tars = {split: [read[name] for name in group] for split, group in names.items()}
+    files: dict[str, bytes | memoryview] = {}  # by name, what they must hold, of intact tars
     for split, group in tars.items():
         _note_changes(folder, trusted, split, group)
+        intact = [tar for tar in group if not tar.problem]
+        files |= {tar.path.with_suffix(".idx").name: tar.dali_index for tar in intact}
+        if len(intact) == len(group):
+            files[f"{split}.index.npy"] = npy(index_rows([tar.rows for tar in intact]))
     problems = [tar.problem for group in tars.values() for tar in group if tar.problem]
     advice = f"is no shard of this pack, as far as {FILE} tells; move it away, or restore {FILE} from a copy"
     problems += [f"{path}: {advice}." for path in sorted(folder.glob("*.tar")) if path.name not in read]
-    files = _index_files(tars)
     if not problems:
         try:
             stated = _derived(folder, manifest, tars, distrust)
@@ -84,17 +88,6 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     if problems and distrust:
         return problems  # nothing tells what the files must hold
     return problems + _repair_or_report(folder, files, distrust.partition(";")[0] if manifest else "", repair=repair)
-
-
-def _index_files(tars: dict[str, list[_Tar]]) -> dict[str, bytes | memoryview]:
-    """By name, what the indexes of intact tars must hold; a split's, where all of its tars are."""
-    files: dict[str, bytes | memoryview] = {}
-    for split, group in tars.items():
-        intact = [tar for tar in group if not tar.problem]
-        files |= {tar.path.with_suffix(".idx").name: tar.dali_index for tar in intact}
-        if len(intact) == len(group):
-            files[f"{split}.index.npy"] = npy(index_rows([tar.rows for tar in intact]))
-    return files
 
 
 def _repair_or_report(
