@@ -217,15 +217,11 @@ def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str,
     before, now = {**asdict(plan.options), **plan.versions}, {**asdict(options), **versions}
     for name in now:
         if before.get(name) != now[name]:
-            raise FolderError(
-                f"{work}: the pack that was interrupted here had {name} {before.get(name)!r}, not {now[name]!r}; "
-                f"pack with the former to go on, or remove {work} to begin anew."
-            )
+            had = f"had {name} {before.get(name)!r}, not {now[name]!r}; pack with the former to go on"
+            raise FolderError(f"{work}: the pack that was interrupted here {had}, or remove {work} to begin anew.")
     if changed := _difference(plan.folder, folder):
-        raise FolderError(
-            f"{folder.root / changed[0]}: {changed[1]} since the pack into {work.parent} was interrupted; "
-            f"undo that to go on, or remove {work} to begin anew."
-        )
+        what = f"{changed[1]} since the pack into {work.parent} was interrupted; undo that to go on"
+        raise FolderError(f"{folder.root / changed[0]}: {what}, or remove {work} to begin anew.")
 
 
 def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:

@@ -107,9 +107,8 @@ def make_shard(
     finally:
         attempt.unlink(missing_ok=True)
     write_atomically(work / f"{name}.idx", *writer.dali_index_pieces())
-    entry, rows = writer.shard(f"{name}.tar"), writer.rows
-    made = MadeShard(entry, rows, np.concatenate(kept), np.concatenate(hashes), skipped, warnings)
-    made.save(work / f"{name}.npz")
+    arrays = writer.rows, np.concatenate(kept), np.concatenate(hashes)
+    MadeShard(writer.shard(f"{name}.tar"), *arrays, skipped, warnings).save(work / f"{name}.npz")
     return len(numbers)
 
 

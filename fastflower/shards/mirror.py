@@ -90,10 +90,8 @@ class Mirror:
         total = sum(shard.bytes for shard in shards)
         needed = min(total, 3 * window * max(shard.bytes for shard in shards))  # behind, here, ahead
         if needed > limit:
-            raise ArgumentError(
-                f"limit_bytes must hold three windows of shards, here {needed} bytes, got {limit}; "
-                f"raise it, or lower the loader's window ({window})."
-            )
+            rule = f"must hold three windows of shards, here {needed} bytes, got {limit}"
+            raise ArgumentError(f"limit_bytes {rule}; raise it, or lower the loader's window ({window}).")
         bounds = f"{total / 1e9:.2f} GB in {len(shards)} shards, {limit / 1e9:.1f} GB of cache in {self._cache}"
         told = "a machine downloads each once an epoch, or once if all fit"
         _log.info("%s: split %r: %s; %s", self._files.url, split, bounds, told)
