@@ -61,9 +61,8 @@ def write_out(out: Path, data: bytes) -> None:
         write_atomically(out, data)
     except OSError as error:
         blame_the_system(error, out)
-        raise ArgumentError(
-            f"out: {out} cannot be written ({error.strerror}); name a file in a folder that is there."
-        ) from None
+        what = f"{out} cannot be written ({error.strerror})"
+        raise ArgumentError(f"out: {what}; name a file in a folder that is there.") from None
 
 
 def sync(folder: Path) -> None:
@@ -89,8 +88,7 @@ def refusal(error: object, path: object) -> ResourceError | None:
 
 def blame_the_system(error: object, path: object) -> None:
     """Raise that, if it is so."""
-    refused = refusal(error, path)
-    if refused is not None:
+    if refused := refusal(error, path):
         raise refused from None
 
 
@@ -157,13 +155,10 @@ class _Lock:
         device = os.fstat(self._number).st_dev
         if device not in _lockless_devices:
             _lockless_devices.add(device)
-            what = (
-                "its file system has no locks, so nothing keeps a second process from writing here: start one at a time"
-            )
-            _log.warning("%s: %s (%s)", self._path.parent, what, error.strerror)
+            what = "its file system has no locks, so nothing keeps a second process from writing here"
+            _log.warning("%s: %s: start one at a time (%s)", self._path.parent, what, error.strerror)
 
     def write_holder(self) -> None:
-        """Say in the file who holds it."""
         self._signed = True
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         with suppress(OSError):  # a full disk
@@ -171,7 +166,6 @@ class _Lock:
             os.pwrite(self._number, f"process {os.getpid()} on {os.uname().nodename}, since {since}".encode(), 0)
 
     def read_holder(self) -> str:
-        """Who holds it, as far as the file says."""
         return os.pread(self._number, 200, 0).decode(errors="replace") or "another process"
 
     def release(self) -> None:

@@ -1,6 +1,7 @@
 """What this process may use of its machine: cores and memory, as the kernel and the control groups around it allow; versions."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -97,13 +98,10 @@ def _number(path: Path) -> int | None:
 
 def _named_numbers(path: Path) -> dict[str, int]:
     """The lines of a file that are a name and a number."""
-    numbers: dict[str, int] = {}
     with suppress(OSError):
-        for line in os.fsdecode(path.read_bytes()).splitlines():
-            with suppress(ValueError, IndexError):
-                name, value = line.split()[:2]
-                numbers[name] = int(value)
-    return numbers
+        lines = re.findall(r"^[ \t]*(\S+)[ \t]+(-?\d+)(?!\S)", os.fsdecode(path.read_bytes()), re.MULTILINE)
+        return {name: int(value) for name, value in lines}
+    return {}
 
 
 def version_of(name: str) -> str:

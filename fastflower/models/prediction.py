@@ -28,7 +28,8 @@ from fastflower.machine import cores
 from fastflower.models.backbone import on_device
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.inference import log_probabilities, no_class, view_of
-from fastflower.packing.folder import EXTENSIONS, images_in
+from fastflower.packing.folder import images_in
+from fastflower.packing.layout import EXTENSIONS
 from fastflower.shards.image import Prepared, prepare
 
 _log = logging.getLogger("fastflower")

@@ -28,9 +28,7 @@ Result = TypeVar("Result")
 class MapLike(Protocol):
     """As the builtin map, perhaps on many threads: results in the order of the items."""
 
-    def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterable[Result]:
-        """The function's result for each item."""
-        ...
+    def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterable[Result]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,8 +49,7 @@ def identical(folder: Folder, mapped: MapLike = map) -> Groups:
 
     Only files of equal size are read, and of those only the ends unless they are equal too.
     """
-    numbers = np.arange(len(folder), dtype=np.int64)
-    numbers, _ = _equal(numbers, folder.files["size"][:, None])
+    numbers, _ = _equal(np.arange(len(folder), dtype=np.int64), folder.files["size"][:, None])
     for whole in (False, True):
         chunks = np.array_split(numbers, -(-len(numbers) // 256)) if len(numbers) else []
         jobs = ([(folder.root, folder.path(n), whole) for n in chunk] for chunk in chunks)

@@ -16,16 +16,7 @@ from numpy.typing import NDArray
 
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
-from fastflower.packing.layout import (
-    EXTENSIONS,
-    NO_CLASSES,
-    check_classes,
-    check_splits,
-    check_wrapper,
-    is_folder,
-    splits_named,
-    subfolders,
-)
+from fastflower.packing import layout
 from fastflower.packing.lists import listed_classes, listed_files, lists_of
 
 FILE_DTYPE = np.dtype(
@@ -103,7 +94,7 @@ class _Collector:
         before = len(self.files)
         for parent in self._folders(name):
             for file in sorted(os.listdir(self.root / parent)):  # noqa: PTH208  (names alone fit in memory)
-                self.add(f"{parent}/{file}", label, split, named=file.lower().endswith(EXTENSIONS))
+                self.add(f"{parent}/{file}", label, split, named=file.lower().endswith(layout.EXTENSIONS))
         return len(self.files) > before
 
     def _folders(self, name: str) -> list[str]:
@@ -118,7 +109,7 @@ class _Collector:
                 if (status.st_dev, status.st_ino) in seen:
                     self.ignored.append((path, "is a link to a folder that was read already"))
                     continue
-                entries = [entry for entry in os.scandir(self.root / path) if is_folder(entry)]
+                entries = [entry for entry in os.scandir(self.root / path) if layout.is_folder(entry)]
             except OSError as error:
                 blame_the_system(error, self.root / path)
                 self.ignored.append((path, f"is a folder that cannot be read ({error.strerror})"))
@@ -126,7 +117,7 @@ class _Collector:
             seen.add((status.st_dev, status.st_ino))
             folders.append(path)
             for entry in sorted(entries, key=attrgetter("name"), reverse=True):
-                if entry.name in NO_CLASSES:
+                if entry.name in layout.NO_CLASSES:
                     self.ignored.append((f"{path}/{entry.name}", "is what a system adds"))
                 else:
                     (linked if entry.is_symlink() else pending).append(f"{path}/{entry.name}")
@@ -147,9 +138,9 @@ class _Collector:
         """List images beside the class folders; a file of another kind may well stand there."""
         for file in sorted(os.listdir(self.root / folder)):  # noqa: PTH208  (names alone fit in memory)
             path = os.path.normpath(f"{folder}/{file}")
-            if file.lower().endswith(EXTENSIONS) and not (self.root / path).is_dir():
+            if file.lower().endswith(layout.EXTENSIONS) and not (self.root / path).is_dir():
                 self.ignored.append((path, "lies in no class folder"))
-            elif file in NO_CLASSES:
+            elif file in layout.NO_CLASSES:
                 self.ignored.append((path, "is what a system adds"))
 
     def folder(self, classes: list[str], splits: tuple[str, ...]) -> Folder:
@@ -175,9 +166,8 @@ def scan(root: str | Path, *, anew: bool = False) -> Folder:
         blame_the_system(error, error.filename or root)
         raise FolderError(f"{error.filename or root}: cannot be read ({error.strerror}); make it readable.") from error
     if len(folder.classes) == 1:
-        raise FolderError(
-            f"{root}: has one class, {folder.classes[0]!r}; a classifier needs at least two class folders."
-        )
+        only = folder.classes[0]
+        raise FolderError(f"{root}: has one class, {only!r}; a classifier needs at least two class folders.")
     return folder
 
 
@@ -187,12 +177,12 @@ def _scanned(root: Path, anew: bool) -> Folder:
         raise FolderError(f"{root}: {what}; name a folder that holds one folder of images for each class.")
     if lists := lists_of(root):
         return _of_lists(root, lists)
-    tops = subfolders(root)
+    tops = layout.subfolders(root)
     if not tops:
         raise FolderError(f"{root}: has no class folders; put the images of each class into a folder of its own.")
-    if len(tops) > 1 and (named := splits_named(tops)):
-        return _of_splits(root, named, check_splits(root, named, tops))
-    check_classes(root, tops, anew)
+    if len(tops) > 1 and (named := layout.splits_named(tops)):
+        return _of_splits(root, named, layout.check_splits(root, named, tops))
+    layout.check_classes(root, tops, anew)
     return _of_classes(root, tops)
 
 
@@ -209,7 +199,7 @@ def _of_classes(root: Path, tops: list[str]) -> Folder:
     collector = _Collector(root)
     empty = [name for label, name in enumerate(tops) if not collector.add_class(name, label, 0)]
     if len(empty) == len(tops) - 1:
-        check_wrapper(root, *(top for top in tops if top not in empty))
+        layout.check_wrapper(root, *(top for top in tops if top not in empty))
     if empty:
         raise _no_images(root / empty[0])
     collector.note_strays(".")
@@ -220,15 +210,14 @@ def _of_splits(root: Path, named: dict[str, str], bases: dict[str, str]) -> Fold
     """bases  where the class folders of each labelled split stand, training first."""
     collector = _Collector(root)
     train, *_ = bases.values()
-    classes = subfolders(root / train)
+    classes = layout.subfolders(root / train)
     for number, base in enumerate(bases.values()):
-        for name in subfolders(root / base):
+        for name in layout.subfolders(root / base):
+            place, ours = root / base / name, root / train
             if name not in classes:
-                raise FolderError(
-                    f"{root / base / name}: is no class of {root / train}; add the class there, or remove this folder."
-                )
+                raise FolderError(f"{place}: is no class of {ours}; add the class there, or remove this folder.")
             if not collector.add_class(f"{base}/{name}", classes.index(name), number) and base == train:
-                raise _no_images(root / base / name)
+                raise _no_images(place)
     for folder in (".", *bases.values()):
         collector.note_strays(folder)
     for top in named:
@@ -238,7 +227,8 @@ def _of_splits(root: Path, named: dict[str, str], bases: dict[str, str]) -> Fold
 
 
 def _no_images(folder: Path) -> FolderError:
-    return FolderError(f"{folder}: has no images ({', '.join(EXTENSIONS)}); add some, or remove the class folder.")
+    named = ", ".join(layout.EXTENSIONS)
+    return FolderError(f"{folder}: has no images ({named}); add some, or remove the class folder.")
 
 
 def images_in(root: Path) -> list[Path]:

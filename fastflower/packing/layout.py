@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fastflower.errors import FolderError
@@ -147,9 +148,8 @@ def check_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict
         raise _unclear(root, what, readings)
     inside = subfolders(root / bases[train])
     if len(inside) > 1 and (called := [name for name in inside if _for_any(name)]):
-        raise _called(
-            root, bases[train], called, inside, [f"{base}/{name}" for base in bases.values() for name in called]
-        )
+        places = [f"{base}/{name}" for base in bases.values() for name in called]
+        raise _called(root, bases[train], called, inside, places)
     return bases
 
 
@@ -171,9 +171,7 @@ def _base(root: Path, top: str) -> str | None:
 
 def _names_no_class(name: str) -> bool:
     """Whether a folder below a split is called as one for any images: "images", "unknown", or as a split; a number is a class."""
-    return re.search(r"[^\W\d_]", name) is not None and all(
-        word in _SPLITS or word in _UNLABELLED for word in _words(name)
-    )
+    return re.search(r"[^\W\d_]", name) is not None and {*_SPLITS, *_UNLABELLED}.issuperset(_words(name))
 
 
 def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:
@@ -201,14 +199,8 @@ def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:
     pictures = [name for name in shared if _for_any(name)]
     if pictures and len(shared) > 1 and all(top == inner[top] for top in tops):
         what = f"each of {_names(tops)} holds {_names(shared)}"
-        listing = f"(cd {_quoted(root)} && find -L */{_quoted(pictures[0])} -type f > train.txt)"
-        readings = [
-            (
-                f"the images are those in {pictures[0]!r}",
-                f"{listing} && fastflower pack {_quoted(root)} --split-by class",
-            )
-        ]
-        raise _unclear(root, what, [*readings, _as_classes(root, tops)])
+        reading = f"the images are those in {pictures[0]!r}", _listing(root, f"*/{_quoted(pictures[0])}")
+        raise _unclear(root, what, [reading, _as_classes(root, tops)])
     folds = len(shared) > 1 and all(_FOLDS.issuperset(_words(top)) for top in tops)
     if (folds or len(shared) >= len(tops)) and not any(_has_own(root / inner[top]) for top in tops):
         what = f"{_names(inner.values())} hold the same folders ({_names(shared)})"
@@ -252,7 +244,10 @@ def _beside(root: Path, named: dict[str, str], others: list[str]) -> FolderError
     if _fit(root, named, bases):
         readings.append((f"the splits are {_names(bases)}, and {_names(others)} left out", _hiding(root, others)))
     if len(others) > 1:
-        readings += _only(root, others, list(named))
+        with suppress(FolderError):  # which are none where they hold classes or splits themselves
+            check_classes(root, others, anew=False)
+            reading = f"the classes are {_names(others)}, and {_names(named)} left out"
+            readings.append((reading, _hiding(root, list(named))))
     readings += _those_in(root, [*named, *others])
     return _unclear(root, what, [*readings, _as_classes(root, [*named, *others])])
 
@@ -263,15 +258,6 @@ def _fit(root: Path, named: dict[str, str], bases: dict[str, str]) -> bool:
         return False
     train, *others = [set(subfolders(root / base)) for base in bases.values()]
     return len(train) > 1 and train.issuperset(set[str]().union(*others))
-
-
-def _only(root: Path, tops: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
-    """The reading that the classes are some folders without the others, where they can be."""
-    try:
-        check_classes(root, tops, anew=False)
-    except FolderError:
-        return []
-    return [(f"the classes are {_names(tops)}, and {_names(others)} left out", _hiding(root, others))]
 
 
 def _called(root: Path, base: str, called: Sequence[str], tops: Sequence[str], places: Sequence[str]) -> FolderError:
@@ -353,8 +339,12 @@ def _sorting(root: Path, tops: Sequence[str]) -> tuple[str, str]:
 def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
     """The reading that takes every folder for a class, whatever its name: by a list, which goes before all else."""
     names = " ".join(map(_quoted, tops)) if len(tops) <= _MOST_NAMES else "*/"
+    return f"the classes are {_names(tops)}", _listing(root, names)
+
+
+def _listing(root: Path, names: str) -> str:
     listing = f"(cd {_quoted(root)} && find -L {names} -type f > train.txt)"
-    return f"the classes are {_names(tops)}", f"{listing} && fastflower pack {_quoted(root)} --split-by class"
+    return f"{listing} && fastflower pack {_quoted(root)} --split-by class"
 
 
 def _quoted(path: Path | str) -> str:

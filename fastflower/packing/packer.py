@@ -6,26 +6,26 @@ A pack that is interrupted goes on from there; at the end files are renamed into
 
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
+from dataclasses import asdict, replace
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from tqdm import tqdm
 
 from fastflower.errors import ArgumentError, FolderError, require
 from fastflower.machine import cores
-from fastflower.packing.duplicates import Item, MapLike, Result
+from fastflower.packing.duplicates import Item, Result
 from fastflower.packing.folder import Folder, scan
 from fastflower.packing.plan import Options, Plan
 from fastflower.packing.publishing import publish, withdraw
 from fastflower.packing.remarks import remarks
 from fastflower.packing.worker import STOP, make_shard, make_shard_elsewhere
-from fastflower.packing.workspace import begun_plan, exists, workspace
+from fastflower.packing.workspace import begun_plan, workspace
 from fastflower.shards.manifest import FILE, PLAN, WORK, Manifest
 
 _log = logging.getLogger("fastflower")
@@ -83,56 +83,27 @@ def pack(
         >>> {name: split.samples for name, split in manifest.splits.items()}
         {'train': 135, 'val': 15}
     """
-    options = _checked(split_by, val_fraction, seed, shard_bytes, max_side, quality, on_bad, on_conflict, lists)
+    require(0 <= val_fraction < 1, "val_fraction", "0 or more and less than 1", val_fraction)
+    options = Options(split_by, float(val_fraction), seed, shard_bytes, max_side, quality, on_bad, on_conflict, lists)
     require(workers is None or workers >= 1, "workers", "at least 1", workers)
     return _pack(Path(folder), Path(out), options, workers or cores(), executor)
 
 
-def _checked(
-    split_by: Literal["class", "random", "folder"] | None,
-    val_fraction: float,
-    seed: int,
-    shard_bytes: int,
-    max_side: int | None,
-    quality: int | None,
-    on_bad: Literal["skip", "fail"],
-    on_conflict: Literal["keep", "drop"],
-    lists: bool,
-) -> Options:
-    """The options as JSON holds them, where numpy's numbers are none. Raises ArgumentError for one outside its rule."""
-    require(split_by in (None, "class", "random", "folder"), "split_by", "'class', 'random' or 'folder'", split_by)
-    for name, value in {"seed": seed, "shard_bytes": shard_bytes, "max_side": max_side, "quality": quality}.items():
-        empty = value is None and name in ("max_side", "quality")
-        require(empty or isinstance(value, Integral), name, "a whole number", value)
-    require(0 <= val_fraction < 1, "val_fraction", "0 or more and less than 1", val_fraction)
-    require(shard_bytes >= 1, "shard_bytes", "at least 1", shard_bytes)
-    require(max_side is None or max_side >= 1, "max_side", "at least 1 pixel", max_side)
-    require(quality is None or 1 <= quality <= 95, "quality", "1 .. 95", quality)
-    require(on_bad in ("skip", "fail"), "on_bad", "'skip' or 'fail'", on_bad)
-    require(on_conflict in ("keep", "drop"), "on_conflict", "'keep' or 'drop'", on_conflict)
-    return {
-        "split_by": split_by,
-        "val_fraction": float(val_fraction),
-        "seed": int(seed),
-        "shard_bytes": int(shard_bytes),
-        "max_side": max_side and int(max_side),
-        "quality": quality and int(quality),
-        "on_bad": on_bad,
-        "on_conflict": on_conflict,
-        "lists": lists,
-    }
-
-
 def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executor | None) -> Manifest:
-    """Read the folder, plan, make the shards, publish."""
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):  # Path.resolve raises at a link to itself
         raise FolderError(f"{out}: lies in {root}, where it would count as images; name another folder with --out.")
-    folder = scan(root, anew=asked["split_by"] in ("class", "random"))
+    folder = scan(root, anew=asked.split_by in ("class", "random"))
     options = _settled(asked, folder)
-    interrupted = exists(out / WORK)
+    interrupted = os.path.exists(out / WORK)  # noqa: PTH110  (does not raise)
     with workspace(out) as work, ThreadPoolExecutor(threads) as pool:
         if (out / FILE).exists():
-            return _finished(folder, options, out, interrupted)
+            manifest = Manifest.load(out)
+            files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
+            same = manifest.options == asdict(options) and manifest.classes == folder.classes
+            if not interrupted or not same or files != len(folder) + len(folder.ignored):
+                raise FolderError(f"{out}: holds a pack already; name another folder with --out, or remove this one.")
+            (work / PLAN).unlink(missing_ok=True)  # it was killed when all that was left was to remove the workspace
+            return manifest
         plan = begun_plan(folder, options, work, partial(_ahead, pool, 2 * threads))
         del folder  # the plan has the same, mapped from files
         try:
@@ -150,33 +121,13 @@ def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executo
 
 def _settled(options: Options, folder: Folder) -> Options:
     """With the split that suits the folder where none was asked for; its own has no fraction."""
-    split_by = options["split_by"] or ("folder" if folder.splits else "class")
+    split_by = options.split_by or ("folder" if folder.splits else "class")
     if split_by == "folder" and not folder.splits:
         raise ArgumentError(f"split_by must be 'class' or 'random' for {folder.root}, which has no split of its own.")
-    if options["lists"]:
-        _check_names(folder)
-    fraction = None if split_by == "folder" else options["val_fraction"]
-    return {**options, "split_by": split_by, "val_fraction": fraction}
-
-
-def _check_names(folder: Folder) -> None:
-    breaks = np.flatnonzero((folder.paths == ord("\n")) | (folder.paths == ord("\r")))
-    if len(breaks):
-        path = folder.path(folder.image_at(int(breaks[0])))
-        raise FolderError(
-            f"{str(folder.root / path)!r}: has a line break in its name; rename it, or pack without --lists."
-        )
-
-
-def _finished(folder: Folder, options: Options, out: Path, interrupted: bool) -> Manifest:
-    """The manifest of a pack that was killed when all that was left was to remove the workspace."""
-    manifest = Manifest.load(out)
-    files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
-    same = manifest.options == options and manifest.classes == folder.classes
-    if not interrupted or not same or files != len(folder) + len(folder.ignored):
-        raise FolderError(f"{out}: holds a pack already; name another folder with --out, or remove this one.")
-    (out / WORK / PLAN).unlink(missing_ok=True)
-    return manifest
+    if options.lists and (line_break := re.search(rb"[\n\r]", folder.paths.data)):
+        path = folder.root / folder.path(folder.image_at(line_break.start()))
+        raise FolderError(f"{str(path)!r}: has a line break in its name; rename it, or pack without --lists.")
+    return replace(options, split_by=split_by, val_fraction=None if split_by == "folder" else options.val_fraction)
 
 
 def _ahead(
@@ -195,39 +146,27 @@ def _ahead(
 def _make_shards(plan: Plan, work: Path, pool: ThreadPoolExecutor, threads: int, executor: Executor | None) -> None:
     """Make the shards; stop at the first error. Nobody writes into the workspace any more when it returns or raises."""
     (work / STOP).unlink(missing_ok=True)  # of a pack that was interrupted
-    with tqdm(total=len(plan.order), desc="pack", unit="image", disable=None) as bar:
-        if executor is None:
-            _make_here(plan, work, pool, partial(_ahead, pool, threads + 2), bar.update)
-        else:
-            _make_elsewhere(plan, work.absolute(), executor, bar.update)  # there the current folder may be another
-
-
-def _make_here(
-    plan: Plan, work: Path, pool: ThreadPoolExecutor, mapped: MapLike, advance: Callable[[int], object]
-) -> None:
-    with ThreadPoolExecutor(2) as makers:  # while one waits for the disk, the other keeps the pool busy
-        begun: list[Future[int]] = []
+    begun: list[Future[int]] = []
+    # Two makers: while one waits for the disk, the other keeps the pool busy.
+    with tqdm(total=len(plan.order), desc="pack", unit="image", disable=None) as bar, ThreadPoolExecutor(2) as makers:
+        mapped, token = partial(_ahead, pool, threads + 2), os.urandom(8)
         try:
             for number in range(len(plan.shards)):
-                begun.append(makers.submit(make_shard, plan, work, number, mapped, advance))
+                if executor:  # where it runs, the current folder may be another
+                    task = executor.submit(make_shard_elsewhere, plan.folder.root, work.absolute(), number, token)
+                else:
+                    task = makers.submit(make_shard, plan, work, number, mapped, bar.update)
+                begun.append(task)
             for future in as_completed(begun):
-                future.result()
+                count = future.result()
+                if executor:
+                    bar.update(count)
         except BaseException:
+            if executor:
+                (work / STOP).touch()
             for running in (makers, pool):  # so that it ends soon
                 running.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _make_elsewhere(plan: Plan, work: Path, executor: Executor, advance: Callable[[int], object]) -> None:
-    token = os.urandom(8)
-    begun: list[Future[int]] = []
-    try:
-        for number in range(len(plan.shards)):
-            begun.append(executor.submit(make_shard_elsewhere, plan.folder.root, work, number, token))
-        for future in as_completed(begun):
-            advance(future.result())
-    except BaseException:
-        (work / STOP).touch()
-        raise
-    finally:
-        wait(begun)  # none is cancelled: dask calls so what runs on
+        finally:
+            if executor:
+                wait(begun)  # none is cancelled: dask calls so what runs on

@@ -4,27 +4,29 @@ A plan is saved in the workspace: it is what a pack that was interrupted goes on
 """
 
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.draws.order import epoch_order
-from fastflower.errors import FolderError
+from fastflower.errors import FolderError, make_plain, require
 from fastflower.files import write_atomically
 from fastflower.packing.duplicates import Groups, MapLike, identical
 from fastflower.packing.folder import Folder
 from fastflower.shards.manifest import PLAN, shard_name
+from fastflower.shards.writer import npy
 
 _IGNORED = "ignored.json"
 
 
-class Options(TypedDict):
-    """What `pack` was asked for, as the manifest tells it."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `pack` is asked for, as the manifest tells it. Raises ArgumentError for a value outside its rule."""
 
     split_by: Literal["class", "random", "folder"] | None
     """None, before the folder is read, for what suits it."""
@@ -37,6 +39,20 @@ class Options(TypedDict):
     on_bad: Literal["skip", "fail"]
     on_conflict: Literal["keep", "drop"]
     lists: bool
+
+    def __post_init__(self) -> None:
+        splits = (None, "class", "random", "folder")
+        require(self.split_by in splits, "split_by", "'class', 'random' or 'folder'", self.split_by)
+        for name in ("seed", "shard_bytes", "max_side", "quality"):
+            value = getattr(self, name)
+            empty = value is None and name in ("max_side", "quality")
+            require(empty or isinstance(value, Integral), name, "a whole number", value)
+        require(self.shard_bytes >= 1, "shard_bytes", "at least 1", self.shard_bytes)
+        require(self.max_side is None or self.max_side >= 1, "max_side", "at least 1 pixel", self.max_side)
+        require(self.quality is None or 1 <= self.quality <= 95, "quality", "1 .. 95", self.quality)
+        require(self.on_bad in ("skip", "fail"), "on_bad", "'skip' or 'fail'", self.on_bad)
+        require(self.on_conflict in ("keep", "drop"), "on_conflict", "'keep' or 'drop'", self.on_conflict)
+        make_plain(self)  # JSON does not know numpy's numbers
 
 
 class PlannedShard(NamedTuple):
@@ -65,7 +81,7 @@ class Plan:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        return self.folder.splits if self.options["split_by"] == "folder" else ("train", "val")
+        return self.folder.splits if self.options.split_by == "folder" else ("train", "val")
 
     def conflicts(self) -> list[NDArray[np.int64]]:
         """Groups of identical images under different labels."""
@@ -77,10 +93,10 @@ def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped
     """The plan is a function of the folder and the options alone."""
     plan = Plan(folder, options, versions, identical(folder, mapped), np.zeros(0, np.int64), ())
     kept = np.ones(len(folder), bool)
-    if options["on_conflict"] == "drop":
+    if options.on_conflict == "drop":
         for group in plan.conflicts():
             kept[group] = False
-    own = options["split_by"] == "folder"
+    own = options.split_by == "folder"
     split = folder.files["split"] if own else _drawn_for_validation(plan, kept).astype(np.int32)
     order: list[NDArray[np.int64]] = []
     shards: list[PlannedShard] = []
@@ -105,14 +121,11 @@ def check_counts(classes: tuple[str, ...], counts: Sequence[int] | NDArray[np.in
 
 
 def _drawn_for_validation(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which images are for validation: of each class, or of all, the share asked for; groups are not divided.
-
-    Images are taken in an order that the seed decides, each with its identical ones, until the share is reached.
-    """
-    labels, seed = plan.folder.files["label"], plan.options["seed"]
-    pools = labels if plan.options["split_by"] == "class" else np.zeros_like(labels)  # a share is taken of each pool
+    """Which images are for validation: of each class, or of all, the share asked for; groups are not divided."""
+    labels, seed = plan.folder.files["label"], plan.options.seed
+    pools = labels if plan.options.split_by == "class" else np.zeros_like(labels)  # a share is taken of each pool
     sizes = np.bincount(pools[kept], minlength=1)
-    shares = _shares(sizes, plan.options["val_fraction"] or 0.0, seed)
+    shares = _shares(sizes, plan.options.val_fraction or 0.0, seed)
     left = np.bincount(labels[kept], minlength=len(plan.folder.classes))  # so many of each class, for training
     group_of = {number: group for group in plan.groups for number in group.tolist()}
     val = np.zeros(len(kept), bool)
@@ -161,10 +174,10 @@ def _cut(folder: Folder, images: NDArray[np.int64], options: Options) -> list[ND
     """Shuffle, and cut into as few shards of about equal size as `shard_bytes` allows."""
     if not len(images):
         return []
-    shuffled = images[epoch_order(len(images), seed=options["seed"], epoch=-2)]
+    shuffled = images[epoch_order(len(images), seed=options.seed, epoch=-2)]
     ends = np.cumsum(folder.files["size"][shuffled].astype(np.int64))
     total = int(ends[-1])
-    count = max(1, -(-total // options["shard_bytes"]))
+    count = max(1, -(-total // options.shard_bytes))
     shard = np.maximum(ends - 1, 0) * count // max(1, total)  # of each image; images of no bytes may come first
     return np.split(shuffled, np.flatnonzero(np.diff(shard)) + 1)
 
@@ -177,14 +190,11 @@ def save_plan(plan: Plan, work: Path) -> None:
     folder, groups = plan.folder, plan.groups
     arrays = (folder.files, folder.paths, plan.order, groups.members, groups.ends)
     for name, array in zip(_ARRAYS, arrays, strict=True):
-        with (work / f"{name}.npy").open("wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomically(work / f"{name}.npy", npy(array))
     content = {
         "classes": folder.classes,
         "splits": folder.splits,
-        "options": plan.options,
+        "options": asdict(plan.options),
         "versions": plan.versions,
         "parts": plan.shards,  # as former versions have it, whose interrupted packs go on
     }
@@ -193,33 +203,25 @@ def save_plan(plan: Plan, work: Path) -> None:
 
 
 def load_plan(work: Path, root: Path, *, whole: bool = False) -> Plan:
-    """Read the plan of a workspace; the arrays are memory-mapped.
-
-    root  where the folder is; it may have moved. whole  also what is ignored, which no shard needs.
-    """
+    """Read a plan, for a folder that may have moved; arrays are memory-mapped. whole  also what is ignored: no shard needs it."""
     files, paths, order, members, ends = (np.load(work / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
     content = json.loads((work / PLAN).read_bytes())
     ignored = tuple((path, reason) for path, reason in json.loads((work / _IGNORED).read_bytes())) if whole else ()
     folder = Folder(root, tuple(content["classes"]), tuple(content["splits"]), files, paths, ignored)
     shards = tuple(PlannedShard(*shard) for shard in content["parts"])
-    return Plan(folder, content["options"], content["versions"], Groups(members, ends), order, shards)
+    return Plan(folder, Options(**content["options"]), content["versions"], Groups(members, ends), order, shards)
 
 
 def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str, str], work: Path) -> None:
     """Raise FolderError, naming what differs, when an interrupted plan is not for this folder with these options."""
-    before, now = {**plan.options, **plan.versions}, {**options, **versions}
+    before, now = {**asdict(plan.options), **plan.versions}, {**asdict(options), **versions}
     for name in now:
         if before.get(name) != now[name]:
-            raise FolderError(
-                f"{work}: the pack that was interrupted here had {name} {before.get(name)!r}, not {now[name]!r}; "
-                f"pack with the former to go on, or remove {work} to begin anew."
-            )
-    changed = _difference(plan.folder, folder)
-    if changed is not None:
-        raise FolderError(
-            f"{folder.root / changed[0]}: {changed[1]} since the pack into {work.parent} was interrupted; "
-            f"undo that to go on, or remove {work} to begin anew."
-        )
+            had = f"had {name} {before.get(name)!r}, not {now[name]!r}; pack with the former to go on"
+            raise FolderError(f"{work}: the pack that was interrupted here {had}, or remove {work} to begin anew.")
+    if changed := _difference(plan.folder, folder):
+        what = f"{changed[1]} since the pack into {work.parent} was interrupted; undo that to go on"
+        raise FolderError(f"{folder.root / changed[0]}: {what}, or remove {work} to begin anew.")
 
 
 def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:

@@ -1,7 +1,7 @@
 """Finishes a pack: its files are written, then renamed into place, the manifest last."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fastflower.files import sync, write_atomically
 from fastflower.packing.duplicates import nearest
 from fastflower.packing.plan import Plan, check_counts
 from fastflower.packing.worker import MadeShard
-from fastflower.shards.manifest import FILE, INFO, Manifest, shard_name
+from fastflower.shards.manifest import FILE, INFO, Manifest, Split, shard_name
 from fastflower.shards.writer import index_rows, npy, split_of
 
 Splits = dict[str, list[MadeShard]]
@@ -81,26 +81,20 @@ def _moves(splits: Splits, work: Path) -> list[tuple[Path, Path]]:
 
 def _described(plan: Plan, out: Path, splits: Splits, made: list[MadeShard]) -> Manifest:
     folder, conflicts = plan.folder, plan.conflicts()
-    dropped = [number for group in conflicts for number in group] if plan.options["on_conflict"] == "drop" else []
+    dropped = [number for group in conflicts for number in group] if plan.options.on_conflict == "drop" else []
     skipped = [item for shard in made for item in shard.skipped]
     skipped += [{"path": path, "reason": reason} for path, reason in folder.ignored]
     skipped += [{"path": folder.path(number), "reason": "stands under two labels"} for number in dropped]
-    described = {
-        split: split_of(
-            [
-                (replace(shard.entry, name=f"{shard_name(split, number)}.tar"), shard.rows)
-                for number, shard in enumerate(shards)
-            ],
-            len(folder.classes),
-        )
-        for split, shards in splits.items()
-    }
+    described: dict[str, Split] = {}
+    for split, shards in splits.items():
+        entries = [replace(shard.entry, name=f"{shard_name(split, number)}.tar") for number, shard in enumerate(shards)]
+        described[split] = split_of(entries, index_rows([shard.rows for shard in shards]), len(folder.classes))
     check_counts(folder.classes, described["train"].class_counts, len(skipped), "skipped")
     return Manifest(
         folder=out,
         classes=folder.classes,
         splits=described,
-        options=dict(plan.options),
+        options=asdict(plan.options),
         skipped=tuple(sorted(skipped, key=itemgetter("path"))),
         warnings=tuple(sorted((item for shard in made for item in shard.warnings), key=itemgetter("path"))),
         duplicates=tuple(tuple(folder.path(number) for number in group) for group in plan.groups),
@@ -135,17 +129,12 @@ def _files(plan: Plan, manifest: Manifest, splits: Splits) -> Iterator[tuple[str
     """(name, content) of what stands beside the tars, the manifest last."""
     for split, shards in splits.items():
         yield f"{split}.index.npy", npy(index_rows([shard.rows for shard in shards]))
-    if plan.options["lists"]:
-        yield from _lists(plan, splits)
+    if plan.options.lists:  # in the folder's order; scan reads them
+        folder, labels = plan.folder, plan.folder.files["label"]
+        yield "classes.txt", "".join(f"{name}\n" for name in folder.classes).encode("utf-8", "surrogateescape")
+        for split, shards in splits.items():
+            numbers = np.sort(np.concatenate([np.zeros(0, np.int64), *(shard.numbers for shard in shards)]))
+            lines = (f"{folder.path(number)} {labels[number]}\n" for number in numbers)
+            yield f"meta/{split}.txt", b"".join(line.encode("utf-8", "surrogateescape") for line in lines)
     yield INFO, manifest.to_info().encode()
     yield FILE, manifest.to_json().encode("utf-8", "backslashreplace")
-
-
-def _lists(plan: Plan, splits: Splits) -> Iterator[tuple[str, bytes]]:
-    """classes.txt and a list for each split, in the folder's order; scan reads them."""
-    folder, labels = plan.folder, plan.folder.files["label"]
-    yield "classes.txt", "".join(f"{name}\n" for name in folder.classes).encode("utf-8", "surrogateescape")
-    for split, shards in splits.items():
-        numbers = np.sort(np.concatenate([np.zeros(0, np.int64), *(shard.numbers for shard in shards)]))
-        lines = (f"{folder.path(number)} {labels[number]}\n" for number in numbers)
-        yield f"meta/{split}.txt", b"".join(line.encode("utf-8", "surrogateescape") for line in lines)

@@ -63,14 +63,8 @@ class MadeShard:
             # Given a path, np.load leaves a damaged file open.
             with _LOADING, path.open("rb") as file, np.load(file) as record:
                 rest = json.loads(record["rest"].tobytes())
-                return cls(
-                    Shard(**rest["shard"]),
-                    record["rows"],
-                    record["numbers"],
-                    record["hashes"],
-                    rest["skipped"],
-                    rest.get("warnings", []),  # records of older versions have none
-                )
+                arrays, warnings = (record["rows"], record["numbers"], record["hashes"]), rest.get("warnings", [])
+                return cls(Shard(**rest["shard"]), *arrays, rest["skipped"], warnings)  # older records have no warnings
         except (EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
             raise OSError(f"{path} is damaged: {error}") from error
 
@@ -113,9 +107,8 @@ def make_shard(
     finally:
         attempt.unlink(missing_ok=True)
     write_atomically(work / f"{name}.idx", *writer.dali_index_pieces())
-    entry, rows = writer.shard(f"{name}.tar"), writer.rows
-    made = MadeShard(entry, rows, np.concatenate(kept), np.concatenate(hashes), skipped, warnings)
-    made.save(work / f"{name}.npz")
+    arrays = writer.rows, np.concatenate(kept), np.concatenate(hashes)
+    MadeShard(writer.shard(f"{name}.tar"), *arrays, skipped, warnings).save(work / f"{name}.npz")
     return len(numbers)
 
 
@@ -155,13 +148,11 @@ def _prepared(plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
         try:
             if size > _MAX_BYTES:
                 raise SampleError(f"has {size} bytes, more than the limit of {_MAX_BYTES}")
-            image = prepare(
-                file.read_bytes(), max_side=options["max_side"], quality=options["quality"], warn=odd.append
-            )
+            image = prepare(file.read_bytes(), max_side=options.max_side, quality=options.quality, warn=odd.append)
         except (OSError, SampleError) as error:
             blame_the_system(error, file)
             reason = str((isinstance(error, OSError) and error.strerror) or error)
-            if options["on_bad"] == "fail":
+            if options.on_bad == "fail":
                 raise FolderError(f"{file}: {reason}; remove or replace it, or pack with --on-bad skip.") from error
             chunk.skipped.append({"path": path, "reason": reason})
             continue

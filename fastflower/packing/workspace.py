@@ -19,7 +19,6 @@ from fastflower.packing.plan import Options, Plan, check_same, load_plan, make_p
 from fastflower.shards.manifest import INFO, PLAN, WORK
 
 _ENDINGS = (".tar", ".idx", ".npy")
-_LISTS = ("classes.txt", "meta")
 
 
 @contextmanager
@@ -46,13 +45,9 @@ def workspace(out: Path) -> Generator[Path]:
             what = f"cannot be written ({error.strerror or error}); make room, or name another folder with --out."
         else:
             what = f"a worker died ({error}); pack with fewer workers where memory ran out."
-        again = " The same command goes on where this one stopped." if exists(work / PLAN) else ""
+        begun = os.path.exists(work / PLAN)  # noqa: PTH110  (does not raise, as Path.exists does for a name that is too long)
+        again = " The same command goes on where this one stopped." if begun else ""
         raise FolderError(f"{out}: {what}{again}") from error
-
-
-def exists(path: Path) -> bool:
-    """Also where the question is an error, such as a name that is too long; Path.exists raises it."""
-    return os.path.exists(path)  # noqa: PTH110  (which does not raise)
 
 
 def begun_plan(folder: Folder, options: Options, work: Path, mapped: MapLike) -> Plan:
@@ -60,7 +55,7 @@ def begun_plan(folder: Folder, options: Options, work: Path, mapped: MapLike) ->
     out = work.parent
     versions = {"fastflower": version_of("fastflower"), "pillow": PIL.__version__, "opencv": cv2.__version__}
     if not (work / PLAN).exists():
-        names = [INFO, *_LISTS] if options["lists"] else [INFO]
+        names = [INFO, "classes.txt", "meta"] if options.lists else [INFO]
         taken = [path.name for path in sorted(out.iterdir()) if path.name in names or path.suffix in _ENDINGS]
         if taken:
             raise FolderError(f"{out}: holds {taken[0]} already; name another folder with --out, or remove this one.")

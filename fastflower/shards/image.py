@@ -3,13 +3,13 @@
 import io
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 
 from fastflower.errors import SampleError
 from fastflower.shards import libjpeg
@@ -128,10 +128,7 @@ def _grey_if_intact(data: bytes, warn: Callable[[str], object]) -> NDArray[np.ui
             grey = _decoded(data, cv2.IMREAD_GRAYSCALE)
     except SampleError as error:
         raise SampleError(_pillow_error(data) or str(error)) from None
-    behind = (
-        _pillow_error(data) if heard else None
-    )  # an error behind the damage, at which OpenCV has its pixels already
-    if behind:
+    if heard and (behind := _pillow_error(data)):  # the damage, where OpenCV has its pixels already
         raise SampleError(behind)
     _judge_damage(grey, heard, warn)
     return grey
@@ -164,8 +161,14 @@ def _kept_jpeg_size(data: bytes) -> tuple[int, int] | None:
     And None where the last scan is not followed by the image's end: OpenCV has its pixels by then, Pillow refuses some.
     Pillow tells the same in four times the time, most of it holding Python's lock. Markers: ITU-T T.81, annex B.
     """
-    size, orientations = None, 0
-    for marker, place in _segments(data):
+    place, size, orientations = 2, None, 0
+    while data[:2] == b"\xff\xd8" and place + 10 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # a fill byte
+            place += 1
+            continue
+        if marker < 0xC0 or marker in _NO_SEGMENT:
+            return None
         if marker == 0xDA:  # the first scan
             return size if _leads_to_end(data, place) else None
         if marker == 0xE1 and data[place + 4 : place + 8] == b"Exif":
@@ -177,21 +180,8 @@ def _kept_jpeg_size(data: bytes) -> tuple[int, int] | None:
             size = (width, height)
             if bits != 8 or not width or not height or components not in (1, 3):
                 return None
-    return None
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """(marker, place) of each segment of a JPEG file to its first scan, or until something else stands there."""
-    place = 2
-    while data[:2] == b"\xff\xd8" and place + 10 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker == 0xFF:  # a fill byte
-            place += 1
-            continue
-        if marker < 0xC0 or marker in _NO_SEGMENT:
-            return
-        yield marker, place
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
 
 
 # Other frames (lossless, hierarchical, arithmetic), restarts, start and end of image: no frame of ours follows.
@@ -246,27 +236,14 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     """As Pillow's convert("RGB") makes it, but upright, and with levels of more than 8 bits scaled; Pillow clips them."""
     image.load()  # before EXIF is read, so that what this raises is about the pixels
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
     except Exception:  # damaged EXIF: every reader takes such an image as it stands
-        turn = None
+        pass
     upright = Image.fromarray(to_eight_bits(image)) if is_wide(image) else image
-    if turn is not None:
-        upright = upright.transpose(turn)
     upright.info.pop("transparency", None)  # dropped like every alpha; of a palette's, Pillow would warn
     return upright.convert("RGB")
-
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def _pillow_error(data: bytes) -> str | None:

@@ -34,8 +34,7 @@ def to_eight_bits(image: Image.Image) -> NDArray[np.uint8]:
     levels -= np.float32(low)
     levels *= np.float32(255 / (high - low))
     made = np.rint(levels, out=levels).astype(np.uint8)
-    tags = _tags(image)
-    return 255 - made if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO else made
+    return 255 - made if _tags(image).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO else made
 
 
 def _range(image: Image.Image, levels: NDArray[np.float32]) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, Self
@@ -108,17 +108,12 @@ class Manifest:
             changed = stored["version"] > _FIRST and stored["sha256"] != _checksum(stored)
         except (KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{path}: lacks {error}; restore it from a copy or pack again.") from None
+        again = f"restore it from a copy, or rebuild it with fastflower verify {folder} --repair."
         if changed and sealed:
-            raise ShardError(
-                f"{path}: has changed since it was written (checksum mismatch); restore it from a copy, or rebuild it with "
-                f"fastflower verify {folder} --repair."
-            )
+            raise ShardError(f"{path}: has changed since it was written (checksum mismatch); {again}")
         twice = next((name for name, count in Counter(manifest.classes).items() if count > 1), None)
         if twice is not None:
-            raise ShardError(
-                f"{path}: names two classes {twice!r}; restore it from a copy, or rebuild it with fastflower verify {folder} "
-                f"--repair."
-            )
+            raise ShardError(f"{path}: names two classes {twice!r}; {again}")
         return manifest
 
     @classmethod
@@ -150,13 +145,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of the file: the same manifest gives the same bytes."""
-        stored = {
-            item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("folder", "version")
-        }
-        splits = {name: asdict(split) for name, split in self.splits.items()}
-        content: dict[str, object] = {"format": "fastflower", "version": self.version, **stored, "splits": splits}
+        content: dict[str, Any] = {"format": "fastflower", "version": self.version, **asdict(self)}
+        del content["folder"]
         if self.version == _FIRST:
-            for split in splits.values():
+            for split in content["splits"].values():
                 del split["index_sha256"]
             if not self.warnings:
                 del content["warnings"]
@@ -186,10 +178,7 @@ class Manifest:
         return split
 
     def index(self, name: str) -> NDArray[np.void]:
-        """The rows of a split, (samples,) of INDEX_DTYPE, memory-mapped.
-
-        Raises ShardError when the file is not the one that was packed, or holds a row that cannot be.
-        """
+        """The rows, (samples,) of INDEX_DTYPE, memory-mapped. Raises ShardError when they are not those packed, or cannot be."""
         split = self.split(name)
         path = self.folder / f"{name}.index.npy"
         again = f"restore it from a copy, or rebuild it with fastflower verify {self.folder} --repair."
@@ -201,9 +190,8 @@ class Manifest:
             blame_the_system(error, path)
             raise ShardError(f"{path}: cannot be read ({error}); {again}") from None
         if rows.dtype != INDEX_DTYPE or rows.shape != (split.samples,):
-            raise ShardError(
-                f"{path}: has {rows.shape} rows of {rows.dtype}, the manifest says {split.samples} samples; {again}"
-            )
+            what = f"has {rows.shape} rows of {rows.dtype}, the manifest says {split.samples} samples"
+            raise ShardError(f"{path}: {what}; {again}")
         if digest != split.index_sha256:
             raise ShardError(f"{path}: has changed since it was packed (checksum mismatch); {again}")
         wrong = _wrong(rows, split, self.classes)
@@ -238,15 +226,12 @@ def _wrong(rows: NDArray[np.void], split: Split, classes: tuple[str, ...]) -> st
         return "counts other samples of each shard than the manifest does"
     label, size, offset = rows["label"], rows["size"], rows["offset"]
     room = np.repeat(np.array([shard.bytes for shard in split.shards], np.uint64), counts)
+    misplaced = (offset > room - size) | (offset == 0) | (offset % 512 != 0)
     pixels = rows["width"].astype(np.uint64) * rows["height"]
     rules = (
         ("label", (label < 0) | (label >= len(classes)), f"0 .. {len(classes) - 1}"),
         ("size", (size == 0) | (size > room), "at least 1 byte, and not more than its shard has"),
-        (
-            "offset",
-            (offset > room - size) | (offset == 0) | (offset % 512 != 0),
-            "a multiple of 512 with room for the size",
-        ),
+        ("offset", misplaced, "a multiple of 512 with room for the size"),
         ("width", (pixels == 0) | (pixels > MAX_PIXELS), f"that of an image of 1 .. {MAX_PIXELS} pixels"),
     )
     for name, outside, rule in rules:

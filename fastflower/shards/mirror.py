@@ -69,8 +69,7 @@ class Mirror:
         files = RemoteFiles(source)
         text = files.read(FILE)
         folder = Path(source.folder).expanduser() / hashlib.sha256(text).hexdigest()[:16]
-        _store(folder / FILE, text)
-        manifest = _load_or_remove(folder / FILE, files.url, lambda: Manifest.load(folder))
+        manifest = _stored(folder / FILE, text, files.url, lambda: Manifest.load(folder))
         for name in (shard.name for split in manifest.splits.values() for shard in split.shards):
             if Path(name).name != name:
                 raise ShardError(f"{files.url}/{FILE}: names a shard {name!r}, which is no file's name; pack again.")
@@ -79,29 +78,23 @@ class Mirror:
     def open_split(self, split: str, window: int) -> None:
         """Download the split's index. Raises ArgumentError when the limit does not hold three windows of shards."""
         shards = self.manifest.split(split).shards
-        if not self._has_index(split):
-            path = self.folder / f"{split}.index.npy"
-            _store(path, self._files.read(path.name))
-            _load_or_remove(path, self._files.url, lambda: self.manifest.index(split))
+        path = self.folder / f"{split}.index.npy"
+        try:
+            here = path.exists() and len(self.manifest.index(split)) > 0
+        except ShardError as error:
+            _log.warning("%s; it is downloaded again", str(error).partition(";")[0])
+            here = False
+        if not here:
+            _stored(path, self._files.read(path.name), self._files.url, lambda: self.manifest.index(split))
         limit = self._source.limit_bytes
         total = sum(shard.bytes for shard in shards)
         needed = min(total, 3 * window * max(shard.bytes for shard in shards))  # behind, here, ahead
         if needed > limit:
-            raise ArgumentError(
-                f"limit_bytes must hold three windows of shards, here {needed} bytes, got {limit}; "
-                f"raise it, or lower the loader's window ({window})."
-            )
+            rule = f"must hold three windows of shards, here {needed} bytes, got {limit}"
+            raise ArgumentError(f"limit_bytes {rule}; raise it, or lower the loader's window ({window}).")
         bounds = f"{total / 1e9:.2f} GB in {len(shards)} shards, {limit / 1e9:.1f} GB of cache in {self._cache}"
         told = "a machine downloads each once an epoch, or once if all fit"
         _log.info("%s: split %r: %s; %s", self._files.url, split, bounds, told)
-
-    def _has_index(self, split: str) -> bool:
-        """Whether the split's index is here, and as it was packed."""
-        try:
-            return (self.folder / f"{split}.index.npy").exists() and len(self.manifest.index(split)) > 0
-        except ShardError as error:
-            _log.warning("%s; it is downloaded again", str(error).partition(";")[0])
-            return False
 
     def begin_use(self) -> None:
         """An iterator begins to use the mirror, until `ending_use`."""
@@ -196,9 +189,8 @@ class Mirror:
                         raise CancelledError
                     time.sleep(_LOOK)
                 self._files.in_attempts(name, lambda: self._fill(part, shard))
-                with locked(
-                    self._cache / "room.lock", self._files.stopped
-                ):  # or whoever counts would meet it under neither name
+                # Locked, or whoever counts would meet it under neither name.
+                with locked(self._cache / "room.lock", self._files.stopped):
                     part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
@@ -221,7 +213,7 @@ class Mirror:
         demanded, where a tar that comes sooner would have to go.
         """
         with locked(self._cache / "room.lock", self._files.stopped):
-            tars, downloading = self._stored()
+            tars, downloading = self._tars()
             excess = shard.bytes + sum(tar.bytes for tar in tars) + downloading - self._source.limit_bytes
             kept_from = max(2, self._worth(self.folder / shard.name))
             leaving: list[Path] = []
@@ -240,7 +232,7 @@ class Mirror:
             os.truncate(part, shard.bytes)
             return True
 
-    def _stored(self) -> tuple[list[_Tar], int]:
+    def _tars(self) -> tuple[list[_Tar], int]:
         """The tars in the cache, of all mirrors, and the bytes of those that are being downloaded."""
         tars: list[_Tar] = []
         downloading = 0
@@ -263,18 +255,14 @@ class Mirror:
         return 1 + (len(ahead) - ahead.index(path.name) if path.name in ahead else 0)
 
 
-def _store(path: Path, data: bytes) -> None:
-    """Write a file of a mirror, unless it is there with this content."""
+def _stored(path: Path, data: bytes, url: str, load: Callable[[], _T]) -> _T:
+    """Write a file of a mirror, unless it is there with this content; what it holds. Where it cannot be loaded, it goes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_bytes() != data:
             write_atomically(path, data)
     except OSError as error:
         raise _unwritable(path, error) from None
-
-
-def _load_or_remove(path: Path, url: str, load: Callable[[], _T]) -> _T:
-    """What a downloaded file holds. Where it cannot be loaded, it does not stay."""
     try:
         return load()
     except ShardError as error:
@@ -283,11 +271,8 @@ def _load_or_remove(path: Path, url: str, load: Callable[[], _T]) -> _T:
 
 
 def _unwritable(path: Path, error: OSError) -> FastflowerError:
-    if refused := refusal(error, path):
-        return refused
-    return ShardError(
-        f"{path}: cannot be written ({error.strerror}); make room, or name another folder with Remote(folder=)."
-    )
+    remedy = "make room, or name another folder with Remote(folder=)"
+    return refusal(error, path) or ShardError(f"{path}: cannot be written ({error.strerror}); {remedy}.")
 
 
 def _abandoned(part: Path) -> bool:

@@ -18,6 +18,7 @@ from fastflower.shards.manifest import Manifest
 from fastflower.shards.writer import BLOCK
 
 _MOST_OPEN = 256  # shards of all readers; systems allow a process 1,024 files, of which others need some
+_RESTORE = "restore the shard from a copy, or pack again."
 _ATTEMPTS = 20  # to open another, 10 ms apart: threads that close some of theirs open others
 
 
@@ -43,7 +44,7 @@ class ShardReader:
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
                 problem = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
-                raise ShardError(f"{path}: {problem}; restore the shard from a copy, or pack again.")
+                raise ShardError(f"{path}: {problem}; {_RESTORE}")
 
     def encoded(self, index: int) -> bytes:
         """The image file's bytes of a sample. Raises SampleError when they are not those that were packed."""
@@ -55,10 +56,8 @@ class ShardReader:
             blame_the_system(error, self._paths[int(row["shard"])])
             raise SampleError(f"{self.where(index)}: its shard cannot be read ({error}).") from None
         if zlib.crc32(data) != row["crc32"]:
-            raise SampleError(
-                f"{self.where(index)}: its bytes have changed since it was packed (checksum mismatch); "
-                f"restore the shard from a copy, or pack again."
-            )
+            changed = "its bytes have changed since it was packed (checksum mismatch)"
+            raise SampleError(f"{self.where(index)}: {changed}; {_RESTORE}")
         return data
 
     def where(self, index: int) -> str:
@@ -149,9 +148,8 @@ class _File:
     """An open file that is closed when nobody uses it any more."""
 
     def __init__(self, path: Path) -> None:
-        self.number = -1
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        if self.number >= 0:
+        with suppress(AttributeError):  # it could not be opened
             os.close(self.number)

@@ -20,16 +20,11 @@ _log = logging.getLogger("fastflower")
 
 _T = TypeVar("_T")
 
-_GIGABYTE = 1 << 30
 _PIECE = 4 << 20  # bytes asked for at a time: each is tried again alone
 _TIMEOUT = 60.0  # seconds for a piece
 _LOOK = 0.05  # seconds between looks at whether reading has been stopped
 _ATTEMPTS = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0  # seconds between attempts, doubled each time
-
-
-def _default_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastflower"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +33,11 @@ class Remote:
 
     url: str
     """Of the folder that `pack` wrote."""
-    folder: str | Path = field(default_factory=_default_folder)
+    folder: str | Path = field(
+        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastflower"
+    )
     """Where mirrors are kept, shared by all processes of a machine; ~/.cache/fastflower."""
-    limit_bytes: int = 64 * _GIGABYTE
+    limit_bytes: int = 64 << 30
     """Of tars in it: those not used for longest make room, but for the shards of three windows."""
     options: Mapping[str, object] = field(default_factory=dict[str, object])
     """What fsspec's file system is made with: storage_options, such as {"anon": True}."""
@@ -153,9 +150,7 @@ class RemoteFiles:
             raise ShardError(f"{self.url}/{name}: is not there; name the folder that pack wrote.") from None
         except PermissionError as error:
             raise ShardError(f"{self.url}/{name}: may not be read ({error}); check the credentials.") from None
-        except (
-            Exception
-        ) as error:  # whatever the client raises; that it was cancelled, too, which `in_attempts` sorts out
+        except Exception as error:  # the client's, whatever they are; that it was cancelled, too: `in_attempts` tells
             raise AttemptError(str(error) or type(error).__name__) from error
 
     def _request(self, name: str, start: int | None, end: int | None) -> bytes:

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import logging
+import os
 import re
 import struct
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,18 +20,7 @@ from fastflower.errors import SampleError, ShardError, require
 from fastflower.files import blame_the_system, write_atomically
 from fastflower.machine import cores
 from fastflower.shards.image import prepare
-from fastflower.shards.manifest import (
-    FILE,
-    FORMAT_VERSION,
-    INDEX_DTYPE,
-    INFO,
-    PLAN,
-    WORK,
-    Manifest,
-    Shard,
-    Split,
-    shard_name,
-)
+from fastflower.shards.manifest import FILE, FORMAT_VERSION, INFO, PLAN, WORK, Manifest, Shard, Split, shard_name
 from fastflower.shards.writer import Samples, ShardWriter, index_rows, npy, split_of
 
 _log = logging.getLogger("fastflower")
@@ -47,13 +37,9 @@ class _Tar:
     path: Path
     problem: str = ""
     shard: Shard | None = None
-    rows: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, INDEX_DTYPE))
+    rows: NDArray[np.void] = field(default_factory=lambda: index_rows([]))
     dali_index: bytes = b""
     classes: set[tuple[int, str]] = field(default_factory=set[tuple[int, str]])
-
-    def key(self, sample: int) -> str:
-        """Of its sample at that position."""
-        return self.dali_index.splitlines()[1 + sample].split()[3].decode().removesuffix(".cls")
 
 
 def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
@@ -74,16 +60,27 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     manifest, distrust = _load_manifest(folder)
     trusted = None if distrust else manifest
     names = _tar_names(folder, trusted)
+    if not any(names.values()):
+        raise ShardError(f"{folder}: has no shards; name a folder that pack wrote.")
     read = _read_all([folder / name for group in names.values() for name in group])
     tars = {split: [read[name] for name in group] for split, group in names.items()}
+    files: dict[str, bytes | memoryview] = {}  # by name, what they must hold, of intact tars
     for split, group in tars.items():
         _note_changes(folder, trusted, split, group)
+        intact = [tar for tar in group if not tar.problem]
+        files |= {tar.path.with_suffix(".idx").name: tar.dali_index for tar in intact}
+        if len(intact) == len(group):
+            files[f"{split}.index.npy"] = npy(index_rows([tar.rows for tar in intact]))
     problems = [tar.problem for group in tars.values() for tar in group if tar.problem]
-    problems += _unknown_tars(folder, known=read)
-    files = _index_files(tars)
+    advice = f"is no shard of this pack, as far as {FILE} tells; move it away, or restore {FILE} from a copy"
+    problems += [f"{path}: {advice}." for path in sorted(folder.glob("*.tar")) if path.name not in read]
     if not problems:
         try:
-            files |= _manifest_files(_derived(folder, manifest, tars, distrust), repair=repair)
+            stated = _derived(folder, manifest, tars, distrust)
+            if repair:  # which adds the checksums that the first version lacks
+                stated = replace(stated, version=FORMAT_VERSION)
+            files[INFO] = stated.to_info().encode()
+            files[FILE] = stated.to_json().encode("utf-8", "backslashreplace")
         except ShardError as error:
             problems.append(str(error))
     elif distrust:
@@ -91,29 +88,6 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     if problems and distrust:
         return problems  # nothing tells what the files must hold
     return problems + _repair_or_report(folder, files, distrust.partition(";")[0] if manifest else "", repair=repair)
-
-
-def _unknown_tars(folder: Path, known: Collection[str]) -> list[str]:
-    """What is wrong with tars that have none of the names that are known."""
-    advice = f"is no shard of this pack, as far as {FILE} tells; move it away, or restore {FILE} from a copy"
-    return [f"{path}: {advice}." for path in sorted(folder.glob("*.tar")) if path.name not in known]
-
-
-def _index_files(tars: dict[str, list[_Tar]]) -> dict[str, bytes | memoryview]:
-    """By name, what the indexes of intact tars must hold; a split's, where all of its tars are."""
-    files: dict[str, bytes | memoryview] = {}
-    for split, group in tars.items():
-        intact = [tar for tar in group if not tar.problem]
-        files |= {tar.path.with_suffix(".idx").name: tar.dali_index for tar in intact}
-        if len(intact) == len(group):
-            files[f"{split}.index.npy"] = npy(index_rows([tar.rows for tar in intact]))
-    return files
-
-
-def _manifest_files(manifest: Manifest, *, repair: bool) -> dict[str, bytes | memoryview]:
-    """By name, what the files of a manifest must hold; a repair adds the checksums that the first version lacks."""
-    stated = replace(manifest, version=FORMAT_VERSION) if repair else manifest
-    return {INFO: stated.to_info().encode(), FILE: stated.to_json().encode("utf-8", "backslashreplace")}
 
 
 def _repair_or_report(
@@ -132,19 +106,15 @@ def _repair_or_report(
             what = f"{path}: {'does not say what the tars hold' if path.exists() else 'is missing'}"
             problems.append(f"{kept or what}; rebuild it with --repair.")
             continue
-        _rebuild(path, data)
+        try:
+            write_atomically(path, data)
+        except OSError as error:
+            what = f"cannot be written ({error.strerror or error}); make room, or check what stands there"
+            raise ShardError(f"{path}: {what}, and repair again.") from error
+        _log.info("rebuilt %s", path)
         if kept:
             _log.warning("%s: what the tars do not tell, such as options and skipped files, stays as it stood", path)
     return problems
-
-
-def _rebuild(path: Path, data: bytes | memoryview) -> None:
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        what = f"cannot be written ({error.strerror or error}); make room, or check what stands there"
-        raise ShardError(f"{path}: {what}, and repair again.") from error
-    _log.info("rebuilt %s", path)
 
 
 def _load_manifest(folder: Path) -> tuple[Manifest | None, str]:
@@ -169,7 +139,6 @@ def _load_manifest(folder: Path) -> tuple[Manifest | None, str]:
 
 
 def _version(path: Path) -> int | None:
-    """That a manifest gives, None where it gives none."""
     try:
         return int(json.loads(path.read_bytes())["version"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -177,22 +146,9 @@ def _version(path: Path) -> int | None:
 
 
 def _tar_names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
-    """By split, the names of the tars that there should be: from the manifest or, without one, from the files that there are.
-
-    Raises ShardError where there are none.
-    """
+    """By split, the names of the tars that there should be: from the manifest or, without one, from the files that there are."""
     if manifest:
-        names = {split: [shard.name for shard in described.shards] for split, described in manifest.splits.items()}
-    else:
-        counts = _shard_counts(folder)
-        names = {split: [f"{shard_name(split, number)}.tar" for number in range(counts[split])] for split in counts}
-    if not any(names.values()):
-        raise ShardError(f"{folder}: has no shards; name a folder that pack wrote.")
-    return names
-
-
-def _shard_counts(folder: Path) -> dict[str, int]:
-    """By split, how many shards the files of a pack without manifest tell of."""
+        return {split: [shard.name for shard in described.shards] for split, described in manifest.splits.items()}
     try:
         info = json.loads((folder / INFO).read_bytes())["splits"]
         listed = [str(name) for split in info.values() for name in split["filenames"]]
@@ -202,18 +158,15 @@ def _shard_counts(folder: Path) -> dict[str, int]:
     for name in [*listed, *(path.name for path in folder.glob("*.tar"))]:
         if match := re.fullmatch(rf"({'|'.join(_SPLITS)})-(\d{{6}})\.tar", name):
             counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
-    return {split: counts[split] for split in _SPLITS if split in counts}
+    ordered = [split for split in _SPLITS if split in counts]
+    return {split: [f"{shard_name(split, number)}.tar" for number in range(counts[split])] for split in ordered}
 
 
 def _read_all(paths: list[Path]) -> dict[str, _Tar]:
     """By file name, what each tar holds; on as many threads as there are cores."""
-    with ThreadPoolExecutor(cores()) as pool:
-        try:
-            tars = tqdm(pool.map(_read, paths), total=len(paths), desc="verify", unit="shard", disable=None)
-            return {tar.path.name: tar for tar in tars}
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool waits for all that is queued
-            raise
+    with ThreadPoolExecutor(cores()) as pool:  # whose map cancels what is queued when it raises
+        tars = tqdm(pool.map(_read, paths), total=len(paths), desc="verify", unit="shard", disable=None)
+        return {tar.path.name: tar for tar in tars}
 
 
 def _read(path: Path) -> _Tar:
@@ -221,7 +174,7 @@ def _read(path: Path) -> _Tar:
     tar = _Tar(path)
     key = "its first sample"
     try:
-        with path.open("rb") as file, ShardWriter(_Nothing()) as writer:
+        with path.open("rb") as file, Path(os.devnull).open("wb") as nothing, ShardWriter(nothing) as writer:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -242,10 +195,6 @@ def _read(path: Path) -> _Tar:
     if tar.shard.sha256 != digest:
         tar.problem = f"{path}: is damaged outside its images; {_RESTORE}."
     return tar
-
-
-class _Nothing:
-    def write(self, data: bytes, /) -> None: ...
 
 
 def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, int, bytes, str, str]]:
@@ -280,7 +229,8 @@ def _note_changes(folder: Path, manifest: Manifest | None, split: str, group: li
         same_places = len(rows) == len(tar.rows) and (rows[places] == tar.rows[places]).all()
         changed: list[int] = np.flatnonzero(rows["crc32"] != tar.rows["crc32"]).tolist() if same_places else []
         if changed:
-            what = f"the image of {tar.key(changed[0])} has changed since it was packed"
+            key = tar.dali_index.splitlines()[1 + changed[0]].split()[3].decode().removesuffix(".cls")
+            what = f"the image of {key} has changed since it was packed"
             tar.problem = f"{tar.path}: {what}; {_RESTORE}."
         elif manifest:
             what = f"is not the shard that {FILE} describes (sha256 differs)"
@@ -289,37 +239,31 @@ def _note_changes(folder: Path, manifest: Manifest | None, split: str, group: li
 
 def _stored_rows(folder: Path, split: str) -> NDArray[np.void]:
     """Of a split's index, whatever its header says; none where there is no index."""
+    empty = index_rows([])
     try:
-        data = (folder / f"{split}.index.npy").read_bytes()[len(npy(index_rows([]))) :]
+        data = (folder / f"{split}.index.npy").read_bytes()[len(npy(empty)) :]
     except OSError:
-        data = b""
-    return np.frombuffer(data, INDEX_DTYPE, len(data) // INDEX_DTYPE.itemsize)
+        return empty
+    return np.frombuffer(data, empty.dtype, len(data) // empty.itemsize)
 
 
 def _derived(folder: Path, manifest: Manifest | None, tars: dict[str, list[_Tar]], distrust: str) -> Manifest:
     """The manifest that these tars must have. Raises ShardError, saying why, where nobody can know."""
     old = manifest or Manifest(folder=folder, classes=(), splits={}, options={})
-    classes = _derived_classes(folder, old.classes, [tar for group in tars.values() for tar in group])
-    splits: dict[str, Split] = {}
-    for split, group in tars.items():
-        shards = [(tar.shard, tar.rows) for tar in group if tar.shard]
-        rows, stored = index_rows([tar.rows for tar in group]), _stored_rows(folder, split)
-        if distrust and (len(stored) > len(rows) or (stored != rows[: len(stored)]).any()):
-            what = f"does not say what the tars hold, and {FILE}, which would tell what is right, is lost"
-            raise ShardError(f"{folder / f'{split}.index.npy'}: {what}{_AGAIN}")
-        splits[split] = split_of(shards, len(classes))
-    packed = sum(int(tar.rows["size"].sum()) for group in tars.values() for tar in group)
-    return replace(old, classes=classes, splits=splits, packed_bytes=packed)
-
-
-def _derived_classes(folder: Path, known: tuple[str, ...], tars: list[_Tar]) -> tuple[str, ...]:
-    """The classes that samples of these tars name; those of which there is none as they are known."""
-    labelled = sorted(set[tuple[int, str]]().union(*(tar.classes for tar in tars)))
-    classes = list(known)
+    labelled = sorted({pair for group in tars.values() for tar in group for pair in tar.classes})
+    classes = list(old.classes)
     for label, name in labelled:
         if label > len(classes):
             raise ShardError(f"{folder / FILE}: is lost, and no sample tells the name of class {len(classes)}{_AGAIN}")
         classes[label : label + 1] = [name]
     if len(dict(labelled)) < len(labelled) or len(set(classes)) < len(classes):
         raise ShardError(f"{folder / FILE}: is lost, and the tars do not agree which label is which class{_AGAIN}")
-    return tuple(classes)
+    splits: dict[str, Split] = {}
+    for split, group in tars.items():
+        rows, stored = index_rows([tar.rows for tar in group]), _stored_rows(folder, split)
+        if distrust and (len(stored) > len(rows) or (stored != rows[: len(stored)]).any()):
+            what = f"does not say what the tars hold, and {FILE}, which would tell what is right, is lost"
+            raise ShardError(f"{folder / f'{split}.index.npy'}: {what}{_AGAIN}")
+        splits[split] = split_of([tar.shard for tar in group if tar.shard], rows, len(classes))
+    packed = sum(int(tar.rows["size"].sum()) for group in tars.values() for tar in group)
+    return replace(old, classes=tuple(classes), splits=splits, packed_bytes=packed)

@@ -7,7 +7,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +19,6 @@ BLOCK = 512  # bytes: tar's unit
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 _REST_SUM = sum(_HEADER[156:])
 _ROW = struct.Struct("<IQIIiII")  # INDEX_DTYPE
-
-
-class Writable(Protocol):
-    """What a shard can be written to, such as a file opened in mode "wb"."""
-
-    def write(self, data: bytes, /) -> object:
-        """Take all of the bytes."""
-        ...
 
 
 class Samples:
@@ -62,12 +54,9 @@ class Samples:
 
 
 class ShardWriter:
-    """Writes one tar, and collects its indexes.
+    """Writes one tar, and collects its indexes. The bytes depend on what is added and in which order, nothing else."""
 
-    The bytes depend on what is added and in which order, nothing else.
-    """
-
-    def __init__(self, file: Writable) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self.samples = 0
         self._file = file
         self._digest = hashlib.sha256()
@@ -125,15 +114,14 @@ def index_rows(shards: Sequence[NDArray[np.void]]) -> NDArray[np.void]:
     return rows
 
 
-def split_of(shards: Sequence[tuple[Shard, NDArray[np.void]]], num_classes: int) -> Split:
-    """What the manifest says of a split with these shards, each with its rows."""
-    rows = index_rows([rows for _, rows in shards])
+def split_of(shards: Sequence[Shard], rows: NDArray[np.void], num_classes: int) -> Split:
+    """What the manifest says of a split with these shards, and these rows in its index."""
     counts = np.bincount(rows["label"], minlength=num_classes).tolist()
-    return Split(len(rows), tuple(counts), tuple(shard for shard, _ in shards), hashlib.sha256(npy(rows)).hexdigest())
+    return Split(len(rows), tuple(counts), tuple(shards), hashlib.sha256(npy(rows)).hexdigest())
 
 
-def npy(rows: NDArray[np.void]) -> memoryview:
+def npy(array: NDArray[np.generic]) -> memoryview:
     """The bytes of a .npy file."""
     file = io.BytesIO()
-    np.save(file, rows)
+    np.save(file, array)
     return file.getbuffer()

@@ -18,7 +18,8 @@ from packs import repeats
 from torchvision.datasets import ImageFolder
 
 from fastflower.errors import FolderError
-from fastflower.packing.folder import EXTENSIONS, FILE_DTYPE, Folder, scan
+from fastflower.packing.folder import FILE_DTYPE, Folder, scan
+from fastflower.packing.layout import EXTENSIONS
 
 ENDINGS = "(.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp)"
 UNNAMED = "is not named as an image"

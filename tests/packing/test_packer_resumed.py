@@ -4,6 +4,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_a_changed_option_is_named_and_changes_nothing(small: Path, tmp_path: Pa
     assert CHANGED.keys() == inspect.signature(pack).parameters.keys() - {"folder", "out", "workers", "executor"}
     out = interrupted(small, tmp_path / "out", shards=2, **OPTIONS)
     before = checksums(out)
-    former = load_plan(out / ".packing", small).options
+    former = asdict(load_plan(out / ".packing", small).options)
     for name, value in CHANGED.items():
         text = (
             f"{out / '.packing'}: the pack that was interrupted here had {name} {former[name]!r}, not {value!r}; "

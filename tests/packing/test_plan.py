@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fastflower.errors import FolderError
 from fastflower.packing.folder import scan
-from fastflower.packing.plan import PLAN, Plan, PlannedShard, check_same, load_plan, make_plan, save_plan
+from fastflower.packing.plan import PLAN, Options, Plan, PlannedShard, check_same, load_plan, make_plan, save_plan
 
 OPTIONS: Any = {"split_by": "class", "val_fraction": 0.25, "seed": 0, "shard_bytes": 1000}
 OPTIONS |= {"max_side": None, "quality": None, "on_bad": "skip", "on_conflict": "keep", "lists": False}
@@ -39,7 +39,7 @@ def numbered(root: Path, **counts: int) -> Path:
 
 
 def planned(root: Path, **options: Any) -> Plan:
-    return make_plan(scan(root), OPTIONS | options, VERSIONS)
+    return make_plan(scan(root), Options(**(OPTIONS | options)), VERSIONS)
 
 
 def shards(plan: Plan) -> Iterator[tuple[PlannedShard, list[int]]]:
@@ -68,7 +68,7 @@ def kept_images(plan: Plan) -> list[int]:
     labels: dict[bytes, set[int]] = defaultdict(set)
     for content, label in zip(contents, found.files["label"].tolist(), strict=True):
         labels[content].add(label)
-    drop = plan.options["on_conflict"] == "drop"
+    drop = plan.options.on_conflict == "drop"
     return [number for number, content in enumerate(contents) if len(labels[content]) == 1 or not drop]
 
 
@@ -126,7 +126,7 @@ def test_every_image_is_as_likely_to_be_for_validation(tmp_path: Path, split_by:
     found = scan(numbered(tmp_path, a=16, b=32))
     counts = Counter[int]()
     for seed in range(200):
-        plan = make_plan(found, OPTIONS | {"split_by": split_by, "seed": seed}, VERSIONS)
+        plan = make_plan(found, Options(**(OPTIONS | {"split_by": split_by, "seed": seed})), VERSIONS)
         counts.update(number for number, split in split_of(plan).items() if split == "val")
     assert sum(counts.values()) == 200 * 12
     assert all(26 <= counts[number] <= 74 for number in range(48))
@@ -137,7 +137,7 @@ def test_copies_count_in_each_of_their_classes_and_are_as_likely_for_validation(
     found = scan(write(tmp_path, {f"{name}/{number}.jpg": b"%d" % number for name in "ab" for number in range(8)}))
     seen = set[int]()
     for seed in range(40):
-        split = split_of(make_plan(found, OPTIONS | {"seed": seed}, VERSIONS))
+        split = split_of(make_plan(found, Options(**(OPTIONS | {"seed": seed})), VERSIONS))
         val = {number for number in split if split[number] == "val"}
         assert len(val) == 4
         seen |= val
@@ -190,7 +190,7 @@ def test_images_without_bytes_make_no_shard_of_their_own(tmp_path: Path) -> None
     contents |= {"a/9.jpg": b"1" * 700, "b/9.jpg": b"2" * 700}
     found = scan(write(tmp_path / "some", contents))
     for seed in range(20):
-        plan = make_plan(found, OPTIONS | {"val_fraction": 0, "seed": seed}, VERSIONS)
+        plan = make_plan(found, Options(**(OPTIONS | {"val_fraction": 0, "seed": seed})), VERSIONS)
         assert [found.files["size"][numbers].sum() for _, numbers in shards(plan)] == [700, 700]
 
 
@@ -247,7 +247,7 @@ def test_neither_threads_nor_the_file_systems_order_change_the_plan(
             same_plan(planned(root), before)
     assert len(orders) > 25
     with ThreadPoolExecutor(4) as pool:
-        same_plan(make_plan(scan(root), OPTIONS, VERSIONS, pool.map), before)
+        same_plan(make_plan(scan(root), Options(**OPTIONS), VERSIONS, pool.map), before)
 
 
 STRANGE = os.fsdecode(b"not UTF-8 \xff\n") + "🌹 é"
@@ -311,7 +311,7 @@ OTHER |= {"on_bad": "fail", "on_conflict": "drop", "lists": True, "pillow": "12.
 @pytest.mark.parametrize("name", OTHER)
 def test_another_option_or_version_is_named(tmp_path: Path, name: str) -> None:
     root, work, plan = interrupted(tmp_path, FILES)
-    options: Any = OPTIONS | {name: OTHER[name]} if name in OPTIONS else OPTIONS
+    options = Options(**(OPTIONS | {name: OTHER[name]} if name in OPTIONS else OPTIONS))
     versions: Any = VERSIONS | {name: OTHER[name]} if name in VERSIONS else VERSIONS
     had = f"had {name} {(OPTIONS | VERSIONS)[name]!r}, not {OTHER[name]!r}"
     text = f"{work}: the pack that was interrupted here {had}; pack with the former to go on, or remove {work} to begin anew."
@@ -351,12 +351,12 @@ def test_what_has_changed_in_the_folder_is_named(
     tmp_path: Path, change: Callable[[Path], object], path: str, how: str
 ) -> None:
     root, work, plan = interrupted(tmp_path, FILES)
-    check_same(plan, scan(root), OPTIONS, VERSIONS, work)
+    check_same(plan, scan(root), Options(**OPTIONS), VERSIONS, work)
     change(root)
     since = f"since the pack into {work.parent} was interrupted"
     text = f"{root / path}: {how} {since}; undo that to go on, or remove {work} to begin anew."
     with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
-        check_same(plan, scan(root), OPTIONS, VERSIONS, work)
+        check_same(plan, scan(root), Options(**OPTIONS), VERSIONS, work)
 
 
 def test_other_classes_or_splits_of_the_same_images_are_named(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_other_classes_or_splits_of_the_same_images_are_named(tmp_path: Path) ->
         write(root, lists | changed)
         text = f"{root}: has other classes or splits since the pack into {work.parent} was interrupted; "
         with pytest.raises(FolderError, match=f"^{re.escape(text)}undo that"):
-            check_same(plan, scan(root), OPTIONS, VERSIONS, work)
+            check_same(plan, scan(root), Options(**OPTIONS), VERSIONS, work)
 
 
 STATES = st.lists(st.sampled_from(["", "x", "yy", "link"]), min_size=8, max_size=8)
@@ -391,7 +391,7 @@ def test_what_is_named_has_really_changed_and_so(before: list[str], now: list[st
         old, new = made(Path(folder) / "old", before), made(Path(folder) / "new", before if same else now)
         plan, found = planned(Path(folder) / "old"), scan(Path(folder) / "new")
         try:
-            check_same(plan, found, OPTIONS, VERSIONS, Path("out/.packing"))
+            check_same(plan, found, Options(**OPTIONS), VERSIONS, Path("out/.packing"))
         except FolderError as error:
             path, how = str(error).removeprefix(f"{found.root}/").split(" since ")[0].split(": ")
             assert old.get(path) != new.get(path)

@@ -11,10 +11,10 @@ from training_runs import RECIPE
 
 from fastflower import Manifest, pack, train
 from fastflower.packing.folder import scan
-from fastflower.packing.plan import make_plan
+from fastflower.packing.plan import Options, make_plan
 
 OPTIONS: Any = {"split_by": "class", "val_fraction": 0.2, "seed": 0, "shard_bytes": 1 << 20}
-OPTIONS |= {"on_conflict": "keep"}
+OPTIONS |= {"max_side": None, "quality": None, "on_bad": "skip", "on_conflict": "keep", "lists": False}
 
 
 def classes(root: Path, *counts: int) -> Path:
@@ -28,7 +28,7 @@ def classes(root: Path, *counts: int) -> Path:
 
 def shares(folder: Path, **options: Any) -> list[int]:
     """Of each class, how many are for validation."""
-    plan = make_plan(scan(folder), OPTIONS | options, {})
+    plan = make_plan(scan(folder), Options(**(OPTIONS | options)), {})
     (val,) = [plan.order[shard.start : shard.stop] for shard in plan.shards if shard.split == "val"]
     return np.bincount(plan.folder.files["label"][val], minlength=len(plan.folder.classes)).tolist()
 

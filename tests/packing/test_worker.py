@@ -22,7 +22,7 @@ from packs import drawn, exactly
 from fastflower.errors import FolderError
 from fastflower.packing import worker as module
 from fastflower.packing.folder import scan
-from fastflower.packing.plan import Plan, load_plan, make_plan, save_plan
+from fastflower.packing.plan import Options, Plan, load_plan, make_plan, save_plan
 from fastflower.packing.worker import STOP, MadeShard, key_of, make_shard, make_shard_elsewhere
 from fastflower.shards.manifest import INDEX_DTYPE, Shard
 
@@ -49,7 +49,7 @@ def planned(folder: Path, work: Path, **changes: Any) -> Plan:
     """A workspace with the plan of one shard."""
     options: Any = {"split_by": "class", "val_fraction": 0.0, "seed": 0, "shard_bytes": 1 << 30, "max_side": None}
     options |= {"quality": None, "on_bad": "skip", "on_conflict": "keep", "lists": False}
-    plan = make_plan(scan(folder), options | changes, {})
+    plan = make_plan(scan(folder), Options(**(options | changes)), {})
     work.mkdir(parents=True)
     save_plan(plan, work)
     return plan
