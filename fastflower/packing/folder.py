@@ -35,6 +35,7 @@ class Folder:
     """The classes and images of a folder, in ImageFolder's order or that of its lists."""
 
     root: Path
+    """What paths are relative to."""
     classes: tuple[str, ...]
     splits: tuple[str, ...]
     """Of its own: "train", "val", "test"; none where the images are still to be split."""
@@ -181,7 +182,7 @@ def _scanned(root: Path, anew: bool) -> Folder:
     if not tops:
         raise FolderError(f"{root}: has no class folders; put the images of each class into a folder of its own.")
     if len(tops) > 1 and (named := layout.splits_named(tops)):
-        return _of_splits(root, named, layout.check_splits(root, named, tops))
+        return _of_splits(root, named, layout.places_of_splits(root, named, tops))
     layout.check_classes(root, tops, anew)
     return _of_classes(root, tops)
 
@@ -199,7 +200,7 @@ def _of_classes(root: Path, tops: list[str]) -> Folder:
     collector = _Collector(root)
     empty = [name for label, name in enumerate(tops) if not collector.add_class(name, label, 0)]
     if len(empty) == len(tops) - 1:
-        layout.check_wrapper(root, *(top for top in tops if top not in empty))
+        layout.refuse_wrapper(root, *(top for top in tops if top not in empty))
     if empty:
         raise _no_images(root / empty[0])
     collector.note_strays(".")

@@ -1,6 +1,8 @@
 """How a folder of images is laid out: which of its folders are classes and which are splits.
 
 What can be read in one way only is read so. Everything else is an error that shows the readings and what to type for each.
+`folder.scan` asks in this order: lists, splits, class folders. Called `tops` are the folders below the root, as `subfolders`
+names them.
 """
 
 import os
@@ -117,7 +119,7 @@ def splits_named(names: Iterable[str]) -> dict[str, str]:
     return dict(sorted(named.items(), key=lambda item: order.index(item[1])))
 
 
-def check_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict[str, str]:
+def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict[str, str]:
     """Of the folders named as splits those that have class folders, training first, and below which folder these stand.
 
     Raises FolderError where others with images stand beside them, or not both train and another have the same classes. A
@@ -177,7 +179,7 @@ def _names_no_class(name: str) -> bool:
 def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:
     """Raise FolderError where class folders hold classes, or splits. anew  the latter do not count."""
     if len(tops) == 1:
-        check_wrapper(root, tops[0])
+        refuse_wrapper(root, tops[0])
         return
     inner = {top: _inner(root, top) for top in tops}
     inside = {top: subfolders(root / inner[top]) for top in tops}
@@ -185,8 +187,8 @@ def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:
     if nested and not anew:
         full = [top for top in tops if _holds_images(root / top)]
         if len(full) == 1:
-            check_wrapper(root, full[0])
-        raise _nested(root, [(inner[top], split) for top, split in nested])
+            refuse_wrapper(root, full[0])
+        raise _nested(root, tops, [(inner[top], split) for top, split in nested])
     for top in tops:
         beside = set(inside[top])
         rest = [other for other in tops if other != top]
@@ -214,7 +216,7 @@ def _has_own(folder: Path) -> bool:
     return any(name.lower().endswith(EXTENSIONS) for name in os.listdir(folder))  # noqa: PTH208  (names suffice)
 
 
-def check_wrapper(root: Path, top: str) -> None:
+def refuse_wrapper(root: Path, top: str) -> None:
     """Raise FolderError where the only folder with images holds folders itself: it is hardly the only class."""
     deepest = path = root / top
     for _ in range(_DEEPEST):
@@ -294,7 +296,7 @@ def _twice(root: Path, named: dict[str, str]) -> FolderError:
     return _unclear(root, what, [*readings, _as_classes(root, list(named))])
 
 
-def _nested(root: Path, nested: Sequence[tuple[str, str]]) -> FolderError:
+def _nested(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, str]]) -> FolderError:
     """nested  (folder, split in it)."""
     readings: list[tuple[str, str]] = []
     for top in dict.fromkeys(top for top, _ in nested):
@@ -311,7 +313,11 @@ def _nested(root: Path, nested: Sequence[tuple[str, str]]) -> FolderError:
             f"fastflower pack {turned}"
         )
         readings.append(("each class has splits of its own", turn))
-    readings.append(("a split is to be drawn of all images", f"fastflower pack {_quoted(root)} --split-by class"))
+    try:
+        check_classes(root, tops, anew=True)
+        readings.append(("a split is to be drawn of all images", f"fastflower pack {_quoted(root)} --split-by class"))
+    except FolderError:  # which refuses them as classes
+        readings.append(_as_classes(root, tops))
     (top, split), *_ = nested
     return _unclear(root, f"{top}/{split} is named as a split, below the class {top.partition('/')[0]!r}", readings)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from packs import repeats
+from packs import repeats, touch
 from torchvision.datasets import ImageFolder
 
 from fastflower.errors import FolderError
@@ -26,13 +26,6 @@ UNNAMED = "is not named as an image"
 READ_ALREADY = "is a link to a folder that was read already"
 STRAY = "lies in no class folder"
 NO_FILE = "is a pipe, socket or device"
-
-
-def touch(root: Path, *names: str) -> Path:  # files of one byte: neither side opens an image to find it
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"x")
-    return root
 
 
 def paths(found: Folder) -> list[str]:

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from packs import exactly
+from packs import exactly, touch
 
 from fastflower.errors import FolderError
 from fastflower.packing.folder import Folder, scan
@@ -13,13 +13,6 @@ from fastflower.packing.layout import splits_named
 
 TRAIN = ["train/a/1.jpg", "train/b/1.jpg"]
 VAL = ["val/a/2.jpg", "val/b/2.jpg"]
-
-
-def touch(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).mkdir() if name.endswith("/") else (root / name).write_bytes(b"x")
-    return root
 
 
 def images(found: Folder) -> list[str]:
@@ -169,6 +162,10 @@ UNCLEAR = {
     "test beside classes": (
         ["a/1.jpg", "b b/1.jpg", "test/1.jpg"],
         [(("a", "b b"), (), 2), (("a", "b b", "test"), ("train",), 3)],
+    ),
+    "splits in a folder for any images, beside another": (
+        [*(f"images/{name}" for name in (*TRAIN, *VAL)), "parts/1.jpg"],
+        [(("a", "b"), ("train", "val"), 4), (("images", "parts"), ("train",), 5)],
     ),
     "valid and invalid": (["valid/1.jpg", "invalid/1.jpg"], [(("invalid", "valid"), ("train",), 2)]),
     "a class named train": (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kill_packer import checksums
-from packs import drawn, exactly
+from packs import drawn, exactly, touch
 
 from fastflower import pack
 from fastflower.errors import ArgumentError, FolderError
@@ -25,13 +25,6 @@ from fastflower.shards import verification
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     return drawn(tmp_path / "small", a=7, b=10, c=13)
-
-
-def touch(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return root
 
 
 def test_splits_may_have_longer_names_and_capitals(tmp_path: Path) -> None:
