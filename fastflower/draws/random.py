@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: SplitMix64's increment
-_MASK = (1 << 64) - 1
 ATTEMPTS = 10  # as many as torchvision's RandomResizedCrop and RandomErasing make before they give up
 
 
@@ -31,8 +30,7 @@ def stream_key(*words: int) -> int:
     """One 64-bit key from integers such as (seed, epoch): every word changes every bit."""
     key = 0
     for word in words:
-        state = np.array([(key + GOLDEN_GAMMA + (word & _MASK)) & _MASK], np.uint64)
-        key = int(mix64(state)[0])
+        key = int(mix64(np.array([(key + GOLDEN_GAMMA + word) % 2**64], np.uint64))[0])
     return key
 
 
@@ -106,14 +104,14 @@ class Dice:
 
     def first_fit(
         self, sides_NA2: Floats, fits_NA2: NDArray[np.bool_], sizes_N2: NDArray[np.int64], slot: int
-    ) -> tuple[NDArray[np.bool_], Floats, Floats]:
-        """Whether an attempt fits, (N,), the first that does, (N, 2), and a corner (top, left) for it, (N, 2)."""
+    ) -> tuple[NDArray[np.bool_], Floats]:
+        """Whether an attempt fits, (N,), and the first that does, put anywhere: (N, 4) top, left, height, width."""
         fits_NA: NDArray[np.bool_] = np.logical_and(fits_NA2[..., 0], fits_NA2[..., 1])
         rows = np.arange(len(fits_NA))
         first = np.argmax(fits_NA, axis=1)
         chosen = sides_NA2[rows, first]
         corner = np.floor(self.uniform(slot + 2 * ATTEMPTS, 2) * (sizes_N2 - chosen + 1))
-        return fits_NA[rows, first], chosen, corner
+        return fits_NA[rows, first], np.concatenate([corner, chosen], axis=1)
 
     def factor(self, strength: float, slot: int) -> Floats:
         """A factor that is drawn around 1 by `strength`, and not below 0: (N,)."""
