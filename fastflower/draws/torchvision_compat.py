@@ -86,8 +86,8 @@ class _Step:
     def symmetric(self, what: str, low: float, high: float, about: float = 0.0) -> float:
         """How far a range reaches either way from `about`."""
         wanted = f"({about:g} - x, {about:g} + x)" if about else "(-x, x)"
-        even = abs(low + high - 2 * about) < 1e-9
-        self.require(even, f"with {what} ({low}, {high}) is not symmetric; draw from {wanted}")
+        rule = f"with {what} ({low}, {high}) is not symmetric; draw from {wanted}"
+        self.require(abs(low + high - 2 * about) < 1e-9, rule)
         return round(float(high - about), 12)  # 1.2 - 1 is not quite 0.2
 
 
@@ -136,18 +136,27 @@ class _Reading:
 
     def colour_last(self, step: _Step) -> None:
         if "ColorJitter" in self.seen:
-            self.notes.append(
-                f"colour is drawn as written but applied after all geometry ({step.name} follows ColorJitter)"
-            )
+            order = f"({step.name} follows ColorJitter)"
+            self.notes.append(f"colour is drawn as written but applied after all geometry {order}")
         self.must_precede(step, "RandomErasing", "erase last")
 
     def bilinear(self, step: _Step) -> None:
-        antialiased = step.get("antialias") is not False
-        step.require(antialiased, "with antialias=False cannot be expressed; leave antialias out")
-        interpolation = step.get("interpolation")
-        mode = getattr(interpolation, "value", interpolation)
+        rule = "with antialias=False cannot be expressed; leave antialias out"
+        step.require(step.get("antialias") is not False, rule)
+        mode = getattr(step.get("interpolation"), "value", step.get("interpolation"))
         if mode not in ("bilinear", 2):
             self.notes.append(f"{step.name} interpolates bilinearly, not {mode}")
+
+    def moves(self, step: _Step) -> None:
+        """What rotations and affines have in common."""
+        self.must_precede(step, "Normalize", "normalise behind it")
+        self.colour_last(step)
+        self.bilinear(step)
+        step.require(step.get("center") is None, "about another centre cannot be expressed; leave center out")
+        fill = (
+            f"fill={step.get('fill')!r} cannot be expressed; Augment fills black, or with the photograph (fill='photo')"
+        )
+        step.require(not any(step.numbers("fill")), f"with {fill}")
 
 
 def _convert(reading: _Reading, step: _Step) -> None:
@@ -182,9 +191,8 @@ def _resized_crop(reading: _Reading, step: _Step) -> None:
     reading.view_first(step)
     reading.bilinear(step)
     if reading.fields.pop("resize", None):
-        reading.notes.append(
-            f"Resize before {step.name} is left out: the crop takes the same share of the photograph itself"
-        )
+        share = "the crop takes the same share of the photograph itself"
+        reading.notes.append(f"Resize before {step.name} is left out: {share}")
     reading.fields |= {"size": step.size(), "crop": step.numbers("scale"), "crop_ratio": step.numbers("ratio")}
 
 
@@ -193,27 +201,15 @@ def _flip(reading: _Reading, step: _Step) -> None:
     reading.fields["flip" if step.name == "RandomHorizontalFlip" else "flip_vertical"] = step.number("p")
 
 
-def _about_centre(step: _Step) -> None:
-    step.require(step.get("center") is None, "about another centre cannot be expressed; leave center out")
-    rule = f"with fill={step.get('fill')!r} cannot be expressed; Augment fills black, or with the photograph (fill='photo')"
-    step.require(not any(step.numbers("fill")), rule)
-
-
 def _rotation(reading: _Reading, step: _Step) -> None:
     reading.must_precede(step, "RandomAffine", "rotate first")
-    reading.must_precede(step, "Normalize", "normalise behind it")
-    reading.colour_last(step)
-    reading.bilinear(step)
-    _about_centre(step)
+    reading.moves(step)
     step.require(not step.get("expand"), "with expand=True changes the size; leave expand out")
     reading.fields["rotate"] = step.symmetric("degrees", *step.numbers("degrees"))
 
 
 def _affine(reading: _Reading, step: _Step) -> None:
-    reading.must_precede(step, "Normalize", "normalise behind it")
-    reading.colour_last(step)
-    reading.bilinear(step)
-    _about_centre(step)
+    reading.moves(step)
     shear = (*step.numbers("shear", (0, 0)), 0, 0)
     reading.fields |= {
         "affine_rotate": step.symmetric("degrees", *step.numbers("degrees")),
