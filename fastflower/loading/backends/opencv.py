@@ -33,6 +33,7 @@ class _Job:
     contrast: float
     saturation: float
     hue: int
+    """256ths of the wheel."""
 
 
 class OpencvRenderer:
@@ -44,8 +45,7 @@ class OpencvRenderer:
         multiply, add = color.normalize_factors(augment.mean, augment.std)
         levels = np.arange(256, dtype=np.float32)[:, None]
         self._table = as_numpy(torch.as_tensor(levels * multiply + add).to(dtype))[:, None, :]
-        _height, width = self._size
-        self._multiply, self._add = (np.tile(factor, width) for factor in (multiply, add))
+        self._multiply, self._add = (np.tile(factor, self._size[1]) for factor in (multiply, add))
 
     def jobs(self, request: Request) -> list[_Job]:
         """The draws of a batch, a value for each row."""
@@ -84,8 +84,17 @@ class OpencvRenderer:
         if job.saturation != 1:
             image = cv2.transform(image, color.saturation_matrix(job.saturation))
         if job.hue:
-            image = _turned(image, job.hue)
-        self._written(image, out)
+            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+            hsv[..., 0] += np.uint8(job.hue)  # wraps, as the wheel does
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+        if self._dtype == torch.uint8:
+            out[...] = image
+        elif self._dtype == torch.float32:  # a product and a sum take half the time of a look-up
+            flat = out.reshape(out.shape[0], -1)
+            np.multiply(image.reshape(flat.shape), self._multiply, out=flat)
+            np.add(flat, self._add, out=flat)
+        else:
+            cv2.LUT(image, self._table, out)
 
     def _warped(self, source: MatLike, job: _Job) -> MatLike:
         source = shrunken(source, job.shrink)
@@ -97,17 +106,6 @@ class OpencvRenderer:
         if job.outside is not None:
             cv2.fillPoly(image, list(job.outside), (0, 0, 0), cv2.LINE_AA, _SUBPIXEL)
         return image
-
-    def _written(self, image: MatLike, out: Stored) -> None:
-        """Normalise into the batch, in its dtype."""
-        if self._dtype == torch.uint8:
-            out[...] = image
-        elif self._dtype == torch.float32:  # a product and a sum take half the time of a look-up
-            flat = out.reshape(out.shape[0], -1)
-            np.multiply(image.reshape(flat.shape), self._multiply, out=flat)
-            np.add(flat, self._add, out=flat)
-        else:
-            cv2.LUT(image, self._table, out)
 
 
 def shrunken(source: MatLike, shrink: tuple[int, int]) -> MatLike:
@@ -126,14 +124,6 @@ def _toned(image: MatLike, brightness: float, contrast: float) -> MatLike:
     levels = color.brightness_table(brightness)
     if brightness > 1:  # clips: the mean must be taken afterwards
         image = cv2.LUT(image, color.quantized(levels))
-        levels = color.brightness_table(1)
-        brightness = 1
+        levels, brightness = color.brightness_table(1), 1
     mean = brightness * float(color.LUMA @ cv2.mean(image)[:3])
     return cv2.LUT(image, color.quantized(color.contrast_table(levels, contrast, mean)))
-
-
-def _turned(image: MatLike, steps: int) -> MatLike:
-    """Turn the hue by steps / 256 of the wheel."""
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(steps)  # wraps, as the wheel does
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
