@@ -133,10 +133,7 @@ class Augment:
 
     @classmethod
     def from_torchvision(cls, transform: object) -> Self:
-        """The Augment that draws what a torchvision v1 or v2 transform draws; see `torchvision_compat.fields_of`.
-
-        Raises ArgumentError, naming the transform, for what cannot be expressed.
-        """
+        """The Augment that draws what a torchvision v1 or v2 transform draws. Raises ArgumentError as `fields_of` does."""
         from fastflower.draws.torchvision_compat import fields_of
 
         return cls(**fields_of(transform))
@@ -202,13 +199,9 @@ class Augment:
 
     def _centre(self, sizes_N2: NDArray[np.int64]) -> Floats:
         """torchvision's Resize, then CenterCrop, with their roundings, as a rectangle of the source."""
-        wanted = self.resized
-        if isinstance(wanted, tuple):
-            resized = np.broadcast_to(np.array(wanted), sizes_N2.shape)
-        else:
-            shorter = sizes_N2.min(axis=1, keepdims=True)
-            resized = np.where(sizes_N2 == shorter, wanted, wanted * sizes_N2 // shorter)
-        size = np.array(self.output_size)
+        size, resized = np.array(self.output_size), np.array(self.resized)
+        if resized.ndim == 0:  # one number, of the shorter side
+            resized = resized * sizes_N2 // sizes_N2.min(axis=1, keepdims=True)
         factor = sizes_N2 / resized
         # torchvision rounds half to even what it cuts off, and pads one pixel less at the top and left than below and right.
         start = np.where(resized < size, -((size - resized) // 2), np.rint((resized - size) / 2))

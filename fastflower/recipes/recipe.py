@@ -120,8 +120,7 @@ class Recipe:
         epochs_seen = min(epoch, self.epochs - 1) % self.epochs_per_training + 1  # with this one
         # Rounded up, so that the last epoch has the last size.
         stage = -(-epochs_seen * len(self.sizes) // self.epochs_per_training)
-        side = self.sizes[stage - 1]
-        factor = side / self.augment.output_size[0]
+        factor = self.sizes[stage - 1] / self.augment.output_size[0]
         resize = self.augment.resize and _scaled(self.augment.resize, factor)
         return replace(self.augment, size=_scaled(self.augment.size, factor), resize=resize)
 

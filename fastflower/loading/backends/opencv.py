@@ -28,7 +28,8 @@ class _Job:
     shrink: tuple[int, int]
     blur: NDArray[np.float64] | None
     matrix: NDArray[np.float64]
-    outside: NDArray[np.int32] | None
+    shown: NDArray[np.float64] | None
+    """Corners, (4, 2), outside which it is black."""
     brightness: float
     contrast: float
     saturation: float
@@ -45,22 +46,19 @@ class OpencvRenderer:
         multiply, add = color.normalize_factors(augment.mean, augment.std)
         levels = np.arange(256, dtype=np.float32)[:, None]
         self._table = as_numpy(torch.as_tensor(levels * multiply + add).to(dtype))[:, None, :]
-        self._multiply, self._add = (np.tile(factor, self._size[1]) for factor in (multiply, add))
+        height, width = self._size
+        self._frame = geometry.corners(np.array([-2.0, -2.0, height + 4, width + 4]))
+        self._multiply, self._add = (np.tile(factor, width) for factor in (multiply, add))
 
     def jobs(self, request: Request) -> list[_Job]:
         """The draws of a batch, a value for each row."""
         draw, warp = request.draw, request.warp
         resampling = geometry.resampling(warp)
         kernels = geometry.blur_kernels(resampling.blur)
-        frame = geometry.corners(np.array([-2.0, -2.0, self._size[0] + 4, self._size[1] + 4]))
         quad = geometry.grow(warp.quad, _BOUNDARY)
         hue = np.rint(draw.hue * 256).astype(int) % 256
         jobs = list[_Job]()
         for row, (top, left, height, width) in enumerate(resampling.region.tolist()):
-            outside = None
-            if warp.masked[row]:
-                polygons = np.stack([frame, quad[row]]) - 0.5
-                outside = np.rint(polygons * 2**_SUBPIXEL).astype(np.int32)
             down, across = resampling.shrink[row].tolist()
             jobs.append(
                 _Job(
@@ -69,7 +67,7 @@ class OpencvRenderer:
                     shrink=(down, across),
                     blur=kernels[row] if resampling.blur[row].any() else None,
                     matrix=resampling.matrix[row],
-                    outside=outside,
+                    shown=quad[row] if warp.masked[row] else None,
                     brightness=float(draw.brightness[row]),
                     contrast=float(draw.contrast[row]),
                     saturation=float(draw.saturation[row]),
@@ -103,8 +101,10 @@ class OpencvRenderer:
             source = cv2.sepFilter2D(source, -1, across, down, borderType=cv2.BORDER_REPLICATE)
         height, width = self._size
         image = cv2.warpAffine(source, job.matrix, (width, height), flags=_WARP, borderMode=cv2.BORDER_REPLICATE)
-        if job.outside is not None:
-            cv2.fillPoly(image, list(job.outside), (0, 0, 0), cv2.LINE_AA, _SUBPIXEL)
+        if job.shown is not None:
+            polygons = np.stack([self._frame, job.shown]) - 0.5
+            polygons = np.rint(polygons * 2**_SUBPIXEL).astype(np.int32)
+            cv2.fillPoly(image, list(polygons), (0, 0, 0), cv2.LINE_AA, _SUBPIXEL)
         return image
 
 
