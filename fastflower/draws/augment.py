@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
 from fastflower.draws.draw import Draw, Mix
-from fastflower.draws.random import Dice, Floats, Slot, Stream, uniform
+from fastflower.draws.random import Dice, Floats, Slot, Stream
 from fastflower.errors import make_plain, require
 
 
@@ -158,7 +158,7 @@ class Augment:
         """
         indices_N = np.asarray(indices, np.int64).reshape(-1)
         sizes_N2 = np.asarray(sizes, np.int64).reshape(-1, 2)
-        dice = Dice(uniform(seed, 0 if self.fixed else epoch, indices_N))
+        dice = Dice(seed, 0 if self.fixed else epoch, indices_N)
         furthest = np.array(self.translate) * self.output_size[::-1]
         return Draw(
             size=self.output_size,

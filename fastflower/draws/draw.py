@@ -43,6 +43,9 @@ class Draw:
     erase: NDArray[np.int64]
     """(N, 4) top, left, height, width in the output; height 0 erases nothing."""
 
+    def __len__(self) -> int:
+        return len(self.roi)
+
     def matrix(self) -> Floats:
         """The whole geometry as one warp a sample, (N, 2, 3), destination to source."""
         matrix = geometry.compose(geometry.resized_crop(self.roi, self.size), geometry.flips(self.flip, self.size))

@@ -4,7 +4,6 @@ SplitMix64: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generato
 ("Mix13"). Shape suffixes: N samples, A attempts, S slots.
 """
 
-from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -17,10 +16,7 @@ ATTEMPTS = 10  # as many as torchvision's RandomResizedCrop and RandomErasing ma
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: a bijection on 64-bit integers whose every output bit depends on every input bit.
-
-    values  uint64, any shape. Returns the same shape and dtype.
-    """
+    """SplitMix64's finaliser, of any shape: a bijection whose every output bit depends on every input bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -67,23 +63,18 @@ class Slot(IntEnum):
 _SLOTS = 64
 
 
-def uniform(seed: int, epoch: int, indices_N: NDArray[np.int64]) -> Floats:
-    """Uniform numbers in [0, 1), (N, S) float64: one for each sample and slot.
+class Dice:
+    """A batch's random numbers, (N, S) uniform in [0, 1): one for each sample and slot.
 
     A sample's stream starts at a hash of (seed, epoch, index), a slot is a jump in it.
     """
-    key = np.uint64(stream_key(seed, epoch, Stream.DRAWS))
-    starts = mix64(mix64(indices_N.astype(np.uint64) * np.uint64(GOLDEN_GAMMA) + key))
-    jumps = np.arange(1, _SLOTS + 1, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA)
-    bits = mix64(starts[:, None] + jumps[None, :])
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-
-@dataclass(frozen=True, slots=True)
-class Dice:
-    """A batch's random numbers, by slot."""
-
-    numbers_NS: Floats
+    def __init__(self, seed: int, epoch: int, indices_N: NDArray[np.int64]) -> None:
+        key = np.uint64(stream_key(seed, epoch, Stream.DRAWS))
+        starts = mix64(mix64(indices_N.astype(np.uint64) * np.uint64(GOLDEN_GAMMA) + key))
+        jumps = np.arange(1, _SLOTS + 1, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA)
+        bits = mix64(starts[:, None] + jumps[None, :])
+        self.numbers_NS: Floats = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def uniform(self, slot: int, count: int = 1) -> Floats:
         """Uniform in [0, 1): (N, count), of as many slots."""

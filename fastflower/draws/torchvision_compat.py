@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from fastflower.draws.color import FACTORS
 from fastflower.errors import ArgumentError
-
-Fields = dict[str, Any]
-"""Keyword arguments for `Augment`, which checks them."""
 
 _log = logging.getLogger("fastflower")
 
@@ -30,7 +28,7 @@ _NEAREST_KIN = {
 }
 
 
-def fields_of(transform: object) -> Fields:
+def fields_of(transform: object) -> dict[str, Any]:
     """Keyword arguments for `Augment` from a torchvision transform or a Compose of them.
 
     Raises ArgumentError naming the transform that cannot be expressed, and the nearest that can where there is one.
@@ -63,9 +61,6 @@ class _Step:
     def get(self, attribute: str) -> object:
         """An attribute, or None: v1 and v2 have not all of them in common."""
         return getattr(self.transform, attribute, None)
-
-    def number(self, attribute: str) -> float:
-        return float(getattr(self.transform, attribute))
 
     def numbers(self, attribute: str, default: tuple[float, ...] = ()) -> tuple[float, ...]:
         """What may be one number, several, or nothing: then `default`."""
@@ -103,14 +98,14 @@ def _steps(transform: object) -> Iterator[_Step]:
 class _Reading:
     """What the steps so far come to."""
 
-    fields: Fields = field(default_factory=lambda: {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
+    fields: dict[str, Any] = field(default_factory=lambda: {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
     seen: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
     """What is drawn otherwise than torchvision draws it."""
     floating: bool = True
     """Whether levels are floats in 0 .. 1 by now."""
 
-    def finish(self) -> Fields:
+    def finish(self) -> dict[str, Any]:
         fields = self.fields
         if "size" not in fields:
             if "resize" in fields:
@@ -198,7 +193,7 @@ def _resized_crop(reading: _Reading, step: _Step) -> None:
 
 def _flip(reading: _Reading, step: _Step) -> None:
     reading.colour_last(step)
-    reading.fields["flip" if step.name == "RandomHorizontalFlip" else "flip_vertical"] = step.number("p")
+    reading.fields["flip" if step.name == "RandomHorizontalFlip" else "flip_vertical"] = float(step.numbers("p")[0])
 
 
 def _rotation(reading: _Reading, step: _Step) -> None:
@@ -227,7 +222,7 @@ def _jitter(reading: _Reading, step: _Step) -> None:
         clipped = low == 0 and high >= 2  # torchvision clips 1 - strength at 0
         reading.fields[what] = round(high - 1, 12) if clipped else step.symmetric(what, low, high, about=1)
     reading.fields["hue"] = step.symmetric("hue", *step.numbers("hue", (0.0, 0.0)))
-    if sum(reading.fields[what] != 0 for what in ("brightness", "contrast", "saturation", "hue")) > 1:
+    if sum(reading.fields[what] != 0 for what in FACTORS) > 1:
         reading.notes.append("ColorJitter's operations run in one order: brightness, contrast, saturation, hue")
 
 
@@ -244,7 +239,7 @@ def _erasing(reading: _Reading, step: _Step) -> None:
     late = "with a value but 0 stands before the conversion to float, where levels end at 255; erase behind it"
     step.require(reading.floating or not any(values), late)
     reading.fields |= {
-        "erase": step.number("p"),
+        "erase": float(step.numbers("p")[0]),
         "erase_area": step.numbers("scale"),
         "erase_ratio": step.numbers("ratio"),
         "erase_value": values * 3 if len(values) == 1 else values,

@@ -42,7 +42,6 @@ HW_DECODER_LOAD = 0.0
 _AHEAD = 2  # batches in the pipeline
 # DALI has no bfloat16: rounding float16 moves 6 bytes a value, rounding float32 10.
 _DTYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16, torch.bfloat16: types.FLOAT16}
-_FACTORS = ("brightness", "contrast", "saturation", "hue")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,7 +123,7 @@ class DaliBackend(Backend[_Reading, None]):
         if augment.erase:
             inputs["erase_anchor"] = draw.erase[:, :2].astype(np.float32)
             inputs["erase_shape"] = draw.erase[:, 2:].astype(np.float32)
-        for name in _FACTORS:
+        for name in color.FACTORS:
             if getattr(augment, name):
                 inputs[name] = getattr(draw, name).astype(np.float32).reshape(-1, 1, 1, 1)
         pipe.feed_input("samples", files)
@@ -209,7 +208,7 @@ def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> N
         whole = fn.constant(fdata=1.0, shape=[*augment.output_size, 1], layout="HWC", device=where)
         mask = _given("mask_matrix", types.FLOAT, 2)
         images = images * fn.warp_affine(whole, mask, size=augment.output_size, fill_value=0.0)
-    factors = {name: _given(name, types.FLOAT, 3) for name in _FACTORS if getattr(augment, name)}
+    factors = {name: _given(name, types.FLOAT, 3) for name in color.FACTORS if getattr(augment, name)}
     images = _colour(images, augment, {name: node.gpu() if gpu else node for name, node in factors.items()})
     raw = dtype == torch.uint8
     mean, std = 255 * np.array(augment.mean), 255 * np.array(augment.std)
