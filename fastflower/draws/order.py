@@ -96,9 +96,8 @@ def num_steps(num_samples: int, global_batch_size: int, *, drop_tail: bool) -> i
 def step_positions(
     step: int, num_samples: int, global_batch_size: int, *, rank: int = 0, world_size: int = 1, pad: bool = False
 ) -> NDArray[np.int64]:
-    """The positions in the epoch's order that `rank` sees in `step`, int64; fewer than a batch only at the tail.
+    """The positions in the epoch's order that `rank` sees in `step`, int64: an equal part of it, but for one at the tail.
 
-    Those of all ranks are disjoint and cover the step; their numbers differ by at most one.
     pad  fill the tail with the first positions of the epoch, again and again where those are too few.
     """
     if not 0 <= rank < world_size:
