@@ -172,8 +172,7 @@ def _doctor(prog: str, args: Sequence[str]) -> None:
 def _preview(prog: str, args: Sequence[str]) -> None:
     from fastflower.reporting.preview import preview
 
-    values = _parse_recipe(prog, args, preview, out=Path)
-    print(f"wrote {preview(**values)}")
+    print(f"wrote {preview(**_parse_recipe(prog, args, preview, out=Path))}")
 
 
 def _train(prog: str, args: Sequence[str]) -> None:

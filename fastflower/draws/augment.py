@@ -13,11 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
 from fastflower.draws.draw import Draw, Mix
-from fastflower.draws.geometry import Floats
-from fastflower.draws.random import Dice, Slot, Stream, uniform
+from fastflower.draws.random import Dice, Floats, Slot, Stream
 from fastflower.errors import make_plain, require
-
-_WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,9 +122,8 @@ class Augment:
     @property
     def uncovers(self) -> bool:
         """Whether an output may show what lies outside the crop, or outside the photograph."""
-        enough = all(side >= out for side, out in zip(_pair(self.resized), self.output_size, strict=True))
-        fits = self.crop is not None or enough
-        return self.moves or not fits
+        small = any(side < out for side, out in zip(_pair(self.resized), self.output_size, strict=True))
+        return self.moves or (self.crop is None and small)
 
     @property
     def erase_levels(self) -> tuple[float, ...]:
@@ -137,10 +133,7 @@ class Augment:
 
     @classmethod
     def from_torchvision(cls, transform: object) -> Self:
-        """The Augment that draws what a torchvision v1 or v2 transform draws; see `torchvision_compat.fields_of`.
-
-        Raises ArgumentError, naming the transform, for what cannot be expressed.
-        """
+        """The Augment that draws what a torchvision v1 or v2 transform draws. Raises ArgumentError as `fields_of` does."""
         from fastflower.draws.torchvision_compat import fields_of
 
         return cls(**fields_of(transform))
@@ -165,21 +158,17 @@ class Augment:
         """
         indices_N = np.asarray(indices, np.int64).reshape(-1)
         sizes_N2 = np.asarray(sizes, np.int64).reshape(-1, 2)
-        dice = Dice(uniform(seed, 0 if self.fixed else epoch, indices_N))
-        height, width = self.output_size
-        shift = np.array([self.translate[0] * width, self.translate[1] * height])
-        unit = np.stack([dice.between(-1, 1, Slot.TRANSLATE_X), dice.between(-1, 1, Slot.TRANSLATE_Y)], -1)
-        slant = np.stack([dice.between(-1, 1, Slot.SHEAR_X), dice.between(-1, 1, Slot.SHEAR_Y)], -1)
-        chances = np.array([self.flip, self.flip_vertical])
+        dice = Dice(seed, 0 if self.fixed else epoch, indices_N)
+        furthest = np.array(self.translate) * self.output_size[::-1]
         return Draw(
             size=self.output_size,
             roi=self._centre(sizes_N2) if self.crop is None else self._random_crop(dice, sizes_N2, self.crop),
-            flip=dice.uniform(Slot.FLIP, 2) < chances,
+            flip=dice.uniform(Slot.FLIP, 2) < (self.flip, self.flip_vertical),
             rotate=dice.between(-self.rotate, self.rotate, Slot.ROTATE),
             affine_rotate=dice.between(-self.affine_rotate, self.affine_rotate, Slot.AFFINE_ROTATE),
-            translate=np.rint(unit * shift),
+            translate=np.rint(dice.between(-1, 1, Slot.TRANSLATE_X, 2) * furthest),
             scale=dice.between(*self.scale, Slot.SCALE),
-            shear=slant * np.array(self.shear),
+            shear=dice.between(-1, 1, Slot.SHEAR_X, 2) * self.shear,
             brightness=dice.factor(self.brightness, Slot.BRIGHTNESS),
             contrast=dice.factor(self.contrast, Slot.CONTRAST),
             saturation=dice.factor(self.saturation, Slot.SATURATION),
@@ -193,66 +182,51 @@ class Augment:
         mixup: Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018. cutmix: Yun et al., "CutMix", 2019, section 3.1.
         """
         first = np.asarray(indices, np.int64)[::2]
-        height, width = self.output_size
+        size = np.array(self.output_size)
         share, box, cut = np.ones(len(first)), np.zeros((len(first), 4), np.int64), np.zeros(len(first), bool)
         for pair, index in enumerate(first.tolist()):
-            dice = np.random.default_rng([seed & _WORD, 0 if self.fixed else epoch, index, Stream.MIXES])
+            dice = np.random.default_rng([seed % 2**64, 0 if self.fixed else epoch, index, Stream.MIXES])
             cut[pair] = dice.random() * (bool(self.mixup) + bool(self.cutmix)) >= bool(self.mixup)
             alpha = self.cutmix if cut[pair] else self.mixup
             share[pair] = dice.beta(alpha, alpha)
             if cut[pair]:
-                half = np.sqrt(1 - share[pair]) / 2
-                centre = np.floor(dice.random(2) * (height, width))
-                reach = np.floor(half * np.array([height, width]))
-                corner = np.clip(centre - reach, 0, (height, width)).astype(int)
-                end = np.clip(centre + reach, 0, (height, width)).astype(int)
+                centre = np.floor(dice.random(2) * size)
+                reach = np.floor(np.sqrt(1 - share[pair]) / 2 * size)
+                corner, end = np.clip([centre - reach, centre + reach], 0, size).astype(int)
                 box[pair] = *corner, *(end - corner)
-                share[pair] = 1 - (end - corner).prod() / (height * width)
+                share[pair] = 1 - (end - corner).prod() / size.prod()
         return Mix(share, box, cut)
 
     def _centre(self, sizes_N2: NDArray[np.int64]) -> Floats:
         """torchvision's Resize, then CenterCrop, with their roundings, as a rectangle of the source."""
-        wanted = self.resized
-        if isinstance(wanted, tuple):
-            resized = np.broadcast_to(np.array(wanted), sizes_N2.shape)
-        else:
-            shorter = sizes_N2.min(axis=1, keepdims=True)
-            resized = np.where(sizes_N2 == shorter, wanted, wanted * sizes_N2 // shorter)
-        size = np.array(self.output_size)
+        size, resized = np.array(self.output_size), np.array(self.resized)
+        if resized.ndim == 0:  # one number, of the shorter side
+            resized = resized * sizes_N2 // sizes_N2.min(axis=1, keepdims=True)
         factor = sizes_N2 / resized
         # torchvision rounds half to even what it cuts off, and pads one pixel less at the top and left than below and right.
         start = np.where(resized < size, -((size - resized) // 2), np.rint((resized - size) / 2))
         return np.concatenate([start * factor, size * factor], axis=1)
 
     def _random_crop(self, dice: Dice, sizes_N2: NDArray[np.int64], crop: tuple[float, float]) -> Floats:
-        """torchvision's RandomResizedCrop.get_params: the first of ten attempts that fits, else the centre."""
+        """torchvision's RandomResizedCrop.get_params: the first of ten attempts that fits, else the widest central crop."""
         sides_NA2 = dice.sides(crop, sizes_N2.prod(axis=1), self.crop_ratio, Slot.CROP)
         fits_NA2 = (sides_NA2 > 0) & (sides_NA2 <= sizes_N2[:, None, :])
-        fits_N, crop_size_N2, corner_N2 = dice.first_fit(sides_NA2, fits_NA2, sizes_N2, Slot.CROP)
-        crop_N4 = np.concatenate([corner_N2, crop_size_N2], axis=1)
-        return np.where(fits_N[:, None], crop_N4, self._widest_crop(sizes_N2))
-
-    def _widest_crop(self, sizes_N2: NDArray[np.int64]) -> Floats:
-        """torchvision's fallback: the largest central crop whose ratio is allowed."""
-        height, width = sizes_N2[:, 0], sizes_N2[:, 1]
-        least, most = self.crop_ratio
-        crop_height = np.where(width / height < least, np.rint(width / least), height)
-        crop_width = np.where(width / height > most, np.rint(height * most), width)
-        top, left = (height - crop_height) // 2, (width - crop_width) // 2
-        return np.stack([top, left, crop_height, crop_width], axis=1).astype(np.float64)
+        fits_N, crop_N4 = dice.first_fit(sides_NA2, fits_NA2, sizes_N2, Slot.CROP)
+        (height, width), (least, most) = sizes_N2.T, self.crop_ratio
+        widest_N2 = np.minimum(sizes_N2, np.rint(np.stack([width / least, height * most], axis=1)))
+        widest_N4 = np.concatenate([(sizes_N2 - widest_N2) // 2, widest_N2], axis=1)
+        return np.where(fits_N[:, None], crop_N4, widest_N4)
 
     def _erased(self, dice: Dice) -> NDArray[np.int64]:
         """torchvision's RandomErasing.get_params: the first of ten attempts that is smaller than the image, else nothing."""
         if not self.erase:
             return np.zeros((len(dice.numbers_NS), 4), np.int64)
-        size_N2 = np.broadcast_to(np.array(self.output_size, np.int64), (len(dice.numbers_NS), 2))
+        size_12 = np.array([self.output_size], np.int64)
         # erase_ratio is height to width, crop_ratio width to height.
-        sides_NA2 = dice.sides(self.erase_area, size_N2.prod(axis=1), self.erase_ratio, Slot.ERASE_BOX)[..., ::-1]
-        fits_N, box_size_N2, corner_N2 = dice.first_fit(
-            sides_NA2, sides_NA2 < size_N2[:, None, :], size_N2, Slot.ERASE_BOX
-        )
-        erased_N = fits_N & (dice.uniform(Slot.ERASE)[:, 0] < self.erase)
-        return np.where(erased_N[:, None], np.concatenate([corner_N2, box_size_N2], axis=1), 0).astype(np.int64)
+        sides_NA2 = dice.sides(self.erase_area, size_12.prod(axis=1), self.erase_ratio, Slot.ERASE_BOX)[..., ::-1]
+        fits_N, box_N4 = dice.first_fit(sides_NA2, sides_NA2 < size_12, size_12, Slot.ERASE_BOX)
+        erased_N = fits_N & (dice.between(0, 1, Slot.ERASE) < self.erase)
+        return np.where(erased_N[:, None], box_N4, 0).astype(np.int64)
 
 
 def _are_numbers(value: object, count: int, kind: type[int] | type[float] = float) -> bool:

@@ -1,6 +1,6 @@
 """What was drawn, as plain numbers: `Draw` of samples, `Mix` of pairs of them. Shape suffix: N samples."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -70,8 +70,8 @@ class Draw:
 
     def take(self, rows: slice) -> "Draw":
         """The draws of some of the samples."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Draw(**{name: value if name == "size" else value[rows] for name, value in values.items()})
+        arrays = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "size"}
+        return replace(self, **arrays)
 
 
 class Mix(NamedTuple):

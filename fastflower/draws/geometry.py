@@ -48,12 +48,10 @@ def resized_crop(roi_N4: Floats, size: tuple[int, int]) -> Floats:
 
 def flips(flip_N2: NDArray[np.bool_], size: tuple[int, int]) -> Floats:
     """Mirror left-right where flip[:, 0], upside down where flip[:, 1]."""
-    sign = np.where(flip_N2, -1.0, 1.0)
-    matrix = np.zeros((*flip_N2.shape[:-1], 2, 3))
-    matrix[..., 0, 0], matrix[..., 1, 1] = sign[..., 0], sign[..., 1]
-    matrix[..., 0, 2] = np.where(flip_N2[..., 0], size[1], 0.0)
-    matrix[..., 1, 2] = np.where(flip_N2[..., 1], size[0], 0.0)
-    return matrix
+    across, down = np.moveaxis(flip_N2.astype(np.float64), -1, 0)
+    zero = np.zeros_like(across)
+    rows = [[1 - 2 * across, zero, size[1] * across], [zero, 1 - 2 * down, size[0] * down]]
+    return np.moveaxis(np.array(rows), -1, 0)
 
 
 def affine(angle_N: Floats, translate_N2: Floats, scale_N: Floats, shear_N2: Floats, size: tuple[int, int]) -> Floats:
@@ -85,20 +83,14 @@ def corners(rectangle_N4: Floats) -> Floats:
     return np.stack([np.stack(point, axis=-1) for point in points], axis=-2)
 
 
-def ends(rectangle_N4: Floats) -> tuple[Floats, Floats]:
-    """Where rectangles (top, left, height, width) start, (top, left), and where they stop, (bottom, right); each (N, 2)."""
-    start_N2 = rectangle_N4[..., :2]
-    return start_N2, start_N2 + rectangle_N4[..., 2:]
-
-
 def intersect(one_N4: Floats, other_N4: Floats) -> Floats:
     """The part of `one` that `other` shares, (top, left, height, width).
 
     At least a pixel of `one` high and wide, or all of it where it is smaller, even where they do not meet.
     """
-    (one_start, one_stop), (other_start, other_stop) = ends(one_N4), ends(other_N4)
+    one_stop, other_stop = one_N4[..., :2] + one_N4[..., 2:], other_N4[..., :2] + other_N4[..., 2:]
     least = np.minimum(one_N4[..., 2:], 1)
-    start = np.minimum(np.maximum(one_start, other_start), one_stop - least)
+    start = np.minimum(np.maximum(one_N4[..., :2], other_N4[..., :2]), one_stop - least)
     stop = np.minimum(one_stop, other_stop)
     return np.concatenate([start, np.maximum(stop - start, least)], axis=-1)
 
@@ -167,9 +159,9 @@ def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness
 
     # A destination pixel is the footprint's root wide: the filter reads as much further, interpolation as much again.
     read_N2 = reach_N2 + (2 + 2 * np.sqrt(footprint_N2))
-    read_N4 = np.concatenate([middle_N2 - read_N2, 2 * read_N2], axis=1)
-    start_N2, stop_N2 = ends(intersect(visible_N4, read_N4))
-    first_N2, end_N2 = np.floor(start_N2 + 1e-6), np.ceil(stop_N2 - 1e-6)  # whole pixels, again but for rounding
+    read_N4 = intersect(visible_N4, np.concatenate([middle_N2 - read_N2, 2 * read_N2], axis=1))
+    first_N2 = np.floor(read_N4[:, :2] + 1e-6)  # whole pixels, again but for rounding
+    end_N2 = np.ceil(read_N4[:, :2] + read_N4[:, 2:] - 1e-6)
     to_region_N23 = matrix_N23.copy()
     to_region_N23[:, :, 2] -= first_N2[:, ::-1]
     return Warp(

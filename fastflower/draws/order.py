@@ -12,7 +12,6 @@ time) or pads it with the epoch's first samples, evaluation keeps it and gives t
 """
 
 from math import isqrt
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -89,16 +88,6 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]
     return permute(np.arange(num_samples), num_samples, seed=seed, epoch=epoch)
 
 
-def rank_slice(count: int, rank: int, world_size: int) -> slice:
-    """The slice of `count` consecutive things that belongs to `rank`; the slices of all ranks are disjoint and cover them.
-
-    Their lengths differ by at most one where `world_size` does not divide `count`.
-    """
-    if not 0 <= rank < world_size:
-        raise ArgumentError(f"rank must lie in 0 .. world_size-1 = {world_size - 1}, got {rank}.")
-    return slice(rank * count // world_size, (rank + 1) * count // world_size)
-
-
 def num_steps(num_samples: int, global_batch_size: int, *, drop_tail: bool) -> int:
     """Steps in an epoch: the same number on every rank."""
     return num_samples // global_batch_size if drop_tail else -(-num_samples // global_batch_size)
@@ -107,23 +96,16 @@ def num_steps(num_samples: int, global_batch_size: int, *, drop_tail: bool) -> i
 def step_positions(
     step: int, num_samples: int, global_batch_size: int, *, rank: int = 0, world_size: int = 1, pad: bool = False
 ) -> NDArray[np.int64]:
-    """The positions in the epoch's order that `rank` sees in `step`, int64; fewer than a batch only at the tail.
+    """The positions in the epoch's order that `rank` sees in `step`, int64: an equal part of it, but for one at the tail.
 
     pad  fill the tail with the first positions of the epoch, again and again where those are too few.
     """
+    if not 0 <= rank < world_size:
+        raise ArgumentError(f"rank must lie in 0 .. world_size-1 = {world_size - 1}, got {rank}.")
     start = step * global_batch_size
     count = global_batch_size if pad else min(global_batch_size, num_samples - start)
-    mine = rank_slice(count, rank, world_size)
-    return np.arange(int(start + mine.start), int(start + mine.stop)) % num_samples
-
-
-class _Layout(NamedTuple):
-    """The shards of an epoch in the order in which they are read, and the positions at which each starts and ends, all (S,)."""
-
-    epoch: int
-    shards: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
+    first, end = rank * count // world_size, (rank + 1) * count // world_size
+    return np.arange(start + first, start + end) % num_samples
 
 
 class Windows:
@@ -141,11 +123,11 @@ class Windows:
         self._samples = np.asarray(shard_samples, np.int64)
         self._first_index = np.cumsum(self._samples) - self._samples  # of each shard, in the index
         self._window, self._seed, self._shuffle = window, seed, shuffle
-        self._laid_out: _Layout | None = None
+        self._laid_out: tuple[int, NDArray[np.int64]] | None = None
 
     def indices(self, positions: ArrayLike, epoch: int) -> NDArray[np.int64]:
         """The indices of the samples that stand at `positions`, both (N,) integers. Raises ArgumentError as `permute` does."""
-        _, shards, starts, ends = self._layout(epoch)
+        shards, starts, ends = self._layout(epoch)
         values = _checked(positions, int(ends[-1]))
         if not self._shuffle:
             return values
@@ -162,7 +144,7 @@ class Windows:
 
     def ahead(self, positions: ArrayLike, epoch: int) -> list[int]:
         """The shards of the windows that hold `positions`, then those of the next window: at the end the next epoch's first."""
-        _, shards, _, ends = self._layout(epoch)
+        shards, _, ends = self._layout(epoch)
         windows = np.unique(np.searchsorted(ends, np.asarray(positions, np.int64), "right") // self._window)
         ahead: list[int] = []
         for window in (*windows, windows[-1] + 1):  # one after the other, but for those of a padded tail
@@ -172,12 +154,13 @@ class Windows:
             ahead += self._shard_order(epoch + 1)[: min(missing, self._window)].tolist()
         return list(dict.fromkeys(ahead))
 
-    def _layout(self, epoch: int) -> _Layout:
-        if self._laid_out is None or self._laid_out.epoch != epoch:
+    def _layout(self, epoch: int) -> NDArray[np.int64]:
+        """(3, S): the shards as they are read in an epoch, and the positions at which each starts and ends."""
+        if self._laid_out is None or self._laid_out[0] != epoch:
             shards = self._shard_order(epoch)
             ends = np.cumsum(self._samples[shards])
-            self._laid_out = _Layout(epoch, shards, ends - self._samples[shards], ends)
-        return self._laid_out
+            self._laid_out = (epoch, np.stack([shards, ends - self._samples[shards], ends]))
+        return self._laid_out[1]
 
     def _shard_order(self, epoch: int) -> NDArray[np.int64]:
         count = len(self._samples)

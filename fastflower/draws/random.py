@@ -4,7 +4,6 @@ SplitMix64: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generato
 ("Mix13"). Shape suffixes: N samples, A attempts, S slots.
 """
 
-from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -13,15 +12,11 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: SplitMix64's increment
-_MASK = (1 << 64) - 1
 ATTEMPTS = 10  # as many as torchvision's RandomResizedCrop and RandomErasing make before they give up
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: a bijection on 64-bit integers whose every output bit depends on every input bit.
-
-    values  uint64, any shape. Returns the same shape and dtype.
-    """
+    """SplitMix64's finaliser, of any shape: a bijection whose every output bit depends on every input bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -31,8 +26,7 @@ def stream_key(*words: int) -> int:
     """One 64-bit key from integers such as (seed, epoch): every word changes every bit."""
     key = 0
     for word in words:
-        state = np.array([(key + GOLDEN_GAMMA + (word & _MASK)) & _MASK], np.uint64)
-        key = int(mix64(state)[0])
+        key = int(mix64(np.array([(key + GOLDEN_GAMMA + word) % 2**64], np.uint64))[0])
     return key
 
 
@@ -69,23 +63,18 @@ class Slot(IntEnum):
 _SLOTS = 64
 
 
-def uniform(seed: int, epoch: int, indices_N: NDArray[np.int64]) -> Floats:
-    """Uniform numbers in [0, 1), (N, S) float64: one for each sample and slot.
+class Dice:
+    """A batch's random numbers, (N, S) uniform in [0, 1): one for each sample and slot.
 
     A sample's stream starts at a hash of (seed, epoch, index), a slot is a jump in it.
     """
-    key = np.uint64(stream_key(seed, epoch, Stream.DRAWS))
-    starts = mix64(mix64(indices_N.astype(np.uint64) * np.uint64(GOLDEN_GAMMA) + key))
-    jumps = np.arange(1, _SLOTS + 1, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA)
-    bits = mix64(starts[:, None] + jumps[None, :])
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-
-@dataclass(frozen=True, slots=True)
-class Dice:
-    """A batch's random numbers, by slot."""
-
-    numbers_NS: Floats
+    def __init__(self, seed: int, epoch: int, indices_N: NDArray[np.int64]) -> None:
+        key = np.uint64(stream_key(seed, epoch, Stream.DRAWS))
+        starts = mix64(mix64(indices_N.astype(np.uint64) * np.uint64(GOLDEN_GAMMA) + key))
+        jumps = np.arange(1, _SLOTS + 1, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA)
+        bits = mix64(starts[:, None] + jumps[None, :])
+        self.numbers_NS: Floats = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def uniform(self, slot: int, count: int = 1) -> Floats:
         """Uniform in [0, 1): (N, count), of as many slots."""
@@ -106,14 +95,14 @@ class Dice:
 
     def first_fit(
         self, sides_NA2: Floats, fits_NA2: NDArray[np.bool_], sizes_N2: NDArray[np.int64], slot: int
-    ) -> tuple[NDArray[np.bool_], Floats, Floats]:
-        """Whether an attempt fits, (N,), the first that does, (N, 2), and a corner (top, left) for it, (N, 2)."""
+    ) -> tuple[NDArray[np.bool_], Floats]:
+        """Whether an attempt fits, (N,), and the first that does, put anywhere: (N, 4) top, left, height, width."""
         fits_NA: NDArray[np.bool_] = np.logical_and(fits_NA2[..., 0], fits_NA2[..., 1])
         rows = np.arange(len(fits_NA))
         first = np.argmax(fits_NA, axis=1)
         chosen = sides_NA2[rows, first]
         corner = np.floor(self.uniform(slot + 2 * ATTEMPTS, 2) * (sizes_N2 - chosen + 1))
-        return fits_NA[rows, first], chosen, corner
+        return fits_NA[rows, first], np.concatenate([corner, chosen], axis=1)
 
     def factor(self, strength: float, slot: int) -> Floats:
         """A factor that is drawn around 1 by `strength`, and not below 0: (N,)."""

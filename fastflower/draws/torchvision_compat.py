@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from fastflower.draws.color import FACTORS
 from fastflower.errors import ArgumentError
-
-Fields = dict[str, Any]
-"""Keyword arguments for `Augment`, which checks them."""
 
 _log = logging.getLogger("fastflower")
 
@@ -30,7 +28,7 @@ _NEAREST_KIN = {
 }
 
 
-def fields_of(transform: object) -> Fields:
+def fields_of(transform: object) -> dict[str, Any]:
     """Keyword arguments for `Augment` from a torchvision transform or a Compose of them.
 
     Raises ArgumentError naming the transform that cannot be expressed, and the nearest that can where there is one.
@@ -64,9 +62,6 @@ class _Step:
         """An attribute, or None: v1 and v2 have not all of them in common."""
         return getattr(self.transform, attribute, None)
 
-    def number(self, attribute: str) -> float:
-        return float(getattr(self.transform, attribute))
-
     def numbers(self, attribute: str, default: tuple[float, ...] = ()) -> tuple[float, ...]:
         """What may be one number, several, or nothing: then `default`."""
         value = self.get(attribute)
@@ -86,8 +81,8 @@ class _Step:
     def symmetric(self, what: str, low: float, high: float, about: float = 0.0) -> float:
         """How far a range reaches either way from `about`."""
         wanted = f"({about:g} - x, {about:g} + x)" if about else "(-x, x)"
-        even = abs(low + high - 2 * about) < 1e-9
-        self.require(even, f"with {what} ({low}, {high}) is not symmetric; draw from {wanted}")
+        rule = f"with {what} ({low}, {high}) is not symmetric; draw from {wanted}"
+        self.require(abs(low + high - 2 * about) < 1e-9, rule)
         return round(float(high - about), 12)  # 1.2 - 1 is not quite 0.2
 
 
@@ -103,14 +98,14 @@ def _steps(transform: object) -> Iterator[_Step]:
 class _Reading:
     """What the steps so far come to."""
 
-    fields: Fields = field(default_factory=lambda: {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
+    fields: dict[str, Any] = field(default_factory=lambda: {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
     seen: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
     """What is drawn otherwise than torchvision draws it."""
     floating: bool = True
     """Whether levels are floats in 0 .. 1 by now."""
 
-    def finish(self) -> Fields:
+    def finish(self) -> dict[str, Any]:
         fields = self.fields
         if "size" not in fields:
             if "resize" in fields:
@@ -136,18 +131,27 @@ class _Reading:
 
     def colour_last(self, step: _Step) -> None:
         if "ColorJitter" in self.seen:
-            self.notes.append(
-                f"colour is drawn as written but applied after all geometry ({step.name} follows ColorJitter)"
-            )
+            order = f"({step.name} follows ColorJitter)"
+            self.notes.append(f"colour is drawn as written but applied after all geometry {order}")
         self.must_precede(step, "RandomErasing", "erase last")
 
     def bilinear(self, step: _Step) -> None:
-        antialiased = step.get("antialias") is not False
-        step.require(antialiased, "with antialias=False cannot be expressed; leave antialias out")
-        interpolation = step.get("interpolation")
-        mode = getattr(interpolation, "value", interpolation)
+        rule = "with antialias=False cannot be expressed; leave antialias out"
+        step.require(step.get("antialias") is not False, rule)
+        mode = getattr(step.get("interpolation"), "value", step.get("interpolation"))
         if mode not in ("bilinear", 2):
             self.notes.append(f"{step.name} interpolates bilinearly, not {mode}")
+
+    def moves(self, step: _Step) -> None:
+        """What rotations and affines have in common."""
+        self.must_precede(step, "Normalize", "normalise behind it")
+        self.colour_last(step)
+        self.bilinear(step)
+        step.require(step.get("center") is None, "about another centre cannot be expressed; leave center out")
+        fill = (
+            f"fill={step.get('fill')!r} cannot be expressed; Augment fills black, or with the photograph (fill='photo')"
+        )
+        step.require(not any(step.numbers("fill")), f"with {fill}")
 
 
 def _convert(reading: _Reading, step: _Step) -> None:
@@ -182,38 +186,25 @@ def _resized_crop(reading: _Reading, step: _Step) -> None:
     reading.view_first(step)
     reading.bilinear(step)
     if reading.fields.pop("resize", None):
-        reading.notes.append(
-            f"Resize before {step.name} is left out: the crop takes the same share of the photograph itself"
-        )
+        share = "the crop takes the same share of the photograph itself"
+        reading.notes.append(f"Resize before {step.name} is left out: {share}")
     reading.fields |= {"size": step.size(), "crop": step.numbers("scale"), "crop_ratio": step.numbers("ratio")}
 
 
 def _flip(reading: _Reading, step: _Step) -> None:
     reading.colour_last(step)
-    reading.fields["flip" if step.name == "RandomHorizontalFlip" else "flip_vertical"] = step.number("p")
-
-
-def _about_centre(step: _Step) -> None:
-    step.require(step.get("center") is None, "about another centre cannot be expressed; leave center out")
-    rule = f"with fill={step.get('fill')!r} cannot be expressed; Augment fills black, or with the photograph (fill='photo')"
-    step.require(not any(step.numbers("fill")), rule)
+    reading.fields["flip" if step.name == "RandomHorizontalFlip" else "flip_vertical"] = float(step.numbers("p")[0])
 
 
 def _rotation(reading: _Reading, step: _Step) -> None:
     reading.must_precede(step, "RandomAffine", "rotate first")
-    reading.must_precede(step, "Normalize", "normalise behind it")
-    reading.colour_last(step)
-    reading.bilinear(step)
-    _about_centre(step)
+    reading.moves(step)
     step.require(not step.get("expand"), "with expand=True changes the size; leave expand out")
     reading.fields["rotate"] = step.symmetric("degrees", *step.numbers("degrees"))
 
 
 def _affine(reading: _Reading, step: _Step) -> None:
-    reading.must_precede(step, "Normalize", "normalise behind it")
-    reading.colour_last(step)
-    reading.bilinear(step)
-    _about_centre(step)
+    reading.moves(step)
     shear = (*step.numbers("shear", (0, 0)), 0, 0)
     reading.fields |= {
         "affine_rotate": step.symmetric("degrees", *step.numbers("degrees")),
@@ -231,7 +222,7 @@ def _jitter(reading: _Reading, step: _Step) -> None:
         clipped = low == 0 and high >= 2  # torchvision clips 1 - strength at 0
         reading.fields[what] = round(high - 1, 12) if clipped else step.symmetric(what, low, high, about=1)
     reading.fields["hue"] = step.symmetric("hue", *step.numbers("hue", (0.0, 0.0)))
-    if sum(reading.fields[what] != 0 for what in ("brightness", "contrast", "saturation", "hue")) > 1:
+    if sum(reading.fields[what] != 0 for what in FACTORS) > 1:
         reading.notes.append("ColorJitter's operations run in one order: brightness, contrast, saturation, hue")
 
 
@@ -248,7 +239,7 @@ def _erasing(reading: _Reading, step: _Step) -> None:
     late = "with a value but 0 stands before the conversion to float, where levels end at 255; erase behind it"
     step.require(reading.floating or not any(values), late)
     reading.fields |= {
-        "erase": step.number("p"),
+        "erase": float(step.numbers("p")[0]),
         "erase_area": step.numbers("scale"),
         "erase_ratio": step.numbers("ratio"),
         "erase_value": values * 3 if len(values) == 1 else values,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 from fastflower.draws.augment import Augment
 from fastflower.recipes.recipe import Recipe
@@ -140,9 +141,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
         f"report-e-{backbone}-freeze{freeze}-{'fixed' if fixed else 'mixed'}": partial(
             report_e, backbone, freeze, fixed=fixed
         )
-        for backbone in ("resnet101", "resnet152", "vgg11")
-        for freeze in (2, 3)
-        for fixed in (True, False)
+        for backbone, freeze, fixed in product(("resnet101", "resnet152", "vgg11"), (2, 3), (True, False))
     },
     "report-e-resnet101-40": report_e_long,
     "scratch": scratch,

@@ -1,12 +1,13 @@
-"""How to train: a frozen value. Derive one with `dataclasses.replace`."""
+"""How to train: a frozen value, which gives the learning rate of each step. Derive one with `dataclasses.replace`."""
 
 from dataclasses import asdict, dataclass, field, replace
+from math import cos, pi
 from typing import Any, Literal, Self, get_args
 
 from fastflower.draws.augment import Augment
 from fastflower.errors import make_plain, require
-from fastflower.recipes.schedule import Schedule, multiplier, warm_up
 
+Schedule = Literal["constant", "step", "cosine", "one_cycle", "exponential_cosine", "three_phase"]
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -54,7 +55,7 @@ class Recipe:
     """Compute batch norms' statistics anew at the end of a training, from 20 batches of training images as validation views
     them: for sizes that end elsewhere (Touvron et al. 2019) and for averaged weights (Izmailov et al. 2018)."""
     schedule: Schedule = "step"
-    """How the rate goes over the epochs, see `fastflower.recipes.schedule`; "three_phase" resumes older runs of report E."""
+    """How the rate goes over the epochs, see `Recipe.multiplier`; "three_phase" resumes older runs of report E."""
     warmup_epochs: float = 0.0
     """Over which the rate rises evenly to what the schedule says, from a hundredth of it; one_cycle warms up itself."""
     step_epochs: int = 7
@@ -119,25 +120,42 @@ class Recipe:
         epochs_seen = min(epoch, self.epochs - 1) % self.epochs_per_training + 1  # with this one
         # Rounded up, so that the last epoch has the last size.
         stage = -(-epochs_seen * len(self.sizes) // self.epochs_per_training)
-        side = self.sizes[stage - 1]
-        factor = side / self.augment.output_size[0]
+        factor = self.sizes[stage - 1] / self.augment.output_size[0]
         resize = self.augment.resize and _scaled(self.augment.resize, factor)
         return replace(self.augment, size=_scaled(self.augment.size, factor), resize=resize)
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from 0 over all epochs; each training of a soup has the whole schedule."""
-        total_steps = self.epochs_per_training * steps_per_epoch
-        step %= total_steps
-        scheduled = multiplier(
-            self.schedule,
-            step,
-            total_steps=total_steps,
-            steps_per_epoch=steps_per_epoch,
-            step_epochs=self.step_epochs,
-            gamma=self.gamma,
-            warmup_epochs=self.warmup_epochs,
-        )
+        step %= self.epochs_per_training * steps_per_epoch
+        scheduled = self.multiplier(step, steps_per_epoch)
         return self.lr * scheduled * warm_up(step, self.warmup_epochs * steps_per_epoch)
+
+    def multiplier(self, step: int, steps_per_epoch: int) -> float:
+        """What lr is multiplied by in a step of one training, counted from 0; the warm-up comes on top.
+
+        "constant": 1. "step": gamma ** (epoch // step_epochs), torch's StepLR. "cosine": from 1 down to 0, torch's
+        CosineAnnealingLR over all steps. "one_cycle": up to 1 and down again, torch's OneCycleLR (cosine, two phases, Smith
+        and Topin 2018). "exponential_cosine": 1 until the warm-up ends, then gamma to the power of the epochs since, fractions
+        counted (torch's ExponentialLR, by steps), until half of the steps; then half a cosine from there to 0. "three_phase":
+        the same, but the epochs of the warm-up count too, so that the peak is never reached; for checkpoints that were
+        trained with it.
+        """
+        total_steps = self.epochs_per_training * steps_per_epoch
+        if self.schedule == "constant":
+            return 1.0
+        if self.schedule == "step":
+            return self.gamma ** (step // steps_per_epoch // self.step_epochs)
+        if self.schedule == "cosine":
+            return (1 + cos(pi * step / total_steps)) / 2
+        if self.schedule in ("exponential_cosine", "three_phase"):
+            warm = self.warmup_epochs * steps_per_epoch if self.schedule == "exponential_cosine" else 0.0
+            turn = max(warm, total_steps / 2)
+            decayed = self.gamma ** (max(0.0, min(step, turn) - warm) / steps_per_epoch)
+            return decayed if step <= turn else _cosine(decayed, 0.0, (step - turn) / (total_steps - turn))
+        peak = 0.3 * total_steps - 1  # the 0.3, 25 and 25e4 are defaults of OneCycleLR
+        if step <= peak:
+            return _cosine(1 / 25, 1.0, step / peak)
+        return _cosine(1.0, 1 / 25e4, (step - peak) / max(1e-9, total_steps - 1 - peak))
 
     @property
     def resolved(self) -> "Recipe":
@@ -161,6 +179,15 @@ class Recipe:
         """The recipe that `to_dict` described; lists, as JSON gives them, count as tuples."""
         others = {name: value for name, value in values.items() if name != "augment"}
         return cls(augment=Augment(**values["augment"]), **others)
+
+
+def warm_up(step: int, warmup_steps: float) -> float:
+    """The share of the scheduled rate in a linear warm-up: torch's LinearLR from 0.01 to 1 over `warmup_steps`."""
+    return 1.0 if step >= warmup_steps else 0.01 + 0.99 * step / warmup_steps
+
+
+def _cosine(start: float, stop: float, share: float) -> float:
+    return stop + (start - stop) * (1 + cos(pi * min(1.0, share))) / 2
 
 
 def _scaled(pixels: int | tuple[int, int], factor: float) -> int | tuple[int, int]:

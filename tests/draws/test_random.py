@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastflower.draws.random import GOLDEN_GAMMA, mix64, stream_key, uniform
+from fastflower.draws.random import GOLDEN_GAMMA, Dice, mix64, stream_key
 
 MASK = (1 << 64) - 1
 
@@ -54,7 +54,7 @@ def test_keys_depend_on_the_order_of_their_words() -> None:
 
 
 def test_uniform_numbers_are_uniform_and_independent() -> None:
-    numbers = np.stack([uniform(0, epoch, np.arange(1000)) for epoch in range(8)])  # epochs, indices, slots
+    numbers = np.stack([Dice(0, epoch, np.arange(1000)).numbers_NS for epoch in range(8)])  # epochs, indices, slots
     count = numbers.size
     assert numbers.min() >= 0
     assert numbers.max() < 1
@@ -66,12 +66,11 @@ def test_uniform_numbers_are_uniform_and_independent() -> None:
         for lag in (1, 2, 3, 7):
             near, far = np.moveaxis(centred, axis, 0)[:-lag], np.moveaxis(centred, axis, 0)[lag:]
             assert abs((near * far).mean()) < 5 / sqrt(near.size)
-    assert abs((uniform(0, 0, np.arange(9000)) - 1 / 2).ravel() @ (uniform(1, 0, np.arange(9000)) - 1 / 2).ravel()) < (
-        5 / 12 * sqrt(9000 * 64)
-    )
+    one, other = (Dice(seed, 0, np.arange(9000)).numbers_NS.ravel() - 1 / 2 for seed in (0, 1))
+    assert abs(one @ other) < 5 / 12 * sqrt(9000 * 64)
 
 
 def test_uniform_numbers_of_far_indices_are_no_copies() -> None:
-    numbers = uniform(0, 0, np.array([0, 1, 2**31, 2**32, 2**62, 2**62 + 1]))
+    numbers = Dice(0, 0, np.array([0, 1, 2**31, 2**32, 2**62, 2**62 + 1])).numbers_NS
     assert numbers.shape[0] == 6
     assert len(np.unique(numbers)) == numbers.size

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler, OneCycleLR, StepLR
 
-from fastflower.recipes.schedule import Schedule, multiplier, warm_up
+from fastflower.recipes.recipe import Recipe, Schedule, warm_up
 
 LR = 0.7
 
@@ -35,18 +35,9 @@ def ours(
     gamma: float = 0.1,
     warm: float = 0,
 ) -> list[float]:
-    return [
-        multiplier(
-            schedule,
-            step,
-            total_steps=total_steps,
-            steps_per_epoch=steps_per_epoch,
-            step_epochs=step_epochs,
-            gamma=gamma,
-            warmup_epochs=warm,
-        )
-        for step in range(total_steps)
-    ]
+    epochs = total_steps // steps_per_epoch
+    recipe = Recipe(schedule=schedule, epochs=epochs, step_epochs=step_epochs, gamma=gamma, warmup_epochs=warm)
+    return [recipe.multiplier(step, steps_per_epoch) for step in range(total_steps)]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from fastflower import Augment, Loader, Recipe
 from fastflower.errors import ArgumentError
-from fastflower.recipes.schedule import warm_up
+from fastflower.recipes.recipe import warm_up
 from fastflower.training.run import Run, optimizer_of
 
 SMALL = Recipe(

@@ -41,7 +41,6 @@ HW_DECODER_LOAD = 0.0
 _AHEAD = 2  # batches in the pipeline
 # DALI has no bfloat16: rounding float16 moves 6 bytes a value, rounding float32 10.
 _DTYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16, torch.bfloat16: types.FLOAT16}
-_FACTORS = ("brightness", "contrast", "saturation", "hue")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,31 +106,33 @@ class DaliBackend(Backend[_Reading, None]):
         return pipe
 
     def _feed(self, pipe: Pipeline, request: Request, files: list[NDArray[np.uint8]]) -> None:
-        draw, warp = request.draw, request.warp
+        draw, warp, augment = request.draw, request.warp, self.augment
         sigma, window = _gaussians(warp.footprint)
-        mask = geometry.frame(warp, draw.size)
         inputs = {
             "start": warp.region[:, :2].astype(np.int32),
             "shape": warp.region[:, 2:].astype(np.int32),
             "matrix": np.ascontiguousarray(warp.matrix, np.float32),
-            "mask_matrix": np.ascontiguousarray(mask, np.float32),
             "blurred": (sigma > _NO_BLUR).any(axis=1),
             "sigma": sigma.astype(np.float32),
             "window": window.astype(np.int32),
-            "erase_anchor": draw.erase[:, :2].astype(np.float32),
-            "erase_shape": draw.erase[:, 2:].astype(np.float32),
         }
-        for name in _FACTORS:
-            inputs[name] = getattr(draw, name).astype(np.float32).reshape(-1, 1, 1, 1)
+        # DALI refuses data for what the graph of this augment leaves out.
+        if augment.uncovers:
+            inputs["mask_matrix"] = np.ascontiguousarray(geometry.frame(warp, draw.size), np.float32)
+        if augment.erase:
+            inputs["erase_anchor"] = draw.erase[:, :2].astype(np.float32)
+            inputs["erase_shape"] = draw.erase[:, 2:].astype(np.float32)
+        for name in color.FACTORS:
+            if getattr(augment, name):
+                inputs[name] = getattr(draw, name).astype(np.float32).reshape(-1, 1, 1, 1)
         pipe.feed_input("samples", files)
-        for name in inputs.keys() - _unused(self.augment):
+        for name, values in inputs.items():
             # Whole: as lists of rows they took 15.9 ms a batch of 256 instead of 1.4.
-            pipe.feed_input(name, inputs[name])
+            pipe.feed_input(name, values)
 
     def _next(self, pipe: Pipeline, request: Request) -> tuple[Request, Tensor]:
-        images = torch.from_dlpack(
-            self._outputs(pipe, request)
-        )  # the same memory, DALI's again when the tensor is gone
+        # The same memory, DALI's again when the tensor is gone.
+        images = torch.from_dlpack(self._outputs(pipe, request))
         return request, images.to(self.setup.dtype).permute(0, 3, 1, 2)
 
     def _outputs(self, pipe: Pipeline, request: Request) -> Node:
@@ -169,14 +170,6 @@ def _gaussians(footprint_N2: geometry.Floats) -> tuple[geometry.Floats, NDArray[
     return sigma, np.where(wide, 2 * np.ceil(3 * sigma) + 1, 3).astype(np.int64)
 
 
-def _unused(augment: Augment) -> set[str]:
-    """The inputs that the graph of this augment leaves out; DALI refuses data for them."""
-    unused = {name for name in _FACTORS if not getattr(augment, name)}
-    if not augment.uncovers:
-        unused.add("mask_matrix")
-    return unused if augment.erase else unused | {"erase_anchor", "erase_shape"}
-
-
 @pipeline_def(enable_conditionals=True)
 def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Node:
     """Decode and render.
@@ -202,10 +195,6 @@ def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> N
 
     images  a DALI node of decoded images, (H, W, 3) uint8; the result is of augment.output_size, in dtype or what comes next.
     """
-
-    def placed(node: Node) -> Node:
-        return node.gpu() if gpu else node
-
     images = fn.slice(images, _given("start", types.INT32, 1), _given("shape", types.INT32, 1), axes=(0, 1))
     sigma, window = _given("sigma", types.FLOAT, 1), _given("window", types.INT32, 1)
     if _given("blurred", types.BOOL, 0):
@@ -215,16 +204,11 @@ def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> N
     images = fn.cast(images, dtype=types.FLOAT)
     if augment.uncovers:
         where = "gpu" if gpu else "cpu"
-        shown = fn.warp_affine(
-            fn.constant(fdata=1.0, shape=[*augment.output_size, 1], layout="HWC", device=where),
-            _given("mask_matrix", types.FLOAT, 2),
-            size=augment.output_size,
-            fill_value=0.0,
-        )
-        images = images * shown
-    images = _colour(
-        images, augment, {name: placed(_given(name, types.FLOAT, 3)) for name in _FACTORS if getattr(augment, name)}
-    )
+        whole = fn.constant(fdata=1.0, shape=[*augment.output_size, 1], layout="HWC", device=where)
+        mask = _given("mask_matrix", types.FLOAT, 2)
+        images = images * fn.warp_affine(whole, mask, size=augment.output_size, fill_value=0.0)
+    factors = {name: _given(name, types.FLOAT, 3) for name in color.FACTORS if getattr(augment, name)}
+    images = _colour(images, augment, {name: node.gpu() if gpu else node for name, node in factors.items()})
     raw = dtype == torch.uint8
     mean, std = 255 * np.array(augment.mean), 255 * np.array(augment.std)
     images = fn.reshape(images, layout="HWC")

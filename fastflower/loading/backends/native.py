@@ -18,12 +18,10 @@ from fastflower.loading.request import Request
 
 _LIBRARY = Path(__file__).with_name("kernel.so")
 _KINDS = {torch.uint8: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-_FACTORS = ("brightness", "contrast", "saturation", "hue")
 
 
+# kernel.c has the same two, without the underscore.
 class _Numbers(ctypes.Structure):
-    """kernel.c's Numbers."""
-
     _fields_ = (
         ("source", ctypes.c_void_p),
         ("end", ctypes.c_void_p),
@@ -35,13 +33,11 @@ class _Numbers(ctypes.Structure):
         ("masked", ctypes.c_int32),
         ("blurred", ctypes.c_int32),
         ("blur", ctypes.c_float * (2 * geometry.BLUR_TAPS)),
-        *((name, ctypes.c_float) for name in _FACTORS),
+        *((name, ctypes.c_float) for name in color.FACTORS),
     )
 
 
 class _Output(ctypes.Structure):
-    """kernel.c's Output."""
-
     _fields_ = (
         ("height", ctypes.c_int32),
         ("width", ctypes.c_int32),
@@ -62,10 +58,7 @@ class _Job:
 
 
 @cache
-def _kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where the package has none or the processor lacks AVX2."""
-    if not _LIBRARY.exists() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return None
+def _kernel() -> ctypes.CDLL:
     kernel = ctypes.CDLL(str(_LIBRARY))
     kernel.render.argtypes = (ctypes.c_void_p,) * 4
     kernel.render.restype = None
@@ -75,17 +68,15 @@ def _kernel() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """Whether this machine can use the kernel."""
-    return _kernel() is not None
+    """Whether the package has the kernel, and the processor AVX2, without which it must not be loaded."""
+    return _LIBRARY.exists() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 class NativeRenderer:
     """Pixels in, one row of the batch out. Thread-safe."""
 
     def __init__(self, augment: Augment, dtype: torch.dtype) -> None:
-        kernel = _kernel()
-        assert kernel is not None, "ask available() first"
-        self._kernel = kernel
+        self._kernel = _kernel()
         self._size = augment.output_size
         multiply, add = color.normalize_factors(augment.mean, augment.std)
         self._output = _Output(*self._size, _KINDS[dtype], tuple(multiply.tolist()), tuple(add.tolist()))
@@ -103,7 +94,7 @@ class NativeRenderer:
             numbers["frame"] = geometry.centred(geometry.frame(warp, self._size)).reshape(count, 6)
         numbers["blurred"] = resampling.blur.any(axis=1)
         numbers["blur"] = geometry.blur_kernels(resampling.blur).reshape(count, -1)
-        for name in _FACTORS:
+        for name in color.FACTORS:
             numbers[name] = getattr(request.draw, name)
         rows = (_Numbers * count).from_buffer(numbers)
         columns = zip(

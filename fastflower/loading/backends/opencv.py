@@ -28,11 +28,13 @@ class _Job:
     shrink: tuple[int, int]
     blur: NDArray[np.float64] | None
     matrix: NDArray[np.float64]
-    outside: NDArray[np.int32] | None
+    shown: NDArray[np.float64] | None
+    """Corners, (4, 2), outside which it is black."""
     brightness: float
     contrast: float
     saturation: float
     hue: int
+    """256ths of the wheel."""
 
 
 class OpencvRenderer:
@@ -44,7 +46,8 @@ class OpencvRenderer:
         multiply, add = color.normalize_factors(augment.mean, augment.std)
         levels = np.arange(256, dtype=np.float32)[:, None]
         self._table = as_numpy(torch.as_tensor(levels * multiply + add).to(dtype))[:, None, :]
-        _height, width = self._size
+        height, width = self._size
+        self._frame = geometry.corners(np.array([-2.0, -2.0, height + 4, width + 4]))
         self._multiply, self._add = (np.tile(factor, width) for factor in (multiply, add))
 
     def jobs(self, request: Request) -> list[_Job]:
@@ -52,15 +55,10 @@ class OpencvRenderer:
         draw, warp = request.draw, request.warp
         resampling = geometry.resampling(warp)
         kernels = geometry.blur_kernels(resampling.blur)
-        frame = geometry.corners(np.array([-2.0, -2.0, self._size[0] + 4, self._size[1] + 4]))
         quad = geometry.grow(warp.quad, _BOUNDARY)
         hue = np.rint(draw.hue * 256).astype(int) % 256
         jobs = list[_Job]()
         for row, (top, left, height, width) in enumerate(resampling.region.tolist()):
-            outside = None
-            if warp.masked[row]:
-                polygons = np.stack([frame, quad[row]]) - 0.5
-                outside = np.rint(polygons * 2**_SUBPIXEL).astype(np.int32)
             down, across = resampling.shrink[row].tolist()
             jobs.append(
                 _Job(
@@ -69,7 +67,7 @@ class OpencvRenderer:
                     shrink=(down, across),
                     blur=kernels[row] if resampling.blur[row].any() else None,
                     matrix=resampling.matrix[row],
-                    outside=outside,
+                    shown=quad[row] if warp.masked[row] else None,
                     brightness=float(draw.brightness[row]),
                     contrast=float(draw.contrast[row]),
                     saturation=float(draw.saturation[row]),
@@ -84,22 +82,9 @@ class OpencvRenderer:
         if job.saturation != 1:
             image = cv2.transform(image, color.saturation_matrix(job.saturation))
         if job.hue:
-            image = _turned(image, job.hue)
-        self._written(image, out)
-
-    def _warped(self, source: MatLike, job: _Job) -> MatLike:
-        source = shrunken(source, job.shrink)
-        if job.blur is not None:
-            down, across = map(geometry.whole_kernel, job.blur)
-            source = cv2.sepFilter2D(source, -1, across, down, borderType=cv2.BORDER_REPLICATE)
-        height, width = self._size
-        image = cv2.warpAffine(source, job.matrix, (width, height), flags=_WARP, borderMode=cv2.BORDER_REPLICATE)
-        if job.outside is not None:
-            cv2.fillPoly(image, list(job.outside), (0, 0, 0), cv2.LINE_AA, _SUBPIXEL)
-        return image
-
-    def _written(self, image: MatLike, out: Stored) -> None:
-        """Normalise into the batch, in its dtype."""
+            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+            hsv[..., 0] += np.uint8(job.hue)  # wraps, as the wheel does
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
         if self._dtype == torch.uint8:
             out[...] = image
         elif self._dtype == torch.float32:  # a product and a sum take half the time of a look-up
@@ -108,6 +93,19 @@ class OpencvRenderer:
             np.add(flat, self._add, out=flat)
         else:
             cv2.LUT(image, self._table, out)
+
+    def _warped(self, source: MatLike, job: _Job) -> MatLike:
+        source = shrunken(source, job.shrink)
+        if job.blur is not None:
+            down, across = map(geometry.whole_kernel, job.blur)
+            source = cv2.sepFilter2D(source, -1, across, down, borderType=cv2.BORDER_REPLICATE)
+        height, width = self._size
+        image = cv2.warpAffine(source, job.matrix, (width, height), flags=_WARP, borderMode=cv2.BORDER_REPLICATE)
+        if job.shown is not None:
+            polygons = np.stack([self._frame, job.shown]) - 0.5
+            polygons = np.rint(polygons * 2**_SUBPIXEL).astype(np.int32)
+            cv2.fillPoly(image, list(polygons), (0, 0, 0), cv2.LINE_AA, _SUBPIXEL)
+        return image
 
 
 def shrunken(source: MatLike, shrink: tuple[int, int]) -> MatLike:
@@ -126,14 +124,6 @@ def _toned(image: MatLike, brightness: float, contrast: float) -> MatLike:
     levels = color.brightness_table(brightness)
     if brightness > 1:  # clips: the mean must be taken afterwards
         image = cv2.LUT(image, color.quantized(levels))
-        levels = color.brightness_table(1)
-        brightness = 1
+        levels, brightness = color.brightness_table(1), 1
     mean = brightness * float(color.LUMA @ cv2.mean(image)[:3])
     return cv2.LUT(image, color.quantized(color.contrast_table(levels, contrast, mean)))
-
-
-def _turned(image: MatLike, steps: int) -> MatLike:
-    """Turn the hue by steps / 256 of the wheel."""
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(steps)  # wraps, as the wheel does
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
