@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 FACTORS = ("brightness", "contrast", "saturation", "hue")  # fields of Augment and Draw, in their order
-# Grey as Pillow's convert("L") and torchvision's rgb_to_grayscale weigh it: ITU-R BT.601 luma.
+# Grey as Pillow's convert("L") weighs it: ITU-R BT.601 luma. torchvision's rgb_to_grayscale has 0.2989 for red.
 LUMA = np.array([0.299, 0.587, 0.114])
 # ImageNet's channel statistics in 0..1, which torchvision's pretrained weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

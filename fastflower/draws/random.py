@@ -56,6 +56,7 @@ class Slot(IntEnum):
     HUE = 11
     ERASE = 12
     AFFINE_ROTATE = 13
+    # Free: 14, 15, 38, 39, 62, 63.
     CROP = 16  # ATTEMPTS areas, as many ratios, then top and left
     ERASE_BOX = 40  # likewise
 

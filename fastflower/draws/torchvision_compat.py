@@ -19,7 +19,7 @@ _NEAREST_KIN = {
     "RandomCrop": "RandomResizedCrop(size, scale=(0.5, 1))",
     "RandomPerspective": "RandomAffine(shear=...)",
     "Grayscale": "ColorJitter(saturation=...)",
-    "RandomGrayscale": "ColorJitter(saturation=1)",
+    "RandomGrayscale": "ColorJitter(saturation=1), which draws how grey an image becomes",
     "TrivialAugmentWide": "RandomRotation, ColorJitter and RandomAffine",
     "RandAugment": "RandomRotation, ColorJitter and RandomAffine",
     "AutoAugment": "RandomRotation, ColorJitter and RandomAffine",
@@ -123,13 +123,13 @@ class _Reading:
         late = set(self.seen) & {"RandomRotation", "RandomAffine", "RandomErasing"}
         step.require(not late, f"stands after {', '.join(sorted(late))}; crop first")
         step.require("size" not in self.fields, "is a second crop; keep one")
-        self.colour_last(step)
+        self.geometry_after_color(step)
 
     def must_precede(self, step: _Step, later: str, remedy: str) -> None:
         """Behind the later one a step would do another thing: fill with black, say, levels that are normalised."""
         step.require(later not in self.seen, f"stands after {later}; {remedy}")
 
-    def colour_last(self, step: _Step) -> None:
+    def geometry_after_color(self, step: _Step) -> None:
         if "ColorJitter" in self.seen:
             order = f"({step.name} follows ColorJitter)"
             self.notes.append(f"colour is drawn as written but applied after all geometry {order}")
@@ -145,7 +145,7 @@ class _Reading:
     def moves(self, step: _Step) -> None:
         """What rotations and affines have in common."""
         self.must_precede(step, "Normalize", "normalise behind it")
-        self.colour_last(step)
+        self.geometry_after_color(step)
         self.bilinear(step)
         step.require(step.get("center") is None, "about another centre cannot be expressed; leave center out")
         fill = (
@@ -192,7 +192,7 @@ def _resized_crop(reading: _Reading, step: _Step) -> None:
 
 
 def _flip(reading: _Reading, step: _Step) -> None:
-    reading.colour_last(step)
+    reading.geometry_after_color(step)
     reading.fields["flip" if step.name == "RandomHorizontalFlip" else "flip_vertical"] = float(step.numbers("p")[0])
 
 

@@ -131,8 +131,8 @@ class Loader(IterableDataset[Batch]):
         self._mirror = Mirror.connect(source) if source else None
         self.manifest = self._mirror.manifest if self._mirror else Manifest.load(str(shards))
         self._reader = self._open()
-        self._steps = self._ordered()
         self._samples = SampleSource(self._reader, replaces=on_bad == "skip")
+        self._steps = self._ordered()
         self.replaced = self._samples.replaced
         """Damaged samples, by index, and what is wrong with each."""
         self._wanted = _asked_for(backend, executor)
@@ -165,8 +165,8 @@ class Loader(IterableDataset[Batch]):
 
     def _ordered(self) -> Steps:
         steps = Steps(
-            self.manifest.split(self.split),
-            self._reader.index["label"],
+            split=self.manifest.split(self.split),
+            labels=self._samples.labels,
             seed=self.seed,
             batch_size=self.batch_size,
             rank=self.rank,
@@ -177,7 +177,7 @@ class Loader(IterableDataset[Batch]):
         )
         if not steps.of_all_ranks and self.tail == "drop":
             raise ArgumentError(
-                f"batch_size: {steps.global_batch_size}, of all ranks together, exceeds the {steps.num_samples} samples of "
+                f"batch_size: {steps.global_batch_size}, of all ranks together, exceeds the {self.num_samples} samples of "
                 f"split {self.split!r}, so an epoch would have no step; lower it (--batch-size), or give a Loader tail='keep'."
             )
         if self.shuffle == "balanced":
@@ -215,7 +215,7 @@ class Loader(IterableDataset[Batch]):
     @property
     def num_samples(self) -> int:
         """Samples in the split, over all ranks."""
-        return self._steps.num_samples
+        return len(self._samples.labels)
 
     @property
     def global_batch_size(self) -> int:

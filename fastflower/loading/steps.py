@@ -1,6 +1,8 @@
 """Which samples a rank sees in each step of an epoch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -13,41 +15,34 @@ Shuffle = bool | Literal["balanced"]
 Tail = Literal["drop", "keep", "pad"]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Steps:
-    """The steps of a rank, which are a function of (seed, epoch). `Loader` describes the arguments.
+    """The steps of a rank, which are a function of (seed, epoch). `Loader` describes the arguments."""
 
-    labels  (N,) of the split's samples, in the index's order.
-    """
+    split: Split
+    labels: NDArray[np.int64]
+    """(N,) of the split's samples, in the index's order."""
+    seed: int
+    batch_size: int
+    rank: int
+    world_size: int
+    shuffle: Shuffle
+    window: int | None
+    tail: Tail
 
-    def __init__(
-        self,
-        split: Split,
-        labels: NDArray[np.generic],
-        *,
-        seed: int,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        shuffle: Shuffle,
-        window: int | None,
-        tail: Tail,
-    ) -> None:
-        self.num_samples, self.global_batch_size = len(labels), batch_size * world_size
-        self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._shuffle, self._window, self._tail = shuffle, window, tail
-        self._class_samples = split.class_counts
-        self._by_class = np.argsort(labels, kind="stable") if shuffle == "balanced" else None
-        shard_samples = [shard.samples for shard in split.shards]
-        self._windows = Windows(shard_samples, window or 1, seed=seed, shuffle=bool(shuffle))
+    @property
+    def global_batch_size(self) -> int:
+        """Samples a step over all ranks."""
+        return self.batch_size * self.world_size
 
     @property
     def of_all_ranks(self) -> int:
         """Steps in an epoch on the rank that has most."""
-        return num_steps(self.num_samples, self.global_batch_size, drop_tail=self._tail == "drop")
+        return num_steps(len(self.labels), self.global_batch_size, drop_tail=self.tail == "drop")
 
     def __len__(self) -> int:
         steps = self.of_all_ranks
-        return steps if self._tail != "keep" or len(self._positions(steps - 1)) else steps - 1
+        return steps if self.tail != "keep" or len(self._positions(steps - 1)) else steps - 1
 
     def indices(self, epoch: int, steps: Sequence[int]) -> list[NDArray[np.int64]]:
         """Of each of these steps the samples, (N,): computed together, which takes less time."""
@@ -56,16 +51,25 @@ class Steps:
         return np.split(self._indices(epoch, np.concatenate(positions)), ends[:-1])
 
     def _positions(self, step: int) -> NDArray[np.int64]:
-        ranks = {"rank": self._rank, "world_size": self._world_size}
-        return step_positions(step, self.num_samples, self.global_batch_size, **ranks, pad=self._tail == "pad")
+        ranks = {"rank": self.rank, "world_size": self.world_size}
+        return step_positions(step, len(self.labels), self.global_batch_size, **ranks, pad=self.tail == "pad")
 
     def _indices(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        if self._shuffle and self._window is not None:
+        if self.shuffle and self.window is not None:
             return self._windows.indices(positions, epoch)
-        if self._by_class is not None:
-            return balanced(positions, self._by_class, self._class_samples, seed=self._seed, epoch=epoch)
-        return permute(positions, self.num_samples, seed=self._seed, epoch=epoch) if self._shuffle else positions
+        if self.shuffle == "balanced":
+            return balanced(positions, self._by_class, self.split.class_counts, seed=self.seed, epoch=epoch)
+        return permute(positions, len(self.labels), seed=self.seed, epoch=epoch) if self.shuffle else positions
 
     def shards_ahead(self, epoch: int, step: int) -> list[int]:
         """The shards that the step reads, then those that come next."""
         return self._windows.ahead(self._positions(step), epoch)
+
+    @cached_property
+    def _windows(self) -> Windows:
+        samples = [shard.samples for shard in self.split.shards]
+        return Windows(samples, self.window or 1, seed=self.seed, shuffle=bool(self.shuffle))
+
+    @cached_property
+    def _by_class(self) -> NDArray[np.int64]:
+        return np.argsort(self.labels, kind="stable")

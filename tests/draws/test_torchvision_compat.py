@@ -268,7 +268,10 @@ REFUSED: list[tuple[list[Any], str]] = [
     ([v2.RandomCrop(64)], "RandomCrop cannot be expressed by Augment"),
     ([CROP, v1.RandomPerspective()], "The nearest that can is RandomAffine(shear=...)."),
     ([CROP, v1.Grayscale()], "The nearest that can is ColorJitter(saturation=...)."),
-    ([CROP, v1.RandomGrayscale()], "The nearest that can is ColorJitter(saturation=1)."),
+    (
+        [CROP, v1.RandomGrayscale()],
+        "The nearest that can is ColorJitter(saturation=1), which draws how grey an image becomes.",
+    ),
     ([CROP, v1.TrivialAugmentWide()], "The nearest that can is RandomRotation, ColorJitter and RandomAffine."),
     ([CROP, v1.RandAugment()], "RandAugment cannot be expressed by Augment"),
     ([CROP, v1.AutoAugment()], "AutoAugment cannot be expressed by Augment"),

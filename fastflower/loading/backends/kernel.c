@@ -31,6 +31,9 @@ typedef struct {
 
 static inline int clampi(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
 
+/* What native.py compares with its own, so that a kernel compiled from another source is noticed. */
+int64_t numbers_bytes(void) { return sizeof(Numbers); }
+
 /* Scratch memory: the blurred region, a row of it while it is blurred, planes of the output; each a multiple of 64 bytes. */
 static inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 static inline int64_t region_bytes(int64_t height, int64_t width) { return whole_lines(height * width * 3 + 64); }

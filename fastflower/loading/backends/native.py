@@ -20,7 +20,7 @@ _LIBRARY = Path(__file__).with_name("kernel.so")
 _KINDS = {torch.uint8: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-# kernel.c has the same two, without the underscore.
+# kernel.c has the same two, without the underscore: the same fields in the same order.
 class _Numbers(ctypes.Structure):
     _fields_ = (
         ("source", ctypes.c_void_p),
@@ -33,7 +33,10 @@ class _Numbers(ctypes.Structure):
         ("masked", ctypes.c_int32),
         ("blurred", ctypes.c_int32),
         ("blur", ctypes.c_float * (2 * geometry.BLUR_TAPS)),
-        *((name, ctypes.c_float) for name in color.FACTORS),
+        ("brightness", ctypes.c_float),
+        ("contrast", ctypes.c_float),
+        ("saturation", ctypes.c_float),
+        ("hue", ctypes.c_float),
     )
 
 
@@ -64,6 +67,10 @@ def _kernel() -> ctypes.CDLL:
     kernel.render.restype = None
     kernel.scratch_bytes.argtypes = (ctypes.c_int64,) * 4
     kernel.scratch_bytes.restype = ctypes.c_int64
+    if not hasattr(kernel, "numbers_bytes") or kernel.numbers_bytes() != ctypes.sizeof(_Numbers):
+        raise ImportError(
+            f"{_LIBRARY}: was compiled from another kernel.c; run make install, or install fastflower anew."
+        )
     return kernel
 
 

@@ -1,6 +1,7 @@
 """The native kernel: there where it should be, equal to OpenCV's renderer, and within the memory it is given."""
 
 import colorsys
+import ctypes
 import platform
 import subprocess
 import sys
@@ -51,6 +52,19 @@ def test_linux_on_x86_64_with_avx2_has_the_kernel() -> None:
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this processor lacks AVX2")
     assert available(), "the package was built without kernel.so"
+
+
+def test_a_kernel_of_another_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Longer(native._Numbers):
+        _fields_ = (("grayscale", ctypes.c_float),)
+
+    native._kernel.cache_clear()
+    monkeypatch.setattr(native, "_Numbers", Longer)
+    with pytest.raises(
+        ImportError, match=r"kernel\.so: was compiled from another kernel\.c; run make install, or install"
+    ):
+        NativeRenderer(Augment(), torch.uint8)
+    assert native._kernel.cache_info().currsize == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
