@@ -42,8 +42,8 @@ _REMOTE_WINDOW = 8  # shards: with the packer's 64 MB half a gigabyte, some ten 
 _DRAWN_TOGETHER = 1024  # samples: numpy's calls then cost less than what they compute
 _BATCHES_AHEAD = 8  # of a GPU: some 30 ms of steps of 4 ms, in which the host may do something else
 _ARGUMENTS = (
-    *("shards", "split", "batch_size", "augment", "seed", "device", "dtype", "cache", "rank", "world_size"),
-    *("shuffle", "window", "tail", "on_bad", "workers"),
+    *("shards", "split", "batch_size", "augment", "seed", "dtype", "cache", "rank", "world_size"),
+    *("shuffle", "window", "tail", "on_bad"),
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
@@ -119,6 +119,12 @@ class Loader(IterableDataset[Batch]):
         self.augment = augment or Augment()
         self.device, self.dtype = resolve_device(device), dtype or torch.float32
         self.cache, self.workers = cache, workers or cores() + 1
+        backend = _asked_for(backend, executor)
+        self._asked = {
+            "device": device,
+            "workers": workers,
+            "backend": backend,
+        }  # which may mean another thing elsewhere
         self.rank, self.world_size = _place(rank, world_size)
         self.shuffle: Shuffle = split == "train" if shuffle is None else shuffle
         source = remote(shards)
@@ -135,9 +141,8 @@ class Loader(IterableDataset[Batch]):
         self._steps = self._ordered()
         self.replaced = self._samples.replaced
         """Damaged samples, by index, and what is wrong with each."""
-        self._wanted = _asked_for(backend, executor)
         setup = Setup(self.device, self.dtype, batch_size, self.workers)
-        self._backend = create(self._wanted, self.augment, self._samples, setup, cache, seed=seed)
+        self._backend = create(backend, self.augment, self._samples, setup, cache, seed=seed)
 
         self._images = 0
         self._next = (0, 0)  # (epoch, step) at which the next `for` begins
@@ -186,7 +191,7 @@ class Loader(IterableDataset[Batch]):
 
     def __reduce__(self) -> tuple[object, ...]:
         """To another process: made again from the same arguments, at the same place; nothing kept goes along."""
-        arguments = {name: getattr(self, name) for name in _ARGUMENTS} | {"backend": self._wanted}
+        arguments = {name: getattr(self, name) for name in _ARGUMENTS} | self._asked
         place = {"_next": self._next, "_position": self._position, "_restored": self._restored}
         return partial(type(self), **arguments), (), place
 

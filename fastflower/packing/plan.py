@@ -209,7 +209,12 @@ def load_plan(work: Path, root: Path, *, whole: bool = False) -> Plan:
     ignored = tuple((path, reason) for path, reason in json.loads((work / _IGNORED).read_bytes())) if whole else ()
     folder = Folder(root, tuple(content["classes"]), tuple(content["splits"]), files, paths, ignored)
     shards = tuple(PlannedShard(*shard) for shard in content["parts"])
-    return Plan(folder, Options(**content["options"]), content["versions"], Groups(members, ends), order, shards)
+    try:
+        options = Options(**content["options"])
+    except TypeError:
+        what = "the pack that was interrupted here is of a fastflower with other options"
+        raise FolderError(f"{work}: {what}; remove {work} to begin anew, or go on with that version.") from None
+    return Plan(folder, options, content["versions"], Groups(members, ends), order, shards)
 
 
 def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str, str], work: Path) -> None:

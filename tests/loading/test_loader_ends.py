@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fastflower import Augment, Loader
+from fastflower.loading import loader as loader_file
 
 AUGMENT = Augment(size=32, resize=36, crop=(0.3, 1.0), hue=0.1)
 OPTIONS: dict[str, Any] = {"batch_size": 8, "augment": AUGMENT, "device": "cpu"}
@@ -161,6 +162,12 @@ def test_a_pickled_loader_says_which_place_it_gives_up(shards: Path, caplog: pyt
     assert caplog.messages == [
         "set_epoch(1): begins at the start of that epoch; the loaded position, step 3 of epoch 0, is discarded"
     ]
+
+
+def test_a_pickled_loader_takes_what_there_is_where_it_goes(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, left_open = Loader(shards, workers=3, **OPTIONS), Loader(shards, **OPTIONS)
+    monkeypatch.setattr(loader_file, "cores", lambda: 40)
+    assert [pickle.loads(pickle.dumps(each)).workers for each in (asked, left_open)] == [3, 41]
 
 
 def test_a_pickled_loader_keeps_its_rank(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Plans: nothing lost, groups together, fair splits, even shards; saved, and compared with what the folder is now."""
 
+import json
 import os
 import re
 import shutil
@@ -317,6 +318,17 @@ def test_another_option_or_version_is_named(tmp_path: Path, name: str) -> None:
     text = f"{work}: the pack that was interrupted here {had}; pack with the former to go on, or remove {work} to begin anew."
     with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
         check_same(plan, scan(root), options, versions, work)
+
+
+def test_a_plan_with_other_options_than_there_are_is_refused(tmp_path: Path) -> None:
+    root, work, _ = interrupted(tmp_path, FILES)
+    stored = json.loads((work / PLAN).read_text())
+    del stored["options"]["lists"]
+    (work / PLAN).write_text(json.dumps(stored))
+    what = "the pack that was interrupted here is of a fastflower with other options"
+    text = f"{work}: {what}; remove {work} to begin anew, or go on with that version."
+    with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
+        load_plan(work, root, whole=True)
 
 
 def joined(root: Path) -> None:

@@ -108,15 +108,17 @@ def test_a_loader_that_nobody_uses_is_freed_at_once_with_its_files(some: Path, b
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("no_collector")
-def test_so_is_a_loader_that_met_a_damaged_sample(some: Path, tmp_path: Path, backend: Any) -> None:
+@pytest.mark.parametrize("damaged", ["train-000010.tar", "train-*.tar"])
+def test_so_is_a_loader_that_met_a_damaged_sample(some: Path, tmp_path: Path, backend: Any, damaged: str) -> None:
+    """Also where several threads met one."""
     folder = Path(shutil.copytree(some, tmp_path / "copy"))
-    tar = folder / "train-000010.tar"
-    tar.write_bytes(bytes(tar.stat().st_size))
-    loader = make(folder, backend=backend)
+    for tar in folder.glob(damaged):
+        tar.write_bytes(bytes(tar.stat().st_size))
+    loader = make(folder, backend=backend, batch_size=16, tail="keep")
     to_an_error(loader)
-    found = weakref.ref(loader)
+    held = [weakref.ref(each) for each in (loader, loader._samples, loader._reader, loader._backend)]
     del loader
-    assert found() is None
+    assert [each() for each in held] == [None] * 4
     assert tars() == 0
 
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
@@ -44,13 +44,6 @@ class Work:
     request: Request
     rows: Sequence[int]
     """Those whose samples threads prepare."""
-    tasks: deque[Future[None]] = field(default_factory=deque[Future[None]])
-
-    def wait(self) -> Self:
-        """Until all samples are prepared. Raises what a thread raised."""
-        while self.tasks:
-            self.tasks.popleft().result()  # a future that stayed would hold on to this frame for ever
-        return self
 
 
 AnyWork = TypeVar("AnyWork", bound=Work)
@@ -64,6 +57,8 @@ class Backend(ABC, Generic[AnyWork, Kept]):
     """
 
     name: ClassVar[Name]
+    eager: ClassVar[bool] = False
+    """Whether a batch is rendered as soon as it is prepared; else when threads have enough to do without it."""
 
     def __init__(self, augment: Augment, samples: SampleSource, setup: Setup, kept: Kept) -> None:
         self.augment, self.samples, self.setup, self.kept = augment, samples, setup, kept
@@ -99,17 +94,19 @@ class Backend(ABC, Generic[AnyWork, Kept]):
 
     def _prepared(self, requests: Iterable[Request], pool: ThreadPoolExecutor) -> Iterator[AnyWork]:
         """Batches whose samples are prepared, while threads prepare those of the next."""
-        started = deque[AnyWork]()
-        for request in requests:
-            work = self.begin(request)
-            started.append(work)
-            work.tasks.extend(pool.submit(self._prepare, work, rows) for rows in chunks(work.rows))
-            tasks = sum(len(work.tasks) for work in started)
-            # Every thread has a task and one more waits, without the first batch; or that needs none.
-            if not started[0].tasks or tasks - len(started[0].tasks) > 2 * self.threads:
-                yield started.popleft().wait()
-        while started:
-            yield started.popleft().wait()
+        started = deque[tuple[AnyWork, deque[Future[None]]]]()
+        try:
+            for request in requests:
+                work = self.begin(request)
+                started.append((work, deque(pool.submit(self._prepare, work, rows) for rows in chunks(work.rows))))
+                waiting = sum(len(tasks) for _, tasks in started) - len(started[0][1])
+                done = self.eager and all(task.done() for task in started[0][1])
+                if done or waiting > 2 * self.threads:  # every thread has a task, and one more waits
+                    yield _waited_for(*started.popleft())
+            while started:
+                yield _waited_for(*started.popleft())
+        finally:
+            started.clear()  # else an error's traceback would hold on to what other threads raised, and to all that they hold
 
     def _prepare(self, work: AnyWork, rows: Sequence[int]) -> None:
         with libjpeg.warnings():  # a pack's manifest names the images; here every epoch would, and none by its name
@@ -134,6 +131,13 @@ AnyBackend = Backend[Any, Any]
 def chunks(rows: Sequence[int]) -> list[Sequence[int]]:
     """Rows, as tasks for threads."""
     return [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+
+
+def _waited_for(work: AnyWork, tasks: deque[Future[None]]) -> AnyWork:
+    """The batch, when all of its samples are prepared. Raises what a thread raised."""
+    while tasks:
+        tasks.popleft().result()  # a future that stayed would hold on to this frame for ever
+    return work
 
 
 def _end(pool: ThreadPoolExecutor) -> None:

@@ -44,7 +44,8 @@ def choose(
         return ("triton" if name or allowance.left else "dali"), allowance
     if name == "dali" or (name is None and cuda):
         return "dali", Allowance(device, 0)
-    return name or ("native" if available() else "opencv"), allow(cache, decoded(), torch.device("cpu"))
+    allowance = Allowance(device, 0) if cache is None else allow(cache, decoded(), torch.device("cpu"))
+    return name or ("native" if available() else "opencv"), allowance
 
 
 def create(

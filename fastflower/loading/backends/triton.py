@@ -135,6 +135,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
     """
 
     name = "triton"
+    eager = True  # what waits lies decoded in RAM, and a sample that comes again is decoded again
 
     def __init__(self, augment: Augment, samples: SampleSource, setup: Setup, kept: DeviceImages) -> None:
         super().__init__(augment, samples, setup, kept)

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from time import sleep
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +27,7 @@ from fastflower.errors import ArgumentError, SampleError
 from fastflower.loading.backends.native import available
 from fastflower.loading.backends.selection import Name, choose
 from fastflower.loading.cache import Decoded
+from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without CUDA")
@@ -152,6 +155,23 @@ def test_images_of_one_pixel_and_photographs_of_one_row(tmp_path: Path) -> None:
     for augment in (Augment(size=1, resize=1), Augment(size=5, resize=5), Augment(size=4, crop=(0.2, 1.0), rotate=180)):
         ours, theirs = (parity.render(name, augment, encoded) for name in ("triton", "native"))
         assert np.abs(ours - theirs).max() <= 2
+
+
+def test_a_batch_that_is_decoded_is_rendered_whatever_threads_lack(few: Path) -> None:
+    """Else a machine of many cores would hold decoded images of many small batches."""
+    loader = Loader(few, backend="triton", **{**FEWER, "batch_size": 1, "workers": 9, "augment": Augment(size=8)})
+    begun = 0
+
+    def counted() -> Iterator[Request]:
+        nonlocal begun
+        for request in loader.requests(0):
+            begun += 1
+            yield request
+            sleep(0.2)  # in which it is decoded
+
+    ahead = [begun - number for number, _ in enumerate(loader._backend.run(counted()))]
+    assert len(ahead) == 5
+    assert max(ahead) <= 3
 
 
 @pytest.mark.parametrize("batch_size", [4, 8])
