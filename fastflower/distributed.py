@@ -59,6 +59,17 @@ def share(batch_size: int) -> int:
     return batch_size // count
 
 
+def place(asked_rank: int | None, asked_size: int | None) -> tuple[int, int]:
+    """(rank, world size) as asked for, or where neither is torch.distributed's. Raises ArgumentError where they do not fit."""
+    if asked_rank is None and asked_size is None:
+        return rank(), world_size()
+    if asked_rank is None or asked_size is None:
+        raise ArgumentError("rank and world_size belong together; give both or neither.")
+    if not 0 <= asked_rank < asked_size:
+        raise ArgumentError(f"rank must lie in 0 .. world_size-1 = {asked_size - 1}, got {asked_rank}.")
+    return asked_rank, asked_size
+
+
 def summed(values: Tensor) -> Tensor:
     """The sum over all ranks of a CPU tensor, elementwise."""
     total = values.clone()

@@ -125,7 +125,7 @@ class Loader(IterableDataset[Batch]):
             "workers": workers,
             "backend": backend,
         }  # which may mean another thing elsewhere
-        self.rank, self.world_size = _place(rank, world_size)
+        self.rank, self.world_size = distributed.place(rank, world_size)
         self.shuffle: Shuffle = split == "train" if shuffle is None else shuffle
         source = remote(shards)
         self.window = _REMOTE_WINDOW if window is None and source and self.shuffle else window
@@ -392,14 +392,3 @@ def _check_mix(augment: Augment, batch_size: int, tail: Tail, dtype: torch.dtype
             "augment: mixup and cutmix mix pairs of a batch, in floating point: they need an even batch_size, tail 'drop' or "
             f"'pad' and a dtype other than uint8; got {batch_size}, {tail!r} and {dtype}."
         )
-
-
-def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """(rank, world_size) as given, or torch.distributed's."""
-    if (rank is None) != (world_size is None):
-        raise ArgumentError("rank and world_size belong together; give both or neither.")
-    if rank is None or world_size is None:
-        return distributed.rank(), distributed.world_size()
-    if not 0 <= rank < world_size:
-        raise ArgumentError(f"rank must lie in 0 .. world_size-1 = {world_size - 1}, got {rank}.")
-    return rank, world_size
