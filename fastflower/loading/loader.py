@@ -120,11 +120,8 @@ class Loader(IterableDataset[Batch]):
         self.device, self.dtype = resolve_device(device), dtype or torch.float32
         self.cache, self.workers = cache, workers or cores() + 1
         backend = _asked_for(backend, executor)
-        self._asked = {
-            "device": device,
-            "workers": workers,
-            "backend": backend,
-        }  # which may mean another thing elsewhere
+        # As asked for: where a Loader travels to, None may mean another thing.
+        self._asked = {"device": device, "workers": workers, "backend": backend}
         self.rank, self.world_size = distributed.place(rank, world_size)
         self.shuffle: Shuffle = split == "train" if shuffle is None else shuffle
         source = remote(shards)
@@ -251,9 +248,8 @@ class Loader(IterableDataset[Batch]):
         asked, used = perf_counter(), deque[torch.cuda.Event]()
         try:
             for request, images in made:
-                self._position = (
-                    (epoch, request.step + 1) if request.step + 1 < self._steps.of_all_ranks else (epoch + 1, 0)
-                )
+                after = request.step + 1
+                self._position = (epoch, after) if after < self._steps.of_all_ranks else (epoch + 1, 0)
                 labels = torch.as_tensor(self._samples.labels[request.indices])
                 index = torch.as_tensor(request.indices)
                 batch = self._mixed(request, Batch(self._put(images), self._put(labels), self._put(index)))
