@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import tyro
 from common import baseline, record
-from common.epochs import plain_feeding, training, waited
-from common.images import photographs
+from common.epochs import plain_loading, training, waited
+from common.images import images
 
 from fastflower import Augment, Loader, Recipe
 from fastflower.devices import resolve_device
@@ -28,7 +28,7 @@ def feeding(folder: Path, shards: Path, augment: Augment, batch_size: int, devic
     decoding = Loader(shards, batch_size=batch_size, augment=augment, device=device, cache=None)
     cached = Loader(shards, batch_size=batch_size, augment=augment, device=device)
     return [
-        plain_feeding(folder, augment.output_size[0], batch_size, device),
+        plain_loading(folder, augment.output_size[0], batch_size, device),
         record.Side("fastflower, decoding every epoch", lambda: run_with(decoding)),
         record.Side("fastflower, decoded once (the default)", lambda: run_with(cached)),
     ]
@@ -54,7 +54,7 @@ def main(
         train_rounds: Counted rounds of feeding and training; 0 leaves it out.
         batch_size: Of both sides.
         size: Pixels of the square images.
-        max_images: Feed only so many photographs, evenly spread over the classes.
+        max_images: Feed only so many images, evenly spread over the classes.
         train_images: Likewise for training, a fifth of them to validate; None trains on all.
         device: None means CUDA where there is one, else the CPU.
     """
@@ -68,13 +68,13 @@ def main(
         "baseline": "ImageFolder + DataLoader, torchvision v1 transforms on PIL, a worker a core, persistent",
     }
     if rounds:
-        with photographs(data, max_images) as (folder, shards):
+        with images(data, max_images) as (folder, shards):
             sides = feeding(folder, shards, augment, batch_size, chosen)
             record.interleave(sides, rounds, chosen)
         print(record.table("feeding", sides), flush=True)
         content["feeding"] = [{**side.to_dict(), "ratio": record.ratio(side, sides[0])} for side in sides]
     if train_rounds:
-        with photographs(data, train_images, 0.2) as (folder, shards):
+        with images(data, train_images, 0.2) as (folder, shards):
             sides, run = training(folder, shards, augment, batch_size, chosen)
             record.interleave(sides, train_rounds, chosen)
         print(record.table("training and validation", sides))

@@ -2,7 +2,7 @@
 
 For each seed (of the split, the head, the order and the draws) one after the other: the plain loop of common/baseline.py (224
 pixels, the stem and the first stage frozen, or nothing), the recipe `finetune` and the recipe `finetune-long`, all on the same
-photographs, each in a process of its own. The clock runs from before the weights are read until the last epoch is validated,
+images, each in a process of its own. The clock runs from before the weights are read until the last epoch is validated,
 for fastflower until `train` returns, with its checkpoints and report; every side validates after every epoch. Its JSON has, too,
 the time that the process and its workers spent on processors: where it is far from the cores times the clock, something else
 ran there too. Scored is the last epoch: the validation split chooses nothing. A run that is finished is kept in --work, so that

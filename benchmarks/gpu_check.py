@@ -18,15 +18,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from common import gpu_dali, gpu_feeding, gpu_part, gpu_smoke, gpu_training, record
+from common import gpu_dali, gpu_loading, gpu_part, gpu_smoke, gpu_training, record
 from common.gpu_part import Part, Place
 from common.images import drawn
 
 PARTS: dict[str, Callable[..., object]] = {
     "facts": gpu_smoke.facts,
     "smoke": gpu_smoke.smoke,
-    "kernels": gpu_feeding.kernels,
-    "feeding": gpu_feeding.feeding,
+    "kernels": gpu_loading.kernels,
+    "feeding": gpu_loading.feeding,
     "overlap": gpu_training.overlap,
     "runs": gpu_training.runs,
     "tests": gpu_smoke.run_tests,
@@ -132,7 +132,7 @@ def _ended(command: Sequence[str], seconds: float) -> tuple[int | str, str]:
 
 TINY: dict[str, dict[str, Any]] = {
     **gpu_smoke.TINY,
-    **gpu_feeding.TINY,
+    **gpu_loading.TINY,
     **gpu_training.TINY,
     **gpu_dali.TINY,
 }

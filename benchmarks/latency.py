@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import tyro
 from common import baseline, record
-from common.images import photographs
+from common.images import images
 
 from fastflower import Augment, Loader
 
@@ -45,10 +45,10 @@ def main(
         data: A folder of class folders; drawn flowers where it is left out.
         out: Where the JSON goes.
         rounds: Counted rounds, after one that is not.
-        max_images: Use only so many photographs, evenly spread over the classes.
+        max_images: Use only so many images, evenly spread over the classes.
     """
     augment = Augment.from_torchvision(baseline.augmentation())
-    with photographs(data, max_images) as (folder, shards):
+    with images(data, max_images) as (folder, shards):
         sides: dict[str, Callable[[], Iterable[Any]]] = {
             "ImageFolder + DataLoader": lambda: baseline.loader(
                 folder, baseline.augmentation(), batch_size=64, pin=False

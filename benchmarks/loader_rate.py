@@ -77,7 +77,7 @@ WAYS: dict[str, tuple[str | None, Callable[[peers.Job], Epoch]]] = {
     "fastflower, OpenCV, from RAM": (None, ours("opencv", "auto")),
     "fastflower, native, from RAM": (None, ours("native", "auto")),
 }
-# Of photographs that are made larger: enough to see how the ratio goes.
+# Of images that are made larger: enough to see how the ratio goes.
 FEW = [name for name in WAYS if "ImageFolder" in name or "v2" in name or "native" in name]
 
 
@@ -208,15 +208,15 @@ def growth(shards: Path, epochs: int) -> dict[str, list[int]]:
 
 
 def enlarged(folder: Path, into: Path, size: tuple[int, int], count: int) -> Path:
-    """`count` photographs, stretched to (width, height), as JPEG of quality 90."""
+    """`count` images, stretched to (width, height), as JPEG of quality 90."""
     import cv2
 
     few = some(folder, into / "few", count)
     for path in sorted(few.glob("*/*")):
         target = into / "large" / path.relative_to(few)
         target.parent.mkdir(parents=True, exist_ok=True)
-        photo = cv2.resize(decode(path.read_bytes()), size, interpolation=cv2.INTER_CUBIC)
-        cv2.imwrite(str(target), cv2.cvtColor(photo, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])
+        image = cv2.resize(decode(path.read_bytes()), size, interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(target), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])
     return into / "large"
 
 
@@ -237,7 +237,7 @@ def main(
         out: Where the JSON goes.
         rounds: Counted rounds.
         epochs: Over which memory must not grow; 0 leaves it out.
-        larger: Also compare on photographs of 500 x 375 and 4000 x 3000 pixels, made by enlarging.
+        larger: Also compare on images of 500 x 375 and 4000 x 3000 pixels, made by enlarging.
         way: Serve one way over `data`, `shards` and `scratch` instead: what the processes run.
         shards: See way.
         scratch: See way.
@@ -247,15 +247,13 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         room = Path(temporary)
         folder = data.resolve() if data else drawn(room / "drawn")
-        tasks: list[tuple[str, Path, list[str]]] = [
-            (f"{len(scan(folder))} photographs as they are", folder, list(WAYS))
-        ]
+        tasks: list[tuple[str, Path, list[str]]] = [(f"{len(scan(folder))} images as they are", folder, list(WAYS))]
         for size, count in (((500, 375), 640), ((4000, 3000), 64)) if larger else ():
-            title = f"{count} photographs of {size[0]} x {size[1]}"
+            title = f"{count} images of {size[0]} x {size[1]}"
             tasks.append((title, enlarged(folder, room / title.replace(" ", "-"), size, count), FEW))
         content: dict[str, Any] = {"clock": " ".join((__doc__ or "").split("\n\n")[1].split()), "feeding": {}}
-        for number, (title, photographs, names) in enumerate(tasks):
-            processes = measured(photographs, room / str(number), names, rounds)
+        for number, (title, images, names) in enumerate(tasks):
+            processes = measured(images, room / str(number), names, rounds)
             print(table(title, processes), flush=True)
             content["feeding"][title] = [process.to_dict() for process in processes]
         if epochs:

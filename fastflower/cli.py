@@ -172,7 +172,8 @@ def _doctor(prog: str, args: Sequence[str]) -> None:
 def _preview(prog: str, args: Sequence[str]) -> None:
     from fastflower.reporting.preview import preview
 
-    print(f"wrote {preview(**_parse_recipe(prog, args, preview, out=Path))}")
+    args = [text.replace("--photographs", "--images") for text in args]  # the flag's former name
+    print(f"wrote {preview(**_parse_recipe(prog, args, preview, out=Path, images=int))}")
 
 
 def _train(prog: str, args: Sequence[str]) -> None:
@@ -234,7 +235,7 @@ _VERBS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
     "pack": (_pack, "a folder of class folders into shards"),
     "verify": (_verify, "check shards against their checksums and indexes"),
     "doctor": (_doctor, "say what holds training back: reading, decoding, augmenting or the network"),
-    "preview": (_preview, "draw what a recipe makes of photographs"),
+    "preview": (_preview, "draw what a recipe makes of images"),
     "train": (_train, "a classifier on shards"),
     "evaluate": (_evaluate, "score a checkpoint on shards"),
     "predict": (_predict, "classify image files"),

@@ -65,7 +65,7 @@ def _log_level() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def flowers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """150 drawn photographs, 240 to 500 pixels a side, in five class folders. Not to be written to."""
+    """150 drawn images, 240 to 500 pixels a side, in five class folders. Not to be written to."""
     folder = tmp_path_factory.mktemp("drawn") / "flowers"
     command = [sys.executable, ROOT / "tools" / "draw_flowers.py", folder, "--per-class", "30"]
     subprocess.run(command, check=True, capture_output=True)
@@ -73,15 +73,15 @@ def flowers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def photographs(flowers: Path) -> list[Path]:
-    """The 150 drawn photographs, or as many of a folder of real ones where it stands beside the checkout."""
+def image_files(flowers: Path) -> list[Path]:
+    """The 150 drawn images, or as many of a folder of real ones where it stands beside the checkout."""
     real = sorted((ROOT.parent / "shared" / "flowers").glob("*/*.jpg"))
     return real[:: len(real) // 150][:150] if len(real) >= 150 else sorted(flowers.glob("*/*.jpg"))
 
 
 @pytest.fixture(scope="session")
 def shards(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The drawn photographs, packed: 120 to train on, 30 to validate, in several shards. Not to be written to."""
+    """The drawn images, packed: 120 to train on, 30 to validate, in several shards. Not to be written to."""
     folder = tmp_path_factory.mktemp("packed") / "shards"
     pack(flowers, folder, shard_bytes=1 << 20)
     return folder
@@ -89,7 +89,7 @@ def shards(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
-    """A server of the packed photographs, and readers that are impatient with it."""
+    """A server of the packed images, and readers that are impatient with it."""
     for name, value in IMPATIENT.items():
         monkeypatch.setattr(f"fastflower.shards.remote.{name}", value)
     with serving(shards) as server:
@@ -120,7 +120,7 @@ def narrow() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def no_pictures() -> Iterator[None]:
+def no_figures() -> Iterator[None]:
     """Reports of runs have empty pictures, whose drawing takes longer than a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "png", lambda _: b"")

@@ -125,7 +125,7 @@ def _trained(out: Path, weights: Path | None, backbone: str | None, epochs: int 
 
 
 def _timed(folder: Path, out: Path, size: int) -> dict[str, list[Timed]]:
-    """benchmarks/epoch_time.py on 640 of the same photographs, in the size that was trained."""
+    """benchmarks/epoch_time.py on 640 of the same images, in the size that was trained."""
     command = [sys.executable, ROOT / "benchmarks" / "epoch_time.py", "--data", folder, "--out", out]
     options = {"rounds": 3, "train-rounds": 1, "size": size, "max-images": 640}
     subprocess.run([*command, *(f"--{name}={value}" for name, value in options.items())], check=True)

@@ -1,6 +1,6 @@
 """Draw five kinds of flowers as JPEG files in class folders: python tools/draw_flowers.py OUT
 
-Deterministic, without any photograph. The kinds differ in shape; colours, sizes, numbers and backgrounds overlap, so that
+Deterministic, without any image. The kinds differ in shape; colors, sizes, numbers and backgrounds overlap, so that
 a network has something to learn.
 """
 
@@ -23,44 +23,44 @@ Image = NDArray[np.uint8]
 """(H, W, 3) RGB."""
 Point = NDArray[np.float64]
 """(2,) x, y."""
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
 SHIFT = 4  # bits of fraction in the coordinates given to OpenCV
-WHITES: list[Colour] = [(235, 235, 225), (240, 215, 225), (245, 240, 200)]
-YELLOWS: list[Colour] = [(235, 195, 30), (245, 215, 70), (225, 160, 20)]
-REDS: list[Colour] = [(190, 25, 45), (220, 90, 130), (160, 40, 110), (230, 120, 60)]
+WHITES: list[Color] = [(235, 235, 225), (240, 215, 225), (245, 240, 200)]
+YELLOWS: list[Color] = [(235, 195, 30), (245, 215, 70), (225, 160, 20)]
+REDS: list[Color] = [(190, 25, 45), (220, 90, 130), (160, 40, 110), (230, 120, 60)]
 
 
 def petal(
-    image: Image, centre: Point, angle: float, start: float, length: float, width: float, colour: Colour, tip: float
+    image: Image, center: Point, angle: float, start: float, length: float, width: float, color: Color, tip: float
 ) -> None:
-    """One petal that points away from the centre; tip  0 is round, 1 pointed."""
+    """One petal that points away from the center; tip  0 is round, 1 pointed."""
     along = np.linspace(0, 1, 12)
     half = width / 2 * np.sin(np.pi * along ** (0.7 + 0.5 * tip)) ** (0.6 + 0.6 * tip)
     distance = start + length * along
     outline = np.concatenate([np.stack([distance, half], 1), np.stack([distance, -half], 1)[::-1]])
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    points = np.rint((outline @ turn + centre) * 2**SHIFT).astype(np.int32)
-    cv2.fillPoly(image, [points], colour, cv2.LINE_AA, SHIFT)
+    points = np.rint((outline @ turn + center) * 2**SHIFT).astype(np.int32)
+    cv2.fillPoly(image, [points], color, cv2.LINE_AA, SHIFT)
     cv2.polylines(
-        image, [points], isClosed=True, color=tinted(colour, 0.8), thickness=1, lineType=cv2.LINE_AA, shift=SHIFT
+        image, [points], isClosed=True, color=tinted(color, 0.8), thickness=1, lineType=cv2.LINE_AA, shift=SHIFT
     )
 
 
-def disc(image: Image, centre: Point, radius: float, colour: Colour) -> None:
-    x, y = np.rint(centre * 2**SHIFT).astype(int).tolist()
-    cv2.circle(image, (x, y), int(radius * 2**SHIFT), colour, -1, cv2.LINE_AA, SHIFT)
+def disc(image: Image, center: Point, radius: float, color: Color) -> None:
+    x, y = np.rint(center * 2**SHIFT).astype(int).tolist()
+    cv2.circle(image, (x, y), int(radius * 2**SHIFT), color, -1, cv2.LINE_AA, SHIFT)
 
 
-def varied(rng: Generator, colours: Sequence[Colour], spread: float = 18) -> Colour:
-    return clipped(np.array(colours[int(rng.integers(len(colours)))]) + rng.normal(0, spread, 3))
+def varied(rng: Generator, colors: Sequence[Color], spread: float = 18) -> Color:
+    return clipped(np.array(colors[int(rng.integers(len(colors)))]) + rng.normal(0, spread, 3))
 
 
-def tinted(colour: Colour, factor: float | NDArray[np.float64]) -> Colour:
-    return clipped(np.array(colour) * factor)
+def tinted(color: Color, factor: float | NDArray[np.float64]) -> Color:
+    return clipped(np.array(color) * factor)
 
 
-def clipped(levels: NDArray[np.float64]) -> Colour:
+def clipped(levels: NDArray[np.float64]) -> Color:
     red, green, blue = np.clip(levels, 0, 255).tolist()
     return red, green, blue
 
@@ -68,53 +68,53 @@ def clipped(levels: NDArray[np.float64]) -> Colour:
 def ring(
     image: Image,
     rng: Generator,
-    centre: Point,
+    center: Point,
     count: int,
     start: float,
     length: float,
     width: float,
-    colour: Colour,
+    color: Color,
     tip: float,
 ) -> None:
     phase = rng.uniform(0, 2 * np.pi)
     for number in range(count):
         angle = phase + 2 * np.pi * number / count + rng.normal(0, 0.06)
-        tint = tinted(colour, rng.normal(1, 0.05, 3))
-        petal(image, centre, angle, start, length * rng.normal(1, 0.06), width, tint, tip)
+        tint = tinted(color, rng.normal(1, 0.05, 3))
+        petal(image, center, angle, start, length * rng.normal(1, 0.06), width, tint, tip)
 
 
-def daisy(image: Image, rng: Generator, centre: Point, radius: float) -> None:
-    colour = varied(rng, WHITES + YELLOWS[:1])
-    ring(image, rng, centre, int(rng.integers(12, 20)), 0.2 * radius, 0.8 * radius, 0.24 * radius, colour, 0.2)
-    disc(image, centre, radius * rng.uniform(0.2, 0.3), varied(rng, YELLOWS))
+def daisy(image: Image, rng: Generator, center: Point, radius: float) -> None:
+    color = varied(rng, WHITES + YELLOWS[:1])
+    ring(image, rng, center, int(rng.integers(12, 20)), 0.2 * radius, 0.8 * radius, 0.24 * radius, color, 0.2)
+    disc(image, center, radius * rng.uniform(0.2, 0.3), varied(rng, YELLOWS))
 
 
-def dandelion(image: Image, rng: Generator, centre: Point, radius: float) -> None:
-    colour = varied(rng, YELLOWS + WHITES[2:])
+def dandelion(image: Image, rng: Generator, center: Point, radius: float) -> None:
+    color = varied(rng, YELLOWS + WHITES[2:])
     for share in (1.0, 0.72, 0.45):
-        ring(image, rng, centre, int(rng.integers(26, 36)), 0, share * radius, 0.1 * radius, colour, 0.5)
+        ring(image, rng, center, int(rng.integers(26, 36)), 0, share * radius, 0.1 * radius, color, 0.5)
 
 
-def rose(image: Image, rng: Generator, centre: Point, radius: float) -> None:
-    colour = varied(rng, REDS + WHITES + YELLOWS[:1])
+def rose(image: Image, rng: Generator, center: Point, radius: float) -> None:
+    color = varied(rng, REDS + WHITES + YELLOWS[:1])
     for share in (1.0, 0.75, 0.52, 0.3):
-        tint = tinted(colour, 0.7 + 0.3 * share)
-        ring(image, rng, centre, int(rng.integers(4, 7)), 0, share * radius, share * radius, tint, 0.0)
+        tint = tinted(color, 0.7 + 0.3 * share)
+        ring(image, rng, center, int(rng.integers(4, 7)), 0, share * radius, share * radius, tint, 0.0)
 
 
-def sunflower(image: Image, rng: Generator, centre: Point, radius: float) -> None:
-    colour = varied(rng, [*YELLOWS, REDS[3]])
-    ring(image, rng, centre, int(rng.integers(14, 22)), 0.35 * radius, 0.65 * radius, 0.26 * radius, colour, 1.0)
-    disc(image, centre, radius * rng.uniform(0.34, 0.46), varied(rng, [(70, 45, 25), (95, 70, 30)]))
+def sunflower(image: Image, rng: Generator, center: Point, radius: float) -> None:
+    color = varied(rng, [*YELLOWS, REDS[3]])
+    ring(image, rng, center, int(rng.integers(14, 22)), 0.35 * radius, 0.65 * radius, 0.26 * radius, color, 1.0)
+    disc(image, center, radius * rng.uniform(0.34, 0.46), varied(rng, [(70, 45, 25), (95, 70, 30)]))
 
 
-def tulip(image: Image, rng: Generator, centre: Point, radius: float) -> None:
-    colour = varied(rng, REDS + YELLOWS + WHITES)
+def tulip(image: Image, rng: Generator, center: Point, radius: float) -> None:
+    color = varied(rng, REDS + YELLOWS + WHITES)
     lean = rng.normal(0, 0.25)
-    base = centre + 0.8 * radius * np.array([np.sin(lean), np.cos(lean)])
+    base = center + 0.8 * radius * np.array([np.sin(lean), np.cos(lean)])
     petal(image, base, np.pi / 2 - lean, 0, 1.6 * radius, 0.1 * radius, varied(rng, [(60, 120, 50)]), 0.0)
     for turn, share in ((-0.42, 1.5), (0.42, 1.5), (0.0, 1.6)):
-        tint = tinted(colour, 0.85 + 0.15 * (turn == 0))
+        tint = tinted(color, 0.85 + 0.15 * (turn == 0))
         petal(image, base, -np.pi / 2 - lean + turn, 0, share * radius, 0.85 * radius, tint, 0.4)
 
 

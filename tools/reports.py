@@ -33,7 +33,7 @@ class Experiment:
 
     recipe: str
     accuracy: float
-    """Percent of the validation photographs."""
+    """Percent of the validation images."""
     seconds: float | None = None
 
 

@@ -45,22 +45,22 @@ def loader(folder: Path, transform: Any, *, batch_size: int, pin: bool) -> DataL
 def validation(folder: Path, size: int = 224, *, pin: bool) -> DataLoader[Any]:
     """The central view of every image, in batches of 64."""
     view = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
-    normalised = transforms.Compose([*view, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    normalized = transforms.Compose([*view, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     workers = {"num_workers": os.cpu_count() or 1, "persistent_workers": True}
-    return DataLoader(ImageFolder(folder, normalised), 64, pin_memory=pin, **workers)
+    return DataLoader(ImageFolder(folder, normalized), 64, pin_memory=pin, **workers)
 
 
 def accuracy(model: nn.Module, view: DataLoader[Any], device: torch.device, dtype: torch.dtype | None) -> float:
     """The share of the validation images that are right; `dtype` as for Trainer."""
     model.eval()
     layout = torch.contiguous_format if dtype is None else torch.channels_last
-    hits = seen = 0
+    correct = seen = 0
     with torch.inference_mode(), autocast(device, dtype):
         for cpu_images, labels in view:
             images = cpu_images.to(device, non_blocking=True, memory_format=layout)
-            hits += int((model(images).argmax(1).cpu() == labels).sum())
+            correct += int((model(images).argmax(1).cpu() == labels).sum())
             seen += len(labels)
-    return hits / seen
+    return correct / seen
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
@@ -116,9 +116,9 @@ class OneCycle:
         dtype: torch.dtype,
         frozen: tuple[nn.Module, ...] = (),
     ) -> None:
-        normalised = transforms.Compose([*random, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+        normalized = transforms.Compose([*random, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
         pin = device.type == "cuda"
-        self.batches = loader(folder / "train", normalised, batch_size=32, pin=pin)
+        self.batches = loader(folder / "train", normalized, batch_size=32, pin=pin)
         self.view = validation(folder / "val", size, pin=pin)
         self.frozen, self.device, self.dtype = frozen, device, dtype
         for module in frozen:

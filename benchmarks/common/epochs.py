@@ -11,7 +11,7 @@ from fastflower.recipes.presets import report_a
 from fastflower.training.run import Run
 
 
-def plain_feeding(folder: Path, size: int, batch_size: int, device: torch.device) -> record.Side:
+def plain_loading(folder: Path, size: int, batch_size: int, device: torch.device) -> record.Side:
     """The baseline of loading alone, float32 batches on the device."""
     plain = baseline.loader(folder, baseline.augmentation(size), batch_size=batch_size, pin=device.type == "cuda")
 

@@ -1,8 +1,8 @@
 """The yardstick of feeding on the CPU: decoding and rendering in bare threads, and nothing else.
 
 No order, no checksum, no draws, no batches: the files' bytes lie in RAM, the numbers are drawn beforehand, and every thread
-writes into the same memory again and again. What is left is decoding, antialiasing, one warp, clipped colour, exact hue and
-normalisation to float32, by the renderers that the parity tests hold to torchvision.
+writes into the same memory again and again. What is left is decoding, antialiasing, one warp, clipped color, exact hue and
+normalization to float32, by the renderers that the parity tests hold to torchvision.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,9 +26,9 @@ RENDERERS: dict[str, Callable[[Augment, torch.dtype], Renderer]] = {"native": Na
 
 
 def epoch_of(loader: Loader, renderer: str, workers: int, *, decoded: bool) -> Callable[[], int]:
-    """A function that renders every photograph of a loader's split once and returns their number.
+    """A function that renders every image of a loader's split once and returns their number.
 
-    decoded  photographs lie decoded in RAM, at the scale that is drawn.
+    decoded  images lie decoded in RAM, at the scale that is drawn.
     """
     render = RENDERERS[renderer](loader.augment, torch.float32)
     numbers = range(loader.num_samples)
@@ -36,7 +36,7 @@ def epoch_of(loader: Loader, renderer: str, workers: int, *, decoded: bool) -> C
     samples = SampleSource(ShardReader(loader.manifest, loader.split))
     jobs = render.jobs(Request.drawn(loader.augment, indices, samples.sizes, seed=loader.seed, epoch=0, step=0))
     encoded = [samples.encoded(index) for index in numbers]
-    photos = [decode(data, job.reduce) for data, job in zip(encoded, jobs, strict=True)] if decoded else None
+    images = [decode(data, job.decode_scale) for data, job in zip(encoded, jobs, strict=True)] if decoded else None
 
     def epoch() -> int:
         order = np.random.default_rng().permutation(len(jobs)).tolist()
@@ -50,7 +50,7 @@ def epoch_of(loader: Loader, renderer: str, workers: int, *, decoded: bool) -> C
             if number >= len(order):
                 return
             index = order[number]
-            photo = photos[index] if photos else decode(encoded[index], jobs[index].reduce)
-            render(photo, jobs[index], out)
+            image = images[index] if images else decode(encoded[index], jobs[index].decode_scale)
+            render(image, jobs[index], out)
 
     return epoch

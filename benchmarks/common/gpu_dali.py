@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import dali_probe, gpu_feeding, gpu_part, gpu_smoke, record
-from common.gpu_feeding import Way
+from common import dali_probe, gpu_loading, gpu_part, gpu_smoke, record
+from common.gpu_loading import Way
 from common.gpu_part import SMALL, Part, Place, verdict
 from fastflower import Augment, Loader
 from fastflower.loading.backends.base import Setup
@@ -187,9 +187,9 @@ def _feeding(
     def piece(batch_size: int) -> None:
         common = {"batch_size": batch_size, "augment": augment or report_a().augment, "device": part.device}
         names = {"OpenCV on threads, bfloat16": ("opencv", torch.bfloat16)}
-        names |= {f"DALI, {name}": ("dali", dtype) for name, dtype in gpu_feeding.DTYPES.items()}
+        names |= {f"DALI, {name}": ("dali", dtype) for name, dtype in gpu_loading.DTYPES.items()}
         sides = [
-            gpu_feeding.side_of(Way(name, {"backend": backend, "dtype": dtype, "cache": None}), place.all, common)
+            gpu_loading.side_of(Way(name, {"backend": backend, "dtype": dtype, "cache": None}), place.all, common)
             for name, (backend, dtype) in names.items()
         ]
         what = f"engine {load:.0%}, batch {batch_size}"
@@ -229,7 +229,7 @@ def kept(
     setup = Setup(part.device, torch.float16, batch_size, workers=4)
     images: dict[int, Any] = {}
     for index in np.concatenate([request.indices for request in requests]).tolist():
-        image = loader.photo(index)
+        image = loader.image(index)
         images[index] = torch.from_numpy(image.copy()).to(part.device) if cuda else image
 
     @pipeline_def(enable_conditionals=True, batch_size=batch_size, num_threads=4, prefetch_queue_depth=2)

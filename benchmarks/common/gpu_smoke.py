@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from common import gpu_feeding, record
+from common import gpu_loading, record
 from common.gpu_part import MAGNIFIED, SMALL, Part, Place, check_recorded
 from fastflower import Augment, Loader
 from fastflower.loading.backends.native import available
@@ -75,7 +75,7 @@ def _product(part: Part, side: int = 8192) -> None:
 
 def _rates(amount: int, device: torch.device, work: Any) -> dict[str, Any]:
     work()
-    rates = [amount / gpu_feeding.device_seconds(work, device) for _ in range(5)]
+    rates = [amount / gpu_loading.device_seconds(work, device) for _ in range(5)]
     return {**record.spread(rates), "raw": rates}
 
 
@@ -87,13 +87,13 @@ def smoke(
     """
     pieces = {
         f"Triton against native, {name}": partial(_same_images, part, place, name, count, augment)
-        for name in gpu_feeding.STORED
+        for name in gpu_loading.STORED
     }
     part.each({**pieces, "two epochs with and without CUDA graphs": partial(_same_losses, part, place, training)})
 
 
 def _same_images(part: Part, place: Place, name: str, count: int, augment: Augment | None) -> None:
-    dtype = gpu_feeding.STORED[name]
+    dtype = gpu_loading.STORED[name]
     options: dict[str, Any] = {"batch_size": count, "augment": augment or RANDOM, "dtype": dtype}
     ours = next(iter(Loader(place.all, backend="triton", device=part.device, **options)))
     # Where the processor lacks AVX2, or kernel.so was not brought, OpenCV stands in.

@@ -22,7 +22,7 @@ def drawn(into: Path) -> Path:
 
 
 @contextmanager
-def photographs(data: Path | None, max_images: int | None, val_fraction: float = 0.0) -> Iterator[tuple[Path, Path]]:
+def images(data: Path | None, max_images: int | None, val_fraction: float = 0.0) -> Iterator[tuple[Path, Path]]:
     """(class folders, or train/CLASS and val/CLASS, the same packed); without data they are drawn."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = data or drawn(Path(scratch, "drawn"))
@@ -34,8 +34,8 @@ def photographs(data: Path | None, max_images: int | None, val_fraction: float =
 
 
 def split_folders(data: Path, shards: Path, into: Path) -> Path:
-    """Links SPLIT/CLASS/... to the photographs of each split, for ImageFolder."""
-    part = into.with_name(f"{into.name}.part")  # a part of the photographs must not be taken for all
+    """Links SPLIT/CLASS/... to the images of each split, for ImageFolder."""
+    part = into.with_name(f"{into.name}.part")  # a part of the images must not be taken for all
     shutil.rmtree(part, ignore_errors=True)
     for split in Manifest.load(str(shards)).splits:
         loader = Loader(shards, split, batch_size=1, device="cpu", cache=None)
@@ -47,7 +47,7 @@ def split_folders(data: Path, shards: Path, into: Path) -> Path:
 
 
 def some(folder: Path, into: Path, count: int) -> Path:
-    """Links to at most `count` photographs, evenly spread over the classes."""
+    """Links to at most `count` images, evenly spread over the classes."""
     found = scan(folder)
     numbers = np.linspace(0, len(found), min(count, len(found)), endpoint=False).astype(int)
     for number in numbers:

@@ -1,4 +1,4 @@
-"""Other ways of feeding the same photographs with the same augmentation, each as its makers recommend; a worker a core.
+"""Other ways of feeding the same images with the same augmentation, each as its makers recommend; a worker a core.
 
 A way takes a `Job` and gives a function that feeds one epoch of float32 batches and returns the number of images.
 """
@@ -32,7 +32,7 @@ class Job:
     batch_size: int = 64
 
     def samples(self) -> list[tuple[Path, int]]:
-        """(path, label) of every photograph."""
+        """(path, label) of every image."""
         classes = sorted(entry for entry in self.folder.iterdir() if entry.is_dir())
         return [(path, label) for label, entry in enumerate(classes) for path in sorted(entry.iterdir())]
 
@@ -200,11 +200,11 @@ def mds(job: Job) -> Epoch:
     pack(job.samples(), job.scratch)
     prepared = Prepared()
 
-    class Photographs(StreamingDataset):
+    class Images(StreamingDataset):
         def __getitem__(self, at: Any) -> Any:
             return prepared(super().__getitem__(at))
 
-    data = Photographs(local=str(job.scratch / "mds"), shuffle=True, batch_size=job.batch_size)
+    data = Images(local=str(job.scratch / "mds"), shuffle=True, batch_size=job.batch_size)
     options: dict[str, Any] = {"drop_last": True, "num_workers": WORKERS, "persistent_workers": True}
     loader = torch.utils.data.DataLoader(data, job.batch_size, **options)
     return lambda: counted(loader)

@@ -31,7 +31,7 @@ class Augment:
     """Without `crop`: the shorter side (or exactly height, width) before the central `size` is cut out; None: 8/7 of the longer
     side of `size`, as torchvision's 256 of 224."""
     crop: tuple[float, float] | None = None
-    """RandomResizedCrop: the share of the photograph's area, drawn uniformly from (least, most); None: the centre."""
+    """RandomResizedCrop: the share of the image's area, drawn uniformly from (least, most); None: the center."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width to height of the crop, drawn log-uniformly."""
     flip: float = 0.0
@@ -51,11 +51,11 @@ class Augment:
     brightness: float = 0.0
     """Factor drawn uniformly from [max(0, 1 - brightness), 1 + brightness]."""
     contrast: float = 0.0
-    """Factor about the image's mean grey, drawn as for brightness."""
+    """Factor about the image's mean gray, drawn as for brightness."""
     saturation: float = 0.0
-    """Factor between grey and colour, drawn as for brightness."""
+    """Factor between gray and color, drawn as for brightness."""
     hue: float = 0.0
-    """Turns of the colour wheel, drawn uniformly from [-hue, hue]; at most 0.5."""
+    """Turns of the color wheel, drawn uniformly from [-hue, hue]; at most 0.5."""
     erase: float = 0.0
     """Probability that a rectangle is blotted out (RandomErasing)."""
     erase_area: tuple[float, float] = (0.02, 0.33)
@@ -63,16 +63,16 @@ class Augment:
     erase_ratio: tuple[float, float] = (0.3, 3.3)
     """Height to width of the rectangle, drawn log-uniformly."""
     erase_value: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """What the rectangle is filled with, in normalised units: 0 is the mean colour."""
+    """What the rectangle is filled with, in normalized units: 0 is the mean color."""
     fill: Literal["black", "photo"] = "black"
-    """What stands outside the crop after rotation, shift or shear: black as in torchvision, or the photograph's own pixels."""
+    """What stands outside the crop after rotation, shift or shear: black as in torchvision, or the image's own pixels."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    """Normalisation: (level / 255 - mean) / std."""
+    """Normalization: (level / 255 - mean) / std."""
     mixup: float = 0.0
-    """Mix the images and labels of neighbours in the batch: the Beta distribution's parameter for their weights; 0: never."""
+    """Mix the images and labels of neighbors in the batch: the Beta distribution's parameter for their weights; 0: never."""
     cutmix: float = 0.0
-    """Paste a rectangle of the neighbour instead, likewise; where both are given each pair is dealt one of them."""
+    """Paste a rectangle of the neighbor instead, likewise; where both are given each pair is dealt one of them."""
     fixed: bool = False
     """Draw the same numbers for a sample in every epoch."""
 
@@ -121,7 +121,7 @@ class Augment:
 
     @property
     def uncovers(self) -> bool:
-        """Whether an output may show what lies outside the crop, or outside the photograph."""
+        """Whether an output may show what lies outside the crop, or outside the image."""
         small = any(side < out for side, out in zip(_pair(self.resized), self.output_size, strict=True))
         return self.moves or (self.crop is None and small)
 
@@ -139,7 +139,7 @@ class Augment:
         return cls(**fields_of(transform))
 
     def draw(self, seed: int, epoch: int, indices: ArrayLike, sizes: ArrayLike) -> Draw:
-        """Draw for the samples `indices`, (N,) integers, whose photographs have `sizes`, (N, 2) height and width in pixels.
+        """Draw for the samples `indices`, (N,) integers, whose images have `sizes`, (N, 2) height and width in pixels.
 
         Example:
             >>> from fastflower import Augment
@@ -162,7 +162,7 @@ class Augment:
         furthest = np.array(self.translate) * self.output_size[::-1]
         return Draw(
             size=self.output_size,
-            roi=self._centre(sizes_N2) if self.crop is None else self._random_crop(dice, sizes_N2, self.crop),
+            roi=self._center(sizes_N2) if self.crop is None else self._random_crop(dice, sizes_N2, self.crop),
             flip=dice.uniform(Slot.FLIP, 2) < (self.flip, self.flip_vertical),
             rotate=dice.between(-self.rotate, self.rotate, Slot.ROTATE),
             affine_rotate=dice.between(-self.affine_rotate, self.affine_rotate, Slot.AFFINE_ROTATE),
@@ -190,14 +190,14 @@ class Augment:
             alpha = self.cutmix if cut[pair] else self.mixup
             share[pair] = dice.beta(alpha, alpha)
             if cut[pair]:
-                centre = np.floor(dice.random(2) * size)
+                center = np.floor(dice.random(2) * size)
                 reach = np.floor(np.sqrt(1 - share[pair]) / 2 * size)
-                corner, end = np.clip([centre - reach, centre + reach], 0, size).astype(int)
+                corner, end = np.clip([center - reach, center + reach], 0, size).astype(int)
                 box[pair] = *corner, *(end - corner)
                 share[pair] = 1 - (end - corner).prod() / size.prod()
         return Mix(share, box, cut)
 
-    def _centre(self, sizes_N2: NDArray[np.int64]) -> Floats:
+    def _center(self, sizes_N2: NDArray[np.int64]) -> Floats:
         """torchvision's Resize, then CenterCrop, with their roundings, as a rectangle of the source."""
         size, resized = np.array(self.output_size), np.array(self.resized)
         if resized.ndim == 0:  # one number, of the shorter side

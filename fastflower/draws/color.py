@@ -1,4 +1,4 @@
-"""Brightness, contrast, saturation, hue and normalisation as tables and matrices; what torchvision's functionals compute.
+"""Brightness, contrast, saturation, hue and normalization as tables and matrices; what torchvision's functionals compute.
 
 Pixels are RGB in 0 .. 255. Each operation clips to 0 .. 255 as torchvision does, in the order brightness, contrast,
 saturation, hue. Shape suffixes: K table entries (256), C channels.
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 FACTORS = ("brightness", "contrast", "saturation", "hue")  # fields of Augment and Draw, in their order
-# Grey as Pillow's convert("L") weighs it: ITU-R BT.601 luma. torchvision's rgb_to_grayscale has 0.2989 for red.
+# Gray as Pillow's convert("L") weighs it: ITU-R BT.601 luma. torchvision's rgb_to_grayscale has 0.2989 for red.
 LUMA = np.array([0.299, 0.587, 0.114])
 # ImageNet's channel statistics in 0..1, which torchvision's pretrained weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -25,12 +25,12 @@ def brightness_table(factor: float) -> Floats:
 
 
 def contrast_table(levels_K: Floats, factor: float, mean: float) -> Floats:
-    """Follow a table by contrast: clip(mean + factor * (level - mean)); mean is the grey mean of the image it acts on."""
+    """Follow a table by contrast: clip(mean + factor * (level - mean)); mean is the gray mean of the image it acts on."""
     return np.clip(mean + factor * (levels_K - mean), 0, 255).astype(np.float32)
 
 
 def saturation_matrix(factor: float) -> Floats:
-    """The (3, 3) float32 matrix that blends a pixel with its own grey: factor * x + (1 - factor) * (LUMA . x)."""
+    """The (3, 3) float32 matrix that blends a pixel with its own gray: factor * x + (1 - factor) * (LUMA . x)."""
     return (factor * np.eye(3) + (1 - factor) * LUMA).astype(np.float32)
 
 

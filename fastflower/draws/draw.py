@@ -10,7 +10,7 @@ from fastflower.draws import geometry
 from fastflower.draws.geometry import Floats
 
 # torchvision resamples again for a rotation and for an affine, each adding a triangle's variance. Half of it is added here:
-# the chain is then 1.5 grey levels from torchvision's instead of 1.8, and no further from the truth (docs/augmentation.md).
+# the chain is then 1.5 gray levels from torchvision's instead of 1.8, and no further from the truth (docs/augmentation.md).
 SOFTNESS = 0.5
 
 
@@ -21,7 +21,7 @@ class Draw:
     size: tuple[int, int]
     """(height, width) of the output."""
     roi: Floats
-    """(N, 4) top, left, height, width in the source; may reach beyond it when the crop is larger than the photograph."""
+    """(N, 4) top, left, height, width in the source; may reach beyond it when the crop is larger than the image."""
     flip: NDArray[np.bool_]
     """(N, 2) left-right, upside-down."""
     rotate: Floats
@@ -39,7 +39,7 @@ class Draw:
     saturation: Floats
     """(N,) factors; 1 changes nothing."""
     hue: Floats
-    """(N,) turns of the colour wheel in [-0.5, 0.5]; 0 changes nothing."""
+    """(N,) turns of the color wheel in [-0.5, 0.5]; 0 changes nothing."""
     erase: NDArray[np.int64]
     """(N, 4) top, left, height, width in the output; height 0 erases nothing."""
 
@@ -60,10 +60,10 @@ class Draw:
         return matrix
 
     def warp(self, sizes_N2: ArrayLike, fill: str) -> geometry.Warp:
-        """The geometry as a backend needs it, for photographs of `sizes`, (N, 2) height and width."""
+        """The geometry as a backend needs it, for images of `sizes`, (N, 2) height and width."""
         sizes = np.asarray(sizes_N2, np.float64).reshape(-1, 2)
-        photo = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
-        visible = photo if fill == "photo" else geometry.intersect(photo, self.roi)
+        image = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
+        visible = image if fill == "photo" else geometry.intersect(image, self.roi)
         turned = (self.rotate != 0).astype(np.float64)
         bent = (self.affine_rotate != 0) | (self.scale != 1) | (self.shear != 0).any(axis=1)
         return geometry.plan(self.matrix(), visible, self.size, SOFTNESS * (turned + bent))
@@ -78,8 +78,8 @@ class Mix(NamedTuple):
     """How the images of each pair are mixed; of P pairs."""
 
     share: Floats
-    """(P,) of an image's own label; the rest is its neighbour's."""
+    """(P,) of an image's own label; the rest is its neighbor's."""
     box: NDArray[np.int64]
-    """(P, 4) top, left, height, width of the rectangle that is pasted from the neighbour."""
+    """(P, 4) top, left, height, width of the rectangle that is pasted from the neighbor."""
     cut: NDArray[np.bool_]
     """(P,) whether a rectangle is pasted, not the whole image blended."""

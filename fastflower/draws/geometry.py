@@ -1,6 +1,6 @@
 """Crop, flip, rotation, translation, scale and shear as one matrix.
 
-A warp matrix maps destination to source: 2x3, columns (x, y), in pixels whose centres lie at +0.5 (a pixel covers
+A warp matrix maps destination to source: 2x3, columns (x, y), in pixels whose centers lie at +0.5 (a pixel covers
 [i, i+1)). Rectangles are (top, left, height, width), so that they and all that is measured down and across count (y, x):
 `[:, ::-1]` turns the one order into the other. Angles are degrees at the interface and radians nowhere else than here.
 Shape suffixes: N batch, 2/3 matrix rows and columns, 4 sides of a rectangle, P points.
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastflower.draws.random import Floats
 
-# Less blur than this changes photographs by less than 0.1 grey levels and would cost a tenth of the time.
+# Less blur than this changes images by less than 0.1 gray levels and would cost a tenth of the time.
 MIN_VARIANCE = 0.02
 
 
@@ -55,7 +55,7 @@ def flips(flip_N2: NDArray[np.bool_], size: tuple[int, int]) -> Floats:
 
 
 def affine(angle_N: Floats, translate_N2: Floats, scale_N: Floats, shear_N2: Floats, size: tuple[int, int]) -> Floats:
-    """Rotate by `angle` (degrees, clockwise), scale and shear about the centre of `size`, then translate by pixels (x, y).
+    """Rotate by `angle` (degrees, clockwise), scale and shear about the center of `size`, then translate by pixels (x, y).
 
     The inverse of the forward map T(translate) C R(angle) Shear(shear) Scale(scale) C^-1, in the closed form of
     torchvision's `_get_inverse_affine_matrix` (torchvision/transforms/functional.py); shear is (x, y) in degrees.
@@ -69,9 +69,9 @@ def affine(angle_N: Floats, translate_N2: Floats, scale_N: Floats, shear_N2: Flo
         a, c = np.cos(rotation - shear_y) / np.cos(shear_y), np.sin(rotation - shear_y) / np.cos(shear_y)
         b, d = b - a * np.tan(shear_x), d - c * np.tan(shear_x)
     a, b, c, d = a / scale_N, b / scale_N, c / scale_N, d / scale_N
-    centre_x, centre_y = size[1] / 2, size[0] / 2
-    x, y = centre_x + translate_N2[..., 0], centre_y + translate_N2[..., 1]
-    rows = np.array([[d, -b, centre_x - d * x + b * y], [-c, a, centre_y + c * x - a * y]])
+    center_x, center_y = size[1] / 2, size[0] / 2
+    x, y = center_x + translate_N2[..., 0], center_y + translate_N2[..., 1]
+    rows = np.array([[d, -b, center_x - d * x + b * y], [-c, a, center_y + c * x - a * y]])
     return np.moveaxis(rows, -1, 0)
 
 
@@ -109,28 +109,28 @@ def grow(quad_N42: Floats, distance: float) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Warp:
-    """What a backend needs to resample N photographs: numbers only."""
+    """What a backend needs to resample N images: numbers only."""
 
     matrix: Floats
     """(N, 2, 3) destination to `region`."""
     region: NDArray[np.int64]
-    """(N, 4) top, left, height, width: the part of the photograph that is read, edges repeated beyond it."""
+    """(N, 4) top, left, height, width: the part of the image that is read, edges repeated beyond it."""
     footprint: Floats
     """(N, 2) down, across: the variance of the antialiasing filter in source pixels, times six."""
     masked: NDArray[np.bool_]
     """(N,) whether some of the destination shows nothing of `visible`, and is black."""
-    photo: Floats
-    """(N, 2, 3) destination to the whole photograph."""
+    whole: Floats
+    """(N, 2, 3) destination to the whole image."""
     visible: Floats
-    """(N, 4) top, left, height, width: the part of the photograph that is shown."""
+    """(N, 4) top, left, height, width: the part of the image that is shown."""
 
     @property
     def quad(self) -> Floats:
         """(N, 4, 2) the part of the destination that shows something, as corners (x, y)."""
-        return transform(invert(self.photo), corners(self.visible))
+        return transform(invert(self.whole), corners(self.visible))
 
     def take(self, rows: slice) -> "Warp":
-        """The warps of some of the photographs."""
+        """The warps of some of the images."""
         return Warp(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
@@ -169,13 +169,13 @@ def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness
         region=np.concatenate([first_N2, end_N2 - first_N2], axis=1).astype(np.int64),
         footprint=footprint_N2,
         masked=masked_N,
-        photo=matrix_N23,
+        whole=matrix_N23,
         visible=visible_N4,
     )
 
 
-def reductions(footprint_N2: Floats) -> NDArray[np.int64]:
-    """The factor (N,), 1, 2, 4 or 8, by which a photograph may be decoded at reduced scale: at most half of its reduction."""
+def decode_scales(footprint_N2: Floats) -> NDArray[np.int64]:
+    """The factor (N,), 1, 2, 4 or 8, by which an image may be decoded at reduced scale: at most half of its reduction."""
     least = np.sqrt(footprint_N2.min(axis=1))
     return np.where(least < 4, 1, np.where(least < 8, 2, np.where(least < 16, 4, 8)))
 
@@ -184,9 +184,9 @@ def shrink_factors(footprint_N2: Floats) -> NDArray[np.int64]:
     """Whole factors (N, 2) by which a source is averaged in boxes before it is blurred and warped: 1 up to a reduction by 4.
 
     Half of the reduction, so that two to four shrunken pixels are left to a destination pixel: one would pass a loose
-    look and be 1.9 grey levels off Pillow's triangle, two are 0.8 off. Multiples of the factor of decoding at reduced scale.
+    look and be 1.9 gray levels off Pillow's triangle, two are 0.8 off. Multiples of the factor of decoding at reduced scale.
     """
-    decoded = reductions(footprint_N2)[:, None]
+    decoded = decode_scales(footprint_N2)[:, None]
     return decoded * np.maximum(1, np.sqrt(footprint_N2) // (2 * decoded)).astype(np.int64)
 
 
@@ -227,49 +227,49 @@ def whole_kernel(weights: Floats) -> Floats:
 class Resampling:
     """A Warp for a renderer that averages boxes, blurs what is left of a reduction, then interpolates."""
 
-    reduce: NDArray[np.int64]
-    """(N,) the factor by which the photograph is reduced when it is decoded."""
+    decode_scale: NDArray[np.int64]
+    """(N,) the factor by which the image is reduced when it is decoded."""
     region: NDArray[np.int64]
-    """(N, 4) top, left, height, width of the decoded photograph: whole boxes."""
+    """(N, 4) top, left, height, width of the decoded image: whole boxes."""
     shrink: NDArray[np.int64]
     """(N, 2) down, across: sides of the boxes, in its pixels."""
     blur: Floats
     """(N, 2) down, across: the variance of the blur, in boxes."""
     matrix: Floats
-    """(N, 2, 3) destination to boxes, both counted in whole numbers at their centres."""
+    """(N, 2, 3) destination to boxes, both counted in whole numbers at their centers."""
 
 
 def resampling(warp: Warp) -> Resampling:
     """How such a renderer carries out a warp."""
-    reduce_N, shrink_N2 = reductions(warp.footprint), shrink_factors(warp.footprint)
-    reduce_N1 = reduce_N[:, None]
+    decode_scale_N, shrink_N2 = decode_scales(warp.footprint), shrink_factors(warp.footprint)
+    decode_scale_N1 = decode_scale_N[:, None]
 
-    # The pixels of the reduced photograph that the region touches; `first` may lie before where the region starts.
+    # The pixels of the reduced image that the region touches; `first` may lie before where the region starts.
     start_N2 = warp.region[:, :2]
     stop_N2 = start_N2 + warp.region[:, 2:]
-    first_N2, end_N2 = start_N2 // reduce_N1, -(-stop_N2 // reduce_N1)
+    first_N2, end_N2 = start_N2 // decode_scale_N1, -(-stop_N2 // decode_scale_N1)
     from_first_N23 = warp.matrix.copy()
-    from_first_N23[:, :, 2] += (start_N2 - reduce_N1 * first_N2)[:, ::-1]
+    from_first_N23[:, :, 2] += (start_N2 - decode_scale_N1 * first_N2)[:, ::-1]
 
     size_N2 = end_N2 - first_N2
-    box_N2 = np.minimum(shrink_N2 // reduce_N1, size_N2)
-    whole_boxes_N2 = size_N2 - size_N2 % box_N2  # at most one box at the far edge is replaced by its neighbour
+    box_N2 = np.minimum(shrink_N2 // decode_scale_N1, size_N2)
+    whole_boxes_N2 = size_N2 - size_N2 % box_N2  # at most one box at the far edge is replaced by its neighbor
     return Resampling(
-        reduce=reduce_N,
+        decode_scale=decode_scale_N,
         region=np.concatenate([first_N2, whole_boxes_N2], axis=1),
         shrink=box_N2,
         blur=blur_variance(warp.footprint, shrink_N2),
-        matrix=centred(from_first_N23 / shrink_N2[:, ::-1, None]),
+        matrix=centered(from_first_N23 / shrink_N2[:, ::-1, None]),
     )
 
 
-def centred(matrix_N23: Floats) -> Floats:
-    """The same warps between pixels whose centres lie at whole numbers, as OpenCV counts."""
+def centered(matrix_N23: Floats) -> Floats:
+    """The same warps between pixels whose centers lie at whole numbers, as OpenCV counts."""
     moved = matrix_N23.copy()
     moved[:, :, 2] += moved[:, :, :2].sum(axis=2) / 2 - 0.5
     return moved
 
 
 def frame(warp: Warp, size: tuple[int, int]) -> Floats:
-    """Destination to the shown part of the photograph, stretched over a frame of `size`, (N, 2, 3)."""
-    return compose(invert(resized_crop(warp.visible, size)), warp.photo)
+    """Destination to the shown part of the image, stretched over a frame of `size`, (N, 2, 3)."""
+    return compose(invert(resized_crop(warp.visible, size)), warp.whole)

@@ -1,7 +1,7 @@
 """Reads a torchvision `Compose`, v1 or v2, as the fields of an `Augment`.
 
-Transforms are recognised by class name and read by attribute, so that torchvision need not be imported. What differs from
-torchvision without changing what is drawn (bilinear for nearest, colour after geometry) is logged, each difference once.
+Transforms are recognized by class name and read by attribute, so that torchvision need not be imported. What differs from
+torchvision without changing what is drawn (bilinear for nearest, color after geometry) is logged, each difference once.
 """
 
 import logging
@@ -19,12 +19,12 @@ _NEAREST_KIN = {
     "RandomCrop": "RandomResizedCrop(size, scale=(0.5, 1))",
     "RandomPerspective": "RandomAffine(shear=...)",
     "Grayscale": "ColorJitter(saturation=...)",
-    "RandomGrayscale": "ColorJitter(saturation=1), which draws how grey an image becomes",
+    "RandomGrayscale": "ColorJitter(saturation=1), which draws how gray an image becomes",
     "TrivialAugmentWide": "RandomRotation, ColorJitter and RandomAffine",
     "RandAugment": "RandomRotation, ColorJitter and RandomAffine",
     "AutoAugment": "RandomRotation, ColorJitter and RandomAffine",
-    "MixUp": "the field mixup=alpha, which mixes neighbours of a batch",
-    "CutMix": "the field cutmix=alpha, which mixes neighbours of a batch",
+    "MixUp": "the field mixup=alpha, which mixes neighbors of a batch",
+    "CutMix": "the field cutmix=alpha, which mixes neighbors of a batch",
 }
 
 
@@ -126,13 +126,13 @@ class _Reading:
         self.geometry_after_color(step)
 
     def must_precede(self, step: _Step, later: str, remedy: str) -> None:
-        """Behind the later one a step would do another thing: fill with black, say, levels that are normalised."""
+        """Behind the later one a step would do another thing: fill with black, say, levels that are normalized."""
         step.require(later not in self.seen, f"stands after {later}; {remedy}")
 
     def geometry_after_color(self, step: _Step) -> None:
         if "ColorJitter" in self.seen:
             order = f"({step.name} follows ColorJitter)"
-            self.notes.append(f"colour is drawn as written but applied after all geometry {order}")
+            self.notes.append(f"color is drawn as written but applied after all geometry {order}")
         self.must_precede(step, "RandomErasing", "erase last")
 
     def bilinear(self, step: _Step) -> None:
@@ -144,13 +144,11 @@ class _Reading:
 
     def moves(self, step: _Step) -> None:
         """What rotations and affines have in common."""
-        self.must_precede(step, "Normalize", "normalise behind it")
+        self.must_precede(step, "Normalize", "normalize behind it")
         self.geometry_after_color(step)
         self.bilinear(step)
-        step.require(step.get("center") is None, "about another centre cannot be expressed; leave center out")
-        fill = (
-            f"fill={step.get('fill')!r} cannot be expressed; Augment fills black, or with the photograph (fill='photo')"
-        )
+        step.require(step.get("center") is None, "about another center cannot be expressed; leave center out")
+        fill = f"fill={step.get('fill')!r} cannot be expressed; Augment fills black, or with the image (fill='photo')"
         step.require(not any(step.numbers("fill")), f"with {fill}")
 
 
@@ -174,7 +172,7 @@ def _resize(reading: _Reading, step: _Step) -> None:
         reading.fields["resize"] = reading.fields["size"] = step.size()
 
 
-def _centre_crop(reading: _Reading, step: _Step) -> None:
+def _center_crop(reading: _Reading, step: _Step) -> None:
     step.require("resize" in reading.fields, "without Resize before it cuts sizes unequally; add Resize(256)")
     reading.fields.pop("size", None)  # Resize((h, w)) alone had set it
     reading.view_first(step)
@@ -186,7 +184,7 @@ def _resized_crop(reading: _Reading, step: _Step) -> None:
     reading.view_first(step)
     reading.bilinear(step)
     if reading.fields.pop("resize", None):
-        share = "the crop takes the same share of the photograph itself"
+        share = "the crop takes the same share of the image itself"
         reading.notes.append(f"Resize before {step.name} is left out: {share}")
     reading.fields |= {"size": step.size(), "crop": step.numbers("scale"), "crop_ratio": step.numbers("ratio")}
 
@@ -216,7 +214,7 @@ def _affine(reading: _Reading, step: _Step) -> None:
 
 def _jitter(reading: _Reading, step: _Step) -> None:
     reading.must_precede(step, "RandomErasing", "erase last")
-    reading.must_precede(step, "Normalize", "normalise behind it")
+    reading.must_precede(step, "Normalize", "normalize behind it")
     for what in ("brightness", "contrast", "saturation"):
         low, high = step.numbers(what, (1.0, 1.0))
         clipped = low == 0 and high >= 2  # torchvision clips 1 - strength at 0
@@ -249,7 +247,7 @@ def _erasing(reading: _Reading, step: _Step) -> None:
 _READERS: dict[str, Callable[[_Reading, _Step], None]] = {
     "RandomResizedCrop": _resized_crop,
     "Resize": _resize,
-    "CenterCrop": _centre_crop,
+    "CenterCrop": _center_crop,
     "RandomHorizontalFlip": _flip,
     "RandomVerticalFlip": _flip,
     "RandomRotation": _rotation,

@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     """Samples in the order of the epoch, all on the loader's device."""
 
     images: Tensor
-    """(N, 3, H, W), an NCHW view of channels-last memory, in the loader's dtype; normalised unless that is uint8."""
+    """(N, 3, H, W), an NCHW view of channels-last memory, in the loader's dtype; normalized unless that is uint8."""
     labels: Tensor
     """(N,) int64; where the augment mixes images (N, classes) float32, the share of each class."""
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (hides tuple.index, which has no use here)

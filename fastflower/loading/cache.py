@@ -1,4 +1,4 @@
-"""Decoded photographs kept in RAM, and how much memory there is for them, in RAM or in a GPU."""
+"""Decoded images kept in RAM, and how much memory there is for them, in RAM or in a GPU."""
 
 import gc
 import logging
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastflower.draws.augment import Augment
-from fastflower.draws.geometry import reductions
+from fastflower.draws.geometry import decode_scales
 from fastflower.errors import ArgumentError
 from fastflower.loading.batch import Pixels
 from fastflower.loading.samples import SampleSource
@@ -30,14 +30,14 @@ def free_bytes(device: torch.device) -> int:
 
 
 class Decoded(NamedTuple):
-    """What the photographs of a split take at three bytes a pixel: at the scales that they are drawn at, and at all scales."""
+    """What the images of a split take at three bytes a pixel: at the scales that they are drawn at, and at all scales."""
 
     needed: int
     most: int
 
 
 def decoded_bytes(sizes_N2: NDArray[np.int64], augment: Augment, seed: int) -> Decoded:
-    """What photographs of those sizes take when they are decoded.
+    """What images of those sizes take when they are decoded.
 
     At the scales that large ones are drawn at, an estimate, from four epochs of 256.
     """
@@ -50,7 +50,7 @@ def decoded_bytes(sizes_N2: NDArray[np.int64], augment: Augment, seed: int) -> D
     kept = np.zeros((len(rows), 9))  # by scale
     for epoch in range(4):
         draw = augment.draw(seed, epoch, rows, sizes_N2[rows])
-        scale = reductions(draw.warp(sizes_N2[rows], augment.fill).footprint)
+        scale = decode_scales(draw.warp(sizes_N2[rows], augment.fill).footprint)
         kept[np.arange(len(rows)), scale] = areas / scale**2
     return Decoded(int(whole * kept.sum() / areas.sum()), most)
 
@@ -81,7 +81,7 @@ class Allowance:
 
 
 def _unpromised(device: torch.device) -> int:
-    ranks = ranks_here() if device.type == "cpu" else 1  # each keeps photographs of its own
+    ranks = ranks_here() if device.type == "cpu" else 1  # each keeps images of its own
     return max(0, free_bytes(device) // ranks - Allowance.promised(device))
 
 
@@ -105,7 +105,7 @@ def allow(cache: Cache, decoded: Decoded, device: torch.device) -> Allowance:
         decoded.needed / 1e9,
         free / 1e9,
         "GPU memory" if device.type == "cuda" else "RAM",
-        "each photograph is decoded once" if fits else "photographs are decoded every epoch",
+        "each image is decoded once" if fits else "images are decoded every epoch",
     )
     return Allowance(device, min(int(_SHARE * free), decoded.most) if fits else 0)
 
@@ -118,13 +118,13 @@ class PixelCache:
         self._kept: dict[tuple[int, int], Pixels] = {}
         self._lock = Lock()
 
-    def decode(self, index: int, reduce: int = 1) -> Pixels:
+    def decode(self, index: int, decode_scale: int = 1) -> Pixels:
         """An image as `SampleSource.decode` gives it, mostly decoded before; not to be written to."""
-        key = (index, reduce)
+        key = (index, decode_scale)
         kept = self._kept.get(key)
         if kept is not None:
             return kept
-        image = self._samples.decode(index, reduce)
+        image = self._samples.decode(index, decode_scale)
         with self._lock:
             if key not in self._kept and self._allowance.take(image.nbytes):
                 self._kept[key] = image

@@ -1,4 +1,4 @@
-"""Feeds batches: order, then bytes, decode, one warp, one pass of colour."""
+"""Feeds batches: order, then bytes, decode, one warp, one pass of color."""
 
 import hashlib
 import logging
@@ -38,7 +38,7 @@ from fastflower.shards.remote import Remote, remote
 
 _log = logging.getLogger("fastflower")
 
-_REMOTE_WINDOW = 8  # shards: with the packer's 64 MB half a gigabyte, some ten thousand photographs
+_REMOTE_WINDOW = 8  # shards: with the packer's 64 MB half a gigabyte, some ten thousand images
 _DRAWN_TOGETHER = 1024  # samples: numpy's calls then cost less than what they compute
 _BATCHES_AHEAD = 8  # of a GPU: some 30 ms of steps of 4 ms, in which the host may do something else
 _ARGUMENTS = (
@@ -62,10 +62,10 @@ class Loader(IterableDataset[Batch]):
         augment: What is drawn; None is `Augment()`, the validation view.
         seed: Of the order and of the draws.
         device: Where batches are put; None means CUDA where there is one, else the CPU.
-        dtype: Of the images: float32 (the default), bfloat16, float16, or uint8, which is not normalised.
-        cache: "auto" keeps decoded photographs when all fit in half of the RAM that is free, with CUDA of the GPU's memory; a
+        dtype: Of the images: float32 (the default), bfloat16, float16, or uint8, which is not normalized.
+        cache: "auto" keeps decoded images when all fit in half of the RAM that is free, with CUDA of the GPU's memory; a
             number of bytes keeps what fits, None nothing.
-        rank, world_size: Of torch.distributed where that is initialised, else 0 and 1.
+        rank, world_size: Of torch.distributed where that is initialized, else 0 and 1.
         shuffle: None shuffles "train" only; "balanced" draws all classes equally often, for an epoch that is not exact any more:
             samples of small classes come again, and some of large ones not at all.
         window: Shards that a shuffled epoch reads at a time, shuffled over all of the window's samples; None: all, or 8 of an
@@ -74,9 +74,9 @@ class Loader(IterableDataset[Batch]):
             uneven parts of it, a rank without a part one step less), or "pad" with the epoch's first samples.
         on_bad: What a damaged sample does: "fail" stops the epoch with a SampleError, "skip" puts the next sample of the
             index in its place; `replaced` counts them, and the log names each once.
-        backend: With CUDA "triton" (the default where photographs are kept: two kernels render from the GPU's memory) or "dali"
+        backend: With CUDA "triton" (the default where images are kept: two kernels render from the GPU's memory) or "dali"
             (otherwise: decodes on the GPU, every epoch); "native", a kernel for processors with AVX2 (the default without CUDA,
-            where there is one), or "opencv". Their pixels differ by a grey level or two, their draws not at all.
+            where there is one), or "opencv". Their pixels differ by a gray level or two, their draws not at all.
         workers: Threads; by default one more than cores, so that none idles while a thread waits for Python's lock. Ranks on
             one machine share its cores.
         executor: The former name of `backend`.
@@ -192,8 +192,8 @@ class Loader(IterableDataset[Batch]):
         place = {"_next": self._next, "_position": self._position, "_restored": self._restored}
         return partial(type(self), **arguments), (), place
 
-    def photo(self, index: int) -> NDArray[np.uint8]:
-        """The whole decoded photograph of a sample, (H, W, 3) RGB; not to be written to."""
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """The whole decoded image of a sample, (H, W, 3) RGB; not to be written to."""
         return self._samples.decode(index)
 
     def where(self, index: int) -> str:
@@ -326,7 +326,7 @@ class Loader(IterableDataset[Batch]):
             return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def set_augment(self, augment: Augment) -> None:
-        """Draw from another distribution from the next `for` on; photographs that are kept stay."""
+        """Draw from another distribution from the next `for` on; images that are kept stay."""
         _check_mix(augment, self.batch_size, self.tail, self.dtype)
         self.augment = augment
         self._backend = self._backend.with_augment(augment)

@@ -38,7 +38,7 @@ class EncodedFiles:
 class SampleSource:
     """What backends ask for samples. Thread-safe.
 
-    It does not know the loader that it is made for: one that nobody uses is freed at once, with its files and photographs.
+    It does not know the loader that it is made for: one that nobody uses is freed at once, with its files and images.
 
     replaces  put the next sample of the index in the place of a damaged one; else its error stops the epoch.
     """
@@ -47,7 +47,7 @@ class SampleSource:
         index = reader.index
         self.clock = Clock()
         self.sizes = np.stack([index["height"], index["width"]], axis=1).astype(np.int64)
-        """(N, 2) height and width of the decoded photographs."""
+        """(N, 2) height and width of the decoded images."""
         self.labels = index["label"].astype(np.int64)
         """(N,) the samples' classes."""
         self.replaced: dict[int, str] = {}
@@ -66,19 +66,19 @@ class SampleSource:
         finally:
             self.clock.add("read", perf_counter() - start)
 
-    def decode(self, index: int, reduce: int = 1) -> Pixels:
-        """A photograph, (H, W, 3) RGB, a pixel for each box of `reduce` pixels. Raises SampleError when it is damaged."""
+    def decode(self, index: int, decode_scale: int = 1) -> Pixels:
+        """An image, (H, W, 3) RGB, a pixel for each box of `decode_scale` pixels. Raises SampleError when it is damaged."""
         encoded = self.encoded(index)
         start = perf_counter()
         try:
-            image = decode(encoded, reduce)
+            image = decode(encoded, decode_scale)
         except SampleError as error:
             raise SampleError(f"{self.where(index)}: {error}") from None
         finally:
             self.clock.add("decode", perf_counter() - start)
         height, width = self.sizes[index].tolist()
-        if image.shape[:2] != (-(-height // reduce), -(-width // reduce)):
-            scale = f" at 1/{reduce} of its scale" if reduce > 1 else ""
+        if image.shape[:2] != (-(-height // decode_scale), -(-width // decode_scale)):
+            scale = f" at 1/{decode_scale} of its scale" if decode_scale > 1 else ""
             raise SampleError(
                 f"{self.where(index)}: is decoded to {image.shape[1]} x {image.shape[0]} pixels{scale}, the index says "
                 f"{width} x {height}; rebuild it with fastflower verify --repair, or pack again."

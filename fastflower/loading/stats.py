@@ -49,7 +49,7 @@ class Stats:
         slowest = max(work, key=lambda name: work[name])
         advice = {
             "reading": "put the shards on a faster disk, or into RAM",
-            "decoding": "later epochs need none if photographs are kept (cache); else pack smaller ones (max_side) or add cores",
+            "decoding": "later epochs need none if images are kept (cache); else pack smaller ones (max_side) or add cores",
             "augmenting": "add cores (workers), or augment less: hue costs most",
         }[slowest]
         return f"{waited}, most of it for {slowest}; {advice}."

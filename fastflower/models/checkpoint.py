@@ -23,7 +23,7 @@ class EpochSoFar(TypedDict, total=False):
 
     losses: Tensor
     """(steps,) float64, each step's mean."""
-    hits: int
+    hits: int  # the number of correct predictions; the name is that of old files
     seconds: float
     """That the steps took on this rank."""
     waited: float

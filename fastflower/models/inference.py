@@ -17,7 +17,7 @@ from fastflower.recipes.recipe import Recipe
 
 
 def view_of(recipe: Recipe) -> Augment:
-    """The validation view that goes with a recipe: no draws, the same size and normalisation."""
+    """The validation view that goes with a recipe: no draws, the same size and normalization."""
     training = recipe.augment
     return Augment(size=training.size, resize=training.resize, mean=training.mean, std=training.std)
 

@@ -63,8 +63,8 @@ class Scores:
     @property
     def macro_f1(self) -> float:
         """The mean over classes of 2 * hits / (samples + predictions); a class with neither is left out (scikit-learn's)."""
-        hits, both = np.diag(self.confusion), self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
-        return float(np.nanmean(_ratio(2 * hits, both)))
+        correct, both = np.diag(self.confusion), self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
+        return float(np.nanmean(_ratio(2 * correct, both)))
 
     @property
     def calibration_error(self) -> float:

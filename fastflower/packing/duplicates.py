@@ -15,7 +15,7 @@ from fastflower.packing.folder import Folder
 
 _TAIL = 4096  # bytes: the last of a compressed image tell it from others of its size, and spare reading the rest
 
-# Bits of 64. In 2,848 photographs of flowers 16 pairs are as close or closer, every one of them one picture twice, and each
+# Bits of 64. In 2,848 images of flowers 16 pairs are as close or closer, every one of them one picture twice, and each
 # of 712 is found again after JPEG quality 30 or a reduction to half.
 NEAR_BITS = 6
 

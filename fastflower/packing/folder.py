@@ -208,7 +208,7 @@ def _of_classes(root: Path, tops: list[str]) -> Folder:
 
 
 def _of_splits(root: Path, named: dict[str, str], bases: dict[str, str]) -> Folder:
-    """bases  where the class folders of each labelled split stand, training first."""
+    """bases  where the class folders of each labeled split stand, training first."""
     collector = _Collector(root)
     train, *_ = bases.values()
     classes = layout.subfolders(root / train)

@@ -29,7 +29,7 @@ _SPLITS = {
 }
 # Words that say nothing in the name of a split, and names of folders for images without labels.
 _FILLERS = {"", "image", "images", "img", "imgs", "split", "folder"}
-_UNLABELLED = {"unknown", "unlabeled", "unlabelled", "all", "classes", "none"}
+_UNLABELED = {"unknown", "unlabeled", "unlabelled", "all", "classes", "none"}
 _ANY = {"image", "images", "img", "imgs", "unlabeled", "unlabelled"}  # images of any class, beside labels or masks
 _FOLDS = {"fold", "cv", "part", "batch"}
 
@@ -173,7 +173,7 @@ def _base(root: Path, top: str) -> str | None:
 
 def _names_no_class(name: str) -> bool:
     """Whether a folder below a split is called as one for any images: "images", "unknown", or as a split; a number is a class."""
-    return re.search(r"[^\W\d_]", name) is not None and {*_SPLITS, *_UNLABELLED}.issuperset(_words(name))
+    return re.search(r"[^\W\d_]", name) is not None and {*_SPLITS, *_UNLABELED}.issuperset(_words(name))
 
 
 def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:

@@ -27,7 +27,7 @@ from fastflower.shards.writer import Samples, ShardWriter
 STOP = "stop"  # a file in the workspace: those that make shards are to end
 _MAX_SLUG = 64  # characters: with the hash and an ending it fits the 100 bytes of a tar header's name
 _CHUNK_BYTES = 1 << 20  # of images that a thread decodes in one go
-_MAX_BYTES = 1 << 30  # of one image: more is no photograph, and several at a time would fill the memory
+_MAX_BYTES = 1 << 30  # of one image: more is no image, and several at a time would fill the memory
 _SMALL = 1 << 12  # bytes: what every image counts for at least, for it takes memory besides its own
 # np.load has Python parse what a file says of its array, which now and then fails in two threads at a time: SystemError,
 # https://github.com/python/cpython/issues/106905, still so in 3.11.7.

@@ -115,7 +115,7 @@ def finetune(freeze: int = 2) -> Recipe:
 
 
 def finetune_long(freeze: int = 2) -> Recipe:
-    """The mean of two trainings of ten epochs at larger sizes; photographs are also turned, recoloured, erased and mixed."""
+    """The mean of two trainings of ten epochs at larger sizes; images are also turned, recolored, erased and mixed."""
     short = finetune(freeze)
     augment = replace(
         short.augment, rotate=15, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, erase=0.25, mixup=0.2

@@ -25,7 +25,7 @@ class Recipe:
     """Stages, from the input, whose weights and batch norms stay as they are; the stem counts with the first; 0 without
     weights."""
     augment: Augment = field(default_factory=lambda: Augment(crop=(0.08, 1.0), flip=0.5))
-    """What is drawn for training images; validation uses its size, resize and normalisation."""
+    """What is drawn for training images; validation uses its size, resize and normalization."""
     sizes: tuple[int, ...] = ()
     """Progressive resizing: heights of training images, each for an equal part of the epochs; (): augment's size in all."""
     epochs: int = 15

@@ -63,9 +63,9 @@ def confusion(scores: Scores) -> bytes:
     return png(figure)
 
 
-def thumbnail(photo: NDArray[np.uint8]) -> str:
+def thumbnail(source: NDArray[np.uint8]) -> str:
     """An image, (H, W, 3) uint8, as a small JPEG in base64."""
-    image = Image.fromarray(photo)
+    image = Image.fromarray(source)
     image.thumbnail((_THUMB, _THUMB))
     data = io.BytesIO()
     image.save(data, "JPEG", quality=85)

@@ -1,4 +1,4 @@
-"""What a recipe makes of photographs: a picture of their validation view and of what epochs draw of them."""
+"""What a recipe makes of images: a picture of their validation view and of what epochs draw of them."""
 
 from pathlib import Path
 
@@ -19,34 +19,34 @@ def preview(
     shards: str | Path | Remote,
     recipe: Recipe | None = None,
     *,
-    photographs: int = 6,
+    images: int = 6,
     draws: int = 6,
     out: str | Path = "preview.png",
 ) -> Path:
-    """Draw photographs as training will see them: a row for each, the validation view first, then epoch by epoch.
+    """Draw images as training will see them: a row for each, the validation view first, then epoch by epoch.
 
     Args:
         shards: The folder that `pack` wrote, or its address, as for Loader.
-        recipe: Whose draws and sizes are shown: those of training, but that mixup and cutmix pair other photographs, of
-            which the neighbour's may be the larger part.
-        photographs: How many, from the beginning of split "train".
+        recipe: Whose draws and sizes are shown: those of training, but that mixup and cutmix pair other images, of
+            which the neighbor's may be the larger part.
+        images: How many, from the beginning of split "train".
         draws: How many of each, by epochs spread over the recipe's.
         out: The PNG to write.
 
     Returns its path. Raises ArgumentError, and ShardError and SampleError as Loader does.
     """
     out = Path(out)
-    require(1 <= photographs <= 100, "photographs", "1 .. 100", photographs)
+    require(1 <= images <= 100, "images", "1 .. 100", images)
     require(1 <= draws <= 100, "draws", "1 .. 100", draws)
     require(out.suffix == ".png", "out", "a .png file", str(out))
-    classes, columns = views(shards, recipe or Recipe(), photographs, draws)
+    classes, columns = views(shards, recipe or Recipe(), images, draws)
     figure = Figure(figsize=(1.6 * len(columns) + 0.4, 1.6 * len(classes) + 0.3), layout="constrained")
     grid = figure.subplots(len(classes), len(columns), squeeze=False)
-    for (title, images), cells in zip(columns.items(), grid.T, strict=True):
-        for axes, image in zip(cells, images, strict=True):
+    for (title, column), cells in zip(columns.items(), grid.T, strict=True):
+        for axes, image in zip(cells, column, strict=True):
             axes.imshow(image)
             axes.set(xticks=[], yticks=[])
-        cells[0].set_title(f"{title}, {images.shape[1]} pixels", fontsize=7)
+        cells[0].set_title(f"{title}, {column.shape[1]} pixels", fontsize=7)
     for axes, name in zip(grid[:, 0], classes, strict=True):
         axes.set_ylabel(drawable(name), fontsize=8, parse_math=False)
     write_out(out, png(figure))
@@ -54,23 +54,23 @@ def preview(
 
 
 def views(
-    shards: str | Path | Remote, recipe: Recipe, photographs: int, draws: int
+    shards: str | Path | Remote, recipe: Recipe, images: int, draws: int
 ) -> tuple[list[str], dict[str, NDArray[np.uint8]]]:
-    """(the N photographs' classes, {"validation" or "epoch K": their images (N, H, W, 3)})."""
+    """(the N images' classes, {"validation" or "epoch K": their images (N, H, W, 3)})."""
     view = view_of(recipe)
-    even = photographs + photographs % 2  # or mixup would leave one over
+    even = images + images % 2  # or mixup would leave one over
     loader = Loader(shards, batch_size=even, augment=view, seed=recipe.seed, device="cpu", shuffle=False, tail="pad")
     augments = {"validation": (0, view)}
     for epoch in np.linspace(0, recipe.epochs - 1, draws).round().astype(int).tolist():
         augments[f"epoch {epoch + 1}"] = (epoch, recipe.augment_at(epoch))
-    shown = min(photographs, loader.num_samples)
+    shown = min(images, loader.num_samples)
     labels: list[int] = next(iter(loader)).labels[:shown].numpy().tolist()
     classes = [loader.manifest.classes[label] for label in labels]
     columns: dict[str, NDArray[np.uint8]] = {}
     for title, (epoch, augment) in augments.items():
         loader.set_augment(augment)
         loader.set_epoch(epoch)
-        images = next(iter(loader)).images[:shown].permute(0, 2, 3, 1).numpy()
-        images = images * np.array(view.std) + np.array(view.mean)
-        columns[title] = np.rint(255 * images.clip(0, 1)).astype(np.uint8)
+        normalized = next(iter(loader)).images[:shown].permute(0, 2, 3, 1).numpy()
+        pixels = normalized * np.array(view.std) + np.array(view.mean)
+        columns[title] = np.rint(255 * pixels.clip(0, 1)).astype(np.uint8)
     return classes, columns

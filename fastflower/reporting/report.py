@@ -18,7 +18,7 @@ from fastflower.models.metrics import Scores
 from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.figures import confusion, curves, thumbnail
 
-_MISTAKES = 12  # photographs shown
+_MISTAKES = 12  # images shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def write_report(
 
 
 def _mistakes(scores: Scores, val: Loader) -> list[dict[str, object]]:
-    """The photographs that were given to a wrong class with the highest probability."""
+    """The images that were given to a wrong class with the highest probability."""
     predicted = scores.predictions
     wrong = np.flatnonzero(predicted != scores.labels)
     worst = wrong[np.argsort(-scores.confidence[wrong], kind="stable")][:_MISTAKES]
@@ -134,7 +134,7 @@ def _mistakes(scores: Scores, val: Loader) -> list[dict[str, object]]:
             "predicted": scores.classes[predicted[index]],
             "probability": float(scores.confidence[index]),
             "path": scores.paths[index],
-            "jpeg": thumbnail(val.photo(int(index))),
+            "jpeg": thumbnail(val.image(int(index))),
         }
         for index in worst
     ]

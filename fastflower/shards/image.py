@@ -20,9 +20,9 @@ MAX_PIXELS = 178_956_970
 # Without a quality of the caller's: 95, full chroma, is the most that Pillow recommends.
 _QUALITY = 95
 _MAX_SIDE = 65_500  # pixels: of libjpeg
-_NO_DATA = 128  # the grey that libjpeg gives pixels for which a file has no data
+_NO_DATA = 128  # the gray that libjpeg gives pixels for which a file has no data
 _LEAST_DATA = 0.05  # of the pixels: a file with less is another image's data under this header
-_CONTRAST = 17  # grey levels: 12 bits in a file of 16 that does not say so span 16
+_CONTRAST = 17  # gray levels: 12 bits in a file of 16 that does not say so span 16
 _REDUCED = {  # the flags' constants include IMREAD_COLOR, which means BGR
     factor: getattr(cv2, f"IMREAD_REDUCED_COLOR_{factor}") & ~cv2.IMREAD_COLOR for factor in (2, 4, 8)
 }
@@ -30,7 +30,7 @@ _REDUCED = {  # the flags' constants include IMREAD_COLOR, which means BGR
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "ICO", "PCX", "TGA")
 
 
-def decode(encoded: bytes, reduce: int = 1) -> NDArray[np.uint8]:
+def decode(encoded: bytes, decode_scale: int = 1) -> NDArray[np.uint8]:
     """Decode an image file's bytes to RGB, (H, W, 3) uint8, upright by its EXIF orientation.
 
     reduce  1, 2, 4 or 8: a pixel for each box of so many, rounded up. In a JPEG file the low frequencies of its blocks give
@@ -38,13 +38,13 @@ def decode(encoded: bytes, reduce: int = 1) -> NDArray[np.uint8]:
 
     Identical to Pillow's decoding of JPEG files. Raises SampleError when the bytes are no image, or not all of one.
     """
-    if reduce == 1:
+    if decode_scale == 1:
         return _decoded(encoded, cv2.IMREAD_COLOR_RGB)
     if encoded[:2] == b"\xff\xd8":
-        return _decoded(encoded, cv2.IMREAD_COLOR_RGB | _REDUCED[reduce])
+        return _decoded(encoded, cv2.IMREAD_COLOR_RGB | _REDUCED[decode_scale])
     image = _decoded(encoded, cv2.IMREAD_COLOR_RGB)
-    height, width = (-(-side // reduce) for side in image.shape[:2])
-    missing = (height * reduce - image.shape[0], width * reduce - image.shape[1])
+    height, width = (-(-side // decode_scale) for side in image.shape[:2])
+    missing = (height * decode_scale - image.shape[0], width * decode_scale - image.shape[1])
     whole_boxes = cv2.copyMakeBorder(image, 0, missing[0], 0, missing[1], cv2.BORDER_REPLICATE)
     return np.asarray(cv2.resize(whole_boxes, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
@@ -78,27 +78,27 @@ def prepare(
 ) -> Prepared:
     """The JPEG file to pack for an image file, proven by a full decode.
 
-    The same bytes where they are a JPEG file in grey or RGB that needs no change; otherwise a transcoded RGB image.
+    The same bytes where they are a JPEG file in gray or RGB that needs no change; otherwise a transcoded RGB image.
     max_side  pixels, the longer side is reduced to it; quality  1 .. 95, every image is transcoded with it.
     warn  is told what is odd about an image that is packed all the same: damage that decoders only warn of, or no contrast.
     Raises SampleError with the reason when the image does not decode, or would have more than MAX_PIXELS pixels.
     """
     size = _kept_jpeg_size(data) if quality is None else None
     if size is None or (max_side is not None and max(size) > max_side):
-        made, grey = _transcoded(data, max_side, quality)
+        made, gray = _transcoded(data, max_side, quality)
         if data[:2] == b"\xff\xd8":  # Pillow keeps to itself what libjpeg warns of
             _pass_on_warnings(data, warn)
     else:
         _check_pixels(*size)
-        made, grey = data, _grey_if_intact(data, warn)
-    low, high, *_ = cv2.minMaxLoc(grey)
+        made, gray = data, _gray_if_intact(data, warn)
+    low, high, *_ = cv2.minMaxLoc(gray)
     if high - low < _CONTRAST:
-        warn(f"has next to no contrast: its grey levels are {low:.0f} to {high:.0f} of 255")
-    return Prepared(made, (grey.shape[0], grey.shape[1]), perceptual_hash(grey))
+        warn(f"has next to no contrast: its gray levels are {low:.0f} to {high:.0f} of 255")
+    return Prepared(made, (gray.shape[0], gray.shape[1]), perceptual_hash(gray))
 
 
 def _transcoded(data: bytes, max_side: int | None, quality: int | None) -> tuple[bytes, NDArray[np.uint8]]:
-    """The JPEG file of an image, and its grey levels."""
+    """The JPEG file of an image, and its gray levels."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_pixels(*image.size)
@@ -117,21 +117,21 @@ def _transcoded(data: bytes, max_side: int | None, quality: int | None) -> tuple
     return target.getvalue(), np.asarray(upright.convert("L"))
 
 
-def _grey_if_intact(data: bytes, warn: Callable[[str], object]) -> NDArray[np.uint8]:
-    """The grey levels of a JPEG file that is kept as it is.
+def _gray_if_intact(data: bytes, warn: Callable[[str], object]) -> NDArray[np.uint8]:
+    """The gray levels of a JPEG file that is kept as it is.
 
-    In grey every code of the file is read and nothing is refused less (3,960 damaged files, 1,701 refused by both); what is
-    left out, the transform of chroma and the conversion of colours, cannot fail.
+    In gray every code of the file is read and nothing is refused less (3,960 damaged files, 1,701 refused by both); what is
+    left out, the transform of chroma and the conversion of colors, cannot fail.
     """
     try:
         with libjpeg.warnings() as heard:
-            grey = _decoded(data, cv2.IMREAD_GRAYSCALE)
+            gray = _decoded(data, cv2.IMREAD_GRAYSCALE)
     except SampleError as error:
         raise SampleError(_pillow_error(data) or str(error)) from None
     if heard and (behind := _pillow_error(data)):  # the damage, where OpenCV has its pixels already
         raise SampleError(behind)
-    _judge_damage(grey, heard, warn)
-    return grey
+    _judge_damage(gray, heard, warn)
+    return gray
 
 
 def _pass_on_warnings(data: bytes, warn: Callable[[str], object]) -> None:
@@ -139,23 +139,23 @@ def _pass_on_warnings(data: bytes, warn: Callable[[str], object]) -> None:
     array = np.frombuffer(data, np.uint8)
     with libjpeg.warnings() as heard:
         read = cv2.imdecode(array, cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None  # an eighth: in half of the time
-        grey = cv2.imdecode(array, cv2.IMREAD_GRAYSCALE) if read and heard else None
-    if grey is not None:
-        _judge_damage(np.asarray(grey, np.uint8), heard, warn)
+        gray = cv2.imdecode(array, cv2.IMREAD_GRAYSCALE) if read and heard else None
+    if gray is not None:
+        _judge_damage(np.asarray(gray, np.uint8), heard, warn)
 
 
-def _judge_damage(grey: NDArray[np.uint8], heard: bytearray, warn: Callable[[str], object]) -> None:
+def _judge_damage(gray: NDArray[np.uint8], heard: bytearray, warn: Callable[[str], object]) -> None:
     """Pass on what libjpeg warns of. Raises SampleError where it has next to no data for what the header promises."""
     if heard:
-        share = np.count_nonzero(grey != _NO_DATA) / grey.size
+        share = np.count_nonzero(gray != _NO_DATA) / gray.size
         if share < _LEAST_DATA:
-            height, width = grey.shape
+            height, width = gray.shape
             raise SampleError(f"promises {width} x {height} pixels, and has data for {share:.1%} of them")
         warn(heard.decode(errors="replace").splitlines()[0])
 
 
 def _kept_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG file that is kept as it is: grey or three colours of 8 bits, Huffman-coded. Else None.
+    """(width, height) of a JPEG file that is kept as it is: gray or three colors of 8 bits, Huffman-coded. Else None.
 
     Also None where anything else stands between the segments before the first scan: OpenCV skips it, DALI refuses the file.
     And None where the last scan is not followed by the image's end: OpenCV has its pixels by then, Pillow refuses some.
@@ -213,13 +213,13 @@ def _check_pixels(width: int, height: int) -> None:
         raise SampleError(f"has {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
 
 
-def perceptual_hash(grey: NDArray[np.uint8]) -> int:
+def perceptual_hash(gray: NDArray[np.uint8]) -> int:
     """64 bits, one for each of the 8 x 8 lowest frequencies of the image's 32 x 32 reduction: is it above their median?
 
-    grey  (H, W) uint8. The hash of Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010,
+    gray  (H, W) uint8. The hash of Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010,
     section 3.2.1, with the median over all 64 as in the imagehash package.
     """
-    image = grey
+    image = gray
     while min(image.shape) >= 96:  # halving first takes half of the time
         height, width = image.shape
         image = cv2.resize(image[: height & ~1, : width & ~1], (width // 2, height // 2), interpolation=cv2.INTER_AREA)

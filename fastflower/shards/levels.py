@@ -25,7 +25,7 @@ def _is_signed_bytes(image: Image.Image) -> bool:
 
 
 def to_eight_bits(image: Image.Image) -> NDArray[np.uint8]:
-    """The grey levels of a loaded image that is wide, from black 0 to white 255."""
+    """The gray levels of a loaded image that is wide, from black 0 to white 255."""
     array = np.asarray(image)
     levels = (array.view(np.int8) if _is_signed_bytes(image) else array).astype(np.float32)
     levels[~np.isfinite(levels)] = 0

@@ -21,7 +21,7 @@ from fastflower.training.run import Run
 class Diagnosis:
     """What was measured; its text says what to do."""
 
-    feeding_rate: float
+    loading_rate: float
     """Images/s of the loader alone, decoding each."""
     training_rate: float
     """Images/s of forward, backward and step on one batch again and again."""
@@ -31,10 +31,10 @@ class Diagnosis:
 
     def __str__(self) -> str:
         """A short table and a sentence."""
-        faster = self.feeding_rate / self.training_rate
+        faster = self.loading_rate / self.training_rate
         held = f"training holds the job back: it can be fed {faster:.1f} times as fast as it takes images."
         lines = (
-            f"feeding alone   {self.feeding_rate:8.1f} images/s, decoding each",
+            f"feeding alone   {self.loading_rate:8.1f} images/s, decoding each",
             f"training alone  {self.training_rate:8.1f} images/s on {self.device}",
             str(self.stats).rpartition("\n")[0],
             held if faster >= 1 else self.stats.verdict,
@@ -73,7 +73,7 @@ def diagnose(
     )
     batches = (batch for _ in count() for batch in loader)
     batch = next(batches)
-    feeding_rate = _rate(lambda: len(next(batches).index), seconds)
+    loading_rate = _rate(lambda: len(next(batches).index), seconds)
     batches.close()
 
     def step() -> int:
@@ -84,7 +84,7 @@ def diagnose(
     with fastest_convolutions(run.device):
         step()
         training_rate = _rate(step, seconds)
-    return Diagnosis(feeding_rate, training_rate, loader.stats(), str(run.device))
+    return Diagnosis(loading_rate, training_rate, loader.stats(), str(run.device))
 
 
 def _rate(work: Callable[[], int], seconds: float) -> float:

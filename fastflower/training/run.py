@@ -230,7 +230,7 @@ class Run:
                         self.average.update(self.network, updates)
                     tally.seconds, tally.waited = perf_counter() - begun, waited + loader.stats().wait_seconds
                     self._save_or_stop(due=tally.steps % save_every == 0)
-        losses, hits = tally.totals()
+        losses, correct = tally.totals()
         self._require_finite(first_not_finite(losses), epoch)
         seconds = perf_counter() - begun
         if self.average and recipe.soup > 1 and self._ends_training(epoch) and not tally.trained:
@@ -240,7 +240,7 @@ class Run:
             "lr": recipe.lr_at(epoch * steps + steps - 1, steps),
             "size": loader.augment.output_size[0],
             "train_loss": losses.mean().item(),
-            "train_accuracy": hits / (steps * batch_size),
+            "train_accuracy": correct / (steps * batch_size),
             "images_per_second": steps * batch_size / seconds,
             "train_seconds": seconds,
             "wait_seconds": tally.waited,

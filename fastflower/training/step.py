@@ -66,7 +66,7 @@ class Stepper:
                 logits = self._model(images)
                 loss: Tensor = self._criterion(logits, labels)
             self._scaler.scale(loss / together).backward()  # pyright: ignore[reportUnknownMemberType]  (untyped)
-        hits = (logits.argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))).sum()
+        correct = (logits.argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))).sum()
         if update:
             if self._recipe.clip_norm is not None:
                 self._scaler.unscale_(self._optimizer)
@@ -75,7 +75,7 @@ class Stepper:
             self._scaler.update()
             # To None: a recording's gradients lie in its own memory, which the next one of another shape uses again.
             self._optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), hits
+        return loss.detach(), correct
 
     def _recorded(self, capture: Capture, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Outcome]:
         inputs = images.clone(), labels.clone()  # where every batch of this shape goes; channels-last stays

@@ -22,13 +22,13 @@ class Tally:
 
     def __init__(self, steps: int, device: torch.device, state: EpochSoFar) -> None:
         self._before = state.get("losses", torch.zeros(0, dtype=torch.float64))
-        self._before_hits = state.get("hits", 0)
+        self._before_correct = state.get("hits", 0)
         self.seconds = state.get("seconds", 0.0)
         self.waited = state.get("waited", 0.0)
         self.trained = state.get("trained", False)
         """Whether the epoch's training is over, and a soup has its share of it; what is left is to validate."""
         self._losses = torch.zeros(steps - len(self._before), pin_memory=device.type == "cuda")
-        self._hits = torch.zeros((), dtype=torch.int64, device=device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
         self._count = 0
 
     @property
@@ -36,10 +36,10 @@ class Tally:
         """That are done."""
         return len(self._before) + self._count
 
-    def add(self, loss: Tensor, hits: Tensor) -> None:
+    def add(self, loss: Tensor, correct: Tensor) -> None:
         """A step's mean loss and hits, (), on the device."""
         self._losses[self._count].copy_(loss, non_blocking=True)
-        self._hits += hits
+        self._correct += correct
         self._count += 1
 
     def not_finite(self) -> int | None:
@@ -53,16 +53,16 @@ class Tally:
 
         Waits for the device; all ranks must ask at the same step.
         """
-        if self._hits.is_cuda:
-            torch.cuda.synchronize(self._hits.device)
+        if self._correct.is_cuda:
+            torch.cuda.synchronize(self._correct.device)
         losses = distributed.summed(self._losses[: self._count].double()) / distributed.world_size()
-        hits = int(distributed.summed(self._hits.cpu()))
-        return torch.cat([self._before, losses]), self._before_hits + hits
+        correct = int(distributed.summed(self._correct.cpu()))
+        return torch.cat([self._before, losses]), self._before_correct + correct
 
     def state(self) -> EpochSoFar:
         """The totals and this rank's seconds, for a checkpoint."""
-        losses, hits = self.totals()
-        return EpochSoFar(losses=losses, hits=hits, seconds=self.seconds, waited=self.waited, trained=self.trained)
+        losses, correct = self.totals()
+        return EpochSoFar(losses=losses, hits=correct, seconds=self.seconds, waited=self.waited, trained=self.trained)
 
 
 def first_not_finite(losses: Tensor) -> int | None:

@@ -1,4 +1,4 @@
-"""The yardstick of feeding measures what it says: the renderers that parity tests hold to torchvision, every photograph once."""
+"""The yardstick of feeding measures what it says: the renderers that parity tests hold to torchvision, every image once."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fastflower import Augment, Loader
 
 @pytest.mark.parametrize("decoded", [False, True])
 @pytest.mark.parametrize("renderer", floor.RENDERERS)
-def test_the_floor_renders_every_photograph_by_a_renderer_under_parity(
+def test_the_floor_renders_every_image_by_a_renderer_under_parity(
     renderer: str, decoded: bool, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert renderer in parity.BACKENDS
@@ -24,9 +24,9 @@ def test_the_floor_renders_every_photograph_by_a_renderer_under_parity(
         class Counting:
             jobs = real.jobs
 
-            def __call__(self, photo: object, job: object, out: object) -> None:
+            def __call__(self, image: object, job: object, out: object) -> None:
                 rendered.append(id(job))
-                real(photo, job, out)  # pyright: ignore[reportArgumentType]
+                real(image, job, out)  # pyright: ignore[reportArgumentType]
 
         return Counting()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import baseline, gpu_dali, gpu_feeding, gpu_part, gpu_smoke, gpu_training, record
+from common import baseline, gpu_dali, gpu_loading, gpu_part, gpu_smoke, gpu_training, record
 from common.gpu_part import Part, Place
 from gpu_trial import CPU, MARKS, check_side, left, make_part, make_place, row_of, run
 from torchvision import models
@@ -54,7 +54,7 @@ def test_the_smoke_test_fails_where_images_differ(place: Place, part: Part, monk
 def test_feeding_is_timed_by_every_way_against_the_baseline(place: Place, part: Part) -> None:
     run("feeding", part, place)
     sides = left(part)["batch_8"]
-    assert [side["name"] for side in sides[1:]] == [way.name for way in gpu_feeding.ways()]
+    assert [side["name"] for side in sides[1:]] == [way.name for way in gpu_loading.ways()]
     for side in sides:
         check_side(side, 1, "ImageFolder + DataLoader")
         assert side["images"] % 16 == 0
@@ -63,8 +63,8 @@ def test_feeding_is_timed_by_every_way_against_the_baseline(place: Place, part: 
 
 
 def test_a_way_that_fails_is_left_out_alone(place: Place, part: Part) -> None:
-    wrong = gpu_feeding.Way("wrong", {"backend": "none such"})
-    chosen = [wrong, gpu_feeding.Way("threads", {"backend": "opencv"})]
+    wrong = gpu_loading.Way("wrong", {"backend": "none such"})
+    chosen = [wrong, gpu_loading.Way("threads", {"backend": "opencv"})]
     run("feeding", part, place, augment=gpu_part.SMALL, chosen=chosen)
     assert part.failed == ["batch 8: wrong"]
     assert [side["name"] for side in part.found["batch_8"]] == ["ImageFolder + DataLoader", "threads"]
@@ -86,11 +86,11 @@ def test_kernels_are_timed_for_every_shape_beside_a_step(
     monkeypatch.setattr(triton.TritonBackend, "launch", watched)
     run("kernels", part, place)
     shapes = [shape for shape in launched if shape]  # the loader's own batches name none
-    assert list(dict.fromkeys(shapes)) == list(gpu_feeding.SHAPES[:2])
+    assert list(dict.fromkeys(shapes)) == list(gpu_loading.SHAPES[:2])
     found = left(part)
     assert found["step_seconds_4"]["n"] == 2
     by_shape = found["batch_4_bfloat16"]["device_seconds"]
-    assert list(by_shape) == [f"{block} pixels, {warps} warps" for block, warps in gpu_feeding.SHAPES[:2]]
+    assert list(by_shape) == [f"{block} pixels, {warps} warps" for block, warps in gpu_loading.SHAPES[:2]]
     for times in by_shape.values():
         assert times["n"] == len(times["raw"]) == 2
         assert times["share_of_step"] == times["median"] / found["step_seconds_4"]["median"]
@@ -98,7 +98,7 @@ def test_kernels_are_timed_for_every_shape_beside_a_step(
 
 
 def test_the_last_shape_is_that_of_the_backend() -> None:
-    assert gpu_feeding.SHAPES[-1] == (triton.BLOCK, triton.WARPS)
+    assert gpu_loading.SHAPES[-1] == (triton.BLOCK, triton.WARPS)
 
 
 REPLAYED = {"overlap": "resnet18, batch 8", "compile": "resnet18, batch 8, compiled too"}
@@ -261,7 +261,7 @@ def test_the_engine_is_timed_only_where_its_pixels_are_equal(place: Place, part:
     assert engine.found["equal"] == {"0%": True, "100%": True}
     again = Part("again", part.out, CPU, file="gpu_tried")
     run("dali_1", again, place)
-    assert [side["name"] for side in again.found["batch_8"]][1:] == [f"DALI, {name}" for name in gpu_feeding.DTYPES]
+    assert [side["name"] for side in again.found["batch_8"]][1:] == [f"DALI, {name}" for name in gpu_loading.DTYPES]
     assert "goal: at least 2" in row_of(again, "engine 100%, batch 8: the best")
 
 

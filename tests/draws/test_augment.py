@@ -45,7 +45,7 @@ ARRAYS = [field.name for field in fields(Draw) if field.name != "size"]
 
 
 def draw(augment: Augment, indices: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Draw:
-    """Draw for photographs whose size is a function of their index."""
+    """Draw for images whose size is a function of their index."""
     numbers = np.asarray(indices)
     return augment.draw(seed, epoch, numbers, np.stack([200 + 7 * numbers % 91, 180 + 11 * numbers % 203], axis=-1))
 
@@ -167,7 +167,7 @@ def test_no_two_drawn_numbers_are_correlated() -> None:
 def test_right_angles_and_shifts_move_pixels_as_torchvision_does(
     flip: tuple[bool, bool], angle: int, affine_angle: int, shift: tuple[int, int]
 ) -> None:
-    photo = torch.arange(1.0, 12 * 15 + 1).reshape(1, 12, 15)
+    image = torch.arange(1.0, 12 * 15 + 1).reshape(1, 12, 15)
     drawn = replace(
         Augment(size=8).draw(0, 0, [0], [[12, 15]]),
         roi=np.array([[3.0, 5.0, 8.0, 8.0]]),
@@ -176,14 +176,14 @@ def test_right_angles_and_shifts_move_pixels_as_torchvision_does(
         affine_rotate=np.array([float(affine_angle)]),
         translate=np.array([shift], np.float64),
     )
-    expected = F.crop(photo, 3, 5, 8, 8)
+    expected = F.crop(image, 3, 5, 8, 8)
     expected = F.hflip(expected) if flip[0] else expected
     expected = F.vflip(expected) if flip[1] else expected
     expected = F.affine(F.rotate(expected, angle), affine_angle, list(shift), 1.0, [0.0, 0.0])
     y, x = np.mgrid[:8, :8] + 0.5
     source = np.floor(transform(drawn.matrix(), np.stack([x, y], -1).reshape(1, -1, 2))[0]).astype(int)
     shown = ((source >= [5, 3]) & (source < [13, 11])).all(axis=1)
-    pixels = np.where(shown, photo[0].numpy()[source[:, 1].clip(0, 11), source[:, 0].clip(0, 14)], 0)
+    pixels = np.where(shown, image[0].numpy()[source[:, 1].clip(0, 11), source[:, 0].clip(0, 14)], 0)
     assert np.array_equal(pixels.reshape(8, 8), expected[0].numpy())
 
 
@@ -229,7 +229,7 @@ def test_fill_decides_what_is_visible(fill: str) -> None:
     assert np.array_equal(drawn.warp(sizes, fill).visible, expected)
 
 
-def test_a_crop_beyond_the_photograph_shows_only_the_photograph() -> None:
+def test_a_crop_beyond_the_image_shows_only_the_image() -> None:
     drawn = Augment(resize=112, size=224).draw(0, 0, [0, 1], [[100, 100], [1, 1]])
     assert np.allclose(drawn.roi, [[-50, -50, 200, 200], [-0.5, -0.5, 2, 2]])
     warp = drawn.warp([[100, 100], [1, 1]], "black")
@@ -261,7 +261,7 @@ def test_each_resampling_of_torchvision_adds_half_a_triangle_to_the_footprint() 
         Augment(resize=20),
     ],
 )
-def test_no_draw_reads_outside_its_photograph(augment: Augment, fill: str) -> None:
+def test_no_draw_reads_outside_its_image(augment: Augment, fill: str) -> None:
     sizes = np.random.default_rng(0).integers(1, 400, (500, 2))
     region = augment.draw(0, 0, np.arange(500), sizes).warp(sizes, fill).region
     assert (region[:, :2] >= 0).all()
@@ -299,7 +299,7 @@ def test_uncovers_says_whether_some_output_shows_what_lies_outside(augment: Augm
     assert masked.any() == augment.uncovers
 
 
-def test_erased_levels_are_those_that_normalise_to_the_value() -> None:
+def test_erased_levels_are_those_that_normalize_to_the_value() -> None:
     augment = Augment(erase_value=(0.5, -0.25, 1.0))
     image = torch.tensor(augment.erase_levels).reshape(3, 1, 1) / 255
     value = F.normalize(image, list(augment.mean), list(augment.std)).flatten().tolist()

@@ -77,7 +77,7 @@ def test_the_crop_where_none_fits_is_torchvision_s(
     width=st.integers(1, 4000),
     crop=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(lambda pair: (min(pair), max(pair))),
 )
-def test_crops_are_whole_pixels_inside_the_photograph(height: int, width: int, crop: tuple[float, float]) -> None:
+def test_crops_are_whole_pixels_inside_the_image(height: int, width: int, crop: tuple[float, float]) -> None:
     drawn = Augment(crop=crop).draw(0, 0, np.arange(50), np.tile((height, width), (50, 1)))
     top, left, rows, columns = drawn.roi.T
     assert (drawn.roi == np.rint(drawn.roi)).all()
@@ -104,13 +104,13 @@ def test_the_validation_view_is_torchvision_s(
     resized = F.resize(blank, wanted, InterpolationMode.NEAREST).shape[1:]
     output = size if isinstance(size, tuple) else (size, size)
     expected = []
-    for axis, photo in enumerate((height, width)):
-        # One row or column of indices, cropped by torchvision: beyond the photograph it pads with zeros.
+    for axis, image in enumerate((height, width)):
+        # One row or column of indices, cropped by torchvision: beyond the image it pads with zeros.
         line = torch.arange(1, resized[axis] + 1).reshape((1, -1, 1) if axis == 0 else (1, 1, -1))
         shown = F.center_crop(line, [output[0], 1] if axis == 0 else [1, output[1]]).flatten()
         first = int(shown.nonzero()[0])
-        expected.append((int(shown[first]) - 1 - first) * photo / resized[axis])
-    expected += [side * photo / of for side, photo, of in zip(output, (height, width), resized, strict=True)]
+        expected.append((int(shown[first]) - 1 - first) * image / resized[axis])
+    expected += [side * image / of for side, image, of in zip(output, (height, width), resized, strict=True)]
     roi = Augment(resize=resize, size=size).draw(0, 0, [0], [[height, width]]).roi
     assert np.allclose(roi, [expected], rtol=0, atol=1e-9)
 
@@ -150,12 +150,12 @@ def test_erased_rectangles_are_distributed_as_random_erasing_s(
 def test_chances_are_met(chance: float) -> None:
     drawn = draw(Augment(flip=chance, flip_vertical=chance, erase=chance), range(SAMPLES))
     bound = 5 * sqrt(chance * (1 - chance) / SAMPLES)
-    for hits in (drawn.flip[:, 0], drawn.flip[:, 1], drawn.erase[:, 2] > 0):
-        assert abs(hits.mean() - chance) <= bound
+    for correct in (drawn.flip[:, 0], drawn.flip[:, 1], drawn.erase[:, 2] > 0):
+        assert abs(correct.mean() - chance) <= bound
 
 
 @pytest.mark.parametrize("strength", [0.2, 1.5])
-def test_colour_factors_are_distributed_as_color_jitter_s(strength: float) -> None:
+def test_color_factors_are_distributed_as_color_jitter_s(strength: float) -> None:
     jitter = T.ColorJitter(strength, strength, strength, 0.1)
     ranges: Any = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
     peer = theirs(lambda: T.ColorJitter.get_params(*ranges)[1:])

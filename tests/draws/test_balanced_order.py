@@ -15,7 +15,7 @@ from fastflower import Augment, Loader, Recipe, pack, train
 from fastflower.draws.order import balanced
 from fastflower.errors import ArgumentError
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(any)
 SMALL: dict[str, Any] = {"augment": Augment(size=16, resize=18), "device": "cpu", "workers": 1}

@@ -19,7 +19,7 @@ from fastflower.draws.color import (
 )
 
 FACTORS = [0.0, 0.3, 0.8, 1.0, 1.37, 2.5]
-# float32 rounding, in grey levels.
+# float32 rounding, in gray levels.
 ROUNDING = 1e-3
 
 
@@ -65,9 +65,9 @@ def test_the_saturation_matrix_is_torchvision_s(pixels: NDArray[np.uint8], facto
     assert np.abs(ours - expected).max() < ROUNDING + 0.0001 * 255 * abs(1 - factor)
 
 
-def test_luma_is_pillow_s_grey(pixels: NDArray[np.uint8]) -> None:
-    grey = np.asarray(Image.fromarray(pixels).convert("L"), np.float64)
-    assert np.abs(pixels @ LUMA - grey).max() < 0.51
+def test_luma_is_pillow_s_gray(pixels: NDArray[np.uint8]) -> None:
+    gray = np.asarray(Image.fromarray(pixels).convert("L"), np.float64)
+    assert np.abs(pixels @ LUMA - gray).max() < 0.51
     assert LUMA.sum() == pytest.approx(1)
 
 
@@ -81,9 +81,9 @@ def test_factor_one_changes_nothing(pixels: NDArray[np.uint8]) -> None:
 
 
 def test_saturation_zero_gives_equal_channels(pixels: NDArray[np.uint8]) -> None:
-    grey = pixels @ saturation_matrix(0).T
-    assert np.ptp(grey, axis=-1).max() < ROUNDING
-    assert np.abs(grey[..., 0] - pixels @ LUMA).max() < ROUNDING
+    gray = pixels @ saturation_matrix(0).T
+    assert np.ptp(gray, axis=-1).max() < ROUNDING
+    assert np.abs(gray[..., 0] - pixels @ LUMA).max() < ROUNDING
 
 
 def test_contrast_zero_gives_the_mean() -> None:
@@ -102,7 +102,7 @@ def test_quantized_tables_are_the_nearest_levels() -> None:
     ("mean", "std"),
     [(IMAGENET_MEAN, IMAGENET_STD), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), ((0.5, 0.1, 0.9), (2.0, 0.1, 0.5))],
 )
-def test_normalisation_is_torchvision_s(
+def test_normalization_is_torchvision_s(
     pixels: NDArray[np.uint8], mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> None:
     expected = F.normalize(as_tensor(pixels), list(mean), list(std)).permute(1, 2, 0).numpy()

@@ -59,11 +59,11 @@ def warps(draw: st.DrawFn) -> Floats:
 
 
 def pillow_warp(image: Floats, matrix: Floats, size: tuple[int, int]) -> Floats:
-    """What PIL makes of a destination-to-source matrix (2, 3); PIL's pixel centres also lie at +0.5."""
+    """What PIL makes of a destination-to-source matrix (2, 3); PIL's pixel centers also lie at +0.5."""
     data = tuple(matrix.ravel().tolist())
-    photo = Image.fromarray(image.astype(np.float32))
+    source = Image.fromarray(image.astype(np.float32))
     return np.asarray(
-        photo.transform((size[1], size[0]), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR), np.float64
+        source.transform((size[1], size[0]), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR), np.float64
     )
 
 
@@ -112,7 +112,7 @@ def test_four_quarter_turns_are_the_identity_and_one_is_not() -> None:
     half = compose(quarter, quarter)
     assert np.allclose(half, turned(180, (30, 50)), atol=EXACT)
     assert np.allclose(compose(half, half), IDENTITY, atol=EXACT)
-    # Clockwise: what comes to stand at the right of the centre (25, 15) stood above it.
+    # Clockwise: what comes to stand at the right of the center (25, 15) stood above it.
     assert np.allclose(transform(quarter, np.array([[[35.0, 15.0]]])), [[[25.0, 5.0]]])
 
 
@@ -128,7 +128,7 @@ def test_affine_equals_torchvision_s(
     angle: float, shift: tuple[float, float], scale: float, shear: tuple[float, float], size: tuple[int, int]
 ) -> None:
     ours = affine(np.array([angle]), np.array([shift]), np.array([scale]), np.array([shear]), size)
-    # Their centre for PIL images, whose pixel centres lie at +0.5.
+    # Their center for PIL images, whose pixel centers lie at +0.5.
     about: Any = ([size[1] / 2, size[0] / 2], angle, list(shift), scale, list(shear))
     points = np.array([[[0.0, 0.0], [size[1], size[0]], [size[1], 0.0], [17.5, -3.0]]])
     inverse = np.reshape(_get_inverse_affine_matrix(*about), (1, 2, 3))
@@ -149,10 +149,10 @@ def test_pillow_opencv_and_a_matrix_share_one_pixel_convention() -> None:
     image, size = smooth_image(90, 120), (64, 80)
     matrix = compose(resized_crop(np.array([[12.0, 17.0, 60.0, 75.0]]), size), turned(11, size))[0]
     pillow = pillow_warp(image, matrix, size)
-    centred = matrix.copy()
-    centred[:, 2] += matrix[:, :2].sum(axis=1) / 2 - 0.5  # OpenCV's pixel centres lie at whole numbers
+    centered = matrix.copy()
+    centered[:, 2] += matrix[:, :2].sum(axis=1) / 2 - 0.5  # OpenCV's pixel centers lie at whole numbers
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    opencv = cv2.warpAffine(image.astype(np.float32), centred, size[::-1], flags=flags)
+    opencv = cv2.warpAffine(image.astype(np.float32), centered, size[::-1], flags=flags)
     y, x = np.mgrid[: size[0], : size[1]] + 0.5
     source = transform(matrix[None], np.stack([x, y], axis=-1).reshape(1, -1, 2))[0] - 0.5
     cell = np.floor(source).astype(int)
@@ -165,8 +165,8 @@ def test_pillow_opencv_and_a_matrix_share_one_pixel_convention() -> None:
     assert inner.mean() > 0.9
     assert np.abs(pillow.ravel()[inner] - expected).max() < 0.01
     assert np.abs(opencv.ravel()[inner] - expected).max() < 0.3  # OpenCV rounds positions to a 32nd of a pixel
-    # Other centres would show.
-    assert np.abs(pillow_warp(image, centred, size).ravel()[inner] - expected).max() > 0.5
+    # Other centers would show.
+    assert np.abs(pillow_warp(image, centered, size).ravel()[inner] - expected).max() > 0.5
 
 
 def test_one_composed_warp_is_close_to_two_warps_by_pillow() -> None:
@@ -192,7 +192,7 @@ def test_one_composed_warp_is_close_to_two_warps_by_pillow() -> None:
         pytest.param(turned(0, (41, 41), shift=(5, -3)), (15, 1), id="translated right and up"),
         pytest.param(turned(90, (41, 41)), (36, 10), id="rotated clockwise"),
         pytest.param(turned(-90, (41, 41)), (4, 30), id="rotated counter-clockwise"),
-        pytest.param(turned(0, (41, 41), scale=0.5), (15, 12), id="shrunk about the centre"),
+        pytest.param(turned(0, (41, 41), scale=0.5), (15, 12), id="shrunk about the center"),
         pytest.param(flips(np.array([[True, False]]), (41, 41)), (30, 4), id="mirrored"),
         pytest.param(flips(np.array([[False, True]]), (41, 41)), (10, 36), id="upside down"),
         pytest.param(resized_crop(np.array([[2.0, 7.0, 41.0, 41.0]]), (41, 41)), (3, 2), id="cropped"),
@@ -271,19 +271,19 @@ def test_intersect_gives_the_common_pixels(rng: np.random.Generator) -> None:
 
 
 def test_the_identity_needs_one_pixel_and_masks_nothing() -> None:
-    photo = np.array([[0.0, 0.0, 40.0, 60.0]])
-    warp = plan(IDENTITY, photo, (40, 60), np.zeros(1))
+    image = np.array([[0.0, 0.0, 40.0, 60.0]])
+    warp = plan(IDENTITY, image, (40, 60), np.zeros(1))
     assert warp.footprint.tolist() == [[1, 1]]
     assert warp.masked.tolist() == [False]
     assert warp.region.tolist() == [[0, 0, 40, 60]]
     assert np.array_equal(warp.matrix, IDENTITY)
-    assert np.array_equal(warp.photo, IDENTITY)
-    assert np.allclose(warp.quad, corners(photo))
+    assert np.array_equal(warp.whole, IDENTITY)
+    assert np.allclose(warp.quad, corners(image))
 
 
 @LAW
 @given(matrix=warps(), height=st.integers(1, 300), width=st.integers(1, 300), cut=st.floats(0, 0.5))
-def test_the_region_lies_inside_the_photograph_and_holds_all_that_is_needed(
+def test_the_region_lies_inside_the_image_and_holds_all_that_is_needed(
     matrix: Floats, height: int, width: int, cut: float
 ) -> None:
     size = (40, 60)
@@ -295,7 +295,7 @@ def test_the_region_lies_inside_the_photograph_and_holds_all_that_is_needed(
     y, x = np.mgrid[: size[0], : size[1]] + 0.5
     source = transform(matrix, np.stack([x, y], axis=-1).reshape(1, -1, 2))[0]
     assert np.allclose(source, transform(warp.matrix, np.stack([x, y], axis=-1).reshape(1, -1, 2))[0] + [left, top])
-    # Both neighbours of a point are interpolated, after a filter that reaches a destination pixel's width further.
+    # Both neighbors of a point are interpolated, after a filter that reaches a destination pixel's width further.
     reach = np.sqrt(warp.footprint[0, ::-1])
     first, last = np.floor(source - 0.5 - reach), np.floor(source - 0.5 + reach) + 1
     start = np.floor(visible[0, 1::-1] + 1e-6)
@@ -307,7 +307,7 @@ def test_the_region_lies_inside_the_photograph_and_holds_all_that_is_needed(
     assert needed[..., 1].max() < top + rows
 
 
-def test_the_region_of_a_small_crop_is_not_the_whole_photograph() -> None:
+def test_the_region_of_a_small_crop_is_not_the_whole_image() -> None:
     matrix = resized_crop(np.array([[500.0, 700.0, 40.0, 60.0]]), (40, 60))
     warp = plan(matrix, np.array([[0.0, 0.0, 2000.0, 3000.0]]), (40, 60), np.zeros(1))
     assert warp.region.tolist() == [[496, 696, 48, 68]]
@@ -316,8 +316,8 @@ def test_the_region_of_a_small_crop_is_not_the_whole_photograph() -> None:
 @LAW
 @given(matrix=warps(), softness=st.floats(0, 1))
 def test_the_footprint_is_the_extent_of_a_destination_pixel(matrix: Floats, softness: float) -> None:
-    photo = np.array([[0.0, 0.0, 300.0, 300.0]])
-    (down, across) = plan(matrix, photo, (40, 60), np.array([softness])).footprint[0]
+    image = np.array([[0.0, 0.0, 300.0, 300.0]])
+    (down, across) = plan(matrix, image, (40, 60), np.array([softness])).footprint[0]
     steps = np.diff(transform(matrix, np.array([[[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]]))[0], axis=0)
     assert np.isclose(across, (steps[:, 0] ** 2).sum() * (1 + softness))
     assert np.isclose(down, (steps[:, 1] ** 2).sum() * (1 + softness))
@@ -326,18 +326,18 @@ def test_the_footprint_is_the_extent_of_a_destination_pixel(matrix: Floats, soft
 @LAW
 @given(warps())
 def test_a_warp_is_masked_where_a_destination_corner_shows_nothing(matrix: Floats) -> None:
-    photo = np.array([[0.0, 0.0, 200.0, 250.0]])
-    warp = plan(matrix, photo, (40, 60), np.zeros(1))
+    image = np.array([[0.0, 0.0, 200.0, 250.0]])
+    warp = plan(matrix, image, (40, 60), np.zeros(1))
     seen = transform(matrix, corners(np.array([[0.0, 0.0, 40.0, 60.0]])))[0]
     outside = np.maximum(-seen, seen - [250, 200]).max()
     if abs(outside) > 1e-3:
         assert warp.masked[0] == (outside > 0)
-    assert np.allclose(transform(matrix, warp.quad), corners(photo), atol=1e-5)
+    assert np.allclose(transform(matrix, warp.quad), corners(image), atol=1e-5)
 
 
 def test_nothing_is_shrunk_below_a_reduction_by_four() -> None:
-    reductions = np.array([[0.1, 1.0], [2.0, 3.0], [3.99, 3.9999]])
-    assert (shrink_factors(reductions**2) == 1).all()
+    factors = np.array([[0.1, 1.0], [2.0, 3.0], [3.99, 3.9999]])
+    assert (shrink_factors(factors**2) == 1).all()
 
 
 @LAW
@@ -359,7 +359,7 @@ def test_a_blur_kernel_has_the_variance_asked_for(variance: float) -> None:
     assert (kernel >= -1e-6).all()
     assert np.isclose(kernel.sum(), 1, atol=1e-6)
     assert np.isclose((kernel * (np.arange(len(kernel)) - len(kernel) // 2) ** 2).sum(), variance, rtol=1e-4)
-    assert (np.diff(kernel[len(kernel) // 2 :]) < 0).all()  # falls towards the ends, as a triangle does
+    assert (np.diff(kernel[len(kernel) // 2 :]) < 0).all()  # falls toward the ends, as a triangle does
 
 
 @pytest.mark.parametrize(("reduction", "weights"), [(2, [1, 2, 1]), (3, [1, 2, 3, 2, 1]), (4, [1, 2, 3, 4, 3, 2, 1])])
@@ -372,13 +372,13 @@ def test_for_a_whole_reduction_the_kernel_is_a_triangle(reduction: int, weights:
 @pytest.mark.parametrize("reduction", [2, 3, 4])
 def test_kernel_and_interpolation_are_pillow_s_reduction(rng: np.random.Generator, reduction: int) -> None:
     row = rng.uniform(0, 255, 30 * reduction)
-    photo = Image.fromarray(row[None].astype(np.float32))
-    expected = np.asarray(photo.resize((30, 1), Image.Resampling.BILINEAR))[0]
+    image = Image.fromarray(row[None].astype(np.float32))
+    expected = np.asarray(image.resize((30, 1), Image.Resampling.BILINEAR))[0]
     variance = blur_variance(np.array([[reduction**2, 1.0]]), np.ones((1, 2), np.int64))
     assert variance[0, 1] == 0  # as many pixels as before: nothing to blur
     blurred = np.convolve(row, blur_kernel_of(variance[0, 0]), mode="same")
-    centres = (np.arange(30) + 0.5) * reduction - 0.5
-    shrunken = np.interp(centres, np.arange(len(row)), blurred)
+    centers = (np.arange(30) + 0.5) * reduction - 0.5
+    shrunken = np.interp(centers, np.arange(len(row)), blurred)
     assert np.abs(shrunken - expected)[3:-3].max() < 0.01
 
 

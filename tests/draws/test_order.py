@@ -48,7 +48,7 @@ def test_huge_orders_are_injective_and_stay_in_range(rng: np.random.Generator, n
     assert len(np.unique(samples)) == len(positions)
     assert samples.min() >= 0
     assert samples.max() < num_samples
-    # Neighbours are torn apart: half of the sampled positions land in either half.
+    # Neighbors are torn apart: half of the sampled positions land in either half.
     assert abs((samples < num_samples // 2).mean() - 0.5) < 0.01
 
 

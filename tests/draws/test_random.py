@@ -61,10 +61,10 @@ def test_uniform_numbers_are_uniform_and_independent() -> None:
     assert abs(numbers.mean() - 1 / 2) < 5 * sqrt(1 / 12 / count)
     assert abs(numbers.var() - 1 / 12) < 5 * sqrt(1 / 180 / count)
     assert len(np.unique(numbers)) == count
-    centred = (numbers - 1 / 2) * sqrt(12)
+    centered = (numbers - 1 / 2) * sqrt(12)
     for axis in range(3):
         for lag in (1, 2, 3, 7):
-            near, far = np.moveaxis(centred, axis, 0)[:-lag], np.moveaxis(centred, axis, 0)[lag:]
+            near, far = np.moveaxis(centered, axis, 0)[:-lag], np.moveaxis(centered, axis, 0)[lag:]
             assert abs((near * far).mean()) < 5 / sqrt(near.size)
     one, other = (Dice(seed, 0, np.arange(9000)).numbers_NS.ravel() - 1 / 2 for seed in (0, 1))
     assert abs(one @ other) < 5 / 12 * sqrt(9000 * 64)

@@ -22,7 +22,7 @@ v2: Any = transforms_v2
 MEAN, STD = list(IMAGENET_MEAN), list(IMAGENET_STD)
 PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 VERSIONS = [pytest.param(v1, id="v1"), pytest.param(v2, id="v2")]
-TURNED = "colour is drawn as written but applied after all geometry"
+TURNED = "color is drawn as written but applied after all geometry"
 ORDERED = "ColorJitter's operations run in one order: brightness, contrast, saturation, hue"
 
 
@@ -116,7 +116,7 @@ def test_every_call_logs_again(caplog: pytest.LogCaptureFixture) -> None:
     assert notes(caplog) == ["RandomRotation interpolates bilinearly, not nearest"] * 2
 
 
-def test_colour_before_geometry_is_said_once_for_each_transform_that_follows(caplog: pytest.LogCaptureFixture) -> None:
+def test_color_before_geometry_is_said_once_for_each_transform_that_follows(caplog: pytest.LogCaptureFixture) -> None:
     Augment.from_torchvision(
         v1.Compose([v1.ColorJitter(0.5), v1.RandomResizedCrop(64), v1.RandomHorizontalFlip(), v1.RandomVerticalFlip()])
     )
@@ -127,7 +127,7 @@ def test_colour_before_geometry_is_said_once_for_each_transform_that_follows(cap
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_resize_and_centre_crop_are_the_validation_view(version: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_resize_and_center_crop_are_the_validation_view(version: Any, caplog: pytest.LogCaptureFixture) -> None:
     steps = [version.Resize(256), version.CenterCrop(224), *to_tensor(version), version.Normalize(MEAN, STD)]
     assert Augment.from_torchvision(version.Compose(steps)) == Augment(size=(224, 224), resize=256)
     steps[:2] = [version.Resize([300]), version.CenterCrop((100, 200))]
@@ -149,7 +149,7 @@ def test_resize_before_a_resized_crop_is_left_out(version: Any, caplog: pytest.L
     augment = Augment.from_torchvision(version.Compose([version.Resize(256), version.RandomResizedCrop(224)]))
     assert augment == Augment(size=(224, 224), crop=(0.08, 1.0), **PLAIN)
     assert notes(caplog) == [
-        "Resize before RandomResizedCrop is left out: the crop takes the same share of the photograph itself"
+        "Resize before RandomResizedCrop is left out: the crop takes the same share of the image itself"
     ]
 
 
@@ -159,18 +159,18 @@ def test_without_normalize_levels_stay_in_0_to_1() -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize(("value", "colour"), [(0.25, (0.25, 0.25, 0.25)), ((0.1, 0.5, 0.9), (0.1, 0.5, 0.9))])
-def test_a_value_erased_before_normalize_is_normalised(
-    version: Any, value: Any, colour: tuple[float, float, float]
+@pytest.mark.parametrize(("value", "color"), [(0.25, (0.25, 0.25, 0.25)), ((0.1, 0.5, 0.9), (0.1, 0.5, 0.9))])
+def test_a_value_erased_before_normalize_is_normalized(
+    version: Any, value: Any, color: tuple[float, float, float]
 ) -> None:
     erasing, normalize = version.RandomErasing(1.0, value=value), version.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     crop = version.RandomResizedCrop(64)
     before = Augment.from_torchvision(version.Compose([crop, *to_tensor(version), erasing, normalize]))
     after = Augment.from_torchvision(version.Compose([crop, *to_tensor(version), normalize, erasing]))
-    assert after.erase_value == colour
-    expected = version.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))(torch.tensor(colour).reshape(3, 1, 1))
+    assert after.erase_value == color
+    expected = version.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))(torch.tensor(color).reshape(3, 1, 1))
     assert before.erase_value == pytest.approx(tuple(expected.flatten().tolist()), abs=1e-6)
-    assert replace(before, erase_value=colour) == after
+    assert replace(before, erase_value=color) == after
 
 
 def test_values_may_be_erased_from_what_is_float_by_then() -> None:
@@ -209,7 +209,7 @@ def test_ranges_that_are_written_out_are_read(version: Any) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_one_number_normalises_every_channel_as_torchvision_does(version: Any) -> None:
+def test_one_number_normalizes_every_channel_as_torchvision_does(version: Any) -> None:
     normalize = version.Normalize((0.5,), (0.25,))
     augment = Augment.from_torchvision(version.Compose([version.RandomResizedCrop(64), normalize]))
     assert (augment.mean, augment.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -270,16 +270,16 @@ REFUSED: list[tuple[list[Any], str]] = [
     ([CROP, v1.Grayscale()], "The nearest that can is ColorJitter(saturation=...)."),
     (
         [CROP, v1.RandomGrayscale()],
-        "The nearest that can is ColorJitter(saturation=1), which draws how grey an image becomes.",
+        "The nearest that can is ColorJitter(saturation=1), which draws how gray an image becomes.",
     ),
     ([CROP, v1.TrivialAugmentWide()], "The nearest that can is RandomRotation, ColorJitter and RandomAffine."),
     ([CROP, v1.RandAugment()], "RandAugment cannot be expressed by Augment"),
     ([CROP, v1.AutoAugment()], "AutoAugment cannot be expressed by Augment"),
     (
         [CROP, v2.MixUp(num_classes=5)],
-        "The nearest that can is the field mixup=alpha, which mixes neighbours of a batch.",
+        "The nearest that can is the field mixup=alpha, which mixes neighbors of a batch.",
     ),
-    ([CROP, v2.CutMix(num_classes=5)], "The nearest that can is the field cutmix=alpha, which mixes neighbours of"),
+    ([CROP, v2.CutMix(num_classes=5)], "The nearest that can is the field cutmix=alpha, which mixes neighbors of"),
     ([v2.RandomResizedCrop(64, antialias=False)], "RandomResizedCrop with antialias=False cannot be expressed; leave"),
     ([v1.Resize((64, 64), antialias=False)], "Resize with antialias=False cannot be expressed; leave antialias out."),
     ([CROP, v2.ToDtype(torch.float32)], "ToDtype with scale=False leaves levels at 0 .. 255; pass scale=True."),
@@ -328,9 +328,9 @@ REFUSED: list[tuple[list[Any], str]] = [
     ),
     ([CROP, v1.ColorJitter(brightness=(0, 1))], "ColorJitter with brightness (0.0, 1.0) is not symmetric"),
     ([CROP, v1.ColorJitter(saturation=(0, 1.5))], "ColorJitter with saturation (0.0, 1.5) is not symmetric"),
-    ([CROP, NORMALIZE, v1.ColorJitter(0.5)], "ColorJitter stands after Normalize; normalise behind it."),
-    ([CROP, NORMALIZE, v1.RandomRotation(5)], "RandomRotation stands after Normalize; normalise behind it."),
-    ([CROP, NORMALIZE, v1.RandomAffine(5)], "RandomAffine stands after Normalize; normalise behind it."),
+    ([CROP, NORMALIZE, v1.ColorJitter(0.5)], "ColorJitter stands after Normalize; normalize behind it."),
+    ([CROP, NORMALIZE, v1.RandomRotation(5)], "RandomRotation stands after Normalize; normalize behind it."),
+    ([CROP, NORMALIZE, v1.RandomAffine(5)], "RandomAffine stands after Normalize; normalize behind it."),
     (
         [CROP, v2.ToImage(), v2.RandomErasing(value=255), v2.ToDtype(torch.float32, scale=True), NORMALIZE],
         "RandomErasing with a value but 0 stands before the conversion to float, where levels end at 255; erase behind it.",
@@ -340,15 +340,15 @@ REFUSED: list[tuple[list[Any], str]] = [
     ([CROP, v1.ColorJitter(hue=(0.0, 0.1))], "ColorJitter with hue (0.0, 0.1) is not symmetric; draw from (-x, x)."),
     (
         [CROP, v1.RandomRotation(5, center=(1, 1))],
-        "RandomRotation about another centre cannot be expressed; leave center out.",
+        "RandomRotation about another center cannot be expressed; leave center out.",
     ),
     (
         [CROP, v2.RandomAffine(5, center=[1, 1])],
-        "RandomAffine about another centre cannot be expressed; leave center out.",
+        "RandomAffine about another center cannot be expressed; leave center out.",
     ),
     (
         [CROP, v1.RandomRotation(5, fill=128)],
-        "RandomRotation with fill=128 cannot be expressed; Augment fills black, or with the photograph (fill='photo').",
+        "RandomRotation with fill=128 cannot be expressed; Augment fills black, or with the image (fill='photo').",
     ),
     ([CROP, v1.RandomAffine(5, fill=(0, 0, 1))], "RandomAffine with fill=(0, 0, 1) cannot be expressed"),
     ([CROP, v1.RandomAffine(5), v1.RandomRotation(5)], "RandomRotation stands after RandomAffine; rotate first."),

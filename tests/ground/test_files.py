@@ -181,7 +181,7 @@ def held(out: Path) -> str:
     return rf"^{re.escape(str(out))}: another run trains here \({HOLDER}\); {wait}$"
 
 
-@pytest.mark.usefixtures("narrow", "no_pictures")
+@pytest.mark.usefixtures("narrow", "no_figures")
 @pytest.mark.parametrize("resume", [False, True])
 def test_of_two_runs_in_one_folder_the_second_says_who_holds_it(shards: Path, tmp_path: Path, resume: bool) -> None:
     out = tmp_path / "run"
@@ -199,7 +199,7 @@ def test_of_two_runs_in_one_folder_the_second_says_who_holds_it(shards: Path, tm
     assert not (out / ".lock").exists()
 
 
-@pytest.mark.usefixtures("narrow", "no_pictures")
+@pytest.mark.usefixtures("narrow", "no_figures")
 def test_a_folder_is_held_while_training_runs_and_no_longer(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

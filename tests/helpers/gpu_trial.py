@@ -22,7 +22,7 @@ MARKS = [
 
 
 def make_place(flowers: Path, folder: Path) -> Place:
-    """20 photographs: all to train on, and split."""
+    """20 images: all to train on, and split."""
     few = images.some(flowers, folder / "few", 20)
     weights = folder / "weights.pth"
     torch.save({name: value.half() for name, value in models.resnet18().state_dict().items()}, weights)

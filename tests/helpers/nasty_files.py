@@ -47,13 +47,13 @@ def make(folder: Path) -> dict[str, Expectation]:
     groups: list[tuple[str, Expectation, Files]] = [
         ("jpeg", "kept", jpegs() | exifs()),
         ("formats", "transcoded", formats() | pngs() | tiffs()),
-        ("broken", "kept", {"one good.jpg": encode(photo(1), "JPEG")}),
+        ("broken", "kept", {"one good.jpg": encode(smooth(1), "JPEG")}),
         ("broken", "skipped", broken_jpegs() | broken_others() | bombs() | not_images()),
-        ("names.jpg", "kept", {name: encode(photo(100 + number), "JPEG") for number, name in enumerate(NAMES)}),
-        ("formats", "transcoded", {"exif, twice.jpg": with_segments(encode(photo(31), "JPEG"), *twice)}),
-        ("names.jpg", "transcoded", {"same.png": encode(photo(2), "PNG")}),
-        *((name, "kept", {"x.jpg": encode(photo(200 + number), "JPEG")}) for number, name in enumerate(CLASSES)),
-        (".hidden", "kept", {"seen.jpg": encode(photo(3), "JPEG")}),
+        ("names.jpg", "kept", {name: encode(smooth(100 + number), "JPEG") for number, name in enumerate(NAMES)}),
+        ("formats", "transcoded", {"exif, twice.jpg": with_segments(encode(smooth(31), "JPEG"), *twice)}),
+        ("names.jpg", "transcoded", {"same.png": encode(smooth(2), "PNG")}),
+        *((name, "kept", {"x.jpg": encode(smooth(200 + number), "JPEG")}) for number, name in enumerate(CLASSES)),
+        (".hidden", "kept", {"seen.jpg": encode(smooth(3), "JPEG")}),
     ]
     for name, expectation, files in groups:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -66,8 +66,8 @@ def make(folder: Path) -> dict[str, Expectation]:
     return expected
 
 
-def photo(seed: int = 0, width: int = 64, height: int = 48) -> Image.Image:
-    """Smooth colours without any symmetry."""
+def smooth(seed: int = 0, width: int = 64, height: int = 48) -> Image.Image:
+    """Smooth colors without any symmetry."""
     coarse = np.random.default_rng(seed).uniform(0, 255, (5, 6, 3)).astype(np.float32)
     return Image.fromarray(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.uint8))
 
@@ -106,41 +106,41 @@ def tiff(order: str, entries: Sequence[tuple[int, int, int, int]], rest: bytes =
 
 
 def jpegs() -> Files:
-    """Huffman-coded, 8 bits, grey or three colours: kept as they are."""
-    colour, grey = photo(10), photo(11).convert("L")
-    plain = encode(colour, "JPEG", quality=90)
+    """Huffman-coded, 8 bits, gray or three colors: kept as they are."""
+    color, gray = smooth(10), smooth(11).convert("L")
+    plain = encode(color, "JPEG", quality=90)
     frame = plain.index(b"\xff\xc0")
     garbage = np.random.default_rng(0).bytes(100_000)
     return {
         "plain.jpg": plain,
-        "progressive.jpg": encode(colour, "JPEG", progressive=True),
-        "grey.jpg": encode(grey, "JPEG"),
-        **{f"{factor:x}.jpg": by_opencv(".jpg", np.asarray(photo(14)), cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor)
+        "progressive.jpg": encode(color, "JPEG", progressive=True),
+        "gray.jpg": encode(gray, "JPEG"),
+        **{f"{factor:x}.jpg": by_opencv(".jpg", np.asarray(smooth(14)), cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor)
            for factor in (0x411111, 0x211111, 0x121111, 0x221111)},
-        "restarts.jpg": encode(photo(15, 200, 160), "JPEG", restart_marker_blocks=1),
+        "restarts.jpg": encode(smooth(15, 200, 160), "JPEG", restart_marker_blocks=1),
         "extended.jpg": patched(plain, frame + 1, 0xC1),
-        "rgb.jpg": encode(colour, "JPEG", keep_rgb=True),
-        "one pixel.jpg": encode(photo(16, 1, 1), "JPEG"),
-        "odd.jpg": encode(photo(17, 17, 33), "JPEG"),
-        "wide.jpg": encode(photo(18, 65_500, 1), "JPEG"),
-        "high.jpg": encode(photo(19, 1, 65_500), "JPEG"),
+        "rgb.jpg": encode(color, "JPEG", keep_rgb=True),
+        "one pixel.jpg": encode(smooth(16, 1, 1), "JPEG"),
+        "odd.jpg": encode(smooth(17, 17, 33), "JPEG"),
+        "wide.jpg": encode(smooth(18, 65_500, 1), "JPEG"),
+        "high.jpg": encode(smooth(19, 1, 65_500), "JPEG"),
         "neither JFIF nor Adobe.jpg": plain[:2] + plain[20:],
         "fill bytes.jpg": plain[:2] + 50 * b"\xff" + plain[2:],
-        "300 KB of profile.jpg": encode(colour, "JPEG", icc_profile=garbage * 3),
+        "300 KB of profile.jpg": encode(color, "JPEG", icc_profile=garbage * 3),
         "300 KB of comments.jpg": with_segments(plain, *5 * [segment(0xFE, garbage[:60_000])]),
-        "a picture in a comment.jpg": with_segments(plain, segment(0xFE, encode(photo(20, 8, 8), "JPEG"))),
+        "a picture in a comment.jpg": with_segments(plain, segment(0xFE, encode(smooth(20, 8, 8), "JPEG"))),
         "garbage behind.jpg": plain + garbage,
         "zeros behind.jpg": plain + bytes(4096),
-        "another behind.jpg": plain + encode(photo(21), "JPEG"),
-        "several pictures.jpg": encode(photo(12), "MPO", save_all=True, append_images=[photo(13)]),
-        "JPEG named png.png": encode(photo(22), "JPEG"),
-        "JPEG named tiff.TIFF": encode(photo(23), "JPEG"),
+        "another behind.jpg": plain + encode(smooth(21), "JPEG"),
+        "several pictures.jpg": encode(smooth(12), "MPO", save_all=True, append_images=[smooth(13)]),
+        "JPEG named png.png": encode(smooth(22), "JPEG"),
+        "JPEG named tiff.TIFF": encode(smooth(23), "JPEG"),
     }  # fmt: skip
 
 
 def exifs() -> Files:
     """JPEG with EXIF of every orientation, damaged and strange: kept as they are."""
-    thumbnail = encode(photo(30, 16, 12), "JPEG")
+    thumbnail = encode(smooth(30, 16, 12), "JPEG")
     orientation = (0x0112, 3, 1)
     made = {
         **{f"orientation {value}": tiff("<", [(*orientation, value)]) for value in (*range(10), 65_535)},
@@ -157,7 +157,7 @@ def exifs() -> Files:
         "a thumbnail": tiff("<", [(*orientation, 8), (0x0201, 4, 1, 50), (0x0202, 4, 1, len(thumbnail))], thumbnail),
     }
     files = {
-        f"exif, {name}.jpg": with_segments(encode(photo(40 + number), "JPEG"), segment(0xE1, b"Exif\0\0" + data))
+        f"exif, {name}.jpg": with_segments(encode(smooth(40 + number), "JPEG"), segment(0xE1, b"Exif\0\0" + data))
         for number, (name, data) in enumerate(made.items())
     }
     return files
@@ -165,9 +165,9 @@ def exifs() -> Files:
 
 def formats() -> Files:
     """Everything else that Pillow knows, under a name that an image has."""
-    colour, other, grey = photo(60), photo(61), photo(62).convert("L")
-    clear = Image.merge("RGBA", (*colour.split(), grey))
-    cmyk = encode(colour.convert("CMYK"), "JPEG")
+    color, other, gray = smooth(60), smooth(61), smooth(62).convert("L")
+    clear = Image.merge("RGBA", (*color.split(), gray))
+    cmyk = encode(color.convert("CMYK"), "JPEG")
     adobe = cmyk.index(b"Adobe")
     lossless = b"\xff\xd8" + segment(0xC3, bytes([8, 0, 8, 0, 8, 1, 1, 0x11, 0])) + segment(0xC4, b"\0\1" + bytes(16))
     lossless += segment(0xDA, bytes([1, 1, 0, 1, 0, 0])) + bytes(8) + b"\xff\xd9"
@@ -177,39 +177,39 @@ def formats() -> Files:
         "stray bytes.jpg": encode(other, "JPEG").replace(b"\xff\xdb", bytes(20) + b"\xff\xdb", 1),
         "cmyk.jpg": cmyk,
         "ycck.jpg": patched(cmyk, adobe + 11, 2),
-        "cmyk turned.jpg": encode(colour.convert("CMYK"), "JPEG", exif=TURNED),
-        "lossy.webp": encode(colour, "WEBP"),
+        "cmyk turned.jpg": encode(color.convert("CMYK"), "JPEG", exif=TURNED),
+        "lossy.webp": encode(color, "WEBP"),
         "lossless.webp": encode(clear, "WEBP", lossless=True),
-        "animated.webp": encode(colour, "WEBP", save_all=True, append_images=[other]),
-        "turned.webp": encode(colour, "WEBP", exif=TURNED),
-        "24 bits.bmp": encode(colour, "BMP"),
-        "8 bits.bmp": encode(colour.quantize(64), "BMP"),
+        "animated.webp": encode(color, "WEBP", save_all=True, append_images=[other]),
+        "turned.webp": encode(color, "WEBP", exif=TURNED),
+        "24 bits.bmp": encode(color, "BMP"),
+        "8 bits.bmp": encode(color.quantize(64), "BMP"),
         "1 bit.bmp": encode(blocks().convert("1"), "BMP"),
         "32 bits.bmp": by_opencv(".bmp", np.asarray(clear)),
-        "gif.png": encode(colour.quantize(64), "GIF"),
-        "animated gif.jpg": encode(colour.quantize(64), "GIF", save_all=True, append_images=[other.quantize(64)]),
-        "clear gif.png": encode(colour.quantize(64), "GIF", transparency=3),
-        "jpeg 2000.jpg": encode(colour, "JPEG2000"),
-        "avif.jpg": encode(colour, "AVIF"),
-        "icon.png": encode(colour, "ICO"),
-        "targa.bmp": encode(colour, "TGA", rle=True),
-        "pcx.bmp": encode(colour, "PCX"),
-        "6.ppm": encode(colour, "PPM"),
-        "16 bits.pgm": b"P5 64 48 65535\n" + wide_grey().astype(">u2").tobytes(),
+        "gif.png": encode(color.quantize(64), "GIF"),
+        "animated gif.jpg": encode(color.quantize(64), "GIF", save_all=True, append_images=[other.quantize(64)]),
+        "clear gif.png": encode(color.quantize(64), "GIF", transparency=3),
+        "jpeg 2000.jpg": encode(color, "JPEG2000"),
+        "avif.jpg": encode(color, "AVIF"),
+        "icon.png": encode(color, "ICO"),
+        "targa.bmp": encode(color, "TGA", rle=True),
+        "pcx.bmp": encode(color, "PCX"),
+        "6.ppm": encode(color, "PPM"),
+        "16 bits.pgm": b"P5 64 48 65535\n" + wide_gray().astype(">u2").tobytes(),
         "text.ppm": b"P3 2 1 255\n200 100 50  40 90 160\n",
-        "png.jpg": encode(colour, "PNG"),
+        "png.jpg": encode(color, "PNG"),
     }
 
 
-def wide_grey() -> NDArray[np.uint16]:
+def wide_gray() -> NDArray[np.uint16]:
     """16 bits, not all of them repeated."""
-    grey = np.asarray(photo(63).convert("L")).astype(np.uint16)
-    return grey * 257 - grey // 2
+    gray = np.asarray(smooth(63).convert("L")).astype(np.uint16)
+    return gray * 257 - gray // 2
 
 
 def blocks() -> Image.Image:
     return (
-        photo(64).convert("L").resize((8, 6)).point([255 * (value > 127) for value in range(256)]).resize((64, 48), 0)
+        smooth(64).convert("L").resize((8, 6)).point([255 * (value > 127) for value in range(256)]).resize((64, 48), 0)
     )
 
 
@@ -218,9 +218,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(
-    width: int, height: int, depth: int, colour: int, packed: bytes, *extra: bytes, interlaced: bool = False
+    width: int, height: int, depth: int, color: int, packed: bytes, *extra: bytes, interlaced: bool = False
 ) -> bytes:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlaced))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
@@ -232,30 +232,30 @@ ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (
 
 
 def pngs() -> Files:
-    colour, grey = photo(70), photo(71).convert("L")
-    pixels = np.asarray(colour)
-    clear = Image.merge("RGBA", (*colour.split(), grey))
-    palette = colour.quantize(64)
+    color, gray = smooth(70), smooth(71).convert("L")
+    pixels = np.asarray(color)
+    clear = Image.merge("RGBA", (*color.split(), gray))
+    palette = color.quantize(64)
     wide = pixels.astype(np.uint16) * 257
     passes = b"".join(rows(pixels[y::down, x::across]) for x, y, across, down in ADAM7)
     good = png(64, 48, 8, 2, zlib.compress(rows(pixels)))
     return {
-        "rgb.png": encode(colour, "PNG"),
-        "grey.png": encode(grey, "PNG"),
+        "rgb.png": encode(color, "PNG"),
+        "gray.png": encode(gray, "PNG"),
         "1 bit.png": encode(blocks().convert("1"), "PNG"),
         "2 bits.png": png(64, 48, 2, 0, zlib.compress(rows(np.full((48, 16), 0b00011011, np.uint8)))),
         "palette.png": encode(palette, "PNG"),
         "palette, one clear.png": encode(palette, "PNG", transparency=3),
         "palette, many clear.png": encode(palette, "PNG", transparency=bytes(range(0, 256, 4))),
         "rgba.png": encode(clear, "PNG"),
-        "grey and clear.png": encode(Image.merge("LA", (grey, grey)), "PNG"),
-        "rgb, one clear.png": encode(colour, "PNG", transparency=(1, 2, 3)),
-        "16-bit grey.png": encode(Image.fromarray(wide_grey()), "PNG"),
+        "gray and clear.png": encode(Image.merge("LA", (gray, gray)), "PNG"),
+        "rgb, one clear.png": encode(color, "PNG", transparency=(1, 2, 3)),
+        "16-bit gray.png": encode(Image.fromarray(wide_gray()), "PNG"),
         "16-bit rgb.png": by_opencv(".png", wide),
         "16-bit rgba.png": by_opencv(".png", np.dstack([wide, wide[..., 0]])),
         "interlaced.png": png(64, 48, 8, 2, zlib.compress(passes), interlaced=True),
-        "animated.png": encode(colour, "PNG", save_all=True, append_images=[photo(72)]),
-        "turned.png": encode(colour, "PNG", exif=TURNED),
+        "animated.png": encode(color, "PNG", save_all=True, append_images=[smooth(72)]),
+        "turned.png": encode(color, "PNG", exif=TURNED),
         "checksum of the pixels.png": patched(good, good.index(b"IEND") - 8, *4 * [0]),  # zlib has one of its own
         "no end.png": good[:-12],
         "garbage behind.png": good + b"garbage",
@@ -263,34 +263,34 @@ def pngs() -> Files:
 
 
 def tiffs() -> Files:
-    colour, grey = photo(80), photo(81).convert("L")
-    level = np.asarray(grey)
-    wide = wide_grey()
+    color, gray = smooth(80), smooth(81).convert("L")
+    level = np.asarray(gray)
+    wide = wide_gray()
     entries = [(256, 3, 1, 64), (257, 3, 1, 48), (258, 3, 1, 16), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 122)]
     entries += [(277, 3, 1, 1), (278, 3, 1, 48), (279, 4, 1, 2 * wide.size)]
     kinds = {"lzw": "tiff_lzw", "deflate": "tiff_adobe_deflate", "packbits": "packbits", "jpeg": "jpeg"}
     return {
-        "plain.tif": encode(colour, "TIFF"),
-        "pages.tiff": encode(colour, "TIFF", save_all=True, append_images=[photo(82)]),
-        **{f"{name}.tif": encode(colour, "TIFF", compression=kind) for name, kind in kinds.items()},
+        "plain.tif": encode(color, "TIFF"),
+        "pages.tiff": encode(color, "TIFF", save_all=True, append_images=[smooth(82)]),
+        **{f"{name}.tif": encode(color, "TIFF", compression=kind) for name, kind in kinds.items()},
         "fax.tif": encode(blocks().convert("1"), "TIFF", compression="group4"),
         "16 bits.tif": encode(Image.fromarray(wide), "TIFF"),
         "16 bits, big-endian.tif": tiff(">", entries, wide.astype(">u2").tobytes()),
         "float.tif": encode(Image.fromarray(level.astype(np.float32)), "TIFF"),
         "32 bits.tif": encode(Image.fromarray(level.astype(np.int32)), "TIFF"),
-        "cmyk.tif": encode(colour.convert("CMYK"), "TIFF"),
-        "palette.tif": encode(colour.quantize(64), "TIFF"),
-        "rgba.tif": encode(Image.merge("RGBA", (*colour.split(), grey)), "TIFF"),
-        "lab.tif": encode(Image.merge("LAB", colour.split()), "TIFF"),
-        "big.tif": encode(colour, "TIFF", big_tiff=True),
-        "turned.tif": encode(colour, "TIFF", exif=TURNED),
+        "cmyk.tif": encode(color.convert("CMYK"), "TIFF"),
+        "palette.tif": encode(color.quantize(64), "TIFF"),
+        "rgba.tif": encode(Image.merge("RGBA", (*color.split(), gray)), "TIFF"),
+        "lab.tif": encode(Image.merge("LAB", color.split()), "TIFF"),
+        "big.tif": encode(color, "TIFF", big_tiff=True),
+        "turned.tif": encode(color, "TIFF", exif=TURNED),
     }
 
 
 def broken_jpegs() -> Files:
-    whole = encode(photo(90, 256, 192), "JPEG", quality=90)
-    restarts = encode(photo(91, 256, 192), "JPEG", restart_marker_blocks=4)
-    progressive = encode(photo(92, 256, 192), "JPEG", progressive=True)
+    whole = encode(smooth(90, 256, 192), "JPEG", quality=90)
+    restarts = encode(smooth(91, 256, 192), "JPEG", restart_marker_blocks=4)
+    progressive = encode(smooth(92, 256, 192), "JPEG", progressive=True)
     frame, scan = whole.index(b"\xff\xc0"), whole.index(b"\xff\xda")
     places = {"start": 2, "first segment": 9, "tables": 60, "frame": frame + 5, "codes": frame + 40, "scan": scan + 3}
     places |= {"scan's end": scan + 14, "middle": len(whole) // 2, "last block": len(whole) - 9, "end": len(whole) - 2}
@@ -309,15 +309,15 @@ def broken_jpegs() -> Files:
 
 
 def broken_others() -> Files:
-    colour = photo(95, 256, 192)
+    color = smooth(95, 256, 192)
     kinds = {"png": "PNG", "webp": "WEBP", "bmp": "BMP", "ppm": "PPM", "tif": "TIFF"}
-    stored = {ending: encode(colour, kind) for ending, kind in kinds.items()}
-    stored |= {"gif.png": encode(colour.quantize(64), "GIF"), "lzw.tif": encode(colour, "TIFF", compression="tiff_lzw")}
+    stored = {ending: encode(color, kind) for ending, kind in kinds.items()}
+    stored |= {"gif.png": encode(color.quantize(64), "GIF"), "lzw.tif": encode(color, "TIFF", compression="tiff_lzw")}
     made = {f"cut.{ending}": data[: len(data) // 2] for ending, data in stored.items()}
     made |= {f"only its header.{ending}": data[:30] for ending, data in stored.items()}
     whole = stored["png"]
     middle = len(whole) // 2
-    pixels = rows(np.asarray(colour))
+    pixels = rows(np.asarray(color))
     wrong = patched(zlib.compress(pixels, 0), 50_000, 1)  # of which zlib's own checksum tells
     return made | {
         "zeros in the middle.png": whole[:middle] + bytes(1000) + whole[middle + 1000 :],
@@ -346,9 +346,9 @@ def bombs() -> Files:
 
 def not_images() -> Files:
     """Under the names of images, and images under other names."""
-    archive, photograph = io.BytesIO(), encode(photo(97), "JPEG")
+    archive, image = io.BytesIO(), encode(smooth(97), "JPEG")
     with zipfile.ZipFile(archive, "w") as opened:
-        opened.writestr("photo.jpg", photograph)
+        opened.writestr("photo.jpg", image)
     return {
         "empty.jpg": b"",
         "text.jpg": b"no picture",
@@ -356,7 +356,7 @@ def not_images() -> Files:
         "svg.png": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>',
         "pdf.jpg": b"%PDF-1.4\n%%EOF\n",
         **dict.fromkeys(("notes.txt", "Thumbs.db", ".DS_Store"), b"notes"),
-        **dict.fromkeys((f"photo.{end}" for end in ("jfif", "jpe", "gif", "jpg~", "jpg.txt", "jpg ")), photograph),
+        **dict.fromkeys((f"photo.{end}" for end in ("jfif", "jpe", "gif", "jpg~", "jpg.txt", "jpg ")), image),
         "heic.jpg": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100),
         "zip.jpg": archive.getvalue(),
         "noise.jpg": np.random.default_rng(2).bytes(100_000),
@@ -390,7 +390,7 @@ def not_files(folder: Path) -> dict[str, Expectation]:
         (folder / name).symlink_to(target)
     for name in ("inside.jpg", "empty.jpg"):
         (folder / name).mkdir()
-    (folder / "inside.jpg/x.jpg").write_bytes(encode(photo(99), "JPEG"))
+    (folder / "inside.jpg/x.jpg").write_bytes(encode(smooth(99), "JPEG"))
     kept = ("inside.jpg/x.jpg", "link.jpg", "hidden/seen.jpg")
     skipped = ("pipe.jpg", "socket.jpg", *(name for name in links if name not in ("link.jpg", "hidden")))
     return {**dict.fromkeys(kept, "kept"), **dict.fromkeys(skipped, "skipped")}

@@ -50,10 +50,10 @@ def color_chain(image: torch.Tensor, draw: Draw, row: int) -> torch.Tensor:
 
 
 def render(
-    photo: NDArray[np.uint8], draw: Draw, row: int, augment: Augment
+    source: NDArray[np.uint8], draw: Draw, row: int, augment: Augment
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """(image (H, W, 3) in 0..255, mask (H, W) of the pixels that none of the frames in the chain cut off)."""
-    image = torch.from_numpy(photo).permute(2, 0, 1).float() / 255
+    image = torch.from_numpy(source).permute(2, 0, 1).float() / 255
     shown = geometry_chain(torch.ones_like(image[:1]), draw, row, augment)[0] > 0.999
     image = color_chain(geometry_chain(image, draw, row, augment), draw, row)
     return 255 * image.permute(1, 2, 0).numpy(), shown.numpy()

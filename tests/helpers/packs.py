@@ -30,7 +30,7 @@ NASTY = [
 ]  # fmt: skip
 
 
-def photo(seed: int, size: int = 24) -> Image.Image:
+def draw_image(seed: int, size: int = 24) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8))
 
 
@@ -39,7 +39,7 @@ def drawn(root: Path, **counts: int) -> Path:
     for label, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for number in range(count):
-            photo(1000 * label + number).save(root / name / f"{number:03d}.jpg")
+            draw_image(1000 * label + number).save(root / name / f"{number:03d}.jpg")
     return root
 
 
@@ -48,8 +48,8 @@ def nasty(root: Path) -> Path:
     drawn(root, **{"plain": 2, "with space.and dot": 2, "ø 🌷": 2})
     for number, name in enumerate(NASTY):
         folder = root / ("plain" if number % 2 else "ø 🌷")
-        photo(5000 + number).save(folder / f"{name}.{('jpg', 'JPG')[number % 3 == 0]}", "JPEG")
-        photo(6000 + number).save(folder / f"{name}.{('png', 'PNG')[number % 4 == 0]}", "PNG")
+        draw_image(5000 + number).save(folder / f"{name}.{('jpg', 'JPG')[number % 3 == 0]}", "JPEG")
+        draw_image(6000 + number).save(folder / f"{name}.{('png', 'PNG')[number % 4 == 0]}", "PNG")
     return root
 
 

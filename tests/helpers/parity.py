@@ -1,6 +1,6 @@
 """How far the backends are from torchvision's functionals: python tests/helpers/parity.py FOLDER prints the table.
 
-Differences are grey levels of 255, a mean a photograph, over the pixels that none of torchvision's frames cut off.
+Differences are gray levels of 255, a mean an image, over the pixels that none of torchvision's frames cut off.
 """
 
 import io
@@ -45,7 +45,7 @@ class Case:
     fields: dict[str, Any]
     limit: float = 1.0
     whole: bool = False
-    """Draw from the whole photograph; else from one that was stretched to 224 x 224 before, so that one operation acts alone."""
+    """Draw from the whole image; else from one that was stretched to 224 x 224 before, so that one operation acts alone."""
     augment: Augment = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Case:
 
 
 CASES = {
-    "validation view (resize 256, centre 224)": Case({}, whole=True),
+    "validation view (resize 256, center 224)": Case({}, whole=True),
     "resized crop": Case({"crop": (0.08, 1.0)}, whole=True),
     "reduction by four": Case({"resize": 64, "size": 56}, whole=True),
     "reduction by sixteen": Case({"resize": 18, "size": 16}, whole=True),
@@ -79,19 +79,19 @@ CASES = {
 
 @cache
 def stretched(encoded: bytes) -> bytes:
-    """A photograph at 224 x 224, losslessly."""
+    """An image at 224 x 224, losslessly."""
     data = io.BytesIO()
     Image.fromarray(cv2.resize(decode(encoded), (224, 224), interpolation=cv2.INTER_AREA)).save(data, "PNG")
     return data.getvalue()
 
 
 def turned(encoded: bytes) -> list[bytes]:
-    """A photograph with each of the eight orientations of EXIF."""
-    photo, found = Image.open(io.BytesIO(encoded)).convert("RGB"), list[bytes]()
+    """An image with each of the eight orientations of EXIF."""
+    image, found = Image.open(io.BytesIO(encoded)).convert("RGB"), list[bytes]()
     for orientation in range(1, 9):
         exif, file = Image.Exif(), io.BytesIO()
         exif[0x0112] = orientation
-        photo.save(file, "JPEG", quality=95, exif=exif)
+        image.save(file, "JPEG", quality=95, exif=exif)
         found.append(file.getvalue())
     return found
 
@@ -123,14 +123,14 @@ def render(
 @cache
 def expected(case: str, encoded: tuple[bytes, ...]) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
     """torchvision's images and the pixels that count."""
-    augment, photos = CASES[case].augment, [decode(data) for data in encoded]
+    augment, images = CASES[case].augment, [decode(data) for data in encoded]
     draw: Draw = request(augment, encoded).draw
-    return [oracle.render(photo, draw, row, augment) for row, photo in enumerate(photos)]
+    return [oracle.render(image, draw, row, augment) for row, image in enumerate(images)]
 
 
-def differences(case: str, name: str, photographs: Sequence[bytes], device: str = "cpu") -> NDArray[np.float64]:
-    """The mean absolute difference of each photograph that has counting pixels."""
-    encoded = tuple(photographs) if CASES[case].whole else tuple(map(stretched, photographs))
+def differences(case: str, name: str, image_files: Sequence[bytes], device: str = "cpu") -> NDArray[np.float64]:
+    """The mean absolute difference of each image that has counting pixels."""
+    encoded = tuple(image_files) if CASES[case].whole else tuple(map(stretched, image_files))
     made = render(name, CASES[case].augment, encoded, device=device)
     pairs = zip(made, expected(case, encoded), strict=True)
     return np.array([np.abs(image - wanted)[shown].mean() for image, (wanted, shown) in pairs if shown.any()])
@@ -139,15 +139,15 @@ def differences(case: str, name: str, photographs: Sequence[bytes], device: str 
 def main(folder: str) -> None:
     """Print the table of docs/augmentation.md."""
     paths = sorted(Path(folder).glob("*/*.jpg"))
-    photographs = [path.read_bytes() for path in paths[:: max(1, len(paths) // 128)][:128]]
-    if not photographs:
-        sys.exit(f"{folder}: has no photographs CLASS/*.jpg; name a folder of class folders.")
+    image_files = [path.read_bytes() for path in paths[:: max(1, len(paths) // 128)][:128]]
+    if not image_files:
+        sys.exit(f"{folder}: has no images CLASS/*.jpg; name a folder of class folders.")
     heads = "".join(f" {name}: mean | 95% | worst |" for name in BACKENDS)
-    print(f"{len(photographs)} photographs\n\n| augmentation |{heads}\n|---|{'--:|' * 3 * len(BACKENDS)}")
+    print(f"{len(image_files)} images\n\n| augmentation |{heads}\n|---|{'--:|' * 3 * len(BACKENDS)}")
     for case in CASES:
         cells = [case]
         for name in BACKENDS:
-            found = differences(case, name, photographs)
+            found = differences(case, name, image_files)
             cells += [f"{found.mean():.2f}", f"{np.percentile(found, 95):.2f}", f"{found.max():.2f}"]
         expected.cache_clear()
         print(f"| {' | '.join(cells)} |", flush=True)

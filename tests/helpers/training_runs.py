@@ -29,7 +29,7 @@ RECIPE = Recipe(
     schedule="one_cycle",
     precision="float32",
 )
-"""Of the 120 drawn photographs two epochs of five steps."""
+"""Of the 120 drawn images two epochs of five steps."""
 
 CLOCK = {"images_per_second", "train_seconds", "wait_seconds", "val_seconds"}
 

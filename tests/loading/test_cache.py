@@ -38,9 +38,9 @@ def test_the_cache_keeps_no_more_than_its_limit() -> None:
     decoded: list[int] = []
 
     class Samples(SampleSource):
-        def decode(self, index: int, reduce: int = 1) -> Pixels:
+        def decode(self, index: int, decode_scale: int = 1) -> Pixels:
             decoded.append(index)
-            return np.zeros((10 // reduce, 10 // reduce, 3), np.uint8)
+            return np.zeros((10 // decode_scale, 10 // decode_scale, 3), np.uint8)
 
     samples = Samples(EncodedFiles([b""] * 4, [(10, 10)] * 4))
     kept = PixelCache(samples, Allowance(torch.device("cpu"), 650))
@@ -95,7 +95,7 @@ def test_a_loader_that_nobody_uses_promises_nothing(
     for _ in range(3):
         make(shards, cache="auto")
     assert len(caplog.messages) == 3
-    assert all("each photograph is decoded once" in line for line in caplog.messages)
+    assert all("each image is decoded once" in line for line in caplog.messages)
     in_use = [make(shards, cache="auto") for _ in range(2)]
     assert len(caplog.messages) == 3 + len(in_use)
-    assert "photographs are decoded every epoch" in caplog.messages[-1]
+    assert "images are decoded every epoch" in caplog.messages[-1]

@@ -1,4 +1,4 @@
-"""Large photographs are decoded at reduced scale: near enough, cached as uncached, and the same in prediction."""
+"""Large images are decoded at reduced scale: near enough, cached as uncached, and the same in prediction."""
 
 import io
 import logging
@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastflower import Augment, Loader, pack
 from fastflower.draws import geometry
-from fastflower.draws.geometry import reductions
+from fastflower.draws.geometry import decode_scales
 from fastflower.loading.backends.base import Setup
 from fastflower.loading.backends.selection import create
 from fastflower.loading.cache import PixelCache, decoded_bytes
@@ -39,32 +39,32 @@ def boxes(image: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
 
 
 @pytest.fixture(scope="module")
-def large(photographs: list[Path]) -> list[NDArray[np.uint8]]:
-    """Photographs of about a megapixel, of no even size."""
-    return [cv2.resize(decode(path.read_bytes()), (1203, 901)) for path in photographs[::10]]  # pyright: ignore[reportReturnType]
+def large(image_files: list[Path]) -> list[NDArray[np.uint8]]:
+    """Images of about a megapixel, of no even size."""
+    return [cv2.resize(decode(path.read_bytes()), (1203, 901)) for path in image_files[::10]]  # pyright: ignore[reportReturnType]
 
 
 @pytest.fixture(scope="module")
 def shards(large: list[NDArray[np.uint8]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large")
-    for number, photo in enumerate(large):
+    for number, image in enumerate(large):
         (folder / "data" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
-        (folder / "data" / "ab"[number % 2] / f"{number}.jpg").write_bytes(encoded(photo, quality=90))
+        (folder / "data" / "ab"[number % 2] / f"{number}.jpg").write_bytes(encoded(image, quality=90))
     pack(folder / "data", folder / "shards", val_fraction=0)
     return folder / "shards"
 
 
-@pytest.mark.parametrize("reduce", [2, 4, 8])
+@pytest.mark.parametrize("decode_scale", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_reduced_pixels_are_the_means_of_boxes(kind: str, reduce: int, large: list[NDArray[np.uint8]]) -> None:
-    data = [encoded(photo, kind, **({"compress_level": 1} if kind == "PNG" else {})) for photo in large[::3]]
-    pairs = [(decode(item, reduce).astype(float), boxes(decode(item), reduce)) for item in data]
+def test_reduced_pixels_are_the_means_of_boxes(kind: str, decode_scale: int, large: list[NDArray[np.uint8]]) -> None:
+    data = [encoded(image, kind, **({"compress_level": 1} if kind == "PNG" else {})) for image in large[::3]]
+    pairs = [(decode(item, decode_scale).astype(float), boxes(decode(item), decode_scale)) for item in data]
     assert all(one.shape == other.shape for one, other in pairs)
     assert np.mean([np.abs(one - other).mean() for one, other in pairs]) < 0.6
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_reduced_photographs_stand_upright(orientation: int, large: list[NDArray[np.uint8]]) -> None:
+def test_reduced_images_stand_upright(orientation: int, large: list[NDArray[np.uint8]]) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(large[0][:896, :1200], exif=exif)
@@ -73,7 +73,7 @@ def test_reduced_photographs_stand_upright(orientation: int, large: list[NDArray
 
 def test_half_of_the_reduction_is_left_at_least() -> None:
     footprint = np.array([[r**2, 3 * r**2] for r in np.geomspace(0.5, 100, 200)])
-    found = reductions(footprint)
+    found = decode_scales(footprint)
     assert set(found.tolist()) == {1, 2, 4, 8}
     assert (np.diff(found) >= 0).all()
     left = np.sqrt(footprint.min(axis=1)) / found
@@ -96,15 +96,15 @@ def test_a_cache_that_holds_some_changes_no_pixel(name: str, backend: Any, shard
             assert all(torch.equal(batch.images, batches[0].images) for batch in batches)
 
 
-def test_a_large_photograph_is_never_decoded_whole_for_a_small_view(shards: Path) -> None:
+def test_a_large_image_is_never_decoded_whole_for_a_small_view(shards: Path) -> None:
     loader = Loader(shards, batch_size=5, augment=AUGMENTS["views"], device="cpu", backend="opencv")
     asked: set[int] = set()
     for request in loader.requests(0):
-        asked |= set(reductions(request.warp.footprint).tolist())
+        asked |= set(decode_scales(request.warp.footprint).tolist())
     assert asked == {4}  # 901 to 73 pixels: 12.3 times smaller
 
 
-def test_auto_counts_what_reduced_photographs_take(
+def test_auto_counts_what_reduced_images_take(
     shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept: list[PixelCache] = []
@@ -142,15 +142,15 @@ def test_prediction_sees_what_the_loader_sees(shards: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("renderer", ["native", "opencv"])
-def test_reduced_or_whole_a_photograph_lies_in_the_same_place(renderer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reduced_or_whole_an_image_lies_in_the_same_place(renderer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waves of 60 pixels, of which a reduction by 8 leaves seven: half a pixel too far would be 50 levels off."""
     y, x = np.mgrid[:900, :1203]
-    photo = np.stack([127 + 120 * np.sin(2 * np.pi * part / 60) for part in (x, y, x + y)], axis=2).astype(np.uint8)
-    data = encoded(photo, quality=95)
+    image = np.stack([127 + 120 * np.sin(2 * np.pi * part / 60) for part in (x, y, x + y)], axis=2).astype(np.uint8)
+    data = encoded(image, quality=95)
     augment = Augment(
         size=(64, 48), crop=(0.3, 0.9), crop_ratio=(0.4, 2.5), rotate=15, flip=0.5, flip_vertical=0.5, fill="photo"
     )
-    indices, sizes = np.arange(24), np.full((24, 2), photo.shape[:2])
+    indices, sizes = np.arange(24), np.full((24, 2), image.shape[:2])
     request = Request.drawn(augment, indices, sizes, seed=0, epoch=0, step=0)
     samples = SampleSource(EncodedFiles([data] * len(sizes), sizes))
 
@@ -161,8 +161,8 @@ def test_reduced_or_whole_a_photograph_lies_in_the_same_place(renderer: Any, mon
 
     reduced = render()
     footprint = request.warp.footprint
-    assert set(reductions(footprint).tolist()) >= {4, 8}
-    monkeypatch.setattr(geometry, "reductions", lambda footprint: np.ones(len(footprint), np.int64))
+    assert set(decode_scales(footprint).tolist()) >= {4, 8}
+    monkeypatch.setattr(geometry, "decode_scales", lambda footprint: np.ones(len(footprint), np.int64))
     assert np.abs(reduced - render()).mean() < 3
 
 

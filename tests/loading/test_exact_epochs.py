@@ -1,6 +1,6 @@
 """Epochs of a Loader for any number of samples, ranks and shards: exact, padded or cut as promised, wherever resumed.
 
-The loaders are real but for the pixels: a manifest and an index stand on the disk, photographs do not.
+The loaders are real but for the pixels: a manifest and an index stand on the disk, images do not.
 """
 
 from collections import Counter

@@ -171,7 +171,7 @@ def test_a_pickled_loader_takes_what_there_is_where_it_goes(shards: Path, monkey
 
 
 def test_a_pickled_loader_keeps_its_rank(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it arrives, torch.distributed may not have been initialised."""
+    """Where it arrives, torch.distributed may not have been initialized."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.distributed, "is_initialized", lambda: True)
         patch.setattr(torch.distributed, "get_rank", lambda: 1)

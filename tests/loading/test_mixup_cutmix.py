@@ -14,7 +14,7 @@ from fastflower.draws.draw import Mix
 from fastflower.errors import ArgumentError
 from fastflower.loading.batch import mixed
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 BOTH = Augment(size=32, resize=36, flip=0.5, mixup=0.4, cutmix=1.0)
 

@@ -187,7 +187,7 @@ def test_weights_may_lack_the_head_and_the_counters(tmp_path: Path, resnet18: di
     assert_loaded(build("resnet18", 5, weights=saved(tmp_path, state)), resnet18)
 
 
-def test_weights_of_densenet_may_be_spelt_as_torchvision_s_own_files(tmp_path: Path) -> None:
+def test_weights_of_densenet_may_be_spelled_as_torchvision_s_own_files(tmp_path: Path) -> None:
     with torch.device("meta"):
         state = models.densenet121(weights=None).state_dict()
     state = {key: torch.rand(value.shape) for key, value in state.items() if "num_batches" not in key}

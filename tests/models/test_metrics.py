@@ -30,16 +30,16 @@ def test_scores_equal_a_hand_written_loop(rng: np.random.Generator) -> None:
     scores = score(CLASSES, labels, log_probabilities(logits))
 
     confusion = [[0] * 4 for _ in range(4)]
-    hits, loss = 0, 0.0
+    correct, loss = 0, 0.0
     for label, row in zip(labels.tolist(), logits.astype(np.float64).tolist(), strict=True):
         best = max(range(4), key=row.__getitem__)
         confusion[label][best] += 1
-        hits += best == label
+        correct += best == label
         exponentials = [float(np.exp(value)) for value in row]
         loss -= float(np.log(exponentials[label] / sum(exponentials))) / 200
     assert scores.confusion.tolist() == confusion
     assert scores.num_samples == 200
-    assert scores.accuracy == pytest.approx(hits / 200)
+    assert scores.accuracy == pytest.approx(correct / 200)
     assert scores.loss == pytest.approx(loss, rel=1e-5)
     for number in range(4):
         hit = confusion[number][number]

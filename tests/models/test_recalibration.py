@@ -20,7 +20,7 @@ from fastflower.models.backbone import build
 from fastflower.models.inference import recalibrate, view_of
 from fastflower.training.run import Run
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 ANEW = replace(RECIPE, sizes=(24, 32), recalibrate=True)
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bad_server import BadServer
-from packs import photo
+from packs import draw_image
 from training_runs import RECIPE
 
 from fastflower import Checkpoint, Loader, Report, evaluate, pack, predict, train
@@ -17,7 +17,7 @@ from fastflower.models.metrics import Scores, score
 from fastflower.shards.reader import ShardReader
 from fastflower.shards.remote import Remote
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_names_that_are_not_ascii_and_shards_at_an_address(
     for name in ("a", "é"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for number in range(4):
-            photo(number).save(tmp_path / "data" / name / f"ü {number}.jpg")
+            draw_image(number).save(tmp_path / "data" / name / f"ü {number}.jpg")
     pack(tmp_path / "data", tmp_path / "shards", val_fraction=0.5)
     checkpoint = Checkpoint.load(run.checkpoint)
     model = {name: value[:2] if name.startswith("fc.") else value for name, value in checkpoint.model.items()}

@@ -13,7 +13,7 @@ from fastflower.cli import main
 from fastflower.models.backbone import build
 from fastflower.models.inference import view_of
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
 RECIPE = Recipe(weights=None, augment=Augment(size=48, resize=54), batch_size=24, epochs=1, precision="float32")
@@ -21,7 +21,7 @@ RECIPE = Recipe(weights=None, augment=Augment(size=48, resize=54), batch_size=24
 
 @pytest.fixture(scope="module")
 def plain(shards: Path) -> Checkpoint:
-    """A network that has learnt nothing, but gives an image and its mirror image quite different probabilities."""
+    """A network that has learned nothing, but gives an image and its mirror image quite different probabilities."""
     torch.manual_seed(0)
     network = build("resnet18", 5, weights=None)
     images = next(iter(Loader(shards, augment=RECIPE.augment, batch_size=120, device="cpu"))).images
@@ -73,13 +73,13 @@ def test_lower_precision_scores_nearly_the_same(mirrored: Checkpoint, shards: Pa
     assert np.abs(low - evaluate(mirrored, shards, device="cpu").probabilities).mean() < 0.02
 
 
-def test_a_mirrored_photograph_gets_the_same_prediction(
+def test_a_mirrored_image_gets_the_same_prediction(
     plain: Checkpoint, mirrored: Checkpoint, flowers: Path, tmp_path: Path
 ) -> None:
     pairs: list[Path] = []
     for number, path in enumerate(sorted(flowers.glob("*/*.jpg"))[::15]):
         with Image.open(path) as image:
-            square = image.convert("RGB").resize((216, 216))  # whose centre and blocks are those of its mirror image
+            square = image.convert("RGB").resize((216, 216))  # whose center and blocks are those of its mirror image
         pairs += [tmp_path / f"{number}.png", tmp_path / f"{number} mirrored.png"]
         square.save(pairs[-2])
         ImageOps.mirror(square).save(pairs[-1])

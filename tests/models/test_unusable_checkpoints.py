@@ -16,7 +16,7 @@ from fastflower.cli import main
 from fastflower.errors import CheckpointError
 from fastflower.models.backbone import build
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 Use = Callable[[Path | Checkpoint], object]
 

@@ -203,20 +203,20 @@ NEAR = st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, 63), max_siz
 
 
 @settings(deadline=None, max_examples=200, derandomize=True)
-@given(centres=st.lists(HASH, min_size=6, max_size=6), queries=NEAR, hashes=NEAR)
-def test_nearest_is_that_of_every_pair(centres: list[int], queries: Any, hashes: Any) -> None:
-    """Both sides scatter around six centres: duplicates, ties, distances on both sides of the limit, and none at all."""
+@given(centers=st.lists(HASH, min_size=6, max_size=6), queries=NEAR, hashes=NEAR)
+def test_nearest_is_that_of_every_pair(centers: list[int], queries: Any, hashes: Any) -> None:
+    """Both sides scatter around six centers: duplicates, ties, distances on both sides of the limit, and none at all."""
     left, right = (
-        np.array([flipped(centres[centre], bits) for centre, bits in side], np.uint64) for side in (queries, hashes)
+        np.array([flipped(centers[center], bits) for center, bits in side], np.uint64) for side in (queries, hashes)
     )
     same_as_compared(left, right)
 
 
 def scattered(rng: np.random.Generator, count: int) -> Hashes:
     """Hashes around ten places, 0 to 9 bits away."""
-    centres = [0, 2**64 - 1, *range(3, 2**64, 2**61 + 12345)]
+    centers = [0, 2**64 - 1, *range(3, 2**64, 2**61 + 12345)]
     bits = [rng.choice(64, rng.integers(0, 10), replace=False).tolist() for _ in range(count)]
-    return np.array([flipped(centres[number % len(centres)], some) for number, some in enumerate(bits)], np.uint64)
+    return np.array([flipped(centers[number % len(centers)], some) for number, some in enumerate(bits)], np.uint64)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100, 1000, 1 << 20])
@@ -281,18 +281,18 @@ def hash_of_imagehash(image: Image.Image) -> int:
     return int(str(imagehash.phash(image)), 16)
 
 
-def test_the_hash_of_32_x_32_pixels_is_that_of_imagehash_bit_for_bit(photographs: list[Path]) -> None:
+def test_the_hash_of_32_x_32_pixels_is_that_of_imagehash_bit_for_bit(image_files: list[Path]) -> None:
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (32, 32), np.uint8)) for _ in range(300)]
-    small = [Image.open(path).convert("L").resize((32, 32), Image.Resampling.LANCZOS) for path in photographs]
+    small = [Image.open(path).convert("L").resize((32, 32), Image.Resampling.LANCZOS) for path in image_files]
     for image in (*noise, *small):
         assert perceptual_hash(np.asarray(image)) == hash_of_imagehash(image)
 
 
-def test_the_hash_of_a_photograph_is_close_to_that_of_imagehash(photographs: list[Path]) -> None:
+def test_the_hash_of_an_image_is_close_to_that_of_imagehash(image_files: list[Path]) -> None:
     """They reduce it otherwise. Of real ones 1.0 bits differ on average, of drawn ones 1.7; never more than 6."""
-    ours = hashes_of(path.read_bytes() for path in photographs)
-    theirs = np.array([hash_of_imagehash(Image.open(path)) for path in photographs], np.uint64)
+    ours = hashes_of(path.read_bytes() for path in image_files)
+    theirs = np.array([hash_of_imagehash(Image.open(path)) for path in image_files], np.uint64)
     differ = np.bitwise_count(ours ^ theirs)
     assert differ.mean() < 2.5
     assert differ.max() <= 8
@@ -306,11 +306,11 @@ def test_the_smallest_images_have_a_hash_of_64_bits(size: tuple[int, int]) -> No
 
 
 @pytest.mark.parametrize("size", [(31, 33), (32, 400), (95, 97), (96, 96), (97, 191), (193, 385), (1000, 96)])
-def test_the_hash_does_not_depend_on_the_size(photographs: list[Path], size: tuple[int, int]) -> None:
+def test_the_hash_does_not_depend_on_the_size(image_files: list[Path], size: tuple[int, int]) -> None:
     """Around 96 pixels the image is halved before; odd sides lose a row or column then."""
-    grey = Image.open(photographs[0]).convert("L")
-    resized = grey.resize(size, Image.Resampling.LANCZOS)
-    assert (perceptual_hash(np.asarray(resized)) ^ hash_of_imagehash(grey)).bit_count() <= NEAR_BITS
+    gray = Image.open(image_files[0]).convert("L")
+    resized = gray.resize(size, Image.Resampling.LANCZOS)
+    assert (perceptual_hash(np.asarray(resized)) ^ hash_of_imagehash(gray)).bit_count() <= NEAR_BITS
 
 
 CHANGES: dict[str, Callable[[Image.Image], bytes]] = {
@@ -322,18 +322,18 @@ CHANGES: dict[str, Callable[[Image.Image], bytes]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_photographs_are_found_again(photographs: list[Path], change: str) -> None:
+def test_changed_images_are_found_again(image_files: list[Path], change: str) -> None:
     """All of 150; but of real ones made brighter, where parts turn white, 146."""
-    opened = [Image.open(path).convert("RGB") for path in photographs]
-    originals = hashes_of(path.read_bytes() for path in photographs)
+    opened = [Image.open(path).convert("RGB") for path in image_files]
+    originals = hashes_of(path.read_bytes() for path in image_files)
     positions, _ = nearest(hashes_of(map(CHANGES[change], opened)), originals)
-    found = np.mean(positions == np.arange(len(photographs)))
+    found = np.mean(positions == np.arange(len(image_files)))
     assert found == 1 or (change == "brighter" and found >= 0.97)
 
 
-def test_other_photographs_are_far_away(photographs: list[Path]) -> None:
+def test_other_images_are_far_away(image_files: list[Path]) -> None:
     """No pair of the 11,175 is closer than 12 bits; 31 is the mean, as of chance."""
-    hashes = hashes_of(path.read_bytes() for path in photographs)
+    hashes = hashes_of(path.read_bytes() for path in image_files)
     apart = np.bitwise_count(hashes[:, None] ^ hashes)[np.triu_indices(len(hashes), 1)]
     assert np.mean(apart > 10) > 0.999
     assert 29 < apart.mean() < 33

@@ -177,8 +177,8 @@ UNCLEAR = {
         [*2 * [(("daisy", "rose", "tulip"), (), 3)], (("daisy", "flowers", "rose", "tulip"), ("train",), 6)],
     ),
     "the same classes in each": (
-        [f"{top}/{name}/1.jpg" for top in ("color", "grey scale") for name in "abc"],
-        [*2 * [(("a", "b", "c"), (), 3)], (("color", "grey scale"), ("train",), 6)],
+        [f"{top}/{name}/1.jpg" for top in ("color", "gray scale") for name in "abc"],
+        [*2 * [(("a", "b", "c"), (), 3)], (("color", "gray scale"), ("train",), 6)],
     ),
     "folds": (
         [f"fold_{fold}/{name}/1.jpg" for fold in range(1, 4) for name in "ab"],

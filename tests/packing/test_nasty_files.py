@@ -28,7 +28,7 @@ ONLY_WARNED_OF = {
     "broken/zeros in the middle.jpg",
     "broken/cut at a restart and ended.jpg",
 }
-TOLERANCE = 3.0  # mean grey levels, as in test_image
+TOLERANCE = 3.0  # mean gray levels, as in test_image
 SECONDS, BYTES = 60, 1 << 30
 
 PROGRAM = """
@@ -107,7 +107,7 @@ def test_reasons_can_be_read(packed: Packed) -> None:
 
 
 def pillows(data: bytes) -> NDArray[Any]:
-    """The picture as Pillow has it, upright; 16-bit greys, which it would clip, scaled."""
+    """The picture as Pillow has it, upright; 16-bit grays, which it would clip, scaled."""
     with Image.open(io.BytesIO(data)) as image:
         wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
         upright = ImageOps.exif_transpose(image)

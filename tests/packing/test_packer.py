@@ -21,7 +21,7 @@ import numpy as np
 import PIL
 import pytest
 from kill_packer import checksums
-from packs import drawn, exactly, images, paths, photo, samples
+from packs import draw_image, drawn, exactly, images, paths, samples
 from PIL import Image
 
 from fastflower import Manifest, pack
@@ -228,12 +228,12 @@ def test_conflicting_pictures_can_be_left_out(conflicting: Path, tmp_path: Path)
 
 
 def hash_of(encoded: bytes) -> int:
-    grey: Any = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_GRAYSCALE)
-    return perceptual_hash(grey)
+    gray: Any = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_GRAYSCALE)
+    return perceptual_hash(gray)
 
 
 def test_look_alikes_in_another_split_are_named_with_the_closest_to_train_on(flowers: Path, tmp_path: Path) -> None:
-    """Ten photographs saved again at half size; of each also a copy to train on that is a little nearer or farther."""
+    """Ten images saved again at half size; of each also a copy to train on that is a little nearer or farther."""
     originals = sorted(flowers.glob("*/*.jpg"))[::5]
     for path in originals:
         (tmp_path / "data/train" / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -250,7 +250,7 @@ def test_look_alikes_in_another_split_are_named_with_the_closest_to_train_on(flo
                 tmp_path / "data/train" / path.parent.name / "cut.jpg", quality=50
             )
             again[f"val/{name}"] = f"train/{name}"
-    photo(1, 300).save(tmp_path / "data/val" / originals[0].parent.name / "unrelated.jpg")
+    draw_image(1, 300).save(tmp_path / "data/val" / originals[0].parent.name / "unrelated.jpg")
     manifest = pack(tmp_path / "data", tmp_path / "out", shard_bytes=1 << 19)
     known = {sample.path: hash_of(sample.image) for sample in samples(tmp_path / "out", "train")}
     expected: dict[str, int] = {}
@@ -274,7 +274,7 @@ def test_look_alikes_in_another_split_are_named_with_the_closest_to_train_on(flo
 
 
 def test_the_manifest_tells_how_many_bytes_went_in_and_came_out(small: Path, tmp_path: Path) -> None:
-    photo(1, size=200).save(small / "a/large.png")
+    draw_image(1, size=200).save(small / "a/large.png")
     (small / "a/bad.jpg").write_bytes(b"text" * 1000)
     sizes: list[int] = []
     for number, options in enumerate([{}, {"max_side": 20}, {"max_side": 20, "quality": 30}]):
@@ -288,7 +288,7 @@ def test_the_manifest_tells_how_many_bytes_went_in_and_came_out(small: Path, tmp
 
 
 def test_transcoding_is_what_was_asked(small: Path, tmp_path: Path) -> None:
-    photo(1, size=100).save(small / "a/large.png")
+    draw_image(1, size=100).save(small / "a/large.png")
     pack(small, tmp_path / "out", max_side=50, quality=80)
     found = [sample for split in ("train", "val") for sample in samples(tmp_path / "out", split)]
     assert len(found) == 31
@@ -297,7 +297,7 @@ def test_transcoding_is_what_was_asked(small: Path, tmp_path: Path) -> None:
     assert all(sample.image.startswith(b"\xff\xd8") for sample in found)
     assert not [sample for sample in found if sample.image == (small / sample.path).read_bytes()]
     as_asked = io.BytesIO()
-    photo(0).save(as_asked, "JPEG", quality=80)
+    draw_image(0).save(as_asked, "JPEG", quality=80)
     tables = {str(Image.open(io.BytesIO(sample.image)).quantization) for sample in found}  # pyright: ignore[reportAttributeAccessIssue]
     assert tables == {str(Image.open(as_asked).quantization)}  # pyright: ignore[reportAttributeAccessIssue]
 

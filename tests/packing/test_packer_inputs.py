@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from kill_packer import checksums
-from packs import NASTY, drawn, exactly, images, nasty, paths, photo, samples
+from packs import NASTY, draw_image, drawn, exactly, images, nasty, paths, samples
 
 from fastflower import Manifest, pack
 from fastflower.errors import ArgumentError, FolderError
@@ -109,7 +109,7 @@ def test_lists_that_were_written_give_the_same_split_again(tmp_path: Path, optio
     """With names that hold spaces, end in numbers or are no UTF-8; without what was left out."""
     folder = drawn(tmp_path / "data", **{"a b": 9, "é 2": 8})
     for number, name in enumerate(name for name in NASTY if "\n" not in name and len(name) < 100):
-        photo(5000 + number).save(folder / f"é 2/{name} 7.jpg", "JPEG")
+        draw_image(5000 + number).save(folder / f"é 2/{name} 7.jpg", "JPEG")
     (folder / "a b/bad 1.jpg").write_bytes(b"text")
     shutil.copy(folder / "a b/000.jpg", folder / "é 2/conflict.jpg")
     first = pack(folder, tmp_path / "first", lists=True, **options)
@@ -329,7 +329,7 @@ def test_a_class_of_copies_of_one_image_stays_in_training(tmp_path: Path) -> Non
 
 def test_lists_refuse_a_name_with_a_line_break(small: Path, tmp_path: Path) -> None:
     path = "b/two\nlines.jpg"
-    photo(1).save(small / path)
+    draw_image(1).save(small / path)
     text = f"{str(small / path)!r}: has a line break in its name; rename it, or pack without --lists."
     with pytest.raises(FolderError, match=exactly(text)):
         pack(small, tmp_path / "out", lists=True)
@@ -347,5 +347,5 @@ def test_a_file_of_more_than_a_gigabyte_is_not_read(small: Path, tmp_path: Path)
 
 
 def test_formats_whose_readers_start_programs_are_no_images(small: Path, tmp_path: Path) -> None:
-    photo(1).save(small / "a/script.jpg", "EPS")
+    draw_image(1).save(small / "a/script.jpg", "EPS")
     assert pack(small, tmp_path / "out").skipped == ({"path": "a/script.jpg", "reason": "is no image"},)

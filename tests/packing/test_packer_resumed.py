@@ -16,13 +16,13 @@ from packs import (
     BEFORE_CLEARING,
     BEFORE_MANIFEST,
     NINE,
+    draw_image,
     drawn,
     exactly,
     interrupted,
     killed,
     nine,
     paths,
-    photo,
     uninterrupted,
 )
 
@@ -104,9 +104,9 @@ def test_another_version_is_named_and_changes_nothing(
 
 
 CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "has changed": ("a/003.jpg", lambda path: photo(77).save(path)),
+    "has changed": ("a/003.jpg", lambda path: draw_image(77).save(path)),
     "is gone": ("a/004.jpg", Path.unlink),
-    "was added": ("b/0000.jpg", lambda path: photo(78).save(path)),
+    "was added": ("b/0000.jpg", lambda path: draw_image(78).save(path)),
     "was added, changed or removed": ("b/notes.txt", lambda path: path.write_text("mine")),
 }
 

@@ -88,7 +88,7 @@ def test_what_is_unusual_about_the_split_is_said(tmp_path: Path, caplog: pytest.
     assert said(pairs, val_fraction=0.5) == said(pairs, val_fraction=0) == []
 
 
-@pytest.mark.usefixtures("narrow", "no_pictures")
+@pytest.mark.usefixtures("narrow", "no_figures")
 def test_training_says_once_that_it_validates_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for fraction in (0.0, 0.5):
         shards = tmp_path / f"{fraction}"

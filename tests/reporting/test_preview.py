@@ -20,13 +20,13 @@ RECIPE = Recipe(augment=AUGMENT, epochs=5, sizes=(32, 48), seed=4)
 
 
 def levels(images: np.ndarray) -> np.ndarray:
-    """Normalised images (N, 3, H, W) as grey levels (N, H, W, 3)."""
+    """Normalized images (N, 3, H, W) as gray levels (N, H, W, 3)."""
     return np.rint(255 * np.clip(images.transpose(0, 2, 3, 1) * AUGMENT.std + AUGMENT.mean, 0, 1))
 
 
-@pytest.mark.parametrize("photographs", [3, 4])
-def test_its_columns_are_what_training_and_validation_are_fed(photographs: int, shards: Path) -> None:
-    classes, columns = views(shards, RECIPE, photographs, 3)
+@pytest.mark.parametrize("count", [3, 4])
+def test_its_columns_are_what_training_and_validation_are_fed(count: int, shards: Path) -> None:
+    classes, columns = views(shards, RECIPE, count, 3)
     assert list(columns) == ["validation", "epoch 1", "epoch 3", "epoch 5"]
     for title, found in columns.items():
         epoch = 0 if title == "validation" else int(title.removeprefix("epoch ")) - 1
@@ -36,13 +36,13 @@ def test_its_columns_are_what_training_and_validation_are_fed(photographs: int, 
         fed: dict[int, Any] = {}
         for images, labels, indices in loader:
             fed |= dict(zip(indices.tolist(), zip(images, labels, strict=True), strict=True))
-        expected = levels(np.stack([fed[index][0].numpy() for index in range(photographs)]))
+        expected = levels(np.stack([fed[index][0].numpy() for index in range(count)]))
         assert found.dtype == np.uint8
         assert np.abs(found - expected).max() <= 1  # rounded after a sum in another order
-        assert classes == [loader.manifest.classes[fed[index][1]] for index in range(photographs)]
+        assert classes == [loader.manifest.classes[fed[index][1]] for index in range(count)]
 
 
-def test_an_odd_number_of_photographs_is_mixed_too(shards: Path) -> None:
+def test_an_odd_number_of_images_is_mixed_too(shards: Path) -> None:
     recipe = replace(RECIPE, augment=replace(AUGMENT, mixup=0.4))
     _, mixed = views(shards, recipe, 5, 1)
     _, plain = views(shards, RECIPE, 5, 1)
@@ -50,7 +50,7 @@ def test_an_odd_number_of_photographs_is_mixed_too(shards: Path) -> None:
     assert not np.array_equal(mixed["epoch 1"], plain["epoch 1"])
 
 
-def test_no_photograph_and_no_epoch_is_shown_twice(shards: Path) -> None:
+def test_no_image_and_no_epoch_is_shown_twice(shards: Path) -> None:
     classes, columns = views(shards, replace(RECIPE, epochs=2), 200, 9)
     assert len(classes) == 120
     assert {title: len(images) for title, images in columns.items()} == {
@@ -60,13 +60,13 @@ def test_no_photograph_and_no_epoch_is_shown_twice(shards: Path) -> None:
 
 def test_the_command_writes_a_picture_of_all(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "seen.png"
-    flags = ["--photographs", "2", "--draws", "3", "--augment.size", "64", "--augment.hue", "0.2", "--out", str(out)]
+    flags = ["--images", "2", "--draws", "3", "--augment.size", "64", "--augment.hue", "0.2", "--out", str(out)]
     assert main(["preview", str(shards), "--recipe", "scratch", *flags]) == 0
     assert capsys.readouterr().out == f"wrote {out}\n"
     with Image.open(out) as image:
         assert image.format == "PNG"
         assert image.width / image.height == pytest.approx((4 * 1.6 + 0.4) / (2 * 1.6 + 0.3), rel=0.02)
-        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 1000  # photographs
+        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 1000  # images
     first = out.read_bytes()
     assert main(["preview", str(shards), "--recipe", "scratch", *flags]) == 0
     assert out.read_bytes() == first
@@ -75,7 +75,7 @@ def test_the_command_writes_a_picture_of_all(shards: Path, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"photographs": 0}, "photographs must be 1 .. 100, got 0."),
+        ({"images": 0}, "images must be 1 .. 100, got 0."),
         ({"draws": 101}, "draws must be 1 .. 100, got 101."),
         ({"out": "seen.jpg"}, "out must be a .png file, got 'seen.jpg'."),
         (
@@ -89,6 +89,6 @@ def test_what_cannot_be_drawn_or_written_is_explained(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArgumentError) as error:
-        preview(shards, RECIPE, **{"draws": 1, "photographs": 1, **arguments})
+        preview(shards, RECIPE, **{"draws": 1, "images": 1, **arguments})
     assert str(error.value) == text
     assert list(tmp_path.iterdir()) == []

@@ -76,5 +76,5 @@ def test_names_that_are_no_utf8_are_drawn_and_reported(tmp_path: Path) -> None:
     text = (tmp_path / "run" / "report.html").read_text()
     assert r"caf\udce9" in text
     assert evaluate(done.checkpoint, tmp_path / "shards", device="cpu").classes == (os.fsdecode(b"caf\xe9"), "tea")
-    assert preview(tmp_path / "shards", recipe, photographs=4, draws=1, out=tmp_path / "p.png").exists()
+    assert preview(tmp_path / "shards", recipe, images=4, draws=1, out=tmp_path / "p.png").exists()
     assert "\udce9" not in figures.drawable(os.fsdecode(b"caf\xe9"))

@@ -17,13 +17,13 @@ from fastflower.errors import SampleError
 from fastflower.shards import image as module
 from fastflower.shards.image import Prepared, decode, perceptual_hash, prepare
 
-# Mean grey levels between a picture and its JPEG of quality 95. Swapped channels are ten times as far off.
+# Mean gray levels between a picture and its JPEG of quality 95. Swapped channels are ten times as far off.
 TOLERANCE = 3.0
 ORIENTATION, RESOLUTION_UNIT = 0x0112, 0x0128  # EXIF tags
 
 
 def picture(width: int = 64, height: int = 48, seed: int = 0) -> NDArray[np.uint8]:
-    """Smooth colours without any symmetry, (height, width, 3)."""
+    """Smooth colors without any symmetry, (height, width, 3)."""
     coarse = np.random.default_rng(seed).uniform(0, 255, (5, 6, 3)).astype(np.float32)
     smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
     return smooth.astype(np.uint8)
@@ -58,8 +58,8 @@ def with_orientation(value: int) -> dict[str, Any]:
 
 
 RGB = Image.fromarray(picture())
-GREY = RGB.convert("L")
-WIDE_GREY = np.asarray(GREY).astype(np.uint16) * 257 - np.asarray(GREY) // 2  # 16 bits, not all of them repeated
+GRAY = RGB.convert("L")
+WIDE_GRAY = np.asarray(GRAY).astype(np.uint16) * 257 - np.asarray(GRAY) // 2  # 16 bits, not all of them repeated
 JPEG = encode(RGB, "JPEG", quality=90)
 CMYK = encode(RGB.convert("CMYK"), "JPEG", quality=95)
 PALETTE = RGB.quantize(64)
@@ -72,19 +72,19 @@ OTHER_FORMATS: dict[str, bytes] = {
     "tiff": encode(RGB, "TIFF"),
     "tiff, compressed": encode(RGB, "TIFF", compression="tiff_lzw"),
     "ppm": encode(RGB, "PPM"),
-    "grey png": encode(GREY, "PNG"),
-    "black and white": encode(GREY.resize((8, 6)).convert("1").resize((64, 48)), "PNG"),
+    "gray png": encode(GRAY, "PNG"),
+    "black and white": encode(GRAY.resize((8, 6)).convert("1").resize((64, 48)), "PNG"),
     "palette": encode(PALETTE, "PNG"),
-    "palette, one transparent colour": encode(PALETTE, "PNG", transparency=3),
-    "palette, alpha for each colour": encode(PALETTE, "PNG", transparency=bytes(range(0, 256, 4))),
-    "alpha": encode(Image.merge("RGBA", (*RGB.split(), GREY)), "PNG"),
-    "grey with alpha": encode(Image.merge("LA", (GREY, GREY)), "PNG"),
+    "palette, one transparent color": encode(PALETTE, "PNG", transparency=3),
+    "palette, alpha for each color": encode(PALETTE, "PNG", transparency=bytes(range(0, 256, 4))),
+    "alpha": encode(Image.merge("RGBA", (*RGB.split(), GRAY)), "PNG"),
+    "gray with alpha": encode(Image.merge("LA", (GRAY, GRAY)), "PNG"),
     "cmyk jpeg": CMYK,
 }
 WIDE: dict[str, bytes] = {
-    "png": encode(Image.fromarray(WIDE_GREY), "PNG"),
-    "tiff": encode(Image.fromarray(WIDE_GREY), "TIFF"),
-    "pgm": b"P5 64 48 65535\n" + WIDE_GREY.astype(">u2").tobytes(),
+    "png": encode(Image.fromarray(WIDE_GRAY), "PNG"),
+    "tiff": encode(Image.fromarray(WIDE_GRAY), "TIFF"),
+    "pgm": b"P5 64 48 65535\n" + WIDE_GRAY.astype(">u2").tobytes(),
 }
 
 
@@ -104,8 +104,8 @@ def test_transcoding_turns_upright_and_drops_the_orientation(kind: str, orientat
     assert distance(decode(made), upright) < TOLERANCE
 
 
-@pytest.mark.parametrize("image", [RGB, GREY])
-def test_jpeg_in_rgb_or_grey_is_kept_byte_for_byte(image: Image.Image) -> None:
+@pytest.mark.parametrize("image", [RGB, GRAY])
+def test_jpeg_in_rgb_or_gray_is_kept_byte_for_byte(image: Image.Image) -> None:
     data = encode(image, "JPEG", quality=70, comment=b"kept", dpi=(72, 72))
     assert unchanged(data)[:2] == (data, (48, 64))
     assert prepare(data, max_side=64, quality=None) == unchanged(data)
@@ -115,7 +115,7 @@ def test_jpeg_in_rgb_or_grey_is_kept_byte_for_byte(image: Image.Image) -> None:
 def test_other_formats_become_rgb_jpeg_close_to_pillows(name: str) -> None:
     data = OTHER_FORMATS[name]
     image = opened(data)
-    # Without the way over RGBA Pillow warns of a palette with alpha; the colours are the same.
+    # Without the way over RGBA Pillow warns of a palette with alpha; the colors are the same.
     expected = pixels(image.convert("RGBA") if image.mode == "P" else image)
     made, size, _ = unchanged(data)
     result = opened(made)
@@ -130,14 +130,14 @@ def test_the_tolerance_tells_swapped_channels_apart() -> None:
 
 
 @pytest.mark.parametrize("name", WIDE)
-def test_sixteen_bit_grey_is_scaled_to_eight(name: str) -> None:
+def test_sixteen_bit_gray_is_scaled_to_eight(name: str) -> None:
     made = unchanged(WIDE[name]).encoded
-    assert distance(decode(made), np.repeat(WIDE_GREY[..., None] / 257, 3, axis=2)) < TOLERANCE
+    assert distance(decode(made), np.repeat(WIDE_GRAY[..., None] / 257, 3, axis=2)) < TOLERANCE
     assert decode(made).std() > 10  # Pillow's own conversion clips nearly all of it to white
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-def test_sixteen_bit_colour_is_scaled_to_eight(channels: int) -> None:
+def test_sixteen_bit_color_is_scaled_to_eight(channels: int) -> None:
     levels = np.dstack([picture()[..., ::-1], picture(seed=1)])[..., :channels].astype(np.uint16) * 257
     made = unchanged(cv2.imencode(".png", levels)[1].tobytes())
     assert distance(decode(made.encoded), picture()) < TOLERANCE
@@ -145,7 +145,7 @@ def test_sixteen_bit_colour_is_scaled_to_eight(channels: int) -> None:
 
 KINDS: list[dict[str, Any]] = [{"quality": 30}, {"quality": 95, "subsampling": 0}, {"subsampling": "4:2:2"}]
 KINDS += [{"progressive": True}, {"restart_marker_rows": 1}, *map(with_orientation, range(1, 9))]
-SIZES = (RGB, GREY, RGB.crop((0, 0, 33, 17)), RGB.crop((0, 0, 1, 1)))
+SIZES = (RGB, GRAY, RGB.crop((0, 0, 33, 17)), RGB.crop((0, 0, 1, 1)))
 JPEGS = [encode(image, "JPEG", **options) for options in KINDS for image in SIZES]
 
 
@@ -191,7 +191,7 @@ def damaged(rng: np.random.Generator, kind: int, whole: bytes) -> bytes:
     return whole[:cut] + middle + [b"", b"", whole[cut + 20 :], b"", whole[cut:], whole[cut + 2 :]][kind]
 
 
-def grey_levels(data: bytes) -> Any:
+def gray_levels(data: bytes) -> Any:
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
 
 
@@ -206,7 +206,7 @@ def by_pillow(data: bytes) -> bool:
 
 @pytest.mark.dali
 def test_a_damaged_jpeg_is_kept_only_where_opencv_pillow_and_dali_read_it() -> None:
-    """The decode in grey that proves it refuses what the one in colour refuses: of 12,000 that were tried, all."""
+    """The decode in gray that proves it refuses what the one in color refuses: of 12,000 that were tried, all."""
     rng, kept, counts = np.random.default_rng(0), list[Prepared](), {True: 0, False: 0}
     for number in range(1500):
         data = damaged(rng, number % 6, JPEGS[number // 6 % len(JPEGS)])
@@ -217,7 +217,7 @@ def test_a_damaged_jpeg_is_kept_only_where_opencv_pillow_and_dali_read_it() -> N
             plain = False
         if plain:
             bad = refused(decode, data) or by_pillow(data)
-            empty = not bad and (grey_levels(data) != 128).mean() < 0.05
+            empty = not bad and (gray_levels(data) != 128).mean() < 0.05
             counts[bad] += 1
             assert refused(unchanged, data) == (bad or empty)
         if not refused(unchanged, data) and unchanged(data).encoded == data and max(unchanged(data).size) < 1000:
@@ -233,7 +233,7 @@ HEADERS = {
     "a preview in a segment": JPEG[:2] + b"\xff\xe5" + (len(SCREEN) + 2).to_bytes(2, "big") + SCREEN + JPEG[2:],
     "fill bytes": JPEG[:TABLE] + b"\xff\xff" + JPEG[TABLE:],
     "more after its end": JPEG + SCREEN,
-    "several images, of which the first counts": encode(RGB, "MPO", save_all=True, append_images=[GREY]),
+    "several images, of which the first counts": encode(RGB, "MPO", save_all=True, append_images=[GRAY]),
     "stray bytes, which DALI refuses": JPEG[:TABLE] + b"stray" + JPEG[TABLE:],
 }
 

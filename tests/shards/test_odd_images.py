@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nasty_files import TURNED, encode, photo, segment, tiff
+from nasty_files import TURNED, encode, segment, smooth, tiff
 from numpy.typing import NDArray
 from packs import drawn, exactly
 from PIL import Image, ImageOps
@@ -23,9 +23,9 @@ from fastflower.packing.worker import MadeShard
 from fastflower.shards import libjpeg
 from fastflower.shards.image import decode, prepare
 
-WHOLE = encode(photo(90, 500, 333), "JPEG", quality=90)
+WHOLE = encode(smooth(90, 500, 333), "JPEG", quality=90)
 HALF = WHOLE[: len(WHOLE) // 2]
-OTHER = encode(photo(91), "JPEG")
+OTHER = encode(smooth(91), "JPEG")
 END = b"\xff\xd9"
 PREMATURE = "Corrupt JPEG data: premature end of data segment"
 
@@ -94,8 +94,8 @@ def test_a_header_that_promises_another_image_is_refused(side: int, share: str, 
         prepared(data, **options)
 
 
-RESTARTS = encode(photo(92, 256, 192), "JPEG", restart_marker_blocks=4)
-PROGRESSIVE = encode(photo(93, 256, 192), "JPEG", progressive=True)
+RESTARTS = encode(smooth(92, 256, 192), "JPEG", restart_marker_blocks=4)
+PROGRESSIVE = encode(smooth(93, 256, 192), "JPEG", progressive=True)
 DAMAGED = {
     "extraneous": WHOLE[:-2] + b"abcdefgh" + END,
     "cut": WHOLE[: len(WHOLE) * 9 // 10] + END,
@@ -191,21 +191,21 @@ EXIFS = {
 @pytest.mark.parametrize("name", EXIFS)
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_exif_costs_no_image(kind: str, name: str) -> None:
-    data = encode(photo(5), kind, exif=EXIFS[name])
+    data = encode(smooth(5), kind, exif=EXIFS[name])
     made, _ = prepared(data)
     upright = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert np.abs(decode(made).astype(int) - upright).mean() < 3
 
 
 def test_an_orientation_beside_damage_still_counts() -> None:
-    data = encode(photo(5), "PNG", exif=b"Exif\0\0" + tiff("<", [(0x112, 3, 1, 6), (0x128, 2, 1, 0)]))
+    data = encode(smooth(5), "PNG", exif=b"Exif\0\0" + tiff("<", [(0x112, 3, 1, 6), (0x128, 2, 1, 0)]))
     assert prepare(data, max_side=None, quality=None).size == (64, 48)
 
 
-LEVELS = np.asarray(photo(80).convert("L")).astype(np.int64)
+LEVELS = np.asarray(smooth(80).convert("L")).astype(np.int64)
 
 
-def grey_tiff(levels: NDArray[Any], *extra: tuple[int, int, int, int], bits: int = 16, white: int = 0) -> bytes:
+def gray_tiff(levels: NDArray[Any], *extra: tuple[int, int, int, int], bits: int = 16, white: int = 0) -> bytes:
     """64 x 48, uncompressed."""
     entries = [(256, 3, 1, 64), (257, 3, 1, 48), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, 1 - white)]
     place = 14 + 12 * (9 + len(extra))
@@ -224,18 +224,18 @@ def of(array: NDArray[Any], **options: Any) -> bytes:
 
 SIGNED = (339, 3, 1, 2)
 WIDE = {
-    "12 bits": grey_tiff(packed_12(LEVELS * 16), bits=12),
-    "16 bits": grey_tiff((LEVELS * 257).astype("<u2")),
-    "16 bits, white is zero": grey_tiff((65_535 - LEVELS * 257).astype("<u2"), white=1),
-    "MaxSampleValue": grey_tiff((LEVELS * 16).astype("<u2"), (281, 3, 1, 4080)),
-    "SMaxSampleValue": grey_tiff((LEVELS * 4).astype("<u2"), (341, 3, 1, 1020)),
-    "both ends": grey_tiff((LEVELS * 4 + 500).astype("<u2"), (340, 3, 1, 500), (341, 3, 1, 1520)),
-    "a maximum that the levels exceed": grey_tiff((LEVELS * 257).astype("<u2"), (281, 3, 1, 1)),
-    "a maximum of nothing": grey_tiff((LEVELS * 257).astype("<u2"), (281, 3, 1, 0)),
-    "signed": grey_tiff((LEVELS * 16).astype("<i2"), SIGNED),
-    "signed, half below zero": grey_tiff(((LEVELS - 127.5) * 32).astype("<i2"), SIGNED),
-    "signed bytes": grey_tiff((LEVELS - 128).astype(np.int8), SIGNED, bits=8),
-    "signed bytes above zero": grey_tiff((LEVELS // 2).astype(np.int8), SIGNED, bits=8),
+    "12 bits": gray_tiff(packed_12(LEVELS * 16), bits=12),
+    "16 bits": gray_tiff((LEVELS * 257).astype("<u2")),
+    "16 bits, white is zero": gray_tiff((65_535 - LEVELS * 257).astype("<u2"), white=1),
+    "MaxSampleValue": gray_tiff((LEVELS * 16).astype("<u2"), (281, 3, 1, 4080)),
+    "SMaxSampleValue": gray_tiff((LEVELS * 4).astype("<u2"), (341, 3, 1, 1020)),
+    "both ends": gray_tiff((LEVELS * 4 + 500).astype("<u2"), (340, 3, 1, 500), (341, 3, 1, 1520)),
+    "a maximum that the levels exceed": gray_tiff((LEVELS * 257).astype("<u2"), (281, 3, 1, 1)),
+    "a maximum of nothing": gray_tiff((LEVELS * 257).astype("<u2"), (281, 3, 1, 0)),
+    "signed": gray_tiff((LEVELS * 16).astype("<i2"), SIGNED),
+    "signed, half below zero": gray_tiff(((LEVELS - 127.5) * 32).astype("<i2"), SIGNED),
+    "signed bytes": gray_tiff((LEVELS - 128).astype(np.int8), SIGNED, bits=8),
+    "signed bytes above zero": gray_tiff((LEVELS // 2).astype(np.int8), SIGNED, bits=8),
     "32 bits of bytes": of(LEVELS.astype(np.int32)),
     "32 bits of 16": of((LEVELS * 257).astype(np.int32)),
     "fractions": of((LEVELS / 255).astype(np.float32)),
@@ -271,7 +271,7 @@ def test_what_comes_out_constant_is_named(tmp_path: Path) -> None:
     (folder / "b/detector.png").write_bytes(encode(Image.fromarray((LEVELS * 16).astype(np.uint16)), "PNG"))
     (folder / "b/blank.png").write_bytes(encode(Image.new("RGB", (9, 9), (77, 77, 77)), "PNG"))
     (folder / "b/blank.jpg").write_bytes(encode(Image.new("L", (9, 9), 77), "JPEG"))
-    flat = "has next to no contrast: its grey levels are {} of 255"
+    flat = "has next to no contrast: its gray levels are {} of 255"
     assert pack(folder, tmp_path / "out").warnings == (
         {"path": "a/microscopy.tif", "warning": flat.format("1 to 2")},
         {"path": "b/blank.jpg", "warning": flat.format("77 to 77")},
@@ -290,7 +290,7 @@ def test_wide_levels_are_turned_upright_too(orientation: int) -> None:
     assert np.abs(decode(prepared(data)[0]) - upright[..., None].astype(int)).mean() < 2
 
 
-# Headers claim more pixels than fit; the grey ones of the second do, but Pillow, which is asked why it fails, unpacks all.
+# Headers claim more pixels than fit; the gray ones of the second do, but Pillow, which is asked why it fails, unpacks all.
 SHORT_OF_MEMORY = r"""
 import io, resource
 from functools import partial

@@ -74,7 +74,7 @@ def test_every_sample_is_its_source_file(flowers: Path, shards: Path, split: str
     assert len(set(paths)) == len(paths)
 
 
-def test_the_splits_hold_every_photograph_once(flowers: Path, shards: Path) -> None:
+def test_the_splits_hold_every_image_once(flowers: Path, shards: Path) -> None:
     manifest = Manifest.load(shards)
     found = [ShardReader(manifest, split).path(n) for split in SPLITS for n in range(manifest.split(split).samples)]
     assert sorted(found) == sorted(path.relative_to(flowers).as_posix() for path in flowers.glob("*/*.jpg"))

@@ -46,7 +46,7 @@ Change = Callable[[bytes], bytes | None]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of eight photographs, two of them identical, and a file that is none."""
+    """Three classes of eight images, two of them identical, and a file that is none."""
     folder = drawn(tmp_path_factory.mktemp("few"), a=8, b=8, c=8)
     shutil.copyfile(folder / "a/000.jpg", folder / "a/twin.jpg")
     (folder / "b/text.jpg").write_text("no picture")
@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def few(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The photographs packed, in several shards. Not to be written to."""
+    """The images packed, in several shards. Not to be written to."""
     out = tmp_path_factory.mktemp("packed") / "few"
     pack(data, out, shard_bytes=9000)
     assert len(list(out.glob("train-*.tar"))) >= 3

@@ -15,7 +15,7 @@ from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, train
 from fastflower.training.averaging import Average
 from fastflower.training.run import Run
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 SMALL = Recipe(
     weights=None,

@@ -12,7 +12,7 @@ from fastflower import Checkpoint, Loader, train
 from fastflower.reporting.report import best_epoch
 from fastflower.training.run import Run
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 
 def row(accuracy: float, loss: float) -> dict[str, float]:

@@ -19,7 +19,7 @@ SMALL = Recipe(weights=None, augment=Augment(size=32, resize=36, flip=0.5, hue=0
 def test_both_rates_are_measured_and_the_slower_is_named(shards: Path) -> None:
     found = diagnose(shards, SMALL, seconds=0.3, device="cpu")
     assert found.stats.images > 0
-    assert found.feeding_rate > found.training_rate > 0
+    assert found.loading_rate > found.training_rate > 0
     table = str(found).splitlines()
     assert table[0].startswith("feeding alone ")
     assert table[1].endswith("images/s on cpu")
@@ -36,7 +36,7 @@ def test_where_feeding_is_slower_it_says_what_takes_the_time(shards: Path) -> No
         "augmenting": replace(stats, augment_seconds=99.0),
     }
     for what, changed in slow.items():
-        sentence = str(Diagnosis(feeding_rate=10, training_rate=20, stats=changed, device="cpu")).splitlines()[-1]
+        sentence = str(Diagnosis(loading_rate=10, training_rate=20, stats=changed, device="cpu")).splitlines()[-1]
         assert sentence.startswith("feeding holds the job back: the consumer waited ")
         assert f"most of it for {what}; " in sentence
 

@@ -16,7 +16,7 @@ from fastflower.recipes.presets import PRESETS
 from fastflower.training.diagnosis import diagnose
 from fastflower.training.optimizer import optimizer_of
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 FROZEN = replace(RECIPE, freeze=1)
 
 

@@ -144,7 +144,7 @@ def test_recording_leaves_everything_as_it_was(
 def test_the_host_never_waits_for_the_device_in_an_epoch(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: bool, changes: dict[str, Any]
 ) -> None:
-    """From the first step to the last, once photographs are decoded and graphs recorded: then torch raises where it waits."""
+    """From the first step to the last, once images are decoded and graphs recorded: then torch raises where it waits."""
     run = Run(shards, replace(RECIPE, graph=graph, **changes), tmp_path, CUDA)
     for epoch in range(2):
         run.train_epoch(epoch)
@@ -168,7 +168,7 @@ def test_the_host_never_waits_for_the_device_in_an_epoch(
 
 
 def test_memory_does_not_grow_from_epoch_to_epoch(shards: Path, tmp_path: Path) -> None:
-    # At 128 pixels every photograph is drawn at its full scale: at fewer, epochs add smaller ones to those that are kept.
+    # At 128 pixels every image is drawn at its full scale: at fewer, epochs add smaller ones to those that are kept.
     augment = replace(RECIPE.augment, size=128, resize=146)
     run = Run(shards, replace(RECIPE, augment=augment, epochs=50), tmp_path, CUDA)
     gc.collect()  # what tests before left in cycles
@@ -188,11 +188,11 @@ def test_memory_does_not_grow_from_epoch_to_epoch(shards: Path, tmp_path: Path) 
 def test_steps_are_recorded_beside_dali(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its threads synchronise the device when they like, which may spoil a recording: then steps go kernel by kernel."""
+    """Its threads synchronize the device when they like, which may spoil a recording: then steps go kernel by kernel."""
     monkeypatch.setattr(cache, "free_bytes", lambda _device: 0)
     with caplog.at_level("INFO", logger="fastflower"):
         report = train(shards, RECIPE, out=tmp_path / "run", device="cuda")
-    assert "photographs are decoded every epoch" in caplog.text
+    assert "images are decoded every epoch" in caplog.text
     assert [row["epoch"] for row in report.history] == [1, 2]
     assert all(row["train_loss"] > 0 for row in report.history)
 

@@ -37,7 +37,7 @@ from fastflower.errors import ArgumentError, CheckpointError, DeviceError, Stopp
 from fastflower.training import run as loop
 from fastflower.training.run import Run
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 
 @pytest.fixture(autouse=True)
@@ -379,9 +379,9 @@ def test_patience_ends_a_run_that_gets_no_better_and_it_stays_ended(
     class Scored(Run):
         def _score(self, val: Loader) -> Any:
             scores = super()._score(val)
-            hits = round(30 * accuracies[len(self.history)]) if len(self.history) < len(accuracies) else 0
+            correct = round(30 * accuracies[len(self.history)]) if len(self.history) < len(accuracies) else 0
             scores.confusion[:] = 0
-            scores.confusion[0, :2] = hits, 30 - hits
+            scores.confusion[0, :2] = correct, 30 - correct
             return scores
 
     monkeypatch.setattr("fastflower.training.trainer.Run", Scored)

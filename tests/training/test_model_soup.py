@@ -13,7 +13,7 @@ from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, train
 from fastflower.errors import StoppedError
 from fastflower.training.run import Run
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 SOUP = Recipe(
     weights=None,

@@ -14,7 +14,7 @@ from fastflower.errors import ArgumentError
 from fastflower.models import inference
 from fastflower.training.run import Run
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 SMALL = Recipe(
     weights=None,
@@ -32,7 +32,7 @@ BACKENDS = ["native", "opencv", "dali"]
 
 @pytest.fixture(scope="module")
 def small_shards(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photographs so small that they are decoded at one scale for each size here."""
+    """Images so small that they are decoded at one scale for each size here."""
     folder = tmp_path_factory.mktemp("small") / "shards"
     pack(flowers, folder, max_side=96)
     return folder
@@ -108,7 +108,7 @@ def test_batches_after_a_change_are_those_of_a_new_loader(small_shards: Path, ba
 @pytest.mark.parametrize(
     "backend", ["native", "opencv"]
 )  # DALI keeps none; tests/loading/backends/test_triton.py has the other
-def test_photographs_that_are_kept_are_not_decoded_again(small_shards: Path, backend: Any) -> None:
+def test_images_that_are_kept_are_not_decoded_again(small_shards: Path, backend: Any) -> None:
     loader = Loader(small_shards, augment=BEFORE, batch_size=40, device="cpu", backend=backend, cache="auto")
     list(loader)
     before = loader.stats()
@@ -121,7 +121,7 @@ def test_photographs_that_are_kept_are_not_decoded_again(small_shards: Path, bac
     assert after.images == 240
 
 
-def test_large_photographs_are_decoded_once_for_the_new_size(shards: Path) -> None:
+def test_large_images_are_decoded_once_for_the_new_size(shards: Path) -> None:
     """At 32 pixels these are decoded at a quarter of their sides or half of them, at 48 more of them at half."""
     loader = Loader(shards, augment=Augment(size=32, resize=36), batch_size=40, device="cpu", cache="auto")
     list(loader)

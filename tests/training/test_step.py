@@ -19,7 +19,7 @@ from fastflower.training.optimizer import optimizer_of, plain_state, restore, se
 from fastflower.training.run import Run
 from fastflower.training.step import Stepper
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 CPU = torch.device("cpu")
 
@@ -278,10 +278,10 @@ def test_a_step_gives_the_mean_loss_and_the_hits(shards: Path, batch: tuple[Tens
     logits = run.network(images)
     expected = nn.functional.cross_entropy(logits, labels).item(), int((logits.argmax(1) == labels).sum())
     torch.manual_seed(3)
-    loss, hits = run.step(images, labels)
-    assert (loss.item(), hits.item()) == expected
+    loss, correct = run.step(images, labels)
+    assert (loss.item(), correct.item()) == expected
     assert not loss.requires_grad
-    assert not hits.requires_grad
+    assert not correct.requires_grad
     torch.manual_seed(4)
     shares = nn.functional.one_hot(run.network(images).argmax(1), 5).float() * 0.6 + 0.08
     torch.manual_seed(4)

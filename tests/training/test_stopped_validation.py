@@ -16,7 +16,7 @@ from fastflower.models import inference
 from fastflower.training import run as loop
 from fastflower.training.run import Run
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 # A validation has two batches; where statistics are computed anew at the end of a training, five come before them.
 VARIANTS: list[Any] = [

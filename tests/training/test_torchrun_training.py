@@ -17,7 +17,7 @@ from training_runs import BEST, DIE, LAST, assert_same_run, flags, place, timele
 from fastflower import Checkpoint, evaluate, train
 from fastflower.models.backbone import build
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 KILL = [DIE, "SIGKILL", "step", "8"]  # the second epoch's third step
 

@@ -21,7 +21,7 @@ from fastflower.loading.loader import Loader
 from fastflower.models.backbone import build
 from fastflower.models.inference import view_of
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 TINY = Recipe(
     weights=None,
@@ -91,11 +91,11 @@ def test_the_best_checkpoint_scores_what_the_history_says(run: Report, shards: P
 def test_evaluation_agrees_with_a_plain_loop(run: Report, shards: Path) -> None:
     checkpoint = Checkpoint.load(run.checkpoint)
     network = checkpoint.network()
-    hits = 0
+    correct = 0
     with torch.inference_mode():
         for images, labels, _ in Loader(shards, "val", augment=view_of(TINY), batch_size=7, device="cpu"):
-            hits += int((network(images).argmax(1) == labels).sum())
-    assert evaluate(checkpoint, shards, device="cpu").accuracy == hits / 30
+            correct += int((network(images).argmax(1) == labels).sum())
+    assert evaluate(checkpoint, shards, device="cpu").accuracy == correct / 30
 
 
 def test_evaluation_covers_the_training_split_too(run: Report, shards: Path) -> None:
@@ -121,16 +121,16 @@ def test_prediction_takes_a_file_or_a_folder(run: Report, flowers: Path) -> None
 
 def test_prediction_takes_what_packing_takes(run: Report, flowers: Path, tmp_path: Path) -> None:
     """Linked folders, and any picture under an image's name; but no folders and pipes, which are called so."""
-    photos = sorted((flowers / "rose").iterdir())[:3]
+    images = sorted((flowers / "rose").iterdir())[:3]
     (tmp_path / "all/sub.jpg").mkdir(parents=True)
     (tmp_path / "linked").mkdir()
     (tmp_path / "all/more").symlink_to(tmp_path / "linked")
     os.mkfifo(tmp_path / "all/pipe.jpg")
-    shutil.copy(photos[0], tmp_path / "all/1.jpg")
-    Image.open(photos[1]).save(tmp_path / "linked/2.png", format="TGA")
+    shutil.copy(images[0], tmp_path / "all/1.jpg")
+    Image.open(images[1]).save(tmp_path / "linked/2.png", format="TGA")
     found = predict(run.checkpoint, tmp_path / "all", device="cpu")
     assert [prediction.path for prediction in found] == [tmp_path / "all/1.jpg", tmp_path / "all/more/2.png"]
-    expected = predict(run.checkpoint, photos[:2], device="cpu")
+    expected = predict(run.checkpoint, images[:2], device="cpu")
     assert [prediction.class_name for prediction in found] == [prediction.class_name for prediction in expected]
     assert [prediction.probability for prediction in found] == pytest.approx(
         [one.probability for one in expected], abs=0.02

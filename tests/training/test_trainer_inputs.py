@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packs import photo
+from packs import draw_image
 from places import ROOT
 from training_runs import RECIPE
 
@@ -23,7 +23,7 @@ from fastflower.training.diagnosis import diagnose
 from fastflower.training.run import Run
 from fastflower.training.run_folder import run_folder
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 
 def test_a_recipe_of_numpys_numbers_lists_and_paths_is_the_plain_one(shards: Path, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def packed(root: Path, out: Path, **splits: int) -> Path:
         for name in ("a", "b"):
             (root / split / name).mkdir(parents=True)
             for number in range(12):
-                photo(first + 100 * (name == "b") + number, 40).save(root / split / name / f"{number}.jpg")
+                draw_image(first + 100 * (name == "b") + number, 40).save(root / split / name / f"{number}.jpg")
     pack(root, out)
     return out
 
@@ -136,7 +136,7 @@ def test_the_diagnosis_steps_with_the_convolutions_that_training_has(
 def test_the_demo_clears_no_folder_of_others(
     tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Shards that the user packed there, or photographs in a folder called flowers."""
+    """Shards that the user packed there, or images in a folder called flowers."""
     (tmp_path / "flowers" / "rose").mkdir(parents=True)
     (tmp_path / "flowers" / "rose" / "mine.jpg").touch()
     (tmp_path / "file").touch()

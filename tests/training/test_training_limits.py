@@ -13,7 +13,7 @@ from fastflower import Checkpoint, train
 from fastflower.errors import StoppedError, TrainingError
 from fastflower.training.run import Run
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,7 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Pop
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that has learnt nothing, for small images."""
+    """A network that has learned nothing, for small images."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("run") / "checkpoint-best.pt"
     Checkpoint(
@@ -77,7 +77,7 @@ def error(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Two classes of ten photographs, two the same, and two files that are none."""
+    """Two classes of ten images, two the same, and two files that are none."""
     for label, name in enumerate(("a", "b")):
         (tmp_path / "data" / name).mkdir(parents=True)
         for number in range(10):
@@ -301,8 +301,8 @@ def test_an_unknown_recipe_names_those_there_are(args: str, capsys: pytest.Captu
     text = f"--recipe must be one of {', '.join(PRESETS)}, got {'best' * args.count('best')!r}."
     for verb in ("doctor", "train"):
         assert error(capsys, verb, "shards", *args.split()) == text
-        misspelt = text.split(", got ")[0] + ", got 'fine-tune'. Did you mean finetune?"
-        assert error(capsys, verb, "shards", "--recipe", "fine-tune") == misspelt
+        misspelled = text.split(", got ")[0] + ", got 'fine-tune'. Did you mean finetune?"
+        assert error(capsys, verb, "shards", "--recipe", "fine-tune") == misspelled
 
 
 @pytest.mark.parametrize(("name", "style"), [*((name, "{} {}") for name in PRESETS), ("finetune", "{}={}")])
@@ -340,9 +340,9 @@ def test_evaluate_scores_every_image_of_the_split(
 def test_evaluate_refuses_what_is_no_checkpoint_and_no_split(
     checkpoint: Path, flowers: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photo = next(flowers.glob("rose/*.jpg"))
-    pattern = rf"{re.escape(str(photo))}: is not a file that torch\.save wrote, is cut short, .*; pass another file\."
-    assert re.fullmatch(pattern, error(capsys, "evaluate", photo, shards))
+    image = next(flowers.glob("rose/*.jpg"))
+    pattern = rf"{re.escape(str(image))}: is not a file that torch\.save wrote, is cut short, .*; pass another file\."
+    assert re.fullmatch(pattern, error(capsys, "evaluate", image, shards))
     missing = tmp_path / "no.pt"
     assert error(capsys, "evaluate", missing, shards) == f"{missing}: does not exist; check the path."
     torch.save({"weight": torch.zeros(1)}, tmp_path / "state.pt")
@@ -353,12 +353,12 @@ def test_evaluate_refuses_what_is_no_checkpoint_and_no_split(
 
 
 def test_predict_prints_a_line_an_image(checkpoint: Path, flowers: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    photos = [flowers / "tulip" / "0003.jpg", flowers / "rose" / "0001.jpg"]
-    assert main(["predict", str(checkpoint), *map(str, photos), "--device", "cpu"]) == 0
+    images = [flowers / "tulip" / "0003.jpg", flowers / "rose" / "0001.jpg"]
+    assert main(["predict", str(checkpoint), *map(str, images), "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    found = predict(checkpoint, photos, device="cpu")
+    found = predict(checkpoint, images, device="cpu")
     assert lines == [f"{item.path}: {item.class_name} ({item.probability:.1%})" for item in found]
-    assert [item.path for item in found] == photos
+    assert [item.path for item in found] == images
     assert {item.class_name for item in found} <= set(CLASSES)
 
 

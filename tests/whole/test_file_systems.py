@@ -25,7 +25,7 @@ from fastflower.shards.remote import Remote
 def test_shards_may_be_more_than_files_that_may_be_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_bad: Any
 ) -> None:
-    """At most so many at once, and every sample comes once, not a neighbour in its place."""
+    """At most so many at once, and every sample comes once, not a neighbor in its place."""
     manifest = pack(drawn(tmp_path / "data", a=20, b=20), tmp_path / "shards", shard_bytes=1, val_fraction=0.0)
     assert len(manifest.split("train").shards) == 40
     monkeypatch.setattr("fastflower.shards.reader._MOST_OPEN", 8)

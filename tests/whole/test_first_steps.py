@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from packs import drawn, exactly, photo
+from packs import draw_image, drawn, exactly
 from torchvision import transforms
 from training_runs import RECIPE
 
@@ -24,7 +24,7 @@ from fastflower.models.inference import view_of
 from fastflower.recipes.presets import scratch
 from fastflower.shards.verification import verify
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_pictures")
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 
 @pytest.mark.parametrize(("size", "resized"), [(224, 256), (64, 73), (128, 146), ((96, 128), 146), ((128, 96), 146)])
@@ -55,7 +55,7 @@ def test_what_a_pack_leaves_out_and_what_scores_will_not_tell_of_is_logged(
 ) -> None:
     folder = drawn(tmp_path / "data", a=8, b=1)
     (folder / "a/bad.jpg").write_text("no image")
-    photo(3).save(folder / "stray.jpg")
+    draw_image(3).save(folder / "stray.jpg")
     (folder / "notes.txt").touch()
     manifest = pack(folder, tmp_path / "out")
     assert [(item["path"], item["reason"]) for item in manifest.skipped] == [
@@ -73,7 +73,7 @@ def test_what_a_pack_leaves_out_and_what_scores_will_not_tell_of_is_logged(
 def test_strays_of_splits_are_listed(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "data", **{"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 1})
     for name in ("1.jpg", "train/2.jpg", "val/3.png"):
-        photo(3).save(folder / name)
+        draw_image(3).save(folder / name)
     assert [item["path"] for item in pack(folder, tmp_path / "out").skipped] == ["1.jpg", "train/2.jpg", "val/3.png"]
 
 

@@ -19,15 +19,15 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
-def encoded(photographs: list[Path]) -> list[bytes]:
-    return [path.read_bytes() for path in photographs[:64]]
+def encoded(image_files: list[Path]) -> list[bytes]:
+    return [path.read_bytes() for path in image_files[:64]]
 
 
 @pytest.mark.parametrize("name", ["dali", "triton"])
 @pytest.mark.parametrize("case", parity.CASES)
 def test_a_gpu_draws_what_torchvision_draws(case: str, name: str, encoded: list[bytes]) -> None:
     found = parity.differences(case, name, encoded, device="cuda")
-    worst = f"{case}: mean {found.mean():.2f}, worst photograph {found.max():.2f}"
+    worst = f"{case}: mean {found.mean():.2f}, worst image {found.max():.2f}"
     assert found.mean() <= parity.CASES[case].limit, worst
     assert found.max() <= 12, worst
 
@@ -156,7 +156,7 @@ def test_batches_of_threads_are_made_in_pinned_memory(shards: Path, monkeypatch:
 def test_mixing_waits_for_nothing(shards: Path) -> None:
     augment = replace(RANDOM, mixup=0.2, cutmix=1.0)
     loader, plain = (Loader(shards, batch_size=8, augment=augment, device=device) for device in ("cuda", "cpu"))
-    list(loader)  # kernels are compiled, photographs decoded
+    list(loader)  # kernels are compiled, images decoded
     loader.set_epoch(0)
     try:
         torch.cuda.set_sync_debug_mode("error")

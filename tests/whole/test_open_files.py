@@ -83,7 +83,7 @@ def to_the_middle(loader: Loader) -> None:
 def at_another(loader: Loader) -> None:
     loader.set_augment(Augment(size=24, resize=24, flip=0.5))
     list(loader)
-    loader.photo(3)
+    loader.image(3)
 
 
 def to_an_error(loader: Loader) -> None:

@@ -61,7 +61,7 @@ def test_each_program_of_the_readme_has_the_flags_that_it_names(
 ) -> None:
     (program,) = [word for word in line.split() if word.endswith(".py")]
     monkeypatch.setattr(sys, "argv", [program, "--help"])
-    monkeypatch.syspath_prepend((ROOT / program).parent)  # where a program finds its neighbours
+    monkeypatch.syspath_prepend((ROOT / program).parent)  # where a program finds its neighbors
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(ROOT / program), run_name="__main__")
     assert_flags_exist(line, capsys.readouterr().out)

@@ -191,7 +191,7 @@ def _given(name: str, dtype: object, ndim: int) -> Node:
 
 
 def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> Node:
-    """Cut out what is shown, blur, warp, black out, colour, erase, normalise; what `augment` never draws is left out.
+    """Cut out what is shown, blur, warp, black out, color, erase, normalize; what `augment` never draws is left out.
 
     images  a DALI node of decoded images, (H, W, 3) uint8; the result is of augment.output_size, in dtype or what comes next.
     """
@@ -208,12 +208,12 @@ def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> N
         mask = _given("mask_matrix", types.FLOAT, 2)
         images = images * fn.warp_affine(whole, mask, size=augment.output_size, fill_value=0.0)
     factors = {name: _given(name, types.FLOAT, 3) for name in color.FACTORS if getattr(augment, name)}
-    images = _colour(images, augment, {name: node.gpu() if gpu else node for name, node in factors.items()})
+    images = _color(images, augment, {name: node.gpu() if gpu else node for name, node in factors.items()})
     raw = dtype == torch.uint8
     mean, std = 255 * np.array(augment.mean), 255 * np.array(augment.std)
     images = fn.reshape(images, layout="HWC")
     if augment.erase:
-        images = fn.erase(  # before it is normalised, in float32: the GPU's operator has no float16
+        images = fn.erase(  # before it is normalized, in float32: the GPU's operator has no float16
             images,
             anchor=_given("erase_anchor", types.FLOAT, 1),
             shape=_given("erase_shape", types.FLOAT, 1),
@@ -229,21 +229,21 @@ def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> N
     )
 
 
-def _colour(images: Node, augment: Augment, factor: dict[str, Node]) -> Node:
+def _color(images: Node, augment: Augment, factor: dict[str, Node]) -> Node:
     """torchvision's brightness, contrast, saturation and hue, each clipped, as arithmetic on (H, W, 3) float in 0 .. 255."""
     luma = color.LUMA.astype(np.float32).reshape(1, 1, 3)
 
-    def grey(pixels: Node) -> Node:
+    def gray(pixels: Node) -> Node:
         return fn.reductions.sum(pixels * luma, axes=2, keep_dims=True)
 
     if augment.brightness:
         images = math.clamp(images * factor["brightness"], 0.0, 255.0)
     if augment.contrast:
         # An arithmetic operand: GPU operators take no GPU tensor as a named argument such as contrast_center.
-        mean = fn.reductions.mean(grey(images), axes=[0, 1], keep_dims=True)
+        mean = fn.reductions.mean(gray(images), axes=[0, 1], keep_dims=True)
         images = math.clamp(mean + factor["contrast"] * (images - mean), 0.0, 255.0)
     if augment.saturation:
-        level = grey(images)
+        level = gray(images)
         images = math.clamp(level + factor["saturation"] * (images - level), 0.0, 255.0)
     return _turned(images, factor["hue"]) if augment.hue else images
 

@@ -1,4 +1,4 @@
-/* One sample: blur, warp, colour and normalisation in two passes over the output, by AVX2.
+/* One sample: blur, warp, color and normalization in two passes over the output, by AVX2.
  *
  * What it computes is what opencv.py computes, without rounding in between: parity tests hold both to torchvision.
  * hatch_build.py compiles it when the package is built; native.py calls `render` without Python's lock, and has
@@ -13,10 +13,10 @@
 
 typedef struct {
     const uint8_t *source;         /* RGB, the region's first pixel */
-    const uint8_t *end;            /* behind the last byte of the photograph */
+    const uint8_t *end;            /* behind the last byte of the image */
     int64_t stride;                /* bytes from row to row */
     int32_t height, width;         /* pixels of the region, each at least 2 */
-    float warp[6];                 /* output to region, whole numbers at pixel centres */
+    float warp[6];                 /* output to region, whole numbers at pixel centers */
     float frame[6];                /* output to the crop stretched over an output: what lies outside is black */
     int32_t masked;                /* whether anything does */
     int32_t blurred;
@@ -26,7 +26,7 @@ typedef struct {
 
 typedef struct {
     int32_t height, width, kind;   /* kind: 0 uint8, 1 float32, 2 float16, 3 bfloat16 */
-    float multiply[3], add[3];     /* normalisation of levels in 0 .. 255 */
+    float multiply[3], add[3];     /* normalization of levels in 0 .. 255 */
 } Output;
 
 static inline int clampi(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
@@ -74,21 +74,21 @@ static void blur(const Numbers *numbers, uint8_t *out, int16_t *row)
     }
     int16_t *middle = row + TAPS * 3;
     for (int y = 0; y < height; y++) {
-        const uint8_t *centre = numbers->source + y * stride, *above[TAPS], *below[TAPS];
+        const uint8_t *center = numbers->source + y * stride, *above[TAPS], *below[TAPS];
         for (int k = 1; k <= reach[0]; k++) {
             above[k] = numbers->source + clampi(y - k, 0, height - 1) * stride;
             below[k] = numbers->source + clampi(y + k, 0, height - 1) * stride;
         }
         int i = 0;
         for (; i + 16 <= bytes; i += 16) {
-            __m256i sum = _mm256_mulhrs_epi16(level(centre + i), weights[0][0]);
+            __m256i sum = _mm256_mulhrs_epi16(level(center + i), weights[0][0]);
             for (int k = 1; k <= reach[0]; k++)
                 sum = _mm256_add_epi16(sum, _mm256_mulhrs_epi16(pair(above[k] + i, below[k] + i), weights[0][k]));
             _mm256_storeu_si256((__m256i *)(middle + i), sum);
         }
         if (i < bytes) { /* the last bytes, without reading behind them */
             uint8_t tail[2 * TAPS + 1][16] = {{0}};
-            memcpy(tail[0], centre + i, bytes - i);
+            memcpy(tail[0], center + i, bytes - i);
             __m256i sum = _mm256_mulhrs_epi16(level(tail[0]), weights[0][0]);
             for (int k = 1; k <= reach[0]; k++) {
                 memcpy(tail[2 * k - 1], above[k] + i, bytes - i);
@@ -129,8 +129,8 @@ typedef struct {
     __m256 r, g, b;
 } Pixels; /* eight */
 
-/* Two neighbouring pixels, six bytes, of each of two places. `near`: close to the source's end, where eight cannot be read. */
-static inline __m128i neighbours(const uint8_t *p, const uint8_t *q, int near)
+/* Two neighboring pixels, six bytes, of each of two places. `near`: close to the source's end, where eight cannot be read. */
+static inline __m128i neighbors(const uint8_t *p, const uint8_t *q, int near)
 {
     if (!near) return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)), (const __m64 *)q));
     uint8_t bytes[16] = {0};
@@ -139,11 +139,11 @@ static inline __m128i neighbours(const uint8_t *p, const uint8_t *q, int near)
     return _mm_loadu_si128((const __m128i *)bytes);
 }
 
-/* Blend the four neighbours of two places, a lane each: 32-bit [R, G, B, -] times 127 * 16384. */
+/* Blend the four neighbors of two places, a lane each: 32-bit [R, G, B, -] times 127 * 16384. */
 static inline __m256i blend(const uint8_t *p, const uint8_t *q, int64_t stride, __m256i down, __m256i across, int near)
 {
     const __m256i sides = _mm256_setr_epi8(0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, -1, -1, -1, -1, 0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, -1, -1, -1, -1);
-    const __m128i upper = neighbours(p, q, near), lower = neighbours(p + stride, q + stride, near);
+    const __m128i upper = neighbors(p, q, near), lower = neighbors(p + stride, q + stride, near);
     const __m256i rows = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(upper, lower)), _mm_unpackhi_epi8(upper, lower), 1);
     return _mm256_madd_epi16(_mm256_shuffle_epi8(_mm256_maddubs_epi16(rows, down), sides), across);
 }
@@ -205,7 +205,7 @@ static inline __m256 luma(Pixels p) /* ITU-R BT.601 */
     return _mm256_fmadd_ps(p.r, _mm256_set1_ps(0.299f), _mm256_fmadd_ps(p.g, _mm256_set1_ps(0.587f), _mm256_mul_ps(p.b, _mm256_set1_ps(0.114f))));
 }
 
-/* Warp and brighten into planes, eight R, eight G, eight B; returns the mean grey. */
+/* Warp and brighten into planes, eight R, eight G, eight B; returns the mean gray. */
 static float warp(const Numbers *numbers, const Output *output, const Source source, float *planes)
 {
     const int width = output->width;
@@ -215,7 +215,7 @@ static float warp(const Numbers *numbers, const Output *output, const Source sou
     double total = 0;
     for (int i = 0; i < output->height; i++) {
         const __m256 start_x = start(w, i, 0), start_y = start(w + 3, i, 0);
-        __m256 grey = _mm256_setzero_ps();
+        __m256 gray = _mm256_setzero_ps();
         for (int j = 0; j < width; j += LANES, planes += 3 * LANES) {
             const __m256 column = _mm256_add_ps(_mm256_set1_ps((float)j), _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7));
             Pixels p = interpolate(source, _mm256_fmadd_ps(step_x, column, start_x), _mm256_fmadd_ps(step_y, column, start_y));
@@ -230,23 +230,23 @@ static float warp(const Numbers *numbers, const Output *output, const Source sou
             p.b = _mm256_min_ps(_mm256_mul_ps(p.b, factor), white);
             if (numbers->contrast != 1) {
                 const __m256 counts = _mm256_cmp_ps(column, _mm256_set1_ps((float)width), _CMP_LT_OQ);
-                grey = _mm256_add_ps(grey, _mm256_and_ps(luma(p), counts));
+                gray = _mm256_add_ps(gray, _mm256_and_ps(luma(p), counts));
             }
             _mm256_storeu_ps(planes, p.r);
             _mm256_storeu_ps(planes + LANES, p.g);
             _mm256_storeu_ps(planes + 2 * LANES, p.b);
         }
         float lanes[LANES];
-        _mm256_storeu_ps(lanes, grey);
+        _mm256_storeu_ps(lanes, gray);
         for (int k = 0; k < LANES; k++) total += lanes[k];
     }
     return (float)(total / ((double)output->height * width));
 }
 
 /* clamp(|distance| - 1, 0, 1) or clamp(2 - |distance|, 0, 1): "HSL and HSV", Wikipedia, HSV to RGB. */
-static inline __m256 ramp(__m256 hue, float centre, float offset, float sign)
+static inline __m256 ramp(__m256 hue, float center, float offset, float sign)
 {
-    const __m256 distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(hue, _mm256_set1_ps(centre)));
+    const __m256 distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(hue, _mm256_set1_ps(center)));
     return clamp(_mm256_fmadd_ps(distance, _mm256_set1_ps(sign), _mm256_set1_ps(offset)), _mm256_setzero_ps(), _mm256_set1_ps(1));
 }
 
@@ -309,7 +309,7 @@ static inline char *put_pixels(char *to, Pixels p, int kind)
     return put(to, _mm256_permute2f128_ps(second, third, 0x31), kind);
 }
 
-static inline void colour_as(const Numbers *numbers, const Output *output, const float *planes, float mean, char *out, int kind)
+static inline void color_as(const Numbers *numbers, const Output *output, const float *planes, float mean, char *out, int kind)
 {
     const __m256 zero = _mm256_setzero_ps(), white = _mm256_set1_ps(255);
     const __m256 contrast = _mm256_set1_ps(numbers->contrast), base = _mm256_set1_ps(mean * (1 - numbers->contrast));
@@ -326,10 +326,10 @@ static inline void colour_as(const Numbers *numbers, const Output *output, const
                 p.b = clamp(_mm256_fmadd_ps(p.b, contrast, base), zero, white);
             }
             if (numbers->saturation != 1) {
-                const __m256 grey = _mm256_mul_ps(luma(p), rest);
-                p.r = clamp(_mm256_fmadd_ps(p.r, saturation, grey), zero, white);
-                p.g = clamp(_mm256_fmadd_ps(p.g, saturation, grey), zero, white);
-                p.b = clamp(_mm256_fmadd_ps(p.b, saturation, grey), zero, white);
+                const __m256 gray = _mm256_mul_ps(luma(p), rest);
+                p.r = clamp(_mm256_fmadd_ps(p.r, saturation, gray), zero, white);
+                p.g = clamp(_mm256_fmadd_ps(p.g, saturation, gray), zero, white);
+                p.b = clamp(_mm256_fmadd_ps(p.b, saturation, gray), zero, white);
             }
             if (numbers->hue != 0) p = turned(p, numbers->hue);
             if (kind) {
@@ -367,9 +367,9 @@ void render(const Numbers *numbers, const Output *output, char *out, char *scrat
     float *planes = (float *)scratch;
     const float mean = warp(numbers, output, source, planes);
     switch (output->kind) { /* the type is known to the compiler in each */
-    case 0: colour_as(numbers, output, planes, mean, out, 0); break;
-    case 1: colour_as(numbers, output, planes, mean, out, 1); break;
-    case 2: colour_as(numbers, output, planes, mean, out, 2); break;
-    default: colour_as(numbers, output, planes, mean, out, 3);
+    case 0: color_as(numbers, output, planes, mean, out, 0); break;
+    case 1: color_as(numbers, output, planes, mean, out, 1); break;
+    case 2: color_as(numbers, output, planes, mean, out, 2); break;
+    default: color_as(numbers, output, planes, mean, out, 3);
     }
 }

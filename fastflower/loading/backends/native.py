@@ -1,4 +1,4 @@
-"""Carries out draws by `kernel.c`: blur, warp, colour and normalisation in two passes, where the processor has AVX2."""
+"""Carries out draws by `kernel.c`: blur, warp, color and normalization in two passes, where the processor has AVX2."""
 
 import ctypes
 from dataclasses import dataclass
@@ -52,9 +52,9 @@ class _Output(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One sample's draw, ready for the kernel but for the photograph."""
+    """One sample's draw, ready for the kernel but for the image."""
 
-    reduce: int
+    decode_scale: int
     region: tuple[slice, slice]
     shrink: tuple[int, int]
     numbers: _Numbers
@@ -98,23 +98,23 @@ class NativeRenderer:
         numbers["warp"] = resampling.matrix.reshape(count, 6)
         numbers["masked"] = warp.masked
         if warp.masked.any():
-            numbers["frame"] = geometry.centred(geometry.frame(warp, self._size)).reshape(count, 6)
+            numbers["frame"] = geometry.centered(geometry.frame(warp, self._size)).reshape(count, 6)
         numbers["blurred"] = resampling.blur.any(axis=1)
         numbers["blur"] = geometry.blur_kernels(resampling.blur).reshape(count, -1)
         for name in color.FACTORS:
             numbers[name] = getattr(request.draw, name)
         rows = (_Numbers * count).from_buffer(numbers)
         columns = zip(
-            resampling.reduce.tolist(), resampling.region.tolist(), resampling.shrink.tolist(), rows, strict=True
+            resampling.decode_scale.tolist(), resampling.region.tolist(), resampling.shrink.tolist(), rows, strict=True
         )
         return [
-            _Job(reduce, (slice(top, top + height), slice(left, left + width)), (down, across), row)
-            for reduce, (top, left, height, width), (down, across), row in columns
+            _Job(decode_scale, (slice(top, top + height), slice(left, left + width)), (down, across), row)
+            for decode_scale, (top, left, height, width), (down, across), row in columns
         ]
 
-    def __call__(self, photo: Pixels, job: _Job, out: Stored, /) -> None:
-        """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8, decoded at job.reduce."""
-        source = shrunken(photo[job.region], job.shrink)
+    def __call__(self, image: Pixels, job: _Job, out: Stored, /) -> None:
+        """Write (height, width, 3) into `out`. image  (H, W, 3) uint8, decoded at job.decode_scale."""
+        source = shrunken(image[job.region], job.shrink)
         height, width, _ = source.shape
         if height < 2 or width < 2:  # the kernel blends two rows and two columns
             source = np.pad(source, ((0, height < 2), (0, width < 2), (0, 0)), mode="edge")

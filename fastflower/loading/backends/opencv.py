@@ -23,7 +23,7 @@ _BOUNDARY = 0.75
 class _Job:
     """One sample's draw, ready for OpenCV."""
 
-    reduce: int
+    decode_scale: int
     region: tuple[slice, slice]
     shrink: tuple[int, int]
     blur: NDArray[np.float64] | None
@@ -62,7 +62,7 @@ class OpencvRenderer:
             down, across = resampling.shrink[row].tolist()
             jobs.append(
                 _Job(
-                    reduce=int(resampling.reduce[row]),
+                    decode_scale=int(resampling.decode_scale[row]),
                     region=(slice(top, top + height), slice(left, left + width)),
                     shrink=(down, across),
                     blur=kernels[row] if resampling.blur[row].any() else None,
@@ -76,9 +76,9 @@ class OpencvRenderer:
             )
         return jobs
 
-    def __call__(self, photo: Pixels, job: _Job, out: Stored, /) -> None:
-        """Write (height, width, 3) into `out`. photo  (H, W, 3) uint8, decoded at job.reduce."""
-        image = _toned(self._warped(photo[job.region], job), job.brightness, job.contrast)
+    def __call__(self, source: Pixels, job: _Job, out: Stored, /) -> None:
+        """Write (height, width, 3) into `out`. source  (H, W, 3) uint8, decoded at job.decode_scale."""
+        image = _toned(self._warped(source[job.region], job), job.brightness, job.contrast)
         if job.saturation != 1:
             image = cv2.transform(image, color.saturation_matrix(job.saturation))
         if job.hue:
@@ -118,7 +118,7 @@ def shrunken(source: MatLike, shrink: tuple[int, int]) -> MatLike:
 
 
 def _toned(image: MatLike, brightness: float, contrast: float) -> MatLike:
-    """Brightness, then contrast about the mean grey of the brightened image."""
+    """Brightness, then contrast about the mean gray of the brightened image."""
     if contrast == 1:
         return image if brightness == 1 else cv2.LUT(image, color.quantized(color.brightness_table(brightness)))
     levels = color.brightness_table(brightness)

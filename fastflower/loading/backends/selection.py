@@ -20,7 +20,7 @@ _WORD_BYTES = 4  # of a pixel in a GPU's memory, RGB and a spare; in RAM it take
 def choose(
     name: Name | None, device: torch.device, cache: Cache, decoded: Callable[[], Decoded]
 ) -> tuple[Name, Allowance]:
-    """(backend, what it may keep). decoded  what the photographs of the split take.
+    """(backend, what it may keep). decoded  what the images of the split take.
 
     Raises ArgumentError for a backend that does not go with the device or the cache.
     """

@@ -27,7 +27,7 @@ from fastflower.loading.samples import SampleSource
 _SPARE = 4  # batches whose memory waits to be used again
 
 Job = Any
-"""What a renderer does for a row: its own, but for the attribute `reduce`, the scale at which the image is decoded."""
+"""What a renderer does for a row: its own, but for the attribute `decode_scale`, the scale at which the image is decoded."""
 
 
 class Renderer(Protocol):
@@ -40,7 +40,7 @@ class Renderer(Protocol):
         ...
 
     def __call__(self, image: Pixels, job: Job, out: Stored, /) -> None:
-        """Write (height, width, 3) into `out`. image  (H, W, 3) uint8, decoded at job.reduce."""
+        """Write (height, width, 3) into `out`. image  (H, W, 3) uint8, decoded at job.decode_scale."""
         ...
 
 
@@ -115,7 +115,7 @@ class ThreadBackend(Backend[_Rendering, PixelCache]):
 
     def prepare(self, work: _Rendering, row: int) -> None:
         job, out = work.jobs[row], work.out[row]
-        image = self.kept.decode(int(work.request.indices[row]), job.reduce)
+        image = self.kept.decode(int(work.request.indices[row]), job.decode_scale)
         start = perf_counter()
         self._render(image, job, out)
         top, left, height, width = work.request.draw.erase[row].tolist()

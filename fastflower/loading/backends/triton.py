@@ -1,4 +1,4 @@
-"""Renders on a GPU by two Triton kernels, from photographs that lie decoded in its memory; threads decode what does not yet.
+"""Renders on a GPU by two Triton kernels, from images that lie decoded in its memory; threads decode what does not yet.
 
 Copies and kernels run on a stream of their own, a batch ahead of the consumer. His stream waits for an event before he has a
 batch, and ours waits for what he has asked for so far before it writes the next one but one: he may run ahead of the GPU as
@@ -56,13 +56,13 @@ class DeviceImages:
         self._allowance = allowance
         self._pieces: list[Tensor] = []
 
-    def missing(self, indices_N: Integers, reduce_N: Integers) -> Integers:
+    def missing(self, indices_N: Integers, decode_scale_N: Integers) -> Integers:
         """The rows of samples that are not here at their scale."""
-        return np.flatnonzero(self._address[indices_N, _level(reduce_N)] == 0)
+        return np.flatnonzero(self._address[indices_N, _level(decode_scale_N)] == 0)
 
-    def find(self, indices_N: Integers, reduce_N: Integers) -> tuple[Integers, Integers]:
+    def find(self, indices_N: Integers, decode_scale_N: Integers) -> tuple[Integers, Integers]:
         """(addresses (N,), widths (N,)) of samples at their scales; 0 of those that are not here."""
-        place = (indices_N, _level(reduce_N))
+        place = (indices_N, _level(decode_scale_N))
         return self._address[place], self._width[place]
 
     def add(
@@ -115,14 +115,14 @@ class DeviceImages:
         return staged
 
 
-def _level(reduce_N: Integers) -> Integers:
+def _level(decode_scale_N: Integers) -> Integers:
     """The places in _SCALES."""
-    return np.log2(reduce_N).astype(np.int64)
+    return np.log2(decode_scale_N).astype(np.int64)
 
 
 @dataclass(slots=True, kw_only=True)
 class _Decoding(Work):
-    reduce: Integers
+    decode_scale: Integers
     """(N,) the scales at which images are decoded."""
     images: dict[int, Pixels]
     """By row, of those that are not on the device."""
@@ -146,15 +146,15 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
             self._constants = torch.tensor(constants, dtype=torch.float32, device=kept.device)
 
     def begin(self, request: Request) -> _Decoding:
-        reduce = geometry.reductions(request.warp.footprint)
-        rows = self.kept.missing(request.indices, reduce).tolist()
-        return _Decoding(request=request, rows=rows, reduce=reduce, images={})
+        decode_scale = geometry.decode_scales(request.warp.footprint)
+        rows = self.kept.missing(request.indices, decode_scale).tolist()
+        return _Decoding(request=request, rows=rows, decode_scale=decode_scale, images={})
 
     def prepare(self, work: _Decoding, row: int) -> None:
-        work.images[row] = self.samples.decode(int(work.request.indices[row]), int(work.reduce[row]))
+        work.images[row] = self.samples.decode(int(work.request.indices[row]), int(work.decode_scale[row]))
 
     def redraw(self, work: _Decoding, row: int) -> None:
-        (work.reduce[row],) = geometry.reductions(work.request.row(row).warp.footprint)
+        (work.decode_scale[row],) = geometry.decode_scales(work.request.row(row).warp.footprint)
 
     def render(self, works: Iterable[_Decoding], pool: ThreadPoolExecutor, /) -> Generator[tuple[Request, Tensor]]:
         launched = deque[tuple[Request, Tensor, torch.Event | None]]()
@@ -179,11 +179,11 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
             self.stream.wait_stream(torch.cuda.current_stream(device))
         with self._ours():
             # Memory that is freed at the end of this block is used again by what comes later on the same stream.
-            address, width = self.kept.find(request.indices, work.reduce)
+            address, width = self.kept.find(request.indices, work.decode_scale)
             if work.images:
                 rows = np.array(work.rows)
                 decoded = [work.images[row] for row in work.rows]
-                added = self.kept.add(request.indices[rows], work.reduce[rows], decoded, pool)
+                added = self.kept.add(request.indices[rows], work.decode_scale[rows], decoded, pool)
                 address[rows], width[rows], _held = added
             self.launch(self.tables(request, address, width), images)
             made = self.stream.record_event() if self.stream else None
@@ -210,7 +210,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
         whole[:, kernels.ERASE : kernels.ERASE + 4] = request.draw.erase
         numbers[:, kernels.WARP : kernels.FRAME] = resampling.matrix.reshape(count, 6)
         if request.warp.masked.any():
-            frame = geometry.centred(geometry.frame(request.warp, self.augment.output_size))
+            frame = geometry.centered(geometry.frame(request.warp, self.augment.output_size))
             numbers[:, kernels.FRAME : kernels.BLUR_DOWN] = frame.reshape(count, 6)
         numbers[:, kernels.BLUR_DOWN : kernels.BRIGHTNESS].reshape(count, 2, -1)[:, :, :-1] = kernel
         numbers[:, [kernels.BLUR_ACROSS - 1, kernels.BRIGHTNESS - 1]] = 0
@@ -237,10 +237,10 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
         grid = (blocks, count)
         if augment.contrast:
             planes = torch.empty((count, 3, height, width), dtype=torch.float16, device=self.kept.device)
-            greys = torch.empty((count, blocks), dtype=torch.float32, device=self.kept.device)
-            kernels.warp[grid](whole, numbers, planes, greys, **size)
-            kernels.colour[grid](
-                whole, numbers, planes, greys, self._constants, out, **size, STEPS=steps, BLOCKS=_power_of_two(blocks)
+            grays = torch.empty((count, blocks), dtype=torch.float32, device=self.kept.device)
+            kernels.warp[grid](whole, numbers, planes, grays, **size)
+            kernels.color[grid](
+                whole, numbers, planes, grays, self._constants, out, **size, STEPS=steps, BLOCKS=_power_of_two(blocks)
             )
         else:
             kernels.render[grid](whole, numbers, self._constants, out, **size, STEPS=steps)

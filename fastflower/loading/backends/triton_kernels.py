@@ -1,7 +1,7 @@
-"""Two kernels that render a batch on a GPU: warp, then colour. The only file that imports triton.
+"""Two kernels that render a batch on a GPU: warp, then color. The only file that imports triton.
 
 What they compute is `kernel.c`'s: boxes, blur, one bilinear interpolation, then brightness, contrast, saturation, hue and
-normalisation, without rounding in between. Every number of a sample is a row of two tables, whose columns have names here.
+normalization, without rounding in between. Every number of a sample is a row of two tables, whose columns have names here.
 """
 # pyright: standard
 # Kernels are compiled from their source, which has no annotations.
@@ -165,9 +165,9 @@ def _warped(whole, fractions, row, column, H: tl.constexpr, W: tl.constexpr):
 
 
 @_jit
-def _ramp(hue, centre, offset, sign):
+def _ramp(hue, center, offset, sign):
     """One channel of HSV to RGB: clamp(|distance| - 1, 0, 1) or clamp(2 - |distance|, 0, 1); "HSL and HSV", Wikipedia."""
-    return _clamp(tl.abs(hue - centre) * sign + offset, 0.0, 1.0)
+    return _clamp(tl.abs(hue - center) * sign + offset, 0.0, 1.0)
 
 
 @_jit
@@ -202,17 +202,17 @@ def _written(out, n, pixel, valid, r, g, b, H: tl.constexpr, W: tl.constexpr):
 
 
 @_jit
-def _coloured(
+def _colored(
     whole, fractions, row, column, r, g, b, constants,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Saturated, turned, normalised and erased. constants  three factors, three summands, three values of what is erased."""
+    """Saturated, turned, normalized and erased. constants  three factors, three summands, three values of what is erased."""
     if _SATURATES & STEPS:
         saturation = tl.load(fractions + _SATURATION)
-        grey = (1 - saturation) * _luma(r, g, b)
-        r = _clamp(saturation * r + grey, 0.0, 255.0)
-        g = _clamp(saturation * g + grey, 0.0, 255.0)
-        b = _clamp(saturation * b + grey, 0.0, 255.0)
+        gray = (1 - saturation) * _luma(r, g, b)
+        r = _clamp(saturation * r + gray, 0.0, 255.0)
+        g = _clamp(saturation * g + gray, 0.0, 255.0)
+        b = _clamp(saturation * b + gray, 0.0, 255.0)
     if _TURNS & STEPS:
         r, g, b = _turned(r, g, b, tl.load(fractions + _HUE))
     if _NORMALIZES & STEPS:
@@ -232,11 +232,11 @@ def _coloured(
 
 @_jit
 def warp(
-    whole, fractions, planes, greys, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    whole, fractions, planes, grays, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The first of two kernels where contrast is drawn: warp into `planes`, (N, 3, H, W) float16, and add up the grey.
+    """The first of two kernels where contrast is drawn: warp into `planes`, (N, 3, H, W) float16, and add up the gray.
 
-    greys  (N, blocks) float32: the sum of each block, so that the mean is the same however blocks are scheduled.
+    grays  (N, blocks) float32: the sum of each block, so that the mean is the same however blocks are scheduled.
     """
     n, pixel, row, column = _pixels(BLOCK, W)
     valid = pixel < H * W
@@ -245,17 +245,17 @@ def warp(
     tl.store(place, r.to(tl.float16), mask=valid)
     tl.store(place + H * W, g.to(tl.float16), mask=valid)
     tl.store(place + 2 * H * W, b.to(tl.float16), mask=valid)
-    grey = tl.sum(tl.where(valid, _luma(r, g, b), 0.0), axis=0)
-    tl.store(greys + n * tl.num_programs(0) + tl.program_id(0), grey)
+    gray = tl.sum(tl.where(valid, _luma(r, g, b), 0.0), axis=0)
+    tl.store(grays + n * tl.num_programs(0) + tl.program_id(0), gray)
 
 
 @_jit
-def colour(
-    whole, fractions, planes, greys, constants, out,
+def color(
+    whole, fractions, planes, grays, constants, out,
     H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The second: contrast about the mean grey, and all that follows, into `out`, (N, H, W, 3)."""
+    """The second: contrast about the mean gray, and all that follows, into `out`, (N, H, W, 3)."""
     n, pixel, row, column = _pixels(BLOCK, W)
     valid = pixel < H * W
     place = planes + n.to(tl.int64) * (3 * H * W) + pixel
@@ -264,13 +264,13 @@ def colour(
     b = tl.load(place + 2 * H * W, mask=valid, other=0.0).to(tl.float32)
     blocks = tl.num_programs(0)
     numbers = tl.arange(0, BLOCKS)
-    mean = tl.sum(tl.load(greys + n * blocks + numbers, mask=numbers < blocks, other=0.0), axis=0) / (H * W)
+    mean = tl.sum(tl.load(grays + n * blocks + numbers, mask=numbers < blocks, other=0.0), axis=0) / (H * W)
     contrast = tl.load(fractions + n * _FRACTIONS + _CONTRAST)
     base = (1 - contrast) * mean
     r = _clamp(contrast * r + base, 0.0, 255.0)
     g = _clamp(contrast * g + base, 0.0, 255.0)
     b = _clamp(contrast * b + base, 0.0, 255.0)
-    r, g, b = _coloured(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, r, g, b, constants, STEPS)
+    r, g, b = _colored(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, r, g, b, constants, STEPS)
     _written(out, n, pixel, valid, r, g, b, H, W)
 
 
@@ -284,5 +284,5 @@ def render(
     n, pixel, row, column = _pixels(BLOCK, W)
     valid = pixel < H * W
     r, g, b = _warped(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, H, W)
-    r, g, b = _coloured(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, r, g, b, constants, STEPS)
+    r, g, b = _colored(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, r, g, b, constants, STEPS)
     _written(out, n, pixel, valid, r, g, b, H, W)

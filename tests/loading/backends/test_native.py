@@ -24,23 +24,23 @@ from fastflower.loading.request import Request
 DTYPES = [torch.uint8, torch.float32, torch.float16, torch.bfloat16]
 
 
-def request(augment: Augment, photos: list[NDArray[np.uint8]], seed: int = 0) -> Request:
-    indices = np.arange(len(photos))
-    sizes = np.array([photo.shape[:2] for photo in photos])
+def request(augment: Augment, images: list[NDArray[np.uint8]], seed: int = 0) -> Request:
+    indices = np.arange(len(images))
+    sizes = np.array([image.shape[:2] for image in images])
     return Request.drawn(augment, indices, sizes, seed=seed, epoch=0, step=0)
 
 
-def render(kind: Any, augment: Augment, photos: list[NDArray[np.uint8]], dtype: torch.dtype) -> torch.Tensor:
+def render(kind: Any, augment: Augment, images: list[NDArray[np.uint8]], dtype: torch.dtype) -> torch.Tensor:
     """(N, H, W, 3) of `dtype`."""
     renderer = kind(augment, dtype)
-    out = np.empty((len(photos), *augment.output_size, 3), storage(dtype))
-    for photo, job, row in zip(photos, renderer.jobs(request(augment, photos)), out, strict=True):
-        renderer(photo, job, row)
+    out = np.empty((len(images), *augment.output_size, 3), storage(dtype))
+    for image, job, row in zip(images, renderer.jobs(request(augment, images)), out, strict=True):
+        renderer(image, job, row)
     return torch.from_numpy(out).view(dtype)
 
 
 def smooth(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Colours that change slowly, as in photographs."""
+    """Colors that change slowly, as in images."""
     y, x = np.mgrid[:height, :width]
     waves = rng.uniform(0.01, 0.08, (3, 2))
     return np.stack([127 + 120 * np.sin(a * x + b * y) for a, b in waves], axis=2).astype(np.uint8)
@@ -72,51 +72,51 @@ def test_a_kernel_of_another_source_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_it_makes_what_opencv_makes(size: tuple[int, int], dtype: torch.dtype, rng: np.random.Generator) -> None:
     # Where nothing is uncovered, and no hue turned: OpenCV blurs the edge, and turns hues in 256 steps.
     augment = Augment(size=size, crop=(0.2, 1.0), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4)
-    photos = [smooth(rng, *rng.integers(20, 300, 2)) for _ in range(24)]
-    one, other = (render(kind, augment, photos, dtype).float() for kind in (NativeRenderer, OpencvRenderer))
+    images = [smooth(rng, *rng.integers(20, 300, 2)) for _ in range(24)]
+    one, other = (render(kind, augment, images, dtype).float() for kind in (NativeRenderer, OpencvRenderer))
     level = 1.0 if dtype == torch.uint8 else 1 / 255 / 0.225
     assert (one - other).abs().mean() < 0.4 * level
     assert (one - other).abs().max() < 4 * level
 
 
 def test_halves_are_rounded_as_torch_rounds_them(rng: np.random.Generator) -> None:
-    augment, photos = Augment(size=32, resize=40, hue=0.1), [smooth(rng, 60, 60) for _ in range(4)]
-    exact = render(NativeRenderer, augment, photos, torch.float32)
+    augment, images = Augment(size=32, resize=40, hue=0.1), [smooth(rng, 60, 60) for _ in range(4)]
+    exact = render(NativeRenderer, augment, images, torch.float32)
     for dtype in (torch.float16, torch.bfloat16):
-        assert torch.equal(render(NativeRenderer, augment, photos, dtype), exact.to(dtype))
+        assert torch.equal(render(NativeRenderer, augment, images, dtype), exact.to(dtype))
 
 
 def test_hue_is_turned_as_colorsys_turns_it(rng: np.random.Generator) -> None:
-    photo = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    photo[0, :4] = [[0, 0, 0], [255, 255, 255], [128, 128, 128], [255, 0, 0]]
+    image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    image[0, :4] = [[0, 0, 0], [255, 255, 255], [128, 128, 128], [255, 0, 0]]
     augment = Augment(size=16, resize=16, hue=0.5)
-    turns = float(request(augment, [photo]).draw.hue[0])
-    made = render(NativeRenderer, augment, [photo], torch.float32)[0].numpy()
+    turns = float(request(augment, [image]).draw.hue[0])
+    made = render(NativeRenderer, augment, [image], torch.float32)[0].numpy()
     levels = 255 * (made * np.array(augment.std) + np.array(augment.mean))
-    for pixel, found in zip(photo.reshape(-1, 3), levels.reshape(-1, 3), strict=True):
+    for pixel, found in zip(image.reshape(-1, 3), levels.reshape(-1, 3), strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*(pixel / 255).tolist())
         wanted = 255 * np.array(colorsys.hsv_to_rgb((hue + turns) % 1, saturation, value))
         assert np.abs(found - wanted).max() < 0.01
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (2, 2), (3, 1000), (700, 2)])
-def test_photographs_of_a_few_pixels(shape: tuple[int, int], rng: np.random.Generator) -> None:
+def test_images_of_a_few_pixels(shape: tuple[int, int], rng: np.random.Generator) -> None:
     augment = Augment(size=24, crop=(0.1, 1.0), rotate=30)
-    photos = [np.full((*shape, 3), 200, np.uint8), rng.integers(0, 256, (*shape, 3), dtype=np.uint8)]
-    one, other = (render(kind, augment, photos, torch.uint8).float() for kind in (NativeRenderer, OpencvRenderer))
+    images = [np.full((*shape, 3), 200, np.uint8), rng.integers(0, 256, (*shape, 3), dtype=np.uint8)]
+    one, other = (render(kind, augment, images, torch.uint8).float() for kind in (NativeRenderer, OpencvRenderer))
     assert one[0].max() <= 200
     assert (one - other).abs().mean() < 8
 
 
-def test_a_photograph_need_not_be_contiguous(rng: np.random.Generator) -> None:
-    augment, photo = Augment(size=24, resize=30, rotate=10), smooth(rng, 80, 90)
-    backwards = np.ascontiguousarray(photo[:, ::-1])[:, ::-1]
+def test_an_image_need_not_be_contiguous(rng: np.random.Generator) -> None:
+    augment, image = Augment(size=24, resize=30, rotate=10), smooth(rng, 80, 90)
+    backwards = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
     assert backwards.strides[1] < 0
-    expected = render(NativeRenderer, augment, [photo], torch.uint8)
+    expected = render(NativeRenderer, augment, [image], torch.uint8)
     assert torch.equal(render(NativeRenderer, augment, [backwards], torch.uint8), expected)
 
 
-# The photograph ends where readable memory ends, and its output starts and ends at memory that must stay as it is.
+# The image ends where readable memory ends, and its output starts and ends at memory that must stay as it is.
 GUARDED = """
 import ctypes, mmap, sys
 import numpy as np, torch
@@ -135,18 +135,18 @@ def guarded(size):
 for seed, (height, width) in enumerate([(40, 50), (2, 2), (7, 33), (130, 90), (64, 64)]):
     for size in (24, 21, 64):
         augment = Augment(size=size, crop=(0.5, 1.0), rotate=20, flip=0.5, flip_vertical=0.5)
-        photo = guarded(height * width * 3).reshape(height, width, 3)
-        photo[...] = seed
+        image = guarded(height * width * 3).reshape(height, width, 3)
+        image[...] = seed
         for dtype, kind in ((torch.uint8, np.uint8), (torch.float32, np.float32), (torch.float16, np.uint16)):
             out = guarded(size * size * 3 * np.dtype(kind).itemsize).view(kind).reshape(size, size, 3)
             renderer = NativeRenderer(augment, dtype)
             for draw in range(4):
-                renderer(photo, renderer.jobs(request(augment, [photo], draw))[0], out)
+                renderer(image, renderer.jobs(request(augment, [photo], draw))[0], out)
 print("within")
 """
 
 
-def test_nothing_behind_the_photograph_is_read_and_nothing_behind_the_output_is_written() -> None:
+def test_nothing_behind_the_image_is_read_and_nothing_behind_the_output_is_written() -> None:
     command = [sys.executable, "-c", GUARDED, str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "within\n"), done.stderr[-1000:]

@@ -22,8 +22,8 @@ from fastflower.shards.image import decode
 
 
 @pytest.fixture(scope="module")
-def encoded(photographs: list[Path]) -> list[bytes]:
-    return [path.read_bytes() for path in photographs[::6]]
+def encoded(image_files: list[Path]) -> list[bytes]:
+    return [path.read_bytes() for path in image_files[::6]]
 
 
 LIMITS = [each for each in (("native", 1.0), ("dali", 2.0), ("triton", 1.0)) if each[0] in parity.BACKENDS]
@@ -34,7 +34,7 @@ def enough(name: str, encoded: list[bytes]) -> list[bytes]:
     return encoded[::7] if name == "triton" else encoded
 
 
-QUICK = ("validation view (resize 256, centre 224)", "reduction by four", "hue 0.1", "everything")
+QUICK = ("validation view (resize 256, center 224)", "reduction by four", "hue 0.1", "everything")
 """Of Triton's interpreter: its kernels have one way for all of geometry; "everything" takes all of their steps of color."""
 PAIRS = [
     pytest.param(name, case, marks=[pytest.mark.soak] if name == "triton" and case not in QUICK else [])
@@ -55,8 +55,8 @@ def test_all_that_can_be_drawn_is_compared(encoded: list[bytes]) -> None:
 def test_a_backend_draws_what_torchvision_draws(name: str, case: str, encoded: list[bytes]) -> None:
     encoded = enough(name, encoded)
     found = parity.differences(case, name, encoded)
-    worst = f"{case}, {name}: mean {found.mean():.2f}, worst photograph {found.max():.2f}"
-    assert len(found) >= 0.8 * len(encoded), "too few photographs show enough to be compared"
+    worst = f"{case}, {name}: mean {found.mean():.2f}, worst image {found.max():.2f}"
+    assert len(found) >= 0.8 * len(encoded), "too few images show enough to be compared"
     assert found.mean() <= parity.CASES[case].limit, worst
     assert found.max() <= 12, worst
 
@@ -79,14 +79,14 @@ def test_a_reduction_without_a_prefilter_would_be_noticed(name: str, encoded: li
     assert parity.differences("reduction by four", name, encoded).mean() < case.limit
 
 
-def supersampled(photo: NDArray[np.uint8], matrix: NDArray[np.float64], size: tuple[int, int], factor: int = 6) -> Any:
+def supersampled(image: NDArray[np.uint8], matrix: NDArray[np.float64], size: tuple[int, int], factor: int = 6) -> Any:
     """The truth: the mean of factor x factor bilinear samples over each output pixel."""
     fine = matrix.copy()
     fine[:, :2] /= factor
     fine[:, 2] += fine[:, :2].sum(axis=1) / 2 - 0.5
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     shape = (size[1] * factor, size[0] * factor)
-    big = cv2.warpAffine(photo.astype(np.float32), fine, shape, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    big = cv2.warpAffine(image.astype(np.float32), fine, shape, flags=flags, borderMode=cv2.BORDER_REPLICATE)
     return cv2.resize(big, (size[1], size[0]), interpolation=cv2.INTER_AREA)
 
 
@@ -100,16 +100,16 @@ def test_one_resample_is_closer_to_the_truth_than_three(name: str, encoded: list
     made = parity.render(name, augment, encoded)
     ours, theirs = [], []
     for row, (data, matrix) in enumerate(zip(encoded, draw.matrix(), strict=True)):
-        photo = decode(data)
-        chain, shown = oracle.render(photo, draw, row, augment)
-        truth = supersampled(photo, matrix, draw.size)
+        image = decode(data)
+        chain, shown = oracle.render(image, draw, row, augment)
+        truth = supersampled(image, matrix, draw.size)
         ours.append(np.abs(made[row] - truth)[shown].mean())
         theirs.append(np.abs(chain - truth)[shown].mean())
     assert np.mean(ours) < 0.75 * np.mean(theirs), f"ours {np.mean(ours):.2f}, torchvision's {np.mean(theirs):.2f}"
 
 
 @pytest.mark.parametrize("name", parity.BACKENDS)
-def test_the_neutral_view_of_a_photograph_of_the_output_size_is_the_photograph(name: str, encoded: list[bytes]) -> None:
+def test_the_neutral_view_of_an_image_of_the_output_size_is_the_image(name: str, encoded: list[bytes]) -> None:
     frames = [parity.stretched(data) for data in encoded[:4]]
     made = parity.render(name, Augment(resize=224), frames)
     assert np.array_equal(made, np.stack([decode(data) for data in frames]))
@@ -117,13 +117,13 @@ def test_the_neutral_view_of_a_photograph_of_the_output_size_is_the_photograph(n
 
 @pytest.mark.parametrize("name", parity.BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_normalisation_is_torchvisions(name: str, dtype: torch.dtype, encoded: list[bytes]) -> None:
+def test_normalization_is_torchvisions(name: str, dtype: torch.dtype, encoded: list[bytes]) -> None:
     levels = parity.render(name, Augment(), encoded[:4])
     wanted = F.normalize(torch.from_numpy(levels).permute(0, 3, 1, 2) / 255, oracle.MEAN, oracle.STD).permute(
         0, 2, 3, 1
     )
     made = parity.render(name, Augment(), encoded[:4], dtype)
-    # DALI normalises before it rounds to levels: half a level.
+    # DALI normalizes before it rounds to levels: half a level.
     rounding = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
     half_level = 0.0 if name == "opencv" else 0.5 / 255 / min(oracle.STD)
     assert np.abs(made - wanted.numpy()).max() <= rounding + half_level
@@ -143,16 +143,16 @@ def test_erasing_blots_out_the_rectangle_drawn_and_nothing_else(
     for image, whole, (top, left, height, width) in zip(made, plain, draw.erase.tolist(), strict=True):
         chw = torch.from_numpy(whole).permute(2, 0, 1)
         wanted = F.erase(chw, top, left, height, width, value).permute(1, 2, 0).numpy()
-        # DALI erases before it normalises, which rounds.
+        # DALI erases before it normalizes, which rounds.
         assert np.allclose(image, wanted, rtol=0, atol=5e-6 if name == "dali" else 0)
 
 
 @pytest.mark.parametrize("name", parity.BACKENDS)
 def test_a_pixel_goes_where_the_matrix_says(name: str) -> None:
     """Settles the direction of both backends' warps, which DALI's documentation states both ways."""
-    photo = np.zeros((224, 224, 3), np.uint8)
-    photo[60:63, 150:153] = 255
-    encoded = [cv2.imencode(".png", photo)[1].tobytes()]
+    image = np.zeros((224, 224, 3), np.uint8)
+    image[60:63, 150:153] = 255
+    encoded = [cv2.imencode(".png", image)[1].tobytes()]
     augment = Augment(resize=224, rotate=30, translate=(0.1, 0.1), flip=0.5)
     for seed in range(5):
         ((_, images),) = parity.backend(name, augment, torch.uint8, encoded).run(
@@ -165,7 +165,7 @@ def test_a_pixel_goes_where_the_matrix_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", parity.BACKENDS)
-def test_outside_the_crop_lies_black_or_the_photograph(name: str, encoded: list[bytes]) -> None:
+def test_outside_the_crop_lies_black_or_the_image(name: str, encoded: list[bytes]) -> None:
     fields: dict[str, Any] = {"crop": (0.2, 0.4), "rotate": 45}
     drawn = parity.request(Augment(**fields), enough(name, encoded)[:32])
     warp = parity.request(Augment(**fields, fill="photo"), enough(name, encoded)[:32]).warp
@@ -177,7 +177,7 @@ def test_outside_the_crop_lies_black_or_the_photograph(name: str, encoded: list[
     inside = turned & ~warp.masked
     assert inside.any()
     assert np.abs(black - filled)[:, 90:134, 90:134].max() <= 1, "inside the crop nothing changes"
-    assert filled[inside][:, :3, :3].mean() > 20, "with fill='photo' its corner shows the photograph"
+    assert filled[inside][:, :3, :3].mean() > 20, "with fill='photo' its corner shows the image"
 
 
 @pytest.mark.parametrize("name", parity.BACKENDS)
@@ -195,16 +195,16 @@ def test_backends_make_the_same_batch(name: str, limit: float, encoded: list[byt
     assert np.abs(one - other).mean() < limit
 
 
-def test_the_table_needs_no_setting_of_the_environment(photographs: list[Path], tmp_path: Path) -> None:
-    """As `python tests/helpers/parity.py FOLDER`, for one case and one photograph."""
+def test_the_table_needs_no_setting_of_the_environment(image_files: list[Path], tmp_path: Path) -> None:
+    """As `python tests/helpers/parity.py FOLDER`, for one case and one image."""
     (tmp_path / "rose").mkdir()
-    (tmp_path / "rose/1.jpg").write_bytes(photographs[0].read_bytes())
+    (tmp_path / "rose/1.jpg").write_bytes(image_files[0].read_bytes())
     case = "left-right flip"
     program = f"import parity; parity.CASES = {{{case!r}: parity.CASES[{case!r}]}}; parity.main({str(tmp_path)!r})"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(HELPERS)))
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("1 photographs\n\n| augmentation |")
+    assert done.stdout.startswith("1 images\n\n| augmentation |")
     name, *numbers = done.stdout.splitlines()[-1].strip("| ").split(" | ")
     assert name == case
     assert len(numbers) == 3 * len(parity.BACKENDS)

@@ -1,6 +1,6 @@
 """Rendering from a GPU's memory, in Triton's interpreter on the CPU, and what the compiler makes of it for real GPUs.
 
-Photographs are magnified where it does not matter: the interpreter takes its time for each weight of a blur.
+Images are magnified where it does not matter: the interpreter takes its time for each weight of a blur.
 """
 
 import os
@@ -39,7 +39,7 @@ FEWER: dict[str, Any] = {**OPTIONS, "split": "val", "batch_size": 2, "shuffle": 
 
 @pytest.fixture(scope="module")
 def few(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 photographs, packed: 15 to train on."""
+    """20 images, packed: 15 to train on."""
     folder = tmp_path_factory.mktemp("few")
     for path in flowers.glob("*/000[0-3].jpg"):
         (folder / "flowers" / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -65,15 +65,15 @@ def test_batches_are_those_of_the_other_backends(few: Path) -> None:
             assert (one.float() - other.float()).abs().mean().item() * scale < 1
 
 
-def test_whatever_is_kept_the_images_are_the_same_and_photographs_are_decoded_once(
+def test_whatever_is_kept_the_images_are_the_same_and_images_are_decoded_once(
     few: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: Counter[int] = Counter()
     real = SampleSource.decode
 
-    def counting(self: SampleSource, index: int, reduce: int = 1) -> Any:
+    def counting(self: SampleSource, index: int, decode_scale: int = 1) -> Any:
         asked[index] += 1
-        return real(self, index, reduce)
+        return real(self, index, decode_scale)
 
     monkeypatch.setattr(SampleSource, "decode", counting)
     kept = images_of(Loader(few, backend="triton", **FEWER), 2)
@@ -86,7 +86,7 @@ def test_whatever_is_kept_the_images_are_the_same_and_photographs_are_decoded_on
     assert set(asked.values()) == {3, 4}, "nothing is kept, and then some"
 
 
-def test_photographs_stay_for_another_augment_and_are_kept_at_each_scale(few: Path) -> None:
+def test_images_stay_for_another_augment_and_are_kept_at_each_scale(few: Path) -> None:
     loader = Loader(few, backend="triton", **FEWER)
     images_of(loader)
     loader.set_epoch(0)
@@ -145,7 +145,7 @@ def test_two_at_once_share_nothing(few: Path) -> None:
 
 
 @pytest.mark.skipif(not available(), reason="compared with the native kernel, which this machine cannot run")
-def test_images_of_one_pixel_and_photographs_of_one_row(tmp_path: Path) -> None:
+def test_images_of_one_pixel_and_images_of_one_row(tmp_path: Path) -> None:
     from PIL import Image
 
     encoded: list[bytes] = []
@@ -175,7 +175,7 @@ def test_a_batch_that_is_decoded_is_rendered_whatever_threads_lack(few: Path) ->
 
 
 @pytest.mark.parametrize("batch_size", [4, 8])
-def test_a_photograph_is_kept_once_where_a_padded_step_shows_it_again(few: Path, batch_size: int) -> None:
+def test_an_image_is_kept_once_where_a_padded_step_shows_it_again(few: Path, batch_size: int) -> None:
     """In the batch before, which is still under way, or several times in its own."""
     augment = Augment(size=60, crop=(0.02, 0.03))
     options = {**FEWER, "augment": augment, "batch_size": batch_size, "tail": "pad", "cache": 1 << 40}
@@ -203,7 +203,7 @@ def test_what_does_not_go_together_is_refused(few: Path, monkeypatch: pytest.Mon
         Loader(few, backend=wrong, **OPTIONS)
 
 
-def test_with_cuda_photographs_that_fit_are_kept_and_others_are_decoded_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_cuda_images_that_fit_are_kept_and_others_are_decoded_there(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
 
@@ -231,7 +231,7 @@ from fastflower.loading.backends import triton_kernels as kernels
 from fastflower.loading.backends.triton import BLOCK, WARPS
 
 tables = {"whole": "*i64", "fractions": "*fp32"}
-halves = {"planes": "*fp16", "greys": "*fp32"}
+halves = {"planes": "*fp16", "grays": "*fp32"}
 size = {"H": 224, "W": 224, "BLOCK": BLOCK}
 every = kernels.SATURATES | kernels.TURNS | kernels.ERASES
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -241,7 +241,7 @@ for capability, outs in ((80, ["*bf16"]), (90, ["*fp32", "*bf16", "*u8"])):
         drawn = {"STEPS": every | (kernels.NORMALIZES if out != "*u8" else 0)}
         for kernel, pointers, constants in (
             (kernels.warp, {**tables, **halves}, size),
-            (kernels.colour, {**tables, **halves, **ends}, {**size, "BLOCKS": 128, **drawn}),
+            (kernels.color, {**tables, **halves, **ends}, {**size, "BLOCKS": 128, **drawn}),
             (kernels.render, {**tables, **ends}, {**size, **drawn}),
         ):
             signature = {name: pointers.get(name, "constexpr") for name in kernel.arg_names}

@@ -84,7 +84,7 @@ def feeding(
 
 
 def _feeding(part: Part, place: Place, batch_size: int, rounds: int, augment: Augment, chosen: list[Way]) -> None:
-    first = epochs.plain_feeding(place.many, augment.output_size[0], batch_size, part.device)
+    first = epochs.plain_loading(place.many, augment.output_size[0], batch_size, part.device)
     common = {"batch_size": batch_size, "augment": augment, "device": part.device}
     sides = [first, *(side_of(way, place.all, common) for way in chosen)]
 
@@ -226,11 +226,11 @@ def _augmenting(
 
 def _tables(backend: TritonBackend, request: Request) -> torch.Tensor:
     """The tables of a batch all of whose images are kept."""
-    reduce = geometry.reductions(request.warp.footprint)
-    missing = backend.kept.missing(request.indices, reduce)
+    decode_scale = geometry.decode_scales(request.warp.footprint)
+    missing = backend.kept.missing(request.indices, decode_scale)
     if len(missing):
         raise RuntimeError(f"{len(missing)} images of a batch were not kept")
-    return backend.tables(request, *backend.kept.find(request.indices, reduce))
+    return backend.tables(request, *backend.kept.find(request.indices, decode_scale))
 
 
 def device_seconds(work: Callable[[], object], device: torch.device, stream: Any = None) -> float:
