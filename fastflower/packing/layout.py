@@ -1,7 +1,7 @@
 """Decides which folders of a folder of images are classes and which are splits.
 
-An ambiguous layout is an error that lists the possible readings, with the command for each. `folder.scan` looks for lists
-first, then for splits, then for class folders. Here, `tops` are the names of the folders directly in the root.
+An ambiguous layout is an error that lists the possible readings, with the command for each. `folder.scan` looks for
+lists first, then for splits, then for class folders. Here, `tops` are the names of the folders directly in the root.
 """
 
 import os
@@ -45,7 +45,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def subfolders(root: Path) -> list[str]:
-    """Return the sorted names of subfolders, without hidden ones (ImageFolder would include .git) and system folders."""
+    """Return the sorted names of subfolders, without system folders and hidden ones (ImageFolder includes .git)."""
     names = (entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and is_folder(entry))
     return sorted(name for name in names if name not in SYSTEM_FOLDERS)
 
@@ -122,8 +122,8 @@ def splits_named(names: Iterable[str]) -> dict[str, str]:
 def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict[str, str]:
     """Map each split folder that has class folders to the parent of those folders, train first.
 
-    Raises FolderError if other folders with images are next to the splits, or if train and another split do not both have
-    class folders. A test split may lack class folders: its images are unlabeled.
+    Raises FolderError if other folders with images are next to the splits, or if train and another split do not both
+    have class folders. A test split may lack class folders: its images are unlabeled.
     """
     others = [top for top in tops if top not in named and _holds_images(root / top)]
     if others:
@@ -208,11 +208,9 @@ def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
     generic = [name for name in shared if _is_generic(name)]
     if generic and len(shared) > 1 and all(top == inner[top] for top in tops):
         what = f"has the folders {_names(shared)} in each of {_names(tops)}"
-        reading = (
-            f"use {_names(tops)} as classes with only the images in {generic[0]!r}",
-            _list_and_pack(root, f"*/{_quoted(generic[0])}"),
-        )
-        raise _ambiguous(root, what, [reading, _as_classes(root, tops)])
+        reading = f"use {_names(tops)} as classes with only the images in {generic[0]!r}"
+        command = _list_and_pack(root, f"*/{_quoted(generic[0])}")
+        raise _ambiguous(root, what, [(reading, command), _as_classes(root, tops)])
     folds = len(shared) > 1 and all(_FOLDS.issuperset(_words(top)) for top in tops)
     if (folds or len(shared) >= len(tops)) and not any(_has_own_images(root / inner[top]) for top in tops):
         what = f"has the same folders ({_names(shared)}) in each of {_names(inner.values())}"

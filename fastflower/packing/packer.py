@@ -1,7 +1,7 @@
 """Packs a folder of images into shards.
 
-The bytes on disk are a function of (input, options, seed). OUT/.packing holds the plan, a lock and the finished shards, so
-an interrupted pack can resume. At the end, the files are renamed into place, the manifest last.
+The bytes on disk are a function of (input, options, seed). OUT/.packing holds the plan, a lock and the finished shards,
+so an interrupted pack can resume. At the end, the files are renamed into place, the manifest last.
 """
 
 import logging
@@ -61,7 +61,7 @@ def pack(
         split_by: "class" puts val_fraction of each class into split "val", at least one image of two or more. "random"
             takes val_fraction of all images together. "folder" keeps the folder's own split. By default "folder" if the
             folder has a split, else "class".
-        val_fraction: Fraction of the images for split "val", at least 0 and less than 1. Ignored if split_by is "folder".
+        val_fraction: Fraction of the images for split "val", at least 0 and less than 1. Unused if split_by is "folder".
         seed: Random seed for the split and for the order of the images in the shards.
         shard_bytes: Target size of a shard in bytes, measured on the source images and exceeded by less than one image.
             Transcoding can make the shard larger or smaller.
@@ -71,8 +71,8 @@ def pack(
         on_conflict: For identical images under different labels, "keep" packs and reports them, "drop" skips them.
         lists: Also write classes.txt, meta/train.txt and meta/val.txt, with lines "PATH LABEL".
         workers: Number of threads; by default one per core.
-        executor: A concurrent.futures.Executor that makes the shards, one per task, instead of threads. Its workers must
-            see FOLDER and OUT under the same paths.
+        executor: A concurrent.futures.Executor that makes the shards, one per task, instead of threads. Its workers
+            must see FOLDER and OUT under the same paths.
 
     Returns the manifest. Raises FolderError if the folder cannot be packed as it is or OUT cannot be written, and
     ArgumentError if an argument is invalid.

@@ -23,7 +23,7 @@ _ENDINGS = (".tar", ".idx", ".npy")
 
 @contextmanager
 def workspace(out: Path) -> Generator[Path]:
-    """Yield OUT/.packing, locked against a second pack. At the end, remove it (and OUT if empty) unless a plan is left."""
+    """Yield OUT/.packing, locked against a second pack. Remove it afterwards (and OUT if empty) unless a plan is left."""
     work = out / WORK
     try:
         with locked(work / "lock"):

@@ -22,9 +22,9 @@ from fastflower.packing.folder import FILE_DTYPE, Folder, scan
 from fastflower.packing.layout import EXTENSIONS
 
 ENDINGS = "(.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp)"
-UNNAMED = "is not named as an image"
-READ_ALREADY = "is a link to a folder that was read already"
-STRAY = "lies in no class folder"
+UNNAMED = "has no image extension"
+READ_ALREADY = "links to a folder that was already read"
+STRAY = "is not in a class folder"
 NO_FILE = "is a pipe, socket or device"
 
 
@@ -327,7 +327,7 @@ def test_a_folder_that_fits_no_layout_is_refused(tmp_path: Path, names: list[str
 
 
 def test_a_missing_folder_and_a_file_are_named(tmp_path: Path) -> None:
-    remedy = "name a folder that holds one folder of images for each class."
+    remedy = "pass a folder that contains one folder of images per class."
     refused(tmp_path / "no", f"{tmp_path / 'no'}: does not exist; {remedy}")
     refused(touch(tmp_path, "1.jpg") / "1.jpg", f"{tmp_path / '1.jpg'}: is a file; {remedy}")
 

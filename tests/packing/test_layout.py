@@ -19,10 +19,10 @@ def images(found: Folder) -> list[str]:
     return [found.path(number) for number in range(len(found))]
 
 
-def readings(root: Path, *, anew: bool = False) -> dict[str, str]:
+def readings(root: Path, *, resplit: bool = False) -> dict[str, str]:
     """What the error of a folder offers: the command for each reading. They are not told apart by a colon in a name here."""
     with pytest.raises(FolderError, match=r"What to do if\n") as caught:
-        scan(root, anew=anew)
+        scan(root, resplit=resplit)
     _, *lines = str(caught.value).split("\n  ")
     return dict(line.split(": ", 1) for line in lines)
 
@@ -36,7 +36,7 @@ def obeyed(command: str, root: Path) -> Folder:
     shell = ["bash", "-c", f"PATH={program.parent}:$PATH; {command}"]
     verb, folder, *rest = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.splitlines()
     assert verb == "pack"
-    return scan(folder, anew="--split-by" in rest)
+    return scan(folder, resplit="--split-by" in rest)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_what_can_be_read_in_one_way_is_read_so(tmp_path: Path, name: str, caplo
     assert (found.splits, len(found)) == (splits, count)
     assert set(found.classes) == ({"a", "b", "c"} if count == 6 else {"a", "b"})
     assert caplog.messages == []
-    assert ("__MACOSX", "is what a system adds") in found.ignored or "macOS" not in name
+    assert ("__MACOSX", "is a system folder") in found.ignored or "macOS" not in name
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_test_split_without_labels_is_left_out_and_said(
 ) -> None:
     found = scan(touch(tmp_path, *TRAIN, *VAL, f"test/{below}1.jpg", f"test/{below}2.jpg"))
     assert (found.classes, found.splits) == (("a", "b"), ("train", "val"))
-    assert found.ignored == tuple((f"test/{below}{number}.jpg", "lies in no class folder") for number in (1, 2))
+    assert found.ignored == tuple((f"test/{below}{number}.jpg", "is not in a class folder") for number in (1, 2))
     what = "has no class folders, so its images have no labels and are left out; predict classifies them"
     assert caplog.messages == [f"{tmp_path / 'test'}: {what}"]
 
@@ -346,7 +346,7 @@ def test_the_words_where_a_folder_may_hold_any_images_and_where_a_split_has_two(
 
 
 def test_who_draws_a_split_anew_may_have_splits_below_classes(tmp_path: Path) -> None:
-    found = scan(touch(tmp_path, "a/train/1.jpg", "a/test/2.jpg", "b/1.jpg"), anew=True)
+    found = scan(touch(tmp_path, "a/train/1.jpg", "a/test/2.jpg", "b/1.jpg"), resplit=True)
     assert images(found) == ["a/test/2.jpg", "a/train/1.jpg", "b/1.jpg"]
 
 

@@ -139,7 +139,7 @@ def test_only_warnings_of_a_line_write_to_the_terminal(packed: Packed) -> None:
     odd, *rest = packed.errors.splitlines()
     warned = {item["path"] for item in Manifest.load(packed.out).warnings}
     assert warned >= ONLY_WARNED_OF
-    assert odd == f"{packed.out}: {len(warned)} images decode with warnings; its manifest names them (warnings)"
+    assert odd == f"{packed.out}: decoded {len(warned)} images with warnings; see `warnings` in manifest.json"
     assert re.fullmatch(r".*: \d+ files are left out; .*\n.*: split val has no image of .*", "\n".join(rest))
 
 

@@ -221,7 +221,7 @@ def test_conflicting_pictures_can_be_left_out(conflicting: Path, tmp_path: Path)
     manifest = pack(conflicting, tmp_path / "out", on_conflict="drop")
     left_out = ("a/000.jpg", "b/x.jpg", "b/y.jpg")
     assert manifest.label_conflicts == (left_out,)
-    assert manifest.skipped == tuple({"path": path, "reason": "stands under two labels"} for path in left_out)
+    assert manifest.skipped == tuple({"path": path, "reason": "is identical to an image with another label"} for path in left_out)
     both = paths(tmp_path / "out", "train") | paths(tmp_path / "out", "val")
     assert both == images(scan(conflicting)) - set(left_out)
     assert manifest.source_bytes == sum((conflicting / path).stat().st_size for path in both)
@@ -318,13 +318,13 @@ def test_shards_are_of_about_equal_size_and_as_few_as_fit(flowers: Path, tmp_pat
 
 RULES: list[tuple[str, Any, str]] = [
     ("split_by", "label", "'class', 'random' or 'folder'"),
-    ("val_fraction", 1.0, "0 or more and less than 1"),
-    ("val_fraction", -0.1, "0 or more and less than 1"),
-    ("val_fraction", float("nan"), "0 or more and less than 1"),
+    ("val_fraction", 1.0, "at least 0 and less than 1"),
+    ("val_fraction", -0.1, "at least 0 and less than 1"),
+    ("val_fraction", float("nan"), "at least 0 and less than 1"),
     ("shard_bytes", 0, "at least 1"),
     ("max_side", 0, "at least 1 pixel"),
-    ("quality", 0, "1 .. 95"),
-    ("quality", 96, "1 .. 95"),
+    ("quality", 0, "between 1 and 95"),
+    ("quality", 96, "between 1 and 95"),
     ("on_bad", "ignore", "'skip' or 'fail'"),
     ("on_conflict", "merge", "'keep' or 'drop'"),
     ("workers", 0, "at least 1"),

@@ -165,7 +165,7 @@ def test_bad_files_are_listed_with_path_and_reason_and_the_others_packed(small: 
     assert reasons == {
         "b/text.jpg": "is no image",
         "b/empty.png": "is no image",
-        "c/notes.txt": "is not named as an image",
+        "c/notes.txt": "has no image extension",
         "c/gone.jpg": "No such file or directory",
     }
     assert paths(tmp_path / "out", "train") | paths(tmp_path / "out", "val") == good
@@ -190,7 +190,7 @@ def test_pipes_sockets_and_loops_of_links_are_listed_and_do_not_hang(small: Path
         "a/socket.png": "is a pipe, socket or device",
         "b/to-pipe.jpg": "is a pipe, socket or device",
         "b/itself.jpg": "Too many levels of symbolic links",
-        "c/deeper/up": "is a link to a folder that was read already",
+        "c/deeper/up": "links to a folder that was already read",
     }
     found = {sample.path: sample.image for split in SPLITS for sample in samples(tmp_path / "out", split)}
     assert found.keys() == good | {"c/picture.jpg"}
@@ -286,7 +286,7 @@ def test_out_with_files_that_may_be_of_another_pack_is_refused(small: Path, tmp_
 def test_a_pack_is_not_overwritten(small: Path, tmp_path: Path) -> None:
     pack(small, tmp_path / "out")
     before = checksums(tmp_path / "out")
-    text = f"{tmp_path / 'out'}: holds a pack already; name another folder with --out, or remove this one."
+    text = f"{tmp_path / 'out'}: already contains packed shards; choose another folder with --out, or remove this one."
     for seed in (0, 1):
         with pytest.raises(FolderError, match=exactly(text)):
             pack(small, tmp_path / "out", seed=seed)
@@ -301,7 +301,7 @@ def test_out_that_cannot_be_made_is_explained(small: Path, tmp_path: Path) -> No
         (tmp_path / "loop", "Too many levels of symbolic links"),
         (tmp_path / ("long" * 100), "File name too long"),
     ):
-        text = f"{out}: cannot be written ({reason}); make room, or name another folder with --out."
+        text = f"{out}: cannot be written ({reason}); free up space, or choose another folder with --out."
         with pytest.raises(FolderError, match=exactly(text)):
             pack(small, out)
 

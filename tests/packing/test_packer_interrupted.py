@@ -25,7 +25,7 @@ from fastflower.packing import worker
 
 PROGRAM = HELPERS / "kill_packer.py"
 OPTIONS = NINE
-GOES_ON = "The same command goes on where this one stopped."
+GOES_ON = "Run the same command again to resume."
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_full_disk_is_explained_and_the_pack_goes_on_when_there_is_room(
     out = tmp_path / "out"
     command = [sys.executable, "-c", program, "pack", small, "--out", out, "--shard-bytes", "4000", "--lists"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    text = f"{out}: cannot be written (File too large); make room, or name another folder with --out. {GOES_ON}"
+    text = f"{out}: cannot be written (File too large); free up space, or choose another folder with --out. {GOES_ON}"
     assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (1, "", f"error: {text}")
     assert "Traceback" not in done.stderr
     assert [path.name for path in out.iterdir()] == [".packing"]
@@ -114,7 +114,7 @@ def test_an_error_at_any_renaming_leaves_what_the_same_call_goes_on_with(
             raise OSError(ENOSPC, os.strerror(ENOSPC))
         return replace(self, target)
 
-    text = f"{out}: cannot be written (No space left on device); make room, or name another folder with --out."
+    text = f"{out}: cannot be written (No space left on device); free up space, or choose another folder with --out."
     while True:
         number += 1
         calls = 0

@@ -72,11 +72,11 @@ def test_a_class_of_which_all_is_dropped_is_named_before_an_image_is_decoded(
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"seed": 1.5}, "seed must be a whole number, got 1.5."),
-        ({"seed": None}, "seed must be a whole number, got None."),
-        ({"quality": 90.0}, "quality must be a whole number, got 90.0."),
-        ({"max_side": "64"}, "max_side must be a whole number, got '64'."),
-        ({"shard_bytes": 1e6}, "shard_bytes must be a whole number, got 1000000.0."),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5."),
+        ({"seed": None}, "seed must be an integer, got None."),
+        ({"quality": 90.0}, "quality must be an integer, got 90.0."),
+        ({"max_side": "64"}, "max_side must be an integer, got '64'."),
+        ({"shard_bytes": 1e6}, "shard_bytes must be an integer, got 1000000.0."),
     ],
 )
 def test_numbers_that_are_not_whole_are_refused(
@@ -105,7 +105,7 @@ def test_memory_that_runs_out_is_explained_and_the_pack_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(worker, "prepare", full)
         rule = "is not finished: memory ran out; pack with fewer workers (--workers 1)."
-        again = "The same command goes on where this one stopped."
+        again = "Run the same command again to resume."
         with pytest.raises(FolderError, match=exactly(f"{tmp_path / 'out'}: {rule} {again}")):
             pack(small, tmp_path / "out")
     assert pack(small, tmp_path / "out").splits["train"].samples == 24
