@@ -147,7 +147,7 @@ def test_threads_find_the_same_groups(tmp_path: Path) -> None:
 
 
 def test_unreadable_files_are_in_no_group(tmp_path: Path) -> None:
-    """Unreadable are broken links, files removed after the scan, and files replaced by folders. Empty files are readable."""
+    """Broken links, removed files and files replaced by folders are in no group. Empty files are readable."""
     found = write(tmp_path, [b"", b"", b"same", b"same", b"same", b"same", b"gone", b"gone"])
     for number in (4, 5, 6, 7):
         (found.root / found.path(number)).unlink()
@@ -288,7 +288,7 @@ def test_the_hash_of_32_x_32_pixels_equals_imagehash_bit_for_bit(image_files: li
 
 
 def test_the_hash_of_an_image_is_close_to_imagehash(image_files: list[Path]) -> None:
-    """The two downscale differently. Hashes of real images differ in 1.0 bits on average, of drawn ones in 1.7; at most 6."""
+    """The two downscale differently. Real images differ in 1.0 bits on average, drawn ones in 1.7; at most 6."""
     ours = hashes_of(path.read_bytes() for path in image_files)
     theirs = np.array([hash_of_imagehash(Image.open(path)) for path in image_files], np.uint64)
     differ = np.bitwise_count(ours ^ theirs)

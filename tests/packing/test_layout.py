@@ -1,4 +1,4 @@
-"""Which folders are classes and which are splits: common layouts, and the commands that the error for an ambiguous one offers."""
+"""Which folders are classes and which are splits, in common layouts. Errors for ambiguous ones offer commands that work."""
 
 import re
 import subprocess

@@ -29,7 +29,7 @@ def small(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def divided(tmp_path: Path) -> Path:
-    """A folder with 14, 5 and 3 images in train/, val/ and test/. Two of the test images also are in train, with other names."""
+    """14, 5 and 3 images in train/, val/ and test/. Two test images are also in train, with other names."""
     folder = drawn(tmp_path / "divided", **{"train/a": 5, "train/b": 7, "val/a": 2, "val/b": 3, "test/b": 3})
     for number in range(2):
         shutil.copy(folder / f"test/b/00{number}.jpg", folder / f"train/b/copy-{number}.jpg")

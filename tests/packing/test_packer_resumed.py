@@ -1,4 +1,4 @@
-"""An interrupted pack resumes only with the same options, versions and folder; otherwise the error names the difference."""
+"""An interrupted pack resumes only with the same options, versions and folder. Errors name the difference."""
 
 import inspect
 import os

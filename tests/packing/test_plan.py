@@ -1,4 +1,4 @@
-"""Plans: every image is planned, groups stay together, splits are fair, shards are even, and saved plans load unchanged."""
+"""Plans: complete, with whole groups, fair splits and even shards. Saved plans load unchanged."""
 
 import os
 from collections import Counter, defaultdict
