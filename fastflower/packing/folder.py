@@ -151,7 +151,7 @@ class _Collector:
 
 
 def scan(root: str | Path, *, resplit: bool = False) -> Folder:
-    """Find the images of a folder by their names and sizes, without reading them. It has one of three layouts:
+    """Find the images of a folder by name, without reading them. The folder has one of three layouts:
 
     - `root`/CLASS/**, as ImageFolder reads it;
     - `root`/train/CLASS/**, next to folders named after other splits; a folder named after a split is never a class;

@@ -99,7 +99,7 @@ def _inner(root: Path, top: str) -> str:
 
 
 def splits_named(names: Iterable[str]) -> dict[str, str]:
-    """Map the names that are named after a split to their split, train first.
+    """Map names that stand for a split to that split, train first.
 
     "train", "Validation", "test_set" and "train2017" always count. "flowers_train" counts only next to "flowers_val" or
     "flowers_test".

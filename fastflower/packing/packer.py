@@ -67,7 +67,7 @@ def pack(
             Transcoding can make the shard larger or smaller.
         max_side: Downscale images whose longer side exceeds this many pixels.
         quality: Transcode every image to JPEG with this quality, 1 to 95.
-        on_bad: "skip" lists images that cannot be decoded in the manifest, "fail" stops at the first one.
+        on_bad: "skip" skips damaged images and lists them in the manifest, "fail" stops at the first one.
         on_conflict: For identical images under different labels, "keep" packs and reports them, "drop" skips them.
         lists: Also write classes.txt, meta/train.txt and meta/val.txt, with lines "PATH LABEL".
         workers: Number of threads; by default one per core.

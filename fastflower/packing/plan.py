@@ -239,10 +239,10 @@ def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:
     """Return the first file that differs, and how it differs."""
     count = min(len(before), len(now))
     rows = np.flatnonzero(before.files[:count] != now.files[:count])
-    letters = np.flatnonzero(before.paths[: len(now.paths)] != now.paths[: len(before.paths)])
+    path_bytes = np.flatnonzero(before.paths[: len(now.paths)] != now.paths[: len(before.paths)])
     first = int(rows[0]) if len(rows) else count
-    if len(letters):
-        first = min(first, now.image_at(int(letters[0])))
+    if len(path_bytes):
+        first = min(first, now.image_at(int(path_bytes[0])))
     old = before.path(first) if first < len(before) else None
     new = now.path(first) if first < len(now) else None
     if new is not None and new == old:

@@ -30,8 +30,8 @@ def _validation(manifest: Manifest) -> Iterator[str]:
     if not val or not val.samples:
         remedy = "no class can spare an image: add images, or pack a folder with its own split"
         if max(manifest.splits["train"].class_counts) > 1:
-            remedy = "classes can only spare copies, which stay together: add images"
-            remedy += "; or an older version made the plan: pack again"
+            remedy = "classes can only spare copies, which stay together: add images."
+            remedy += " If an older version planned this pack, pack again"
         if fraction is None:
             remedy = "add a val folder next to train, or pack only the train folder to split it into train and val"
         yield f"has no images in split 'val', so training on it validates nothing; {remedy}"

@@ -166,7 +166,7 @@ def _prepare_chunk(plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
 
 
 def _is_complete(work: Path, name: str) -> bool:
-    """Check that a shard exists and is undamaged, even after a power cut."""
+    """Return whether a shard exists and is undamaged. A power cut may have damaged it."""
     try:
         entry = MadeShard.load(work / f"{name}.npz").entry
         with (work / f"{name}.tar").open("rb") as tar:

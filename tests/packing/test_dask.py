@@ -18,7 +18,7 @@ from fastflower import pack
 from fastflower.errors import FolderError
 
 NOWHERE: Any = None
-SHARD_BYTES = 1 << 18  # drawn flowers: some 30 shards
+SHARD_BYTES = 1 << 18  # about 30 shards of the drawn flowers
 
 
 @pytest.fixture(scope="module")

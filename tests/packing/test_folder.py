@@ -273,7 +273,7 @@ def test_files_next_to_class_folders_are_ignored_and_a_folder_is_not_an_image(tm
 
 
 def test_hidden_folders_are_not_classes(tmp_path: Path) -> None:
-    """The one thing that ImageFolder does otherwise: it takes .git or .cache for a class."""
+    """This is the only difference from ImageFolder, which takes .git or .cache for a class."""
     plain = touch(tmp_path / "plain", "a/1.jpg", "b/1.jpg")
     hidden = touch(tmp_path / "hidden", "a/1.jpg", "b/1.jpg", ".cache/1.jpg", ".git/HEAD")
     assert scan(hidden).classes == tuple(ImageFolder(plain).classes)

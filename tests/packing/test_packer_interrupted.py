@@ -268,7 +268,7 @@ def test_an_error_soon_stops_all_other_shards(tmp_path: Path, elsewhere: bool, m
         pack(folder, tmp_path / "out", executor=executor if elsewhere else None, **options)
     assert executor.running == 0
     assert not (tmp_path / "out").exists()
-    assert len(prepared) < 15  # of twenty in the other shard
+    assert len(prepared) < 15  # the other shard has twenty images
     executor.pool.shutdown()
 
 

@@ -77,9 +77,7 @@ def test_an_unusual_split_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
     copies = drawn(tmp_path / "copies", a=1, b=1)
     for name in "ab":
         (copies / name / "copy.jpg").write_bytes((copies / name / "000.jpg").read_bytes())
-    again = (
-        "classes can only spare copies, which stay together: add images; or an older version made the plan: pack again"
-    )
+    again = "classes can only spare copies, which stay together: add images. If an older version planned this pack, pack again"
     assert logged(copies) == [nothing + again]
     beside = "add a val folder next to train, or pack only the train folder to split it into train and val"
     splits = drawn(tmp_path / "splits", **{"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
