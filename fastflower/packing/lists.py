@@ -32,7 +32,7 @@ def listed_classes(root: Path, lists: dict[str, Path]) -> list[str]:
 
 
 def listed_files(root: Path, lists: dict[str, Path], classes: list[str]) -> Iterator[tuple[str, int, int]]:
-    """Yield (path, label, position of the split) for each line. Paths are relative to root/SPLIT or to the root.
+    """Yield (path, label, position of the split) for each line. Listed paths are below root/SPLIT or the root.
 
     Raises FolderError, with file and line, if a line is invalid.
     """

@@ -15,11 +15,11 @@ from fastflower.shards.manifest import FILE, INFO, Manifest, Split, shard_name
 from fastflower.shards.writer import index_rows, npy, split_of
 
 Splits = dict[str, list[MadeShard]]
-"""The made shards of each split."""
+"""The finished shards of each split."""
 
 
 def unpublish(plan: Plan, work: Path) -> None:
-    """Move files back into the workspace that a pack had published before it was killed."""
+    """Move files that a killed pack had already published back into the workspace."""
     try:
         moves = _moves(_with_images(plan, _made(plan, work)), work)
     except OSError:  # a missing record: nothing is published yet; a damaged one: its shard is made again
@@ -109,7 +109,7 @@ def _make_manifest(plan: Plan, out: Path, splits: Splits, made: list[MadeShard])
 
 
 def _near_duplicates(plan: Plan, splits: Splits) -> Iterator[dict[str, object]]:
-    """Yield the near-duplicate in "train" of each image in another split, if it has one, in the folder's order."""
+    """Yield the closest near-duplicate in "train" for each image in another split, in the folder's order."""
     train_hashes = np.concatenate([shard.hashes for shard in splits["train"]])
     train_numbers = np.concatenate([shard.numbers for shard in splits["train"]])
     for split, shards in splits.items():
