@@ -76,7 +76,7 @@ def _digests(files: list[tuple[Path, str, bool]]) -> bytes:
 
 
 def _group_equal(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Group numbers with equal rows of `keys`, without singles. Return the members, group by group, and the groups' ends."""
+    """Group numbers with equal rows of `keys`, without singles. Return the members in groups, and the groups' ends."""
     if not len(numbers):
         return numbers, np.zeros(0, np.int64)
     order = np.lexsort((numbers, *keys.T))

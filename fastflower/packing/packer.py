@@ -58,9 +58,9 @@ def pack(
             FOLDER/train/CLASS/** and FOLDER/val/CLASS/** (a folder named after a split is never a class); or the lists
             FOLDER/meta/train.txt, FOLDER/meta/val.txt and FOLDER/classes.txt.
         out: The folder to write. It must not be inside FOLDER or already contain packed shards.
-        split_by: "class" puts val_fraction of each class into split "val", at least one image of two or more. "random"
-            takes val_fraction of all images together. "folder" keeps the folder's own split. By default "folder" if the
-            folder has a split, else "class".
+        split_by: "class" puts val_fraction of each class into split "val", but at least one image if the class has two
+            or more. "random" takes val_fraction of all images together. "folder" keeps the folder's own split. By
+            default "folder" if the folder has a split, else "class".
         val_fraction: Fraction of the images for split "val", at least 0 and less than 1. Unused if split_by is "folder".
         seed: Random seed for the split and for the order of the images in the shards.
         shard_bytes: Target size of a shard in bytes, measured on the source images and exceeded by less than one image.
