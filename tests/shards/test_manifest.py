@@ -254,8 +254,8 @@ def test_a_pack_that_cannot_be_finished_shows_no_shard_and_goes_on_later(tmp_pat
     interrupted(folder, out, shards=1, shard_bytes=4000)
     (out / "_info.json").mkdir()
     text = (
-        f"{out}: cannot be written (Is a directory); make room, or name another folder with --out. "
-        f"The same command goes on where this one stopped."
+        f"{out}: cannot be written (Is a directory); free up space, or choose another folder with --out. "
+        f"Run the same command again to resume."
     )
     with pytest.raises(FolderError, match=exactly(text)):
         pack(folder, out, shard_bytes=4000)

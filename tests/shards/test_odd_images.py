@@ -123,7 +123,7 @@ def test_warnings_are_libjpegs_own_and_stand_in_the_manifest_and_nowhere_else(
     assert [item["path"] for item in manifest.warnings] == sorted(expected)
     assert Manifest.load(tmp_path / "out").warnings == manifest.warnings
     assert capfd.readouterr().err.count("JPEG") == 0
-    assert f"{tmp_path / 'out'}: 6 images decode with warnings; its manifest names them (warnings)" in caplog.messages
+    assert f"{tmp_path / 'out'}: decoded 6 images with warnings; see `warnings` in manifest.json" in caplog.messages
     again = pack(folder, tmp_path / "transcoded", quality=80)
     assert {item["path"]: item["warning"] for item in again.warnings} == expected
 

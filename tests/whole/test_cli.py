@@ -95,7 +95,7 @@ def test_pack_prints_counts_and_skipped(mixed: Path, tmp_path: Path, capsys: pyt
         "train: 14 images in 1 shards",
         "val: 6 images in 1 shards",
         "skipped a/text.jpg: is no image",
-        "skipped b/notes.txt: is not named as an image",
+        "skipped b/notes.txt: has no image extension",
         "identical: a/0.jpg, a/9.jpg",
         "identical: b/0.jpg, b/9.jpg",
         f"wrote {out}",
@@ -202,9 +202,9 @@ def test_dask_that_is_not_installed_is_explained(mixed: Path, tmp_path: Path) ->
 
 
 def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rule = "val_fraction must be 0 or more and less than 1, got 1.5."
+    rule = "val_fraction must be at least 0 and less than 1, got 1.5."
     assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--val-fraction", "1.5") == rule
-    missing = f"{tmp_path / 'no'}: does not exist; name a folder that holds one folder of images for each class."
+    missing = f"{tmp_path / 'no'}: does not exist; pass a folder that contains one folder of images per class."
     assert error(capsys, "pack", tmp_path / "no", "--out", tmp_path / "out") == missing
     bad = f"{mixed / 'a/text.jpg'}: is no image; remove or replace it, or pack with --on-bad skip."
     assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--on-bad", "fail") == bad

@@ -60,11 +60,11 @@ def test_what_a_pack_leaves_out_and_what_scores_will_not_tell_of_is_logged(
     manifest = pack(folder, tmp_path / "out")
     assert [(item["path"], item["reason"]) for item in manifest.skipped] == [
         ("a/bad.jpg", "is no image"),
-        ("stray.jpg", "lies in no class folder"),
+        ("stray.jpg", "is not in a class folder"),
     ]
     assert caplog.messages == [
-        f"{tmp_path / 'out'}: 2 files are left out; its manifest says why (skipped)",
-        f"{tmp_path / 'out'}: split val has no image of 'b': scores say nothing about these classes",
+        f"{tmp_path / 'out'}: skipped 2 files; see `skipped` in manifest.json for the reasons",
+        f"{tmp_path / 'out'}: split val has no images of 'b': these classes will not be evaluated",
     ]
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert verify(tmp_path / "out") == []
