@@ -251,9 +251,11 @@ def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:
         return old, "has been removed"
     if new is not None:
         return new, "has been added"
-    others = sorted(set(before.ignored) ^ set(now.ignored))
+    others = sorted(
+        {path for path, _ in before.ignored} ^ {path for path, _ in now.ignored}
+    )  # reasons may be worded anew
     if others:
-        return others[0][0], "has been added, changed or removed"
+        return others[0], "has been added or removed"
     if (before.classes, before.splits) != (now.classes, now.splits):
         return "", "classes or splits have been changed"
     return None

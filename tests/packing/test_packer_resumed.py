@@ -107,7 +107,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "has been changed": ("a/003.jpg", lambda path: draw_image(77).save(path)),
     "has been removed": ("a/004.jpg", Path.unlink),
     "has been added": ("b/0000.jpg", lambda path: draw_image(78).save(path)),
-    "has been added, changed or removed": ("b/notes.txt", lambda path: path.write_text("mine")),
+    "has been added or removed": ("b/notes.txt", lambda path: path.write_text("mine")),
 }
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def joined(root: Path) -> None:
     write(root, {"a/1.jpga/2.jpg": b"a/1.jpg"})
 
 
-IGNORED = "has been added, changed or removed"
+IGNORED = "has been added or removed"
 CHANGES: list[tuple[Callable[[Path], object], str, str]] = [
     (lambda root: (root / "a/2.jpg").write_bytes(b"longer than before"), "a/2.jpg", "has been changed"),
     (lambda root: os.utime(root / "b/1.jpg", ns=(0, 1)), "b/1.jpg", "has been changed"),
@@ -94,6 +95,13 @@ def test_a_change_in_the_folder_is_reported(
     text = f"{root / path}: {how} {since}; undo this to resume, or remove {work} to start over."
     with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
         check_same(plan, scan(root), Options(**OPTIONS), VERSIONS, work)
+
+
+def test_a_pack_resumes_although_the_reasons_for_skipping_are_worded_differently(tmp_path: Path) -> None:
+    root, work, plan = interrupted(tmp_path, FILES)
+    assert plan.folder.ignored
+    reworded = replace(plan.folder, ignored=tuple((path, "some other words") for path, _ in plan.folder.ignored))
+    check_same(replace(plan, folder=reworded), scan(root), Options(**OPTIONS), VERSIONS, work)
 
 
 def test_changed_classes_or_splits_of_the_same_images_are_reported(tmp_path: Path) -> None:

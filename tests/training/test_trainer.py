@@ -316,9 +316,7 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="has no CUDA; leave device out to use the CPU"):
             train(shards, TINY, out=out, device="cuda")
-    with pytest.raises(
-        FolderError, match="does not exist; pass a folder that contains one folder of images per class"
-    ):
+    with pytest.raises(FolderError, match="does not exist; pass a folder that contains one folder of images per class"):
         pack(tmp_path / "missing", out)
     assert not out.exists()
 

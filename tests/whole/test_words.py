@@ -49,7 +49,9 @@ def of_markdown(path: Path) -> Iterator[Text]:
     """Prose: no blocks of code, and no `code`."""
     text = re.sub(r"```.*?```", lambda block: "\n" * block[0].count("\n"), path.read_text(), flags=re.DOTALL)
     for number, line in enumerate(text.splitlines(), 1):
-        if not line.startswith("    ") and not (path.name == "CONTRIBUTING.md" and line.startswith("| ")):  # its list of words
+        if not line.startswith("    ") and not (
+            path.name == "CONTRIBUTING.md" and line.startswith("| ")
+        ):  # its list of words
             yield str(path), number, re.sub(r"`[^`]*`", "`", line)
 
 
