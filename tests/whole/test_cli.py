@@ -158,7 +158,7 @@ def test_images_that_look_alike_across_the_split_are_listed(
 def test_verify_says_that_all_is_well(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(shards)]) == 0
     assert capsys.readouterr() == (f"{shards}: every image decodes; tars, indexes and manifest agree\n", "")
-    text = f"{tmp_path}: has no shards; name a folder that pack wrote."
+    text = f"{tmp_path}: has no shards; pass a folder that pack wrote (fastflower pack FOLDER)."
     assert error(capsys, "verify", tmp_path) == text
 
 
@@ -170,7 +170,9 @@ def test_verify_names_what_is_wrong_and_repairs_it(shards: Path, tmp_path: Path)
         names.append(name)
         done = command("verify", copy)
         assert (done.returncode, done.stderr) == (1, f"error: {copy}: {count}, named above.\n")
-        assert done.stdout == "".join(f"{copy / name}: is missing; rebuild it with --repair.\n" for name in names)
+        assert done.stdout == "".join(
+            f"{copy / name}: is missing; rebuild it with fastflower verify {copy} --repair.\n" for name in names
+        )
     done = command("verify", copy, "--repair")
     assert (done.returncode, done.stderr) == (0, "".join(f"rebuilt {copy / name}\n" for name in names))
     assert done.stdout == f"{copy}: every image decodes; tars, indexes and manifest agree\n"
@@ -320,7 +322,7 @@ def test_a_recipe_sets_the_defaults_that_help_shows(name: str, style: str, capsy
 def test_train_on_a_folder_that_is_no_pack_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     text = error(capsys, "train", tmp_path, "--weights", "None", "--device", "cpu", "--out", out)
-    assert text.startswith(f"{tmp_path}: has no manifest.json, so it is no finished pack; name a folder")
+    assert text.startswith(f"{tmp_path}: has no manifest.json, so it is not a finished pack; pass a folder")
     assert not out.exists()
 
 
@@ -348,7 +350,7 @@ def test_evaluate_refuses_what_is_no_checkpoint_and_no_split(
     torch.save({"weight": torch.zeros(1)}, tmp_path / "state.pt")
     text = f"{tmp_path / 'state.pt'}: is not a fastflower checkpoint; pass a checkpoint-best.pt that train wrote."
     assert error(capsys, "evaluate", tmp_path / "state.pt", shards) == text
-    text = f"{shards}: has no samples in split 'test'; it has train, val."
+    text = f"{shards}: has no samples in split 'test'; choose from train, val."
     assert error(capsys, "evaluate", checkpoint, shards, "--split", "test") == text
 
 

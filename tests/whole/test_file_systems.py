@@ -84,7 +84,7 @@ def test_a_timeout_of_the_client_is_one_attempt_and_not_waited_out(
     with pytest.raises(ShardError, match=r"could not be read in 3 attempts \(the client gave up\)"):
         Mirror.connect(Remote(url="https://host/shards", folder=str(tmp_path)))
     assert impatient.asked == 3
-    again = "https://host/shards/manifest.json: the client gave up; trying again in "
+    again = "https://host/shards/manifest.json: the client gave up; retrying in "
     assert [message.startswith(again) for message in caplog.messages] == [True, True]
 
 
