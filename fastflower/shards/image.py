@@ -262,4 +262,4 @@ def _pillow_error(data: bytes) -> str | None:
 
 
 def _message(error: BaseException) -> str:
-    return "is no image" if "cannot identify" in str(error) else str(error) or type(error).__name__
+    return "is not an image" if "cannot identify" in str(error) else str(error) or type(error).__name__

@@ -94,7 +94,7 @@ def test_an_error_is_that_of_the_image_and_known_answers_are_not_given_again(
     bad = folder / next(iter(paths(tmp_path / "expected", "val")))
     whole, times = bad.read_bytes(), (bad.stat().st_atime_ns, bad.stat().st_mtime_ns)
     bad.write_bytes(bytes(len(whole)))
-    text = f"{bad}: is no image; remove or replace it, or pack with --on-bad skip."
+    text = f"{bad}: is not an image; remove or replace it, or pack with --on-bad skip."
     with pytest.raises(FolderError, match=exactly(text)) as held:
         pack(folder, out, shard_bytes=2000, on_bad="fail", executor=executor)
     assert not out.exists()

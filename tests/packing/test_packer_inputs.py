@@ -163,8 +163,8 @@ def test_bad_files_are_listed_with_path_and_reason_and_the_others_packed(small: 
     assert list(reasons) == sorted(reasons)
     assert "runcated" in reasons.pop("a/half.jpg")
     assert reasons == {
-        "b/text.jpg": "is no image",
-        "b/empty.png": "is no image",
+        "b/text.jpg": "is not an image",
+        "b/empty.png": "is not an image",
         "c/notes.txt": "is not named as an image",
         "c/gone.jpg": "No such file or directory",
     }
@@ -219,7 +219,7 @@ def test_shards_without_a_good_image_are_not_written(small: Path, tmp_path: Path
 
 def one_bad(folder: Path) -> str:
     (folder / "b/004.jpg").write_bytes(b"text")
-    return f"{folder / 'b/004.jpg'}: is no image; remove or replace it, or pack with --on-bad skip."
+    return f"{folder / 'b/004.jpg'}: is not an image; remove or replace it, or pack with --on-bad skip."
 
 
 def one_gone(folder: Path) -> str:
@@ -348,4 +348,4 @@ def test_a_file_of_more_than_a_gigabyte_is_not_read(small: Path, tmp_path: Path)
 
 def test_formats_whose_readers_start_programs_are_no_images(small: Path, tmp_path: Path) -> None:
     draw_image(1).save(small / "a/script.jpg", "EPS")
-    assert pack(small, tmp_path / "out").skipped == ({"path": "a/script.jpg", "reason": "is no image"},)
+    assert pack(small, tmp_path / "out").skipped == ({"path": "a/script.jpg", "reason": "is not an image"},)

@@ -267,7 +267,7 @@ def test_when_an_error_arrives_all_others_have_stopped_and_soon(
     monkeypatch.setattr(worker, "prepare", slowly)
     monkeypatch.setattr(worker, "_CHUNK_BYTES", 1 << 12)
     executor = LikeDask()
-    text = f"{bad}: is no image; remove or replace it, or pack with --on-bad skip."
+    text = f"{bad}: is not an image; remove or replace it, or pack with --on-bad skip."
     with pytest.raises(FolderError, match=exactly(text)):
         pack(folder, tmp_path / "out", executor=executor if elsewhere else None, **options)
     assert executor.running == 0

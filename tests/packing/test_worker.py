@@ -100,8 +100,8 @@ def test_the_record_tells_what_is_in_the_shard(small: Path, work: Path) -> None:
     assert made.hashes.shape == (6,)
     assert len(set(made.hashes.tolist())) == 6
     assert sorted(made.skipped, key=lambda item: item["path"]) == [
-        {"path": "a/001.jpg", "reason": "is no image"},
-        {"path": "b/000.jpg", "reason": "is no image"},
+        {"path": "a/001.jpg", "reason": "is not an image"},
+        {"path": "b/000.jpg", "reason": "is not an image"},
         {"path": "b/004.jpg", "reason": "No such file or directory"},
     ]
 
@@ -167,7 +167,7 @@ def test_a_record_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> Non
     path = tmp_path / "record.npz"
     rows = np.arange(2 * INDEX_DTYPE.itemsize, dtype=np.uint8).view(INDEX_DTYPE)
     shard = Shard("train-000000.tar", 2, 20480, "0" * 64)
-    reason = {"path": "ø/caf\udce9.jpg", "reason": "is no image"}
+    reason = {"path": "ø/caf\udce9.jpg", "reason": "is not an image"}
     made = MadeShard(shard, rows, np.array([3, 1]), np.array([7, 1 << 63], np.uint64), [reason])
     made.save(path)
     whole = path.read_bytes()
@@ -294,7 +294,9 @@ def test_chunks_are_small_and_follow_each_other(tmp_path: Path, monkeypatch: pyt
     assert 0.5 * total / limit < len(chunks) <= total / limit + 1
 
 
-@pytest.mark.parametrize(("name", "reason"), [("a/001.jpg", "is no image"), ("b/004.jpg", "No such file or directory")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("a/001.jpg", "is not an image"), ("b/004.jpg", "No such file or directory")]
+)
 def test_a_bad_image_ends_it_where_it_was_asked(small: Path, tmp_path: Path, name: str, reason: str) -> None:
     for other in {"a/001.jpg", "b/000.jpg", "b/004.jpg"} - {name}:
         (small / other).unlink()

@@ -278,7 +278,7 @@ def test_truncated_files_of_other_formats_are_rejected(name: str) -> None:
     "data", [b"", b"not an image", b"\xff\xd8", bytes(1000), b"<html></html>", b"\x89PNG\r\n\x1a\n"]
 )
 def test_data_that_is_not_an_image_is_rejected(data: bytes) -> None:
-    with pytest.raises(SampleError, match=r"^is no image$"):
+    with pytest.raises(SampleError, match=r"^is not an image$"):
         unchanged(data)
     with pytest.raises(SampleError, match=r"^cannot be decoded as an image or is truncated$"):
         decode(data)

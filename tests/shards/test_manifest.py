@@ -30,7 +30,7 @@ MANIFEST = Manifest(
         "val": Split(0, (0, 0, 0), ()),
     },
     options={"seed": 7, "val_fraction": 0.2, "max_side": None, "split_by": "class"},
-    skipped=({"path": "röse/x.jpg", "reason": "is no image"},),
+    skipped=({"path": "röse/x.jpg", "reason": "is not an image"},),
     duplicates=(("daisy/1.jpg", "daisy/2.jpg"), ("daisy/3.jpg", "röse/1.jpg")),
     label_conflicts=(("daisy/3.jpg", "röse/1.jpg"),),
     near_duplicates=({"split": "val", "path": "daisy/4.jpg", "train_path": "daisy/5.jpg", "distance": 3},),

@@ -156,8 +156,8 @@ def last_pixels(number: int) -> Change:
 TAR_DAMAGE: dict[str, tuple[Change, str]] = {
     "an image": (last_pixels(0), "the image of {0} has changed since it was packed; .*"),
     "a later image": (last_pixels(2), "the image of {2} has changed since it was packed; .*"),
-    "not an image": (inside("0.jpg"), r"is damaged at or after {0} \(is no image\); .*"),
-    "a later file is not an image": (inside("2.jpg"), r"is damaged at or after {2} \(is no image\); .*"),
+    "not an image": (inside("0.jpg"), r"is damaged at or after {0} \(is not an image\); .*"),
+    "a later file is not an image": (inside("2.jpg"), r"is damaged at or after {2} \(is not an image\); .*"),
     "another label": (inside("0.cls"), re.escape(WRONG_SHARD)),
     "not a label": (inside("0.cls", bit=6), damaged_at(r"\S+\.cls must hold a label, got b'.'")),
     "the path in the .json": (inside("0.json", 15), re.escape(WRONG_SHARD)),

@@ -94,7 +94,7 @@ def test_pack_prints_counts_and_skipped(mixed: Path, tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.splitlines() == [
         "train: 14 images in 1 shards",
         "val: 6 images in 1 shards",
-        "skipped a/text.jpg: is no image",
+        "skipped a/text.jpg: is not an image",
         "skipped b/notes.txt: is not named as an image",
         "identical: a/0.jpg, a/9.jpg",
         "identical: b/0.jpg, b/9.jpg",
@@ -119,7 +119,7 @@ def test_names_that_a_terminal_would_not_show_are_printed(mixed: Path, tmp_path:
     done = command("pack", mixed, "--out", tmp_path / "out")
     assert done.returncode == 0
     for name in ("caf\\udce9 ö", "new\\nline", "\\x1b[2J"):
-        assert f"skipped a/{name}.jpg: is no image" in done.stdout.splitlines()
+        assert f"skipped a/{name}.jpg: is not an image" in done.stdout.splitlines()
 
 
 def test_only_the_first_of_many_are_listed(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +128,7 @@ def test_only_the_first_of_many_are_listed(mixed: Path, tmp_path: Path, capsys: 
     assert main(["pack", str(mixed), "--out", str(tmp_path / "out"), "--val-fraction", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["train: 20 images in 1 shards", "val: 0 images in 0 shards"]
-    listed = [f"skipped a/text {number:02d}.jpg: is no image" for number in range(20)]
+    listed = [f"skipped a/text {number:02d}.jpg: is not an image" for number in range(20)]
     assert lines[2:24] == [*listed, "skipped 2 more, in manifest.json", "identical: a/0.jpg, a/9.jpg"]
 
 
@@ -208,7 +208,7 @@ def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytes
     assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--val-fraction", "1.5") == rule
     missing = f"{tmp_path / 'no'}: does not exist; name a folder that holds one folder of images for each class."
     assert error(capsys, "pack", tmp_path / "no", "--out", tmp_path / "out") == missing
-    bad = f"{mixed / 'a/text.jpg'}: is no image; remove or replace it, or pack with --on-bad skip."
+    bad = f"{mixed / 'a/text.jpg'}: is not an image; remove or replace it, or pack with --on-bad skip."
     assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--on-bad", "fail") == bad
     assert not (tmp_path / "out").exists()
 
@@ -370,7 +370,7 @@ def test_predict_names_the_file_that_is_no_image_or_missing(
     good, text, gone, empty = flowers / "rose/0001.jpg", tmp_path / "text.jpg", tmp_path / "no.jpg", tmp_path / "empty"
     text.write_text("no picture")
     empty.mkdir()
-    reason, remedy = "is no image", "name image files or folders of them"
+    reason, remedy = "is not an image", "name image files or folders of them"
     assert error(capsys, "predict", checkpoint, good, text).startswith(f"{text}: {reason}; {remedy}, or pass")
     assert error(capsys, "predict", checkpoint, gone).startswith(f"{gone}: No such file or directory; {remedy}")
     assert error(capsys, "predict", checkpoint, empty).startswith(f"{empty}: holds no images (")
