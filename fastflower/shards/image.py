@@ -79,21 +79,21 @@ def prepare(
 
     Keeps a gray or RGB JPEG file that needs no change byte for byte. Transcodes everything else to RGB.
     max_side  pixels: shrinks the longer side to this.  quality  1 .. 95: transcodes every image with it.
-    warn  called with what is odd about an image that is still packed: damage that decoders only warn about, or no contrast.
+    warn  called with a message if an image is packed despite damage that decoders only warn about, or despite low contrast.
     Raises SampleError with the reason if the image does not decode or has more than MAX_PIXELS pixels.
     """
     size = _kept_jpeg_size(data) if quality is None else None
     if size is None or (max_side is not None and max(size) > max_side):
-        made, gray = _transcode(data, max_side, quality)
+        jpeg, gray = _transcode(data, max_side, quality)
         if data[:2] == b"\xff\xd8":  # Pillow hides libjpeg's warnings
             _forward_warnings(data, warn)
     else:
         _check_pixels(*size)
-        made, gray = data, _gray_if_intact(data, warn)
+        jpeg, gray = data, _gray_if_intact(data, warn)
     low, high, *_ = cv2.minMaxLoc(gray)
     if high - low < _MIN_CONTRAST:
         warn(f"has next to no contrast: its gray levels range from {low:.0f} to {high:.0f} (of 0 to 255)")
-    return Prepared(made, (gray.shape[0], gray.shape[1]), perceptual_hash(gray))
+    return Prepared(jpeg, (gray.shape[0], gray.shape[1]), perceptual_hash(gray))
 
 
 def _transcode(data: bytes, max_side: int | None, quality: int | None) -> tuple[bytes, NDArray[np.uint8]]:
@@ -136,7 +136,7 @@ def _gray_if_intact(data: bytes, warn: Callable[[str], object]) -> NDArray[np.ui
 
 
 def _forward_warnings(data: bytes, warn: Callable[[str], object]) -> None:
-    """Forward libjpeg's warnings about a JPEG file that is transcoded. OpenCV cannot read every kind of these."""
+    """Forward libjpeg's warnings about a JPEG file that is transcoded, if OpenCV can read it."""
     array = np.frombuffer(data, np.uint8)
     with libjpeg.warnings() as messages:
         read = cv2.imdecode(array, cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None  # 1/8 scale takes half the time
@@ -161,52 +161,52 @@ def _kept_jpeg_size(data: bytes) -> tuple[int, int] | None:
     Such a file is Huffman-coded and has one or three components of 8 bits.
     Stray bytes between the segments before the first scan give None: OpenCV skips them, but DALI rejects the file.
     So does a last scan without an end-of-image marker: OpenCV does not look for it, but Pillow rejects some of these files.
-    Pillow finds the same in four times the time, mostly holding the GIL. Markers: ITU-T T.81, annex B.
+    Pillow takes four times as long for these checks, mostly holding the GIL. Markers: ITU-T T.81, annex B.
     """
-    place, size, orientations = 2, None, 0
-    while data[:2] == b"\xff\xd8" and place + 10 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
+    position, size, orientations = 2, None, 0
+    while data[:2] == b"\xff\xd8" and position + 10 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
         if marker == 0xFF:  # a fill byte
-            place += 1
+            position += 1
             continue
         if marker < 0xC0 or marker in _NO_SEGMENT:
             return None
         if marker == 0xDA:  # the first scan
-            return size if _scans_are_complete(data, place) else None
-        if marker == 0xE1 and data[place + 4 : place + 8] == b"Exif":
+            return size if _scans_are_complete(data, position) else None
+        if marker == 0xE1 and data[position + 4 : position + 8] == b"Exif":
             orientations += 1
             if orientations > 1:  # DALI 2.4 crashes if they differ
                 return None
         if marker in (0xC0, 0xC1, 0xC2):  # a frame: baseline, extended, progressive
-            bits, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
+            bits, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
             size = (width, height)
             if bits != 8 or not width or not height or components not in (1, 3):
                 return None
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return None
 
 
-# Other frames (lossless, hierarchical, arithmetic), restarts, start and end of image: a file with these is not kept.
+# Not allowed before the first scan: other frames (lossless, hierarchical, arithmetic), restarts, start and end of image.
 _NO_SEGMENT = {*range(0xC3, 0xD0), *range(0xD0, 0xDA)} - {0xC4, 0xCC}
-# Segments that may stand between two scans: tables, the number of lines, application data, comments and the next scan.
+# Segments allowed between two scans: tables, the number of lines, application data, comments and the next scan.
 _BETWEEN = {0xC4, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE}
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # in a scan's data: not a stuffed byte, restart or fill byte
 
 
-def _scans_are_complete(data: bytes, place: int) -> bool:
-    """Return whether the data from the scan at `place` to the end-of-image marker consists of complete segments."""
-    while marker := _MARKER.match(data, place):
+def _scans_are_complete(data: bytes, position: int) -> bool:
+    """Return whether the data from the scan at `position` to the end-of-image marker consists of complete segments."""
+    while marker := _MARKER.match(data, position):
         kind = marker[0][1]
         if kind == 0xD9:
             return True
         if kind not in _BETWEEN:
             return False
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         if kind == 0xDA:
-            following = _MARKER.search(data, place)
-            place = following.start() if following else len(data)
-        while data[place : place + 2] == b"\xff\xff":  # fill bytes
-            place += 1
+            following = _MARKER.search(data, position)
+            position = following.start() if following else len(data)
+        while data[position : position + 2] == b"\xff\xff":  # fill bytes
+            position += 1
     return False
 
 

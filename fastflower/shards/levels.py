@@ -33,8 +33,8 @@ def to_eight_bits(image: Image.Image) -> NDArray[np.uint8]:
     np.clip(levels, low, high, out=levels)
     levels -= np.float32(low)
     levels *= np.float32(255 / (high - low))
-    made = np.rint(levels, out=levels).astype(np.uint8)
-    return 255 - made if _tags(image).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO else made
+    scaled = np.rint(levels, out=levels).astype(np.uint8)
+    return 255 - scaled if _tags(image).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO else scaled
 
 
 def _range(image: Image.Image, levels: NDArray[np.float32]) -> tuple[float, float]:
@@ -50,8 +50,8 @@ def _range(image: Image.Image, levels: NDArray[np.float32]) -> tuple[float, floa
     for low, high in ((_first(tags, _S_MIN), _first(tags, _S_MAX)), (_first(tags, _MIN), _first(tags, _MAX))):
         if high is not None and (low or 0) < high and (low or 0) <= least and most <= high:  # else the tags are wrong
             return low or 0, high
-    if (noted := _noted(tags)) is not None:
-        return noted
+    if (described := _described_range(tags)) is not None:
+        return described
     if whole and bits <= 16:
         return 0, (1 << bits) - 1
     if _is_signed_bytes(image):
@@ -73,7 +73,7 @@ def _first(tags: Mapping[int, _Value], tag: int) -> float | None:
     return float(first) if isinstance(first, (int, float)) else None
 
 
-def _noted(tags: Mapping[int, _Value]) -> tuple[float, float] | None:
+def _described_range(tags: Mapping[int, _Value]) -> tuple[float, float] | None:
     """Return the range in the description tag: ImageJ's display range, or the number of bits in a microscope's OME-XML."""
     text = str(tags.get(TiffImagePlugin.IMAGEDESCRIPTION, ""))
     if text.startswith("ImageJ="):

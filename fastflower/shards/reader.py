@@ -19,7 +19,7 @@ from fastflower.shards.writer import BLOCK
 
 _MOST_OPEN = 256  # shards over all readers; systems allow a process 1,024 files, and other code needs some
 _RESTORE = "restore the shard from a backup, or run fastflower pack again."
-_ATTEMPTS = 20  # to open a file, 10 ms apart: other threads may take the files that were just closed
+_ATTEMPTS = 20  # to open a file, 10 ms apart: other threads may take the freed file handles
 
 
 class ShardReader:

@@ -179,7 +179,7 @@ class RemoteFiles:
             self._requests.discard(request)
 
     def _sleep(self, seconds: float) -> None:
-        """Sleep until `stop`. Uses short naps, because nothing wakes a thread when the interpreter shuts down."""
+        """Sleep, or raise CancelledError after `stop`. Short naps, because nothing wakes a thread when the interpreter exits."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self._raise_if_stopped()

@@ -75,11 +75,11 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     problems += [f"{path}: {foreign}." for path in sorted(folder.glob("*.tar")) if path.name not in read]
     if not problems:
         try:
-            stated = _derive_manifest(folder, manifest, tars, distrust)
+            derived = _derive_manifest(folder, manifest, tars, distrust)
             if repair:  # also adds the checksums that the first version lacks
-                stated = replace(stated, version=FORMAT_VERSION)
-            files[INFO] = stated.to_info().encode()
-            files[FILE] = stated.to_json().encode("utf-8", "backslashreplace")
+                derived = replace(derived, version=FORMAT_VERSION)
+            files[INFO] = derived.to_info().encode()
+            files[FILE] = derived.to_json().encode("utf-8", "backslashreplace")
         except ShardError as error:
             problems.append(str(error))
     elif distrust:

@@ -201,7 +201,7 @@ def fails_in_pillow(data: bytes) -> bool:
     """Return whether Pillow fails to decode a file."""
     try:
         opened(data).load()
-    except Exception:  # Pillow's readers raise many kinds
+    except Exception:  # Pillow's readers raise many kinds of exceptions
         return True
     return False
 
@@ -215,7 +215,7 @@ def test_a_damaged_jpeg_is_kept_only_if_opencv_pillow_and_dali_read_it() -> None
         try:
             with opened(data) as image:
                 plain = image.format == "JPEG" and image.mode in ("L", "RGB") and max(image.size) < 1000
-        except Exception:  # Pillow's readers raise many kinds
+        except Exception:  # Pillow's readers raise many kinds of exceptions
             plain = False
         if plain:
             bad = is_rejected(decode, data) or fails_in_pillow(data)
@@ -378,7 +378,7 @@ def test_quality_is_pillows_and_by_default_95_with_full_chroma(data: bytes, qual
     assert JpegImagePlugin.get_sampling(made) == (0 if quality is None else 2)  # 4:4:4 or 4:2:0
 
 
-def test_an_error_without_a_message_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_without_a_message_is_reported_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_upright_rgb", Mock(side_effect=ValueError))
     with pytest.raises(SampleError, match=r"^ValueError$"):
         unchanged(OTHER_FORMATS["png"])

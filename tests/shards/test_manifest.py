@@ -263,6 +263,6 @@ def test_a_pack_that_cannot_be_finished_shows_no_shard_and_can_be_resumed(tmp_pa
     assert checksums(out) == checksums(tmp_path / "expected")
 
 
-def test_the_version_of_a_missing_package_is_not_installed() -> None:
+def test_a_missing_package_is_reported_as_not_installed() -> None:
     assert version_of("numpy") == version("numpy")
-    assert version_of("fastflower-of-nobody") == "not installed"
+    assert version_of("no-such-package") == "not installed"

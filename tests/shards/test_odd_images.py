@@ -40,7 +40,7 @@ def decodes_in_pillow(data: bytes) -> bool:
     """Return whether Pillow decodes it."""
     try:
         Image.open(io.BytesIO(data)).load()
-    except Exception:  # Pillow's readers raise many kinds
+    except Exception:  # Pillow's readers raise many kinds of exceptions
         return False
     return True
 

@@ -180,7 +180,7 @@ def test_a_break_stops_the_downloads_and_the_next_epoch_is_complete(
         ("train.index.npy", "503", r"/train.index.npy: could not be read in 3 attempts"),
     ],
 )
-def test_a_server_that_never_recovers_is_named(
+def test_a_server_that_never_recovers_is_reported(
     name: str, kind: str, message: str, source: Remote, server: BadServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastflower.shards.remote._ATTEMPTS", 3)
@@ -265,7 +265,7 @@ def test_the_message_names_the_extra_to_install() -> None:
         Loader("gs://bucket/shards")
 
 
-def test_a_cache_that_cannot_be_written_is_named(server: BadServer, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(server: BadServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
         ShardError,
