@@ -266,7 +266,7 @@ def test_threads_end_with_the_iterator(shards: Path, backend: Any) -> None:
         ({"rank": 0}, ArgumentError, "rank and world_size belong together"),
         ({"rank": 2, "world_size": 2}, ArgumentError, r"rank must lie in 0 \.\. world_size-1 = 1, got 2"),
         ({"backend": "pil"}, ArgumentError, "backend must be one of native, opencv, dali, triton, got 'pil'"),
-        ({"split": "test"}, ShardError, "has no samples in split 'test'; it has train, val"),
+        ({"split": "test"}, ShardError, "has no samples in split 'test'; choose from train, val"),
     ],
 )
 def test_arguments_outside_their_rule_are_named(
@@ -283,7 +283,7 @@ def test_cuda_without_a_gpu_is_an_error_with_the_remedy(shards: Path) -> None:
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"has no manifest\.json, so it is no finished pack; name a folder"):
+    with pytest.raises(ShardError, match=r"has no manifest\.json, so it is not a finished pack; pass a folder"):
         Loader(tmp_path)
 
 

@@ -100,8 +100,8 @@ def test_the_record_describes_the_shard(small: Path, work: Path) -> None:
     assert made.hashes.shape == (6,)
     assert len(set(made.hashes.tolist())) == 6
     assert sorted(made.skipped, key=lambda item: item["path"]) == [
-        {"path": "a/001.jpg", "reason": "is no image"},
-        {"path": "b/000.jpg", "reason": "is no image"},
+        {"path": "a/001.jpg", "reason": "is not an image"},
+        {"path": "b/000.jpg", "reason": "is not an image"},
         {"path": "b/004.jpg", "reason": "No such file or directory"},
     ]
 
@@ -167,7 +167,7 @@ def test_a_record_loads_unchanged_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "record.npz"
     rows = np.arange(2 * INDEX_DTYPE.itemsize, dtype=np.uint8).view(INDEX_DTYPE)
     shard = Shard("train-000000.tar", 2, 20480, "0" * 64)
-    reason = {"path": "ø/caf\udce9.jpg", "reason": "is no image"}
+    reason = {"path": "ø/caf\udce9.jpg", "reason": "is not an image"}
     made = MadeShard(shard, rows, np.array([3, 1]), np.array([7, 1 << 63], np.uint64), [reason])
     made.save(path)
     whole = path.read_bytes()

@@ -77,7 +77,7 @@ def test_strays_of_splits_are_listed(tmp_path: Path) -> None:
     assert [item["path"] for item in pack(folder, tmp_path / "out").skipped] == ["1.jpg", "train/2.jpg", "val/3.png"]
 
 
-NAME = "name a folder that pack wrote (fastflower pack FOLDER)."
+NAME = "pass a folder that pack wrote (fastflower pack FOLDER)."
 
 
 def unfinished(folder: Path) -> None:
@@ -89,8 +89,8 @@ def unfinished(folder: Path) -> None:
     ("make", "what"),
     [
         (lambda _: None, f"does not exist; {NAME}"),
-        (Path.mkdir, f"has no manifest.json, so it is no finished pack; {NAME}"),
-        (unfinished, "is a pack that was not finished; run the same pack again."),
+        (Path.mkdir, f"has no manifest.json, so it is not a finished pack; {NAME}"),
+        (unfinished, "is an unfinished pack; run the same fastflower pack command again."),
     ],
 )
 def test_what_is_no_pack_is_told_apart(tmp_path: Path, make: Callable[[Path], object], what: str) -> None:
@@ -100,7 +100,7 @@ def test_what_is_no_pack_is_told_apart(tmp_path: Path, make: Callable[[Path], ob
 
 
 def test_verify_takes_no_address(shards: Path) -> None:
-    rule = "shards must be a folder, and no address, whose files have to be downloaded first, got 's3://bucket/a'."
+    rule = "shards must be a local folder, not a URL; download the shards first, got 's3://bucket/a'."
     with pytest.raises(ArgumentError, match=exactly(rule)):
         verify("s3://bucket/a")
     assert verify(f"file://{shards}") == []
