@@ -64,7 +64,7 @@ def predict(
         checkpoint: A checkpoint that `train` wrote.
         images: A path, or several; a folder stands for all images below it. What `pack` takes is predicted, as it packs it
             without max_side and quality.
-        on_bad: "fail" stops at a file that is missing, is no image, or is cut short; "skip" logs its name and goes on.
+        on_bad: "fail" stops at a file that is missing, is not an image, or is cut short; "skip" logs its name and goes on.
         out: A table to write as well (CSV): path, class, its probability, and the probability of every class.
         device: None means CUDA where there is one, else the CPU.
 

@@ -163,8 +163,8 @@ def test_bad_files_are_skipped_with_a_reason_and_the_others_packed(small: Path, 
     assert list(reasons) == sorted(reasons)
     assert "runcated" in reasons.pop("a/half.jpg")
     assert reasons == {
-        "b/text.jpg": "is no image",
-        "b/empty.png": "is no image",
+        "b/text.jpg": "is not an image",
+        "b/empty.png": "is not an image",
         "c/notes.txt": "has no image extension",
         "c/gone.jpg": "No such file or directory",
     }

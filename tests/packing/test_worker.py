@@ -294,7 +294,9 @@ def test_chunks_are_small_and_consecutive(tmp_path: Path, monkeypatch: pytest.Mo
     assert 0.5 * total / limit < len(chunks) <= total / limit + 1
 
 
-@pytest.mark.parametrize(("name", "reason"), [("a/001.jpg", "is no image"), ("b/004.jpg", "No such file or directory")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("a/001.jpg", "is not an image"), ("b/004.jpg", "No such file or directory")]
+)
 def test_a_bad_image_stops_the_shard_if_on_bad_is_fail(small: Path, tmp_path: Path, name: str, reason: str) -> None:
     for other in {"a/001.jpg", "b/000.jpg", "b/004.jpg"} - {name}:
         (small / other).unlink()

@@ -94,7 +94,7 @@ def test_pack_prints_counts_and_skipped(mixed: Path, tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.splitlines() == [
         "train: 14 images in 1 shards",
         "val: 6 images in 1 shards",
-        "skipped a/text.jpg: is no image",
+        "skipped a/text.jpg: is not an image",
         "skipped b/notes.txt: has no image extension",
         "identical: a/0.jpg, a/9.jpg",
         "identical: b/0.jpg, b/9.jpg",

@@ -59,7 +59,7 @@ def test_what_a_pack_leaves_out_and_what_scores_will_not_tell_of_is_logged(
     (folder / "notes.txt").touch()
     manifest = pack(folder, tmp_path / "out")
     assert [(item["path"], item["reason"]) for item in manifest.skipped] == [
-        ("a/bad.jpg", "is no image"),
+        ("a/bad.jpg", "is not an image"),
         ("stray.jpg", "is not in a class folder"),
     ]
     assert caplog.messages == [
