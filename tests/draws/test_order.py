@@ -163,7 +163,7 @@ def test_memory_is_that_of_a_batch() -> None:
 
 @pytest.mark.parametrize("num_samples", [0, -1, MAX_SAMPLES + 1])
 def test_a_count_outside_the_range_is_refused(num_samples: int) -> None:
-    with pytest.raises(ArgumentError, match=rf"num_samples must lie in 1 \.\. 2\*\*62, got {num_samples}\."):
+    with pytest.raises(ArgumentError, match=rf"num_samples must be in 1 \.\. 2\*\*62, got {num_samples}\."):
         permute([0], num_samples, seed=0, epoch=0)
 
 
@@ -171,12 +171,12 @@ def test_a_count_outside_the_range_is_refused(num_samples: int) -> None:
     ("positions", "range_"), [([10], r"10 \.\. 10"), ([3, 10], r"3 \.\. 10"), ([-1, 5], r"-1 \.\. 5")]
 )
 def test_positions_outside_the_epoch_are_refused(positions: list[int], range_: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"positions must lie in 0 \.\. 9, got {range_}\."):
+    with pytest.raises(ArgumentError, match=rf"positions must be in 0 \.\. 9, got {range_}\."):
         permute(positions, 10, seed=0, epoch=0)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(4, 4), (-1, 4), (1, 1)])
 def test_a_rank_outside_the_world_is_refused(rank: int, world_size: int) -> None:
-    rule = rf"rank must lie in 0 \.\. world_size-1 = {world_size - 1}, got {rank}\."
+    rule = rf"rank must be in 0 \.\. world_size-1 = {world_size - 1}, got {rank}\."
     with pytest.raises(ArgumentError, match=rule):
         step_positions(0, 103, 8, rank=rank, world_size=world_size)

@@ -151,7 +151,7 @@ def test_without_locks_work_goes_on_with_one_warning(
     for path in (tmp_path / "a/lock", tmp_path / "b/lock"):
         with locked(path) as exists, locked(path, lambda: False) as again:
             assert (exists, again) == (False, False)
-    what = "its file system has no locks, so nothing keeps a second process from writing here: start one at a time"
+    what = "its file system does not support locks, so run only one process at a time here"
     assert caplog.messages == [f"{tmp_path / 'a'}: {what} ({os.strerror(number)})"]
     pack(drawn(tmp_path / "data", a=3, b=3), tmp_path / "out")
     assert not (tmp_path / "out/.packing").exists()

@@ -147,7 +147,7 @@ def test_each_line_that_is_printed_can_be_read(packed: Packed) -> None:
     *lines, last, _ = packed.printed.partition("VmHWM")[0].split("\n")
     assert last == f"wrote {packed.out}"
     assert packed.printed.count("\nskipped ") == 21  # of which the last counts the rest
-    known = re.compile(r"(train|val|skipped|warning|identical|looks alike):? .*|\d+ images outside train look like .*")
+    known = re.compile(r"(train|val|skipped|warning|identical|near-duplicate):? .*|near-duplicates of training .*")
     assert [line for line in lines if not line.isprintable() or not known.fullmatch(line)] == []
 
 

@@ -124,7 +124,7 @@ def test_a_recipe_cannot_be_changed_but_derived() -> None:
         ("gamma", 0.0, "above 0"),
         ("label_smoothing", 1.0, "in [0, 1)"),
         ("label_smoothing", -0.1, "in [0, 1)"),
-        ("sizes", (128, 0), "numbers of pixels, at least 1"),
+        ("sizes", (128, 0), "sizes in pixels, each at least 1"),
         ("patience", 0, "at least 1"),
         ("ema", 1.0, "in (0, 1)"),
         ("ema", 0.0, "in (0, 1)"),
@@ -140,13 +140,13 @@ def test_a_field_outside_its_rule_is_refused(field: str, value: Any, rule: str) 
 
 
 def test_only_a_training_that_is_not_cut_short_is_recalibrated() -> None:
-    with pytest.raises(ArgumentError, match=r"^Recipe\.recalibrate must be False with patience, got True\.$"):
+    with pytest.raises(ArgumentError, match=r"^Recipe\.recalibrate must be False if patience is set, got True\.$"):
         Recipe(recalibrate=True, patience=2)
 
 
 @pytest.mark.parametrize("other", [{"ema": 0.9}, {"patience": 2}])
 def test_a_soup_goes_without_other_averages_and_early_stopping(other: dict[str, Any]) -> None:
-    with pytest.raises(ArgumentError, match=r"^Recipe\.soup must be 1 with ema or patience, got 3\.$"):
+    with pytest.raises(ArgumentError, match=r"^Recipe\.soup must be 1 if ema or patience is set, got 3\.$"):
         Recipe(soup=3, **other)
 
 
