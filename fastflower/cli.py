@@ -64,9 +64,7 @@ def _run(args: Sequence[str] | None) -> int:
         return 0 if asked else 2
     if reconfigure := getattr(sys.stdout, "reconfigure", None):  # a replacement for stdout may lack it
         reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    warnings.filterwarnings(
-        "ignore", module="PIL"
-    )  # about damaged metadata and large images; they do not name the file
+    warnings.filterwarnings("ignore", module="PIL")  # damaged metadata, large images; they do not name the file
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fastflower").setLevel(logging.INFO)
     verb, _ = _VERBS[args[0]]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class FastflowerError(Exception):
-    """Base class of all errors below. Catch it to handle any failure that has an explanation."""
+    """Base class of all errors that fastflower raises on purpose. Catch it to report any expected failure."""
 
 
 class ArgumentError(FastflowerError, ValueError):
@@ -68,8 +68,7 @@ class DeviceError(FastflowerError):
 class TrainingError(FastflowerError):
     """Raised if training cannot continue: a non-finite loss or weights, a lost rank, or a file that cannot be written.
 
-    Saved checkpoints stay valid: resume once the cause is fixed, or start again with the changes that the message
-    names.
+    Saved checkpoints stay valid. Fix the cause and resume, or train again with the changes that the message names.
     """
 
 

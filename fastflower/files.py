@@ -1,7 +1,6 @@
 """Atomic writes and file locks, for files that several processes share.
 
-The kernel holds the locks (flock), so a killed process leaves none behind. A forked child does not hold its parent's
-locks.
+The kernel holds the locks (flock), so a killed process leaves none behind. A forked child does not hold its parent's.
 """
 
 import errno
@@ -92,7 +91,7 @@ def refusal(error: object, path: object) -> ResourceError | None:
 
 
 def blame_the_system(error: object, path: object) -> None:
-    """Raise a ResourceError if `refusal` returns one."""
+    """Raise the ResourceError of `refusal`, if any."""
     if refused := refusal(error, path):
         raise refused from None
 
@@ -101,8 +100,8 @@ def blame_the_system(error: object, path: object) -> None:
 def locked(path: Path, given_up: Callable[[], bool] | None = None) -> Generator[bool]:
     """Hold the lock of a file until the block or the process ends. Creates the file and its folder if missing.
 
-    given_up  polled while another process holds the lock; raises CancelledError once it returns True. None: do not
-    wait, raise HeldError, which names the holder.
+    given_up  polled while another process holds the lock: if it returns True, raises CancelledError. None: does not
+    wait, but raises HeldError, which names the holder.
 
     Yields True, or False (after one warning) if the file system does not support locks.
     """
@@ -155,7 +154,7 @@ class _Lock:
             _open_locks.add(self)
 
     def _continue_without(self, error: OSError) -> None:
-        """Warn that the file system has no locks, once for each file system."""
+        """Continue without a lock. Warns once for each file system."""
         self.exists = False
         device = os.fstat(self._number).st_dev
         if device not in _lockless_devices:

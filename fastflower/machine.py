@@ -83,7 +83,7 @@ def _groups(controller: str) -> Iterator[Path]:
 
 
 def _group_folder(top: Path, path: str) -> Path:
-    """Return a cgroup's folder. A container may see only its own subtree, but the path from the host's root."""
+    """Return a cgroup's folder. A container may see only its own subtree, although `path` starts at the host's root."""
     names = [name for name in path.split("/") if name not in ("", "..")]
     folders = (top.joinpath(*names[start:]) for start in range(len(names)))
     return next((folder for folder in folders if folder.is_dir()), top)

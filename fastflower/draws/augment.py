@@ -1,7 +1,7 @@
 """`Augment`: a distribution of augmentations. It draws a `Draw` for samples and a `Mix` for pairs of samples.
 
-A sample's draw does not depend on batch size, worker, rank or which other augmentations are enabled. Shape suffixes: N
-samples, A attempts, S slots.
+A sample's draw does not depend on batch size, worker, rank or which other augmentations are enabled.
+Shape suffixes: N samples, A attempts, S slots.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from fastflower.errors import make_plain, require
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augment:
-    """A distribution of augmentations. `Augment()` changes nothing at random: it is the validation view.
+    """A distribution of augmentations. `Augment()` draws nothing random: it is the validation view.
 
     Each parameter has torchvision's distribution. Geometry is applied first, then brightness, contrast, saturation and
     hue in this order, then normalization, erasing and mixing. Raises ArgumentError, which names the field and its rule.

@@ -1,9 +1,9 @@
 """Crop, flip, rotation, translation, scale and shear as one matrix.
 
-A warp matrix is 2x3 and maps destination points (x, y) to the source. Pixel i covers [i, i+1), so its center is at i +
-0.5. Rectangles are (top, left, height, width). Rectangles and other vertical/horizontal pairs are in (y, x) order,
-points and matrices in (x, y) order: `[:, ::-1]` converts between them. Angles are in degrees outside this module. Shape
-suffixes: N batch, 2/3 matrix rows and columns, 4 numbers of a rectangle, P points.
+A warp matrix is 2x3 and maps destination points (x, y) to the source. Pixel i covers [i, i+1); its center is at +0.5.
+Rectangles are (top, left, height, width). They and other vertical/horizontal pairs are in (y, x) order, points and
+matrices in (x, y) order: `[:, ::-1]` converts between them. Angles are in degrees outside this module.
+Shape suffixes: N batch, 2/3 matrix rows and columns, 4 numbers of a rectangle, P points.
 """
 
 from dataclasses import dataclass, fields
@@ -186,8 +186,7 @@ def shrink_factors(footprint_N2: Floats) -> NDArray[np.int64]:
     """Return integer factors (N, 2) for box-averaging a source before blur and warp: 1 for reductions below 4.
 
     A factor is about half of the reduction and a multiple of the decode scale. This leaves two to four shrunken pixels
-    for each destination pixel: with one, images would be 1.9 gray levels off Pillow's triangle; with two they are 0.8
-    off.
+    per destination pixel. With one, images would differ from Pillow's triangle by 1.9 gray levels, with two by 0.8.
     """
     decoded = decode_scales(footprint_N2)[:, None]
     return decoded * np.maximum(1, np.sqrt(footprint_N2) // (2 * decoded)).astype(np.int64)
@@ -209,9 +208,9 @@ def blur_kernels(variance_N2: Floats) -> Floats:
     """Return symmetric kernels of these variances, from the center outward, (N, 2, BLUR_TAPS): triangles of sum 1.
 
     For integer reductions this is Pillow's triangle, which interpolation preserves exactly: [1, 2, 1] / 4 for a
-    reduction by 2. For a half-width w between m and m + 1, the weights 1 - |j| / w for |j| <= m have sum 2m + 1 -
-    m(m+1) / w and second moment m(m+1)(2m+1) / 3 - m^2 (m+1)^2 / 2w. Their ratio is solved for 1 / w. If the variance
-    is 0, m is 0.
+    reduction by 2. For a half-width w between m and m + 1, the weights 1 - |j| / w for |j| <= m have the sum
+    2m + 1 - m(m+1) / w and the second moment m(m+1)(2m+1) / 3 - m^2 (m+1)^2 / 2w. Their ratio, the variance, is
+    solved for 1 / w. If the variance is 0, m is 0.
     """
     m = np.sqrt(6 * variance_N2 + 1).astype(np.int64) * (variance_N2 > 0)
     pairs = m * (m + 1)

@@ -99,8 +99,8 @@ def step_positions(
 ) -> NDArray[np.int64]:
     """Return the positions in the epoch's order that `rank` sees in `step`, int64.
 
-    All ranks get equally many, up to one in the tail. pad  fill the tail with the epoch's first positions, repeated if
-    too few.
+    All ranks get the same number; in the tail they may differ by one.
+    pad  fill the tail with the epoch's first positions, repeated as needed.
     """
     if not 0 <= rank < world_size:
         raise ArgumentError(f"rank must be in 0 .. world_size-1 = {world_size - 1}, got {rank}.")
@@ -116,8 +116,8 @@ class Windows:
     Like `permute`, a pure function of (seed, epoch, position) in which each epoch contains every sample once. Takes
     O(S) memory for S shards. The layout of an epoch is computed on its first use.
 
-    shard_samples  number of samples of each shard, (S,), in the order of the index. shuffle  False: keep the order of
-    the index. Raises ArgumentError if window is below 1.
+    shard_samples  number of samples of each shard, (S,), in the order of the index.
+    shuffle  False: keep the order of the index. Raises ArgumentError if window is below 1.
     """
 
     def __init__(self, shard_samples: ArrayLike, window: int, *, seed: int, shuffle: bool = True) -> None:
@@ -174,9 +174,10 @@ def balanced(
 ) -> NDArray[np.int64]:
     """Like `permute`, but draw every class equally often: some samples repeat within an epoch, others are skipped.
 
-    by_class  indices of all samples, grouped by class in order, (N,). class_samples  number of samples of each class,
-    (K,). An epoch still has N samples. The counts of classes differ by at most one, and so do the counts of samples
-    within a class. Each epoch draws different samples from a large class.
+    by_class  indices of all samples, grouped by class in order, (N,).
+    class_samples  number of samples of each class, (K,).
+    An epoch still has N samples. The counts of classes differ by at most one, and so do the counts of samples within a
+    class. Each epoch draws different samples from a large class.
     """
     counts = np.asarray(class_samples, np.int64)
     classes = np.flatnonzero(counts)

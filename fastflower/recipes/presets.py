@@ -45,7 +45,7 @@ def report_d(epochs: int = 25) -> Recipe:
 
     Augmentations: resized crop, flip, rotation, jitter and affine. The report does not state the step of its "step
     schedule" (here a factor of 0.1 after 25 epochs, as its two runs suggest), whether Adam's moments were reset after
-    25 epochs (here they are not), and the strength of rotation, jitter and affine (here the first report's).
+    25 epochs (here they are not), or the strength of rotation, jitter and affine (here the first report's).
     """
     return replace(report_a(), optimizer="adam", epochs=epochs, step_epochs=25)
 
@@ -56,7 +56,7 @@ def report_e(backbone: str = "resnet101", freeze: int = 2, *, fixed: bool = Fals
     fixed  True: the same draw for a sample in every epoch. False ("mixed"): a new draw in every epoch.
 
     The report does not state the learning rate (here 0.0001, common for Adam on pretrained weights), the batch size
-    (32), the batches per update (2), the schedule (here one epoch of linear warm-up, then constant), and the strength
+    (32), the batches per update (2), the schedule (here one epoch of linear warm-up, then constant), or the strength
     of crop and erasing (torchvision's defaults).
     """
     augment = Augment(crop=(0.08, 1.0), flip=0.5, erase=0.5, fixed=fixed)
@@ -83,7 +83,7 @@ def report_e_long() -> Recipe:
     The first line is a fraction of lr_final, the others are multiples of lr_init. From 1e-6 to 1e-4 it would rise
     from 0.01 to 1, then give 100 at epoch 10, 35 at epoch 20 (gamma 0.9), 100 right after, and -100 at the end. We
     read it without the jumps: 10 epochs of linear warm-up to lr, decay by gamma per epoch until epoch 20, then half a
-    cosine down to 0 at epoch 40. The report does not state gamma (here 0.9), the start of the warm-up (here 1%), and
+    cosine down to 0 at epoch 40. The report does not state gamma (here 0.9), the start of the warm-up (here 1%), or
     what `report_e` lists. Two stages are frozen.
     """
     return replace(report_e(), epochs=40, schedule="exponential_cosine", warmup_epochs=10, gamma=0.9)

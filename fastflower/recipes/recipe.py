@@ -131,7 +131,7 @@ class Recipe:
         return replace(self.augment, size=_scaled(self.augment.size, factor), resize=resize)
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """Return the learning rate of a step, counted from 0 over all epochs. In a soup, each run has the full schedule."""
+        """Return the learning rate of a step, counted from 0 over all epochs. With soup, every run restarts it."""
         step %= self.epochs_per_training * steps_per_epoch
         scheduled = self.multiplier(step, steps_per_epoch)
         return self.lr * scheduled * warm_up(step, self.warmup_epochs * steps_per_epoch)

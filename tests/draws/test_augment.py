@@ -1,4 +1,4 @@
-"""What is drawn: the distributions of torchvision, one number at a time, and never a number that depends on another."""
+"""Draws of `Augment`: independent of each other and of their batch, with torchvision's geometry."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -18,7 +18,7 @@ from fastflower.errors import ArgumentError
 SAMPLES = 4000
 LAW = settings(deadline=None, max_examples=60, derandomize=True)
 
-# Every augmentation, and the numbers of a Draw that it decides: (field, column or all).
+# Every augmentation, and the part of a Draw that it determines: (array, columns).
 SWITCHED_ON: dict[str, Any] = {
     "crop": (0.1, 0.9),
     "flip": 0.5,
@@ -34,7 +34,7 @@ SWITCHED_ON: dict[str, Any] = {
     "hue": 0.3,
     "erase": 0.7,
 }
-DECIDES: dict[str, tuple[str, Any]] = {
+DETERMINES: dict[str, tuple[str, Any]] = {
     **{name: (name, ...) for name in SWITCHED_ON},
     "crop": ("roi", ...),
     "flip": ("flip", (slice(None), 0)),
@@ -87,24 +87,24 @@ def test_a_draw_does_not_depend_on_its_batch() -> None:
         assert equal(draw(EVERYTHING, [index], epoch=3), whole.take(slice(index, index + 1)))
 
 
-def test_all_that_can_be_drawn_is_looked_at_here() -> None:
-    assert {array for array, _ in DECIDES.values()} == set(ARRAYS)
+def test_every_array_of_a_draw_is_covered_here() -> None:
+    assert {array for array, _ in DETERMINES.values()} == set(ARRAYS)
 
 
 @pytest.mark.parametrize("name", SWITCHED_ON)
 def test_a_draw_does_not_depend_on_other_augmentations(name: str) -> None:
     alone = draw(Augment(**{name: SWITCHED_ON[name]}), range(200))
     together, nothing = draw(EVERYTHING, range(200)), draw(Augment(), range(200))
-    array, columns = DECIDES[name]
+    array, columns = DETERMINES[name]
     assert np.array_equal(getattr(alone, array)[columns], getattr(together, array)[columns])
     assert not np.array_equal(getattr(alone, array)[columns], getattr(nothing, array)[columns])
     getattr(alone, array)[columns] = getattr(nothing, array)[columns]
-    assert equal(alone, nothing)  # it decides nothing else
+    assert equal(alone, nothing)  # it determines nothing else
 
 
 @pytest.mark.parametrize("name", SWITCHED_ON)
 def test_draws_differ_by_epoch_seed_and_index(name: str) -> None:
-    array, columns = DECIDES[name]
+    array, columns = DETERMINES[name]
     sizes = np.full((200, 2), 300)
 
     def drawn(seed: int, epoch: int, first: int) -> NDArray[Any]:
@@ -157,7 +157,7 @@ def test_no_two_drawn_numbers_are_correlated() -> None:
     }
     correlation = np.corrcoef(np.array(list(columns.values()), np.float64)) - np.eye(len(columns))
     worst = np.unravel_index(np.abs(correlation).argmax(), correlation.shape)
-    # Rectangles that fit select their area by their ratio a little; 0.08 is five standard deviations of no correlation.
+    # Rejecting rectangles that do not fit correlates area and ratio slightly. 0.08 is five standard deviations of zero.
     assert np.abs(correlation).max() < 0.08, [list(columns)[column] for column in worst]
 
 
@@ -187,19 +187,19 @@ def test_right_angles_and_shifts_move_pixels_as_torchvision_does(
     assert np.array_equal(pixels.reshape(8, 8), expected[0].numpy())
 
 
-def test_a_counter_clockwise_turn_brings_the_right_edge_to_the_top() -> None:
-    """torchvision's rotate(+90); its affine(+90) turns the other way."""
+def test_a_counterclockwise_rotation_moves_the_right_edge_to_the_top() -> None:
+    """This is torchvision's rotate(+90). Its affine(+90) rotates clockwise."""
     drawn = Augment(size=10, crop=(1, 1), crop_ratio=(1, 1)).draw(0, 0, [0], [[10, 10]])
     frame = corners(np.array([[0.0, 0.0, 10.0, 10.0]]))
     turned = replace(drawn, rotate=np.array([90.0])).matrix()
     assert np.allclose(transform(turned, frame), [[[10, 0], [10, 10], [0, 10], [0, 0]]])
     other_way = replace(drawn, affine_rotate=np.array([90.0])).matrix()
     assert np.allclose(transform(other_way, frame), [[[0, 10], [0, 0], [10, 0], [10, 10]]])
-    mirrored = replace(drawn, flip=np.array([[True, False]])).matrix()
-    assert np.allclose(transform(mirrored, frame), [[[10, 0], [0, 0], [0, 10], [10, 10]]])
+    flipped = replace(drawn, flip=np.array([[True, False]])).matrix()
+    assert np.allclose(transform(flipped, frame), [[[10, 0], [0, 0], [0, 10], [10, 10]]])
 
 
-def test_one_draw_is_the_recorded_one() -> None:
+def test_one_draw_equals_the_recorded_one() -> None:
     drawn = replace(EVERYTHING, size=(160, 224), erase=1.0).draw(0, 0, [7], [[375, 500]])
     recorded: dict[str, Any] = {
         "roi": [95.0, 196.0, 249.0, 267.0],
@@ -270,7 +270,7 @@ def test_no_draw_reads_outside_its_image(augment: Augment, fill: str) -> None:
 
 
 @pytest.mark.parametrize("name", SWITCHED_ON)
-def test_moves_says_whether_rotation_shift_scale_or_shear_is_drawn(name: str) -> None:
+def test_moves_is_true_if_rotation_shift_scale_or_shear_is_drawn(name: str) -> None:
     augment = Augment(**{name: SWITCHED_ON[name]})
     moving = {"rotate", "affine_rotate", "translate", "scale", "shear"}
     assert augment.moves == (name in moving)
@@ -293,7 +293,7 @@ def test_moves_says_whether_rotation_shift_scale_or_shear_is_drawn(name: str) ->
         Augment(crop=(0.5, 1.0), rotate=5),
     ],
 )
-def test_uncovers_says_whether_some_output_shows_what_lies_outside(augment: Augment) -> None:
+def test_uncovers_is_true_if_some_output_shows_pixels_outside(augment: Augment) -> None:
     sizes = np.random.default_rng(0).integers(30, 900, (500, 2))
     masked = augment.draw(0, 0, np.arange(500), sizes).warp(sizes, "black").masked
     assert masked.any() == augment.uncovers

@@ -1,4 +1,4 @@
-"""torchvision's transforms, v1 and v2, read as an Augment: what is drawn follows, what cannot is refused by name."""
+"""torchvision transforms, v1 and v2, converted to an Augment: same draws, and unsupported ones refused by name."""
 
 import re
 from dataclasses import replace
@@ -16,14 +16,14 @@ from fastflower.draws.augment import Augment
 from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
 from fastflower.errors import ArgumentError
 
-# Their annotations allow less than they take.
+# torchvision accepts more than its annotations allow.
 v1: Any = transforms
 v2: Any = transforms_v2
 MEAN, STD = list(IMAGENET_MEAN), list(IMAGENET_STD)
 PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 VERSIONS = [pytest.param(v1, id="v1"), pytest.param(v2, id="v2")]
-TURNED = "color is drawn as specified but applied after all geometry"
-ORDERED = "ColorJitter's operations run in a fixed order: brightness, contrast, saturation, hue"
+REORDERED = "color is drawn as specified but applied after all geometry"
+FIXED_ORDER = "ColorJitter's operations run in a fixed order: brightness, contrast, saturation, hue"
 
 
 def to_tensor(version: Any) -> list[Any]:
@@ -36,7 +36,7 @@ def notes(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_student_s_resized_crop_flip_rotation_jitter_and_affine(
+def test_a_students_resized_crop_flip_rotation_jitter_and_affine(
     version: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     augment = Augment.from_torchvision(
@@ -69,8 +69,8 @@ def test_a_student_s_resized_crop_flip_rotation_jitter_and_affine(
     )
     assert notes(caplog) == [
         "RandomRotation uses bilinear interpolation instead of nearest",
-        ORDERED,
-        f"{TURNED} (RandomAffine follows ColorJitter)",
+        FIXED_ORDER,
+        f"{REORDERED} (RandomAffine follows ColorJitter)",
         "RandomAffine uses bilinear interpolation instead of nearest",
     ]
 
@@ -116,12 +116,12 @@ def test_every_call_logs_again(caplog: pytest.LogCaptureFixture) -> None:
     assert notes(caplog) == ["RandomRotation uses bilinear interpolation instead of nearest"] * 2
 
 
-def test_color_before_geometry_is_said_once_for_each_transform_that_follows(caplog: pytest.LogCaptureFixture) -> None:
+def test_color_before_geometry_is_logged_for_each_following_transform(caplog: pytest.LogCaptureFixture) -> None:
     Augment.from_torchvision(
         v1.Compose([v1.ColorJitter(0.5), v1.RandomResizedCrop(64), v1.RandomHorizontalFlip(), v1.RandomVerticalFlip()])
     )
     assert notes(caplog) == [
-        f"{TURNED} ({name} follows ColorJitter)"
+        f"{REORDERED} ({name} follows ColorJitter)"
         for name in ("RandomResizedCrop", "RandomHorizontalFlip", "RandomVerticalFlip")
     ]
 
@@ -145,7 +145,7 @@ def test_resize_to_height_and_width_fixes_the_size(version: Any) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_resize_before_a_resized_crop_is_left_out(version: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_resize_before_a_resized_crop_is_ignored(version: Any, caplog: pytest.LogCaptureFixture) -> None:
     augment = Augment.from_torchvision(version.Compose([version.Resize(256), version.RandomResizedCrop(224)]))
     assert augment == Augment(size=(224, 224), crop=(0.08, 1.0), **PLAIN)
     assert notes(caplog) == [
@@ -173,7 +173,7 @@ def test_a_value_erased_before_normalize_is_normalized(
     assert replace(before, erase_value=color) == after
 
 
-def test_values_may_be_erased_from_what_is_float_by_then() -> None:
+def test_a_value_may_be_erased_after_the_conversion_to_float() -> None:
     erasing, normalize = v2.RandomErasing(1.0, value=0.5), v2.Normalize((0.5,), (0.5,))
     to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
     for steps in ([CROP, normalize, erasing], [CROP, v2.ToImage(), to_float, normalize, erasing], [CROP, erasing]):
@@ -194,7 +194,7 @@ def test_nested_and_sequential_transforms_are_read_in_order(version: Any) -> Non
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_ranges_that_are_written_out_are_read(version: Any) -> None:
+def test_explicit_ranges_are_read(version: Any) -> None:
     augment = Augment.from_torchvision(
         version.Compose(
             [
@@ -226,7 +226,7 @@ def test_conversions_and_identities_change_nothing(version: Any) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_is_drawn_follows(version: Any) -> None:
+def test_draws_fill_the_ranges_of_the_transforms(version: Any) -> None:
     augment = Augment.from_torchvision(
         version.Compose(
             [
@@ -362,7 +362,7 @@ REFUSED: list[tuple[list[Any], str]] = [
 
 
 @pytest.mark.parametrize(("steps", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
-def test_what_cannot_be_expressed_is_refused_by_name(
+def test_an_unsupported_transform_is_refused_by_name(
     steps: list[Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ArgumentError, match=re.escape(message)):
@@ -370,7 +370,7 @@ def test_what_cannot_be_expressed_is_refused_by_name(
     assert notes(caplog) == []
 
 
-def test_black_fill_may_be_written_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_black_fill_may_be_explicit(caplog: pytest.LogCaptureFixture) -> None:
     bilinear = InterpolationMode.BILINEAR
     rotation, moved = v1.RandomRotation(5, bilinear, fill=[0, 0, 0]), v1.RandomAffine(5, interpolation=bilinear, fill=0)
     augment = Augment.from_torchvision(v1.Compose([CROP, rotation, moved]))
