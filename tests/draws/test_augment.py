@@ -45,7 +45,7 @@ ARRAYS = [field.name for field in fields(Draw) if field.name != "size"]
 
 
 def draw(augment: Augment, indices: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Draw:
-    """Draw for images whose size is a function of their index."""
+    """Draw for images with sizes derived from their indices."""
     numbers = np.asarray(indices)
     return augment.draw(seed, epoch, numbers, np.stack([200 + 7 * numbers % 91, 180 + 11 * numbers % 203], axis=-1))
 

@@ -128,7 +128,7 @@ def test_affine_equals_torchvision(
     angle: float, shift: tuple[float, float], scale: float, shear: tuple[float, float], size: tuple[int, int]
 ) -> None:
     ours = affine(np.array([angle]), np.array([shift]), np.array([scale]), np.array([shear]), size)
-    # torchvision's center for PIL images, whose pixel centers are at +0.5.
+    # torchvision's center for PIL images, with pixel centers at +0.5.
     about: Any = ([size[1] / 2, size[0] / 2], angle, list(shift), scale, list(shear))
     points = np.array([[[0.0, 0.0], [size[1], size[0]], [size[1], 0.0], [17.5, -3.0]]])
     inverse = np.reshape(_get_inverse_affine_matrix(*about), (1, 2, 3))
@@ -342,7 +342,7 @@ def test_nothing_is_shrunk_below_a_reduction_by_four() -> None:
 
 @LAW
 @given(st.floats(4, 500))
-def test_two_to_four_shrunken_pixels_are_left_to_a_destination_pixel(reduction: float) -> None:
+def test_a_destination_pixel_covers_two_to_four_shrunken_pixels(reduction: float) -> None:
     left, unchanged = reduction / shrink_factors(np.array([[reduction**2, 1.0]]))[0]
     assert (2 - 1e-9 <= left < 4 + 1e-9, unchanged) == (True, reduction)
 
