@@ -264,7 +264,7 @@ def test_threads_end_with_the_iterator(shards: Path, backend: Any) -> None:
         ({"on_bad": "ignore"}, ArgumentError, "on_bad must be 'fail' or 'skip', got 'ignore'"),
         ({"dtype": torch.int32}, ArgumentError, "dtype must be one of torch.float32"),
         ({"rank": 0}, ArgumentError, "rank and world_size belong together"),
-        ({"rank": 2, "world_size": 2}, ArgumentError, r"rank must lie in 0 \.\. world_size-1 = 1, got 2"),
+        ({"rank": 2, "world_size": 2}, ArgumentError, r"rank must be in 0 \.\. world_size-1 = 1, got 2"),
         ({"backend": "pil"}, ArgumentError, "backend must be one of native, opencv, dali, triton, got 'pil'"),
         ({"split": "test"}, ShardError, "has no samples in split 'test'; choose from train, val"),
     ],
@@ -278,7 +278,7 @@ def test_arguments_outside_their_rule_are_named(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_a_gpu_is_an_error_with_the_remedy(shards: Path) -> None:
-    with pytest.raises(DeviceError, match=r"device='cuda': this machine.*has no CUDA; leave device out to use the CPU"):
+    with pytest.raises(DeviceError, match=r"device='cuda': this machine.*has no CUDA; omit device to use the CPU"):
         make(shards, device="cuda")
 
 

@@ -80,7 +80,7 @@ def test_the_command_writes_a_picture_of_all(shards: Path, tmp_path: Path, capsy
         ({"out": "seen.jpg"}, "out must be a .png file, got 'seen.jpg'."),
         (
             {"out": "no/seen.png"},
-            f"out: no/seen.png cannot be written ({os.strerror(2)}); name a file in a folder that is there.",
+            f"out: no/seen.png cannot be written ({os.strerror(2)}); choose a file in an existing folder.",
         ),
     ],
 )

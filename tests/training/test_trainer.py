@@ -301,9 +301,7 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
         match=r"recipe must be a Recipe, such as fastflower\.recipes\.presets\.PRESETS.* makes one, got 'scratch'",
     ):
         train(shards, "scratch", out=out, device="cpu")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(
-        ArgumentError, match="device must be cpu, cuda or cuda:NUMBER, got 'gpu'; leave it out for CUDA"
-    ):
+    with pytest.raises(ArgumentError, match="device must be cpu, cuda or cuda:NUMBER, got 'gpu'; omit it to use CUDA"):
         train(shards, TINY, out=out, device="gpu")
     (tmp_path / "file").touch()
     message = (
@@ -314,7 +312,7 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
     with pytest.raises(CheckpointError, match=r"nowhere\.pth: does not exist; check the path"):
         train(shards, replace(TINY, weights=str(tmp_path / "nowhere.pth")), out=out, device="cpu")
     if not torch.cuda.is_available():
-        with pytest.raises(DeviceError, match="has no CUDA; leave device out to use the CPU"):
+        with pytest.raises(DeviceError, match="has no CUDA; omit device to use the CPU"):
             train(shards, TINY, out=out, device="cuda")
     with pytest.raises(FolderError, match="does not exist; pass a folder that contains one folder of images per class"):
         pack(tmp_path / "missing", out)

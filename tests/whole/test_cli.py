@@ -108,7 +108,7 @@ def test_the_program_packs_as_the_function_does(mixed: Path, tmp_path: Path) -> 
     done = command("pack", mixed, "--out", tmp_path / "by tool", "--on-conflict", "keep", "--max-side", "8")
     pack(mixed, tmp_path / "by function", on_conflict="keep", max_side=8)
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr  # that files are left out
-    assert "\nthe same picture under two labels: a/0.jpg, a/9.jpg, b/0.jpg\nwrote " in done.stdout
+    assert "\nthe same image under two labels: a/0.jpg, a/9.jpg, b/0.jpg\nwrote " in done.stdout
     for path in (tmp_path / "by function").iterdir():
         assert (tmp_path / "by tool" / path.name).read_bytes() == path.read_bytes()
 
@@ -146,8 +146,8 @@ def test_images_that_look_alike_across_the_split_are_listed(
     assert capsys.readouterr().out.splitlines() == [
         "train: 2 images in 1 shards",
         "val: 2 images in 1 shards",
-        "looks alike: val/rose/0000.jpg in val, train/rose/0000.jpg in train",
-        "1 images outside train look like one in train, so accuracy on them says little",
+        "near-duplicate: val/rose/0000.jpg in val, train/rose/0000.jpg in train",
+        "near-duplicates of training images in other splits: 1; accuracy on them is optimistic",
         f"wrote {out}",
     ]
     assert (out / "meta/train.txt").read_text() == "train/rose/0000.jpg 0\ntrain/tulip/0000.jpg 1\n"
@@ -221,7 +221,7 @@ def test_an_unknown_verb_is_wrong_usage_and_names_the_verbs(
     printed = capsys.readouterr()
     assert printed.out == ""
     told, usage = printed.err.split("usage: fastflower VERB")
-    assert told == (f"there is no verb {args[0]!r}\n" if args else "")
+    assert told == (f"unknown verb {args[0]!r}\n" if args else "")
     assert [line.split()[0] for line in usage.splitlines()[1:]] == list(VERBS)
 
 
@@ -383,5 +383,5 @@ def test_a_scheduler_that_does_not_answer_is_explained(waiting: subprocess.Popen
     assert (waiting.returncode, done.returncode) == (1, 1)
     for address, (out, err) in {**printed, "scheduler": (done.stdout, done.stderr)}.items():
         assert (out, err.count("\n")) == ("", 1)
-        assert err.startswith(f"error: --dask {address}: no scheduler answers there (")
-        assert err.endswith("); name one as tcp://HOST:PORT.\n")
+        assert err.startswith(f"error: --dask {address}: no scheduler answers (")
+        assert err.endswith("); pass its address as tcp://HOST:PORT.\n")
