@@ -1,4 +1,4 @@
-"""The words of docs, docstrings, comments, help and messages: the field's terms, in sentences that are understood at one reading."""
+"""Docs, docstrings, comments, help and messages use the terms of the field, in sentences that are not too long."""
 
 import ast
 import io
