@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastflower.draws.draw import Mix
 
+Integers = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 """A decoded image, (H, W, 3) RGB."""
 Stored = NDArray[np.uint8 | np.float32 | np.uint16]
@@ -27,13 +28,12 @@ class Batch(NamedTuple):
     """(N,) int64: the samples' positions in the split's index, which key every random number."""
 
 
-def mixed(
-    images: Tensor, labels: Tensor, mix: Mix, num_classes: int, put: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, H, W), float, and labels (N,), mixed with those of the other in the pair; labels become (N, K) float32.
+def mixed(batch: Batch, mix: Mix, num_classes: int, put: Callable[[Tensor], Tensor]) -> Batch:
+    """Return float images and labels (N,) mixed within each pair; labels become (N, num_classes) float32.
 
-    put  brings a tensor of the host to where they are, without waiting for a GPU.
+    put  copies a CPU tensor to the batch's device without waiting for the GPU.
     """
+    images, labels, index = batch
     partner = torch.arange(len(labels), device=labels.device) ^ 1
     numbers = np.repeat(np.stack([mix.share, np.where(mix.cut, 1.0, mix.share)]), 2, axis=1).astype(np.float32)
     share, blend = put(torch.as_tensor(numbers))[:, :, None]
@@ -43,12 +43,7 @@ def mixed(
         if height and width:
             place = (slice(None), slice(top, top + height), slice(left, left + width))
             out[2 * pair][place], out[2 * pair + 1][place] = images[2 * pair + 1][place], images[2 * pair][place]
-    return out.contiguous(memory_format=torch.channels_last), torch.lerp(classes[partner], classes, share)
-
-
-def storage(dtype: torch.dtype) -> type[np.uint8 | np.float32 | np.uint16]:
-    """The dtype of `Stored` for a dtype of torch."""
-    return {torch.uint8: np.uint8, torch.float32: np.float32}.get(dtype, np.uint16)
+    return Batch(out.contiguous(memory_format=torch.channels_last), torch.lerp(classes[partner], classes, share), index)
 
 
 def as_numpy(tensor: Tensor) -> Stored:

@@ -8,12 +8,11 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fastflower.draws.augment import Augment
 from fastflower.draws.geometry import decode_scales
 from fastflower.errors import ArgumentError
-from fastflower.loading.batch import Pixels
+from fastflower.loading.batch import Integers, Pixels
 from fastflower.loading.samples import SampleSource
 from fastflower.machine import available_bytes, ranks_here
 
@@ -36,7 +35,7 @@ class Decoded(NamedTuple):
     most: int
 
 
-def decoded_bytes(sizes_N2: NDArray[np.int64], augment: Augment, seed: int) -> Decoded:
+def decoded_bytes(sizes_N2: Integers, augment: Augment, seed: int) -> Decoded:
     """What images of those sizes take when they are decoded.
 
     At the scales that large ones are drawn at, an estimate, from four epochs of 256.

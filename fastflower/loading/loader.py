@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -14,22 +15,22 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastflower import distributed
 from fastflower.devices import resolve_device
 from fastflower.draws.augment import Augment
+from fastflower.draws.order import num_steps, step_positions
 from fastflower.errors import ArgumentError, ShardError, require
 from fastflower.loading.backends.base import Name, Setup
 from fastflower.loading.backends.selection import create
-from fastflower.loading.batch import Batch, mixed
+from fastflower.loading.batch import Batch, Integers, Pixels, mixed
 from fastflower.loading.cache import Cache
 from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 from fastflower.loading.stats import SPENT, Stats
-from fastflower.loading.steps import Shuffle, Steps, Tail
+from fastflower.loading.steps import Order, Shuffle, Tail
 from fastflower.machine import cores
 from fastflower.shards.manifest import Manifest
 from fastflower.shards.mirror import Mirror
@@ -41,10 +42,6 @@ _log = logging.getLogger("fastflower")
 _REMOTE_WINDOW = 8  # shards: with the packer's 64 MB half a gigabyte, some ten thousand images
 _DRAWN_TOGETHER = 1024  # samples: numpy's calls then cost less than what they compute
 _BATCHES_AHEAD = 8  # of a GPU: some 30 ms of steps of 4 ms, in which the host may do something else
-_ARGUMENTS = (
-    *("shards", "split", "batch_size", "augment", "seed", "dtype", "cache", "rank", "world_size"),
-    *("shuffle", "window", "tail", "on_bad"),
-)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
@@ -129,13 +126,18 @@ class Loader(IterableDataset[Batch]):
         self.tail: Tail = tail or ("drop" if self.shuffle else "keep")
         self.on_bad = on_bad
         self._check(workers)
-        _check_mix(self.augment, self.batch_size, self.tail, self.dtype)
+        self._check_mix(self.augment)
 
         self._mirror = Mirror.connect(source) if source else None
         self.manifest = self._mirror.manifest if self._mirror else Manifest.load(str(shards))
-        self._reader = self._open()
+        if self._mirror:
+            self._mirror.open_split(split, self.window or 1)
+        fetch = self._mirror.path if self._mirror else None
+        self._reader = ShardReader(self.manifest, split, strict=on_bad == "fail" and not fetch, fetch=fetch)
         self._samples = SampleSource(self._reader, replaces=on_bad == "skip")
-        self._steps = self._ordered()
+        self._order = Order(self.manifest.split(split), self._samples.labels, seed, self.shuffle, self.window)
+        self._num_steps = num_steps(self.num_samples, self.global_batch_size, drop_tail=self.tail == "drop")
+        self._check_steps()
         self.replaced = self._samples.replaced
         """Damaged samples, by index, and what is wrong with each."""
         setup = Setup(self.device, self.dtype, batch_size, self.workers)
@@ -159,40 +161,31 @@ class Loader(IterableDataset[Batch]):
                 "window must be None with shuffle='balanced', which reads all shards; so must shards be local."
             )
 
-    def _open(self) -> ShardReader:
-        if self._mirror is None:
-            return ShardReader(self.manifest, self.split, strict=self.on_bad == "fail")
-        self._mirror.open_split(self.split, self.window or 1)
-        return ShardReader(self.manifest, self.split, strict=False, fetch=self._mirror.path)
-
-    def _ordered(self) -> Steps:
-        steps = Steps(
-            split=self.manifest.split(self.split),
-            labels=self._samples.labels,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            shuffle=self.shuffle,
-            window=self.window,
-            tail=self.tail,
-        )
-        if not steps.of_all_ranks and self.tail == "drop":
+    def _check_mix(self, augment: Augment) -> None:
+        mixes = augment.mixup or augment.cutmix
+        if mixes and (self.batch_size % 2 or self.tail == "keep" or self.dtype == torch.uint8):
             raise ArgumentError(
-                f"batch_size: {steps.global_batch_size}, of all ranks together, exceeds the {self.num_samples} samples of "
+                "augment: mixup and cutmix mix pairs of a batch, in floating point: they need an even batch_size, tail 'drop' "
+                f"or 'pad' and a dtype other than uint8; got {self.batch_size}, {self.tail!r} and {self.dtype}."
+            )
+
+    def _check_steps(self) -> None:
+        if not self._num_steps and self.tail == "drop":
+            raise ArgumentError(
+                f"batch_size: {self.global_batch_size}, of all ranks together, exceeds the {self.num_samples} samples of "
                 f"split {self.split!r}, so an epoch would have no step; lower it (--batch-size), or give a Loader tail='keep'."
             )
         if self.shuffle == "balanced":
             _log.info("shuffle: classes come equally often, so that an epoch does not hold every sample exactly once")
-        return steps
 
     def __reduce__(self) -> tuple[object, ...]:
         """To another process: made again from the same arguments, at the same place; nothing kept goes along."""
-        arguments = {name: getattr(self, name) for name in _ARGUMENTS} | self._asked
+        names = signature(Loader.__init__).parameters.keys() - {"self", "executor"}
+        arguments = {name: getattr(self, name) for name in names} | self._asked
         place = {"_next": self._next, "_position": self._position, "_restored": self._restored}
         return partial(type(self), **arguments), (), place
 
-    def image(self, index: int) -> NDArray[np.uint8]:
+    def image(self, index: int) -> Pixels:
         """The whole decoded image of a sample, (H, W, 3) RGB; not to be written to."""
         return self._samples.decode(index)
 
@@ -222,11 +215,12 @@ class Loader(IterableDataset[Batch]):
     @property
     def global_batch_size(self) -> int:
         """Samples a step over all ranks."""
-        return self._steps.global_batch_size
+        return self.batch_size * self.world_size
 
     def __len__(self) -> int:
         """Steps in an epoch: the same on every rank, but for one fewer where a kept tail has no sample for it."""
-        return len(self._steps)
+        last_is_empty = self.tail == "keep" and not len(self._positions(self._num_steps - 1))
+        return self._num_steps - last_is_empty
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -249,7 +243,7 @@ class Loader(IterableDataset[Batch]):
         try:
             for request, images in made:
                 after = request.step + 1
-                self._position = (epoch, after) if after < self._steps.of_all_ranks else (epoch + 1, 0)
+                self._position = (epoch, after) if after < self._num_steps else (epoch + 1, 0)
                 labels = torch.as_tensor(self._samples.labels[request.indices])
                 index = torch.as_tensor(request.indices)
                 batch = self._mixed(request, Batch(self._put(images), self._put(labels), self._put(index)))
@@ -281,7 +275,7 @@ class Loader(IterableDataset[Batch]):
         if not (augment.mixup or augment.cutmix):
             return batch
         mix = augment.mix(self.seed, request.epoch, request.indices)
-        return Batch(*mixed(batch.images, batch.labels, mix, len(self.manifest.classes), self._put), batch.index)
+        return mixed(batch, mix, len(self.manifest.classes), self._put)
 
     def stats(self) -> Stats:
         """Where the time of all epochs so far went."""
@@ -296,28 +290,34 @@ class Loader(IterableDataset[Batch]):
         augment = self.augment  # whatever it is set to meanwhile
         later = range(start + 1, len(self), max(1, _DRAWN_TOGETHER // self.batch_size))
         for first, end in pairwise([*range(start, min(start + 1, len(self))), *later, len(self)]):
-            indices = self._steps.indices(epoch, range(first, end))
-            together = np.concatenate(indices)
-            sizes = self._samples.sizes[together]
-            drawn = Request.drawn(augment, together, sizes, seed=self.seed, epoch=epoch, step=first)
+            positions = [self._positions(step) for step in range(first, end)]
+            indices = self._order.indices(np.concatenate(positions), epoch)
+            sizes = self._samples.sizes[indices]
+            drawn = Request.drawn(augment, indices, sizes, seed=self.seed, epoch=epoch, step=first)
             row = 0
-            for step, count in enumerate(map(len, indices), first):
+            for step, count in enumerate(map(len, positions), first):
                 yield drawn.take(step, slice(row, row + count))
                 row += count
 
     def _announced(self, requests: Iterator[Request]) -> Iterator[Request]:
         """Requests, each after the mirror has heard which shards it needs, and which come next."""
-        shards = self.manifest.split(self.split).shards
         for request in requests:
             if self._mirror:
-                ahead = self._steps.shards_ahead(request.epoch, request.step)
-                self._reader.close_all_but(self._mirror.prefetch([shards[number].name for number in ahead]))
+                self._reader.close_all_but(self._mirror.prefetch(self._shards_ahead(request.epoch, request.step)))
             yield request
 
-    def indices(self, epoch: int, step: int) -> NDArray[np.int64]:
+    def _shards_ahead(self, epoch: int, step: int) -> list[str]:
+        """Return the names of the shards that a step reads, then those of the next window."""
+        shards = self.manifest.split(self.split).shards
+        return [shards[number].name for number in self._order.windows.ahead(self._positions(step), epoch)]
+
+    def _positions(self, step: int) -> Integers:
+        ranks = {"rank": self.rank, "world_size": self.world_size}
+        return step_positions(step, self.num_samples, self.global_batch_size, **ranks, pad=self.tail == "pad")
+
+    def indices(self, epoch: int, step: int) -> Integers:
         """(N,) the samples of a step of an epoch on this rank."""
-        (indices,) = self._steps.indices(epoch, [step])
-        return indices
+        return self._order.indices(self._positions(step), epoch)
 
     def _put(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == self.device.type:
@@ -327,7 +327,7 @@ class Loader(IterableDataset[Batch]):
 
     def set_augment(self, augment: Augment) -> None:
         """Draw from another distribution from the next `for` on; images that are kept stay."""
-        _check_mix(augment, self.batch_size, self.tail, self.dtype)
+        self._check_mix(augment)
         self.augment = augment
         self._backend = self._backend.with_augment(augment)
 
@@ -379,12 +379,3 @@ def _asked_for(backend: Name | None, executor: Name | None) -> Name | None:
         raise ArgumentError(f"executor is the former name of backend; pass backend={backend!r} alone.")
     warnings.warn(f"Loader(executor=) is called backend= now; pass backend={executor!r}.", FutureWarning, stacklevel=3)
     return executor
-
-
-def _check_mix(augment: Augment, batch_size: int, tail: Tail, dtype: torch.dtype) -> None:
-    mixes = augment.mixup or augment.cutmix
-    if mixes and (batch_size % 2 or tail == "keep" or dtype == torch.uint8):
-        raise ArgumentError(
-            "augment: mixup and cutmix mix pairs of a batch, in floating point: they need an even batch_size, tail 'drop' or "
-            f"'pad' and a dtype other than uint8; got {batch_size}, {tail!r} and {dtype}."
-        )

@@ -4,11 +4,11 @@ from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastflower.draws.augment import Augment
 from fastflower.draws.draw import Draw
 from fastflower.draws.geometry import Warp
+from fastflower.loading.batch import Integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Request:
 
     epoch: int
     step: int
-    indices: NDArray[np.int64]
+    indices: Integers
     """(N,)."""
     draw: Draw
     warp: Warp
@@ -27,16 +27,7 @@ class Request:
     seed: int
 
     @classmethod
-    def drawn(
-        cls,
-        augment: Augment,
-        indices: NDArray[np.int64],
-        sizes: NDArray[np.int64],
-        *,
-        seed: int,
-        epoch: int,
-        step: int,
-    ) -> Self:
+    def drawn(cls, augment: Augment, indices: Integers, sizes: Integers, *, seed: int, epoch: int, step: int) -> Self:
         """The request for samples `indices`, (N,), whose images have `sizes`, (N, 2) height and width."""
         draw = augment.draw(seed, epoch, indices, sizes)
         return cls(epoch, step, indices, draw, draw.warp(sizes, augment.fill), augment, seed)
@@ -50,7 +41,7 @@ class Request:
         """One of the samples, as `take` gives it."""
         return self.take(self.step, slice(row, row + 1))
 
-    def put(self, row: int, index: int, size: NDArray[np.int64]) -> None:
+    def put(self, row: int, index: int, size: Integers) -> None:
         """Set another sample, whose image has `size`, (2,) height and width, into a row, with what is drawn for it."""
         indices = np.array([index])
         other = Request.drawn(self.augment, indices, size[None], seed=self.seed, epoch=self.epoch, step=self.step)

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from fastflower import Augment, Loader, Recipe, train
 from fastflower.draws.draw import Mix
 from fastflower.errors import ArgumentError
-from fastflower.loading.batch import mixed
+from fastflower.loading.batch import Batch, mixed
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
@@ -48,7 +48,8 @@ def test_pairs_are_mixed_as_a_plain_loop_mixes_them() -> None:
             expected[row][inside] = images[other][inside]
         else:
             expected[row] = share * images[row] + (1 - share) * images[other]
-    found, found_shares = mixed(torch.from_numpy(images), torch.from_numpy(labels), mix, 3, torch.clone)
+    batch = Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.arange(len(labels)))
+    found, found_shares, _ = mixed(batch, mix, 3, torch.clone)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(found_shares.numpy(), shares, atol=1e-6)
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -110,7 +111,7 @@ def test_unmixed_images_lie_in_what_was_mixed(shards: Path) -> None:
     plain = next(iter(make(shards, augment=Augment(size=32, resize=36, flip=0.5))))
     batch = next(iter(make(shards)))
     mix = BOTH.mix(0, 0, plain.index)
-    images, labels = mixed(plain.images, plain.labels, mix, 5, torch.clone)
+    images, labels, _ = mixed(plain, mix, 5, torch.clone)
     assert torch.equal(images, batch.images)
     assert torch.equal(labels, batch.labels)
     assert not torch.equal(plain.images, batch.images)

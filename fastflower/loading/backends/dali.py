@@ -24,6 +24,7 @@ from fastflower.draws import color, geometry
 from fastflower.draws.augment import Augment
 from fastflower.errors import SampleError
 from fastflower.loading.backends.base import Backend, Setup, Work
+from fastflower.loading.batch import Integers
 from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 
@@ -156,7 +157,7 @@ class DaliBackend(Backend[_Reading, None]):
 _NO_BLUR = 0.05  # a Gaussian so narrow has one weight
 
 
-def _gaussians(footprint_N2: geometry.Floats) -> tuple[geometry.Floats, NDArray[np.int64]]:
+def _gaussians(footprint_N2: geometry.Floats) -> tuple[geometry.Floats, Integers]:
     """(sigma, window), each (N, 2), down and across, of Gaussians with the variance that interpolation lacks.
 
     Up to a reduction by two the window has three weights and equals `geometry.blur_kernels`; beyond, a Gaussian of the

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from threading import Lock
 from time import perf_counter
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 from weakref import ref
 
 import numpy as np
@@ -19,29 +19,14 @@ from fastflower.draws.augment import Augment
 from fastflower.loading.backends.base import Backend, Setup, Work
 from fastflower.loading.backends.native import NativeRenderer
 from fastflower.loading.backends.opencv import OpencvRenderer
-from fastflower.loading.batch import Pixels, Stored, as_numpy, storage
+from fastflower.loading.batch import Stored, as_numpy
 from fastflower.loading.cache import PixelCache
 from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 
 _SPARE = 4  # batches whose memory waits to be used again
 
-Job = Any
-"""What a renderer does for a row: its own, but for the attribute `decode_scale`, the scale at which the image is decoded."""
-
-
-class Renderer(Protocol):
-    """Decoded images in, rows of the batch out. Thread-safe."""
-
-    def __init__(self, augment: Augment, dtype: torch.dtype) -> None: ...
-
-    def jobs(self, request: Request) -> list[Job]:
-        """What to do for each row."""
-        ...
-
-    def __call__(self, image: Pixels, job: Job, out: Stored, /) -> None:
-        """Write (height, width, 3) into `out`. image  (H, W, 3) uint8, decoded at job.decode_scale."""
-        ...
+Renderer = NativeRenderer | OpencvRenderer
 
 
 class _Memory:
@@ -52,20 +37,19 @@ class _Memory:
 
     def __init__(self) -> None:
         # Looked through for what is free again: called back then, Python would swallow a KeyboardInterrupt that came meanwhile.
-        self._lent: list[tuple[ref[Stored], NDArray[np.uint8]]] = []
+        self._lent: list[tuple[ref[NDArray[np.uint8]], NDArray[np.uint8]]] = []
         self._free: deque[NDArray[np.uint8]] = deque(maxlen=_SPARE)
         self._lock = Lock()
 
-    def take(self, shape: tuple[int, ...], dtype: type[np.uint8 | np.float32 | np.uint16]) -> Stored:
-        """An array of whatever content."""
-        size = prod(shape) * np.dtype(dtype).itemsize
+    def take(self, size: int) -> NDArray[np.uint8]:
+        """Return `size` uninitialized bytes."""
         with self._lock:
             self._free.extend(memory for array, memory in self._lent if array() is None)
             self._lent = [entry for entry in self._lent if entry[0]() is not None]
             memory = self._free.popleft() if self._free else np.empty(0, np.uint8)
             if memory.nbytes < size:
                 memory = np.empty(size, np.uint8)  # by numpy, which asks the kernel for huge pages; torch does not
-            array = memory[:size].view(dtype).reshape(shape)
+            array = memory[:size]
             self._lent.append((ref(array), memory))
         return array
 
@@ -82,7 +66,8 @@ class _Rendering(Work):
     """(N, H, W, 3)."""
     out: Stored
     """The same memory."""
-    jobs: list[Job]
+    jobs: list[Any]
+    """One for each row, as the renderer's `jobs` returns them."""
 
 
 class ThreadBackend(Backend[_Rendering, PixelCache]):
@@ -100,18 +85,15 @@ class ThreadBackend(Backend[_Rendering, PixelCache]):
         self._memory = _Memory()
 
     def begin(self, request: Request) -> _Rendering:
-        count = len(request.indices)
-        images = self._blank((count, *self.augment.output_size, 3))
-        jobs = self._render.jobs(request)
-        return _Rendering(request=request, rows=range(count), images=images, out=as_numpy(images), jobs=jobs)
-
-    def _blank(self, shape: tuple[int, ...]) -> Tensor:
-        """A batch of whatever content."""
         device, dtype = self.setup.device, self.setup.dtype
-        if device.type != "cuda":
-            return torch.as_tensor(self._memory.take(shape, storage(dtype))).view(dtype)
-        with torch.cuda.device(device):  # or pinning takes memory of another GPU, the current one
-            return torch.empty(shape, dtype=dtype, pin_memory=True)  # torch uses it again when no copy needs it
+        shape = (len(request.indices), *self.augment.output_size, 3)
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # or pinning takes memory of another GPU, the current one
+                images = torch.empty(shape, dtype=dtype, pin_memory=True)  # torch uses it again when no copy needs it
+        else:
+            images = torch.as_tensor(self._memory.take(prod(shape) * dtype.itemsize)).view(dtype).view(shape)
+        jobs = self._render.jobs(request)
+        return _Rendering(request=request, rows=range(len(jobs)), images=images, out=as_numpy(images), jobs=jobs)
 
     def prepare(self, work: _Rendering, row: int) -> None:
         job, out = work.jobs[row], work.out[row]

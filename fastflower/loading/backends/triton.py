@@ -15,14 +15,13 @@ from functools import partial
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastflower.draws import color, geometry
 from fastflower.draws.augment import Augment
 from fastflower.loading.backends import triton_kernels as kernels
 from fastflower.loading.backends.base import Backend, Setup, Work, chunks
-from fastflower.loading.batch import Pixels
+from fastflower.loading.batch import Integers, Pixels
 from fastflower.loading.cache import Allowance
 from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
@@ -31,14 +30,6 @@ _SCALES = (1, 2, 4, 8)  # of decoding
 _WORD_BYTES = 4  # of a pixel
 BLOCK, WARPS = 512, 8  # output pixels a program; on compute capability 9.0 at most 48 registers a thread, no spills
 _ROW_BYTES = 8 * kernels.WHOLE + 4 * kernels.FRACTIONS
-_FACTORS = {
-    "brightness": kernels.BRIGHTNESS,
-    "contrast": kernels.CONTRAST,
-    "saturation": kernels.SATURATION,
-    "hue": kernels.HUE,
-}
-
-Integers = NDArray[np.int64]
 
 
 class DeviceImages:
@@ -66,13 +57,17 @@ class DeviceImages:
         return self._address[place], self._width[place]
 
     def add(
-        self, indices_M: Integers, reduce_M: Integers, images: Sequence[Pixels], pool: ThreadPoolExecutor
+        self, indices_M: Integers, decode_scale_M: Integers, images: Sequence[Pixels], pool: ThreadPoolExecutor
     ) -> tuple[Integers, Integers, Tensor]:
         """Bring images (H, W, 3) to the device, and keep them if all that are new may stay.
 
         Returns (addresses (M,), widths (M,), memory to hold on to until the kernel is launched).
         """
-        new = self._new(indices_M, reduce_M)
+        level_M = _level(decode_scale_M)
+        # Neither twice in this batch nor kept since then by the batch before, which was still being decoded.
+        new = np.zeros(len(level_M), np.bool_)
+        new[np.unique(indices_M * len(_SCALES) + level_M, return_index=True)[1]] = True
+        new &= self._address[indices_M, level_M] == 0
         order = np.argsort(~new, kind="stable")  # those that stay come first, in one piece
         pixels_M = np.array([image.shape[0] * image.shape[1] for image in images])
         kept_pixels = int(pixels_M[new].sum())
@@ -87,16 +82,9 @@ class DeviceImages:
         width_M = np.array([image.shape[1] for image in images])
         if kept_pixels:
             self._pieces.append(stay)
-            place = (indices_M[new], _level(reduce_M[new]))
+            place = (indices_M[new], level_M[new])
             self._address[place], self._width[place] = address_M[new], width_M[new]
         return address_M, width_M, go
-
-    def _new(self, indices_M: Integers, reduce_M: Integers) -> NDArray[np.bool_]:
-        """Which come for the first time: neither twice in this batch, nor kept since by one that was under way."""
-        level = _level(reduce_M)
-        first = np.zeros(len(level), np.bool_)
-        first[np.unique(indices_M * len(_SCALES) + level, return_index=True)[1]] = True
-        return first & (self._address[indices_M, level] == 0)
 
     def _staged(
         self, images: Sequence[Pixels], starts_M: Integers, pixels_M: Integers, pool: ThreadPoolExecutor
@@ -214,7 +202,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
             numbers[:, kernels.FRAME : kernels.BLUR_DOWN] = frame.reshape(count, 6)
         numbers[:, kernels.BLUR_DOWN : kernels.BRIGHTNESS].reshape(count, 2, -1)[:, :, :-1] = kernel
         numbers[:, [kernels.BLUR_ACROSS - 1, kernels.BRIGHTNESS - 1]] = 0
-        for name, column in _FACTORS.items():
+        for column, name in enumerate(color.FACTORS, kernels.BRIGHTNESS):
             numbers[:, column] = getattr(request.draw, name)
         return memory
 

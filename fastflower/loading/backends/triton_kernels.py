@@ -18,7 +18,7 @@ ERASE = 9  # top, left, height, width
 # Columns of the table of fractions, (N, FRACTIONS) float32.
 FRACTIONS = 28
 WARP, FRAME, BLUR_DOWN, BLUR_ACROSS = 0, 6, 12, 18  # six each: of the blur from its middle outwards, then a zero
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(24, 28)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(24, 28)  # in the order of color.FACTORS
 # What is done after the warp, as bits: what an augment never draws is left out.
 SATURATES, TURNS, ERASES, NORMALIZES = 1, 2, 4, 8
 
