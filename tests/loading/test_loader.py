@@ -122,7 +122,7 @@ def test_a_kept_tail_makes_a_shuffled_epoch_exact(shards: Path) -> None:
 
 def test_stats_add_up_over_epochs(shards: Path) -> None:
     loader = make(shards, cache=None)
-    assert loader.stats().verdict == "nothing was fed yet: iterate first."
+    assert loader.stats().verdict == "no batches yet: iterate over the loader first."
     list(loader)
     first = loader.stats()
     assert (first.images, first.replaced) == (112, 0)
@@ -139,15 +139,15 @@ def test_a_verdict_names_who_waits_and_for_what() -> None:
     spent = {"read_seconds": 1.0, "decode_seconds": 5.0, "augment_seconds": 2.0}
     slow = Stats(images=10, workers=2, replaced=0, wait_seconds=4.0, consume_seconds=4.0, **spent)
     assert slow.verdict.startswith(
-        "feeding holds the job back: the consumer waited 50% of the time, most of it for decoding; "
+        "data loading is the bottleneck: the consumer waited 50% of the time, most of it for decoding; "
     )
-    assert str(slow).splitlines()[1] == "decode       5.00 s  500.000 ms an image"
+    assert str(slow).splitlines()[1] == "decode       5.00 s  500.000 ms per image"
     by_dali = replace(slow, decode_seconds=0.0, augment_seconds=0.0)
     assert by_dali.verdict.startswith(
-        "feeding holds the job back: the consumer waited 50% of the time; what a GPU or DALI does "
+        "data loading is the bottleneck: the consumer waited 50% of the time; work in DALI or on a GPU is not timed "
     )
     fast = replace(slow, wait_seconds=0.1)
-    assert fast.verdict.startswith("the consumer holds the job back: it waited for data 2% of the time; ")
+    assert fast.verdict.startswith("the consumer is the bottleneck: it waited for data 2% of the time; ")
 
 
 def test_a_break_is_followed_by_the_next_epoch(shards: Path) -> None:
@@ -182,8 +182,8 @@ def test_set_epoch_after_a_state_keeps_its_place_in_that_epoch_only(
         after.load_state_dict({**state, "step": step})
         after.set_epoch(0)
         assert indices(after) == epochs[0]
-        told = f"the loaded position, step {step} of epoch 1, is discarded"
-        assert caplog.messages[-1] == f"set_epoch(0): begins at the start of that epoch; {told}"
+        discarded = f"discarded the loaded position, step {step} of epoch 1"
+        assert caplog.messages[-1] == f"set_epoch(0): starting at the first step; {discarded}"
 
 
 @pytest.mark.parametrize("backend", ["native", OPENCV, DALI])
@@ -256,7 +256,7 @@ def test_threads_end_with_the_iterator(shards: Path, backend: Any) -> None:
         (
             {"batch_size": 121},
             ArgumentError,
-            r"batch_size: 121, of all ranks together, exceeds the 120 samples .* lower it \(--batch-size\)",
+            r"batch_size: 121 over all ranks exceeds the 120 samples .* lower it \(--batch-size\)",
         ),
         ({"workers": 0}, ArgumentError, "workers must be at least 1"),
         ({"window": 0}, ArgumentError, "window must be at least 1 shard, got 0"),
@@ -323,11 +323,11 @@ def test_dali_hands_its_memory_to_torch(
 
 
 def test_backend_may_be_asked_for_by_its_former_name(shards: Path) -> None:
-    with pytest.warns(
-        FutureWarning, match=r"^Loader\(executor=\) is called backend= now; pass backend='opencv'\.$"
-    ) as told:
+    with pytest.warns(FutureWarning, match=r"^Loader\(executor=\) is deprecated; pass backend='opencv'\.$") as told:
         loader = make(shards, executor="opencv")
     assert (len(told), loader.backend) == (1, "opencv")
     assert [batch.index.tolist() for batch in pickle.loads(pickle.dumps(loader))] == indices(loader)
-    with pytest.raises(ArgumentError, match=r"^executor is the former name of backend; pass backend='native' alone\.$"):
+    with pytest.raises(
+        ArgumentError, match=r"^executor is the deprecated name of backend; pass only backend='native'\.$"
+    ):
         make(shards, executor="opencv", backend="native")

@@ -160,7 +160,7 @@ def test_a_pickled_loader_says_which_place_it_gives_up(shards: Path, caplog: pyt
     loader.load_state_dict({**loader.state_dict(), "step": 3})
     pickle.loads(pickle.dumps(loader)).set_epoch(1)
     assert caplog.messages == [
-        "set_epoch(1): begins at the start of that epoch; the loaded position, step 3 of epoch 0, is discarded"
+        "set_epoch(1): starting at the first step; discarded the loaded position, step 3 of epoch 0"
     ]
 
 

@@ -193,7 +193,7 @@ def test_an_image_is_kept_once_where_a_padded_step_shows_it_again(few: Path, bat
 
 
 def test_what_does_not_go_together_is_refused(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ArgumentError, match="cache must be None with backend='dali', which keeps nothing, got 1000"):
+    with pytest.raises(ArgumentError, match="cache must be None with backend='dali', which caches nothing, got 1000"):
         Loader(few, backend="dali", **{**OPTIONS, "cache": 1000})
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ArgumentError, match="backend='triton' needs device='cuda', got 'cpu'; leave backend out"):
