@@ -76,14 +76,14 @@ class Allowance:
             return True
 
     @staticmethod
-    def promised(device: torch.device) -> int:
+    def reserved(device: torch.device) -> int:
         """Return the bytes reserved on a device by all loaders of this process."""
         return sum(other.left for other in list(Allowance._all) if other.device == device)
 
 
-def _unpromised(device: torch.device) -> int:
+def _unreserved(device: torch.device) -> int:
     ranks = ranks_here() if device.type == "cpu" else 1  # each rank has its own cache
-    return max(0, free_bytes(device) // ranks - Allowance.promised(device))
+    return max(0, free_bytes(device) // ranks - Allowance.reserved(device))
 
 
 def allow(cache: Cache, decoded: Decoded, device: torch.device) -> Allowance:
@@ -96,11 +96,11 @@ def allow(cache: Cache, decoded: Decoded, device: torch.device) -> Allowance:
         return Allowance(device, min(cache or 0, decoded.most))
     if cache != "auto":
         raise ArgumentError(f"cache must be 'auto', None or a number of bytes, got {cache!r}.")
-    free = _unpromised(device)
+    free = _unreserved(device)
     if decoded.needed > _SHARE * free:  # unused loaders may still reserve memory
         gc.collect()
         torch.cuda.empty_cache()  # else torch keeps the memory of their images
-        free = _unpromised(device)
+        free = _unreserved(device)
     fits = decoded.needed <= _SHARE * free
     _log.info(
         "cache: %.2f GB decoded, %.1f GB of %s free: %s",
