@@ -117,17 +117,17 @@ class PixelCache:
 
     def __init__(self, samples: SampleSource, allowance: Allowance) -> None:
         self._samples, self._allowance = samples, allowance
-        self._kept: dict[tuple[int, int], Pixels] = {}
+        self._cached: dict[tuple[int, int], Pixels] = {}
         self._lock = Lock()
 
     def decode(self, index: int, decode_scale: int = 1) -> Pixels:
         """Return an image as `SampleSource.decode` does, from the cache if possible. Do not write to it."""
         key = (index, decode_scale)
-        kept = self._kept.get(key)
-        if kept is not None:
-            return kept
+        cached = self._cached.get(key)
+        if cached is not None:
+            return cached
         image = self._samples.decode(index, decode_scale)
         with self._lock:
-            if key not in self._kept and self._allowance.take(image.nbytes):
-                self._kept[key] = image
+            if key not in self._cached and self._allowance.take(image.nbytes):
+                self._cached[key] = image
         return image

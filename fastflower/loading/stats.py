@@ -35,7 +35,7 @@ class Stats:
 
     @property
     def verdict(self) -> str:
-        """One sentence that names the bottleneck and what to do about it."""
+        """The bottleneck and what to do about it, in one sentence."""
         total = self.wait_seconds + self.consume_seconds
         if not self.images or not total:
             return "no batches yet: iterate over the loader first."

@@ -121,7 +121,7 @@ def test_auto_estimates_the_memory_of_reduced_images(
         for _ in range(4):
             assert sum(len(batch.labels) for batch in loader) == loader.num_samples
         (cache,) = kept
-        held = sum(image.nbytes for image in cache._kept.values())
+        held = sum(image.nbytes for image in cache._cached.values())
         whole = loader.num_samples * 901 * 1203 * 3
         estimate = decoded_bytes(loader._samples.sizes, augment, loader.seed)
         assert held < 0.9 * whole

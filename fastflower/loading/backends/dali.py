@@ -153,9 +153,7 @@ class DaliBackend(Backend[_Reading, None]):
                 raise
             for index in request.indices.tolist():  # raises an error that names the sample, which DALI's may not
                 self.samples.decode(index)
-            raise SampleError(
-                f"DALI failed on a batch, although all of its samples decode on the CPU: {error}"
-            ) from error
+            raise SampleError(f"DALI failed on a batch, but all its samples decode on the CPU: {error}") from error
         return images.as_tensor()
 
 

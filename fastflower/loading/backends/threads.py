@@ -73,7 +73,7 @@ class _Rendering(Work):
 class ThreadBackend(Backend[_Rendering, PixelCache]):
     """Decodes, renders and erases whole rows of a batch on threads.
 
-    If the batch goes to a GPU, they render into pinned memory, which the GPU copies asynchronously.
+    For a GPU, threads render into pinned memory, which the GPU copies asynchronously.
     """
 
     renderer: ClassVar[type[Renderer]]

@@ -28,10 +28,8 @@ from fastflower.loading.samples import SampleSource
 
 _SCALES = (1, 2, 4, 8)  # decode scales
 _WORD_BYTES = 4  # per pixel
-BLOCK, WARPS = (
-    512,
-    8,
-)  # output pixels per program; at most 48 registers per thread and no spills on compute capability 9.0
+# Output pixels and warps per program: at most 48 registers per thread and no spills on compute capability 9.0.
+BLOCK, WARPS = 512, 8
 _ROW_BYTES = 8 * kernels.WHOLE + 4 * kernels.FRACTIONS
 
 
@@ -79,9 +77,7 @@ class DeviceImages:
         starts_M = np.empty_like(pixels_M)
         starts_M[order] = np.cumsum(pixels_M[order]) - pixels_M[order]
         staged = self._staged(images, starts_M, pixels_M, pool)
-        kept, rest = (
-            words.to(self.device, non_blocking=True) for words in (staged[:kept_pixels], staged[kept_pixels:])
-        )
+        kept, rest = (part.to(self.device, non_blocking=True) for part in (staged[:kept_pixels], staged[kept_pixels:]))
         past = starts_M - kept_pixels  # start of an image in `rest`
         address_M = np.where(past < 0, kept.data_ptr() + _WORD_BYTES * starts_M, rest.data_ptr() + _WORD_BYTES * past)
         width_M = np.array([image.shape[1] for image in images])
