@@ -21,9 +21,7 @@ from fastflower.loading.stats import Stats
 RANDOM = Augment(size=64, resize=72, crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, hue=0.1)
 BACKENDS = ["native", "opencv", "dali"]
 # soak: in these tests the loader decides, not the backend
-OPENCV, DALI = (
-    pytest.param(name, marks=pytest.mark.soak) for name in ("opencv", "dali")
-)  # soak: the loader decides here, not the backend
+OPENCV, DALI = (pytest.param(name, marks=pytest.mark.soak) for name in ("opencv", "dali"))
 
 
 def make(shards: Path, **options: Any) -> Loader:

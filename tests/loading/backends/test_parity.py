@@ -92,9 +92,8 @@ def supersampled(image: NDArray[np.uint8], matrix: NDArray[np.float64], size: tu
 
 @pytest.mark.parametrize("name", parity.BACKENDS)
 def test_one_resample_is_closer_to_the_truth_than_three(name: str, encoded: list[bytes]) -> None:
-    augment = Augment(
-        crop=(0.08, 1.0), rotate=10, translate=(0.1, 0.1), scale=(0.9, 1.1)
-    )  # torchvision resamples three times
+    # torchvision resamples three times: for the crop, the rotation and the affine.
+    augment = Augment(crop=(0.08, 1.0), rotate=10, translate=(0.1, 0.1), scale=(0.9, 1.1))
     encoded = enough(name, encoded)
     draw = parity.request(augment, encoded).draw
     made = parity.render(name, augment, encoded)
