@@ -60,7 +60,8 @@ class Loader(IterableDataset[Batch]):
         augment: Distribution of random augmentations. None (the default) means `Augment()`, the validation view.
         seed: Random seed of the order and of the augmentation (default 0).
         device: Device that holds the batches. None (the default) means CUDA if it is available, else the CPU.
-        dtype: dtype of the images: torch.float32 (the default), bfloat16, float16, or uint8, which is not normalized.
+        dtype: Data type of the images: torch.float32 (the default), bfloat16, float16, or uint8, which is not
+            normalized.
         cache: Memory for decoded images. "auto" (the default) caches all images if they fit in half of the free RAM, or
             of the free GPU memory with CUDA, else none. A number of bytes caches as many images as fit. None disables
             the cache.
