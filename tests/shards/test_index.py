@@ -196,8 +196,8 @@ def test_a_manifest_that_lists_a_class_twice_is_rejected_before_training(old: Pa
 @pytest.mark.parametrize(
     ("size", "told"),
     [
-        (64, "97 x 65 pixels, the index says 102 x 65"),
-        (16, "49 x 33 pixels at 1/2 of its scale, the index says 102 x 65"),
+        (64, "97 x 65 pixels, but the index says 102 x 65"),
+        (16, "49 x 33 pixels at decode scale 1/2, but the index says 102 x 65"),
     ],
 )
 def test_an_image_of_another_size_than_its_row_says_is_a_damaged_sample(
@@ -212,7 +212,9 @@ def test_an_image_of_another_size_than_its_row_says_is_a_damaged_sample(
     resealed(tmp_path / "out")
     augment = Augment(size=size, resize=size)
     how: dict[str, Any] = {"batch_size": 4, "augment": augment, "shuffle": False, "device": "cpu", "backend": backend}
-    with pytest.raises(SampleError, match=rf"sample .* \(.*jpg\): is decoded to {told}; rebuild it with .*--repair"):
+    with pytest.raises(
+        SampleError, match=rf"sample .* \(.*jpg\): decodes to {told}; rebuild the index with .*--repair"
+    ):
         list(Loader(tmp_path / "out", **how))
     loader = Loader(tmp_path / "out", on_bad="skip", **how)
     list(loader)

@@ -256,7 +256,7 @@ for name, value in IMPATIENT.items():
     setattr(remote, name, value)
 loader = Loader(Remote(url=sys.argv[2], folder=sys.argv[3]), **OPTIONS, window=1)
 if sys.argv[4] == "deaf exit":
-    deafen(remote.RemoteFiles, loader._mirror.manifest.split("train").shards[loader._steps.shards_ahead(0, 0)[0]].name)
+    deafen(remote.RemoteFiles, loader._shards_ahead(0, 0)[0])
 if sys.argv[4].endswith("exit"):
     batches = iter(loader)
     next(batches)

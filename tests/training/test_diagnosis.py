@@ -37,7 +37,7 @@ def test_where_feeding_is_slower_it_says_what_takes_the_time(shards: Path) -> No
     }
     for what, changed in slow.items():
         sentence = str(Diagnosis(loading_rate=10, training_rate=20, stats=changed, device="cpu")).splitlines()[-1]
-        assert sentence.startswith("feeding holds the job back: the consumer waited ")
+        assert sentence.startswith("data loading is the bottleneck: the consumer waited ")
         assert f"most of it for {what}; " in sentence
 
 

@@ -153,7 +153,8 @@ def test_what_differs_but_the_shards_is_named_at_resuming(shards: Path, tmp_path
     checkpoint = Checkpoint.load(tmp_path / "checkpoint-last.pt")
     checkpoint.feeding["window"] = 8
     checkpoint.save(tmp_path / "checkpoint-last.pt")
-    rule = "load_state_dict: the state has window 8, this loader None; resume with the same shards, split, seed and batch_size"
+    remedy = "resume with the same shards, split, seed and batch_size"
+    rule = f"load_state_dict: the state has window 8, this loader has None; {remedy}"
     with pytest.raises(
         CheckpointError, match=re.escape(f"{tmp_path / 'checkpoint-last.pt'}: {rule} * world_size.") + "$"
     ):
