@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from places import ROOT
+from torchvision import models
 
 from fastflower import Augment, Batch, Loader, Recipe, predict, train
+from fastflower.models.backbone import build
 
 PAGES = ("coming-from-dataloader.md", "using-a-trained-network.md")
 # The same path in seconds: small images, and no worker processes, which would be forked from a process with threads.
@@ -88,3 +90,16 @@ def test_a_network_elsewhere_says_what_predict_says(
     assert (names["size"], names["resize"]) == (view.size, view.resized)
     assert (names["mean"], names["std"]) == (view.mean, view.std)
     assert predict("run/checkpoint-best.pt", "photo.jpg", device="cpu")[0].class_name == expected.class_name
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "resnet50_v1"])
+def test_the_strides_of_a_backbone_without_fastflower_are_those_with_it(backbone: str) -> None:
+    (exchange,) = [text for text in blocks(PAGES[1]) if "_v1" in text and "stride" in text]
+    with torch.device("meta"):  # neither memory nor random numbers
+        expected, model = build(backbone, 5, weights=None), models.get_model("resnet50", num_classes=5)
+    exec(compile(exchange, "docs", "exec"), {"model": model, "recipe": {"backbone": backbone}})
+    assert strides(model) == strides(expected)
+
+
+def strides(model: torch.nn.Module) -> list[tuple[int, ...]]:
+    return [module.stride for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
