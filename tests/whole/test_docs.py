@@ -85,7 +85,8 @@ def test_a_network_elsewhere_says_what_predict_says(
     assert found.tolist() == pytest.approx(list(expected.probabilities.values()), abs=0.02)
     with torch.inference_mode():
         assert torch.equal(names["model"](names["image"][None]).softmax(1)[0], found)
-    assert names["logits"].softmax(1)[0].tolist() == pytest.approx(found.tolist(), abs=1e-4)
+    tolerance = 1e-4 if names["device"] == "cpu" else 0.05  # bfloat16 on CUDA
+    assert names["logits"].softmax(1)[0].tolist() == pytest.approx(found.tolist(), abs=tolerance)
     view = names["checkpoint"].recipe.augment
     assert (names["size"], names["resize"]) == (view.size, view.resized)
     assert (names["mean"], names["std"]) == (view.mean, view.std)
