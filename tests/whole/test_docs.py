@@ -1,0 +1,106 @@
+"""The Python blocks of documentation pages run, page by page, in a folder with data, shards and a run."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from places import ROOT
+from torchvision import models
+
+from fastflower import Augment, Batch, Loader, Recipe, predict, train
+from fastflower.models.backbone import build
+
+PAGES = ("coming-from-dataloader.md", "using-a-trained-network.md")
+# The same path in seconds: small images, and no worker processes, which would be forked from a process with threads.
+SHORTER = {
+    "RandomResizedCrop(224)": "RandomResizedCrop(32)",
+    "num_workers=4, pin_memory=True, persistent_workers=True": "num_workers=0",
+}
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = Recipe(weights=None, augment=Augment(size=64), epochs=2, batch_size=24, precision="float32")
+    return train(shards, recipe, out=tmp_path_factory.mktemp("runs") / "run", device="cpu").folder
+
+
+def executed(page: str, flowers: Path, run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a page's blocks define, run one after another in `folder`."""
+    monkeypatch.chdir(folder)
+    for name, made in {"data": flowers, "run": run, "photo.jpg": next(flowers.glob("rose/*.jpg"))}.items():
+        Path(name).symlink_to(made)
+    trained: list[tuple[Any, ...]] = []
+    names: dict[str, Any] = {"__name__": "page", "train_step": lambda *batch: trained.append(batch), "trained": trained}
+    for text in blocks(page):
+        for long, short in SHORTER.items():
+            text = text.replace(long, short)
+        exec(compile(text, f"docs/{page}", "exec"), names)
+    return names
+
+
+def test_every_page_has_blocks_and_each_shortening_is_used() -> None:
+    texts = {page: "".join(blocks(page)) for page in PAGES}
+    assert all(texts.values())
+    assert all(any(long in text for text in texts.values()) for long in SHORTER)
+
+
+def test_a_loader_does_what_the_page_on_dataloader_says(
+    flowers: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = executed(PAGES[0], flowers, run, tmp_path, monkeypatch)
+    # Two epochs of ImageFolder (150 images), two of the loader (120), and one that is interrupted and resumed.
+    assert len(names["trained"]) == 2 * 4 + 2 * 3 + 3
+    assert names["augment"] == Augment(size=(32, 32), crop=(0.08, 1.0), flip=0.5)
+    loader, dataset = names["loader"], names["dataset"]
+    assert list(loader.manifest.classes) == dataset.classes
+    assert loader.num_samples == 120
+    assert len(loader) == 3
+    assert loader.global_batch_size == 32
+    batch = next(iter(loader))
+    assert isinstance(batch, Batch)
+    assert batch.images.shape == (32, 3, 32, 32)
+    assert batch.images.dtype == torch.float32
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.images.min() < 0
+    label, path = int(batch.labels[0]), loader.path_of(int(batch.index[0]))
+    assert path.startswith(dataset.classes[label])
+    assert loader.image(int(batch.index[0])).shape[2] == 3
+    view = Loader("shards", "val", batch_size=32, device="cpu")
+    assert (view.augment.resized, view.augment.output_size) == (256, (224, 224))
+    assert sum(len(index) for _, _, index in view) == view.num_samples == 30
+
+
+def test_a_network_elsewhere_says_what_predict_says(
+    flowers: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = executed(PAGES[1], flowers, run, tmp_path, monkeypatch)
+    found, expected = names["probabilities"], names["prediction"]
+    assert names["checkpoint"].classes[names["best"]] == expected.class_name
+    assert found.tolist() == pytest.approx(list(expected.probabilities.values()), abs=0.02)
+    with torch.inference_mode():
+        assert torch.equal(names["model"](names["image"][None]).softmax(1)[0], found)
+    tolerance = 1e-4 if names["device"] == "cpu" else 0.05  # bfloat16 on CUDA
+    assert names["logits"].softmax(1)[0].tolist() == pytest.approx(found.tolist(), abs=tolerance)
+    view = names["checkpoint"].recipe.augment
+    assert (names["size"], names["resize"]) == (view.size, view.resized)
+    assert (names["mean"], names["std"]) == (view.mean, view.std)
+    assert predict("run/checkpoint-best.pt", "photo.jpg", device="cpu")[0].class_name == expected.class_name
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "resnet50_v1"])
+def test_the_strides_of_a_backbone_without_fastflower_are_those_with_it(backbone: str) -> None:
+    (exchange,) = [text for text in blocks(PAGES[1]) if "_v1" in text and "stride" in text]
+    with torch.device("meta"):  # neither memory nor random numbers
+        expected, model = build(backbone, 5, weights=None), models.get_model("resnet50", num_classes=5)
+    exec(compile(exchange, "docs", "exec"), {"model": model, "recipe": {"backbone": backbone}})
+    assert strides(model) == strides(expected)
+
+
+def strides(model: torch.nn.Module) -> list[tuple[int, ...]]:
+    return [module.stride for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
