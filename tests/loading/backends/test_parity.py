@@ -34,7 +34,7 @@ def enough(name: str, encoded: list[bytes]) -> list[bytes]:
     return encoded[::7] if name == "triton" else encoded
 
 
-QUICK = ("validation view (resize 256, center 224)", "reduction by four", "hue 0.1", "everything")
+QUICK = ("validation view (resize 256, center 224)", "downscaling by 4", "hue 0.1", "everything")
 """Of Triton's interpreter: its kernels have one way for all of geometry; "everything" takes all of their steps of color."""
 PAIRS = [
     pytest.param(name, case, marks=[pytest.mark.soak] if name == "triton" and case not in QUICK else [])
@@ -64,11 +64,11 @@ def test_a_backend_draws_what_torchvision_draws(name: str, case: str, encoded: l
 @pytest.mark.parametrize("name", parity.BACKENDS)
 def test_a_reduction_without_a_prefilter_would_be_noticed(name: str, encoded: list[bytes]) -> None:
     """The limit of the reduction by four is tight enough: plain bilinear sampling is several times over it."""
-    case, encoded = parity.CASES["reduction by four"], enough(name, encoded)
+    case, encoded = parity.CASES["downscaling by 4"], enough(name, encoded)
     draw = parity.request(case.augment, encoded).draw
     matrix = draw.matrix()
     matrix[:, :, 2] += matrix[:, :, :2].sum(axis=2) / 2 - 0.5
-    wanted = parity.expected("reduction by four", tuple(encoded))
+    wanted = parity.expected("downscaling by 4", tuple(encoded))
     unfiltered = [
         np.abs(
             cv2.warpAffine(decode(data), warp, (56, 56), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP) - image
@@ -76,7 +76,7 @@ def test_a_reduction_without_a_prefilter_would_be_noticed(name: str, encoded: li
         for data, warp, (image, _) in zip(encoded, matrix, wanted, strict=True)
     ]
     assert np.mean(unfiltered) > 3 * case.limit
-    assert parity.differences("reduction by four", name, encoded).mean() < case.limit
+    assert parity.differences("downscaling by 4", name, encoded).mean() < case.limit
 
 
 def supersampled(image: NDArray[np.uint8], matrix: NDArray[np.float64], size: tuple[int, int], factor: int = 6) -> Any:
@@ -199,7 +199,7 @@ def test_the_table_needs_no_setting_of_the_environment(image_files: list[Path], 
     """As `python tests/helpers/parity.py FOLDER`, for one case and one image."""
     (tmp_path / "rose").mkdir()
     (tmp_path / "rose/1.jpg").write_bytes(image_files[0].read_bytes())
-    case = "left-right flip"
+    case = "horizontal flip"
     program = f"import parity; parity.CASES = {{{case!r}: parity.CASES[{case!r}]}}; parity.main({str(tmp_path)!r})"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(HELPERS)))
