@@ -1,9 +1,9 @@
-"""Compare fastflower's accuracy with that of a plain ImageFolder loop: python benchmarks/accuracy.py --data FOLDER --work FOLDER
+"""Compare accuracy with a plain ImageFolder loop: python benchmarks/accuracy.py --data FOLDER --work FOLDER
 
-For each seed, both sides train a ResNet-18 from the same random weights, on the same split, with the same recipe (`scratch` at
-a lower resolution). They differ only in decoding, random draws, order and augmentation. The accuracy of the last epoch counts.
-Reports the mean difference of the pairs with its 95% confidence interval by Student's t. Nothing is timed, so other work may
-run at the same time.
+For each seed, both sides train a ResNet-18 from the same random weights, on the same split, with the same recipe
+(`scratch` at a lower resolution). They differ only in decoding, random draws, order and augmentation. The accuracy of
+the last epoch counts. Reports the mean difference of the pairs with its 95% confidence interval by Student's t. Nothing
+is timed, so other work may run at the same time.
 """
 
 import shutil

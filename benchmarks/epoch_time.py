@@ -1,8 +1,9 @@
-"""Time epochs of fastflower and of ImageFolder + DataLoader, interleaved: python benchmarks/epoch_time.py [--data FOLDER]
+"""Time epochs against ImageFolder + DataLoader, interleaved: python benchmarks/epoch_time.py [--data FOLDER]
 
-The clock runs from the request for an epoch's first batch until its last batch is on the device or, with training, until every
-validation image is scored. Images per second counts training images. All sides drop the last, incomplete batch. The uncounted
-first round, whose time is recorded too, includes making loaders, starting workers and, for fastflower's cache, decoding.
+The clock runs from the request for an epoch's first batch until its last batch is on the device or, with training,
+until every validation image is scored. Images per second counts training images. All sides drop the last, incomplete
+batch. The uncounted first round, whose time is recorded too, includes making loaders, starting workers and, for
+fastflower's cache, decoding.
 """
 
 from dataclasses import replace

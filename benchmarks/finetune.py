@@ -1,13 +1,14 @@
 """Fine-tune a ResNet-50 against a plain loop: python benchmarks/finetune.py --data FOLDER --weights FILE --work FOLDER
 
-Each seed sets the split, the head, the order and the draws. For each, runs three trainings one after the other on the same
-images, each in a process of its own: the plain loop of common/baseline.py (224 pixels; the stem and the first stage frozen, or
-nothing), the recipe `finetune` and the recipe `finetune-long`. The clock starts before the weights are read. It stops when the
-last epoch is validated or, for fastflower, when `train` returns, including checkpoints and report. All sides validate after
-every epoch. The JSON also has the CPU time of the process and its workers: if it is far below cores times seconds, something
-else ran on the machine. The accuracy of the last epoch counts, so the validation split selects nothing. Finished runs are kept
-in --work, and an interrupted benchmark resumes from them. An interrupted fastflower run resumes exactly; its seconds are then
-the sum over its epochs plus the time after resuming, and the table does not compare them.
+Each seed sets the split, the head, the order and the draws. For each, runs three trainings one after the other on the
+same images, each in a process of its own: the plain loop of common/baseline.py (224 pixels; the stem and the first
+stage frozen, or nothing), the recipe `finetune` and the recipe `finetune-long`. The clock starts before the weights are
+read. It stops when the last epoch is validated or, for fastflower, when `train` returns, including checkpoints and
+report. All sides validate after every epoch. The JSON also has the CPU time of the process and its workers: if it is
+far below cores times seconds, something else ran on the machine. The accuracy of the last epoch counts, so the
+validation split selects nothing. Finished runs are kept in --work, and an interrupted benchmark resumes from them. An
+interrupted fastflower run resumes exactly; its seconds are then those of the saved epochs plus the time after resuming,
+and the table does not compare them.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Bundle the GPU check for a host without network: python benchmarks/gpu_bundle.py OUT --data FOLDER [--dali]
 
-Writes OUT/part-00, ... with this checkout, images and the packages that the host lacks, and OUT/unpack.py. The host needs
-torch, torchvision, OpenCV, matplotlib, jinja2, fsspec, tqdm and pytest. Run there:
+Writes OUT/part-00, ... with this checkout, images and the packages that the host lacks, and OUT/unpack.py. The host
+needs torch, torchvision, OpenCV, matplotlib, jinja2, fsspec, tqdm and pytest. Run there:
 
     python3 OUT/unpack.py OUT FOLDER && sh FOLDER/lease.sh RESULTS --lease a
 """
@@ -28,14 +28,7 @@ _OURS = (gpu_unpack.SUMS, "unpack.py")
 _FOLDERS = ("fastflower", "benchmarks", "tests", "tools")
 _PACKAGES = ("tyro", "webdataset")
 _DALI = "nvidia-dali-cuda130>=2.4"
-_ON_THE_HOST = (
-    "numpy",
-    "torch",
-    "packaging",
-    "typing_extensions",
-    "yaml",
-    "_yaml",
-)  # pip adds them
+_ON_THE_HOST = ("numpy", "torch", "packaging", "typing_extensions", "yaml", "_yaml")  # but pip installs them too
 _PLATFORMS = (
     "any",
     "manylinux1_x86_64",

@@ -1,9 +1,9 @@
 """Run every check that needs a machine with CUDA: python benchmarks/gpu_check.py OUT --data FOLDER [--lease a]
 
-Each part runs in a process of its own with a time limit, so that a failure affects no other part, even if a kernel leaves
-the GPU unusable. Saves figures in OUT/gpu_LEASE_CHIP_DATE.json after each row and errors in OUT/failures.log, and prints a
-table at the end. Exits with status 2 on a machine without CUDA and 1 if something failed. `--device cpu` tries the check
-itself at tiny sizes and says what it skipped.
+Each part runs in a process of its own with a time limit, so that a failure affects no other part, even if a kernel
+leaves the GPU unusable. Saves figures in OUT/gpu_LEASE_CHIP_DATE.json after each row and errors in OUT/failures.log,
+and prints a table at the end. Exits with status 2 on a machine without CUDA and 1 if something failed. `--device cpu`
+tries the check itself at tiny sizes and says what it skipped.
 """
 
 import os
@@ -57,8 +57,8 @@ LEASES: dict[str, dict[str, float]] = {
     },
     "b": {"facts": 15, "probe": 50, "engine": 30, "dali_0": 60, "dali_1": 50, "kept": 45, "dali_tests": 90},
 }
-"""Seconds for each part. Lease "a" needs no DALI and takes 480 s, its headline figures 300 s; lease "b" takes 360 s. Time
-that a part does not use goes to the next one."""
+"""Seconds for each part. Lease "a" needs no DALI and takes 480 s, its headline figures 300 s; lease "b" takes 360 s.
+Time that a part does not use goes to the next one."""
 AT_LEISURE: dict[str, float] = {**dict.fromkeys(PARTS, 300.0), "accuracy": 900.0}
 """Seconds for each part without a lease."""
 ENDS_THE_CALL = "smoke"  # if it fails, the others would fail for the same reason

@@ -1,8 +1,8 @@
 """Time the first batch and the gap between epochs: python benchmarks/latency.py [--data FOLDER]
 
-"first batch" runs from making the loader until its first batch is ready, in a process that has already imported its libraries.
-"between epochs" runs from the end of an epoch until the first batch of the next one. Batches of 64, float32, on the CPU. The
-sides run in turn, each time with a new loader.
+"first batch" runs from making the loader until its first batch is ready, in a process that has already imported its
+libraries. "between epochs" runs from the end of an epoch until the first batch of the next one. Batches of 64, float32,
+on the CPU. The sides run in turn, each time with a new loader.
 """
 
 import statistics

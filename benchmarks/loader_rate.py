@@ -1,10 +1,10 @@
 """Compare data loading alone for all installed libraries: python benchmarks/loader_rate.py [--data FOLDER]
 
-The clock runs from the request for an epoch's first batch until its last one is ready, float32 on the CPU. Each way to load runs
-in a process of its own. They take turns, round by round; the others wait. CPU seconds are those of the process and its children
-during the counted rounds. Memory is the peak of the process and its children, sampled twenty times a second during two rounds
-that are not counted. It is given as the sum of resident sets, and as memory that no file backs (Pss_Anon + Pss_Shmem), which
-counts shared memory once and the page cache not at all.
+The clock runs from the request for an epoch's first batch until its last one is ready, float32 on the CPU. Each way to
+load runs in a process of its own. They take turns, round by round; the others wait. CPU seconds are those of the
+process and its children during the counted rounds. Memory is the peak of the process and its children, sampled twenty
+times a second during two rounds that are not counted. It is given as the sum of resident sets, and as memory that no
+file backs (Pss_Anon + Pss_Shmem), which counts shared memory once and the page cache not at all.
 """
 
 import json
@@ -151,10 +151,10 @@ class Process:
 
 
 def memory(process: psutil.Process) -> tuple[int, int]:
-    """Bytes that are resident, and those of them that are in no file; of the latter its share of what processes share."""
+    """Return (resident bytes, bytes that no file backs); the latter count only this process's share of shared memory."""
     try:
         lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
-    except OSError:  # it has just ended
+    except OSError:  # the process has just ended
         return 0, 0
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     return found["Rss"], found["Pss_Anon"] + found["Pss_Shmem"]

@@ -1,7 +1,8 @@
 """Measure the peak memory of packing: python benchmarks/pack_memory.py [--counts 10000 1000000]
 
-Packs folders of many small images, all different, each in a process of its own, and reads the peak resident memory of the
-process (VmHWM in /proc, which includes pages of mapped files). Bytes per file is the slope between the two largest folders.
+Packs folders of many small images, all different, each in a process of its own, and reads the peak resident memory of
+the process (VmHWM in /proc, which includes pages of mapped files). Bytes per file is the slope between the two largest
+folders.
 """
 
 import json

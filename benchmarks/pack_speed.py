@@ -1,9 +1,9 @@
 """Time packing: python benchmarks/pack_speed.py [--data FOLDER] [--rounds N]
 
-The clock covers everything from the folder to the finished shards, in one process that has already imported its libraries:
-finding the files, reading, checking that each image decodes (only fastflower does this), and writing. After the uncounted first
-round the files are in the page cache. The output of earlier runs is synced to disk before each run. litdata starts its worker
-processes within the clock, as it does for its users.
+The clock covers everything from the folder to the finished shards, in one process that has already imported its
+libraries: finding the files, reading, decoding (on the sides that check images) and writing. After the uncounted first
+round the files are in the page cache. The output of earlier runs is synced to disk before each run. litdata starts its
+worker processes within the clock, as it does for its users.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Draw five kinds of flowers as JPEG files in class folders: python tools/draw_flowers.py OUT
 
-Deterministic, and uses no image files. The kinds differ in shape; their colors, sizes, numbers and backgrounds overlap, so
-that a network has something to learn.
+Deterministic, and uses no image files. The kinds differ in shape; their colors, sizes, numbers and backgrounds overlap,
+so that a network has something to learn.
 """
 
 import sys

@@ -1,7 +1,8 @@
 """Repeat the experiments of the five student reports and compare the numbers: python tools/reports.py SHARDS
 
-Each experiment is a recipe, trained in OUT/RECIPE. An interrupted one is resumed; a finished one is read. Writes OUT/reports.md
-and a figure for each report. Our accuracy is that of the best epoch, chosen on the validation split as in the reports.
+Each experiment is a recipe, trained in OUT/RECIPE. An interrupted one is resumed; a finished one is read. Writes
+OUT/reports.md and a figure for each report. Our accuracy is that of the best epoch, chosen on the validation split as
+in the reports.
 """
 
 import logging
@@ -159,7 +160,7 @@ def reports(
         shards: Folder written by pack, or its URL.
         report: Which reports: a to e.
         out: Folder for the runs, the table and the figures.
-        weights: torchvision's name of the pretrained weights, or None for random weights, which also disables frozen stages.
+        weights: torchvision's name of the pretrained weights. None means random weights and no frozen stages.
         epochs: Overrides each recipe's number of epochs, for example to check that all experiments run.
         device: None means CUDA if available, else the CPU.
     """

@@ -2,8 +2,9 @@
 
 python benchmarks/common/dali_probe.py FOLDER PIXELS --device gpu [--torchvision] [--fancy] [--load L] [--region]
 
-Writes the central 64 x 64 pixels of each image, (N, 64, 64, 3) uint8, to PIXELS (.npy). Prints one line of JSON: images/s and
-the libnvjpeg that is mapped. Imports torchvision only with --torchvision, since the first import decides which nvJPEG is used.
+Writes the central 64 x 64 pixels of each image, (N, 64, 64, 3) uint8, to PIXELS (.npy). Prints one line of JSON:
+images/s and the libnvjpeg that is mapped. Imports torchvision only with --torchvision, since the first import decides
+which nvJPEG is used.
 """
 
 import argparse

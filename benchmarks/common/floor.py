@@ -1,8 +1,8 @@
 """The floor for loading time on the CPU: decoding and rendering in bare threads, and nothing else.
 
 There are no checksums, random draws or batches: the encoded files are in RAM, the draws are made beforehand, and each
-thread overwrites one buffer. What remains is decoding, antialiasing, one warp, clipped color, exact hue and normalization
-to float32. The parity tests compare the renderers with torchvision.
+thread overwrites one buffer. What remains is decoding, antialiasing, one warp, clipped color, exact hue and
+normalization to float32. The parity tests compare the renderers with torchvision.
 """
 
 from collections.abc import Callable, Sequence

@@ -27,8 +27,8 @@ from fastflower.recipes.presets import report_a
 from fastflower.shards.image import decode
 from fastflower.shards.reader import ShardReader
 
-TIMES_OPENCV = 2.0  # the rate of decoding on the GPU, the goal
-_TOGETHER = 4  # probes at a time, since each takes seconds to start; so a rate is measured beside three others
+TIMES_OPENCV = 2.0  # goal for the rate of decoding on the GPU
+_TOGETHER = 4  # probes at a time, because each takes seconds to start; a rate is measured beside three others
 _LIMIT = 25.0  # seconds until a probe is killed
 _BUSY = 4  # 8192 x 8192 matrix products before each batch, some milliseconds
 
@@ -43,8 +43,8 @@ WAYS = [
 def probe(
     part: Part, place: Place, *, count: int = 64, repeats: int = 20, chosen: Sequence[dict[str, Any]] = WAYS
 ) -> None:
-    """Time DALI's decoder alone, in images/s, in a process of its own for each way, four processes at a time. The encoded
-    bytes are in RAM, and the pixels stay on the device.
+    """Time DALI's decoder alone, in images/s, in a process of its own for each way, four processes at a time. The
+    encoded bytes are in RAM, and the pixels stay on the device.
     """
     paths = sorted(place.many.glob("*/*.jp*g"))
     paths = paths[:: max(1, len(paths) // count)][:count]
@@ -152,9 +152,7 @@ def _batches(part: Part, place: Place, load: float, busy: bool, batches: int, ba
 @contextmanager
 def share_of_engine(load: float) -> Iterator[None]:
     """Set the share of a batch that new pipelines give to the GPU's JPEG engine."""
-    from fastflower.loading.backends import (
-        dali,
-    )  # here: the other parts need no DALI
+    from fastflower.loading.backends import dali  # not at the top: the other parts need no DALI
 
     before, dali.HW_DECODER_LOAD = dali.HW_DECODER_LOAD, load
     try:
@@ -219,8 +217,8 @@ def kept(
     rounds: int = 5,
     augment: Augment | None = None,
 ) -> None:
-    """Time rendering alone, from decoded images on the device until the last batch is done: with Triton's kernels, and with
-    DALI's graph without its decoder.
+    """Time rendering alone, from decoded images on the device until the last batch is done: with Triton's kernels, and
+    with DALI's graph without its decoder.
     """
     from fastflower.loading.backends.dali import DaliBackend, Pipeline, fn, pipeline_def, rendered, types
 

@@ -25,9 +25,9 @@ from fastflower.recipes.presets import report_a
 from fastflower.shards.reader import ShardReader
 from fastflower.training.run import Run
 
-FROM_CACHE = 350_000  # images/s, the goal
-TIMES_IMAGE_FOLDER = 10  # the rate from the cache, the goal
-KERNEL_SHARE = 0.03  # of a ResNet-18 step, the goal
+FROM_CACHE = 350_000  # goal, images/s
+TIMES_IMAGE_FOLDER = 10  # goal for the rate from the cache
+KERNEL_SHARE = 0.03  # goal, share of a ResNet-18 step
 SHAPES = ((256, 4), (512, 4), (1024, 8), (512, 8))  # (pixels per program, warps); the backend uses the last
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 STORED = {**DTYPES, "uint8": torch.uint8}
@@ -74,8 +74,9 @@ def loading(
     augment: Augment | None = None,
     chosen: list[Way] | None = None,
 ) -> None:
-    """Time loading alone. The clock runs from the request for an epoch's first batch until the last one is on the device.
-    Loading from memory takes several epochs per round. Start-up and decoding into memory fall into the uncounted round.
+    """Time loading alone. The clock runs from the request for an epoch's first batch until the last one is on the
+    device. Loading from memory takes several epochs per round. Start-up and decoding into memory fall into the
+    uncounted round.
     """
     how = (augment or report_a().augment, chosen or ways())
     part.each(
@@ -128,9 +129,9 @@ def kernels(
     rounds: int = 5,
     augment: Augment | None = None,
 ) -> None:
-    """Time augmentation and ResNet-18 training steps between two GPU events. The GPU waits until everything is launched, so
-    launches are not counted. Augmentation covers a whole epoch's images and includes copying each batch's tables. On the host,
-    times the draws and filling the tables. Each value is a mean over launches; n counts the means.
+    """Time augmentation and ResNet-18 training steps between two GPU events. The GPU waits until everything is
+    launched, so launches are not counted. Augmentation covers a whole epoch's images and includes copying each batch's
+    tables. On the host, times the draws and filling the tables. Each value is a mean over launches; n counts the means.
     """
     chosen = augment or report_a().augment
     step: dict[int, float] = {}

@@ -80,8 +80,8 @@ def _rates(amount: int, device: torch.device, work: Any) -> dict[str, Any]:
 def smoke(
     part: Part, place: Place, *, count: int = 64, augment: Augment | None = None, training: Augment | None = None
 ) -> None:
-    """Check that the main job works before anything is timed. Compares Triton's images with the native kernel's, and two
-    epochs of report A with and without CUDA graphs. Raises RuntimeError if they differ.
+    """Check that the main job works before anything is timed. Compares Triton's images with the native kernel's, and
+    two epochs of report A with and without CUDA graphs. Raises RuntimeError if they differ.
     """
     pieces = {
         f"Triton against native, {name}": partial(_same_images, part, place, name, count, augment)

@@ -28,7 +28,7 @@ from fastflower.loading.batch import Batch
 from fastflower.recipes.presets import PRESETS, report_a
 from fastflower.training.run import Run
 
-OVERLAP = 0.98  # of the rate with a replayed batch, the goal
+OVERLAP = 0.98  # goal, share of the rate with a replayed batch
 MARKS = (0.945, 0.96)  # validation accuracies to reach
 CASES = (("resnet18", 32, 200), ("resnet18", 256, 40), ("resnet50", 32, 140), ("resnet50", 256, 24))
 RUN_SECONDS, TRAIN_SECONDS = 20.0, 6.0  # goals for report A: process and training
@@ -61,9 +61,9 @@ def overlap(
     rounds: int = 5,
     augment: Augment | None = None,
 ) -> None:
-    """Time training epochs as `train` runs them until their losses are on the host, with the loader and with one replayed
-    batch on the device. A round has as many epochs as the case's steps need. The first round is the warm-up and includes
-    decoding, recording and compiling.
+    """Time training epochs as `train` runs them until their losses are on the host, with the loader and with one
+    replayed batch on the device. A round has as many epochs as the case's steps need. The first round is the warm-up
+    and includes decoding, recording and compiling.
 
     Args:
         cases: (backbone, batch size, steps per round).
@@ -140,8 +140,8 @@ def _overlap(part: Part, shards: Path, what: str, ways: dict[str, Recipe], steps
 
 
 def runs(part: Part, place: Place, *, chosen: dict[str, tuple[str, int]] = RUNS, flags: tuple[str, ...] = ()) -> None:
-    """Time whole runs of `fastflower train`, from process start to exit, including checkpoints and report. All start from
-    random weights: torchvision would have to download pretrained ResNet-18 weights, and there may be no network.
+    """Time whole runs of `fastflower train`, from process start to exit, including checkpoints and report. All start
+    from random weights: torchvision would have to download pretrained ResNet-18 weights, and there may be no network.
 
     Args:
         chosen: (recipe, n) by name.
@@ -158,14 +158,8 @@ def runs(part: Part, place: Place, *, chosen: dict[str, tuple[str, int]] = RUNS,
 
 
 def _run(part: Part, name: str, arguments: list[str], out: Path) -> None:
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "fastflower",
-        "train",
-        *arguments,
-    ]  # -P: import nothing from the current folder
+    # -P: import nothing from the current folder
+    command = [sys.executable, "-P", "-m", "fastflower", "train", *arguments]
     with tempfile.TemporaryFile("w+") as output:
         start = time.perf_counter()
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=child_environment(), check=False)
@@ -200,8 +194,8 @@ def epochs(
     rounds: int = 3,
     augment: Augment | None = None,
 ) -> None:
-    """Time report A's epochs, including validation: from the request for an epoch's first batch until every validation image
-    is scored. Images per second counts training images.
+    """Time report A's epochs, including validation: from the request for an epoch's first batch until every validation
+    image is scored. Images per second counts training images.
     """
     pieces = {
         f"batch {batch_size}": partial(_epochs, part, place, augment or report_a().augment, batch_size, rounds)
@@ -246,9 +240,9 @@ def accuracy(
     seeds: int = 5,
     marks: tuple[float, ...] = MARKS,
 ) -> None:
-    """Time from the call of `train` until an epoch reaches a mark in validation accuracy and is saved. Includes start-up,
-    reading the weights and earlier checkpoints; the first run of the process also initializes CUDA. The seed sets the split,
-    the head, the order and the draws.
+    """Time from the call of `train` until an epoch reaches a mark in validation accuracy and is saved. Includes
+    start-up, reading the weights and saving earlier checkpoints; the first run of the process also initializes CUDA.
+    The seed sets the split, the head, the order and the draws.
 
     Args:
         recipes: Recipes by name; each starts from the weights in `place`.
@@ -315,8 +309,8 @@ def profile(
     steps: int = 20,
     augment: Augment | None = None,
 ) -> None:
-    """Profile report A's steps with torch's profiler, which slows the host. Sums the GPU's work by kernel, and reports the
-    fraction of the time between its first and last work in which the GPU is idle.
+    """Profile report A's steps with torch's profiler, which slows the host. Sums the GPU's work by kernel, and reports
+    the fraction of the time between its first and last work in which the GPU is idle.
     """
     pieces = {
         f"profile, batch {size}": partial(_profile, part, place.all, _endless(augment, batch_size=size), steps)

@@ -23,7 +23,7 @@ def drawn(into: Path) -> Path:
 
 @contextmanager
 def images(data: Path | None, max_images: int | None, val_fraction: float = 0.0) -> Iterator[tuple[Path, Path]]:
-    """Yield (folder, shards): class folders, or train/CLASS and val/CLASS with a val_fraction, and the same images packed.
+    """Yield class folders (train/CLASS and val/CLASS with a val_fraction) and the shards of the same images.
 
     If data is None, draws flowers.
     """

@@ -1,4 +1,4 @@
-"""Other ways to load the same images with the same augmentation, each as its authors recommend, with one worker per core.
+"""Other ways to load the same images with the same augmentation, as their authors recommend, with one worker per core.
 
 Each takes a `Job` and returns a function that loads one epoch of float32 batches and returns the number of images.
 """

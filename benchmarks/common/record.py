@@ -58,14 +58,14 @@ def interleave(
     failed: Callable[[str, Exception], object] | None = None,
     after: Callable[[list[Side]], object] = lambda _: None,
 ) -> list[Side]:
-    """Run every side once uncounted, then `rounds` times in turn, so that drift affects all alike; return those that ran.
+    """Run each side once uncounted, then `rounds` times in turn to spread drift evenly. Return the sides that ran.
 
     Args:
         sides: The first is the baseline.
         rounds: Number of counted rounds.
         device: Synchronized before each clock read.
-        ends: Deadline in perf_counter time. Starts no round that would pass it at the pace of the slowest one, but counts
-            at least one round.
+        ends: Deadline in perf_counter time. Starts no round that would pass it if it took as long as the longest one,
+            but counts at least one.
         failed: Called with the name and error of a side that raises. The side is dropped, even if it is the baseline.
         after: Called with the remaining sides after each counted round.
     """

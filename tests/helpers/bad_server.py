@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-# For fastflower.shards.remote: the usual number of attempts but short timeouts; pieces so small that each shard has dozens.
+# For fastflower.shards.remote: the usual number of attempts but short timeouts; dozens of pieces per shard.
 IMPATIENT = {"_PIECE": 1 << 15, "_TIMEOUT": 1.0, "_FIRST_PAUSE": 0.01, "_LONGEST_PAUSE": 0.05}
 
 

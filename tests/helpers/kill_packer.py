@@ -1,9 +1,9 @@
 """Kill a packer at many moments, resume it, and compare: python tests/helpers/kill_packer.py FOLDER WORK [--random N]
 
-By default, kills it once before each step in which it writes, renames, creates or removes something in OUT. With --random,
-kills it at N random times. After each kill, the same pack runs again to the end and must give the same bytes as an
-uninterrupted one. With --begin, each attempt resumes a copy of a pack that was killed before. Prints the number of kills, and
-exits with status 1 at the first difference.
+By default, kills it once before each step in which it writes, renames, creates or removes something in OUT. With
+--random, kills it at N random times. After each kill, the same pack runs again to the end and must give the same bytes
+as an uninterrupted one. With --begin, each attempt resumes a copy of a pack that was killed before. Prints the number
+of kills, and exits with status 1 at the first difference.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Compare the backends with torchvision's functionals: python tests/helpers/parity.py FOLDER prints the table.
 
-Differences are in levels of 0..255, averaged over the pixels of an image that torchvision did not move out of the frame.
+Differences are in levels of 0..255, averaged over the pixels of an image that torchvision did not move out of the
+frame.
 """
 
 import io

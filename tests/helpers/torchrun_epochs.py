@@ -1,4 +1,4 @@
-"""Runs as a torchrun process, `torchrun ... torchrun_epochs.py SHARDS OUT [STATE]`, and writes its rank's batches to OUT.
+"""Runs as a torchrun process: `torchrun ... torchrun_epochs.py SHARDS OUT [STATE]`. Writes its rank's batches to OUT.
 
 The ranks sum their indices in every training step, so a rank with more steps than another would hang.
 """

@@ -1,4 +1,4 @@
-"""Runs as a torchrun process, `torchrun ... torchrun_trainings.py SHARDS OUT`, and trains several recipes in turn.
+"""Runs as a torchrun process: `torchrun ... torchrun_trainings.py SHARDS OUT`. Trains several recipes in turn.
 
 Writes the result of each on this rank to OUT: a history and the number of steps, or an error message.
 """

@@ -1,7 +1,8 @@
 """Run a verb and send it a signal at a given moment: python train_and_die.py SIGNAL WHERE CALL VERB ARGUMENT ...
 
 CALL counts from 1. With WHERE "step", the signal comes before that training step; with "write", when that checkpoint is
-half written. With torchrun, only the second rank gets the signal, and only before its first restart. ResNets are narrow.
+half written. With torchrun, only the second rank gets the signal, and only before its first restart. ResNets are
+narrow.
 """
 
 import io
