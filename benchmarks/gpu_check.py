@@ -120,7 +120,7 @@ def in_turn(
 def _run_limited(command: Sequence[str], seconds: float) -> tuple[int | str, str]:
     """Run a process, and kill it after `seconds`. Return (exit status, end of its stderr)."""
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stderr=errors, env=gpu_smoke.surroundings(), process_group=0)
+        process = subprocess.Popen(command, stderr=errors, env=gpu_smoke.child_environment(), process_group=0)
         try:
             status: int | str = process.wait(seconds)
         except subprocess.TimeoutExpired:

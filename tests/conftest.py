@@ -1,4 +1,4 @@
-"""Shared fixtures: drawn flowers, packed shards, a server. Skips tests that need a GPU or DALI if there is none."""
+"""Shared fixtures: drawn flowers, packed shards, a server. Skips tests whose GPU or DALI is missing."""
 
 import gc
 import logging
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Use one thread: more do not help tiny layers, and the last bits of weights depend on their number."""
+    """Use one thread: more would not speed up tiny layers, and their number changes the last bits of weights."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -104,7 +104,7 @@ def source(server: BadServer, tmp_path: Path) -> Remote:
 
 @pytest.fixture
 def nothing_to_collect() -> Iterator[None]:
-    """Collect garbage before a fork: a child cannot finalize, for example, DALI pipelines, because it lacks their threads."""
+    """Collect garbage before a fork: the child could not finalize DALI pipelines, because it lacks their threads."""
     gc.collect()
     gc.freeze()
     yield

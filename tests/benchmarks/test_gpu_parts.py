@@ -214,7 +214,7 @@ def test_the_gpu_is_idle_when_no_kernel_runs() -> None:
         event("step", 0, 1000, "gpu_user_annotation"),
         event("warp", 120, 40, stream=9),  # 20 of them overlap the other
         event("conv", 180, 20),
-        event("copy", 190, 5, "gpu_memcpy", 9),  # overlaps fully
+        event("copy", 190, 5, "gpu_memcpy", 9),  # overlaps a kernel fully
         {"ph": "M", "name": "process_name"},
     ]
     found = gpu_training.gpu_work(events, steps=2)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from fastflower import Augment, Batch, Loader
 
-GLOBAL_BATCH = 28  # leaves 8 of 120 in train, and 2 of 30 in val, of which not every rank gets one
+GLOBAL_BATCH = 28  # leaves 8 of 120 in train, and 2 of 30 in val, too few for every rank
 STOP = 2
 
 Fed = list[tuple[list[int], int]]

@@ -205,7 +205,7 @@ def parameters(node: ast.FunctionDef | ast.ClassDef) -> int:
 
 
 def by_keyword(name: str, node: ast.FunctionDef | ast.ClassDef) -> bool:
-    """Return whether callers pass nearly all arguments by keyword, and the docstring describes each of them."""
+    """Return whether callers must pass all but a few arguments by keyword, and the docstring describes each of those."""
     if isinstance(node, ast.ClassDef):
         keyword_only = any("kw_only=True" in ast.unparse(mark) for mark in node.decorator_list)
         last = [one for one, after in pairwise(node.body) if isinstance(one, ast.AnnAssign) and not is_field(after)]
@@ -288,7 +288,7 @@ def test_only_the_command_line_prints() -> None:
 
 
 def public(nodes: list[ast.stmt]) -> list[ast.FunctionDef | ast.ClassDef]:
-    """Return public classes and functions without properties, whose names may say enough."""
+    """Return public classes and functions, except properties, whose names may say enough."""
     found = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     properties = [node for node in found for mark in node.decorator_list if ast.unparse(mark) == "property"]
     return [node for node in found if not node.name.startswith("_") and node not in properties]
