@@ -99,16 +99,16 @@ def in_turn(
             rows.append((name, "SKIPPED, out of time"))
             continue
         print(f"{name}:", flush=True)
-        status, said = _run_limited(command(name, ends), ends - start)
+        status, stderr = _run_limited(command(name, ends), ends - start)
         found = gpu_part.parts(out).get(name, {})
         rows += found.get("rows", {}).items()
         if status != 0:
             failed.append(name)
         if status != 0 and not (status == 1 and found.get("finished")):
-            gpu_part.log(out, f"{name}: ended with status {status}", said)
+            gpu_part.log(out, f"{name}: ended with status {status}", stderr)
             rows.append((name, f"FAILED with status {status}, see failures.log"))
-        elif said.strip():  # warnings of a part that succeeded
-            gpu_part.log(out, f"{name}: wrote to stderr", said[-4000:])
+        elif stderr.strip():  # warnings of a part that succeeded
+            gpu_part.log(out, f"{name}: wrote to stderr", stderr[-4000:])
         print(f"{name}: {time.perf_counter() - start:.0f} s, status {status}", flush=True)
         if name == ENDS_THE_CALL and isinstance(status, int) and status != 0:  # a timeout is no failure
             print((out / "failures.log").read_text(), flush=True)

@@ -163,13 +163,13 @@ def run_tests(
             status: object = subprocess.run(command, timeout=limit, check=False, **how).returncode
         except subprocess.TimeoutExpired:
             status = f"none: timed out after {limit:.0f} s"
-    said = path.read_text()
-    ends = Counter(re.findall(r"::.* (PASSED|FAILED|SKIPPED|ERROR)\b", said))
+    output = path.read_text()
+    ends = Counter(re.findall(r"::.* (PASSED|FAILED|SKIPPED|ERROR)\b", output))
     part.found["tests"] = dict(ends)
     counts = ", ".join(f"{count} {word.lower()}" for word, count in sorted(ends.items()))
     part.row(f"tests marked {chosen}{only and f', {only}'}", f"{counts or 'no test ran'}; status {status}")
     if status != 0:
-        raise RuntimeError(f"{' '.join(command)}: status {status}\n{said[-60_000:]}")
+        raise RuntimeError(f"{' '.join(command)}: status {status}\n{output[-60_000:]}")
 
 
 def child_environment() -> dict[str, str]:
