@@ -380,25 +380,12 @@ def gpu_work(events: list[dict[str, Any]], steps: int) -> dict[str, Any] | None:
     }
 
 
+_FLAGS = ("--batch-size", "8", "--epochs", "1", "--augment.size", "32", "--augment.resize", "36", "--device", "cpu")
 _TINY: dict[str, Any] = {"rounds": 1, "augment": SMALL}
 TINY: dict[str, dict[str, Any]] = {
     "overlap": {**_TINY, "cases": (("resnet18", 8, 2),)},
     "compile": {**_TINY, "batch_size": 8, "steps": 2},
-    "runs": {
-        "chosen": {"report A": ("report-a", 1)},
-        "flags": (
-            "--batch-size",
-            "8",
-            "--epochs",
-            "1",
-            "--augment.size",
-            "32",
-            "--augment.resize",
-            "36",
-            "--device",
-            "cpu",
-        ),
-    },
+    "runs": {"chosen": {"report A": ("report-a", 1)}, "flags": _FLAGS},
     "epochs": {**_TINY, "batch_sizes": (8,)},
     "profile": {"batch_sizes": (8,), "steps": 3, "augment": SMALL},
     "accuracy": {"recipes": {"tiny": Recipe(augment=SMALL, epochs=2, batch_size=8)}, "seeds": 2, "marks": (0.0, 1.01)},
