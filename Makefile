@@ -1,7 +1,7 @@
 # make demo [DATA=folder] [WEIGHTS=file BACKBONE=name]   pack, train, evaluate, compare; writes runs/demo
 # make test                                              lint, types, tests
-# make soak                                              the rest of the tests, before a release
-# make format                                            let ruff rewrite
+# make soak                                              the remaining tests, before a release
+# make format                                            format and fix with ruff
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -1,4 +1,4 @@
-"""Compiles kernel.c into the package by a compiler that comes from PyPI: no user's machine needs one of its own."""
+"""Compiles kernel.c into the package with a compiler from PyPI, so that users need no C compiler."""
 
 import platform
 import subprocess
@@ -13,10 +13,10 @@ _FLAGS = ["-O3", "-shared", "-s", "-mavx2", "-mfma", "-mf16c", "-Wall", "-Wextra
 
 
 class CustomBuildHook(BuildHookInterface[Any]):
-    """Adds kernel.so where it can run; elsewhere the wheel has none, and OpenCV takes its place."""
+    """Adds kernel.so to wheels for Linux on x86-64. Other wheels have none, and fastflower uses OpenCV instead."""
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002  (the interface's)
-        """Compile, and mark the wheel as one for Linux on x86-64 with glibc 2.17 or newer."""
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002  (hatchling's signature)
+        """Compile the kernel, and tag the wheel for Linux on x86-64 with glibc 2.17 or newer."""
         if (sys.platform, platform.machine()) != ("linux", "x86_64"):
             return
         if find_spec("ziglang") is None:

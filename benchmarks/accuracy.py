@@ -1,8 +1,9 @@
-"""Is accuracy lost? fastflower's loader against the plain ImageFolder loop: python benchmarks/accuracy.py --data FOLDER
+"""Compare accuracy with a plain ImageFolder loop: python benchmarks/accuracy.py --data FOLDER --work FOLDER
 
-For each seed both sides train a ResNet-18 from the same random weights, on the same split, by the same recipe (`scratch` at fewer
-pixels); what differs is who decodes, draws, orders and augments. Scored is the last epoch; the figure is the difference of the
-pair, with the 95% interval of its mean by Student's t. Nothing is timed, other work may run beside it.
+For each seed, both sides train a ResNet-18 from the same random weights, on the same split, with the same recipe
+(`scratch` at a lower resolution). They differ only in decoding, random draws, order and augmentation. The accuracy of
+the last epoch counts. Reports the mean difference of the pairs with its 95% confidence interval by Student's t. Nothing
+is timed, so other work may run at the same time.
 """
 
 import shutil
@@ -26,13 +27,13 @@ SIDES = ("plain", "fastflower")
 
 
 def recipe_of(size: int, epochs: int, seed: int, start: Path) -> Recipe:
-    """The demo's recipe at another size, from given weights."""
+    """Return the recipe `scratch` at another size, from the given weights."""
     augment = replace(scratch().augment, size=size)
     return replace(scratch(), augment=augment, epochs=epochs, seed=seed, weights=str(start))
 
 
 def run(side: str, data: Path, work: Path, size: int, epochs: int, seed: int, device: str | None) -> dict[str, Any]:
-    """One training; accuracies of all its epochs."""
+    """Train once and return the accuracies of all epochs."""
     shards, folder, start = work / f"shards-{seed}", work / f"folder-{seed}", work / f"start-{seed}.pth"
     if not folder.exists():
         shutil.rmtree(shards, ignore_errors=True)
@@ -73,28 +74,28 @@ def main(
     device: str | None = None,
     only: tuple[str, int] | None = None,
 ) -> None:
-    """Train pairs and compare.
+    """Train pairs and compare their accuracy.
 
     Args:
-        data: A folder of class folders.
-        work: Where shards, runs and what is finished are kept.
-        out: Where the JSON goes.
-        seeds: Pairs, with seeds 0, 1, ...
-        size: Pixels of the square images.
-        epochs: Of each run.
-        device: None means CUDA where there is one, else the CPU.
-        only: One side and seed, in this process; what the others are started with.
+        data: Folder of class folders.
+        work: Folder for shards, runs and finished results; an interrupted benchmark resumes from it.
+        out: Folder for the JSON.
+        seeds: Number of pairs, with seeds 0, 1, ...
+        size: Side of the square images, in pixels.
+        epochs: Epochs of each run.
+        device: None means CUDA if available, else the CPU.
+        only: Internal: run this side and seed in this process.
     """
     work.mkdir(parents=True, exist_ok=True)
     if only is not None:
-        record.keep(work, run(only[0], data, work, size, epochs, only[1], device), resolve_device(device))
+        record.save_run(work, run(only[0], data, work, size, epochs, only[1], device), resolve_device(device))
         return
     options = ["--data", str(data), "--size", str(size), "--epochs", str(epochs)]
     options += ["--device", device] if device else []
     runs: list[dict[str, Any]] = []
     differences: list[float] = []
     for seed in range(seeds):
-        plain, ours = (record.kept(__file__, work, side, seed, options) for side in SIDES)
+        plain, ours = (record.load_or_run(__file__, work, side, seed, options) for side in SIDES)
         runs += [plain, ours]
         differences.append(100 * (ours["accuracies"][-1] - plain["accuracies"][-1]))
         print(f"seed {seed}: plain {plain['accuracies'][-1]:.2%}, fastflower {differences[-1]:+.2f} points", flush=True)

@@ -1,9 +1,9 @@
-"""Epochs of fastflower against ImageFolder + DataLoader, interleaved in one run: python benchmarks/epoch_time.py [--data FOLDER]
+"""Time epochs against ImageFolder + DataLoader, interleaved: python benchmarks/epoch_time.py [--data FOLDER]
 
-The clock runs from asking for an epoch's first batch until its last batch is on the device, or, with the training step,
-until every validation image is scored; images a second are training images. All sides drop the last, incomplete batch. Making
-loaders, starting workers, and on fastflower's cached side decoding, fall into the uncounted first round, whose time is
-recorded too.
+The clock runs from the request for an epoch's first batch until its last batch is on the device or, with training,
+until every validation image is scored. Images per second counts training images. All sides drop the last, incomplete
+batch. The uncounted first round, whose time is recorded too, includes making loaders, starting workers and, for
+fastflower's cache, decoding.
 """
 
 from dataclasses import replace
@@ -19,8 +19,8 @@ from fastflower import Augment, Loader, Recipe
 from fastflower.devices import resolve_device
 
 
-def feeding(folder: Path, shards: Path, augment: Augment, batch_size: int, device: torch.device) -> list[record.Side]:
-    """Loading alone, float32 batches on the device."""
+def loading(folder: Path, shards: Path, augment: Augment, batch_size: int, device: torch.device) -> list[record.Side]:
+    """Return the sides of loading alone: float32 batches on the device."""
 
     def run_with(loader: Loader) -> int:
         return sum(len(batch.labels) for batch in loader)
@@ -48,15 +48,15 @@ def main(
     """Time epochs of fastflower and of ImageFolder + DataLoader in turn.
 
     Args:
-        data: A folder of class folders; drawn flowers where it is left out.
-        out: Where the JSON goes.
-        rounds: Counted rounds of feeding alone; 0 leaves it out.
-        train_rounds: Counted rounds of feeding and training; 0 leaves it out.
-        batch_size: Of both sides.
-        size: Pixels of the square images.
-        max_images: Feed only so many images, evenly spread over the classes.
-        train_images: Likewise for training, a fifth of them to validate; None trains on all.
-        device: None means CUDA where there is one, else the CPU.
+        data: Folder of class folders; by default, draws flowers.
+        out: Folder for the JSON.
+        rounds: Counted rounds of loading alone; 0 skips it.
+        train_rounds: Counted rounds of training; 0 skips it.
+        batch_size: Batch size of all sides.
+        size: Side of the square images, in pixels.
+        max_images: Load at most this many images, spread evenly over the classes.
+        train_images: The same for training, including a fifth for validation; None uses all.
+        device: None means CUDA if available, else the CPU.
     """
     chosen = resolve_device(device)
     augment = replace(Augment.from_torchvision(baseline.augmentation()), size=size)
@@ -65,13 +65,13 @@ def main(
         "data": str(data.name) if data else "drawn",
         "batch_size": batch_size,
         "augment": Recipe(augment=augment).to_dict()["augment"],
-        "baseline": "ImageFolder + DataLoader, torchvision v1 transforms on PIL, a worker a core, persistent",
+        "baseline": "ImageFolder + DataLoader, torchvision v1 transforms on PIL, one persistent worker per core",
     }
     if rounds:
         with images(data, max_images) as (folder, shards):
-            sides = feeding(folder, shards, augment, batch_size, chosen)
+            sides = loading(folder, shards, augment, batch_size, chosen)
             record.interleave(sides, rounds, chosen)
-        print(record.table("feeding", sides), flush=True)
+        print(record.table("data loading", sides), flush=True)
         content["feeding"] = [{**side.to_dict(), "ratio": record.ratio(side, sides[0])} for side in sides]
     if train_rounds:
         with images(data, train_images, 0.2) as (folder, shards):

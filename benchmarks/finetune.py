@@ -1,13 +1,14 @@
-"""ResNet-50 from pretrained weights, against a plain torchvision loop: python benchmarks/finetune.py --data FOLDER --weights FILE
+"""Fine-tune a ResNet-50 against a plain loop: python benchmarks/finetune.py --data FOLDER --weights FILE --work FOLDER
 
-For each seed (of the split, the head, the order and the draws) one after the other: the plain loop of common/baseline.py (224
-pixels, the stem and the first stage frozen, or nothing), the recipe `finetune` and the recipe `finetune-long`, all on the same
-images, each in a process of its own. The clock runs from before the weights are read until the last epoch is validated,
-for fastflower until `train` returns, with its checkpoints and report; every side validates after every epoch. Its JSON has, too,
-the time that the process and its workers spent on processors: where it is far from the cores times the clock, something else
-ran there too. Scored is the last epoch: the validation split chooses nothing. A run that is finished is kept in --work, so that
-a benchmark that was stopped goes on where it was. So does a training of fastflower, exactly; its seconds are then those of the
-epochs that were kept and of what followed, and are compared with nothing.
+Each seed sets the split, the head, the order and the draws. For each, runs three trainings one after the other on the
+same images, each in a process of its own: the plain loop of common/baseline.py (224 pixels; the stem and the first
+stage frozen, or nothing), the recipe `finetune` and the recipe `finetune-long`. The clock starts before the weights are
+read. It stops when the last epoch is validated or, for fastflower, when `train` returns, including checkpoints and
+report. All sides validate after every epoch. The JSON also has the CPU time of the process and its workers: if it is
+far below cores times seconds, something else ran on the machine. The accuracy of the last epoch counts, so the
+validation split selects nothing. Finished runs are kept in --work, and an interrupted benchmark resumes from them. An
+interrupted fastflower run resumes exactly; its seconds are then those of the saved epochs plus the time after resuming,
+and the table does not compare them.
 """
 
 import os
@@ -33,7 +34,7 @@ EPOCHS = 5  # of the plain loop
 
 
 def prepare(data: Path, work: Path, seed: int) -> tuple[Path, Path]:
-    """(shards, the same split as folders train/CLASS and val/CLASS of links)."""
+    """Return (shards, the same split as links in train/CLASS and val/CLASS)."""
     shards, folder = work / f"shards-{seed}", work / f"folder-{seed}"
     if not folder.exists():
         shutil.rmtree(shards, ignore_errors=True)
@@ -43,7 +44,7 @@ def prepare(data: Path, work: Path, seed: int) -> tuple[Path, Path]:
 
 
 def run(side: str, data: Path, work: Path, weights: Path, seed: int, device: str | None) -> dict[str, Any]:
-    """One training; accuracies of all its epochs and its seconds."""
+    """Train once and return the accuracies of all epochs and the seconds."""
     shards, folder = prepare(data, work, seed)
     chosen = resolve_device(device)
     start, spent = time.perf_counter(), _processor_seconds()
@@ -57,7 +58,7 @@ def run(side: str, data: Path, work: Path, weights: Path, seed: int, device: str
         plain = baseline.OneCycle(model, folder, random, 224, **how, device=chosen, dtype=dtype)
         accuracies = [plain.epoch() for _ in range(EPOCHS)]
         seconds = time.perf_counter() - start
-        del plain  # its workers end, so that what they spent is counted
+        del plain  # ends its workers, so that their CPU time is counted
         extra: dict[str, Any] = {}
     else:
         recipe = replace(PRESETS[side](), backbone=baseline.RESNET50, weights=str(weights), seed=seed)
@@ -85,16 +86,17 @@ def run(side: str, data: Path, work: Path, weights: Path, seed: int, device: str
 
 
 def _processor_seconds() -> float:
-    """Of this process and of its workers that have ended."""
+    """Return the CPU time of this process and of its workers that have ended."""
     return sum(os.times()[:4])
 
 
 def table(runs: list[dict[str, Any]], sides: list[str]) -> str:
-    """Each side's accuracy after the last epoch and its seconds, and its differences from the plain loop, seed by seed.
+    """Format each side's accuracy after the last epoch, its differences from the plain loop by seed, and its seconds.
 
-    The share of the plain loop's seconds is of the seeds of which both ran on one kind of processor in one precision, in one go.
+    The share of the plain loop's seconds covers the seeds that both ran on the same hardware, in the same precision and
+    without interruption.
     """
-    lines = [f"{'':28}{'accuracy':>9}{'min - max':>18}{'points more':>26}{'s':>18}{'share':>7}"]
+    lines = [f"{'':28}{'accuracy':>9}{'min - max':>18}{'points above plain':>26}{'s':>18}{'share':>7}"]
     plain = [entry for entry in runs if entry["side"] == sides[0]]
     for side in sides:
         mine = [entry for entry in runs if entry["side"] == side]
@@ -126,28 +128,28 @@ def main(
     device: str | None = None,
     only: tuple[str, int] | None = None,
 ) -> None:
-    """Fine-tune and compare.
+    """Fine-tune and compare accuracy and time.
 
     Args:
-        data: A folder of class folders.
-        weights: A state_dict with the names of torchvision's resnet50, of a ResNet v1.
-        work: Where shards, runs and what is finished are kept.
-        out: Where the JSON goes.
-        seeds: How many runs of each side, with seeds 0, 1, ...
-        frozen: Leave the stem and the first stage as they are; the other way all is trained.
-        device: None means CUDA where there is one, else the CPU.
-        only: One side and seed, in this process; what the others are started with.
+        data: Folder of class folders.
+        weights: A ResNet-50 v1 state_dict with the names of torchvision's resnet50.
+        work: Folder for shards, runs and finished results; an interrupted benchmark resumes from it.
+        out: Folder for the JSON.
+        seeds: Number of runs of each side, with seeds 0, 1, ...
+        frozen: Freeze the stem and the first stage; with --no-frozen, train everything.
+        device: None means CUDA if available, else the CPU.
+        only: Internal: run this side and seed in this process.
     """
     work.mkdir(parents=True, exist_ok=True)
     if only is not None:
-        record.keep(work, run(only[0], data, work, weights, only[1], device), resolve_device(device))
+        record.save_run(work, run(only[0], data, work, weights, only[1], device), resolve_device(device))
         return
     sides = [name if frozen else f"{name}-unfrozen" for name in (PLAIN, "finetune", "finetune-long")]
     options = ["--data", str(data), "--weights", str(weights), *(["--device", device] if device else [])]
     runs: list[dict[str, Any]] = []
     for seed in range(seeds):
         for side in sides:
-            runs.append(record.kept(__file__, work, side, seed, options))
+            runs.append(record.load_or_run(__file__, work, side, seed, options))
             print(f"{side}, seed {seed}: {runs[-1]['accuracies'][-1]:.2%}, {runs[-1]['seconds']:.0f} s", flush=True)
     print(table(runs, sides))
     content = {"clock": " ".join((__doc__ or "").split("\n\n")[1].split()), "data": data.name, "runs": runs}

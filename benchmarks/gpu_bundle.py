@@ -1,7 +1,7 @@
-"""Carries the GPU check to a host without network: python benchmarks/gpu_bundle.py OUT --data FOLDER [--dali]
+"""Bundle the GPU check for a host without network: python benchmarks/gpu_bundle.py OUT --data FOLDER [--dali]
 
-Writes OUT/part-00, ... with this checkout, the packages that the host lacks and images, and OUT/unpack.py. On the host, which
-has torch, torchvision, OpenCV, matplotlib, jinja2, fsspec, tqdm and pytest:
+Writes OUT/part-00, ... with this checkout, images and the packages that the host lacks, and OUT/unpack.py. The host
+needs torch, torchvision, OpenCV, matplotlib, jinja2, fsspec, tqdm and pytest. Run there:
 
     python3 OUT/unpack.py OUT FOLDER && sh FOLDER/lease.sh RESULTS --lease a
 """
@@ -28,7 +28,7 @@ _OURS = (gpu_unpack.SUMS, "unpack.py")
 _FOLDERS = ("fastflower", "benchmarks", "tests", "tools")
 _PACKAGES = ("tyro", "webdataset")
 _DALI = "nvidia-dali-cuda130>=2.4"
-_ON_THE_HOST = ("numpy", "torch", "packaging", "typing_extensions", "yaml", "_yaml")  # which pip brings along
+_ON_THE_HOST = ("numpy", "torch", "packaging", "typing_extensions", "yaml", "_yaml")  # but pip installs them too
 _PLATFORMS = (
     "any",
     "manylinux1_x86_64",
@@ -36,7 +36,7 @@ _PLATFORMS = (
     *(f"manylinux_2_{n}_x86_64" for n in (17, 24, 27, 28, 31, 34, 35)),
 )
 _LEASE = """#!/bin/sh
-# sh lease.sh RESULTS --lease a: the GPU check, from what was unpacked here.
+# Run the GPU check from this unpacked folder: sh lease.sh RESULTS --lease a
 here=$(cd "$(dirname "$0")" && pwd)
 PYTHONPATH="$here/site:$here" exec python3 -X faulthandler "$here/benchmarks/gpu_check.py" "$@" \\
     --data "$here/data" --commit "$(cat "$here/commit")" {weights}
@@ -55,18 +55,18 @@ def bundle(
     """Bundle the GPU check.
 
     Args:
-        out: Where the parts go.
-        data: A folder of class folders; drawn flowers where it is left out.
-        weights: A ResNet-50 state_dict, taken along in half precision where a single part has room for it.
-        dali: Take DALI and its libraries along, in as many parts as they take.
-        python: The host's.
-        images_mib: Of images, at most; evenly spread over the classes.
-        part_mib: Of a part, at most.
+        out: Folder for the parts.
+        data: Folder of class folders; by default, draws flowers.
+        weights: A ResNet-50 state_dict, included in half precision if it fits into a single part.
+        dali: Include DALI and its libraries, in as many parts as they need.
+        python: The host's Python version.
+        images_mib: Size limit of the images, which are spread evenly over the classes.
+        part_mib: Size limit of a part.
     """
     start = time.perf_counter()
     others = [path.name for path in out.glob("*") if not path.name.startswith("part-") and path.name not in _OURS]
     if others:
-        sys.exit(f"error: {out} holds {others[0]}, which is no part of a bundle; name another folder")
+        sys.exit(f"error: {out}: contains {others[0]}, which is not part of a bundle; choose another folder")
     with tempfile.TemporaryDirectory() as scratch:
         stage = Path(scratch, "stage")
         for name in _FOLDERS:
@@ -83,12 +83,14 @@ def bundle(
         parts = _parts(stage, out, room, weights=weights is not None)
         if len(parts) > 1 and weights and not dali:
             (stage / "weights.pth").unlink()
-            print("the weights are left out: with them there would be more than one part")
+            print("skipped the weights: with them the bundle would need more than one part")
             parts = _parts(stage, out, room, weights=False)
     size = sum(part.stat().st_size for part in parts)
-    print(f"{len(parts)} parts, {size / MIB:.1f} MiB in all, made in {time.perf_counter() - start:.0f} s: {out}")
+    print(f"wrote {len(parts)} parts, {size / MIB:.1f} MiB in total, to {out} in {time.perf_counter() - start:.0f} s")
     if len(parts) > 1 and not dali:
-        sys.exit(f"error: more than one part of {part_mib} MiB; bring fewer images (--images-mib), or raise --part-mib")
+        sys.exit(
+            f"error: the bundle needs more than one part of {part_mib} MiB; lower --images-mib or raise --part-mib"
+        )
 
 
 def _install(site: Path, packages: list[str], python: str) -> None:
@@ -110,12 +112,12 @@ def _install(site: Path, packages: list[str], python: str) -> None:
         if path.name.partition("-")[0].partition(".")[0] in _ON_THE_HOST:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     other = [path for path in site.rglob("*.cpython-*.so") if f"cpython-{python.replace('.', '')}-" not in path.name]
-    for path in [*other, *site.glob("nvidia/*/include")]:  # of other Pythons, and headers: never loaded
+    for path in [*other, *site.glob("nvidia/*/include")]:  # for other Pythons, and headers: never loaded
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _images(data: Path, into: Path, links: Path, limit: int) -> None:
-    """As many as the limit allows, evenly spread over the classes."""
+    """Copy as many images as the limit allows, spread evenly over the classes."""
     count = found = sum(path.is_file() for path in data.glob("*/*"))
     while count:
         chosen = images.some(data, links / str(count), count)
@@ -126,7 +128,7 @@ def _images(data: Path, into: Path, links: Path, limit: int) -> None:
             return
         count = min(count - 1, int(count * limit / size))
     sys.exit(
-        f"error: {data}: has no CLASS/IMAGE of at most {limit / MIB:.0f} MiB; name another folder, or raise --images-mib"
+        f"error: {data}: has no CLASS/IMAGE of at most {limit / MIB:.0f} MiB; choose another folder or raise --images-mib"
     )
 
 
@@ -136,7 +138,7 @@ def _weights(path: Path, into: Path) -> None:
 
 
 def _parts(stage: Path, out: Path, room: int, *, weights: bool) -> list[Path]:
-    """Compress what is staged, and cut it."""
+    """Compress the staged files and cut the archive into parts."""
     given = '--weights "$here/weights.pth"' if weights else ""
     (stage / "commit").write_text(record.COMMIT)
     (stage / "lease.sh").write_text(_LEASE.format(weights=given))

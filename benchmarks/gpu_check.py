@@ -1,9 +1,9 @@
-"""Everything that a machine with CUDA is asked to show: python benchmarks/gpu_check.py OUT --data FOLDER [--lease a]
+"""Run every check that needs a machine with CUDA: python benchmarks/gpu_check.py OUT --data FOLDER [--lease a]
 
-Each part runs in a process of its own until its time is up, so that none costs the others, not even by a kernel that leaves the
-GPU unusable. Its figures are in OUT/gpu_LEASE_CHIP_DATE.json after each row, what fails in OUT/failures.log, and a table comes
-last. Ends with status 2 on a machine without CUDA, and 1 when something failed. `--device cpu` tries the check itself, at tiny
-sizes, and says what it could not do.
+Each part runs in a process of its own with a time limit, so that a failure affects no other part, even if a kernel
+leaves the GPU unusable. Saves figures in OUT/gpu_LEASE_CHIP_DATE.json after each row and errors in OUT/failures.log,
+and prints a table at the end. Exits with status 2 on a machine without CUDA and 1 if something failed. `--device cpu`
+tries the check itself at tiny sizes and says what it skipped.
 """
 
 import os
@@ -26,7 +26,7 @@ PARTS: dict[str, Callable[..., object]] = {
     "facts": gpu_smoke.facts,
     "smoke": gpu_smoke.smoke,
     "kernels": gpu_loading.kernels,
-    "feeding": gpu_loading.feeding,
+    "loading": gpu_loading.loading,
     "overlap": gpu_training.overlap,
     "runs": gpu_training.runs,
     "tests": gpu_smoke.run_tests,
@@ -47,7 +47,7 @@ LEASES: dict[str, dict[str, float]] = {
         "facts": 15,
         "smoke": 60,
         "kernels": 35,
-        "feeding": 75,
+        "loading": 75,
         "overlap": 65,
         "runs": 30,
         "tests": 75,
@@ -57,17 +57,17 @@ LEASES: dict[str, dict[str, float]] = {
     },
     "b": {"facts": 15, "probe": 50, "engine": 30, "dali_0": 60, "dali_1": 50, "kept": 45, "dali_tests": 90},
 }
-"""Seconds of each part: the first needs no DALI and takes 480 s in all, its headline figures 300; the second 360. What a part
-leaves of its time goes to the next."""
+"""Seconds for each part. Lease "a" needs no DALI and takes 480 s, its headline figures 300 s; lease "b" takes 360 s.
+Time that a part does not use goes to the next one."""
 AT_LEISURE: dict[str, float] = {**dict.fromkeys(PARTS, 300.0), "accuracy": 900.0}
-"""Without a lease."""
-ENDS_THE_CALL = "smoke"  # where it fails, the others would only fail for the same reason
-_LEAST = 5.0  # seconds that a part is begun with
-_RESERVE = 4.0  # seconds at a part's end, or a tenth of its time, in which it begins no further round
+"""Seconds for each part without a lease."""
+ENDS_THE_CALL = "smoke"  # if it fails, the others would fail for the same reason
+_LEAST = 5.0  # seconds; a part with less time left does not start
+_RESERVE = 4.0  # seconds, or a tenth of a part's time if more, at its end in which no round starts
 
 
 def do(name: str, out: Path, device: torch.device, place: Place, *, file: str, ends: float) -> int:
-    """One part, in this process, which is ended at `ends`, of perf_counter; 1 when something of it failed."""
+    """Run one part in this process until the deadline `ends`, in perf_counter time. Return 1 if any of it failed."""
     run = PARTS[name]
     clock = (run.__doc__ or "").partition("\n\n")[0]
     left = ends - time.perf_counter()
@@ -82,10 +82,13 @@ def do(name: str, out: Path, device: torch.device, place: Place, *, file: str, e
 def in_turn(
     out: Path, slots: Mapping[str, float], command: Callable[[str, float], Sequence[str]], begun: float
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """(rows of all parts, those that failed). command(name, ends) does a part in a process of its own.
+    """Run the parts one after the other, and return (rows of all parts, names of those that failed).
 
-    slots  The seconds of each part, one after another from `begun`, of perf_counter, on: what a part leaves of its time goes to
-    the next, and one that would go over its time is ended.
+    Args:
+        out: Where the parts save their results.
+        slots: Seconds for each part, from `begun` on. Unused time goes to the next part; a part that runs longer is killed.
+        command: Called with (name, ends). Returns the command that runs a part in a process of its own.
+        begun: When the first slot starts, in perf_counter time.
     """
     rows: list[tuple[str, str]] = []
     failed: list[str] = []
@@ -93,36 +96,36 @@ def in_turn(
     for name, slot in slots.items():
         start, ends = time.perf_counter(), ends + slot
         if ends - start < min(_LEAST, slot):
-            rows.append((name, "LEFT OUT, out of time"))
+            rows.append((name, "SKIPPED, out of time"))
             continue
         print(f"{name}:", flush=True)
-        status, said = _ended(command(name, ends), ends - start)
+        status, stderr = _run_limited(command(name, ends), ends - start)
         found = gpu_part.parts(out).get(name, {})
         rows += found.get("rows", {}).items()
         if status != 0:
             failed.append(name)
         if status != 0 and not (status == 1 and found.get("finished")):
-            gpu_part.log(out, f"{name}: ended with status {status}", said)
+            gpu_part.log(out, f"{name}: ended with status {status}", stderr)
             rows.append((name, f"FAILED with status {status}, see failures.log"))
-        elif said.strip():  # what went well may have warned
-            gpu_part.log(out, f"{name}: said", said[-4000:])
+        elif stderr.strip():  # warnings of a part that succeeded
+            gpu_part.log(out, f"{name}: wrote to stderr", stderr[-4000:])
         print(f"{name}: {time.perf_counter() - start:.0f} s, status {status}", flush=True)
-        if name == ENDS_THE_CALL and isinstance(status, int) and status != 0:  # slow is no failure
+        if name == ENDS_THE_CALL and isinstance(status, int) and status != 0:  # a timeout is no failure
             print((out / "failures.log").read_text(), flush=True)
-            rows.append(("all that follows", f"LEFT OUT, since {name} failed"))
+            rows.append(("remaining parts", f"SKIPPED, because {name} failed"))
             break
     return rows, failed
 
 
-def _ended(command: Sequence[str], seconds: float) -> tuple[int | str, str]:
-    """(exit status, the end of what it wrote to stderr) of a process that is ended when its time is up."""
+def _run_limited(command: Sequence[str], seconds: float) -> tuple[int | str, str]:
+    """Run a process, and kill it after `seconds`. Return (exit status, end of its stderr)."""
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stderr=errors, env=gpu_smoke.surroundings(), process_group=0)
+        process = subprocess.Popen(command, stderr=errors, env=gpu_smoke.child_environment(), process_group=0)
         try:
             status: int | str = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            status = f"none: it was ended after {seconds:.0f} s"
-        finally:  # with all that it started
+            status = f"none: timed out after {seconds:.0f} s"
+        finally:  # its children too
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)
             process.wait()
@@ -136,7 +139,7 @@ TINY: dict[str, dict[str, Any]] = {
     **gpu_training.TINY,
     **gpu_dali.TINY,
 }
-"""Arguments of the parts where there is no GPU."""
+"""Arguments of the parts without a GPU."""
 
 
 def main(
@@ -154,26 +157,26 @@ def main(
     """Run the GPU checks.
 
     Args:
-        out: Where the JSON and the log of failures go.
-        data: A folder of class folders; drawn flowers where it is left out.
-        weights: A ResNet-50 state_dict to fine-tune; without, the part "accuracy" is left out.
-        lease: "a" runs what needs no DALI in 480 seconds, "b" what needs it in 360; None runs all, without haste.
-        parts: Run only these.
-        device: "cpu" tries the check's own code where there is no GPU.
-        commit: Of the checkout, where there is no git to ask.
-        only: Do this part in this process, over what --scratch holds; what the processes are started with.
-        scratch: See only.
-        ends: When that part is ended, of perf_counter, which all processes of Linux share.
+        out: Folder for the JSON and failures.log.
+        data: Folder of class folders; by default, draws flowers.
+        weights: A ResNet-50 state_dict to fine-tune; without it, the part "accuracy" is skipped.
+        lease: "a" runs what needs no DALI in 480 seconds, "b" what needs it in 360; None runs everything with more time.
+        parts: Run only these parts.
+        device: "cpu" tries the check's own code without a GPU.
+        commit: The checkout's commit, if git cannot be asked.
+        only: Internal: run this part in this process on the images in --scratch.
+        scratch: See --only.
+        ends: See --only: the part's deadline in perf_counter time, which all processes share on Linux.
     """
     begun = time.perf_counter()
     if device == "cuda" and not torch.cuda.is_available():
         print(
-            f"no CUDA on this machine (torch {torch.__version__}): nothing was run; --device cpu tries the check itself"
+            f"no CUDA on this machine (torch {torch.__version__}): nothing was run; pass --device cpu to try the check itself"
         )
         return 2
     unknown = [name for name in (*parts, *([only] if only else [])) if name not in PARTS]
     if unknown:
-        print(f"--parts: there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+        print(f"--parts: there is no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
         return 2
     record.COMMIT = commit or record.COMMIT
     file = f"gpu_{lease or 'check'}"
@@ -198,7 +201,7 @@ def main(
             return [sys.executable, "-X", "faulthandler", *map(str, [__file__, out.resolve(), *given])]
 
         rows, failed = in_turn(out, slots, command, begun + PREPARING if lease else time.perf_counter())
-    chip = torch.cuda.get_device_name() if device == "cuda" else "no GPU: figures of a trial mean nothing"
+    chip = torch.cuda.get_device_name() if device == "cuda" else "no GPU: the figures of a trial mean nothing"
     print(f"\n{chip}, commit {record.COMMIT}, {time.perf_counter() - begun:.0f} s")
     for name, value in rows:
         print(f"  {name:60} {value}")

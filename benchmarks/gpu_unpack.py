@@ -1,4 +1,4 @@
-"""Unpacks on a GPU host what gpu_bundle.py made: python3 unpack.py PARTS FOLDER. Needs Python alone."""
+"""Unpack a bundle of gpu_bundle.py on a GPU host: python3 unpack.py PARTS FOLDER. Needs only Python."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ SUMS = "sums.json"
 
 
 def unpack(parts: Path, folder: Path) -> str:
-    """Unpack, and say how many parts came in how many seconds. Raises ValueError for a part that is missing or damaged."""
+    """Unpack the parts and return a summary with the transfer time. Raises ValueError if a part is missing or damaged."""
     start = time.perf_counter()
     sums: dict[str, str] = json.loads((parts / SUMS).read_text())
     arrived: list[float] = []
@@ -22,15 +22,15 @@ def unpack(parts: Path, folder: Path) -> str:
         for name, expected in sums.items():
             data = (parts / name).read_bytes() if (parts / name).exists() else b""
             if hashlib.sha256(data).hexdigest() != expected:
-                raise ValueError(f"{parts / name}: is {'damaged' if data else 'missing'}; carry it again.")
+                raise ValueError(f"{parts / name}: is {'damaged' if data else 'missing'}; copy it again.")
             arrived.append((parts / name).stat().st_mtime)
             file.write(data)
     with lzma.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
         tar.extractall(folder, filter="data")
     archive.unlink()
     commit = (folder / "commit").read_text()
-    came = f"{len(sums)} parts came within {max(arrived) - min(arrived):.0f} s"
-    return f"commit {commit}: {came}; checked and unpacked in {time.perf_counter() - start:.1f} s"
+    arrival = f"{len(sums)} parts arrived within {max(arrived) - min(arrived):.0f} s"
+    return f"commit {commit}: {arrival}; checked and unpacked in {time.perf_counter() - start:.1f} s"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How soon batches come: python benchmarks/latency.py [--data FOLDER]
+"""Time the first batch and the gap between epochs: python benchmarks/latency.py [--data FOLDER]
 
-"first batch" runs from making the loader until its first batch is there, in a process that has its libraries loaded; "between
-epochs" from having used an epoch's last batch until the next epoch's first. Batches of 64, float32, on the CPU; both sides in
-turn, every time anew.
+"first batch" runs from making the loader until its first batch is ready, in a process that has already imported its
+libraries. "between epochs" runs from the end of an epoch until the first batch of the next one. Batches of 64, float32,
+on the CPU. The sides run in turn, each time with a new loader.
 """
 
 import statistics
@@ -20,13 +20,13 @@ from fastflower import Augment, Loader
 
 
 def measured(make: Callable[[], Iterable[Any]]) -> tuple[float, float]:
-    """(first batch, between epochs), seconds."""
+    """Return (first batch, between epochs) in seconds."""
     start = time.perf_counter()
     loader = make()
-    feeding = iter(loader)
-    next(feeding)
+    batches = iter(loader)
+    next(batches)
     first = time.perf_counter() - start
-    for _ in feeding:
+    for _ in batches:
         pass
     start = time.perf_counter()
     next(iter(loader))
@@ -42,10 +42,10 @@ def main(
     """Time first batches of fastflower and of ImageFolder + DataLoader.
 
     Args:
-        data: A folder of class folders; drawn flowers where it is left out.
-        out: Where the JSON goes.
-        rounds: Counted rounds, after one that is not.
-        max_images: Use only so many images, evenly spread over the classes.
+        data: Folder of class folders; by default, draws flowers.
+        out: Folder for the JSON.
+        rounds: Counted rounds, after one warm-up round.
+        max_images: Use at most this many images, spread evenly over the classes.
     """
     augment = Augment.from_torchvision(baseline.augmentation())
     with images(data, max_images) as (folder, shards):

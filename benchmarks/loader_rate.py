@@ -1,10 +1,10 @@
-"""Feeding alone, by every way that is installed: python benchmarks/loader_rate.py [--data FOLDER]
+"""Compare data loading alone for all installed libraries: python benchmarks/loader_rate.py [--data FOLDER]
 
-The clock runs from asking for an epoch's first batch until its last one is there, float32 on the CPU. Every way runs in a process
-of its own, which waits while the others run; ways take turns, round by round. CPU seconds are those of the process and its
-children during the counted rounds. Memory is that of process and children, at its most, sampled twenty times a second during
-two rounds that are not counted: resident sets summed, and what is in no file (Pss_Anon + Pss_Shmem), where memory that
-processes share counts once and the page cache not at all.
+The clock runs from the request for an epoch's first batch until its last one is ready, float32 on the CPU. Each way to
+load runs in a process of its own. They take turns, round by round; the others wait. CPU seconds are those of the
+process and its children during the counted rounds. Memory is the peak of the process and its children, sampled twenty
+times a second during two rounds that are not counted. It is given as the sum of resident sets, and as memory that no
+file backs (Pss_Anon + Pss_Shmem), which counts shared memory once and the page cache not at all.
 """
 
 import json
@@ -35,7 +35,7 @@ Kind = Literal["warm-up", "memory", "counted"]
 
 
 def ours(backend: Literal["native", "opencv"], cache: Literal["auto"] | None) -> Callable[[peers.Job], Epoch]:
-    """fastflower's loader; from RAM the first round, which is not counted, decodes."""
+    """Return fastflower's way to load; with a cache, the uncounted first round decodes."""
 
     def way(job: peers.Job) -> Epoch:
         augment = Augment.from_torchvision(baseline.augmentation())
@@ -48,7 +48,7 @@ def ours(backend: Literal["native", "opencv"], cache: Literal["auto"] | None) ->
 
 
 def floor(renderer: str, *, decoded: bool) -> Callable[[peers.Job], Epoch]:
-    """Bare threads; see common/floor.py."""
+    """Return bare threads as a way to load; see common/floor.py."""
 
     def way(job: peers.Job) -> Epoch:
         from common import floor
@@ -77,13 +77,13 @@ WAYS: dict[str, tuple[str | None, Callable[[peers.Job], Epoch]]] = {
     "fastflower, OpenCV, from RAM": (None, ours("opencv", "auto")),
     "fastflower, native, from RAM": (None, ours("native", "auto")),
 }
-# Of images that are made larger: enough to see how the ratio goes.
+# For enlarged images: enough to see how the ratio changes.
 FEW = [name for name in WAYS if "ImageFolder" in name or "v2" in name or "native" in name]
 
 
 @dataclass
 class Process:
-    """A way of feeding in a process of its own."""
+    """One way to load, in a process of its own."""
 
     name: str
     job: peers.Job
@@ -101,7 +101,7 @@ class Process:
         self.tree = psutil.Process(self.child.pid)
 
     def round(self, kind: Kind) -> None:
-        """Feed one epoch."""
+        """Load one epoch."""
         assert self.child.stdin is not None
         assert self.child.stdout is not None
         over = Event()
@@ -114,7 +114,7 @@ class Process:
         line = self.child.stdout.readline()
         over.set()
         if not line:
-            raise RuntimeError(f"{self.name}: its process ended; run this program with --way to see why")
+            raise RuntimeError(f"{self.name}: its process ended; pass --way, --data, --shards and --scratch to see why")
         if kind == "counted":
             self.cpu_seconds.append(self._cpu() - before)
         else:
@@ -151,17 +151,17 @@ class Process:
 
 
 def memory(process: psutil.Process) -> tuple[int, int]:
-    """Bytes that are resident, and those of them that are in no file; of the latter its share of what processes share."""
+    """Return (resident bytes, bytes that no file backs); the latter count only this process's share of shared memory."""
     try:
         lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
-    except OSError:  # it has just ended
+    except OSError:  # the process has just ended
         return 0, 0
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     return found["Rss"], found["Pss_Anon"] + found["Pss_Shmem"]
 
 
 def serve(way: str, job: peers.Job) -> None:
-    """The process of one way: an epoch for each line on standard input, its images and seconds on standard output."""
+    """Serve one way to load: run an epoch for each line on stdin, and write its images and seconds to stdout."""
     job.scratch.mkdir(parents=True, exist_ok=True)
     with silent():
         epoch = WAYS[way][1](job)
@@ -172,8 +172,8 @@ def serve(way: str, job: peers.Job) -> None:
 
 
 def measured(folder: Path, scratch: Path, names: list[str], rounds: int) -> list[Process]:
-    """Every way in turn."""
-    pack(folder, scratch / "shards", val_fraction=0, shard_bytes=4 << 20)  # webdataset needs a shard a worker
+    """Run all ways in turn, round by round."""
+    pack(folder, scratch / "shards", val_fraction=0, shard_bytes=4 << 20)  # webdataset needs a shard per worker
     processes = [
         Process(name, peers.Job(folder, scratch / "shards", scratch / f"way{number}"))
         for number, name in enumerate(names)
@@ -189,7 +189,7 @@ def measured(folder: Path, scratch: Path, names: list[str], rounds: int) -> list
 
 
 def table(title: str, processes: list[Process]) -> str:
-    """Rates, ratios to the first, CPU seconds and memory."""
+    """Format rates, ratios to the first way, CPU seconds and memory."""
     rates = record.table(title, [process.to_side() for process in processes]).splitlines()
     rates[1] += f"{'CPU s/1000':>12}{'RSS MB':>8}{'own MB':>8}"
     for number, process in enumerate(processes):
@@ -199,7 +199,7 @@ def table(title: str, processes: list[Process]) -> str:
 
 
 def growth(shards: Path, epochs: int) -> dict[str, list[int]]:
-    """Bytes that fastflower's process holds after each of many epochs, decoding and from RAM."""
+    """Return the bytes that fastflower's process holds after each epoch, by cache: None (decoding) and auto (from RAM)."""
     found: dict[str, list[int]] = {}
     for cache in (None, "auto"):
         epoch = ours("native", cache)(peers.Job(shards, shards, shards))
@@ -208,7 +208,7 @@ def growth(shards: Path, epochs: int) -> dict[str, list[int]]:
 
 
 def enlarged(folder: Path, into: Path, size: tuple[int, int], count: int) -> Path:
-    """`count` images, stretched to (width, height), as JPEG of quality 90."""
+    """Write `count` images, enlarged to (width, height), as JPEG of quality 90, and return their folder."""
     import cv2
 
     few = some(folder, into / "few", count)
@@ -230,17 +230,17 @@ def main(
     shards: Path | None = None,
     scratch: Path | None = None,
 ) -> None:
-    """Compare ways of feeding.
+    """Compare ways to load.
 
     Args:
-        data: A folder of class folders; drawn flowers where it is left out.
-        out: Where the JSON goes.
+        data: Folder of class folders; by default, draws flowers.
+        out: Folder for the JSON.
         rounds: Counted rounds.
-        epochs: Over which memory must not grow; 0 leaves it out.
-        larger: Also compare on images of 500 x 375 and 4000 x 3000 pixels, made by enlarging.
-        way: Serve one way over `data`, `shards` and `scratch` instead: what the processes run.
-        shards: See way.
-        scratch: See way.
+        epochs: Epochs over which to record the growth of memory; 0 skips it.
+        larger: Also compare on images enlarged to 500 x 375 and 4000 x 3000 pixels.
+        way: Internal: serve one way to load, on --data, --shards and --scratch.
+        shards: See --way.
+        scratch: See --way.
     """
     if way is not None and data and shards and scratch:
         return serve(way, peers.Job(data, shards, scratch))

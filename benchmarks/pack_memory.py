@@ -1,7 +1,8 @@
-"""Memory of packing: python benchmarks/pack_memory.py [--counts 10000 1000000]
+"""Measure the peak memory of packing: python benchmarks/pack_memory.py [--counts 10000 1000000]
 
-Packs folders of many small images, different files all, in a process of its own each, and reads the most memory that the
-process ever held (VmHWM of /proc, pages of mapped files included). The bytes a file are the slope between the two largest.
+Packs folders of many small images, all different, each in a process of its own, and reads the peak resident memory of
+the process (VmHWM in /proc, which includes pages of mapped files). Bytes per file is the slope between the two largest
+folders.
 """
 
 import json
@@ -33,7 +34,7 @@ print(json.dumps({"images": images, "seconds": seconds, "peak_bytes": peak}))
 
 
 def many(folder: Path, count: int) -> None:
-    """`count` JPEG files of noise, 16 x 16 pixels, no two alike."""
+    """Write `count` different JPEG files of noise, 16 x 16 pixels."""
     rng = np.random.default_rng(0)
     for label in range(CLASSES):
         (folder / f"class-{label}").mkdir(parents=True)
@@ -43,11 +44,11 @@ def many(folder: Path, count: int) -> None:
 
 
 def main(counts: tuple[int, ...] = (10_000, 100_000, 1_000_000), out: Path = ROOT / "benchmarks" / "results") -> None:
-    """Pack so many files and print the memory that it took.
+    """Pack the given numbers of files and print the peak memory.
 
     Args:
         counts: Numbers of files, ascending.
-        out: The folder for the JSON.
+        out: Folder for the JSON.
     """
     results: list[dict[str, Any]] = []
     for count in counts:
@@ -65,7 +66,7 @@ def main(counts: tuple[int, ...] = (10_000, 100_000, 1_000_000), out: Path = ROO
         small, large = results[-2], results[-1]
         slope = (large["peak_bytes"] - small["peak_bytes"]) / (large["images"] - small["images"])
         content["bytes_per_file"] = slope
-        print(f"{slope:.0f} bytes a file")
+        print(f"{slope:.0f} bytes per file")
     print(f"wrote {write(out, 'pack_memory', torch.device('cpu'), content)}")
 
 

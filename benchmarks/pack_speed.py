@@ -1,8 +1,9 @@
-"""Packing speed: python benchmarks/pack_speed.py [--data FOLDER] [--rounds N]
+"""Time packing: python benchmarks/pack_speed.py [--data FOLDER] [--rounds N]
 
-The clock contains everything from the folder to the finished shards, in one process that has its libraries loaded: finding
-the files, reading, proving (fastflower alone), writing. Files are in the page cache after the uncounted first round; before
-each run what others wrote is on the disk. litdata starts its worker processes inside the clock, as it does for its users.
+The clock covers everything from the folder to the finished shards, in one process that has already imported its
+libraries: finding the files, reading, decoding (on the sides that check images) and writing. After the uncounted first
+round the files are in the page cache. The output of earlier runs is synced to disk before each run. litdata starts its
+worker processes within the clock, as it does for its users.
 """
 
 import os
@@ -27,7 +28,7 @@ SHARD_BYTES = 64 << 20
 
 
 def floor(files: list[Path], out: Path, threads: int) -> int:
-    """The least that any packer with proof does: read and decode every file in full, and write its bytes once."""
+    """Do the least that a packer must do to check every image: read and fully decode each file, and write its bytes once."""
 
     def work(number: int) -> None:
         with (out / f"{number}.bin").open("wb") as target:
@@ -42,19 +43,19 @@ def floor(files: list[Path], out: Path, threads: int) -> int:
 
 
 def fastflower(folder: Path, out: Path, threads: int) -> int:
-    """With proof, two splits, indexes and checksums."""
+    """Pack with every image checked, two splits, indexes and checksums."""
     manifest = pack(folder, out / "shards", shard_bytes=SHARD_BYTES, workers=threads)
     return sum(split.samples for split in manifest.splits.values())
 
 
-def proven(data: bytes) -> bytes:
-    """The bytes of an image that decodes."""
+def decoded(data: bytes) -> bytes:
+    """Return the bytes of an image after checking that it decodes."""
     decode(data)
     return data
 
 
 def webdataset(samples: list[tuple[Path, int]], out: Path, through: Callable[[bytes], bytes] = bytes) -> int:
-    """Its ShardWriter, fed with the files' bytes: no shuffle, no index."""
+    """Write the files' bytes with webdataset's ShardWriter: no shuffle, no index."""
     from webdataset.writer import ShardWriter
 
     with ShardWriter(f"{out}/%06d.tar", maxsize=SHARD_BYTES, verbose=0) as writer:
@@ -63,23 +64,23 @@ def webdataset(samples: list[tuple[Path, int]], out: Path, through: Callable[[by
     return len(samples)
 
 
-def loaded(sample: tuple[str, int]) -> dict[str, object]:
-    """What litdata's optimize asks for: one sample, made in a worker process."""
+def load_sample(sample: tuple[str, int]) -> dict[str, object]:
+    """Return one sample for litdata's optimize, which calls this in its worker processes."""
     return {"image": Path(sample[0]).read_bytes(), "label": sample[1]}
 
 
 def litdata(samples: list[tuple[Path, int]], out: Path, threads: int) -> int:
-    """Its optimize, fed with the files' bytes."""
+    """Write the files' bytes with litdata's optimize."""
     from litdata import optimize  # pyright: ignore[reportMissingImports]
 
     inputs = [(str(path), label) for path, label in samples]
     with silent():
-        optimize(loaded, inputs, output_dir=str(out / "chunks"), chunk_bytes=SHARD_BYTES, num_workers=threads)
+        optimize(load_sample, inputs, output_dir=str(out / "chunks"), chunk_bytes=SHARD_BYTES, num_workers=threads)
     return len(samples)
 
 
 def mds(samples: list[tuple[Path, int]], out: Path, through: Callable[[bytes], bytes] = bytes) -> int:
-    """MosaicML's MDSWriter, fed with the files' bytes."""
+    """Write the files' bytes with MosaicML's MDSWriter."""
     from streaming import MDSWriter  # pyright: ignore[reportMissingImports]
 
     with MDSWriter(out=str(out / "mds"), columns={"image": "bytes", "label": "int"}, size_limit=SHARD_BYTES) as writer:
@@ -92,9 +93,9 @@ def main(data: Path | None = None, rounds: int = 5, out: Path = ROOT / "benchmar
     """Time packing against the floor and against other packers, interleaved.
 
     Args:
-        data: A folder of class folders; drawn flowers where it is left out.
-        rounds: Counted rounds, after one that is not.
-        out: The folder for the JSON.
+        data: Folder of class folders; by default, draws flowers.
+        rounds: Counted rounds, after one warm-up round.
+        out: Folder for the JSON.
     """
     threads = cores()
     with tempfile.TemporaryDirectory() as scratch:
@@ -104,12 +105,16 @@ def main(data: Path | None = None, rounds: int = 5, out: Path = ROOT / "benchmar
         files = [path for path, _ in samples]
         ways: Iterable[tuple[str, str | None, Callable[[Path], int]]] = (
             ("floor: read, decode and write once", None, lambda to: floor(files, to, threads)),
-            ("fastflower, with proof", None, lambda to: fastflower(folder, to, threads)),
-            ("webdataset ShardWriter, no proof", "webdataset", lambda to: webdataset(samples, to)),
-            ("litdata optimize, no proof", "litdata", lambda to: litdata(samples, to, threads)),
-            ("MosaicML MDSWriter, no proof", "streaming", lambda to: mds(samples, to)),
-            ("webdataset ShardWriter, each decoded first", "webdataset", lambda to: webdataset(samples, to, proven)),
-            ("MosaicML MDSWriter, each decoded first", "streaming", lambda to: mds(samples, to, proven)),
+            ("fastflower, every image checked", None, lambda to: fastflower(folder, to, threads)),
+            ("webdataset ShardWriter, nothing checked", "webdataset", lambda to: webdataset(samples, to)),
+            ("litdata optimize, nothing checked", "litdata", lambda to: litdata(samples, to, threads)),
+            ("MosaicML MDSWriter, nothing checked", "streaming", lambda to: mds(samples, to)),
+            (
+                "webdataset ShardWriter, images decoded first",
+                "webdataset",
+                lambda to: webdataset(samples, to, decoded),
+            ),
+            ("MosaicML MDSWriter, images decoded first", "streaming", lambda to: mds(samples, to, decoded)),
         )
         sides = [
             side(name, run, Path(scratch) / f"run{n}") for n, (name, module, run) in enumerate(ways) if has(module)
@@ -131,7 +136,7 @@ def main(data: Path | None = None, rounds: int = 5, out: Path = ROOT / "benchmar
 
 
 def side(name: str, run: Callable[[Path], int], to: Path) -> Side:
-    """A way of packing into a folder that is new each time."""
+    """Return a side that packs into a new folder each time."""
 
     def fresh() -> int:
         to.mkdir()
@@ -145,12 +150,12 @@ def side(name: str, run: Callable[[Path], int], to: Path) -> Side:
 
 
 def has(module: str | None) -> bool:
-    """Whether a competitor can be imported; it says so where not."""
+    """Return whether a library can be imported, and print how to install it if not."""
     from importlib.util import find_spec
 
     if module is None or find_spec(module):
         return True
-    print(f"{module} is not installed and is left out: pip install '.[bench]'", file=sys.stderr)
+    print(f"{module} is not installed and is skipped: pip install '.[bench]'", file=sys.stderr)
     return False
 
 

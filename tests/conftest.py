@@ -1,4 +1,4 @@
-"""Drawn flowers, packed shards, and the rule for tests that need a GPU."""
+"""Shared fixtures: drawn flowers, packed shards, a server. Skips tests whose GPU or DALI is missing."""
 
 import gc
 import logging
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-# Triton's kernels run in its interpreter where there is no GPU. It asks for this when it is imported, which torchvision does.
+# Without a GPU, run Triton's kernels in its interpreter. Triton reads this on import, and torchvision imports it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -26,16 +26,16 @@ from fastflower import pack
 from fastflower.reporting import figures
 from fastflower.shards.remote import Remote
 
-# A shell's background jobs ignore SIGINT, and so would the programs that tests start and interrupt.
+# A shell's background jobs ignore SIGINT, and child processes would inherit that; some tests interrupt theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW = ("test_torchrun_training.py", "test_torchrun_loading.py", "test_interrupted_training.py", "test_gpu_parts.py")
-"""They come first: one that is begun last leaves a worker with nothing to do."""
+"""These run first; if one started last, the other worker would idle."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in SLOW)
-    lacks = {} if torch.cuda.is_available() else {"gpu": "needs CUDA, and torch finds none on this machine"}
+    lacks = {} if torch.cuda.is_available() else {"gpu": "needs CUDA, which torch does not find on this machine"}
     if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
         lacks["dali"] = "needs DALI, which is not installed"
     for item in items:
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Layers of so few pixels gain nothing from more; and the last bits of weights depend on it."""
+    """Use one thread: more would not speed up tiny layers, and their number changes the last bits of weights."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,7 +56,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _log_level() -> Iterator[None]:
-    """The command line turns fastflower's log on; other tests shall not see that."""
+    """Restore the log level, which the command line changes."""
     log = logging.getLogger("fastflower")
     level = log.level
     yield
@@ -65,7 +65,7 @@ def _log_level() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def flowers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """150 drawn images, 240 to 500 pixels a side, in five class folders. Not to be written to."""
+    """150 drawn images with sides of 240 to 500 pixels, in five class folders. Read-only."""
     folder = tmp_path_factory.mktemp("drawn") / "flowers"
     command = [sys.executable, ROOT / "tools" / "draw_flowers.py", folder, "--per-class", "30"]
     subprocess.run(command, check=True, capture_output=True)
@@ -74,14 +74,14 @@ def flowers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_files(flowers: Path) -> list[Path]:
-    """The 150 drawn images, or as many of a folder of real ones where it stands beside the checkout."""
+    """The 150 drawn images, or 150 real ones if their folder lies beside the checkout."""
     real = sorted((ROOT.parent / "shared" / "flowers").glob("*/*.jpg"))
     return real[:: len(real) // 150][:150] if len(real) >= 150 else sorted(flowers.glob("*/*.jpg"))
 
 
 @pytest.fixture(scope="session")
 def shards(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The drawn images, packed: 120 to train on, 30 to validate, in several shards. Not to be written to."""
+    """The drawn images, packed into several shards: 120 for training, 30 for validation. Read-only."""
     folder = tmp_path_factory.mktemp("packed") / "shards"
     pack(flowers, folder, shard_bytes=1 << 20)
     return folder
@@ -89,7 +89,7 @@ def shards(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
-    """A server of the packed images, and readers that are impatient with it."""
+    """A server of the packed images, with short timeouts for its readers."""
     for name, value in IMPATIENT.items():
         monkeypatch.setattr(f"fastflower.shards.remote.{name}", value)
     with serving(shards) as server:
@@ -98,13 +98,13 @@ def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]
 
 @pytest.fixture
 def source(server: BadServer, tmp_path: Path) -> Remote:
-    """Its address, with a cache of the test's own."""
+    """The server's URL, with a cache folder of the test's own."""
     return Remote(url=server.url, folder=tmp_path / "cache")
 
 
 @pytest.fixture
 def nothing_to_collect() -> Iterator[None]:
-    """A child that is forked finds no garbage of tests before, such as pipelines of DALI, whose threads it does not have."""
+    """Collect garbage before a fork: the child could not finalize DALI pipelines, because it lacks their threads."""
     gc.collect()
     gc.freeze()
     yield
@@ -113,7 +113,7 @@ def nothing_to_collect() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[None]:
-    """A module's ResNets have few channels."""
+    """Give ResNets few channels throughout a module."""
     with pytest.MonkeyPatch.context() as patch:
         narrow_resnets(patch)
         yield
@@ -121,7 +121,7 @@ def narrow() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def no_figures() -> Iterator[None]:
-    """Reports of runs have empty pictures, whose drawing takes longer than a tiny run."""
+    """Write empty figures, because drawing them takes longer than a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "png", lambda _: b"")
         yield

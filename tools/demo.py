@@ -1,7 +1,7 @@
-"""The main job from end to end: python tools/demo.py [--data FOLDER] [--weights FILE]; `make demo` runs this.
+"""Run the main job from end to end: python tools/demo.py [--data FOLDER] [--weights FILE]. `make demo` runs this.
 
-Packs a folder of class folders (without --data: flowers that it draws), trains, evaluates, times an epoch against
-torchvision's ImageFolder in the same run, and writes runs/demo with the report.
+Packs a folder of class folders (by default, drawn flowers), trains, evaluates, times epochs against torchvision's
+ImageFolder in the same run, and writes the report to runs/demo.
 """
 
 import json
@@ -25,7 +25,7 @@ from fastflower.models.metrics import Scores
 from fastflower.recipes.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
-_MARK = ".fastflower-demo"  # in a folder that a demo may clear
+_MARK = ".fastflower-demo"  # marks a folder that a demo may clear
 
 
 class Timed(TypedDict):
@@ -34,9 +34,9 @@ class Timed(TypedDict):
     name: str
     images: int
     seconds: list[float]
-    """Of each round."""
+    """Seconds of each round."""
     ratio: float
-    """Of its rate to the baseline's."""
+    """Its rate relative to the baseline."""
 
 
 def main(
@@ -49,23 +49,23 @@ def main(
     """Run the main job and print a short table.
 
     Args:
-        data: A folder of class folders; drawn flowers where it is left out.
-        weights: A state_dict to start from; without it torchvision's weights, or, where they cannot be downloaded, scratch.
-        backbone: resnet18, or resnet50 with --weights.
-        epochs: Instead of the recipe's number.
-        out: The folder of the run; what an earlier demo left there is removed; one that no demo made must be empty.
+        data: Folder of class folders; by default, draws flowers.
+        weights: A state_dict to start from. By default, torchvision's weights, or random weights if the download fails.
+        backbone: By default, resnet18, or resnet50 with --weights.
+        epochs: Overrides the recipe's number of epochs.
+        out: Folder of the run. Removes the output of an earlier demo; any other folder must be empty.
     """
     if data is not None and data.resolve().is_relative_to(out.resolve()):
-        raise ArgumentError(f"--data {data}: lies inside --out {out}, which is cleared first; name another --out.")
+        raise ArgumentError(f"--data {data}: is inside --out {out}, which is cleared first; choose another --out.")
     if out.exists() and not (out / _MARK).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ArgumentError(f"--out {out}: is or holds what no demo wrote; name another folder, or remove this one.")
+        raise ArgumentError(f"--out {out}: was not written by a demo; choose another folder or remove this one.")
     try:
         with locked(out / _MARK):
             _clear(out)
             _run(data, weights, backbone, epochs, out)
     except HeldError as error:
         raise ArgumentError(
-            f"--out {out}: another demo runs there ({error}); wait for it, or name another folder."
+            f"--out {out}: another demo is running there ({error}); wait for it or choose another folder."
         ) from None
 
 
@@ -84,7 +84,7 @@ def _run(data: Path | None, weights: Path | None, backbone: str | None, epochs: 
     for item in manifest.skipped:
         print(f"  {item['path']}: {item['reason']}")
     for group in manifest.label_conflicts:
-        print(f"  the same picture under two labels: {', '.join(group)}")
+        print(f"  the same image under two labels: {', '.join(group)}")
     report = _trained(out, weights, backbone, epochs)
     _step("evaluating the best checkpoint")
     scores = evaluate(report.checkpoint, out / "shards")
@@ -94,7 +94,7 @@ def _run(data: Path | None, weights: Path | None, backbone: str | None, epochs: 
 
 
 def _clear(out: Path) -> None:
-    """Remove what a demo writes; a folder may be named that holds other things."""
+    """Remove only what a demo writes, since the folder may also contain other files."""
     for name in ("flowers", "shards"):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
@@ -104,7 +104,7 @@ def _clear(out: Path) -> None:
 
 
 def _trained(out: Path, weights: Path | None, backbone: str | None, epochs: int | None) -> Report:
-    """Train from a file, else from torchvision's download, else from scratch."""
+    """Train from the weights file if given, else from torchvision's weights, else from scratch."""
     tries = [replace(PRESETS["finetune"](), weights=str(weights), backbone=backbone or "resnet50", epochs=3)]
     if weights is None:
         name = backbone or "resnet18"
@@ -125,12 +125,12 @@ def _trained(out: Path, weights: Path | None, backbone: str | None, epochs: int 
 
 
 def _timed(folder: Path, out: Path, size: int) -> dict[str, list[Timed]]:
-    """benchmarks/epoch_time.py on 640 of the same images, in the size that was trained."""
+    """Run benchmarks/epoch_time.py on 640 of the same images, at the training resolution."""
     command = [sys.executable, ROOT / "benchmarks" / "epoch_time.py", "--data", folder, "--out", out]
     options = {"rounds": 3, "train-rounds": 1, "size": size, "max-images": 640}
     subprocess.run([*command, *(f"--{name}={value}" for name, value in options.items())], check=True)
     content = json.loads(next(out.glob("epoch_time_*.json")).read_text())
-    return {name: content[name] for name in ("feeding", "training")}
+    return {"data loading": content["feeding"], "training": content["training"]}
 
 
 def _summary(report: Report, scores: Scores, timing: dict[str, list[Timed]], seconds: float) -> None:
@@ -140,8 +140,8 @@ def _summary(report: Report, scores: Scores, timing: dict[str, list[Timed]], sec
     for name, sides in timing.items():
         for side in sides:
             rate = side["images"] / statistics.median(side["seconds"])
-            rows.append((f"{name}: {side['name']}", f"{rate:.0f} images/s, {side['ratio']:.2f} times"))
-    rows.append(("all of it", f"{seconds:.0f} s"))
+            rows.append((f"{name}: {side['name']}", f"{rate:.0f} images/s, {side['ratio']:.2f} times the baseline"))
+    rows.append(("total", f"{seconds:.0f} s"))
     rows.append(("report", str(report.folder / "report.html")))
     _step("done")
     width = max(len(name) for name, _ in rows)

@@ -1,7 +1,7 @@
 """Draw five kinds of flowers as JPEG files in class folders: python tools/draw_flowers.py OUT
 
-Deterministic, without any image. The kinds differ in shape; colors, sizes, numbers and backgrounds overlap, so that
-a network has something to learn.
+Deterministic, and uses no image files. The kinds differ in shape; their colors, sizes, numbers and backgrounds overlap,
+so that a network has something to learn.
 """
 
 import sys
@@ -25,7 +25,7 @@ Point = NDArray[np.float64]
 """(2,) x, y."""
 Color = tuple[float, float, float]
 
-SHIFT = 4  # bits of fraction in the coordinates given to OpenCV
+SHIFT = 4  # fractional bits of the coordinates passed to OpenCV
 WHITES: list[Color] = [(235, 235, 225), (240, 215, 225), (245, 240, 200)]
 YELLOWS: list[Color] = [(235, 195, 30), (245, 215, 70), (225, 160, 20)]
 REDS: list[Color] = [(190, 25, 45), (220, 90, 130), (160, 40, 110), (230, 120, 60)]
@@ -34,7 +34,7 @@ REDS: list[Color] = [(190, 25, 45), (220, 90, 130), (160, 40, 110), (230, 120, 6
 def petal(
     image: Image, center: Point, angle: float, start: float, length: float, width: float, color: Color, tip: float
 ) -> None:
-    """One petal that points away from the center; tip  0 is round, 1 pointed."""
+    """Draw one petal that points away from the center. A tip of 0 is round, 1 is pointed."""
     along = np.linspace(0, 1, 12)
     half = width / 2 * np.sin(np.pi * along ** (0.7 + 0.5 * tip)) ** (0.6 + 0.6 * tip)
     distance = start + length * along
@@ -128,13 +128,13 @@ KINDS: dict[str, Callable[[Image, Generator, Point, float], None]] = {
 
 
 def draw(kind: str, rng: Generator) -> Image:
-    """One picture, (H, W, 3) uint8 RGB, 240 to 500 pixels a side."""
+    """Draw one image, (H, W, 3) uint8 RGB, with sides of 240 to 500 pixels."""
     height, width = rng.integers(240, 501, 2)
     coarse = rng.normal(0, 1, (int(rng.integers(3, 12)), int(rng.integers(3, 12)), 1))
     ground = np.array(varied(rng, [(60, 95, 45), (95, 85, 60), (120, 150, 185), (45, 55, 40)], 25))
     rough = cv2.resize(coarse.astype(np.float32), (int(width), int(height)), interpolation=cv2.INTER_CUBIC)[..., None]
     image = np.clip(ground * (1 + 0.22 * rough), 0, 255).astype(np.uint8)
-    for _ in range(int(rng.integers(4, 14))):  # leaves and strangers' petals
+    for _ in range(int(rng.integers(4, 14))):  # leaves and petals of other flowers
         spot, length = rng.uniform(0, 1, 2) * (width, height), rng.uniform(0.1, 0.5) * width
         tone = varied(rng, [(60, 120, 50), (40, 80, 40), (120, 110, 60), (160, 150, 90)])
         petal(image, spot, rng.uniform(0, 2 * np.pi), 0, length, 0.3 * length, tone, rng.uniform(0, 1))
@@ -151,9 +151,9 @@ def draw_flowers(out: Annotated[Path, tyro.conf.Positional], per_class: int = 16
     """Write OUT/KIND/NNNN.jpg, five kinds of drawn flowers.
 
     Args:
-        out: The folder to write into.
-        per_class: Pictures of each kind.
-        seed: Another seed draws other pictures.
+        out: Folder to write to.
+        per_class: Number of images of each kind.
+        seed: Random seed of the images.
     """
 
     def write(job: tuple[int, str, int]) -> None:

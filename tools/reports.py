@@ -1,7 +1,8 @@
-"""Runs the experiments of the five reports this project began from, our numbers beside theirs: python tools/reports.py SHARDS
+"""Repeat the experiments of the five student reports and compare the numbers: python tools/reports.py SHARDS
 
-Every experiment is a recipe, trained into OUT/RECIPE; one that was stopped goes on where it was, one that is finished is read.
-Writes OUT/reports.md, and a figure for each report. Ours is the best epoch, chosen on the validation split, as theirs.
+Each experiment is a recipe, trained in OUT/RECIPE. An interrupted one is resumed; a finished one is read. Writes
+OUT/reports.md and a figure for each report. Our accuracy is that of the best epoch, chosen on the validation split as
+in the reports.
 """
 
 import logging
@@ -29,23 +30,23 @@ Letter = Literal["a", "b", "c", "d", "e"]
 
 @dataclass(frozen=True)
 class Experiment:
-    """A row of a report: its recipe here, and what the report says of it."""
+    """A row of a report: our recipe, and the reported numbers."""
 
     recipe: str
     accuracy: float
-    """Percent of the validation images."""
+    """Validation accuracy, in percent."""
     seconds: float | None = None
 
 
 def _report_e(backbone: str, *accuracies: float) -> list[Experiment]:
-    """The report's four figures of a network in the order of its text; which is which it does not say."""
+    """Pair a network's four figures with recipes in the order of the report, which does not say which figure is which."""
     names = [f"report-e-{backbone}-freeze{freeze}-{kind}" for freeze in (2, 3) for kind in ("fixed", "mixed")]
     return [Experiment(name, accuracy) for name, accuracy in zip(names, accuracies, strict=True)]
 
 
 BATCH_128 = Experiment("report-c-batch128", 92.6)
 FROZEN = Experiment("report-c-resnet50-frozen", 94.5)
-# Report, then what it compares: the title, and the experiments side by side.
+# By report, then by title: the experiments that a comparison shows side by side.
 REPORTS: dict[Letter, dict[str, list[Experiment]]] = {
     "a": {"ResNet-18": [Experiment("report-a", 93.33, 19 * 60 + 35)]},
     "b": {
@@ -58,7 +59,7 @@ REPORTS: dict[Letter, dict[str, list[Experiment]]] = {
     "c": {
         "batch size": [Experiment("report-c", 90.2), Experiment("report-c-batch64", 91.4), BATCH_128],
         "network": [BATCH_128, FROZEN, Experiment("report-c-densenet121", 94.2)],
-        "two stages frozen, or none": [FROZEN, Experiment("report-c-resnet50", 93.2)],
+        "two frozen stages, or none": [FROZEN, Experiment("report-c-resnet50", 93.2)],
     },
     "d": {
         "25 epochs, and 25 more": [
@@ -75,11 +76,11 @@ REPORTS: dict[Letter, dict[str, list[Experiment]]] = {
 }
 
 Histories = dict[str, list[dict[str, float]]]
-"""Of the runs so far, by recipe."""
+"""Histories of the runs so far, by recipe."""
 
 
 def history_of(shards: str, name: str, recipe: Recipe, out: Path, device: str | None) -> list[dict[str, float]]:
-    """Of an experiment that is finished, or that now is."""
+    """Return the history of an experiment, and train it first if it is not finished."""
     folder = out / name
     if (folder / "report.html").exists() and (folder / LAST).exists():
         kept = Checkpoint.load(folder / LAST)
@@ -91,12 +92,12 @@ def history_of(shards: str, name: str, recipe: Recipe, out: Path, device: str | 
 
 
 def seconds_of(history: list[dict[str, float]]) -> float:
-    """Of training and validating all epochs."""
+    """Return the seconds of training and validation over all epochs."""
     return sum(row["train_seconds"] + row["val_seconds"] for row in history)
 
 
 def table(letters: Sequence[Letter], histories: Histories) -> str:
-    """Markdown: what was reported and what is reached here; a recipe that is compared twice stands twice."""
+    """Format the reported and our results as Markdown; a recipe that is compared twice has two rows."""
     lines = [
         "| report | compared | recipe | reported | ours, best epoch | last epoch | reported s | ours s | epochs |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",
@@ -118,7 +119,7 @@ def table(letters: Sequence[Letter], histories: Histories) -> str:
 
 
 def draw(letter: Letter, histories: Histories, path: Path) -> None:
-    """A row for each comparison: accuracy by epoch, reported figures dashed, and the bars of both."""
+    """Draw a row for each comparison: accuracy by epoch with reported figures dashed, and bars of both."""
     comparisons = REPORTS[letter]
     figure = Figure(figsize=(11, 3.4 * len(comparisons)), layout="constrained")
     grid = figure.subplots(len(comparisons), 2, squeeze=False)
@@ -153,18 +154,17 @@ def reports(
     epochs: int | None = None,
     device: str | None = None,
 ) -> None:
-    """Train what reports describe, and compare.
+    """Train the reports' experiments and compare the results.
 
     Args:
-        shards: The folder that pack wrote, or its address.
-        report: Which of them: a to e.
-        out: Where the runs, the table and the figures go.
-        weights: Where training starts: torchvision's name of pretrained weights, or None for random weights, of which no stage
-            is frozen.
-        epochs: Instead of each recipe's own, to see that all run.
-        device: None means CUDA where there is one, else the CPU.
+        shards: Folder written by pack, or its URL.
+        report: Which reports: a to e.
+        out: Folder for the runs, the table and the figures.
+        weights: torchvision's name of the pretrained weights. None means random weights and no frozen stages.
+        epochs: Overrides each recipe's number of epochs, for example to check that all experiments run.
+        device: None means CUDA if available, else the CPU.
     """
-    Loader(shards, "val", device="cpu", cache=None)  # shards without one are refused here, not after a training
+    Loader(shards, "val", device="cpu", cache=None)  # fail now, not after a training, if there is no validation split
     histories: Histories = {}
     for letter in report:
         for experiment in chain.from_iterable(REPORTS[letter].values()):
@@ -176,7 +176,7 @@ def reports(
                 write_atomically(out / "reports.md", table(report, histories).encode())
         draw(letter, histories, out / f"report-{letter}.png")
     text = table(report, histories)
-    text += "" if weights else "\nFrom random weights no stage is frozen, whatever a recipe's name says.\n"
+    text += "" if weights else "\nWith random weights no stage is frozen, whatever the recipe's name says.\n"
     text += f"\nPretrained weights: {weights}; epochs: {epochs or 'as the reports say'}.\n"
     write_atomically(out / "reports.md", text.encode())
     print(text, end="")
@@ -184,7 +184,7 @@ def reports(
 
 
 def main() -> int:
-    """The command line; errors that were explained end it with status 1, SIGTERM with 143."""
+    """Run the command line. Exits with status 1 after a reported error and 143 after SIGTERM."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fastflower").setLevel(logging.INFO)
     try:

@@ -1,4 +1,4 @@
-"""The other side of every comparison: torchvision's ImageFolder, torch's DataLoader and a plain loop. Imports no fastflower."""
+"""The baseline of every comparison: ImageFolder, DataLoader and a plain training loop. Imports nothing from fastflower."""
 
 import os
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def augmentation(size: int = 224) -> Any:
-    """The augmentation of the first student report: crop, flip, rotation 10, jitter, shift."""
+    """Return the augmentation of the first student report: crop, flip, 10 degree rotation, color jitter, translation."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size),
@@ -30,7 +30,7 @@ def augmentation(size: int = 224) -> Any:
 
 
 def loader(folder: Path, transform: Any, *, batch_size: int, pin: bool) -> DataLoader[Any]:
-    """ImageFolder + DataLoader as well as they can be set: a worker a core, kept between epochs, pinned for CUDA."""
+    """Return ImageFolder + DataLoader at its best settings: one persistent worker per core; pass `pin` for CUDA."""
     return DataLoader(
         ImageFolder(folder, transform),
         batch_size,
@@ -43,7 +43,7 @@ def loader(folder: Path, transform: Any, *, batch_size: int, pin: bool) -> DataL
 
 
 def validation(folder: Path, size: int = 224, *, pin: bool) -> DataLoader[Any]:
-    """The central view of every image, in batches of 64."""
+    """Return a loader of the validation view (resize, center crop) in batches of 64."""
     view = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
     normalized = transforms.Compose([*view, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     workers = {"num_workers": os.cpu_count() or 1, "persistent_workers": True}
@@ -51,7 +51,7 @@ def validation(folder: Path, size: int = 224, *, pin: bool) -> DataLoader[Any]:
 
 
 def accuracy(model: nn.Module, view: DataLoader[Any], device: torch.device, dtype: torch.dtype | None) -> float:
-    """The share of the validation images that are right; `dtype` as for Trainer."""
+    """Return the fraction of validation images that are classified correctly; `dtype` is as in Trainer."""
     model.eval()
     layout = torch.contiguous_format if dtype is None else torch.channels_last
     correct = seen = 0
@@ -64,12 +64,18 @@ def accuracy(model: nn.Module, view: DataLoader[Any], device: torch.device, dtyp
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Off for float32 and None."""
+    """Return autocast for `dtype`, disabled for float32 and None."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype not in (None, torch.float32))
 
 
 class Trainer:
-    """ResNet-18 from random weights; SGD 0.9 at 0.001. dtype  of autocast, on channels-last memory; None: float32, NCHW."""
+    """Trains a ResNet-18 from random weights with SGD (lr 0.001, momentum 0.9).
+
+    Args:
+        num_classes: Outputs of the head.
+        device: Where to train.
+        dtype: The autocast dtype, with channels-last memory; None means float32 and NCHW.
+    """
 
     def __init__(self, num_classes: int, device: torch.device, dtype: torch.dtype | None) -> None:
         torch.manual_seed(0)
@@ -81,7 +87,7 @@ class Trainer:
         self.criterion = nn.CrossEntropyLoss()
 
     def epoch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
-        """Train on every batch; returns the number of images. The device may still be at work."""
+        """Train on every batch and return the number of images. Does not synchronize the device."""
         self.model.train()
         images_seen = 0
         for cpu_images, cpu_labels in batches:
@@ -97,9 +103,12 @@ class Trainer:
 
 
 class OneCycle:
-    """The plain loop: SGD 0.9, one cycle, label smoothing 0.1, batch 32, channels-last.
+    """The plain loop: SGD (momentum 0.9), one-cycle schedule, label smoothing 0.1, batch size 32, channels-last.
 
-    random  the transforms before ToTensor. dtype  of autocast. frozen  modules that stay as they are, their batch norms too.
+    Args:
+        random: The transforms before ToTensor.
+        dtype: The autocast dtype.
+        frozen: Modules to freeze, including their batch norms' statistics.
     """
 
     def __init__(
@@ -137,7 +146,7 @@ class OneCycle:
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
 
     def epoch(self) -> float:
-        """Train on every batch; the accuracy on the validation images afterwards."""
+        """Train on every batch and return the accuracy on the validation images afterwards."""
         self.model.train()
         for module in self.frozen:
             module.eval()
@@ -152,11 +161,11 @@ class OneCycle:
         return accuracy(self.model, self.view, self.device, self.dtype)
 
 
-RESNET50 = "resnet50_v1"  # fastflower's name of what follows
+RESNET50 = "resnet50_v1"  # fastflower's name for pretrained_resnet50
 
 
 def pretrained_resnet50(weights: Path, num_classes: int) -> models.ResNet:
-    """With strides of two on the 1x1 convolutions, as in ResNet v1, for which the weights that can be had here were trained."""
+    """Return a ResNet-50 v1 (stride 2 in the 1x1 convolutions), the variant that the available weights were trained for."""
     model = models.resnet50()
     model.load_state_dict(torch.load(weights, weights_only=True))
     for stage in (model.layer2, model.layer3, model.layer4):

@@ -1,9 +1,10 @@
-"""Decodes a folder of images in one DALI graph, and says how it went; a throwaway process of gpu_dali.py's, since it may crash.
+"""Decode a folder of images in one DALI graph. gpu_dali.py runs this in a throwaway process because it may crash.
 
 python benchmarks/common/dali_probe.py FOLDER PIXELS --device gpu [--torchvision] [--fancy] [--load L] [--region]
 
-Writes the middle quarter of each image, (N, H, W, 3) uint8, to PIXELS (.npy), and prints one line of JSON: images a second,
-and the libnvjpeg that is mapped. It imports torchvision only when told to: what is loaded first decides on the nvJPEG.
+Writes the central 64 x 64 pixels of each image, (N, 64, 64, 3) uint8, to PIXELS (.npy). Prints one line of JSON:
+images/s and the libnvjpeg that is mapped. Imports torchvision only with --torchvision, since the first import decides
+which nvJPEG is used.
 """
 
 import argparse
@@ -14,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-SIDE = 64  # pixels of what is cut out
+SIDE = 64  # of the central crop, in pixels
 
 
 def middle(size: Any) -> tuple[int, int]:
-    """Where the piece that is cut out begins."""
+    """Return the top left corner (y, x) of the central crop."""
     return (size[0] - SIDE) // 2, (size[1] - SIDE) // 2
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     given = parser.parse_args()
     if given.torchvision:
-        import torchvision  # noqa: F401  (for what it maps)
+        import torchvision  # noqa: F401  (for the libraries it maps)
     from nvidia.dali import fn as untyped_fn
     from nvidia.dali import types as untyped_types
     from nvidia.dali.pipeline import Pipeline

@@ -1,4 +1,4 @@
-"""Epochs that are timed against each other: the sides of a comparison of loading, and of loading and training."""
+"""The sides to time against each other: loading alone, and whole training epochs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from fastflower.training.run import Run
 
 
 def plain_loading(folder: Path, size: int, batch_size: int, device: torch.device) -> record.Side:
-    """The baseline of loading alone, float32 batches on the device."""
+    """Return the baseline for loading alone: float32 batches on the device."""
     plain = baseline.loader(folder, baseline.augmentation(size), batch_size=batch_size, pin=device.type == "cuda")
 
     def run() -> int:
@@ -26,7 +26,7 @@ def plain_loading(folder: Path, size: int, batch_size: int, device: torch.device
 def training(
     folder: Path, shards: Path, augment: Augment, batch_size: int, device: torch.device
 ) -> tuple[list[record.Side], Run]:
-    """Loading, a ResNet-18 training step and a validation, report A's recipe; fastflower's side also as what it is made of."""
+    """Return the sides that train and validate a ResNet-18 with report A's recipe, and the Run of fastflower's side."""
     size, pin = augment.output_size[0], device.type == "cuda"
     plain = baseline.loader(folder / "train", baseline.augmentation(size), batch_size=batch_size, pin=pin)
     view = baseline.validation(folder / "val", size, pin=pin)
@@ -54,6 +54,6 @@ def training(
 
 
 def waited(run: Run, rounds: int) -> float:
-    """The share of the counted epochs, validation included, in which training waited for data."""
+    """Return the fraction of the last `rounds` epochs, including validation, that training waited for data."""
     rows = run.history[-rounds:]
     return sum(row["wait_seconds"] for row in rows) / sum(row["train_seconds"] + row["val_seconds"] for row in rows)

@@ -1,8 +1,8 @@
-"""The yardstick of feeding on the CPU: decoding and rendering in bare threads, and nothing else.
+"""The floor for loading time on the CPU: decoding and rendering in bare threads, and nothing else.
 
-No order, no checksum, no draws, no batches: the files' bytes lie in RAM, the numbers are drawn beforehand, and every thread
-writes into the same memory again and again. What is left is decoding, antialiasing, one warp, clipped color, exact hue and
-normalization to float32, by the renderers that the parity tests hold to torchvision.
+There are no checksums, random draws or batches: the encoded files are in RAM, the draws are made beforehand, and each
+thread overwrites one buffer. What remains is decoding, antialiasing, one warp, clipped color, exact hue and
+normalization to float32. The parity tests compare the renderers with torchvision.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,9 +26,13 @@ RENDERERS: dict[str, Callable[[Augment, torch.dtype], Renderer]] = {"native": Na
 
 
 def epoch_of(loader: Loader, renderer: str, workers: int, *, decoded: bool) -> Callable[[], int]:
-    """A function that renders every image of a loader's split once and returns their number.
+    """Return a function that renders every image of the loader's split once and returns their number.
 
-    decoded  images lie decoded in RAM, at the scale that is drawn.
+    Args:
+        loader: Its split, augmentation and seed are used.
+        renderer: A key of RENDERERS.
+        workers: Number of threads.
+        decoded: Keep the images decoded in RAM, at the decode scale of their draws.
     """
     render = RENDERERS[renderer](loader.augment, torch.float32)
     numbers = range(loader.num_samples)
@@ -41,7 +45,7 @@ def epoch_of(loader: Loader, renderer: str, workers: int, *, decoded: bool) -> C
     def epoch() -> int:
         order = np.random.default_rng().permutation(len(jobs)).tolist()
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(work, [order] * workers, [count()] * workers))  # all take numbers from one counter
+            list(pool.map(work, [order] * workers, [count()] * workers))  # the threads share one counter
         return len(jobs)
 
     def work(order: Sequence[int], numbers: Any) -> None:

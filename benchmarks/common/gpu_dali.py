@@ -1,4 +1,4 @@
-"""The parts of gpu_check.py that need DALI: which ways of decoding survive, how fast they are, and its tests."""
+"""The parts of gpu_check.py that need DALI: which ways to decode survive, how fast they are, and DALI's tests."""
 
 import json
 import subprocess
@@ -27,24 +27,24 @@ from fastflower.recipes.presets import report_a
 from fastflower.shards.image import decode
 from fastflower.shards.reader import ShardReader
 
-TIMES_OPENCV = 2.0  # decoding on the GPU, the goal
-_TOGETHER = 4  # probes at a time: each takes seconds to start, so its rate is that beside three others
-_LIMIT = 25.0  # seconds of a probe, until it is ended
-_BUSY = 4  # products of 8192 x 8192 in front of each batch: some milliseconds
+TIMES_OPENCV = 2.0  # goal for the rate of decoding on the GPU
+_TOGETHER = 4  # probes at a time, because each takes seconds to start; a rate is measured beside three others
+_LIMIT = 25.0  # seconds until a probe is killed
+_BUSY = 4  # 8192 x 8192 matrix products before each batch, some milliseconds
 
 
 WAYS = [
     {"torchvision": first, "fancy": fancy, "load": load, "region": region}
     for first, fancy, load, region in product((False, True), (True, False), (0, 1), (False, True))
 ]
-"""Of decoding: torchvision imported before or not, the chroma's upsampling, the engine's share, a region or the whole."""
+"""Ways to decode: torchvision imported first, fancy chroma upsampling, the JPEG engine's share, only a region."""
 
 
 def probe(
     part: Part, place: Place, *, count: int = 64, repeats: int = 20, chosen: Sequence[dict[str, Any]] = WAYS
 ) -> None:
-    """Images a second of DALI's decoder alone, in a process of its own for each way, four processes at a time; the encoded bytes
-    lie in RAM, and the pixels stay on the device.
+    """Time DALI's decoder alone, in images/s, in a process of its own for each way, four processes at a time. The
+    encoded bytes are in RAM, and the pixels stay on the device.
     """
     paths = sorted(place.many.glob("*/*.jp*g"))
     paths = paths[:: max(1, len(paths) // count)][:count]
@@ -59,55 +59,55 @@ def probe(
             expected.append(image[top : top + dali_probe.SIDE, left : left + dali_probe.SIDE])
             sizes.append(image.shape[:2])
         (folder / "sizes.json").write_text(json.dumps(sizes))
-        try_one = partial(_tried, part, folder, np.stack(expected), repeats)
+        try_one = partial(_probe_one, part, folder, np.stack(expected), repeats)
         with ThreadPoolExecutor(_TOGETHER) as pool:
             for way, found in zip(chosen, pool.map(try_one, chosen), strict=True):
-                part.found[_named(way)] = found
-                part.row(_named(way), found["said"])
+                part.found[_name_of(way)] = found
+                part.row(_name_of(way), found["said"])
 
 
-def _named(way: dict[str, Any]) -> str:
+def _name_of(way: dict[str, Any]) -> str:
     words = ("torchvision first" if way["torchvision"] else "DALI alone", "fancy" if way["fancy"] else "plain")
     return ", ".join([*words, f"engine {way['load']}", "region" if way["region"] else "whole"])
 
 
-def _tried(part: Part, folder: Path, expected: Any, repeats: int, way: dict[str, Any]) -> dict[str, Any]:
-    pixels = folder.parent / f"{_named(way).replace(', ', '-').replace(' ', '_')}.npy"
+def _probe_one(part: Part, folder: Path, expected: Any, repeats: int, way: dict[str, Any]) -> dict[str, Any]:
+    pixels = folder.parent / f"{_name_of(way).replace(', ', '-').replace(' ', '_')}.npy"
     device = "gpu" if part.device.type == "cuda" else "cpu"
     flags = [f"--{name}" for name in ("torchvision", "fancy", "region") if way[name]]
     arguments = [folder, pixels, "--device", device, "--load", way["load"], "--repeats", repeats, *flags]
     command = [sys.executable, "-X", "faulthandler", dali_probe.__file__, *map(str, arguments)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_LIMIT, env=gpu_smoke.surroundings(), check=False
+            command, capture_output=True, text=True, timeout=_LIMIT, env=gpu_smoke.child_environment(), check=False
         )
     except subprocess.TimeoutExpired:
-        return {"survived": False, "said": f"none: it was ended after {_LIMIT:.0f} s"}
+        return {"survived": False, "said": f"FAILED, timed out after {_LIMIT:.0f} s"}
     if done.returncode:
-        gpu_part.log(part.out, f"probe: {_named(way)}: status {done.returncode}", done.stderr[-5_000:])
+        gpu_part.log(part.out, f"probe: {_name_of(way)}: status {done.returncode}", done.stderr[-5_000:])
         return {"survived": False, "status": done.returncode, "said": f"FAILED with status {done.returncode}"}
     try:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        return {"survived": False, "said": f"FAILED, it said {done.stdout[-200:]!r}"}
+        return {"survived": False, "said": f"FAILED, printed no JSON but {done.stdout[-200:]!r}"}
     differ = np.abs(np.load(pixels).astype(int) - expected)
     apart = {"mean": float(differ.mean()), "max": int(differ.max())}
-    said = f"{apart['mean']:.3f} levels from OpenCV, {apart['max']} at most; {found['images_per_second']:.0f} images/s"
+    said = f"differs from OpenCV by {apart['mean']:.3f} levels, max {apart['max']}; {found['images_per_second']:.0f} images/s"
     warnings = done.stderr.strip().splitlines()
     if warnings:
-        said += f"; said {len(warnings)} lines, such as {warnings[0][:80]!r}"
+        said += f"; {len(warnings)} lines on stderr, first {warnings[0][:80]!r}"
     return {"survived": True, "levels_apart": apart, "warnings": warnings[:20], "said": said, **found}
 
 
 def engine(part: Part, place: Place, *, batches: int = 100, batch_size: int = 64) -> None:
-    """No timing: whether the GPU's JPEG engine gives the pixels of the CUDA decoder, also beside a GPU that is busy."""
+    """Check, without timing, that the GPU's JPEG engine gives the CUDA decoder's pixels, on an idle and on a busy GPU."""
     first: list[torch.Tensor] = []
     equal: dict[float, bool] = {}
     for load in (0.0, 1.0):
         for busy in (False, True):
             what = f"engine {load:.0%}, GPU {'busy' if busy else 'idle'}"
             if busy and part.device.type != "cuda":
-                part.leave_out(what, "there is no GPU")
+                part.skip(what, "needs a GPU")
                 continue
             found = _batches(part, place, load, busy, batches, batch_size)
             first = first or found
@@ -118,13 +118,13 @@ def engine(part: Part, place: Place, *, batches: int = 100, batch_size: int = 64
             part.found[what] = {"batches": len(found), "changed": changed, "mean_levels": mean, "max_levels": most}
             part.row(
                 what,
-                f"{changed} of {len(found)} batches differ from engine 0%, idle: {mean:.3f} levels, {most} at most",
+                f"{changed} of {len(found)} batches differ from engine 0%, idle: {mean:.3f} levels on average, max {most}",
             )
     part.found["equal"] = {f"{load:.0%}": value for load, value in equal.items()}
 
 
 def _batches(part: Part, place: Place, load: float, busy: bool, batches: int, batch_size: int) -> list[torch.Tensor]:
-    """uint8 images on the CPU."""
+    """Return uint8 images on the CPU, one tensor per batch."""
     found: list[torch.Tensor] = []
     side = torch.randn(8192 if busy else 1, 8192 if busy else 1, device=part.device, dtype=torch.bfloat16)
     with share_of_engine(load):
@@ -151,8 +151,8 @@ def _batches(part: Part, place: Place, load: float, busy: bool, batches: int, ba
 
 @contextmanager
 def share_of_engine(load: float) -> Iterator[None]:
-    """Within, pipelines that are built give this share of a batch to the GPU's JPEG engine."""
-    from fastflower.loading.backends import dali  # here, so that a machine without DALI loses its parts only
+    """Set the share of a batch that new pipelines give to the GPU's JPEG engine."""
+    from fastflower.loading.backends import dali  # not at the top: the other parts need no DALI
 
     before, dali.HW_DECODER_LOAD = dali.HW_DECODER_LOAD, load
     try:
@@ -162,20 +162,20 @@ def share_of_engine(load: float) -> Iterator[None]:
 
 
 def without_engine(part: Part, place: Place, **sizes: Any) -> None:
-    """Feeding alone, as in "feeding": DALI decodes by CUDA kernels, beside OpenCV on threads."""
-    _feeding(part, place, 0.0, **sizes)
+    """Time loading alone, as in "loading": DALI decoding with CUDA kernels, against OpenCV on threads."""
+    _loading(part, place, 0.0, **sizes)
 
 
 def with_engine(part: Part, place: Place, **sizes: Any) -> None:
-    """The same by the JPEG engine, where it gave equal pixels."""
+    """Time the same with the JPEG engine, if its pixels were equal."""
     found = gpu_part.parts(part.out).get("engine", {}).get("equal", {})
     if not found.get("100%"):
-        part.leave_out("engine 100%", "the part engine did not find its pixels equal to those of engine 0%")
+        part.skip("engine 100%", 'the part "engine" did not find its pixels equal to engine 0%')
         return
-    _feeding(part, place, 1.0, **sizes)
+    _loading(part, place, 1.0, **sizes)
 
 
-def _feeding(
+def _loading(
     part: Part,
     place: Place,
     load: float,
@@ -200,7 +200,7 @@ def _feeding(
                 part.row(f"{what}: {side.name}", record.rate(side, sides[0]))
             best = max((record.ratio(side, sides[0]) for side in left[1:]), default=0.0)
             goal = f"goal: at least {TIMES_OPENCV:.0f}, {verdict(best, TIMES_OPENCV)}"
-            part.row(f"{what}: the best", f"{best:.2f} times OpenCV's rate; {goal}")
+            part.row(f"{what}: best", f"{best:.2f} times OpenCV's rate; {goal}")
 
         part.interleave(what, sides, rounds, tell)
 
@@ -217,8 +217,8 @@ def kept(
     rounds: int = 5,
     augment: Augment | None = None,
 ) -> None:
-    """Rendering alone: batches whose decoded images lie on the device, again and again, until the last one is made; by Triton's
-    kernels, and by DALI's graph without its decoder.
+    """Time rendering alone, from decoded images on the device until the last batch is done: with Triton's kernels, and
+    with DALI's graph without its decoder.
     """
     from fastflower.loading.backends.dali import DaliBackend, Pipeline, fn, pipeline_def, rendered, types
 
@@ -241,7 +241,7 @@ def kept(
         return rendered(decoded, view, torch.float16, cuda)
 
     class Kept(DaliBackend):
-        """Takes decoded images."""
+        """A DALI backend that takes decoded images."""
 
         def pipeline(self) -> Pipeline:
             return graph(device_id=part.device.index if cuda else None)
@@ -260,13 +260,13 @@ def kept(
     def tell(left: list[record.Side]) -> None:
         part.found["sides"] = [record.summary(side, sides[0]) for side in left]
         for side in left:
-            part.row(f"batch {batch_size}, float16, from kept images: {side.name}", record.rate(side, sides[0]))
+            part.row(f"batch {batch_size}, float16, from cached images: {side.name}", record.rate(side, sides[0]))
 
     part.interleave("kept", sides, rounds, tell)
 
 
 def run_tests(part: Part, place: Place) -> None:
-    """The tests marked gpu that feed by DALI."""
+    """Run the tests marked gpu that load with DALI."""
     gpu_smoke.run_tests(part, place, only="dali")
 
 

@@ -1,4 +1,4 @@
-"""The parts of gpu_check.py that feed without training: every way of feeding, and the kernels that augment."""
+"""The parts of gpu_check.py that load without training: every way to load, and the augmentation kernels."""
 
 import statistics
 import time
@@ -25,28 +25,28 @@ from fastflower.recipes.presets import report_a
 from fastflower.shards.reader import ShardReader
 from fastflower.training.run import Run
 
-FROM_CACHE = 350_000  # images/s, the goal
-TIMES_IMAGE_FOLDER = 10  # from the cache, the goal
-KERNEL_SHARE = 0.03  # of a ResNet-18 step, the goal
-SHAPES = ((256, 4), (512, 4), (1024, 8), (512, 8))  # pixels a program, warps; the last is what the backend uses
+FROM_CACHE = 350_000  # goal, images/s
+TIMES_IMAGE_FOLDER = 10  # goal for the rate from the cache
+KERNEL_SHARE = 0.03  # goal, share of a ResNet-18 step
+SHAPES = ((256, 4), (512, 4), (1024, 8), (512, 8))  # (pixels per program, warps); the backend uses the last
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 STORED = {**DTYPES, "uint8": torch.uint8}
-_ALL = 64 << 30  # bytes that a cache may keep: the way has its name by that
-_SLEEP = 100_000_000  # cycles of the GPU, some 50 ms: the host launches all that is timed meanwhile
+_ALL = 64 << 30  # cache limit in bytes, large enough for all images
+_SLEEP = 100_000_000  # GPU cycles, about 50 ms, in which the host launches everything that is timed
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way of feeding, all but the baseline by fastflower."""
+    """A way to load with fastflower."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 1
-    """In a round: an epoch from memory is over too soon to be timed."""
+    """Epochs per round; a single epoch from memory is too short to time."""
 
 
 def ways(fast: int = 20) -> list[Way]:
-    """All that need no DALI; Triton's last, since what goes wrong in a kernel of one's own ends all that comes after it."""
+    """Return the ways that need no DALI. Triton's come last, because a broken kernel fails everything after it."""
     half = torch.bfloat16
     found = [
         Way(f"threads, {name}, decoding, bfloat16", {"backend": backend, "dtype": half, "cache": None})
@@ -65,7 +65,7 @@ def ways(fast: int = 20) -> list[Way]:
     return found
 
 
-def feeding(
+def loading(
     part: Part,
     place: Place,
     *,
@@ -74,16 +74,17 @@ def feeding(
     augment: Augment | None = None,
     chosen: list[Way] | None = None,
 ) -> None:
-    """Feeding alone: the clock runs from asking for an epoch's first batch until the last one is on the device; ways from memory
-    feed several epochs a round. What a way makes at first, and decodes into memory, falls into its uncounted round.
+    """Time loading alone. The clock runs from the request for an epoch's first batch until the last one is on the
+    device. Loading from memory takes several epochs per round. Start-up and decoding into memory fall into the
+    uncounted round.
     """
     how = (augment or report_a().augment, chosen or ways())
     part.each(
-        {f"batch {batch_size}": partial(_feeding, part, place, batch_size, rounds, *how) for batch_size in batch_sizes}
+        {f"batch {batch_size}": partial(_loading, part, place, batch_size, rounds, *how) for batch_size in batch_sizes}
     )
 
 
-def _feeding(part: Part, place: Place, batch_size: int, rounds: int, augment: Augment, chosen: list[Way]) -> None:
+def _loading(part: Part, place: Place, batch_size: int, rounds: int, augment: Augment, chosen: list[Way]) -> None:
     first = epochs.plain_loading(place.many, augment.output_size[0], batch_size, part.device)
     common = {"batch_size": batch_size, "augment": augment, "device": part.device}
     sides = [first, *(side_of(way, place.all, common) for way in chosen)]
@@ -96,16 +97,16 @@ def _feeding(part: Part, place: Place, batch_size: int, rounds: int, augment: Au
         if cached:
             best = max(statistics.median(side.rates) for side in cached)
             goal = f"{best:.0f} images/s; goal: at least {FROM_CACHE}, {verdict(best, FROM_CACHE)}"
-            part.row(f"batch {batch_size}: from the cache, the best", goal)
+            part.row(f"batch {batch_size}: from the cache, best", goal)
             times = max(record.ratio(side, first) for side in cached)
             goal = f"{times:.1f} times; goal: at least {TIMES_IMAGE_FOLDER}, {verdict(times, TIMES_IMAGE_FOLDER)}"
-            part.row(f"batch {batch_size}: from the cache, to ImageFolder", goal)
+            part.row(f"batch {batch_size}: from the cache, against ImageFolder", goal)
 
     part.interleave(f"batch {batch_size}", sides, rounds, tell)
 
 
 def side_of(way: Way, shards: Path, common: dict[str, Any]) -> record.Side:
-    """Makes its loader in the uncounted round, where it may fail alone."""
+    """Return a side that makes its loader in the uncounted round, where an error drops only this side."""
     made: list[Loader] = []
 
     def run() -> int:
@@ -128,9 +129,9 @@ def kernels(
     rounds: int = 5,
     augment: Augment | None = None,
 ) -> None:
-    """Seconds between two events of the GPU, which waits until all is launched, so that no launch is counted: of augmenting, with
-    the copy of a batch's tables and over the images of a whole epoch; of ResNet-18 training steps. On the host: drawing, and
-    filling the tables. Means over launches, n such means.
+    """Time augmentation and ResNet-18 training steps between two GPU events. The GPU waits until everything is
+    launched, so launches are not counted. Augmentation covers a whole epoch's images and includes copying each batch's
+    tables. On the host, times the draws and filling the tables. Each value is a mean over launches; n counts the means.
     """
     chosen = augment or report_a().augment
     step: dict[int, float] = {}
@@ -184,7 +185,7 @@ def _augmenting(
     kept = DeviceImages(loader.num_samples, Allowance(part.device, free_bytes(part.device) // 2))
     backend = TritonBackend(augment, samples, setup, kept)
     requests = list(loader.requests(0))
-    for _ in backend.run(requests):  # decodes them, and keeps them
+    for _ in backend.run(requests):  # decode and cache the images
         pass
     tables = [_tables(backend, request) for request in requests]
     label = f"batch {batch_size}, {name}"
@@ -208,7 +209,7 @@ def _augmenting(
             if share
             else ""
         )
-        part.row(f"{label}: {shape[0]} pixels a program, {shape[1]} warps", milliseconds(times) + goal)
+        part.row(f"{label}: {shape[0]} pixels per program, {shape[1]} warps", milliseconds(times) + goal)
     host: dict[str, list[float]] = {"draw": [], "tables": []}
     for epoch in range(rounds):
         start = time.perf_counter()
@@ -225,16 +226,16 @@ def _augmenting(
 
 
 def _tables(backend: TritonBackend, request: Request) -> torch.Tensor:
-    """The tables of a batch all of whose images are kept."""
+    """Return the tables of a batch; all its images must be cached."""
     decode_scale = geometry.decode_scales(request.warp.footprint)
     missing = backend.kept.missing(request.indices, decode_scale)
     if len(missing):
-        raise RuntimeError(f"{len(missing)} images of a batch were not kept")
+        raise RuntimeError(f"{len(missing)} images of a batch are not cached")
     return backend.tables(request, *backend.kept.find(request.indices, decode_scale))
 
 
 def device_seconds(work: Callable[[], object], device: torch.device, stream: Any = None) -> float:
-    """What the device takes for what `work` launches, back to back; on the CPU what the clock says."""
+    """Return the device time of everything that `work` launches, back to back; on the CPU, the wall-clock time."""
     if device.type != "cuda":
         start = time.perf_counter()
         work()
@@ -265,5 +266,5 @@ TINY: dict[str, dict[str, Any]] = {
         "rounds": 2,
     }
     | {"augment": MAGNIFIED},
-    "feeding": {"batch_sizes": (8,), "rounds": 1, "augment": MAGNIFIED, "chosen": ways(1)},
+    "loading": {"batch_sizes": (8,), "rounds": 1, "augment": MAGNIFIED, "chosen": ways(1)},
 }

@@ -1,4 +1,4 @@
-"""What the parts of gpu_check.py share: the images they run on, and a record that is on the disk while a part goes on."""
+"""Code that the parts of gpu_check.py share: their images, and a record that is saved while a part runs."""
 
 import gc
 import json
@@ -19,17 +19,17 @@ from fastflower.packing.folder import scan
 from fastflower.training.cuda_graphs import graphs_of
 from fastflower.training.run import Run
 
-FEEDING_IMAGES = 4096  # 16 batches of 256: what an epoch takes at its ends counts for as little as it does in earnest
-TRAINING_IMAGES = 2848  # of the five reports
+LOADING_IMAGES = 4096  # 16 batches of 256: the start and end of an epoch weigh as little as in a real run
+TRAINING_IMAGES = 2848  # as in the five reports
 MAGNIFIED = Augment(size=32, resize=36, crop=(0.008, 0.01), flip=0.5, contrast=0.2)
-"""What Triton's interpreter is quick at, for trials without a GPU."""
+"""Fast in Triton's interpreter, for trials without a GPU."""
 SMALL = Augment(size=32, resize=36, crop=(0.5, 1.0), flip=0.5)
-"""What a CPU trains on quickly."""
+"""Fast to train on with a CPU."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where images lie, and shards of them that `prepare` makes. Fewer images than are wanted come several times."""
+    """Where the images are, and the shards that `prepare` makes of them. Repeats images if there are too few."""
 
     data: Path
     """Class folders."""
@@ -39,34 +39,34 @@ class Place:
 
     @property
     def many(self) -> Path:
-        """Class folders of FEEDING_IMAGES."""
+        """Class folders with LOADING_IMAGES images."""
         return self.scratch / "many"
 
     @property
     def all(self) -> Path:
-        """Shards of those with one split, "train"."""
+        """Shards of the same images in one split, "train"."""
         return self.scratch / "all"
 
     @property
     def split(self) -> Path:
-        """Shards of TRAINING_IMAGES with two splits."""
+        """Shards of TRAINING_IMAGES images in two splits."""
         return self.scratch / "split"
 
     @property
     def folders(self) -> Path:
-        """The same split, as train/CLASS and val/CLASS."""
+        """The same splits as folders, train/CLASS and val/CLASS."""
         return self.scratch / "folders"
 
-    def prepare(self, feeding: int = FEEDING_IMAGES, training: int = TRAINING_IMAGES) -> None:
-        """Pack so many images for each."""
-        pack(repeated(self.data, self.many, feeding), self.all, val_fraction=0)
+    def prepare(self, loading: int = LOADING_IMAGES, training: int = TRAINING_IMAGES) -> None:
+        """Pack the given numbers of images for loading and for training."""
+        pack(repeated(self.data, self.many, loading), self.all, val_fraction=0)
         report = repeated(self.data, self.scratch / "report", training)
         pack(report, self.split)
         images.split_folders(report, self.split, self.folders)
 
 
 def repeated(folder: Path, into: Path, count: int) -> Path:
-    """Links to `count` images, evenly from all classes; each comes again under another name where there are too few."""
+    """Link `count` images, spread evenly over the classes, repeating them under other names if there are too few."""
     found = scan(folder)
     if count <= len(found):
         return images.some(folder, into, count)
@@ -79,9 +79,9 @@ def repeated(folder: Path, into: Path, count: int) -> Path:
 
 
 class Part:
-    """A part of a check that must bring home what it has: it ends in time, fails in pieces, and is on the disk after each row.
+    """One part of the check on a borrowed machine: it ends in time, survives failing pieces and saves after each row.
 
-    All parts of a lease share a file, each under its name. What fails is told in OUT/failures.log.
+    All parts of a lease share one file, each under its name. Errors go to OUT/failures.log.
     """
 
     def __init__(
@@ -90,33 +90,33 @@ class Part:
         self.name, self.out, self.device, self.file = name, out, device, file
         self.start = time.perf_counter()
         self.ends = self.until = self.start + seconds
-        """When, of perf_counter, no further round is begun: of the part, and of the piece under way."""
+        """Deadlines in perf_counter time, for the part and for the current piece. No round starts after them."""
         self.rows: dict[str, str] = {}
-        """What is worth a line of the table, by its name."""
+        """Lines of the table, by name."""
         self.failed: list[str] = []
-        self.left_out: list[str] = []
+        self.skipped: list[str] = []
         self.found: dict[str, Any] = {}
-        """Figures, for the JSON."""
+        """Figures for the JSON."""
         self._clock, self._quiet = " ".join(clock.split()), False
 
     def row(self, name: str, value: str) -> None:
-        """Keep a line, in place of an earlier one of that name."""
+        """Record a line of the table, replacing an earlier one of the same name."""
         if not self._quiet:
             print(f"  {name:60} {value}", flush=True)
         self.rows[name] = value
         self.save()
 
-    def leave_out(self, what: str, why: str) -> None:
-        self.left_out.append(what)
-        self.row(what, f"LEFT OUT, {why}")
+    def skip(self, what: str, why: str) -> None:
+        self.skipped.append(what)
+        self.row(what, f"SKIPPED, {why}")
 
     def each(self, pieces: Mapping[str, Callable[[], object]]) -> None:
-        """Do pieces in turn, each in an equal share of the time that is left; what one raises costs the others nothing."""
+        """Run the pieces in turn, each with an equal share of the remaining time. An error ends only its own piece."""
         for number, (what, run) in enumerate(pieces.items()):
             now = time.perf_counter()
             self.until = now + (self.ends - now) / (len(pieces) - number)
             if now > self.ends:
-                self.leave_out(what, "out of time")
+                self.skip(what, "out of time")
                 continue
             try:
                 run()
@@ -125,7 +125,7 @@ class Part:
             self.save()
             if self.device.type == "cuda":
                 gc.collect()
-                with suppress(RuntimeError):  # an error of CUDA's comes again at every call
+                with suppress(RuntimeError):  # every call repeats an earlier CUDA error
                     torch.cuda.empty_cache()
 
     def fail(self, what: str, error: Exception) -> None:
@@ -136,7 +136,7 @@ class Part:
     def interleave(
         self, what: str, sides: list[record.Side], rounds: int, tell: Callable[[list[record.Side]], object]
     ) -> list[record.Side]:
-        """`record.interleave` within the time of this piece. After each round tell(sides that ran) makes its rows."""
+        """Run `record.interleave` within the time of this piece. After each round, tell(sides that ran) adds the rows."""
 
         def after(left: list[record.Side]) -> None:
             self._quiet = True
@@ -151,13 +151,13 @@ class Part:
         return left
 
     def save(self, *, finished: bool = False) -> None:
-        """Write all that was found so far."""
+        """Write everything found so far."""
         content = {
             "clock": self._clock,
             "seconds": time.perf_counter() - self.start,
             "finished": finished,
             "failed": self.failed,
-            "left_out": self.left_out,
+            "left_out": self.skipped,
             "rows": self.rows,
             **self.found,
         }
@@ -167,7 +167,7 @@ class Part:
 
 
 def parts(out: Path) -> dict[str, Any]:
-    """What parts left in a folder, by name."""
+    """Return the results that parts saved in a folder, by name."""
     found: dict[str, Any] = {}
     for path in sorted(out.glob("gpu*.json")):
         found |= json.loads(path.read_text())["parts"]
@@ -175,18 +175,18 @@ def parts(out: Path) -> dict[str, Any]:
 
 
 def log(out: Path, what: str, text: str) -> None:
-    """Add to OUT/failures.log."""
+    """Append to OUT/failures.log."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "failures.log").open("a") as file:
         file.write(f"{what}\n{text.rstrip()}\n\n")
 
 
 def verdict(value: float, goal: float) -> str:
-    """What to say of a figure that is to be at least the goal."""
+    """Say whether a figure is at least its goal; NaN is "not compared"."""
     return "not compared" if isnan(value) else "met" if value >= goal else "MISSED"
 
 
 def check_recorded(run: Run) -> None:
-    """Raise RuntimeError where a run's steps were to be replayed from a CUDA graph, and none was recorded."""
+    """Raise RuntimeError if a run should replay its steps from a CUDA graph but recorded none."""
     if graphs_of(run.recipe, run.device, run.precision) and not run.stepper.replays:
-        raise RuntimeError("no step was recorded as a CUDA graph: see what was said, in failures.log")
+        raise RuntimeError("no step was recorded as a CUDA graph; failures.log says why")

@@ -1,4 +1,4 @@
-"""The parts of gpu_check.py that train: feeding beside steps, whole runs, epochs, torch.compile, a profile, accuracy."""
+"""The parts of gpu_check.py that train: loading during training, whole runs, epochs, torch.compile, a profile, accuracy."""
 
 import csv
 import json
@@ -21,22 +21,22 @@ import torch
 from common import baseline, record
 from common.epochs import training, waited
 from common.gpu_part import SMALL, Part, Place, check_recorded, verdict
-from common.gpu_smoke import surroundings
+from common.gpu_smoke import child_environment
 from fastflower import Augment, Loader, Recipe, pack, train
 from fastflower.devices import fastest_convolutions
 from fastflower.loading.batch import Batch
 from fastflower.recipes.presets import PRESETS, report_a
 from fastflower.training.run import Run
 
-OVERLAP = 0.98  # of the rate with a replayed batch, the goal
-MARKS = (0.945, 0.96)  # validation accuracies
+OVERLAP = 0.98  # goal, share of the rate with a replayed batch
+MARKS = (0.945, 0.96)  # validation accuracies to reach
 CASES = (("resnet18", 32, 200), ("resnet18", 256, 40), ("resnet50", 32, 140), ("resnet50", 256, 24))
-RUN_SECONDS, TRAIN_SECONDS = 20.0, 6.0  # of report A, process and training, the goals
+RUN_SECONDS, TRAIN_SECONDS = 20.0, 6.0  # goals for report A: process and training
 RUNS = {"report A": ("report-a", 2)}
 
 
 class Replayed:
-    """In a loader's place: as many batches an epoch, all of them the first, which lies on the device."""
+    """Replaces a loader: yields as many batches per epoch, all of them the loader's first batch, kept on the device."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -61,11 +61,12 @@ def overlap(
     rounds: int = 5,
     augment: Augment | None = None,
 ) -> None:
-    """Training epochs as `train` has them, fed by the loader, and the same fed one batch that lies on the device, until the
-    epoch's losses are on the host. A round is as many epochs as give the case's steps. Warm-up is the first round, with what is
-    decoded, recorded or compiled in it.
+    """Time training epochs as `train` runs them until their losses are on the host, with the loader and with one
+    replayed batch on the device. A round has as many epochs as the case's steps need. The first round is the warm-up
+    and includes decoding, recording and compiling.
 
-    cases  (backbone, batch size, steps a round).
+    Args:
+        cases: (backbone, batch size, steps per round).
     """
     pieces = {}
     for backbone, batch_size, steps in cases:
@@ -79,17 +80,17 @@ def overlap(
 def compiled(
     part: Part, place: Place, *, batch_size: int = 32, steps: int = 200, rounds: int = 5, augment: Augment | None = None
 ) -> None:
-    """ResNet-18 as in `overlap`, also with torch.compile, whose mode is "reduce-overhead" on CUDA."""
+    """Time ResNet-18 as in `overlap`, also with torch.compile (mode "reduce-overhead" on CUDA)."""
     recipe = _endless(augment, batch_size=batch_size)
     ways = {"graph": recipe, "no graph": replace(recipe, graph=False), "torch.compile": replace(recipe, compile=True)}
     if part.device.type != "cuda":
         del ways["torch.compile"]
-        part.leave_out("torch.compile", "there is no GPU")
+        part.skip("torch.compile", "needs a GPU")
     _overlap(part, place.all, f"resnet18, batch {batch_size}, compiled too", ways, steps, rounds)
 
 
 def _endless(augment: Augment | None, **changes: Any) -> Recipe:
-    """Report A's recipe from random weights, for so many epochs that its rate stays."""
+    """Return report A's recipe from random weights, with so many epochs that the learning rate stays constant."""
     return replace(report_a(), weights=None, augment=augment or report_a().augment, epochs=10**6, **changes)
 
 
@@ -128,7 +129,9 @@ def _overlap(part: Part, shards: Path, what: str, ways: dict[str, Recipe], steps
             part.row(f"{what}, {way}: with the loader", f"{record.rate(loader)}, {share:.1%} of replayed; {goal}")
             plain = ran.get("no graph, loader")
             also = (
-                f"{record.ratio(loader, plain):.2f} times that without a graph" if plain and plain is not loader else ""
+                f"{record.ratio(loader, plain):.2f} times the rate without a graph"
+                if plain and plain is not loader
+                else ""
             )
             waiting = f"waited {waited:.1%} of the time; warm-up {warm_up:.1f} s"
             part.row(f"{what}, {way}", "; ".join(filter(None, (also, waiting))))
@@ -137,10 +140,12 @@ def _overlap(part: Part, shards: Path, what: str, ways: dict[str, Recipe], steps
 
 
 def runs(part: Part, place: Place, *, chosen: dict[str, tuple[str, int]] = RUNS, flags: tuple[str, ...] = ()) -> None:
-    """Whole runs of `fastflower train`, from the start of its process until its exit, with checkpoints and report. All start
-    from random weights: ResNet-18's pretrained ones are downloaded by torchvision, for which there may be no network.
+    """Time whole runs of `fastflower train`, from process start to exit, including checkpoints and report. All start
+    from random weights: torchvision would have to download pretrained ResNet-18 weights, and there may be no network.
 
-    chosen  (recipe, n) by name. flags  for all of them.
+    Args:
+        chosen: (recipe, n) by name.
+        flags: Passed to every run.
     """
     pieces = {}
     for name, (recipe, count) in chosen.items():
@@ -153,10 +158,11 @@ def runs(part: Part, place: Place, *, chosen: dict[str, tuple[str, int]] = RUNS,
 
 
 def _run(part: Part, name: str, arguments: list[str], out: Path) -> None:
-    command = [sys.executable, "-P", "-m", "fastflower", "train", *arguments]  # -P: not the current folder's
+    # -P: import nothing from the current folder
+    command = [sys.executable, "-P", "-m", "fastflower", "train", *arguments]
     with tempfile.TemporaryFile("w+") as output:
         start = time.perf_counter()
-        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=surroundings(), check=False)
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=child_environment(), check=False)
         taken = time.perf_counter() - start
         if done.returncode or not (out / "checkpoint-best.pt").exists():
             output.seek(0)
@@ -188,8 +194,8 @@ def epochs(
     rounds: int = 3,
     augment: Augment | None = None,
 ) -> None:
-    """Report A's epochs, validation included: from asking for an epoch's first batch until every validation image is scored;
-    images a second are training images.
+    """Time report A's epochs, including validation: from the request for an epoch's first batch until every validation
+    image is scored. Images per second counts training images.
     """
     pieces = {
         f"batch {batch_size}": partial(_epochs, part, place, augment or report_a().augment, batch_size, rounds)
@@ -215,7 +221,7 @@ def _epochs(part: Part, place: Place, augment: Augment, batch_size: int, rounds:
 
 
 class Moments(logging.Handler):
-    """When `train` said that an epoch is over, which it does when the epoch is validated and saved."""
+    """Records when `train` logs the end of an epoch, which is after its validation and checkpoint."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -234,14 +240,17 @@ def accuracy(
     seeds: int = 5,
     marks: tuple[float, ...] = MARKS,
 ) -> None:
-    """From the call of `train` until the first epoch whose validation accuracy reaches a mark is validated and saved: starting,
-    reading the weights and earlier checkpoints included. The first run of the process starts CUDA, too. Seeds are of split,
-    head, order and draws.
+    """Time from the call of `train` until an epoch reaches a mark in validation accuracy and is saved. Includes
+    start-up, reading the weights and saving earlier checkpoints; the first run of the process also initializes CUDA.
+    The seed sets the split, the head, the order and the draws.
 
-    recipes  by name; each starts from the weights that were given.
+    Args:
+        recipes: Recipes by name; each starts from the weights in `place`.
+        seeds: Number of seeds.
+        marks: Validation accuracies.
     """
     if place.weights is None:
-        part.leave_out("accuracy", "no --weights were given")
+        part.skip("accuracy", "needs --weights")
         return
     chosen = recipes or {
         name: replace(PRESETS[name](), backbone=baseline.RESNET50) for name in ("finetune", "finetune-long")
@@ -300,8 +309,8 @@ def profile(
     steps: int = 20,
     augment: Augment | None = None,
 ) -> None:
-    """Where the time of report A's steps goes: sums of the GPU's work by kernel, and the share of the time between its first and
-    last work in which it has none, by torch's profiler, which slows the host.
+    """Profile report A's steps with torch's profiler, which slows the host. Sums the GPU's work by kernel, and reports
+    the fraction of the time between its first and last work in which the GPU is idle.
     """
     pieces = {
         f"profile, batch {size}": partial(_profile, part, place.all, _endless(augment, batch_size=size), steps)
@@ -314,20 +323,20 @@ def _profile(part: Part, shards: Path, recipe: Recipe, steps: int) -> None:
     run = Run(shards, recipe, shards, part.device)
     cuda = part.device.type == "cuda"
     kinds = torch.profiler.ProfilerActivity
-    fed = (batch for _ in iter(int, 1) for batch in run.loader)
+    batches = (batch for _ in iter(int, 1) for batch in run.loader)
 
     def train_on(count: int) -> None:
         for _ in range(count):
-            images, labels, _ = next(fed)
+            images, labels, _ = next(batches)
             run.step(images, labels)
         if cuda:
             torch.cuda.synchronize(part.device)
 
     with fastest_convolutions(part.device), tempfile.TemporaryDirectory() as scratch:
-        train_on(max(steps // 2, len(run.loader)))  # an epoch at least, so that all is decoded
+        train_on(max(steps // 2, len(run.loader)))  # at least one epoch, so that everything is decoded
         with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if cuda else [])]) as profiler:
             train_on(steps)
-        fed.close()
+        batches.close()
         profiler.export_chrome_trace(f"{scratch}/trace.json")
         events = json.loads(Path(scratch, "trace.json").read_text())["traceEvents"]
     order = "cuda_time_total" if cuda else "cpu_time_total"
@@ -339,12 +348,12 @@ def _profile(part: Part, shards: Path, recipe: Recipe, steps: int) -> None:
     if found["gpu"]:
         part.row(f"profile, {what}: GPU idle between kernels", f"{found['gpu']['idle_share']:.1%} of {steps} steps")
         for kernel in found["gpu"]["kernels"][:5]:
-            part.row(f"profile, {what}: {kernel['name'][:30]}", f"{kernel['ms_a_step']:.3f} ms a step")
-    part.row(f"profile, {what}: the loader says", stats.verdict)
+            part.row(f"profile, {what}: {kernel['name'][:30]}", f"{kernel['ms_a_step']:.3f} ms per step")
+    part.row(f"profile, {what}: the loader's verdict", stats.verdict)
 
 
 def gpu_work(events: list[dict[str, Any]], steps: int) -> dict[str, Any] | None:
-    """What a GPU did, from the events of a trace: its idle share, its work by stream and by kernel; None where it did nothing."""
+    """Return the GPU's idle share and its work by stream and kernel, from the events of a trace; None without GPU events."""
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
     work = sorted((event for event in events if event.get("cat") in kinds), key=lambda event: event["ts"])
     if not work:
@@ -371,25 +380,12 @@ def gpu_work(events: list[dict[str, Any]], steps: int) -> dict[str, Any] | None:
     }
 
 
+_FLAGS = ("--batch-size", "8", "--epochs", "1", "--augment.size", "32", "--augment.resize", "36", "--device", "cpu")
 _TINY: dict[str, Any] = {"rounds": 1, "augment": SMALL}
 TINY: dict[str, dict[str, Any]] = {
     "overlap": {**_TINY, "cases": (("resnet18", 8, 2),)},
     "compile": {**_TINY, "batch_size": 8, "steps": 2},
-    "runs": {
-        "chosen": {"report A": ("report-a", 1)},
-        "flags": (
-            "--batch-size",
-            "8",
-            "--epochs",
-            "1",
-            "--augment.size",
-            "32",
-            "--augment.resize",
-            "36",
-            "--device",
-            "cpu",
-        ),
-    },
+    "runs": {"chosen": {"report A": ("report-a", 1)}, "flags": _FLAGS},
     "epochs": {**_TINY, "batch_sizes": (8,)},
     "profile": {"batch_sizes": (8,), "steps": 3, "augment": SMALL},
     "accuracy": {"recipes": {"tiny": Recipe(augment=SMALL, epochs=2, batch_size=8)}, "seeds": 2, "marks": (0.0, 1.01)},

@@ -1,4 +1,4 @@
-"""The images that benchmarks run on: a folder that is given, or drawn flowers; all of them or some, split as a pack is."""
+"""The images that benchmarks run on: a given folder or drawn flowers, all or some of them, with the split of a pack."""
 
 import shutil
 import subprocess
@@ -16,14 +16,17 @@ from fastflower.packing.folder import scan
 
 
 def drawn(into: Path) -> Path:
-    """Flowers that the project draws, in class folders."""
+    """Draw flowers into class folders and return the folder."""
     subprocess.run([sys.executable, record.ROOT / "tools" / "draw_flowers.py", into], check=True)
     return into
 
 
 @contextmanager
 def images(data: Path | None, max_images: int | None, val_fraction: float = 0.0) -> Iterator[tuple[Path, Path]]:
-    """(class folders, or train/CLASS and val/CLASS, the same packed); without data they are drawn."""
+    """Yield class folders (train/CLASS and val/CLASS with a val_fraction) and the shards of the same images.
+
+    If data is None, draws flowers.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = data or drawn(Path(scratch, "drawn"))
         if max_images is not None:
@@ -34,8 +37,8 @@ def images(data: Path | None, max_images: int | None, val_fraction: float = 0.0)
 
 
 def split_folders(data: Path, shards: Path, into: Path) -> Path:
-    """Links SPLIT/CLASS/... to the images of each split, for ImageFolder."""
-    part = into.with_name(f"{into.name}.part")  # a part of the images must not be taken for all
+    """Link the images of each split as SPLIT/CLASS/... for ImageFolder, and return the folder."""
+    part = into.with_name(f"{into.name}.part")  # so that an interrupted run leaves no incomplete folder
     shutil.rmtree(part, ignore_errors=True)
     for split in Manifest.load(str(shards)).splits:
         loader = Loader(shards, split, batch_size=1, device="cpu", cache=None)
@@ -47,7 +50,7 @@ def split_folders(data: Path, shards: Path, into: Path) -> Path:
 
 
 def some(folder: Path, into: Path, count: int) -> Path:
-    """Links to at most `count` images, evenly spread over the classes."""
+    """Link at most `count` images, spread evenly over the classes, and return the folder."""
     found = scan(folder)
     numbers = np.linspace(0, len(found), min(count, len(found)), endpoint=False).astype(int)
     for number in numbers:

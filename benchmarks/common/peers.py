@@ -1,6 +1,6 @@
-"""Other ways of feeding the same images with the same augmentation, each as its makers recommend; a worker a core.
+"""Other ways to load the same images with the same augmentation, as their authors recommend, with one worker per core.
 
-A way takes a `Job` and gives a function that feeds one epoch of float32 batches and returns the number of images.
+Each takes a `Job` and returns a function that loads one epoch of float32 batches and returns the number of images.
 """
 
 import io
@@ -21,28 +21,28 @@ Epoch = Callable[[], int]
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be fed."""
+    """The images to load."""
 
     folder: Path
     """Class folders."""
     shards: Path
-    """The same, packed by fastflower without a validation split."""
+    """The same images, packed by fastflower without a validation split."""
     scratch: Path
-    """An empty folder, for a way's own format."""
+    """An empty folder for a library's own format."""
     batch_size: int = 64
 
     def samples(self) -> list[tuple[Path, int]]:
-        """(path, label) of every image."""
+        """Return (path, label) of every image."""
         classes = sorted(entry for entry in self.folder.iterdir() if entry.is_dir())
         return [(path, label) for label, entry in enumerate(classes) for path in sorted(entry.iterdir())]
 
 
-def counted(batches: Any) -> int:
+def count_images(batches: Any) -> int:
     return sum(len(labels) for _images, labels in batches)
 
 
-class Prepared:
-    """An encoded sample to (image, label), by PIL and v1 transforms."""
+class DecodeAndTransform:
+    """Turns an encoded sample into (image, label), with PIL and v1 transforms."""
 
     def __init__(self) -> None:
         self._transform = baseline.augmentation()
@@ -54,7 +54,7 @@ class Prepared:
 
 
 def augmentation_v2() -> Any:
-    """baseline.augmentation by v2 transforms, on tensors."""
+    """Return baseline.augmentation as v2 transforms on tensors."""
     from torchvision.transforms import InterpolationMode, v2
 
     bilinear: Any = InterpolationMode.BILINEAR
@@ -72,13 +72,13 @@ def augmentation_v2() -> Any:
 
 
 def imagefolder(job: Job) -> Epoch:
-    """torchvision's ImageFolder on PIL, v1 transforms, persistent workers: the baseline."""
+    """Load with ImageFolder, PIL, v1 transforms and persistent workers: the baseline."""
     loader = baseline.loader(job.folder, baseline.augmentation(), batch_size=job.batch_size, pin=False)
-    return lambda: counted(loader)
+    return lambda: count_images(loader)
 
 
 def torchvision_v2(job: Job) -> Epoch:
-    """The same by v2 transforms on tensors that torchvision decodes."""
+    """Load the same with v2 transforms on tensors that torchvision decodes."""
     from torchvision.datasets import ImageFolder
     from torchvision.io import ImageReadMode, decode_image
 
@@ -88,11 +88,11 @@ def torchvision_v2(job: Job) -> Epoch:
     transform = augmentation_v2()
     options: dict[str, Any] = {"shuffle": True, "drop_last": True, "num_workers": WORKERS, "persistent_workers": True}
     loader = torch.utils.data.DataLoader(ImageFolder(job.folder, transform, loader=read), job.batch_size, **options)
-    return lambda: counted(loader)
+    return lambda: count_images(loader)
 
 
 def webdataset(job: Job) -> Epoch:
-    """Its own pipeline over our shards, PIL and v1 transforms, batched in the workers."""
+    """Load our shards with webdataset's own pipeline, PIL and v1 transforms, batched in the workers."""
     import webdataset
 
     wds: Any = webdataset
@@ -103,11 +103,11 @@ def webdataset(job: Job) -> Epoch:
     data = data.shuffle(1000).decode("pil").to_tuple("jpg", "cls").map_tuple(transform, int)
     data = data.batched(job.batch_size, partial=False)
     loader = wds.WebLoader(data, batch_size=None, num_workers=WORKERS, persistent_workers=True)
-    return lambda: counted(loader)
+    return lambda: count_images(loader)
 
 
 def dali(job: Job) -> Epoch:
-    """The graph that its documentation suggests, a chain of operators, on its CPU backend."""
+    """Load with the chain of operators that DALI's documentation suggests, on its CPU backend."""
     from nvidia.dali import fn as untyped_fn
     from nvidia.dali import types as untyped_types
     from nvidia.dali.pipeline import pipeline_def
@@ -143,12 +143,12 @@ def dali(job: Job) -> Epoch:
 
     pipe = graph()
     pipe.build()
-    feeding = DALIGenericIterator([pipe], ["images", "labels"], reader_name="reader", auto_reset=True)
-    return lambda: sum(len(batch["labels"]) for (batch,) in feeding)
+    batches = DALIGenericIterator([pipe], ["images", "labels"], reader_name="reader", auto_reset=True)
+    return lambda: sum(len(batch["labels"]) for (batch,) in batches)
 
 
 def spdl(job: Job) -> Epoch:
-    """Its pipeline of threads; torchvision's decoder, for its own asks for FFmpeg's libraries, and v2 transforms on tensors."""
+    """Load with SPDL's thread pipeline, torchvision's decoder (SPDL's needs the FFmpeg libraries) and v2 transforms."""
     from spdl.pipeline import PipelineBuilder  # pyright: ignore[reportMissingImports]
     from torchvision.io import ImageReadMode, decode_image
 
@@ -156,10 +156,10 @@ def spdl(job: Job) -> Epoch:
     torch.set_num_threads(1)
     samples = job.samples()
 
-    def made(sample: tuple[Path, int]) -> tuple[torch.Tensor, int]:
+    def load(sample: tuple[Path, int]) -> tuple[torch.Tensor, int]:
         return transform(decode_image(str(sample[0]), ImageReadMode.RGB)), sample[1]
 
-    def stacked(batch: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def collate(batch: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.stack([image for image, _ in batch]), torch.tensor([label for _, label in batch])
 
     def epoch() -> int:
@@ -167,44 +167,44 @@ def spdl(job: Job) -> Epoch:
         pipeline = (
             PipelineBuilder()
             .add_source([samples[number] for number in order])
-            .pipe(made, concurrency=WORKERS)
+            .pipe(load, concurrency=WORKERS)
             .aggregate(job.batch_size, drop_last=True)
-            .pipe(stacked)
+            .pipe(collate)
             .add_sink(2)
             .build(num_threads=WORKERS)
         )
         with pipeline.auto_stop():
-            return counted(pipeline)
+            return count_images(pipeline)
 
     return epoch
 
 
 def litdata(job: Job) -> Epoch:
-    """Its StreamingDataset and StreamingDataLoader over chunks of its own, PIL and v1 transforms."""
+    """Load litdata's own chunks with its StreamingDataset and StreamingDataLoader, PIL and v1 transforms."""
     from litdata import StreamingDataLoader, StreamingDataset  # pyright: ignore[reportMissingImports]
     from pack_speed import litdata as pack
 
     pack(job.samples(), job.scratch, WORKERS)
-    data = StreamingDataset(str(job.scratch / "chunks"), shuffle=True, drop_last=True, transform=Prepared())
+    data = StreamingDataset(str(job.scratch / "chunks"), shuffle=True, drop_last=True, transform=DecodeAndTransform())
     loader = StreamingDataLoader(
         data, batch_size=job.batch_size, num_workers=WORKERS, drop_last=True, persistent_workers=True
     )
-    return lambda: counted(loader)
+    return lambda: count_images(loader)
 
 
 def mds(job: Job) -> Epoch:
-    """MosaicML's StreamingDataset over MDS shards, PIL and v1 transforms."""
+    """Load MDS shards with MosaicML's StreamingDataset, PIL and v1 transforms."""
     from pack_speed import mds as pack
     from streaming import StreamingDataset  # pyright: ignore[reportMissingImports]
 
     pack(job.samples(), job.scratch)
-    prepared = Prepared()
+    transform = DecodeAndTransform()
 
     class Images(StreamingDataset):
         def __getitem__(self, at: Any) -> Any:
-            return prepared(super().__getitem__(at))
+            return transform(super().__getitem__(at))
 
     data = Images(local=str(job.scratch / "mds"), shuffle=True, batch_size=job.batch_size)
     options: dict[str, Any] = {"drop_last": True, "num_workers": WORKERS, "persistent_workers": True}
     loader = torch.utils.data.DataLoader(data, job.batch_size, **options)
-    return lambda: counted(loader)
+    return lambda: count_images(loader)

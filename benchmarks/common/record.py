@@ -1,4 +1,4 @@
-"""Interleaved timing, its table and its JSON, and quiet for what others print: see benchmarks/README.md for the rules."""
+"""Interleaved timing, its table and its JSON, and a way to silence libraries. benchmarks/README.md has the rules."""
 
 import json
 import os
@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Side:
-    """One way of doing the job. run() does it once and returns the number of images; timings are seconds.
+    """One side of a comparison. run() does the job once and returns the number of images; timings are in seconds.
 
-    clear() removes what a run left, outside of the clock.
+    clear() removes the output of a run, off the clock.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Side:
         return [self.images / seconds for seconds in self.seconds]
 
     def to_dict(self) -> dict[str, Any]:
-        # Not asdict, which would copy what `run` holds, networks too.
+        # Not asdict, which would deep-copy whatever `run` refers to, even networks.
         names = ("name", "images", "seconds", "warm_up_seconds")
         return {name: getattr(self, name) for name in names}
 
@@ -58,11 +58,16 @@ def interleave(
     failed: Callable[[str, Exception], object] | None = None,
     after: Callable[[list[Side]], object] = lambda _: None,
 ) -> list[Side]:
-    """Run every side once uncounted, then `rounds` times in turn, so that drift hits all alike; gives the sides that ran.
+    """Run each side once uncounted, then `rounds` times in turn to spread drift evenly. Return the sides that ran.
 
-    ends  When, of perf_counter, no round may be under way that takes as long as the longest; one is counted all the same.
-    failed  is told of a side that raises, which is then left out, also the baseline: ratios to it are no numbers.
-    after  is called with the sides after each counted round.
+    Args:
+        sides: The first is the baseline.
+        rounds: Number of counted rounds.
+        device: Synchronized before each clock read.
+        ends: Deadline in perf_counter time. Starts no round that would pass it if it took as long as the longest one,
+            but counts at least one.
+        failed: Called with the name and error of a side that raises. The side is dropped, even if it is the baseline.
+        after: Called with the remaining sides after each counted round.
     """
     left = list(sides)
     longest = 0.0
@@ -95,19 +100,19 @@ def _wait(device: torch.device) -> None:
 
 
 def ratio(side: Side, baseline: Side) -> float:
-    """How many times the baseline's rate: the median over rounds of the ratio within a round; not a number without a baseline."""
-    if len(baseline.seconds) < len(side.seconds):  # it failed
+    """Return the median over rounds of a side's rate relative to the baseline's in that round, or NaN if the baseline failed."""
+    if len(baseline.seconds) < len(side.seconds):  # the baseline failed
         return nan
     return statistics.median(mine / theirs for mine, theirs in zip(side.rates, baseline.rates, strict=True))
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """n, median, min and max."""
+    """Return n, median, min and max."""
     return {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def summary(side: Side, baseline: Side) -> dict[str, Any]:
-    """A side's raw timings and what they come to, beside its baseline."""
+    """Return a side's raw timings, its rates and its ratio to the baseline."""
     return {**side.to_dict(), "images_per_second": spread(side.rates), "baseline": baseline.name} | {
         "n": len(side.seconds),
         "ratio": ratio(side, baseline),
@@ -115,15 +120,15 @@ def summary(side: Side, baseline: Side) -> dict[str, Any]:
 
 
 def rate(side: Side, baseline: Side | None = None) -> str:
-    """The same in words."""
+    """Format a side's rates and, with a baseline, its ratio to it."""
     text = f"{statistics.median(side.rates):.0f} images/s ({min(side.rates):.0f} - {max(side.rates):.0f}, n = {len(side.rates)})"
-    return text if baseline is None else f"{text}, {ratio(side, baseline):.2f} times"
+    return text if baseline is None else f"{text}, {ratio(side, baseline):.2f} times the baseline"
 
 
 def table(title: str, sides: list[Side]) -> str:
-    """The sides against the first of them, rates in images/s."""
+    """Format the sides against the first one, with rates in images/s."""
     lines = [
-        f"{title} (n = {len(sides[0].seconds)} after one warm-up, {sides[0].images} images a round)",
+        f"{title} (n = {len(sides[0].seconds)} after one warm-up, {sides[0].images} images per round)",
         f"{'':44}{'images/s':>9}{'min - max':>16}{'s':>8}{'ratio':>7}",
     ]
     for side in sides:
@@ -135,16 +140,16 @@ def table(title: str, sides: list[Side]) -> str:
     return "\n".join(lines)
 
 
-def kept(script: str, work: Path, side: str, seed: int, options: list[str]) -> dict[str, Any]:
-    """What `script ... --only SIDE SEED` leaves in WORK/SIDE-SEED.json, run in a process of its own unless it lies there."""
+def load_or_run(script: str, work: Path, side: str, seed: int, options: list[str]) -> dict[str, Any]:
+    """Return the result in WORK/SIDE-SEED.json. If it is missing, run `script ... --only SIDE SEED` in a process of its own."""
     path = work / f"{side}-{seed}.json"
     if not path.exists():
         subprocess.run([sys.executable, script, *options, "--work", str(work), "--only", side, str(seed)], check=True)
     return json.loads(path.read_text())
 
 
-def keep(work: Path, found: dict[str, Any], device: torch.device) -> None:
-    """Leave it there, with what it ran on: a comparison that is stopped may go on on another machine."""
+def save_run(work: Path, found: dict[str, Any], device: torch.device) -> None:
+    """Save a result for load_or_run, with its environment: an interrupted comparison may resume on another machine."""
     part = work / "part"
     place = {"commit": COMMIT, "hardware": hardware(device), "versions": environment(device)}
     part.write_text(json.dumps({**found, **place}))
@@ -152,19 +157,19 @@ def keep(work: Path, found: dict[str, Any], device: torch.device) -> None:
 
 
 def result_path(folder: Path, what: str, device: torch.device) -> Path:
-    """FOLDER/WHAT_DEVICE_YYYYMMDD.json."""
+    """Return FOLDER/WHAT_DEVICE_YYYYMMDD.json."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return folder / f"{what}_{chip.replace(' ', '-').lower()}_{datetime.now(UTC):%Y%m%d}.json"
 
 
 def write(folder: Path, what: str, device: torch.device, content: dict[str, Any]) -> Path:
-    """Write that file, seen whole or not at all, with everything needed to run it again."""
+    """Write result_path's file atomically, with everything needed to repeat the run."""
     record = {
         "what": what,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": COMMIT,
         "hardware": hardware(device),
-        "versions": {**environment(device), **_others(device)},
+        "versions": {**environment(device), **_library_versions(device)},
         **content,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +181,7 @@ def write(folder: Path, what: str, device: torch.device, content: dict[str, Any]
 
 @cache
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Processor, cores, memory, and the GPU where one is used; asked once, for nvidia-smi takes its time."""
+    """Return processor, cores, memory and, for a CUDA device, the GPU. Cached because nvidia-smi is slow."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -200,14 +205,14 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _others(device: torch.device) -> dict[str, str]:
-    """Versions of what renders and computes beside torch."""
+def _library_versions(device: torch.device) -> dict[str, str]:
+    """Return the versions of libraries other than torch that render and compute."""
     found = {name: version_of(name) for name in ("nvidia-dali-cuda130", "triton")}
     return found | ({"cudnn": str(torch.backends.cudnn.version())} if device.type == "cuda" else {})
 
 
 def _commit() -> str:
-    """The commit of the checkout, marked where files differ from it; "unknown" outside a checkout."""
+    """Return the checkout's commit, marked if files differ from it, or "unknown" outside a checkout."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
@@ -221,18 +226,18 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
-COMMIT = _commit()  # when the program started, not when it ended
+COMMIT = _commit()  # read at the start: the checkout may change while the program runs
 
 
 def installed(*names: str) -> Iterator[tuple[str, str]]:
-    """(name, version) of those distributions that are installed."""
+    """Yield (name, version) of each distribution that is installed."""
     for name in names:
         with suppress(PackageNotFoundError):
             yield name, version(name)
 
 
 class silent:
-    """Sends what a library and its processes print to /dev/null."""
+    """Redirects what this process and its children print to /dev/null."""
 
     def __enter__(self) -> None:
         self._kept = [os.dup(1), os.dup(2)]

@@ -1,4 +1,4 @@
-"""The yardstick of feeding measures what it says: the renderers that parity tests hold to torchvision, every image once."""
+"""The floor for loading time renders every image once, with the renderers that the parity tests compare with torchvision."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fastflower import Augment, Loader
 
 @pytest.mark.parametrize("decoded", [False, True])
 @pytest.mark.parametrize("renderer", floor.RENDERERS)
-def test_the_floor_renders_every_image_by_a_renderer_under_parity(
+def test_the_floor_renders_every_image_once_with_a_parity_tested_renderer(
     renderer: str, decoded: bool, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert renderer in parity.BACKENDS

@@ -1,4 +1,4 @@
-"""The GPU check itself, without a GPU: parts end in their time, and what fails costs the others nothing."""
+"""The GPU check itself, without a GPU: parts end in time, and a failure affects no other part."""
 
 import sys
 import time
@@ -27,7 +27,7 @@ def part(tmp_path: Path) -> Part:
     return make_part(tmp_path)
 
 
-def test_a_piece_that_fails_costs_the_others_nothing(part: Part) -> None:
+def test_a_failing_piece_does_not_affect_the_others(part: Part) -> None:
     def fail() -> None:
         raise ValueError("as a test")
 
@@ -38,19 +38,19 @@ def test_a_piece_that_fails_costs_the_others_nothing(part: Part) -> None:
     part.each({"first": fail, "second": last, "third": lambda: part.found.update(figure=2)})
     found = gpu_part.parts(part.out)["tried"]
     assert (found["failed"], found["left_out"], found["figure"], found["finished"]) == (["first"], ["third"], 1, False)
-    assert found["rows"] == {"first": "FAILED, see failures.log", "third": "LEFT OUT, out of time"}
+    assert found["rows"] == {"first": "FAILED, see failures.log", "third": "SKIPPED, out of time"}
     assert "ValueError: as a test" in (part.out / "failures.log").read_text()
 
 
-def test_each_piece_has_an_equal_share_of_the_time_that_is_left(part: Part) -> None:
+def test_each_piece_gets_an_equal_share_of_the_remaining_time(part: Part) -> None:
     part.ends = time.perf_counter() + 300
     given: list[float] = []
     part.each(dict.fromkeys("abc", lambda: given.append(part.until - time.perf_counter())))
     assert given == pytest.approx([100, 150, 300], abs=1)
 
 
-def test_rows_are_on_the_disk_after_each_round(part: Part) -> None:
-    """Where a process is killed in the third round, two are brought home."""
+def test_rows_are_saved_after_each_round(part: Part) -> None:
+    """A process that is killed in the third round has saved two."""
     sides = [record.Side("a", lambda: 1), record.Side("b", lambda: 1)]
     seen: list[str] = []
 
@@ -62,7 +62,7 @@ def test_rows_are_on_the_disk_after_each_round(part: Part) -> None:
     assert seen == ["n = 1", "n = 2", "n = 3", "n = 3"]
 
 
-def test_images_come_again_where_there_are_too_few(flowers: Path, tmp_path: Path) -> None:
+def test_images_are_repeated_if_there_are_too_few(flowers: Path, tmp_path: Path) -> None:
     few = images.some(flowers, tmp_path / "few", 20)
     found = sorted(gpu_part.repeated(few, tmp_path / "more", 50).glob("*/*"))
     assert len(found) == 50
@@ -70,7 +70,7 @@ def test_images_come_again_where_there_are_too_few(flowers: Path, tmp_path: Path
     assert len(list(gpu_part.repeated(few, tmp_path / "fewer", 10).glob("*/*"))) == 10
 
 
-def test_no_round_is_begun_when_time_is_up() -> None:
+def test_no_round_starts_after_the_deadline() -> None:
     sides = [record.Side("a", lambda: 1), record.Side("b", lambda: 1)]
     assert record.interleave(sides, 5, CPU, ends=0) == sides
     assert [len(side.seconds) for side in sides] == [1, 1]
@@ -84,7 +84,7 @@ parts = json.loads(path.read_text())["parts"] if path.exists() else {}
 parts[name] = {"rows": {name: "a figure"}, "finished": name == "profile"}
 path.write_text(json.dumps({"parts": parts}))
 if name == "kernels":
-    print("as good as gone", file=sys.stderr, flush=True)
+    print("about to crash", file=sys.stderr, flush=True)
     os.kill(os.getpid(), 11)
 if name == "overlap":
     time.sleep(60)
@@ -92,7 +92,7 @@ sys.exit(name in ("profile", "smoke"))
 """
 
 
-def test_a_process_that_crashes_or_hangs_costs_the_others_nothing(tmp_path: Path) -> None:
+def test_a_process_that_crashes_or_hangs_does_not_affect_the_others(tmp_path: Path) -> None:
     def command(name: str, _seconds: float) -> list[str]:
         return [sys.executable, "-c", PART, name, str(tmp_path)]
 
@@ -101,25 +101,25 @@ def test_a_process_that_crashes_or_hangs_costs_the_others_nothing(tmp_path: Path
         "kernels": 1.0,
         "overlap": -56.0,
         "profile": 60.0,
-    }  # 5 s for overlap: time that is left goes on
+    }  # 5 s for overlap: unused time goes to the next part
     rows, failed = gpu_check.in_turn(tmp_path, slots, command, time.perf_counter())
-    assert failed == ["kernels", "overlap", "profile"]  # of the last a piece failed, which it told itself
-    fell = {name: [value for row, value in rows if row == name] for name in slots}
-    assert fell["tests"] == fell["profile"] == ["a figure"]
-    assert fell["kernels"] == ["a figure", "FAILED with status -11, see failures.log"]
-    assert fell["overlap"][0] == "a figure"
-    assert "it was ended after" in fell["overlap"][1]
+    assert failed == ["kernels", "overlap", "profile"]  # a piece of the last one failed, which the part recorded itself
+    values = {name: [value for row, value in rows if row == name] for name in slots}
+    assert values["tests"] == values["profile"] == ["a figure"]
+    assert values["kernels"] == ["a figure", "FAILED with status -11, see failures.log"]
+    assert values["overlap"][0] == "a figure"
+    assert "timed out after" in values["overlap"][1]
     log = (tmp_path / "failures.log").read_text()
-    assert "kernels: ended with status -11\nas good as gone" in log
-    assert "overlap: ended with status none: it was ended after" in log
+    assert "kernels: ended with status -11\nabout to crash" in log
+    assert "overlap: ended with status none: timed out after" in log
     assert "profile" not in log
     assert gpu_part.parts(tmp_path).keys() == set(slots)
 
 
-def test_children_of_a_part_end_with_it() -> None:
-    """Of a part that ends well, too: what they do would fall into the next one's timings."""
+def test_a_parts_children_end_with_it() -> None:
+    """Also if the part succeeds: their work would disturb the next part's timings."""
     child = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, file=sys.stderr)"
-    status, said = gpu_check._ended([sys.executable, "-c", child], 60)
+    status, said = gpu_check._run_limited([sys.executable, "-c", child], 60)
     assert status == 0
     for _ in range(100):
         if not Path(f"/proc/{said.strip()}").exists():
@@ -128,13 +128,13 @@ def test_children_of_a_part_end_with_it() -> None:
     assert not Path(f"/proc/{said.strip()}").exists()
 
 
-def test_what_a_part_that_went_well_said_is_kept(tmp_path: Path) -> None:
+def test_stderr_of_a_successful_part_is_kept(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; print('a step could not be recorded', file=sys.stderr)"]
     assert gpu_check.in_turn(tmp_path, {"kernels": 60.0}, lambda *_: command, time.perf_counter()) == ([], [])
-    assert (tmp_path / "failures.log").read_text() == "kernels: said\na step could not be recorded\n\n"
+    assert (tmp_path / "failures.log").read_text() == "kernels: wrote to stderr\na step could not be recorded\n\n"
 
 
-def test_a_smoke_test_that_is_only_slow_ends_nothing(tmp_path: Path) -> None:
+def test_a_smoke_test_that_times_out_does_not_stop_the_check(tmp_path: Path) -> None:
     def command(name: str, _ends: float) -> list[str]:
         return [sys.executable, "-c", "import time; time.sleep(60)" if name == "smoke" else ""]
 
@@ -144,13 +144,13 @@ def test_a_smoke_test_that_is_only_slow_ends_nothing(tmp_path: Path) -> None:
     assert [name for name, _ in rows] == ["smoke"]
 
 
-def test_no_round_is_begun_that_would_not_end_in_time() -> None:
+def test_no_round_starts_that_would_miss_the_deadline() -> None:
     side = record.Side("slow", lambda: time.sleep(0.2) or 1)
     record.interleave([side], 50, CPU, ends=time.perf_counter() + 1.1)
     assert 1 <= len(side.seconds) <= 4
 
 
-def test_a_baseline_that_fails_costs_the_ratios_alone(part: Part) -> None:
+def test_a_failing_baseline_loses_only_the_ratios(part: Part) -> None:
     def fail() -> int:
         raise RuntimeError("no room in /dev/shm")
 
@@ -160,12 +160,12 @@ def test_a_baseline_that_fails_costs_the_ratios_alone(part: Part) -> None:
     )
     assert left == [other]
     assert part.failed == ["two: baseline"]
-    assert row_of(part, "other").endswith("nan times")
+    assert row_of(part, "other").endswith("nan times the baseline")
     assert gpu_part.verdict(record.ratio(other, first), 10) == "not compared"
     assert (gpu_part.verdict(10, 10), gpu_part.verdict(9, 10)) == ("met", "MISSED")
 
 
-def test_a_recording_that_failed_is_no_figure_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_should_have_recorded_a_cuda_graph_but_did_not_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     run: Any = SimpleNamespace(recipe=None, device=CPU, precision=torch.float32, stepper=SimpleNamespace(replays=False))
     for wanted in (None, lambda function: function):
         monkeypatch.setattr(gpu_part, "graphs_of", lambda *_, wanted=wanted: wanted)
@@ -179,25 +179,25 @@ def test_a_recording_that_failed_is_no_figure_of_graphs(monkeypatch: pytest.Monk
     gpu_part.check_recorded(run)
 
 
-def test_where_the_smoke_test_fails_nothing_more_is_begun(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_smoke_test_stops_the_check(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def command(name: str, _seconds: float) -> list[str]:
         return [sys.executable, "-c", PART, name, str(tmp_path)]
 
     rows, failed = gpu_check.in_turn(tmp_path, {"smoke": 60.0, "kernels": 60.0}, command, time.perf_counter())
     assert failed == ["smoke"]
-    assert rows[-1] == ("all that follows", "LEFT OUT, since smoke failed")
+    assert rows[-1] == ("remaining parts", "SKIPPED, because smoke failed")
     assert "smoke: ended with status 1" in capfd.readouterr().out
 
 
-def test_parts_that_would_begin_too_late_are_left_out(tmp_path: Path) -> None:
+def test_parts_that_would_start_too_late_are_skipped(tmp_path: Path) -> None:
     rows, failed = gpu_check.in_turn(tmp_path, {"tests": -1.0}, lambda *_: ["false"], time.perf_counter())
-    assert (rows, failed) == ([("tests", "LEFT OUT, out of time")], [])
+    assert (rows, failed) == ([("tests", "SKIPPED, out of time")], [])
 
 
-def test_a_lease_ends_in_its_time_and_its_headlines_come_first() -> None:
+def test_a_lease_fits_its_time_and_starts_with_the_headline_parts() -> None:
     first = gpu_check.LEASES["a"]
     assert gpu_check.PREPARING + sum(first.values()) <= 480
-    headlines = ["facts", "smoke", "kernels", "feeding", "overlap", "runs"]
+    headlines = ["facts", "smoke", "kernels", "loading", "overlap", "runs"]
     assert list(first)[:6] == headlines
     assert gpu_check.PREPARING + sum(first[name] for name in headlines) <= 300
     assert gpu_check.PREPARING + sum(gpu_check.LEASES["b"].values()) <= 360
@@ -205,7 +205,7 @@ def test_a_lease_ends_in_its_time_and_its_headlines_come_first() -> None:
 
 
 @pytest.mark.parametrize("name", gpu_check.PARTS)
-def test_a_part_is_done_by_its_name(name: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_runs_by_name(name: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = gpu_check.PARTS[name].__doc__
     assert clock
 
@@ -221,7 +221,9 @@ def test_a_part_is_done_by_its_name(name: str, place: Place, tmp_path: Path, mon
     assert found["clock"] == " ".join(clock.partition("\n\n")[0].split())
 
 
-def test_tests_that_fail_are_told_and_a_broken_file_costs_only_itself(part: Part, place: Place, tmp_path: Path) -> None:
+def test_failing_tests_are_reported_and_a_broken_file_affects_no_other(
+    part: Part, place: Place, tmp_path: Path
+) -> None:
     tests = {"one": "import pytest\n@pytest.mark.gpu\ndef test_it():\n    assert 1 == 2\n"}
     tests["two"] = "import pytest\n@pytest.mark.gpu\n@pytest.mark.parametrize('a', ['a b'])\ndef test_it(a): pass\n"
     tests["broken"] = "# pytest.mark.gpu\nimport no_such_module\n"
@@ -239,7 +241,7 @@ def test_tests_that_fail_are_told_and_a_broken_file_costs_only_itself(part: Part
     assert "not_even_looked_at" not in said
 
 
-def test_without_cuda_nothing_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_cuda_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main(tmp_path / "out") == 2
     assert capsys.readouterr().out.startswith("no CUDA on this machine")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The parts of the GPU check at tiny sizes on the CPU: what they measure and leave."""
+"""The parts of the GPU check at tiny sizes on the CPU: what they measure and save."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +27,9 @@ def part(tmp_path: Path) -> Part:
     return make_part(tmp_path)
 
 
-def test_facts_say_what_runs_here(place: Place, part: Part) -> None:
+def test_facts_describe_the_machine(place: Place, part: Part) -> None:
     run("facts", part, place)
-    assert part.left_out == ["copies and products"]
+    assert part.skipped == ["copies and products"]
     assert part.rows["Python, torch"].endswith(torch.__version__)
     assert part.found["nvjpeg"] == gpu_smoke.mapped("nvjpeg")
 
@@ -43,29 +43,29 @@ def test_the_smoke_test_compares_images_and_losses(place: Place, part: Part) -> 
     assert found["losses"]["with graphs"] == pytest.approx(found["losses"]["without graphs"], rel=1e-3)
 
 
-def test_the_smoke_test_fails_where_images_differ(place: Place, part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smoke_test_fails_if_images_differ(place: Place, part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_smoke, "_LEVELS", 0.001)
     run("smoke", part, place, training=gpu_part.SMALL)
     assert [what for what in part.failed if "Triton" in what] == part.failed
     assert len(part.failed) == 4
-    assert "levels on average, 0.001 may be" in (part.out / "failures.log").read_text()
+    assert "levels on average; at most 0.001 is allowed" in (part.out / "failures.log").read_text()
 
 
-def test_feeding_is_timed_by_every_way_against_the_baseline(place: Place, part: Part) -> None:
-    run("feeding", part, place)
+def test_every_way_to_load_is_timed_against_the_baseline(place: Place, part: Part) -> None:
+    run("loading", part, place)
     sides = left(part)["batch_8"]
     assert [side["name"] for side in sides[1:]] == [way.name for way in gpu_loading.ways()]
     for side in sides:
         check_side(side, 1, "ImageFolder + DataLoader")
         assert side["images"] % 16 == 0
-    assert "goal: at least 350000" in row_of(part, "batch 8: from the cache, the best")
-    assert "goal: at least 10" in row_of(part, "batch 8: from the cache, to ImageFolder")
+    assert "goal: at least 350000" in row_of(part, "batch 8: from the cache, best")
+    assert "goal: at least 10" in row_of(part, "batch 8: from the cache, against ImageFolder")
 
 
-def test_a_way_that_fails_is_left_out_alone(place: Place, part: Part) -> None:
+def test_only_the_failing_way_is_dropped(place: Place, part: Part) -> None:
     wrong = gpu_loading.Way("wrong", {"backend": "none such"})
     chosen = [wrong, gpu_loading.Way("threads", {"backend": "opencv"})]
-    run("feeding", part, place, augment=gpu_part.SMALL, chosen=chosen)
+    run("loading", part, place, augment=gpu_part.SMALL, chosen=chosen)
     assert part.failed == ["batch 8: wrong"]
     assert [side["name"] for side in part.found["batch_8"]] == ["ImageFolder + DataLoader", "threads"]
     log = (part.out / "failures.log").read_text()
@@ -73,7 +73,7 @@ def test_a_way_that_fails_is_left_out_alone(place: Place, part: Part) -> None:
     assert "backend must be one of" in log
 
 
-def test_kernels_are_timed_for_every_shape_beside_a_step(
+def test_kernels_are_timed_for_every_shape_and_relative_to_a_step(
     place: Place, part: Part, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[tuple[int, ...]] = []
@@ -85,7 +85,7 @@ def test_kernels_are_timed_for_every_shape_beside_a_step(
 
     monkeypatch.setattr(triton.TritonBackend, "launch", watched)
     run("kernels", part, place)
-    shapes = [shape for shape in launched if shape]  # the loader's own batches name none
+    shapes = [shape for shape in launched if shape]  # the loader's own batches pass none
     assert list(dict.fromkeys(shapes)) == list(gpu_loading.SHAPES[:2])
     found = left(part)
     assert found["step_seconds_4"]["n"] == 2
@@ -97,7 +97,7 @@ def test_kernels_are_timed_for_every_shape_beside_a_step(
     assert found["batch_4_bfloat16"]["host_seconds"].keys() == {"draw", "tables", "both"}
 
 
-def test_the_last_shape_is_that_of_the_backend() -> None:
+def test_the_last_shape_is_the_one_the_backend_uses() -> None:
     assert gpu_loading.SHAPES[-1] == (triton.BLOCK, triton.WARPS)
 
 
@@ -108,8 +108,8 @@ REPLAYED = {"overlap": "resnet18, batch 8", "compile": "resnet18, batch 8, compi
 def test_the_loader_is_timed_against_a_replayed_batch(name: str, place: Place, part: Part) -> None:
     what = REPLAYED[name]
     run(name, part, place)
-    assert part.left_out == (["torch.compile"] if name == "compile" else [])
-    part.left_out.clear()
+    assert part.skipped == (["torch.compile"] if name == "compile" else [])
+    part.skipped.clear()
     found = left(part)[what]
     assert found.keys() == {"graph", "no graph"}
     for way, values in found.items():
@@ -122,7 +122,7 @@ def test_the_loader_is_timed_against_a_replayed_batch(name: str, place: Place, p
     assert "goal: at least 98%" in row_of(part, f"{what}, graph: with the loader")
 
 
-def test_a_replayed_batch_stands_in_for_all(place: Place) -> None:
+def test_a_replayed_batch_replaces_every_batch(place: Place) -> None:
     from fastflower import Loader
 
     loader = Loader(place.split, batch_size=4, augment=gpu_part.SMALL, device="cpu")
@@ -154,7 +154,7 @@ def test_whole_runs_are_timed_from_start_to_exit(place: Place, part: Part) -> No
     assert "goal: under 6 s" in row_of(part, "report A: training")
 
 
-def test_what_a_run_that_fails_said_is_kept(part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_of_a_failed_run_is_kept(part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fastflower").mkdir()
     (tmp_path / "fastflower" / "__init__.py").touch()
     (tmp_path / "fastflower" / "__main__.py").write_text("import sys\nsys.exit('no room')\n")
@@ -168,7 +168,7 @@ def test_what_a_run_that_fails_said_is_kept(part: Part, tmp_path: Path, monkeypa
 
 
 @pytest.mark.soak
-def test_accuracy_is_timed_until_its_marks(place: Place, part: Part) -> None:
+def test_accuracy_is_timed_until_each_mark(place: Place, part: Part) -> None:
     run("accuracy", part, place)
     found = left(part)["tiny"]
     assert [each["seed"] for each in found] == [0, 1]
@@ -181,7 +181,7 @@ def test_accuracy_is_timed_until_its_marks(place: Place, part: Part) -> None:
     assert row_of(part, "tiny: until 101.0%") == "0 of 2 reached it"
 
 
-def test_the_plain_loop_fine_tunes_the_network_that_we_do(tmp_path: Path) -> None:
+def test_the_plain_loop_fine_tunes_the_same_network(tmp_path: Path) -> None:
     path = tmp_path / "resnet50.pth"
     torch.save(models.resnet50().state_dict(), path)
     ours: Any = build(baseline.RESNET50, 5, weights=str(path)).eval()
@@ -192,12 +192,12 @@ def test_the_plain_loop_fine_tunes_the_network_that_we_do(tmp_path: Path) -> Non
         assert torch.equal(ours(images), plain(images))
 
 
-def test_accuracy_without_weights_is_left_out(place: Place, part: Part) -> None:
+def test_accuracy_is_skipped_without_weights(place: Place, part: Part) -> None:
     run("accuracy", part, replace(place, weights=None))
-    assert row_of(part, "accuracy") == "LEFT OUT, no --weights were given"
+    assert row_of(part, "accuracy") == "SKIPPED, needs --weights"
 
 
-def test_a_profile_is_taken(place: Place, part: Part) -> None:
+def test_a_profile_is_recorded(place: Place, part: Part) -> None:
     run("profile", part, place)
     profile = left(part)["profile_8"]
     assert "Self CPU" in profile["key_averages"]
@@ -205,16 +205,16 @@ def test_a_profile_is_taken(place: Place, part: Part) -> None:
     assert profile["stats"]["images"] > 0
 
 
-def test_idle_time_of_a_gpu_is_what_no_kernel_covers() -> None:
+def test_the_gpu_is_idle_when_no_kernel_runs() -> None:
     def event(name: str, start: float, length: float, kind: str = "kernel", stream: int = 7) -> dict[str, Any]:
         return {"ph": "X", "cat": kind, "name": name, "ts": start, "dur": length, "args": {"stream": stream}}
 
     events = [
         event("conv", 100, 40),
         event("step", 0, 1000, "gpu_user_annotation"),
-        event("warp", 120, 40, stream=9),  # 20 of them beside the other
+        event("warp", 120, 40, stream=9),  # 20 of them overlap the other
         event("conv", 180, 20),
-        event("copy", 190, 5, "gpu_memcpy", 9),  # all of it
+        event("copy", 190, 5, "gpu_memcpy", 9),  # overlaps a kernel fully
         {"ph": "M", "name": "process_name"},
     ]
     found = gpu_training.gpu_work(events, steps=2)
@@ -227,7 +227,7 @@ def test_idle_time_of_a_gpu_is_what_no_kernel_covers() -> None:
 
 
 @pytest.mark.dali
-def test_ways_of_decoding_are_probed_in_processes_of_their_own(place: Place, part: Part) -> None:
+def test_each_way_to_decode_is_probed_in_its_own_process(place: Place, part: Part) -> None:
     run("probe", part, place)
     found = left(part)
     assert len(gpu_dali.WAYS) == 16
@@ -236,10 +236,10 @@ def test_ways_of_decoding_are_probed_in_processes_of_their_own(place: Place, par
         assert way["survived"]
         assert way["images_per_second"] > 0
     assert alone["levels_apart"]["max"] == 0
-    assert alone["nvjpeg"] != beside["nvjpeg"], "torchvision brings one of its own"
+    assert alone["nvjpeg"] != beside["nvjpeg"], "torchvision ships its own"
 
 
-def test_a_probe_that_crashes_is_told(
+def test_a_probe_that_crashes_is_reported(
     place: Place, part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crash = tmp_path / "crash.py"
@@ -251,27 +251,27 @@ def test_a_probe_that_crashes_is_told(
 
 
 @pytest.mark.dali
-def test_the_engine_is_timed_only_where_its_pixels_are_equal(place: Place, part: Part) -> None:
+def test_the_engine_is_timed_only_if_its_pixels_are_equal(place: Place, part: Part) -> None:
     run("dali_1", part, place)
-    assert part.left_out == ["engine 100%"]
+    assert part.skipped == ["engine 100%"]
     engine = Part("engine", part.out, CPU, file="gpu_tried")
     run("engine", engine, place)
     engine.save()
-    assert engine.left_out == ["engine 0%, GPU busy", "engine 100%, GPU busy"]
+    assert engine.skipped == ["engine 0%, GPU busy", "engine 100%, GPU busy"]
     assert engine.found["equal"] == {"0%": True, "100%": True}
     again = Part("again", part.out, CPU, file="gpu_tried")
     run("dali_1", again, place)
     assert [side["name"] for side in again.found["batch_8"]][1:] == [f"DALI, {name}" for name in gpu_loading.DTYPES]
-    assert "goal: at least 2" in row_of(again, "engine 100%, batch 8: the best")
+    assert "goal: at least 2" in row_of(again, "engine 100%, batch 8: best")
 
 
 @pytest.mark.dali
-def test_dali_renders_from_kept_images_as_triton_does(place: Place, part: Part) -> None:
+def test_dali_and_triton_render_from_cached_images(place: Place, part: Part) -> None:
     run("kept", part, place)
     assert [side["name"] for side in left(part)["sides"]] == ["DALI", "Triton"]
 
 
-def test_only_the_recipes_of_the_five_reports_and_ours_are_named() -> None:
+def test_the_recipes_of_the_check_exist() -> None:
     from fastflower.recipes.presets import PRESETS
 
     assert {recipe for recipe, _ in gpu_training.RUNS.values()} <= PRESETS.keys()

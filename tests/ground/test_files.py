@@ -238,5 +238,7 @@ def test_two_demos_in_one_folder_do_not_delete_each_others_files(
     with holding(out / ".fastflower-demo"), pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "tools" / "demo.py"), run_name="__main__")
     told = f"{end.value.code}{capsys.readouterr().err}"
-    assert re.search(rf"--out {re.escape(str(out))}: another demo runs there \({HOLDER}\); wait for it, or name", told)
+    assert re.search(
+        rf"--out {re.escape(str(out))}: another demo is running there \({HOLDER}\); wait for it or choose", told
+    )
     assert (out / "shards").exists()

@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that serves a folder, and misbehaves as it is told."""
+"""A local HTTP server that serves a folder and misbehaves on request."""
 
 import threading
 import time
@@ -9,12 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-# For fastflower.shards.remote: as patient in attempts as ever, but not in seconds; pieces so small that each shard has dozens.
+# For fastflower.shards.remote: the usual number of attempts but short timeouts; dozens of pieces per shard.
 IMPATIENT = {"_PIECE": 1 << 15, "_TIMEOUT": 1.0, "_FIRST_PAUSE": 0.01, "_LONGEST_PAUSE": 0.05}
 
 
 def deafen(files: Any, but: str) -> None:
-    """Threads that fetch ahead, anything but this file, do not notice that RemoteFiles are stopped."""
+    """Make prefetch threads ignore that RemoteFiles are stopped, except for the file `but`."""
     request = files._request
 
     def deaf(self: Any, name: str, start: int | None, end: int | None) -> bytes:
@@ -26,11 +26,11 @@ def deafen(files: Any, but: str) -> None:
 
 
 Fault = Callable[[str, int], str | None]
-"""(file name, how often it was asked for before) to what goes wrong: "503", "truncate", "stall", "flip", "whole" or None."""
+"""Maps (file name, number of earlier requests) to a fault: "503", "truncate", "stall", "flip", "whole" or None."""
 
 
 class BadServer(ThreadingHTTPServer):
-    """Counts requests by file."""
+    """Serves `folder` and counts requests by file."""
 
     daemon_threads = True
 
@@ -40,7 +40,7 @@ class BadServer(ThreadingHTTPServer):
         self.fault: Fault = lambda _name, _asked: None
         self.asked: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
-        """Bytes, by file."""
+        """Bytes by file."""
         self.over = threading.Event()
         self.lock = threading.Lock()
 
@@ -49,7 +49,7 @@ class BadServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/shards"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are what this is for."""
+        """Ignore clients that hang up; tests expect them."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(folder: Path) -> Iterator[BadServer]:
-    """The server, while the block runs."""
+    """Run the server within the context."""
     server = BadServer(folder)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

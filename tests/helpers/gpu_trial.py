@@ -1,4 +1,4 @@
-"""Parts of the GPU check as a machine without a GPU tries them."""
+"""Runs parts of the GPU check on a machine without a GPU."""
 
 import json
 import time
@@ -16,13 +16,13 @@ from torchvision import models
 CPU = torch.device("cpu")
 MARKS = [
     pytest.mark.usefixtures("nothing_to_collect"),  # the baseline forks
-    pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with CUDA the check itself is run"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA, run the check itself"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
 ]
 
 
 def make_place(flowers: Path, folder: Path) -> Place:
-    """20 images: all to train on, and split."""
+    """Pack 20 images, both in one split and in two."""
     few = images.some(flowers, folder / "few", 20)
     weights = folder / "weights.pth"
     torch.save({name: value.half() for name, value in models.resnet18().state_dict().items()}, weights)
@@ -32,11 +32,11 @@ def make_place(flowers: Path, folder: Path) -> Place:
 
 
 def make_part(folder: Path) -> Part:
-    return Part("tried", folder / "out", CPU, file="gpu_tried", clock="What the\n clock holds.")
+    return Part("tried", folder / "out", CPU, file="gpu_tried", clock="What the\n clock includes.")
 
 
 def left(part: Part) -> dict[str, Any]:
-    """What the part left on the disk, after a look at what every file must hold."""
+    """Return what the part saved, after checking what every file must contain."""
     assert part.failed == [], (part.out / "failures.log").read_text()
     part.save(finished=True)
     (path,) = part.out.glob("*.json")
@@ -46,7 +46,7 @@ def left(part: Part) -> dict[str, Any]:
     assert {"triton", "nvidia-dali-cuda130"} <= content["versions"].keys()
     assert {"commit", "when", "hardware"} <= content.keys()
     found = content["parts"]["tried"]
-    assert found["clock"] == "What the clock holds."
+    assert found["clock"] == "What the clock includes."
     assert found["rows"] == part.rows
     assert found["seconds"] > 0
     assert found["left_out"] == []
@@ -69,5 +69,5 @@ def row_of(part: Part, name: str) -> str:
 
 
 def run(name: str, part: Part, place: Place, **changes: Any) -> None:
-    """A part as a machine without a GPU tries it."""
+    """Run a part at the size for a machine without a GPU."""
     gpu_check.PARTS[name](part, place, **{**gpu_check.TINY.get(name, {}), **changes})

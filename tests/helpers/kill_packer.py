@@ -1,9 +1,9 @@
-"""Kills a packer at many moments, lets it go on, and compares: python tests/helpers/kill_packer.py FOLDER WORK [--random N]
+"""Kill a packer at many moments, resume it, and compare: python tests/helpers/kill_packer.py FOLDER WORK [--random N]
 
-Two kinds of moments. By default every one: before each time that the packer writes, renames, makes or removes something in
-OUT, from the first to the last; with --random, N moments of the clock. After every kill the same pack runs again to its
-end and must give the bytes of one that nobody interrupted. With --begin every attempt goes on from a copy of a pack that
-was killed before. Prints the number of kills; ends with status 1 at a difference.
+By default, kills it once before each step in which it writes, renames, creates or removes something in OUT. With
+--random, kills it at N random times. After each kill, the same pack runs again to the end and must give the same bytes
+as an uninterrupted one. With --begin, each attempt resumes a copy of a pack that was killed before. Prints the number
+of kills, and exits with status 1 at the first difference.
 """
 
 import argparse
@@ -27,14 +27,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--random", type=int, default=0, help="kill at so many random moments instead of at each step")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument(
+        "--random", type=int, default=0, help="kill at this many random moments instead of at each step"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     parser.add_argument("--shard-bytes", type=int, default=1 << 19)
     parser.add_argument("--begin", type=Path, help="an OUT that was killed with the same options")
     arguments = parser.parse_args()
     options = {"shard_bytes": arguments.shard_bytes, "workers": 2, "lists": True}
     if not arguments.random:
-        os.fsync = lambda _: None  # a kill loses nothing that was written, only a power cut does
+        os.fsync = lambda _: None  # only a power cut, not a kill, loses what was written
     whole, out = arguments.work / "whole", arguments.work / "out"
     start = time.perf_counter()
     forked(lambda: pack(arguments.folder, whole, **options))
@@ -53,18 +55,16 @@ def main() -> int:
         if killed and not ((out / "manifest.json").exists() and not (out / ".packing").exists()):
             pack(arguments.folder, out, **options)
         if checksums(out) != expected:
-            print(f"after kill {kills} of attempt {attempts} (delay {delay}) the bytes differ; there was: {before}")
+            print(f"after kill {kills} of attempt {attempts} (delay {delay}) the bytes differ; OUT contained: {before}")
             return 1
         shutil.rmtree(out)
         if kills >= arguments.random if arguments.random else not killed:
-            print(
-                f"{kills} kills in {attempts} attempts, {len(expected)} files, all bytes as if nobody had interrupted"
-            )
+            print(f"{kills} kills in {attempts} attempts, {len(expected)} files, all bytes as in an uninterrupted pack")
             return 0
 
 
 def forked(job: Callable[[], object], delay: float | None = None, step: int = 0, out: Path | None = None) -> bool:
-    """Run a job in a child that is killed after `delay` seconds or at its step `step` in `out`; was it?"""
+    """Run a job in a child, kill it after `delay` seconds or at step `step` in `out`, and return whether it was killed."""
     child = os.fork()
     if child == 0:
         if out is not None and delay is None:
@@ -82,12 +82,12 @@ def forked(job: Callable[[], object], delay: float | None = None, step: int = 0,
     if os.WIFSIGNALED(status):
         return True
     if os.WEXITSTATUS(status):
-        sys.exit(f"a pack that nobody killed failed with status {os.WEXITSTATUS(status)}")
+        sys.exit(f"a pack that was not killed failed with status {os.WEXITSTATUS(status)}")
     return False
 
 
 def kill_at(step: int, out: str) -> None:
-    """Kill this process before its step number `step` that changes something in `out`."""
+    """Kill this process before step number `step` that changes something in `out`."""
     lock, steps = threading.Lock(), [0]
 
     def count(event: str, args: tuple[object, ...]) -> None:
@@ -104,7 +104,7 @@ def kill_at(step: int, out: str) -> None:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Of every file there, hidden ones too."""
+    """Return the SHA-256 of every file in the folder, including hidden ones, by path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

@@ -1,6 +1,6 @@
-"""Makes the nastiest folder of images: python tests/helpers/nasty_files.py FOLDER
+"""Make the nastiest folder of images: python tests/helpers/nasty_files.py FOLDER
 
-What packing has to do with each file is written beside it, from docs/format.md, not from what the code does.
+Each file is listed with what packing must do with it. This follows docs/format.md, not the code.
 """
 
 import base64
@@ -23,7 +23,7 @@ from PIL import Image
 Expectation = Literal["kept", "transcoded", "skipped"]
 Files = dict[str, bytes]
 
-# 16 x 8, by cjpeg -arithmetic of libjpeg-turbo 2.1.5: nothing here writes such files.
+# 16 x 8 pixels, made with cjpeg -arithmetic of libjpeg-turbo 2.1.5, because no library here writes such files.
 ARITHMETIC = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAYEBQYFBAYGBQYHBwYIChAKCgkJChQODwwQFxQYGBcUFhYaHSUfGhsjHBYWICwgIyYnKSopGR8tMC0oMCUoKSj/"
     "2wBDAQcHBwoIChMKChMoGhYaKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCj/yQARCAAIABADASIAAhEBAxEB/8wA"
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def make(folder: Path) -> dict[str, Expectation]:
-    """Write the files into a new folder. Returns what packing has to do with each, by the path in the folder."""
+    """Write the files to a new folder and return what packing must do with each, by path in the folder."""
     expected: dict[str, Expectation] = {}
     twice = [segment(0xE1, TURNED[:25] + bytes([value]) + TURNED[26:]) for value in (6, 3)]
     groups: list[tuple[str, Expectation, Files]] = [
@@ -59,15 +59,15 @@ def make(folder: Path) -> dict[str, Expectation]:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for file, data in files.items():
             (folder / name / file).write_bytes(data)
-            assert f"{name}/{file}" not in expected, f"{name}/{file} stands there twice"
+            assert f"{name}/{file}" not in expected, f"{name}/{file} is listed twice"
             expected[f"{name}/{file}"] = expectation
-    del expected[".hidden/seen.jpg"]  # hidden folders are no classes; a link leads to it
+    del expected[".hidden/seen.jpg"]  # hidden folders are no classes, but a link points to this one
     expected |= {f"no files/{path}": what for path, what in not_files(folder / "no files").items()}
     return expected
 
 
 def smooth(seed: int = 0, width: int = 64, height: int = 48) -> Image.Image:
-    """Smooth colors without any symmetry."""
+    """Return an image of smooth colors without symmetry."""
     coarse = np.random.default_rng(seed).uniform(0, 255, (5, 6, 3)).astype(np.float32)
     return Image.fromarray(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.uint8))
 
@@ -95,7 +95,7 @@ def patched(data: bytes, place: int, *values: int) -> bytes:
 
 
 def tiff(order: str, entries: Sequence[tuple[int, int, int, int]], rest: bytes = b"", following: int = 0) -> bytes:
-    """A TIFF file, such as EXIF is one: (tag, type, count, value) of its only directory, then `rest`."""
+    """Return a TIFF file (or EXIF block) with one directory of (tag, type, count, value) entries, followed by `rest`."""
 
     def line(tag: int, kind: int, count: int, value: int) -> bytes:
         short = kind == 3 and count == 1
@@ -106,7 +106,7 @@ def tiff(order: str, entries: Sequence[tuple[int, int, int, int]], rest: bytes =
 
 
 def jpegs() -> Files:
-    """Huffman-coded, 8 bits, gray or three colors: kept as they are."""
+    """Return Huffman-coded 8-bit JPEGs, gray or in three colors, which are kept as they are."""
     color, gray = smooth(10), smooth(11).convert("L")
     plain = encode(color, "JPEG", quality=90)
     frame = plain.index(b"\xff\xc0")
@@ -139,7 +139,7 @@ def jpegs() -> Files:
 
 
 def exifs() -> Files:
-    """JPEG with EXIF of every orientation, damaged and strange: kept as they are."""
+    """Return JPEGs with EXIF of every orientation, or damaged or strange EXIF, which are kept as they are."""
     thumbnail = encode(smooth(30, 16, 12), "JPEG")
     orientation = (0x0112, 3, 1)
     made = {
@@ -164,7 +164,7 @@ def exifs() -> Files:
 
 
 def formats() -> Files:
-    """Everything else that Pillow knows, under a name that an image has."""
+    """Return files in the other formats that Pillow reads, with image file names."""
     color, other, gray = smooth(60), smooth(61), smooth(62).convert("L")
     clear = Image.merge("RGBA", (*color.split(), gray))
     cmyk = encode(color.convert("CMYK"), "JPEG")
@@ -202,7 +202,7 @@ def formats() -> Files:
 
 
 def wide_gray() -> NDArray[np.uint16]:
-    """16 bits, not all of them repeated."""
+    """Return 16-bit levels that are not just repeated bytes."""
     gray = np.asarray(smooth(63).convert("L")).astype(np.uint16)
     return gray * 257 - gray // 2
 
@@ -256,7 +256,7 @@ def pngs() -> Files:
         "interlaced.png": png(64, 48, 8, 2, zlib.compress(passes), interlaced=True),
         "animated.png": encode(color, "PNG", save_all=True, append_images=[smooth(72)]),
         "turned.png": encode(color, "PNG", exif=TURNED),
-        "checksum of the pixels.png": patched(good, good.index(b"IEND") - 8, *4 * [0]),  # zlib has one of its own
+        "checksum of the pixels.png": patched(good, good.index(b"IEND") - 8, *4 * [0]),  # zlib has its own
         "no end.png": good[:-12],
         "garbage behind.png": good + b"garbage",
     }
@@ -318,7 +318,7 @@ def broken_others() -> Files:
     whole = stored["png"]
     middle = len(whole) // 2
     pixels = rows(np.asarray(color))
-    wrong = patched(zlib.compress(pixels, 0), 50_000, 1)  # of which zlib's own checksum tells
+    wrong = patched(zlib.compress(pixels, 0), 50_000, 1)  # detected by zlib's own checksum
     return made | {
         "zeros in the middle.png": whole[:middle] + bytes(1000) + whole[middle + 1000 :],
         "checksum of the header.png": patched(whole, 29, *4 * [0]),
@@ -345,7 +345,7 @@ def bombs() -> Files:
 
 
 def not_images() -> Files:
-    """Under the names of images, and images under other names."""
+    """Return other files with image names, and images with other names."""
     archive, image = io.BytesIO(), encode(smooth(97), "JPEG")
     with zipfile.ZipFile(archive, "w") as opened:
         opened.writestr("photo.jpg", image)
@@ -376,12 +376,12 @@ CLASSES = ["two words", "-rf", "🌻", NO_UTF8, "new\nline", "x.y", "Jpeg", "e\u
 
 
 def not_files(folder: Path) -> dict[str, Expectation]:
-    """Pipes, sockets, devices, links and folders that are named as images; (path, what is expected)."""
+    """Make pipes, sockets, devices, links and folders with image names, and return what packing must do with each."""
     folder.mkdir()
     os.mkfifo(folder / "pipe.jpg")
     handle = os.open(folder, os.O_RDONLY)
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(f"/proc/self/fd/{handle}/socket.jpg")  # an address has room for 107 bytes
+        server.bind(f"/proc/self/fd/{handle}/socket.jpg")  # a socket address has at most 107 bytes
     os.close(handle)
     links = {"itself.jpg": "itself.jpg", "nothing.jpg": "no such file", "too long.jpg": 300 * "x", "around": "."}
     links |= {f"{name}.jpg": f"/dev/{name}" for name in ("zero", "null")} | {"kernel.jpg": "/proc/version"}

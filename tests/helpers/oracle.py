@@ -1,4 +1,4 @@
-"""What torchvision's functionals make of the numbers in a Draw: the chain that both backends are tested against."""
+"""Applies a Draw with torchvision's functionals. All backends are tested against this chain."""
 
 import numpy as np
 import torch
@@ -10,11 +10,11 @@ from fastflower import Augment
 from fastflower.draws.draw import Draw
 
 BILINEAR = InterpolationMode.BILINEAR
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, as torchvision documents them
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet, from torchvision's documentation
 
 
 def geometry_chain(image: torch.Tensor, draw: Draw, row: int, augment: Augment) -> torch.Tensor:
-    """Crop, flips, rotation and affine, one torchvision call each. image  (C, H, W) float32 in 0..1."""
+    """Apply crop, flips, rotation and affine, one torchvision call each, to a (C, H, W) float32 image in 0..1."""
     size = list(draw.size)
     if augment.crop is None:
         resize = augment.resized if isinstance(augment.resized, tuple) else [augment.resized]
@@ -42,7 +42,7 @@ def geometry_chain(image: torch.Tensor, draw: Draw, row: int, augment: Augment) 
 
 
 def color_chain(image: torch.Tensor, draw: Draw, row: int) -> torch.Tensor:
-    """Brightness, contrast, saturation, hue. image  (3, H, W) float32 in 0..1."""
+    """Apply brightness, contrast, saturation and hue to a (3, H, W) float32 image in 0..1."""
     image = F.adjust_brightness(image, float(draw.brightness[row]))
     image = F.adjust_contrast(image, float(draw.contrast[row]))
     image = F.adjust_saturation(image, float(draw.saturation[row]))
@@ -52,7 +52,7 @@ def color_chain(image: torch.Tensor, draw: Draw, row: int) -> torch.Tensor:
 def render(
     source: NDArray[np.uint8], draw: Draw, row: int, augment: Augment
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """(image (H, W, 3) in 0..255, mask (H, W) of the pixels that none of the frames in the chain cut off)."""
+    """Return (image (H, W, 3) in 0..255, mask (H, W) of the pixels that no step of the chain moved out of the frame)."""
     image = torch.from_numpy(source).permute(2, 0, 1).float() / 255
     shown = geometry_chain(torch.ones_like(image[:1]), draw, row, augment)[0] > 0.999
     image = color_chain(geometry_chain(image, draw, row, augment), draw, row)

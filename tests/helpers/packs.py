@@ -1,4 +1,4 @@
-"""Small folders to pack, what tarfile finds in a pack, and packs that are interrupted."""
+"""Small folders to pack, the samples that tarfile finds in a pack, and interrupted packs."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from PIL import Image
 from fastflower import Manifest, pack
 from fastflower.packing.folder import Folder
 
-# Stems of files. No reader may lose one of them; DALI and webdataset do where a key holds such characters.
+# File stems. No reader may lose one; DALI and webdataset do if a key contains such characters.
 NASTY = [
     "with space", "two.dots.here", ".dot", "..", "-dash", "ümläut", "日本語", "🌻", "quote'\"", "new\nline", "tab\there",
     "a" * 251, "é" * 125, "semi;colon&", "%41", "back\\slash", "UPPER", "upper", "__key__", "x.cls", "x.json", "*?[]",
@@ -35,7 +35,7 @@ def draw_image(seed: int, size: int = 24) -> Image.Image:
 
 
 def drawn(root: Path, **counts: int) -> Path:
-    """A folder with so many different JPEG files in each class."""
+    """Write the given number of different JPEG files for each class, and return the folder."""
     for label, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for number in range(count):
@@ -44,7 +44,7 @@ def drawn(root: Path, **counts: int) -> Path:
 
 
 def nasty(root: Path) -> Path:
-    """JPEG and PNG files of the same nasty stems, extensions in either case, in classes with nasty names."""
+    """Write JPEG and PNG files with the same nasty stems and extensions in either case, in classes with nasty names."""
     drawn(root, **{"plain": 2, "with space.and dot": 2, "ø 🌷": 2})
     for number, name in enumerate(NASTY):
         folder = root / ("plain" if number % 2 else "ø 🌷")
@@ -62,7 +62,7 @@ class Sample(NamedTuple):
 
 
 def samples(out: Path, split: str) -> Iterator[Sample]:
-    """What tarfile finds in the shards that the manifest names."""
+    """Yield the samples that tarfile finds in the manifest's shards."""
     for shard in Manifest.load(out).splits[split].shards:
         with tarfile.open(out / shard.name) as tar:
             data = {member.name: tar.extractfile(member).read() for member in tar}  # pyright: ignore[reportOptionalMemberAccess]
@@ -80,7 +80,7 @@ def images(found: Folder) -> set[str]:
 
 
 def resealed(folder: Path) -> Path:
-    """A pack whose indexes a test changed, as if they had been packed so: the manifest has their checksums, and its own."""
+    """Update the checksums in the manifest after a test changed the indexes, as if they had been packed that way."""
     manifest = Manifest.load(folder, sealed=False)
     splits = {
         name: replace(split, index_sha256=sha256((folder / f"{name}.index.npy").read_bytes()).hexdigest())
@@ -95,7 +95,7 @@ def exactly(text: str) -> str:
 
 
 class Stopping(Executor):
-    """Makes so many shards at once, and is interrupted at the next, as by Ctrl-C."""
+    """Makes the given number of shards synchronously and is interrupted at the next one, as by Ctrl-C."""
 
     def __init__(self, shards: int) -> None:
         self.left = shards
@@ -110,17 +110,17 @@ class Stopping(Executor):
 
 
 def interrupted(folder: Path, out: Path, *, shards: int, **options: Any) -> Path:
-    """OUT after a pack that made so many shards."""
+    """Return OUT after a pack that was interrupted when it had made the given number of shards."""
     with pytest.raises(KeyboardInterrupt):
         pack(folder, out, executor=Stopping(shards), **options)
     return out
 
 
 def child(folder: Path, out: Path, stop: str, action: str, **options: Any) -> subprocess.Popen[str]:
-    """A process that packs and does `action` before the first thing it does to files of which `stop` is true.
+    """Start a process that packs, and runs `action` before the first file operation for which `stop` is true.
 
-    action, stop  Python, in which `event` names the thing as audit hooks have it, and `paths` what it is done to; in OUT
-    they are relative to it.
+    `action` and `stop` are Python code. In it, `event` is the audit event of the operation, and `paths` are its files,
+    relative to OUT if they are in it.
     """
     program = f"""if True:
         import os, signal, sys
@@ -140,19 +140,19 @@ def child(folder: Path, out: Path, stop: str, action: str, **options: Any) -> su
 
 
 def killed(folder: Path, out: Path, stop: str, **options: Any) -> Path:
-    """OUT after a pack that was killed before the first thing of which `stop` is true."""
+    """Return OUT after a pack that was killed before the first file operation for which `stop` is true."""
     process = child(folder, out, stop, "os.kill(os.getpid(), signal.SIGKILL)", **options)
     process.communicate(timeout=30)
     assert process.returncode == -signal.SIGKILL
     return out
 
 
-BEFORE_MANIFEST = "event == 'os.rename' and paths[1] == 'manifest.json'"  # when all else is in place
+BEFORE_MANIFEST = "event == 'os.rename' and paths[1] == 'manifest.json'"  # when everything else is in place
 BEFORE_CLEARING = "event == 'os.remove' and paths[0].endswith('/plan.json')"  # when the manifest is in place
 
 
 NINE: dict[str, Any] = {"shard_bytes": 4000, "lists": True}
-"""Options with which `nine` images make two shards to train on and one to validate."""
+"""With these options, the images of `nine` fill two training shards and one validation shard."""
 
 
 def nine(root: Path) -> Path:
@@ -160,7 +160,7 @@ def nine(root: Path) -> Path:
 
 
 def uninterrupted(folder: Path, out: Path) -> dict[str, str]:
-    """The checksums of a pack of `nine` that nobody interrupted."""
+    """Return the checksums of an uninterrupted pack of `nine`."""
     pack(folder, out, **NINE)
     made = checksums(out)
     assert {"train-000001.tar", "val-000000.tar", "meta/val.txt"} < made.keys()
@@ -168,7 +168,7 @@ def uninterrupted(folder: Path, out: Path) -> dict[str, str]:
 
 
 def read_by_dali(out: Path, split: str, batch_size: int) -> list[tuple[bytes, int]]:
-    """(image, label) of every sample, from DALI's own reader."""
+    """Return (image, label) of every sample, as read by DALI's own reader."""
     from nvidia.dali import fn as untyped_fn
     from nvidia.dali.pipeline import Pipeline
 
@@ -196,13 +196,13 @@ def read_by_dali(out: Path, split: str, batch_size: int) -> list[tuple[bytes, in
 
 
 def repeats(tree: dict[str, Any]) -> bool:
-    """Whether folders in one class are named as a class, or as folders in another: then they may be the classes."""
+    """Return whether subfolders of one class share a name with a class or another class's subfolder: they may be the classes."""
     inside = [{name for name, below in (held or {}).items() if below is not None} for held in tree.values()]
     return any(held & set(tree) for held in inside) or sum(map(len, inside)) > len(set().union(*inside))
 
 
 def flip_a_bit(folder: Path, split: str, index: int) -> None:
-    """In the image of a sample."""
+    """Flip a bit in the image of a sample."""
     row = np.load(folder / f"{split}.index.npy")[index]
     with (folder / f"{split}-{row['shard']:06d}.tar").open("r+b") as file:
         file.seek(int(row["offset"]) + 2000)
@@ -212,7 +212,7 @@ def flip_a_bit(folder: Path, split: str, index: int) -> None:
 
 
 def pack_garbage(folder: Path) -> None:
-    """In place of sample 3 of split "val", as if it had been packed: the checksum agrees."""
+    """Replace sample 3 of split "val" with garbage and a matching checksum, as if it had been packed."""
     rows = np.load(folder / "val.index.npy")
     with (folder / "val-000000.tar").open("r+b") as file:
         file.seek(int(rows[3]["offset"]))
@@ -223,7 +223,7 @@ def pack_garbage(folder: Path) -> None:
 
 
 def touch(root: Path, *names: str) -> Path:
-    """Files of one byte, and empty folders where a name ends in "/": neither `scan` nor ImageFolder opens an image to find it."""
+    """Create files of one byte, and folders if a name ends in "/". `scan` and ImageFolder find images without opening them."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).mkdir() if name.endswith("/") else (root / name).write_bytes(b"x")

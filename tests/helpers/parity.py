@@ -1,6 +1,7 @@
-"""How far the backends are from torchvision's functionals: python tests/helpers/parity.py FOLDER prints the table.
+"""Compare the backends with torchvision's functionals: python tests/helpers/parity.py FOLDER prints the table.
 
-Differences are gray levels of 255, a mean an image, over the pixels that none of torchvision's frames cut off.
+Differences are in levels of 0..255, averaged over the pixels of an image that torchvision did not move out of the
+frame.
 """
 
 import io
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-if not torch.cuda.is_available():  # asked for when Triton is imported, which torchvision does
+if not torch.cuda.is_available():  # read when torchvision imports Triton
     os.environ["TRITON_INTERPRET"] = "1"
 
 import oracle
@@ -33,19 +34,19 @@ from fastflower.loading.samples import EncodedFiles, SampleSource
 from fastflower.shards.image import decode
 
 BACKENDS = ["native", "opencv", "dali", *(() if torch.cuda.is_available() else ("triton",))]
-"""On the CPU; Triton's kernels run there only where there is no GPU, in its interpreter."""
+"""Backends to test on the CPU. Triton's kernels run there only without a GPU, in the interpreter."""
 JITTER: dict[str, Any] = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
 REPORTS: dict[str, Any] = {"crop": (0.08, 1.0), "flip": 0.5, "rotate": 10, "translate": (0.1, 0.1)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One augmentation, or several, and how far from torchvision they may be on average."""
+    """One or more augmentations, and the largest mean difference from torchvision allowed."""
 
     fields: dict[str, Any]
     limit: float = 1.0
     whole: bool = False
-    """Draw from the whole image; else from one that was stretched to 224 x 224 before, so that one operation acts alone."""
+    """Draw from the original image. Otherwise it is first stretched to 224 x 224, so that one operation acts alone."""
     augment: Augment = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,15 +57,15 @@ class Case:
 CASES = {
     "validation view (resize 256, center 224)": Case({}, whole=True),
     "resized crop": Case({"crop": (0.08, 1.0)}, whole=True),
-    "reduction by four": Case({"resize": 64, "size": 56}, whole=True),
-    "reduction by sixteen": Case({"resize": 18, "size": 16}, whole=True),
-    "left-right flip": Case({"flip": 0.5}),
-    "upside-down flip": Case({"flip_vertical": 0.5}),
+    "downscaling by 4": Case({"resize": 64, "size": 56}, whole=True),
+    "downscaling by 16": Case({"resize": 18, "size": 16}, whole=True),
+    "horizontal flip": Case({"flip": 0.5}),
+    "vertical flip": Case({"flip_vertical": 0.5}),
     "rotation 30": Case({"rotate": 30}),
     "translation 10%": Case({"translate": (0.1, 0.1)}),
     "scale 0.8 .. 1.2": Case({"scale": (0.8, 1.2)}),
     "shear 10, 5": Case({"shear": (10, 5)}),
-    "rotation of the affine 15": Case({"affine_rotate": 15}),
+    "affine rotation 15": Case({"affine_rotate": 15}),
     "brightness 0.4": Case({"brightness": 0.4}),
     "contrast 0.4": Case({"contrast": 0.4}),
     "saturation 0.4": Case({"saturation": 0.4}),
@@ -79,14 +80,14 @@ CASES = {
 
 @cache
 def stretched(encoded: bytes) -> bytes:
-    """An image at 224 x 224, losslessly."""
+    """Return an image stretched to 224 x 224, as PNG."""
     data = io.BytesIO()
     Image.fromarray(cv2.resize(decode(encoded), (224, 224), interpolation=cv2.INTER_AREA)).save(data, "PNG")
     return data.getvalue()
 
 
 def turned(encoded: bytes) -> list[bytes]:
-    """An image with each of the eight orientations of EXIF."""
+    """Return an image with each of the eight EXIF orientations, as JPEG."""
     image, found = Image.open(io.BytesIO(encoded)).convert("RGB"), list[bytes]()
     for orientation in range(1, 9):
         exif, file = Image.Exif(), io.BytesIO()
@@ -99,14 +100,14 @@ def turned(encoded: bytes) -> list[bytes]:
 def backend(
     name: Any, augment: Augment, dtype: torch.dtype, encoded: Sequence[bytes], device: str = "cpu"
 ) -> AnyBackend:
-    """A backend over image files in memory."""
+    """Return a backend over image files in memory."""
     samples = SampleSource(EncodedFiles(encoded, [decode(data).shape[:2] for data in encoded]))
     setup = Setup(resolve_device(device), dtype, batch_size=len(encoded), workers=2)
     return create(name, augment, samples, setup, None if name == "dali" else 1 << 30)
 
 
 def request(augment: Augment, encoded: Sequence[bytes], seed: int = 0) -> Request:
-    """All images as one batch."""
+    """Return the request of all images as one batch."""
     indices = np.arange(len(encoded))
     sizes = np.array([decode(data).shape[:2] for data in encoded])
     return Request.drawn(augment, indices, sizes, seed=seed, epoch=0, step=0)
@@ -115,21 +116,21 @@ def request(augment: Augment, encoded: Sequence[bytes], seed: int = 0) -> Reques
 def render(
     name: str, augment: Augment, encoded: Sequence[bytes], dtype: torch.dtype = torch.uint8, device: str = "cpu"
 ) -> Any:
-    """(N, H, W, 3) as the backend makes them."""
+    """Return the images as the backend renders them, (N, H, W, 3) float32."""
     ((_, images),) = backend(name, augment, dtype, encoded, device).run([request(augment, encoded)])
     return images.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
 @cache
 def expected(case: str, encoded: tuple[bytes, ...]) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-    """torchvision's images and the pixels that count."""
+    """Return torchvision's images, each with the mask of the pixels to compare."""
     augment, images = CASES[case].augment, [decode(data) for data in encoded]
     draw: Draw = request(augment, encoded).draw
     return [oracle.render(image, draw, row, augment) for row, image in enumerate(images)]
 
 
 def differences(case: str, name: str, image_files: Sequence[bytes], device: str = "cpu") -> NDArray[np.float64]:
-    """The mean absolute difference of each image that has counting pixels."""
+    """Return the mean absolute difference of each image that has pixels to compare."""
     encoded = tuple(image_files) if CASES[case].whole else tuple(map(stretched, image_files))
     made = render(name, CASES[case].augment, encoded, device=device)
     pairs = zip(made, expected(case, encoded), strict=True)
@@ -141,7 +142,7 @@ def main(folder: str) -> None:
     paths = sorted(Path(folder).glob("*/*.jpg"))
     image_files = [path.read_bytes() for path in paths[:: max(1, len(paths) // 128)][:128]]
     if not image_files:
-        sys.exit(f"{folder}: has no images CLASS/*.jpg; name a folder of class folders.")
+        sys.exit(f"{folder}: has no images CLASS/*.jpg; pass a folder of class folders.")
     heads = "".join(f" {name}: mean | 95% | worst |" for name in BACKENDS)
     print(f"{len(image_files)} images\n\n| augmentation |{heads}\n|---|{'--:|' * 3 * len(BACKENDS)}")
     for case in CASES:

@@ -1,4 +1,4 @@
-"""Plans of small folders."""
+"""Packing plans of small folders."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def write(root: Path, contents: dict[str, bytes]) -> Path:
 
 
 def numbered(root: Path, **counts: int) -> Path:
-    """Class folders with so many different files of one size."""
+    """Write the given number of different files of equal size for each class, and return the folder."""
     names = [f"{name}/{number:03d}.jpg" for name, count in counts.items() for number in range(count)]
     return write(root, {name: name.rjust(20).encode() for name in names})
 

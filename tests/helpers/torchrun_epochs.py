@@ -1,7 +1,6 @@
-"""One process of torchrun: `torchrun ... torchrun_epochs.py SHARDS OUT [STATE]`; writes what its rank was fed into OUT.
+"""Runs as a torchrun process: `torchrun ... torchrun_epochs.py SHARDS OUT [STATE]`. Writes its rank's batches to OUT.
 
-The ranks agree on the sum of what they were fed in every step of training, so a rank with a step more than another
-would wait for ever.
+The ranks sum their indices in every training step, so a rank with more steps than another would hang.
 """
 
 import json
@@ -16,11 +15,11 @@ import torch.distributed as dist
 
 from fastflower import Augment, Batch, Loader
 
-GLOBAL_BATCH = 28  # leaves 8 of 120 and 2 of 30: a tail for train, and in val one that not every rank has a part of
+GLOBAL_BATCH = 28  # leaves 8 of 120 in train, and 2 of 30 in val, too few for every rank
 STOP = 2
 
 Fed = list[tuple[list[int], int]]
-"""For every batch the indices, and a checksum of the pixels."""
+"""For each batch, its indices and a checksum of its pixels."""
 
 
 def make(shards: str | Path, split: str, ranks: int, **options: Any) -> Loader:
@@ -34,12 +33,12 @@ def fed(batches: Iterable[Batch]) -> Fed:
 
 
 def pixels(batch: Batch) -> int:
-    """The sum of the images' checksums: those of the ranks add up to that of the whole batch."""
+    """Return the sum of the images' checksums; those of the ranks add up to that of the global batch."""
     return sum(zlib.crc32(image.contiguous().numpy().tobytes()) for image in batch.images)
 
 
 def train(batches: Iterable[Batch]) -> tuple[Fed, list[int]]:
-    """What this rank was fed, and for every step the sum of all ranks' indices."""
+    """Return this rank's batches, and for each step the sum of all ranks' indices."""
     found: Fed = []
     sums: list[int] = []
     for batch in batches:

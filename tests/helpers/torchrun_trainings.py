@@ -1,6 +1,6 @@
-"""One process of torchrun: `torchrun ... torchrun_trainings.py SHARDS OUT` trains several recipes one after the other.
+"""Runs as a torchrun process: `torchrun ... torchrun_trainings.py SHARDS OUT`. Trains several recipes in turn.
 
-Writes into OUT what each came to on this rank, a history and the number of steps or the message of an error.
+Writes the result of each on this rank to OUT: a history and the number of steps, or an error message.
 """
 
 import json
@@ -24,12 +24,12 @@ from fastflower.files import locked
 from fastflower.models import inference
 from fastflower.training.run import Run
 
-WEIGHTS = "weights.pth"  # in OUT, of a narrow ResNet-18: what frozen stages are
-AVERAGED = replace(RECIPE, ema=0.9)  # batch norms' statistics differ by rank, and are averaged, too
+WEIGHTS = "weights.pth"  # in OUT, of a narrow ResNet-18, for the frozen stages
+AVERAGED = replace(RECIPE, ema=0.9)  # batch norms' statistics differ by rank and are averaged too
 
 
 def recipes(out: Path) -> dict[str, Recipe]:
-    """What is trained, by name."""
+    """Return the recipes to train, by name."""
     frozen = replace(RECIPE, freeze=4, weights=str(out / WEIGHTS))
     return {
         "frozen": frozen,
@@ -37,8 +37,8 @@ def recipes(out: Path) -> dict[str, Recipe]:
         "averaged": AVERAGED,
         "frozen soup": replace(frozen, soup=2),
         "soup": replace(RECIPE, soup=2, recalibrate=True),
-        "signalled": RECIPE,  # the second rank, at its third step
-        # the second rank, in the validation, of whose last batch it has no part
+        "signalled": RECIPE,  # SIGTERM in the second rank at its third step
+        # SIGTERM in the second rank during validation; it has no part of the last batch
         "validating": replace(RECIPE, batch_size=4),
         "not divisible": replace(RECIPE, batch_size=15),
         "synchronous": replace(RECIPE, sync_batchnorm=True),
@@ -73,17 +73,17 @@ def come_to(shards: str, recipe: Recipe, out: Path) -> dict[str, Any]:
 
 
 def main(shards: str, place: str) -> None:
-    # Ranks that wait for each other in vain end soon.
+    # Ranks that wait for each other in vain time out soon.
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     narrow_resnets(pytest.MonkeyPatch())
     out, rank = Path(place), dist.get_rank()
     for name, recipe in recipes(out).items():
         (out / f"{name} {rank}.json").write_text(json.dumps(come_to(shards, recipe, out / name)))
-    # Another run holds the folder: only the first rank asks, and both end.
+    # Another run holds the folder: only the first rank checks, and both fail.
     with locked(out / "held" / ".lock") if rank == 0 else nullcontext():
         dist.barrier()
         (out / f"held {rank}.json").write_text(json.dumps(come_to(shards, RECIPE, out / "held")))
-    # Two machines that share no folder: a checkpoint stands on one.
+    # Two machines without a shared folder: only one has the checkpoint.
     machine = out / f"machine {rank}"
     machine.mkdir()
     os.chdir(machine)

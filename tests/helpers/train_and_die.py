@@ -1,7 +1,8 @@
-"""Runs a verb that gets a signal at a given moment: python train_and_die.py SIGNAL WHERE CALL VERB ARGUMENT ...
+"""Run a verb and send it a signal at a given moment: python train_and_die.py SIGNAL WHERE CALL VERB ARGUMENT ...
 
-CALL counts from 1: with WHERE "step" the batches that are trained on, with "write" the checkpoints, of which that one is
-then half written. Of torchrun's processes only the second rank's first incarnation gets the signal. ResNets are narrow.
+CALL counts from 1. With WHERE "step", the signal comes before that training step; with "write", when that checkpoint is
+half written. With torchrun, only the second rank gets the signal, and only before its first restart. ResNets are
+narrow.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""What the tests of interrupted and of shared training have in common: a tiny run, its ends, and what makes two equal."""
+"""Helpers for tests of interrupted and distributed training: a tiny run, ways to interrupt it, comparing two runs."""
 
 import csv
 import os
@@ -29,13 +29,13 @@ RECIPE = Recipe(
     schedule="one_cycle",
     precision="float32",
 )
-"""Of the 120 drawn images two epochs of five steps."""
+"""Two epochs of five steps on the 120 drawn images."""
 
 CLOCK = {"images_per_second", "train_seconds", "wait_seconds", "val_seconds"}
 
 
 def flags(recipe: Recipe) -> list[str]:
-    """What to write on the command line for a recipe."""
+    """Return the command-line flags for a recipe."""
     return [*_flags(recipe, Recipe(), "--"), *_flags(recipe.augment, Recipe().augment, "--augment.")]
 
 
@@ -50,7 +50,7 @@ def _flags(value: Any, default: Any, prefix: str) -> list[str]:
 
 
 def timeless(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The rows without what the clock says."""
+    """Return the rows without the columns that depend on time."""
     return [{key: value for key, value in row.items() if key not in CLOCK} for row in history]
 
 
@@ -60,7 +60,7 @@ def written_history(folder: Path) -> list[dict[str, float]]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Both finished, with the same history and, bit for bit, the same weights and state of the optimizer."""
+    """Check that both finished with the same history and, bit for bit, the same weights and optimizer state."""
     for name in (LAST, BEST):
         left, right = Checkpoint.load(one / name), Checkpoint.load(other / name)
         assert timeless(left.history) == timeless(right.history)
@@ -72,7 +72,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def assert_same(one: Any, other: Any) -> None:
-    """Equal values; tensors bit by bit."""
+    """Check that values are equal and tensors are bitwise equal."""
     assert type(one) is type(other)
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other)
@@ -88,7 +88,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 def place(out: Path) -> tuple[int, int]:
-    """(epochs, steps of the next one) that are done, as the last checkpoint has it."""
+    """Return (finished epochs, steps of the next one) from the last checkpoint."""
     last = Checkpoint.load(out / LAST)
     return last.epoch, last.step
 
@@ -109,7 +109,7 @@ def narrow_resnets(patch: pytest.MonkeyPatch) -> None:
 
 
 def small(_backbone: str, num_classes: int, **_: Any) -> nn.Module:
-    """In place of a ResNet: a network that has all that an interruption could lose, dropout too, and trains in no time."""
+    """Build a tiny network with every kind of state that an interruption could lose, including dropout."""
     model = nn.Sequential()
     layers = (nn.Conv2d(3, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.3), nn.AdaptiveAvgPool2d(4))
     model.add_module("features", nn.Sequential(*layers))
@@ -118,7 +118,7 @@ def small(_backbone: str, num_classes: int, **_: Any) -> nn.Module:
 
 
 class KilledError(Exception):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 def kill() -> None:
@@ -126,7 +126,7 @@ def kill() -> None:
 
 
 def before_call(place: Any, name: str, number: int, act: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
-    """Let `act` come before call number `number`, counted from 1, of a function."""
+    """Call `act` before call number `number`, counted from 1, of the function `name`."""
     function, calls = getattr(place, name), count(1)
 
     def acting(*values: Any, **options: Any) -> Any:
@@ -138,7 +138,7 @@ def before_call(place: Any, name: str, number: int, act: Callable[[], object], p
 
 
 def killed(shards: Path, recipe: Recipe, out: Path, moment: tuple[Any, str, int], **options: Any) -> None:
-    """Train, or go on, until a call of a function."""
+    """Train or resume until a given call of a function, then simulate a kill."""
     with pytest.MonkeyPatch.context() as patch:
         before_call(*moment, kill, patch)
         with pytest.raises(KilledError, match="killed"):
@@ -150,7 +150,7 @@ def terminate() -> None:
 
 
 def child(*moment: str, recipe: Recipe, shards: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    """`fastflower train` in a process of its own; moment as in train_and_die.py, or nothing."""
+    """Run `fastflower train` in a process of its own; `moment` is as in train_and_die.py, or empty."""
     program = [DIE, *moment] if moment else ["-m", "fastflower"]
     command = [
         sys.executable,
@@ -166,7 +166,7 @@ def child(*moment: str, recipe: Recipe, shards: Path, out: Path) -> subprocess.C
         "cpu",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # The limit only ends a hang; a child takes seconds.
+    # The timeout only ends a hang; a child takes seconds.
     return subprocess.run(
         [*command, *flags(recipe)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )

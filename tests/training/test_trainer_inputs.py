@@ -144,6 +144,6 @@ def test_the_demo_clears_no_folder_of_others(
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", out])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "tools" / "demo.py"), run_name="__main__")
-    told = f"--out {out}: is or holds what no demo wrote; name another folder, or remove this one."
+    told = f"--out {out}: was not written by a demo; choose another folder or remove this one."
     assert told in f"{end.value.code}{capsys.readouterr().err}"
     assert (tmp_path / "flowers" / "rose" / "mine.jpg").exists()

@@ -1,4 +1,4 @@
-"""The shape of the library: what imports what, what importing costs, how long files are, what is documented."""
+"""The structure of the library: import order, cost of imports, length of files, documentation."""
 
 import ast
 import json
@@ -22,7 +22,7 @@ FOLDERS = sorted(path for path in PACKAGE.rglob("__init__.py") if path.parent !=
 LIBRARY = sorted(path for path in PACKAGE.rglob("*.py") if path not in FOLDERS)
 PROGRAMS = [path for name in ("tools", "benchmarks", "tests") for path in sorted((ROOT / name).glob("**/*.py"))]
 
-# A file imports files above it only. Augment.from_torchvision imports torchvision_compat when it is called.
+# A file imports only files above it. Augment.from_torchvision imports torchvision_compat when called.
 LISTED = re.findall(r"^    ([\w/]+)\.py ", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
 ORDER = [*(path.replace("/", ".") for path in LISTED), "__init__"]
 
@@ -37,7 +37,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names of what a file imports, also inside functions; `from a import b` gives a.b, which may be a module."""
+    """Yield the dotted names that a file imports, also inside functions; `from a import b` gives a.b, which may be a module."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -51,12 +51,12 @@ def tops(path: Path) -> set[str]:
 
 
 def dotted(path: Path) -> str:
-    """A file of the library as an import names it, without "fastflower."."""
+    """Return the module name of a library file without "fastflower."."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def files_imported(path: Path) -> set[str]:
-    """The files of fastflower that a file imports, dotted; of a folder that is imported as such its name."""
+    """Return the dotted names of the fastflower files that a file imports; an imported package gives its own name."""
     found: set[str] = set()
     for name in imports(path):
         package, _, rest = name.partition(".")
@@ -68,32 +68,32 @@ def files_imported(path: Path) -> set[str]:
     return found
 
 
-def test_the_order_names_every_file_once() -> None:
+def test_the_import_order_lists_every_file_once() -> None:
     assert sorted(ORDER) == sorted(dotted(path) for path in LIBRARY)
 
 
-def test_files_in_no_folder_are_the_ground_or_the_edge() -> None:
+def test_files_outside_folders_come_first_or_last() -> None:
     places = [bool(name.count(".")) for name in ORDER]
     first, last = places.index(True), len(places) - places[::-1].index(True)
     assert all(places[first:last])
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_the_files_of_a_folder_stand_together(depth: int) -> None:
+def test_the_files_of_a_folder_are_listed_together(depth: int) -> None:
     folders = [name for name, _ in groupby(".".join(name.split(".")[:-1][:depth]) for name in ORDER) if name]
     inside = [name for name in folders if name.count(".") == depth - 1]
     assert len(inside) == len(set(inside))
 
 
 @pytest.mark.parametrize("path", FOLDERS, ids=lambda path: path.parent.name)
-def test_a_folder_says_what_it_is_for_and_holds_nothing_else(path: Path) -> None:
+def test_a_folders_init_file_has_only_a_docstring_of_three_lines_or_more(path: Path) -> None:
     (only,) = tree(path).body
     assert isinstance(only, ast.Expr)
     assert len((ast.get_docstring(tree(path)) or "").splitlines()) >= 3
 
 
 def test_every_folder_of_the_library_is_a_package() -> None:
-    """Or its files would escape the order: a folder without __init__.py imports as well."""
+    """Python also imports a folder without __init__.py, but its files would escape the import order."""
     folders = {path.parent for path in LIBRARY} - {PACKAGE}
     assert folders == {path.parent for path in FOLDERS}
 
@@ -155,7 +155,7 @@ def test_importing_is_light_silent_and_opens_no_socket() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_public_surface_is_the_documented_one() -> None:
+def test_the_public_names_are_the_documented_ones() -> None:
     assert len(fastflower.__all__) == len(PUBLIC)
     assert set(fastflower.__all__) == PUBLIC
     assert dir(fastflower) == sorted(fastflower.__all__)
@@ -163,7 +163,7 @@ def test_the_public_surface_is_the_documented_one() -> None:
         assert getattr(fastflower, name).__name__ == name
 
 
-def test_type_checkers_see_the_same_surface() -> None:
+def test_type_checkers_see_the_same_names() -> None:
     (block,) = [node for node in tree(ROOT / "fastflower" / "__init__.py").body if isinstance(node, ast.If)]
     seen = {
         alias.asname: f"{node.module}.{alias.name}"
@@ -177,11 +177,11 @@ def test_type_checkers_see_the_same_surface() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match=r"^module 'fastflower' has no attribute 'load'$"):
-        fastflower.load  # noqa: B018  (looking the name up is what raises)
+        fastflower.load  # noqa: B018  (the lookup raises)
 
 
 def definitions(nodes: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
-    """(dotted name, node) of all functions and classes, also of those inside others."""
+    """Yield (dotted name, node) of all functions and classes, including nested ones."""
     for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield f"{prefix}.{node.name}", node
@@ -195,7 +195,7 @@ DEFINITIONS = [found for path in LIBRARY for found in definitions(tree(path).bod
 
 
 def parameters(node: ast.FunctionDef | ast.ClassDef) -> int:
-    """Of a function, without self; of a class its fields, which are its constructor's."""
+    """Return the number of a function's parameters without self, or of a class's fields, which its constructor takes."""
     if isinstance(node, ast.ClassDef):
         value = any("dataclass" in ast.unparse(mark) for mark in node.decorator_list)
         value |= any(ast.unparse(base) == "NamedTuple" for base in node.bases)
@@ -205,7 +205,7 @@ def parameters(node: ast.FunctionDef | ast.ClassDef) -> int:
 
 
 def by_keyword(name: str, node: ast.FunctionDef | ast.ClassDef) -> bool:
-    """Whether a caller names each argument, but for a few, and a docstring says what each is."""
+    """Return whether callers must pass all but a few arguments by keyword, and the docstring describes each of those."""
     if isinstance(node, ast.ClassDef):
         keyword_only = any("kw_only=True" in ast.unparse(mark) for mark in node.decorator_list)
         last = [one for one, after in pairwise(node.body) if isinstance(one, ast.AnnAssign) and not is_field(after)]
@@ -226,7 +226,7 @@ def is_text(node: ast.stmt) -> bool:
 
 
 def branching() -> dict[str, int]:
-    """McCabe's complexity of each function, as ruff counts it."""
+    """Return the McCabe complexity of each function, as counted by ruff."""
     command = ["ruff", "check", "--isolated", "--select", "C901", "--config", "lint.mccabe.max-complexity=0"]
     command += ["--output-format", "json", str(PACKAGE)]
     found = json.loads(
@@ -241,9 +241,9 @@ def branching() -> dict[str, int]:
 
 
 def test_functions_signatures_and_branching_keep_their_limits() -> None:
-    """Functions of 60 lines, a complexity of 15, 12 parameters where not each is named by the caller and described.
+    """At most 60 lines and a complexity of 15; at most 12 parameters, unless they are keyword-only and documented.
 
-    `pytest -s -k limits` prints what the library is like.
+    `pytest -s -k limits` prints the library's statistics.
     """
     lengths = {
         name: (node.end_lineno or 0) - node.lineno + 1
@@ -256,7 +256,7 @@ def test_functions_signatures_and_branching_keep_their_limits() -> None:
     lines = sum(len(path.read_text().splitlines()) for path in LIBRARY)
     ordered = sorted(lengths.values())
     print(f"\n{len(LIBRARY)} files in {len(FOLDERS)} folders, {lines} lines, {len(lengths)} functions")
-    print(f"lines a function: median {median(ordered):.0f}, 95th percentile {ordered[int(0.95 * len(ordered))]}")
+    print(f"lines per function: median {median(ordered):.0f}, 95th percentile {ordered[int(0.95 * len(ordered))]}")
     for what, found in (("longest", lengths), ("most parameters", counts), ("most branches", complexity)):
         worst = sorted(found.items(), key=itemgetter(1), reverse=True)[:5]
         print(f"{what}: {', '.join(f'{name} {value}' for name, value in worst)}")
@@ -266,8 +266,8 @@ def test_functions_signatures_and_branching_keep_their_limits() -> None:
     assert {name: count for name, count in complexity.items() if count > 15} == {}
 
 
-def test_types_are_said_but_for_what_has_none() -> None:
-    """Any at most 40 times, and only where an untyped library is met is the type checker not strict."""
+def test_types_are_precise_except_for_untyped_libraries() -> None:
+    """Uses Any at most 40 times, and relaxes strict type checking only in files that use an untyped library."""
     names = [node.id for path in LIBRARY for node in ast.walk(tree(path)) if isinstance(node, ast.Name)]
     assert names.count("Any") <= 40
     lenient = [dotted(path) for path in LIBRARY if "\n# pyright: " in path.read_text()]
@@ -288,14 +288,14 @@ def test_only_the_command_line_prints() -> None:
 
 
 def public(nodes: list[ast.stmt]) -> list[ast.FunctionDef | ast.ClassDef]:
-    """Public classes and functions; a property's name may say all."""
+    """Return public classes and functions, except properties, whose names may say enough."""
     found = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     properties = [node for node in found for mark in node.decorator_list if ast.unparse(mark) == "property"]
     return [node for node in found if not node.name.startswith("_") and node not in properties]
 
 
 def inherited(owner: type, name: str) -> bool:
-    """Whether a base class says what a method is for."""
+    """Return whether a base class documents a method."""
     return any(getattr(vars(base).get(name), "__doc__", None) for base in owner.__mro__[1:])
 
 

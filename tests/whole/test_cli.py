@@ -1,4 +1,4 @@
-"""The command line: flags made from signatures, errors on stderr with a status, no traceback."""
+"""The command line: flags from signatures, errors on stderr with an exit status, no tracebacks."""
 
 import inspect
 import math
@@ -35,7 +35,7 @@ CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
 
 @pytest.fixture(scope="module", autouse=True)
 def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    """A pack that waits ten seconds for a scheduler where there is none, meanwhile."""
+    """A pack that waits ten seconds for a missing scheduler while the other tests run."""
     out = tmp_path_factory.mktemp("waiting") / "out"
     scheduler = [sys.executable, "-m", "fastflower", "pack", out, "--out", out, "--dask", "tcp://127.0.0.1:9"]
     with subprocess.Popen(scheduler, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -45,7 +45,7 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Pop
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that has learned nothing, for small images."""
+    """An untrained network for small images."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("run") / "checkpoint-best.pt"
     Checkpoint(
@@ -66,7 +66,7 @@ def python(*args: object) -> subprocess.CompletedProcess[str]:
 
 
 def error(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """The error of a run that fails with an explanation: all that it prints."""
+    """Return the error line of a run that fails and prints nothing else."""
     assert main([*map(str, args)]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -77,7 +77,7 @@ def error(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Two classes of ten images, two the same, and two files that are none."""
+    """Two classes of ten images, two of them identical in each class, and two files that are no images."""
     for label, name in enumerate(("a", "b")):
         (tmp_path / "data" / name).mkdir(parents=True)
         for number in range(10):
@@ -103,7 +103,7 @@ def test_pack_prints_counts_and_skipped(mixed: Path, tmp_path: Path, capsys: pyt
     assert Manifest.load(out).options["seed"] == 3
 
 
-def test_the_program_packs_as_the_function_does(mixed: Path, tmp_path: Path) -> None:
+def test_the_command_packs_the_same_bytes_as_the_function(mixed: Path, tmp_path: Path) -> None:
     (mixed / "b/0.jpg").write_bytes((mixed / "a/0.jpg").read_bytes())
     done = command("pack", mixed, "--out", tmp_path / "by tool", "--on-conflict", "keep", "--max-side", "8")
     pack(mixed, tmp_path / "by function", on_conflict="keep", max_side=8)
@@ -113,7 +113,7 @@ def test_the_program_packs_as_the_function_does(mixed: Path, tmp_path: Path) -> 
         assert (tmp_path / "by tool" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_names_that_a_terminal_would_not_show_are_printed(mixed: Path, tmp_path: Path) -> None:
+def test_unprintable_file_names_are_escaped(mixed: Path, tmp_path: Path) -> None:
     for name in (b"caf\xe9 \xc3\xb6.jpg", b"new\nline.jpg", b"\x1b[2J.jpg"):
         (mixed / "a" / name.decode("utf-8", "surrogateescape")).write_text("no picture")
     done = command("pack", mixed, "--out", tmp_path / "out")
@@ -122,7 +122,7 @@ def test_names_that_a_terminal_would_not_show_are_printed(mixed: Path, tmp_path:
         assert f"skipped a/{name}.jpg: is not an image" in done.stdout.splitlines()
 
 
-def test_only_the_first_of_many_are_listed(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_lists_are_cut(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(20):
         (mixed / f"a/text {number:02d}.jpg").write_text(f"no picture {number}")
     assert main(["pack", str(mixed), "--out", str(tmp_path / "out"), "--val-fraction", "0"]) == 0
@@ -132,7 +132,7 @@ def test_only_the_first_of_many_are_listed(mixed: Path, tmp_path: Path, capsys: 
     assert lines[2:24] == [*listed, "skipped 2 more, in manifest.json", "identical: a/0.jpg, a/9.jpg"]
 
 
-def test_images_that_look_alike_across_the_split_are_listed(
+def test_near_duplicates_across_the_split_are_listed(
     flowers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
@@ -155,14 +155,14 @@ def test_images_that_look_alike_across_the_split_are_listed(
     assert Manifest.load(tmp_path / "random").options["split_by"] == "random"
 
 
-def test_verify_says_that_all_is_well(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_reports_success(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(shards)]) == 0
     assert capsys.readouterr() == (f"{shards}: every image decodes; tars, indexes and manifest agree\n", "")
     text = f"{tmp_path}: has no shards; pass a folder that pack wrote (fastflower pack FOLDER)."
     assert error(capsys, "verify", tmp_path) == text
 
 
-def test_verify_names_what_is_wrong_and_repairs_it(shards: Path, tmp_path: Path) -> None:
+def test_verify_names_each_problem_and_repairs_it(shards: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
     names: list[str] = []
     for name, count in (("train.index.npy", "1 problem"), ("_info.json", "2 problems")):
@@ -188,7 +188,7 @@ with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_
 """
 
 
-def test_a_pack_on_dask_has_the_bytes_of_any_other(flowers: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_pack_on_dask_has_the_same_bytes(flowers: Path, shards: Path, tmp_path: Path) -> None:
     done = python("-c", ON_DASK, "pack", flowers, "--out", tmp_path / "out", "--shard-bytes", 1 << 20)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0] == "train: 120 images in 6 shards"
@@ -196,7 +196,7 @@ def test_a_pack_on_dask_has_the_bytes_of_any_other(flowers: Path, shards: Path, 
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_dask_that_is_not_installed_is_explained(mixed: Path, tmp_path: Path) -> None:
+def test_a_missing_dask_is_explained(mixed: Path, tmp_path: Path) -> None:
     program = "import sys; sys.modules['distributed'] = None; from fastflower.cli import main; sys.exit(main())"
     done = python("-c", program, "pack", mixed, "--out", tmp_path / "out", "--dask", "tcp://127.0.0.1:9")
     assert (done.returncode, done.stdout) == (1, "")
@@ -214,7 +214,7 @@ def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("args", [[], ["fly"], ["--versions"], ["Pack"]])
-def test_an_unknown_verb_is_wrong_usage_and_names_the_verbs(
+def test_an_unknown_verb_is_a_usage_error_that_lists_the_verbs(
     args: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(args) == 2
@@ -226,21 +226,21 @@ def test_an_unknown_verb_is_wrong_usage_and_names_the_verbs(
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_without_a_verb_names_the_verbs(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_without_a_verb_lists_the_verbs(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([flag]) == 0
     out, err = capsys.readouterr()
     assert (err, [line.split()[0] for line in out.splitlines()[1:]]) == ("", list(VERBS))
 
 
 @pytest.mark.parametrize("args", [*(f"{verb} x y --no-such-flag 1" for verb in VERBS), "pack x --seed many"])
-def test_an_unknown_flag_or_value_is_wrong_usage_and_is_named(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_flag_or_value_is_a_usage_error_that_names_it(args: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
         main(args.split())
     assert args.split()[-2] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_missing_argument_is_wrong_usage_and_is_named(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_argument_is_a_usage_error_that_names_it(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     first = next(iter(inspect.signature(VERBS[verb]).parameters))
     with pytest.raises(SystemExit, match=r"^2$"):
         main([verb])
@@ -248,7 +248,7 @@ def test_a_missing_argument_is_wrong_usage_and_is_named(verb: str, capsys: pytes
 
 
 def flags_of(verb: str) -> tuple[set[str], set[str]]:
-    """(flags, positional arguments) that the signature asks for."""
+    """Return (flags, positional arguments) that the signature requires."""
     flags: set[str] = set()
     required: set[str] = set()
     for name, parameter in inspect.signature(VERBS[verb]).parameters.items():
@@ -259,7 +259,7 @@ def flags_of(verb: str) -> tuple[set[str], set[str]]:
             flags |= {f"augment.{field.name}" for field in fields(Augment)}
         else:
             flags.add(name)
-    if verb == "pack":  # an executor is an object, which no command line can name
+    if verb == "pack":  # an executor is an object, which a command line cannot pass
         flags = flags - {"executor"} | {"dask"}
     return {f"--{name.replace('_', '-')}" for name in flags}, required
 
@@ -272,13 +272,13 @@ def test_help_shows_each_parameter_of_the_signature(verb: str, capsys: pytest.Ca
     text = capsys.readouterr().out
     shown = set(re.findall(r"--[a-z][\w.-]*", text))
     assert flags <= shown
-    # The second of a pair such as --resume, --no-resume; --recipe, which picks a preset; --help itself.
+    # --no-resume and the like; --recipe, which chooses a preset; --help itself.
     pairs = {re.sub(r"^--(.*\.)?", r"--\1no-", flag) for flag in flags}
     assert shown - flags - pairs - {"--help"} == ({"--recipe"} if verb in ("doctor", "preview", "train") else set())
     assert all(re.search(rf"^\W*{name}\b", text, re.MULTILINE) for name in required)
 
 
-def test_pack_is_a_program_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tools_pack_is_the_pack_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["tools/pack.py", "--help"])
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(ROOT / "tools" / "pack.py"), run_name="__main__")
@@ -286,7 +286,7 @@ def test_pack_is_a_program_too(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 @pytest.mark.parametrize("verb", ["pack", "verify"])
-def test_help_of_a_verb_that_needs_no_torch_imports_none(verb: str) -> None:
+def test_help_of_a_verb_that_needs_no_torch_does_not_import_it(verb: str) -> None:
     program = (
         "import runpy, sys\n"
         f"sys.argv = ['fastflower', {verb!r}, '--help']\n"
@@ -299,7 +299,7 @@ def test_help_of_a_verb_that_needs_no_torch_imports_none(verb: str) -> None:
 
 
 @pytest.mark.parametrize("args", ["--recipe best", "--recipe=best", "--lr 0.1 --recipe best", "--recipe"])
-def test_an_unknown_recipe_names_those_there_are(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_recipe_is_an_error_that_lists_the_recipes(args: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = f"--recipe must be one of {', '.join(PRESETS)}, got {'best' * args.count('best')!r}."
     for verb in ("doctor", "train"):
         assert error(capsys, verb, "shards", *args.split()) == text
@@ -319,7 +319,9 @@ def test_a_recipe_sets_the_defaults_that_help_shows(name: str, style: str, capsy
         assert found[1] == str(getattr(recipe, flag))
 
 
-def test_train_on_a_folder_that_is_no_pack_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_on_a_folder_that_is_not_a_pack_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     text = error(capsys, "train", tmp_path, "--weights", "None", "--device", "cpu", "--out", out)
     assert text.startswith(f"{tmp_path}: has no manifest.json, so it is not a finished pack; pass a folder")
@@ -334,12 +336,12 @@ def test_evaluate_scores_every_image_of_the_split(
     scores = evaluate(checkpoint, shards, device="cpu")
     assert first.startswith(f"30 images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, macro-F1 ")
     precisions = ["undefined" if math.isnan(value) else f"{value:.1%}" for value in scores.precision]
-    assert "undefined" in precisions  # of a class that it never names
+    assert "undefined" in precisions  # of a class that it never predicts
     rows = zip(CLASSES, precisions, scores.recall, strict=True)
     assert rest == [f"  {name}: precision {precision}, recall {recall:.1%}" for name, precision, recall in rows]
 
 
-def test_evaluate_refuses_what_is_no_checkpoint_and_no_split(
+def test_evaluate_refuses_files_that_are_no_checkpoint_and_unknown_splits(
     checkpoint: Path, flowers: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = next(flowers.glob("rose/*.jpg"))
@@ -354,7 +356,7 @@ def test_evaluate_refuses_what_is_no_checkpoint_and_no_split(
     assert error(capsys, "evaluate", checkpoint, shards, "--split", "test") == text
 
 
-def test_predict_prints_a_line_an_image(checkpoint: Path, flowers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_prints_a_line_per_image(checkpoint: Path, flowers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = [flowers / "tulip" / "0003.jpg", flowers / "rose" / "0001.jpg"]
     assert main(["predict", str(checkpoint), *map(str, images), "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -364,7 +366,7 @@ def test_predict_prints_a_line_an_image(checkpoint: Path, flowers: Path, capsys:
     assert {item.class_name for item in found} <= set(CLASSES)
 
 
-def test_predict_names_the_file_that_is_no_image_or_missing(
+def test_predict_names_a_missing_file_or_one_that_is_no_image(
     checkpoint: Path, flowers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, text, gone, empty = flowers / "rose/0001.jpg", tmp_path / "text.jpg", tmp_path / "no.jpg", tmp_path / "empty"
@@ -377,7 +379,7 @@ def test_predict_names_the_file_that_is_no_image_or_missing(
     assert error(capsys, "predict", checkpoint) == "IMAGES must name at least one image file or folder, got none."
 
 
-def test_a_scheduler_that_does_not_answer_is_explained(waiting: subprocess.Popen[str], mixed: Path) -> None:
+def test_an_unreachable_scheduler_is_explained(waiting: subprocess.Popen[str], mixed: Path) -> None:
     printed = {"tcp://127.0.0.1:9": waiting.communicate(timeout=15)}
     done = command("pack", mixed, "--dask", "scheduler")
     assert (waiting.returncode, done.returncode) == (1, 1)

@@ -1,4 +1,4 @@
-"""The worked examples in docstrings, run as they stand, in a folder with flowers/, shards/ and run/, a finished training."""
+"""Runs the examples in docstrings, in a folder with flowers/, shards/ and run/, a finished training."""
 
 import doctest
 from collections.abc import Iterator
@@ -31,13 +31,13 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(shards, recipe, out=tmp_path_factory.mktemp("runs") / "run", device="cpu").folder
 
 
-def test_what_is_called_first_has_one() -> None:
+def test_the_main_functions_have_an_example() -> None:
     first = ("pack", "Loader", "Augment.draw", "permute", "train", "predict")
     assert [name for name in first if not any(each.endswith(f".{name}") for each in EXAMPLES)] == []
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_says_what_happens(
+def test_an_example_prints_what_it_says(
     name: str, flowers: Path, shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder, made in {"flowers": flowers, "shards": shards, "run": run}.items():

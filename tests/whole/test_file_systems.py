@@ -1,4 +1,4 @@
-"""What systems do: few descriptors, folders that are links, refused deletions."""
+"""Quirks of operating systems: few file descriptors, folders that are links, refused deletions."""
 
 import asyncio
 import errno
@@ -22,10 +22,10 @@ from fastflower.shards.remote import Remote
 
 
 @pytest.mark.parametrize("on_bad", ["fail", "skip"])
-def test_shards_may_be_more_than_files_that_may_be_open(
+def test_there_may_be_more_shards_than_files_that_may_be_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_bad: Any
 ) -> None:
-    """At most so many at once, and every sample comes once, not a neighbor in its place."""
+    """At most eight shards are open at once, and every sample comes exactly once."""
     manifest = pack(drawn(tmp_path / "data", a=20, b=20), tmp_path / "shards", shard_bytes=1, val_fraction=0.0)
     assert len(manifest.split("train").shards) == 40
     monkeypatch.setattr("fastflower.shards.reader._MOST_OPEN", 8)
@@ -42,13 +42,13 @@ def test_shards_may_be_more_than_files_that_may_be_open(
 def _is_tar(descriptor: Path, folder: Path) -> bool:
     try:
         place = descriptor.readlink()
-    except FileNotFoundError:  # that of the listing itself
+    except FileNotFoundError:  # the descriptor of the listing itself
         return False
     return place.is_relative_to(folder) and place.suffix == ".tar"
 
 
 class _Impatient:
-    """A file system whose client gives up by itself, with what asyncio raises then: a TimeoutError."""
+    """A file system with a client that times out by itself and raises asyncio's TimeoutError."""
 
     async_impl = True
 
@@ -76,7 +76,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Impatient]:
     system.end()
 
 
-def test_a_timeout_of_the_client_is_one_attempt_and_not_waited_out(
+def test_a_timeout_of_the_client_counts_as_one_attempt(
     impatient: _Impatient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, value in {**IMPATIENT, "_ATTEMPTS": 3, "_TIMEOUT": 0.3}.items():
@@ -110,8 +110,8 @@ def test_an_empty_folder_that_cannot_be_removed_hides_no_error(
     assert not out.exists() or list(out.iterdir()) == []
 
 
-def test_a_pack_is_finished_where_open_files_cannot_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NFS gives them another name in the same folder until they are closed, so that this is not empty."""
+def test_a_pack_finishes_even_if_open_files_cannot_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS renames open files in their folder until they are closed, so the folder is not empty."""
     out, rmdir = tmp_path / "out", os.rmdir
 
     def full(path: Any, **options: Any) -> None:
@@ -126,10 +126,10 @@ def test_a_pack_is_finished_where_open_files_cannot_be_deleted(tmp_path: Path, m
     assert Manifest.load(out) == made
     assert len(list(Loader(out, "train", batch_size=2))) == made.split("train").samples // 2
     assert pack(data, out) == made
-    assert not (out / ".packing").exists(), "what was left of the workspace goes when that is possible"
+    assert not (out / ".packing").exists(), "the rest of the workspace is removed once possible"
 
 
-def test_an_address_of_a_local_file_is_its_path(shards: Path) -> None:
+def test_a_file_url_is_its_path(shards: Path) -> None:
     assert Manifest.load(f"file://{shards}") == Manifest.load(shards)
     theirs, ours = (list(Loader(place, "val", batch_size=4)) for place in (shards, f"file://{shards}"))
     assert all((one.images == other.images).all() for one, other in zip(theirs, ours, strict=True))

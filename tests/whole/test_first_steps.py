@@ -1,4 +1,4 @@
-"""What those who begin with fastflower give and expect: small images, small folders, wrong paths, other classes."""
+"""What beginners do and expect: small images, small folders, wrong paths, other classes."""
 
 import logging
 import os
@@ -41,7 +41,7 @@ def test_the_validation_view_follows_the_size(size: Any, resized: int) -> None:
     assert (drawn_by_default.roi == drawn_as_said.roi).all()
 
 
-def test_it_follows_the_size_of_a_torchvision_crop_and_of_each_epoch() -> None:
+def test_the_validation_view_follows_a_torchvision_crop_and_each_epochs_size() -> None:
     augment = Augment.from_torchvision(transforms.RandomResizedCrop(64))
     assert augment.resized == 73
     recipe = Recipe(weights=None, augment=augment, epochs=2, sizes=(32, 64))
@@ -50,7 +50,7 @@ def test_it_follows_the_size_of_a_torchvision_crop_and_of_each_epoch() -> None:
     assert [recipe.augment_at(epoch).resized for epoch in range(2)] == [(40, 50), (80, 100)]
 
 
-def test_what_a_pack_leaves_out_and_what_scores_will_not_tell_of_is_logged(
+def test_skipped_files_and_classes_without_validation_images_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = drawn(tmp_path / "data", a=8, b=1)
@@ -70,7 +70,7 @@ def test_what_a_pack_leaves_out_and_what_scores_will_not_tell_of_is_logged(
     assert verify(tmp_path / "out") == []
 
 
-def test_strays_of_splits_are_listed(tmp_path: Path) -> None:
+def test_stray_files_in_splits_are_listed(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "data", **{"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 1})
     for name in ("1.jpg", "train/2.jpg", "val/3.png"):
         draw_image(3).save(folder / name)
@@ -93,7 +93,9 @@ def unfinished(folder: Path) -> None:
         (unfinished, "is an unfinished pack; run the same fastflower pack command again."),
     ],
 )
-def test_what_is_no_pack_is_told_apart(tmp_path: Path, make: Callable[[Path], object], what: str) -> None:
+def test_folders_that_are_no_pack_get_different_messages(
+    tmp_path: Path, make: Callable[[Path], object], what: str
+) -> None:
     make(tmp_path / "out")
     with pytest.raises(ShardError, match=exactly(f"{tmp_path / 'out'}: {what}")):
         Manifest.load(tmp_path / "out")
@@ -106,7 +108,7 @@ def test_verify_takes_no_address(shards: Path) -> None:
     assert verify(f"file://{shards}") == []
 
 
-def test_the_head_of_a_checkpoint_of_other_classes_is_not_kept(
+def test_the_head_of_a_checkpoint_with_other_classes_is_replaced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = build("resnet18", 5, weights=None)
@@ -123,7 +125,7 @@ def test_the_head_of_a_checkpoint_of_other_classes_is_not_kept(
     ]
 
 
-def test_a_class_that_was_not_validated_is_undefined_in_the_report(tmp_path: Path) -> None:
+def test_scores_of_a_class_without_validation_images_are_undefined_in_the_report(tmp_path: Path) -> None:
     pack(drawn(tmp_path / "data", a=8, b=1), tmp_path / "out")
     recipe = replace(RECIPE, epochs=1, batch_size=4)
     report = train(tmp_path / "out", recipe, out=tmp_path / "run", device="cpu")
@@ -132,12 +134,12 @@ def test_a_class_that_was_not_validated_is_undefined_in_the_report(tmp_path: Pat
     assert "nan" not in text
 
 
-def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("fastflower 0.")
 
 
-def test_a_run_from_before_the_view_followed_the_size_goes_on(shards: Path, tmp_path: Path) -> None:
+def test_resize_none_resumes_a_run_with_the_equal_explicit_value(shards: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPE, epochs=1, augment=replace(RECIPE.augment, resize=None))
     said = replace(recipe, augment=replace(recipe.augment, resize=37))
     train(shards, said, out=tmp_path / "run", device="cpu")
@@ -147,8 +149,8 @@ def test_a_run_from_before_the_view_followed_the_size_goes_on(shards: Path, tmp_
         train(shards, other, out=tmp_path / "run", resume=True, device="cpu")
 
 
-def test_what_differs_but_the_shards_is_named_at_resuming(shards: Path, tmp_path: Path) -> None:
-    """A window: an address has one, a folder none."""
+def test_resuming_names_the_differing_option(shards: Path, tmp_path: Path) -> None:
+    """The difference here is the window: shards at a URL have one, a folder has none."""
     train(shards, replace(RECIPE, epochs=1), out=tmp_path, device="cpu")
     checkpoint = Checkpoint.load(tmp_path / "checkpoint-last.pt")
     checkpoint.feeding["window"] = 8
@@ -162,7 +164,7 @@ def test_what_differs_but_the_shards_is_named_at_resuming(shards: Path, tmp_path
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_other_ranks_are_warned_of_at_resuming(
+def test_resuming_on_another_number_of_ranks_warns(
     together: bool, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = replace(RECIPE, epochs=1)
@@ -179,8 +181,8 @@ def test_other_ranks_are_warned_of_at_resuming(
 
 @pytest.mark.parametrize("closed", [True, False])
 @pytest.mark.parametrize("verb", [["verify"], ["--version"]])
-def test_nobody_has_to_read_what_is_printed(verb: list[str], closed: bool, tmp_path: Path) -> None:
-    """Neither of damaged shards, which is an error itself, nor where the output is closed from the beginning."""
+def test_a_closed_output_causes_no_traceback(verb: list[str], closed: bool, tmp_path: Path) -> None:
+    """A closed output causes no traceback, even if shards are damaged or the output was closed from the start."""
     pack(drawn(tmp_path / "data", a=2, b=2), tmp_path / "out")
     (tmp_path / "out" / "_info.json").unlink()
     command = [sys.executable, "-c", "import sys; from fastflower.cli import main; sys.exit(main())", *verb]

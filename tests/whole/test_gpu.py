@@ -1,4 +1,4 @@
-"""What needs CUDA: both of a GPU's backends against torchvision and the CPU, beside slow consumers, and under training."""
+"""Tests that need CUDA: both GPU backends against torchvision and the CPU, with slow consumers, and in training."""
 
 import shutil
 from dataclasses import replace
@@ -25,7 +25,7 @@ def encoded(image_files: list[Path]) -> list[bytes]:
 
 @pytest.mark.parametrize("name", ["dali", "triton"])
 @pytest.mark.parametrize("case", parity.CASES)
-def test_a_gpu_draws_what_torchvision_draws(case: str, name: str, encoded: list[bytes]) -> None:
+def test_a_gpu_renders_like_torchvision(case: str, name: str, encoded: list[bytes]) -> None:
     found = parity.differences(case, name, encoded, device="cuda")
     worst = f"{case}: mean {found.mean():.2f}, worst image {found.max():.2f}"
     assert found.mean() <= parity.CASES[case].limit, worst
@@ -33,7 +33,7 @@ def test_a_gpu_draws_what_torchvision_draws(case: str, name: str, encoded: list[
 
 
 @pytest.mark.parametrize("name", ["dali", "triton"])
-def test_a_gpu_makes_what_opencv_makes(name: str, encoded: list[bytes]) -> None:
+def test_a_gpu_renders_like_opencv(name: str, encoded: list[bytes]) -> None:
     gpu, cpu = (parity.render(way, RANDOM, encoded, device=where) for way, where in ((name, "cuda"), ("opencv", "cpu")))
     assert np.abs(gpu - cpu).mean() < 2
 
@@ -51,7 +51,7 @@ def test_exif_orientations_are_obeyed_on_a_gpu(name: str, augment: Augment, enco
     ours = parity.render(name, augment, turned, device="cuda")
     theirs = parity.render("opencv", augment, turned)
     assert np.abs(ours - theirs).mean(axis=(1, 2, 3)).max() < 2
-    assert np.abs(theirs[0] - theirs[5]).mean() > 10, "turned the wrong way it would be noticed"
+    assert np.abs(theirs[0] - theirs[5]).mean() > 10, "a wrong orientation would be noticed"
 
 
 WAYS = [("dali", None), ("triton", None), ("triton", "auto"), ("triton", 20_000_000), ("opencv", "auto")]
@@ -73,12 +73,12 @@ def test_batches_arrive_on_the_gpu(shards: Path, backend: Any, cache: Any, dtype
             assert (batch.images.float().cpu() - other.images.float()).abs().mean().item() * scale < 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the latter is rounded after DALI, which has none
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # DALI has no bfloat16; it is rounded afterwards
 @pytest.mark.parametrize(("backend", "cache"), WAYS)
-def test_whatever_a_slow_consumer_does_to_its_batches_the_others_are_as_they_should_be(
+def test_a_slow_consumer_cannot_corrupt_other_batches(
     shards: Path, backend: Any, cache: Any, dtype: torch.dtype
 ) -> None:
-    """A consumer that lags behind, writes into each batch and lets it go: memory used again too soon would show."""
+    """The consumer lags behind, overwrites each batch and frees it, so memory that is reused too early would show."""
     how: dict[str, Any] = {"backend": backend, "cache": cache, "dtype": dtype}
     loader = Loader(shards, batch_size=8, augment=RANDOM, device="cuda", **how)
     expected: list[torch.Tensor] = []
@@ -92,7 +92,7 @@ def test_whatever_a_slow_consumer_does_to_its_batches_the_others_are_as_they_sho
     for epoch in (0, 1):
         loader.set_epoch(epoch)
         for batch in loader:
-            for _ in range(10):  # some milliseconds, in which the host runs ahead
+            for _ in range(10):  # some milliseconds of work, so that the host runs ahead
                 load = torch.tanh(load @ load)
             found.append(batch.images.clone())
             batch.images.fill_(float("nan"))
@@ -114,7 +114,7 @@ def test_two_loaders_share_a_gpu(shards: Path, backend: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", ["dali", "triton"])
-def test_a_failure_names_its_sample_and_the_process_goes_on(shards: Path, tmp_path: Path, backend: Any) -> None:
+def test_a_failure_names_its_sample_and_later_loaders_work(shards: Path, tmp_path: Path, backend: Any) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "broken"))
     pack_garbage(folder)
     broken = Loader(folder, "val", batch_size=8, augment=RANDOM, device="cuda", backend=backend)
@@ -127,8 +127,8 @@ def test_a_failure_names_its_sample_and_the_process_goes_on(shards: Path, tmp_pa
 
 
 @pytest.mark.parametrize(("backend", "cache"), WAYS)
-def test_two_runs_give_the_same_batches_and_kept_batches_stay(shards: Path, backend: Any, cache: Any) -> None:
-    """Batches are kept while the pipeline goes on: a buffer used again would show."""
+def test_two_runs_yield_the_same_batches_and_kept_batches_do_not_change(shards: Path, backend: Any, cache: Any) -> None:
+    """All batches are kept while the pipeline runs, so a reused buffer would show."""
     options: dict[str, Any] = {"backend": backend, "cache": cache, "device": "cuda", "augment": RANDOM}
     runs = [list(Loader(shards, batch_size=8, **options)) for _ in range(2)]
     for one, other in zip(*runs, strict=True):
@@ -137,7 +137,7 @@ def test_two_runs_give_the_same_batches_and_kept_batches_stay(shards: Path, back
 
 
 def test_batches_of_threads_are_made_in_pinned_memory(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pinned later they would be copied once more, by the thread that trains."""
+    """If they were pinned later, the training thread would copy them once more."""
     copied: list[int] = []
     real = torch.Tensor.pin_memory
 
@@ -149,14 +149,14 @@ def test_batches_of_threads_are_made_in_pinned_memory(shards: Path, monkeypatch:
     monkeypatch.setattr(torch.Tensor, "pin_memory", counting)
     for batch in Loader(shards, batch_size=16, augment=RANDOM, device="cuda", backend="opencv"):
         assert batch.images.is_cuda
-    assert max(copied) <= 16 * 8, "labels and indices only"
+    assert max(copied) <= 16 * 8, "only labels and indices"
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_mixing_waits_for_nothing(shards: Path) -> None:
+def test_mixing_does_not_synchronize(shards: Path) -> None:
     augment = replace(RANDOM, mixup=0.2, cutmix=1.0)
     loader, plain = (Loader(shards, batch_size=8, augment=augment, device=device) for device in ("cuda", "cpu"))
-    list(loader)  # kernels are compiled, images decoded
+    list(loader)  # compiles kernels and decodes images
     loader.set_epoch(0)
     try:
         torch.cuda.set_sync_debug_mode("error")
@@ -174,6 +174,6 @@ def test_the_main_job_runs_on_the_gpu(shards: Path, tmp_path: Path, precision: A
     recipe = Recipe(weights=None, augment=small, epochs=2, batch_size=24, lr=0.01, precision=precision)
     report = train(shards, recipe, out=tmp_path / "run", device="cuda")
     scores = evaluate(report.checkpoint, shards, device="cuda")
-    # Of the same images, but in other batches: one of 30 may fall to the other side.
+    # The same images, but in other batches: one prediction of 30 may differ.
     assert abs(scores.accuracy - report.history[report.best_epoch - 1]["val_accuracy"]) < 1.5 / 30
     assert evaluate(report.checkpoint, shards, device="cpu").num_samples == 30

@@ -1,4 +1,4 @@
-"""What docs/integrations.md says of other frameworks: its examples run, and go on exactly where they were stopped."""
+"""The examples in docs/integrations.md run, and loaders in other frameworks resume exactly."""
 
 import re
 from collections.abc import Iterable
@@ -18,12 +18,12 @@ DOCUMENT = (ROOT / "docs" / "integrations.md").read_text()
 EXAMPLES: dict[str, str] = dict(re.findall(r"^## (\w+)\n(?:(?!```).)*```python\n(.*?)```", DOCUMENT, re.DOTALL | re.M))
 STOP = 3
 
-Fed = list[tuple[list[int], torch.Tensor]]
+Batches = list[tuple[list[int], torch.Tensor]]
 
-torchdata_warnings = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 calls it
+torchdata_warnings = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # called by torchdata 0.11
 lightning_warnings = pytest.mark.filterwarnings(
-    "ignore::UserWarning",  # Lightning's way of giving advice: on loggers, small epochs, callbacks
-    "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning",  # Lightning 2.6 calls it
+    "ignore::UserWarning",  # Lightning's advice on loggers, small epochs, callbacks
+    "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning",  # called by Lightning 2.6
 )
 
 
@@ -36,21 +36,21 @@ def small_network(num_classes: int) -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, num_classes))
 
 
-def fed(batches: Iterable[Batch]) -> Fed:
+def batches_of(batches: Iterable[Batch]) -> Batches:
     return [(batch.index.tolist(), batch.images) for batch in batches]
 
 
-def assert_same(found: Fed, expected: Fed) -> None:
-    """The same samples, bit for bit."""
+def assert_same(found: Batches, expected: Batches) -> None:
+    """Check that the samples are bitwise equal."""
     assert [index for index, _ in found] == [index for index, _ in expected]
     assert all(torch.equal(one, other) for (_, one), (_, other) in zip(found, expected, strict=True))
 
 
 @pytest.fixture(scope="module")
-def epochs(shards: Path) -> list[Fed]:
-    """The first epochs of a loader that nobody stops."""
+def epochs(shards: Path) -> list[Batches]:
+    """The first epochs of an uninterrupted loader."""
     loader = make(shards)
-    found = [fed(loader) for _ in range(3)]
+    found = [batches_of(loader) for _ in range(3)]
     for number, epoch in enumerate(found):
         indices = [index for part, _ in epoch for index in part]
         assert indices == epoch_order(120, seed=0, epoch=number)[:112].tolist()
@@ -67,7 +67,7 @@ def test_the_examples_run(
     monkeypatch.chdir(tmp_path)
     Path("shards").symlink_to(shards)
     text = EXAMPLES[title]
-    # Small images and a small network, more steps than three, and no accelerator: the same path in a few seconds.
+    # The same path in a few seconds: small images, a small network, more than three steps, no accelerator.
     for name, shorter in {
         "from torchvision.models import resnet18": "from test_integrations import small_network as resnet18",
         "Augment(": "Augment(size=32, resize=36, ",
@@ -84,7 +84,7 @@ def test_there_is_an_example_for_each_framework() -> None:
 
 
 @torchdata_warnings
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # what forking here means
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # because it forks
 @pytest.mark.parametrize(
     "options",
     [
@@ -94,63 +94,63 @@ def test_there_is_an_example_for_each_framework() -> None:
         ),
     ],
 )
-def test_torchdata_goes_on_with_the_remaining_batches_bit_for_bit(
-    shards: Path, epochs: list[Fed], options: dict[str, Any]
+def test_torchdata_resumes_with_the_remaining_batches_bit_for_bit(
+    shards: Path, epochs: list[Batches], options: dict[str, Any]
 ) -> None:
     loading = pytest.importorskip("torchdata.stateful_dataloader")
 
     def wrapped() -> Any:
         return loading.StatefulDataLoader(make(shards), batch_size=None, **options)
 
-    feeding = wrapped()
-    assert len(feeding) == len(epochs[0])
-    assert_same(fed(islice(feeding, STOP)), epochs[0][:STOP])
-    state = feeding.state_dict()
-    feeding = wrapped()
-    feeding.load_state_dict(state)
-    assert_same(fed(feeding), epochs[0][STOP:])
-    assert_same(fed(feeding), epochs[1])
+    loader = wrapped()
+    assert len(loader) == len(epochs[0])
+    assert_same(batches_of(islice(loader, STOP)), epochs[0][:STOP])
+    state = loader.state_dict()
+    loader = wrapped()
+    loader.load_state_dict(state)
+    assert_same(batches_of(loader), epochs[0][STOP:])
+    assert_same(batches_of(loader), epochs[1])
 
 
 @torchdata_warnings
-def test_torchdata_goes_on_with_the_next_epoch_after_a_whole_one(shards: Path, epochs: list[Fed]) -> None:
+def test_torchdata_continues_with_the_next_epoch_after_a_whole_one(shards: Path, epochs: list[Batches]) -> None:
     loading = pytest.importorskip("torchdata.stateful_dataloader")
-    feeding = loading.StatefulDataLoader(make(shards), batch_size=None)
-    assert_same(fed(feeding), epochs[0])
-    state = feeding.state_dict()
-    feeding = loading.StatefulDataLoader(make(shards), batch_size=None)
-    feeding.load_state_dict(state)
-    assert_same(fed(feeding), epochs[1])
-    assert_same(fed(feeding), epochs[2])
+    loader = loading.StatefulDataLoader(make(shards), batch_size=None)
+    assert_same(batches_of(loader), epochs[0])
+    state = loader.state_dict()
+    loader = loading.StatefulDataLoader(make(shards), batch_size=None)
+    loader.load_state_dict(state)
+    assert_same(batches_of(loader), epochs[1])
+    assert_same(batches_of(loader), epochs[2])
 
 
-def test_an_iterator_that_gives_no_batch_uses_up_no_epoch(shards: Path, epochs: list[Fed]) -> None:
+def test_an_unused_iterator_uses_up_no_epoch(shards: Path, epochs: list[Batches]) -> None:
     loader = make(shards)
     iter(loader)
-    assert_same(fed(islice(loader, STOP)), epochs[0][:STOP])
+    assert_same(batches_of(islice(loader, STOP)), epochs[0][:STOP])
     iter(loader)
     assert (loader.state_dict()["epoch"], loader.state_dict()["step"]) == (1, 0)
-    assert_same(fed(loader), epochs[1])
+    assert_same(batches_of(loader), epochs[1])
 
 
-def test_accelerate_leaves_a_loader_as_it_is_and_goes_on_with_the_remaining_batches(
-    shards: Path, epochs: list[Fed], tmp_path: Path
+def test_accelerate_does_not_wrap_a_loader_and_resumes_with_the_remaining_batches(
+    shards: Path, epochs: list[Batches], tmp_path: Path
 ) -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator, loader = accelerate.Accelerator(cpu=True), make(shards)
     assert accelerator.prepare(loader) is loader
     accelerator.register_for_checkpointing(loader)
-    assert_same(fed(islice(loader, STOP)), epochs[0][:STOP])
+    assert_same(batches_of(islice(loader, STOP)), epochs[0][:STOP])
     accelerator.save_state(str(tmp_path))
     accelerator, loader = accelerate.Accelerator(cpu=True), make(shards)
     accelerator.register_for_checkpointing(loader)
     accelerator.load_state(str(tmp_path))
-    assert_same(fed(loader), epochs[0][STOP:])
-    assert_same(fed(loader), epochs[1])
+    assert_same(batches_of(loader), epochs[0][STOP:])
+    assert_same(batches_of(loader), epochs[1])
 
 
 def recorder() -> Any:
-    """A Lightning module that keeps what it was fed."""
+    """Return a Lightning module that keeps its batches."""
     import lightning
 
     class Recorder(lightning.LightningModule):
@@ -190,8 +190,8 @@ def fitted(module: Any, epochs: int, *callbacks: Any, **options: Any) -> Any:
 
 @lightning_warnings
 @pytest.mark.parametrize("stop", [STOP, 6, 10])
-def test_lightning_goes_on_with_the_remaining_batches_bit_for_bit(
-    shards: Path, epochs: list[Fed], tmp_path: Path, stop: int
+def test_lightning_resumes_with_the_remaining_batches_bit_for_bit(
+    shards: Path, epochs: list[Batches], tmp_path: Path, stop: int
 ) -> None:
     callbacks = pytest.importorskip("lightning.pytorch.callbacks")
 
@@ -200,17 +200,17 @@ def test_lightning_goes_on_with_the_remaining_batches_bit_for_bit(
 
     often = callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=stop, save_top_k=-1)
     whole = fitted(recorder(), 2, often, **loaders())
-    assert_same(fed(whole.trained), [*epochs[0], *epochs[1]])
+    assert_same(batches_of(whole.trained), [*epochs[0], *epochs[1]])
     rest = fitted(recorder(), 2, ckpt_path=tmp_path / f"step={stop}.ckpt", **loaders())
-    assert_same(fed(rest.trained), fed(whole.trained[stop:]))
-    # Every sample once an epoch, behind two batches of Lightning's sanity check.
+    assert_same(batches_of(rest.trained), batches_of(whole.trained[stop:]))
+    # Every sample once per epoch, after the two batches of Lightning's sanity check.
     indices = [index for batch in whole.validated[2:] for index in batch.index.tolist()]
     assert indices == [*range(30), *range(30)]
 
 
 @lightning_warnings
-def test_lightning_goes_on_with_the_next_epoch_where_the_data_module_keeps_the_state(
-    shards: Path, epochs: list[Fed], tmp_path: Path
+def test_lightning_continues_with_the_next_epoch_if_the_data_module_keeps_the_state(
+    shards: Path, epochs: list[Batches], tmp_path: Path
 ) -> None:
     lightning = pytest.importorskip("lightning")
     callbacks = pytest.importorskip("lightning.pytorch.callbacks")
@@ -232,11 +232,11 @@ def test_lightning_goes_on_with_the_next_epoch_where_the_data_module_keeps_the_s
     last = callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     first = fitted(recorder(), 1, last, datamodule=Flowers())
     second = fitted(recorder(), 2, ckpt_path=tmp_path / "epoch=0.ckpt", datamodule=Flowers())
-    assert_same(fed(first.trained), epochs[0])
-    assert_same(fed(second.trained), epochs[1])
+    assert_same(batches_of(first.trained), epochs[0])
+    assert_same(batches_of(second.trained), epochs[1])
 
 
-def test_worker_processes_that_would_feed_every_batch_twice_are_refused(shards: Path) -> None:
+def test_worker_processes_that_would_duplicate_batches_are_refused(shards: Path) -> None:
     loader = torch.utils.data.DataLoader(make(shards), batch_size=None, num_workers=2, multiprocessing_context="fork")
     with pytest.raises(ArgumentError, match="num_workers must be 0, got 2: a Loader has its own threads"):
         next(iter(loader))

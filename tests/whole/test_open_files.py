@@ -1,4 +1,4 @@
-"""Open files and memory: a loader that nobody uses is freed at once, and what the system refuses is no damage."""
+"""Open files and memory: an unused loader is freed at once, and a refusal by the system is not reported as damage."""
 
 import errno
 import gc
@@ -33,13 +33,13 @@ BACKENDS = ["native", "opencv", "dali", "triton"]
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 images in as many shards. Not to be written to."""
+    """120 images in as many shards. Read-only."""
     return packed(tmp_path_factory.mktemp("many"), 60)
 
 
 @pytest.fixture(scope="module")
 def some(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 images in as many shards. Not to be written to."""
+    """16 images in as many shards. Read-only."""
     return packed(tmp_path_factory.mktemp("some"), 8)
 
 
@@ -57,12 +57,12 @@ def no_collector() -> Iterator[None]:
 
 
 def tars() -> int:
-    """Shards that this process has open."""
+    """Return the number of shards that this process has open."""
     found = 0
     for entry in Path("/proc/self/fd").iterdir():
         try:
             found += entry.readlink().suffix == ".tar"
-        except FileNotFoundError:  # that of the listing itself
+        except FileNotFoundError:  # the descriptor of the listing itself
             continue
     return found
 
@@ -96,7 +96,7 @@ def to_an_error(loader: Loader) -> None:
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("no_collector")
-def test_a_loader_that_nobody_uses_is_freed_at_once_with_its_files(some: Path, backend: Any, use: Any) -> None:
+def test_an_unused_loader_is_freed_at_once_with_its_files(some: Path, backend: Any, use: Any) -> None:
     loader = make(some, backend=backend)
     use(loader)
     found, reader = weakref.ref(loader), weakref.ref(loader._reader)
@@ -109,8 +109,10 @@ def test_a_loader_that_nobody_uses_is_freed_at_once_with_its_files(some: Path, b
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("damaged", ["train-000010.tar", "train-*.tar"])
-def test_so_is_a_loader_that_met_a_damaged_sample(some: Path, tmp_path: Path, backend: Any, damaged: str) -> None:
-    """Also where several threads met one."""
+def test_a_loader_that_met_a_damaged_sample_is_freed_at_once(
+    some: Path, tmp_path: Path, backend: Any, damaged: str
+) -> None:
+    """Also if several threads met one."""
     folder = Path(shutil.copytree(some, tmp_path / "copy"))
     for tar in folder.glob(damaged):
         tar.write_bytes(bytes(tar.stat().st_size))
@@ -122,7 +124,7 @@ def test_so_is_a_loader_that_met_a_damaged_sample(some: Path, tmp_path: Path, ba
     assert tars() == 0
 
 
-def test_between_epochs_no_file_is_open(some: Path) -> None:
+def test_no_file_is_open_between_epochs(some: Path) -> None:
     loader = make(some, cache=None)
     for batches in (15, 3):
         for number, _ in enumerate(loader, start=1):
@@ -133,7 +135,7 @@ def test_between_epochs_no_file_is_open(some: Path) -> None:
         assert tars() == 0
 
 
-def test_readers_share_a_bound_and_read_their_own_shards(
+def test_readers_share_a_limit_of_open_files_and_read_their_own_shards(
     some: Path, flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack(flowers, tmp_path / "other", shard_bytes=1 << 16)
@@ -141,7 +143,7 @@ def test_readers_share_a_bound_and_read_their_own_shards(
     readers = [ShardReader(Manifest.load(folder), "train") for folder in (some, tmp_path / "other")]
     for index in range(16):
         for reader in readers:
-            reader.encoded(index)  # compared with its own index's checksum
+            reader.encoded(index)  # checked against the checksum in its own index
             assert tars() <= 10
     readers.clear()
     reader = None
@@ -156,8 +158,8 @@ kept, found = [], 0
 for number in range(30):
     loader = Loader(sys.argv[1], batch_size=8, augment=Augment(size=16, resize=16), device="cpu", cache=None,
                     workers=2, on_bad=sys.argv[2], shuffle=False)
-    feeding = iter(loader)
-    found += len(next(feeding).index) + sum(len(batch.index) for batch in feeding)
+    batches = iter(loader)
+    found += len(next(batches).index) + sum(len(batch.index) for batch in batches)
     kept.append((loader, iter(loader)))
     next(kept[-1][1])
     assert loader.replaced == {}, loader.replaced
@@ -166,7 +168,7 @@ print(found)
 
 
 @pytest.mark.parametrize("on_bad", ["fail", "skip"])
-def test_thirty_loaders_fit_a_low_limit_of_open_files(many: Path, on_bad: str) -> None:
+def test_thirty_loaders_work_with_a_low_limit_of_open_files(many: Path, on_bad: str) -> None:
     command = ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh", sys.executable, "-c", LOADERS, str(many), on_bad]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{30 * 120}\n"), done.stderr[-2000:]
@@ -182,7 +184,7 @@ REFUSED = {
 
 @pytest.fixture(params=REFUSED)
 def refusing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str]:
-    """(parts of names of files that are refused from now on, what is said of them)."""
+    """(parts of names of files that are refused from now on, the expected message)."""
     refused: list[str] = []
     opened = {place: getattr(*place) for place in ((os, "open"), (os, "scandir"), (Path, "open"), (Path, "read_bytes"))}
 
@@ -201,7 +203,7 @@ def refusing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("on_bad", ["fail", "skip"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_the_system_refuses_is_no_damaged_sample(some: Path, backend: Any, on_bad: Any, refusing: Any) -> None:
+def test_a_refusal_by_the_system_is_not_a_damaged_sample(some: Path, backend: Any, on_bad: Any, refusing: Any) -> None:
     refused, message = refusing
     loader = make(some, backend=backend, on_bad=on_bad, cache=None if backend != "triton" else "auto")
     refused.append("train-000010.tar")
@@ -210,7 +212,7 @@ def test_what_the_system_refuses_is_no_damaged_sample(some: Path, backend: Any, 
     assert loader.replaced == {}
 
 
-def test_what_the_system_refuses_is_no_damaged_pack(some: Path, refusing: Any) -> None:
+def test_a_refusal_by_the_system_is_not_a_damaged_pack(some: Path, refusing: Any) -> None:
     refused, message = refusing
     for name, act in {
         "manifest.json": Manifest.load,
@@ -223,10 +225,10 @@ def test_what_the_system_refuses_is_no_damaged_pack(some: Path, refusing: Any) -
 
 
 @pytest.mark.parametrize("part", ["a/001.jpg", "b"])
-def test_what_the_system_refuses_is_not_left_out_of_a_pack(tmp_path: Path, part: str, refusing: Any) -> None:
+def test_a_refusal_by_the_system_does_not_make_packing_skip_a_file(tmp_path: Path, part: str, refusing: Any) -> None:
     refused, message = refusing
     folder = drawn(tmp_path / "data", a=3, b=3)
-    shutil.copyfile(folder / "a/001.jpg", folder / "a/002.jpg")  # of equal size: both are read for it
+    shutil.copyfile(folder / "a/001.jpg", folder / "a/002.jpg")  # of equal size, so that packing reads both
     scan(folder)
     refused.append(f"data/{part}")
     with pytest.raises(ResourceError, match=f"^{folder}/{part}: {message}"):
@@ -235,8 +237,8 @@ def test_what_the_system_refuses_is_not_left_out_of_a_pack(tmp_path: Path, part:
     assert pack(folder, tmp_path / "out").skipped == ()
 
 
-def test_nor_is_a_folder_taken_for_an_empty_one(tmp_path: Path, refusing: Any) -> None:
-    """Which would make a split that has images one that has none."""
+def test_a_refusal_by_the_system_does_not_make_a_folder_look_empty(tmp_path: Path, refusing: Any) -> None:
+    """Otherwise a split with images would look empty."""
     refused, message = refusing
     for split in ("train", "val"):
         drawn(tmp_path / "data" / split, a=2, b=2)
@@ -248,17 +250,17 @@ def test_nor_is_a_folder_taken_for_an_empty_one(tmp_path: Path, refusing: Any) -
         scan(tmp_path / "data")
 
 
-def test_nor_is_a_file_that_the_caller_named_called_one_of_a_wrong_folder(tmp_path: Path, refusing: Any) -> None:
+def test_a_refusal_by_the_system_is_not_reported_as_a_wrong_output_path(tmp_path: Path, refusing: Any) -> None:
     refused, message = refusing
     refused.append("table.csv")
     with pytest.raises(ResourceError, match=f"^{tmp_path}/table.csv: {message}"):
         write_out(tmp_path / "table.csv", b"")
 
 
-def test_what_the_system_refuses_is_no_fault_of_a_server(
+def test_a_refusal_by_the_system_is_not_blamed_on_the_server(
     some: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is tried again all the same."""
+    """The request is still retried."""
     tries: list[str] = []
 
     def refuse(_: Any, name: str, *__: Any) -> bytes:
@@ -273,7 +275,7 @@ def test_what_the_system_refuses_is_no_fault_of_a_server(
     assert len(tries) == remote._ATTEMPTS
 
 
-def test_what_the_system_refuses_is_not_skipped_by_predict(tmp_path: Path, refusing: Any) -> None:
+def test_a_refusal_by_the_system_does_not_make_predict_skip_a_file(tmp_path: Path, refusing: Any) -> None:
     refused, message = refusing
     folder = drawn(tmp_path / "data", a=3)
     refused.append("001.jpg")
@@ -287,7 +289,7 @@ def _checkpoint() -> Checkpoint:
     return Checkpoint(recipe=recipe, classes=("a", "b"), model=model, epoch=0)
 
 
-def test_a_checkpoint_that_the_system_refuses_is_not_called_damaged(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_refusal_by_the_system_is_not_a_damaged_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "x.pt").touch()
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -298,7 +300,7 @@ def test_a_checkpoint_that_the_system_refuses_is_not_called_damaged(tmp_path: Pa
         Checkpoint.load(tmp_path / "x.pt")
 
 
-def test_what_the_system_refuses_is_named_by_train_pack_and_a_checkpoint(
+def test_train_pack_and_checkpoints_name_a_refusal_by_the_system(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:

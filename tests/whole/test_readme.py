@@ -1,4 +1,4 @@
-"""Every command and every block of Python in README.md runs."""
+"""The Python in README.md runs, and its commands exist with their flags."""
 
 import re
 import runpy
@@ -20,7 +20,7 @@ def test_the_python_of_the_readme_runs(flowers: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("data").symlink_to(flowers)
     Path("photo.jpg").symlink_to(next(flowers.glob("rose/*.jpg")))
-    # The readme's run takes minutes; one epoch of small images takes the same path.
+    # The README's run takes minutes; one epoch of small images takes the same path.
     small = "size=48, resize=54, "
     for text in blocks:
         shortened = text.replace("Augment(", f"Augment({small}").replace("epochs=10", "epochs=1")
@@ -49,14 +49,14 @@ assert PROGRAMS
 
 
 @pytest.mark.parametrize("line", VERBS)
-def test_each_verb_of_the_readme_has_the_flags_that_it_names(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbs_in_the_readme_have_the_flags_it_uses(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main([line.partition("fastflower ")[2].split()[0], "--help"])
     assert_flags_exist(line, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("line", PROGRAMS)
-def test_each_program_of_the_readme_has_the_flags_that_it_names(
+def test_programs_in_the_readme_have_the_flags_it_uses(
     line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (program,) = [word for word in line.split() if word.endswith(".py")]

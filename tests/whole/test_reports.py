@@ -1,4 +1,4 @@
-"""What a run leaves for TensorBoard, and tools/reports.py, which runs the reports' experiments."""
+"""TensorBoard events of a run, and tools/reports.py, which repeats the reports' experiments."""
 
 import importlib.util
 import subprocess
@@ -40,7 +40,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     return train(shards, SMALL, out=tmp_path_factory.mktemp("runs") / "run", device="cpu")
 
 
-def test_tensorboard_gets_the_columns_of_the_history(run: Report) -> None:
+def test_tensorboard_events_have_the_columns_of_the_history(run: Report) -> None:
     events = EventAccumulator(str(run.folder / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {TAGS.get(name, name) for name in run.history[0]}
@@ -50,7 +50,7 @@ def test_tensorboard_gets_the_columns_of_the_history(run: Report) -> None:
         assert [event.value for event in found] == pytest.approx([row[name] for row in run.history], rel=1e-6)
 
 
-def test_without_the_package_training_writes_no_events(
+def test_without_tensorboard_training_writes_no_events(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "find_spec", lambda _name: None)
@@ -71,7 +71,7 @@ def loaded() -> Iterator[Any]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look annotations up
+    sys.modules[spec.name] = module  # dataclasses look up annotations there
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
@@ -79,13 +79,13 @@ def loaded() -> Iterator[Any]:
 
 @pytest.fixture
 def trained() -> list[str]:
-    """The recipes that were trained, by the names of their folders."""
+    """Names of the trained recipes' folders."""
     return []
 
 
 @pytest.fixture
 def reports(loaded: Any, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The program, with three recipes that take a second, of which two are compared twice."""
+    """The program with three recipes that take a second each; two of them are compared twice."""
     one, two, three = (
         loaded.Experiment(name, accuracy) for name, accuracy in (("one", 90), ("two", 80), ("three", 70))
     )
@@ -103,13 +103,13 @@ def reports(loaded: Any, trained: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def rows(out: Path) -> list[list[str]]:
-    """The cells of the table's rows."""
+    """Return the cells of the table's rows."""
     lines = (out / "reports.md").read_text().splitlines()
     assert lines[0].startswith("| report | compared | recipe | reported |")
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:] if line.startswith("|")]
 
 
-def test_reports_trains_each_recipe_once_and_compares(
+def test_reports_trains_each_recipe_once_and_compares_the_results(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reports.reports(str(shards), ("a", "b"), tmp_path, None, 1, "cpu")
@@ -141,10 +141,10 @@ def test_reports_trains_each_recipe_once_and_compares(
     assert (tmp_path / "reports.md").read_text() == text
 
 
-def test_reports_goes_on_where_it_was_interrupted(
+def test_reports_resumes_after_an_interruption(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the second epoch of the second recipe."""
+    """The run is interrupted in the second epoch of the second recipe."""
     train_epoch = Run.train_epoch
 
     def killed(run: Run, epoch: int) -> dict[str, float]:
@@ -173,7 +173,7 @@ def test_reports_goes_on_where_it_was_interrupted(
     assert [(row[2], row[8]) for row in rows(tmp_path)] == [("one", "2"), ("two", "2"), ("two", "2")]
 
 
-def test_reports_finishes_a_run_without_a_report_and_does_not_mix_runs_of_other_recipes(
+def test_reports_finishes_a_run_without_a_report_and_refuses_a_run_of_another_recipe(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path
 ) -> None:
     reports.reports(str(shards), ("b",), tmp_path, None, 1, "cpu")
@@ -200,7 +200,7 @@ def test_reports_refuses_an_unknown_letter(
     assert "--report" in capsys.readouterr().err
 
 
-def test_reports_explains_an_error_in_a_line(
+def test_reports_prints_errors_in_one_line(
     reports: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -213,7 +213,7 @@ def test_reports_explains_an_error_in_a_line(
     assert not out.exists()
 
 
-def test_the_reports_recipes_are_presets_and_every_preset_of_a_report_is_compared(loaded: Any) -> None:
+def test_exactly_the_report_presets_are_compared(loaded: Any) -> None:
     named = {
         one.recipe
         for comparisons in loaded.REPORTS.values()
@@ -236,7 +236,7 @@ def test_reports_runs_as_a_program(flowers: Path, tmp_path: Path) -> None:
     ((letter, title, recipe, reported, *_),) = rows(tmp_path)
     assert (letter, title, recipe, reported) == ("A", "ResNet-18", "report-a", "93.3%")
     assert (tmp_path / "report-a" / "report.html").exists()
-    for picture in ("report-a.png", "report-a/curves.png", "report-a/confusion.png"):
-        with Image.open(tmp_path / picture) as image:
+    for name in ("report-a.png", "report-a/curves.png", "report-a/confusion.png"):
+        with Image.open(tmp_path / name) as image:
             assert min(image.size) > 300
     assert done.stdout == (tmp_path / "reports.md").read_text() + f"wrote {tmp_path / 'reports.md'}\n"

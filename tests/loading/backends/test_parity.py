@@ -68,7 +68,7 @@ def test_a_reduction_without_a_prefilter_would_be_noticed(name: str, encoded: li
     draw = parity.request(case.augment, encoded).draw
     matrix = draw.matrix()
     matrix[:, :, 2] += matrix[:, :, :2].sum(axis=2) / 2 - 0.5
-    wanted = parity.expected("reduction by four", tuple(encoded))
+    wanted = parity.expected("downscaling by 4", tuple(encoded))
     unfiltered = [
         np.abs(
             cv2.warpAffine(decode(data), warp, (56, 56), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP) - image
@@ -76,7 +76,7 @@ def test_a_reduction_without_a_prefilter_would_be_noticed(name: str, encoded: li
         for data, warp, (image, _) in zip(encoded, matrix, wanted, strict=True)
     ]
     assert np.mean(unfiltered) > 3 * case.limit
-    assert parity.differences("reduction by four", name, encoded).mean() < case.limit
+    assert parity.differences("downscaling by 4", name, encoded).mean() < case.limit
 
 
 def supersampled(image: NDArray[np.uint8], matrix: NDArray[np.float64], size: tuple[int, int], factor: int = 6) -> Any:
