@@ -22,12 +22,12 @@ BRITISH = (
     r"|\w*labell\w*|cancell(ed|ing)|learnt|spelt|whilst|amongst|licence|catalogue|judgement"
 )
 OLD = {
-    "image": r"photographs?|(?<!fill=')photos?(?!\.jpg)|pictures?",
+    "image": r"photographs?|(?<!["'])photos?(?!\.jpg)|pictures?",
     "near-duplicate": r"look-?alikes?",
     "correct": r"hits",
     "load, data loading": r"feeding|feeds|fed",
     "horizontal flip, vertical flip": r"mirror(ed)? images?|upside[- ]down",
-    "backend": r"executor=(?!executor)|the executor's",
+    "backend": r"carr(y|ies) out draws|executors? of draws",
     "decode scale": r"at reduced scale|reduced decoding|factor by which (it|the image) is reduced",
     "model soup": r"the soup|a soup",
     "prefetch": r"ahead of need|fetche[sd] ahead",
@@ -61,11 +61,11 @@ def of_python(path: Path, *, strings: bool = True) -> Iterator[Text]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield name, token.start[0], token.string
-    for node in ast.walk(ast.parse(source)):
-        statement = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        for constant in [node.value] if statement else [node] if strings and isinstance(node, ast.Constant) else []:
-            if isinstance(constant, ast.Constant) and isinstance(constant.value, str) and " " in constant.value.strip():
-                yield name, constant.lineno, re.sub(r"`[^`]*`|>>> .*", "`", constant.value)
+    nodes = list(ast.walk(ast.parse(source)))
+    docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
+    for node in nodes if strings else docstrings:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip():
+            yield name, node.lineno, re.sub(r"`[^`]*`|>>> .*", "`", node.value)
 
 
 def texts() -> Iterator[Text]:
