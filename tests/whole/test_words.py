@@ -22,7 +22,7 @@ BRITISH = (
     r"|\w*labell\w*|cancell(ed|ing)|learnt|spelt|whilst|amongst|licence|catalogue|judgement"
 )
 OLD = {
-    "image": r"photographs?|(?<!["'])photos?(?!\.jpg)|pictures?",
+    "image": r"photographs?|(?<![\x22'])photos?(?!\.jpg)|pictures?",
     "near-duplicate": r"look-?alikes?",
     "correct": r"hits",
     "load, data loading": r"feeding|feeds|fed",
