@@ -34,7 +34,7 @@ def launched(world_size: int, *arguments: Path) -> None:
 
 @pytest.fixture(scope="module")
 def reports(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    """Of one launch with four processes, and of one with two that also goes on where the four were stopped."""
+    """Reports of a launch with four processes, and of one with two that also resumes where the four stopped."""
     out = tmp_path_factory.mktemp("reports")
 
     def read(world_size: int) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ TEMPLATES = sorted((ROOT / "fastflower").rglob("*.html"))
 BRITISH = (
     r"\w*colour\w*|\w*grey\w*|\w*centr(e|ed|es|ing)\b|\w*neighbour\w*|\w*behaviour\w*|\w*favour\w*|\w+[^aeiou\W]is(e|es|ed|ing|ation)er"
     r"|(normal|initial|synchron|recogn|optim|summar|organ|serial|random|visual)is(e|es|ed|ing|ation)\w*"
-    r"|\w*labell\w*|cancell(ed|ing)|learnt|spelt|whilst|amongst|licence|catalogue|judgement"
+    r"|\w*labell\w*|learnt|spelt|whilst|amongst|licence|catalogue|judgement"
 )
 OLD = {
     "image": r"photographs?|(?<![\x22'])photos?(?!\.jpg)|pictures?",
@@ -28,7 +28,7 @@ OLD = {
     "load, data loading": r"feeding|feeds|fed",
     "horizontal flip, vertical flip": r"mirror(ed)? images?|upside[- ]down",
     "backend": r"carr(y|ies) out draws|executors? of draws",
-    "decode scale": r"at reduced scale|reduced decoding|factor by which (it|the image) is reduced",
+    "decode scale": r"reduced decoding|factor by which (it|the image) is reduced",
     "model soup": r"the soup|a soup",
     "prefetch": r"ahead of need|fetche[sd] ahead",
     "worker": r"makers?",
