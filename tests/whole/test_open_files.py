@@ -49,8 +49,9 @@ def packed(root: Path, count: int) -> Path:
 
 
 @pytest.fixture
-def no_collector() -> Iterator[None]:
+def no_collector(_frozen: None) -> Iterator[None]:
     gc.collect()
+    gc.freeze()
     gc.disable()
     yield
     gc.enable()

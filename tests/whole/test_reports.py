@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastflower import Augment, Recipe, Report, pack, train
 from fastflower.errors import CheckpointError
 from fastflower.recipes.presets import PRESETS
-from fastflower.reporting import report
+from fastflower.reporting import figures, report
 from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -102,6 +102,13 @@ def reports(loaded: Any, trained: list[str], monkeypatch: pytest.MonkeyPatch) ->
     return loaded
 
 
+@pytest.fixture
+def no_pictures(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than a tiny run; another test looks at pictures."""
+    for place in (figures, loaded):
+        monkeypatch.setattr(place, "png", lambda _: b"")
+
+
 def rows(out: Path) -> list[list[str]]:
     """The cells of the table's rows."""
     lines = (out / "reports.md").read_text().splitlines()
@@ -141,6 +148,7 @@ def test_reports_trains_each_recipe_once_and_compares(
     assert (tmp_path / "reports.md").read_text() == text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_reports_goes_on_where_it_was_interrupted(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +181,7 @@ def test_reports_goes_on_where_it_was_interrupted(
     assert [(row[2], row[8]) for row in rows(tmp_path)] == [("one", "2"), ("two", "2"), ("two", "2")]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_reports_finishes_a_run_without_a_report_and_does_not_mix_runs_of_other_recipes(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path
 ) -> None:
