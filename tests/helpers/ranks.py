@@ -18,7 +18,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 def launch(ranks: int, function: Callable[..., None], *arguments: str) -> list[int | None]:
     """Call function(*arguments) on each rank. Return the ranks' exit codes."""
     started: list[Any] = []
-    start = multiprocessing.start_processes
+    module: Any = multiprocessing
+    start = module.start_processes
 
     def starting(*values: Any, **options: Any) -> Any:
         context = start(*values, **options)
@@ -35,6 +36,6 @@ def launch(ranks: int, function: Callable[..., None], *arguments: str) -> list[i
         max_restarts=0,
         start_method="fork",
     )
-    with patch.object(multiprocessing, "start_processes", starting), suppress(ChildFailedError):
+    with patch.object(module, "start_processes", starting), suppress(ChildFailedError):
         elastic_launch(config, function)(*arguments)
     return [process.exitcode for process in started]
