@@ -103,10 +103,15 @@ def reports(loaded: Any, trained: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def no_pictures(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than a tiny run; another test looks at pictures."""
-    for place in (figures, loaded):
-        monkeypatch.setattr(place, "png", lambda _: b"")
+def no_pictures_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than a tiny run; another test looks at these pictures."""
+    monkeypatch.setattr(figures, "png", lambda _: b"")
+
+
+@pytest.fixture
+def no_pictures(no_pictures_of_runs: None, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    """The program draws none either."""
+    monkeypatch.setattr(loaded, "png", lambda _: b"")
 
 
 def rows(out: Path) -> list[list[str]]:
@@ -116,6 +121,7 @@ def rows(out: Path) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:] if line.startswith("|")]
 
 
+@pytest.mark.usefixtures("no_pictures_of_runs")
 def test_reports_trains_each_recipe_once_and_compares(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
