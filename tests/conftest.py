@@ -18,6 +18,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import quick_triton
 from bad_server import IMPATIENT, BadServer, serving
 from places import ROOT
 from training_runs import narrow_resnets
@@ -26,11 +27,24 @@ from fastflower import pack
 from fastflower.reporting import figures
 from fastflower.shards.remote import Remote
 
-# A shell's background jobs ignore SIGINT, and child processes would inherit that; some tests interrupt theirs.
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quick_triton.hurry()
+
+# A shell's background jobs ignore SIGINT, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SLOW = ("test_torchrun_training.py", "test_torchrun_loading.py", "test_interrupted_training.py", "test_gpu_parts.py")
-"""These run first; if one started last, the other worker would idle."""
+SLOW = (
+    "test_torchrun_training.py",
+    "test_torchrun_loading.py",
+    "test_interrupted_training.py",
+    "test_gpu_parts.py",
+    "test_loader_ends.py",
+    "test_remote.py",
+    "test_open_files.py",
+    "test_readme.py",
+    "test_reports.py",
+)
+"""They come first: one that is begun last leaves a worker with nothing to do."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -102,13 +116,18 @@ def source(server: BadServer, tmp_path: Path) -> Remote:
     return Remote(url=server.url, folder=tmp_path / "cache")
 
 
-@pytest.fixture
-def nothing_to_collect() -> Iterator[None]:
-    """Collect garbage before a fork: the child could not finalize DALI pipelines, because it lacks their threads."""
-    gc.collect()
-    gc.freeze()
+@pytest.fixture(scope="module")
+def _frozen() -> Iterator[None]:
+    """What is frozen stays so until a module ends: searching all objects for garbage takes longer than most tests."""
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def nothing_to_collect(_frozen: None) -> None:
+    """A child that is forked finds no garbage of tests before, such as pipelines of DALI, whose threads it does not have."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

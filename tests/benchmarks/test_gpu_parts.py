@@ -14,7 +14,7 @@ from torchvision import models
 from fastflower.loading.backends import triton
 from fastflower.models.backbone import build
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.usefixtures("narrow")]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
-"""Runs as a torchrun process: `torchrun ... torchrun_epochs.py SHARDS OUT [STATE]`. Writes its rank's batches to OUT.
+"""`torchrun_epochs.py SHARDS OUT`: four ranks load epochs, and then two, which also resume where the four stopped.
 
-The ranks sum their indices in every training step, so a rank with more steps than another would hang.
+Each rank writes the batches that it loaded into OUT. The ranks agree on the sum of what they were fed in every step of training,
+so a rank with a step more than another would wait for ever.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from ranks import launch
 
 from fastflower import Augment, Batch, Loader
 
@@ -49,7 +51,7 @@ def train(batches: Iterable[Batch]) -> tuple[Fed, list[int]]:
     return found, sums
 
 
-def main(shards: str, out: str, state: str | None = None) -> None:
+def rank(shards: str, out: str) -> None:
     dist.init_process_group("gloo")
     world_size = dist.get_world_size()
     report: dict[str, Any] = {}
@@ -61,13 +63,15 @@ def main(shards: str, out: str, state: str | None = None) -> None:
     report["state"] = loader.state_dict()
     report["broken"].append(train(loader))
     report["val"] = fed(make(shards, "val", world_size))
-    if state is not None:
+    if world_size == 2:
         loader = make(shards, "train", world_size)
-        loader.load_state_dict(json.loads(Path(state).read_text()))
+        loader.load_state_dict(json.loads(Path(out, "0_of_4.json").read_text())["state"])
         report["resumed"] = [train(loader) for _ in range(2)]
     Path(out, f"{dist.get_rank()}_of_{world_size}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for world_size in (4, 2):
+        if any(launch(world_size, rank, *sys.argv[1:])):
+            sys.exit(f"a rank of {world_size} failed")

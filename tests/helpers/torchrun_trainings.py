@@ -1,6 +1,7 @@
-"""Runs as a torchrun process: `torchrun ... torchrun_trainings.py SHARDS OUT`. Trains several recipes in turn.
+"""`torchrun_trainings.py SHARDS OUT`: two ranks train several recipes one after the other, and then by the command line.
 
-Writes the result of each on this rank to OUT: a history and the number of steps, or an error message.
+Each rank writes into OUT what each recipe came to: a history and the number of steps, or the message of an error. Of the command
+lines the first is refused, and in the second a rank is killed: OUT/codes.json has the ranks' exit codes.
 """
 
 import json
@@ -16,12 +17,15 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from training_runs import LAST, RECIPE, narrow_resnets
+import train_and_die
+from ranks import launch
+from training_runs import LAST, RECIPE, flags, narrow_resnets
 
 from fastflower import Recipe, train
 from fastflower.errors import FastflowerError
 from fastflower.files import locked
 from fastflower.models import inference
+from fastflower.reporting import figures
 from fastflower.training.run import Run
 
 WEIGHTS = "weights.pth"  # in OUT, of a narrow ResNet-18, for the frozen stages
@@ -43,6 +47,12 @@ def recipes(out: Path) -> dict[str, Recipe]:
         "not divisible": replace(RECIPE, batch_size=15),
         "synchronous": replace(RECIPE, sync_batchnorm=True),
     }
+
+
+def command(shards: str | Path, out: Path) -> list[str]:
+    """The command line of a run whose averaged weights and batch norms' statistics must survive, too."""
+    options = ["--resume", "--save-steps", "2", "--device", "cpu", *flags(AVERAGED)]
+    return ["train", str(shards), "--out", str(out), *options]
 
 
 def come_to(shards: str, recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -72,10 +82,13 @@ def come_to(shards: str, recipe: Recipe, out: Path) -> dict[str, Any]:
     return {"history": history, "steps": len(steps), "updates": sum(steps)}
 
 
-def main(shards: str, place: str) -> None:
-    # Ranks that wait for each other in vain time out soon.
+def train_all(shards: str, place: str) -> None:
+    """One rank."""
+    # Ranks that wait for each other in vain end soon.
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
-    narrow_resnets(pytest.MonkeyPatch())
+    patch = pytest.MonkeyPatch()
+    narrow_resnets(patch)
+    patch.setattr(figures, "png", lambda _: b"")  # takes longer than a run
     out, rank = Path(place), dist.get_rank()
     for name, recipe in recipes(out).items():
         (out / f"{name} {rank}.json").write_text(json.dumps(come_to(shards, recipe, out / name)))
@@ -93,6 +106,16 @@ def main(shards: str, place: str) -> None:
     dist.barrier()
     (out / f"apart {rank}.json").write_text(json.dumps(come_to(shards, recipes(out)["frozen"], Path("run"))))
     dist.destroy_process_group()
+
+
+def main(shards: str, place: str) -> None:
+    out = Path(place)
+    codes = {
+        "trained": launch(2, train_all, shards, place),
+        "refused": launch(2, train_and_die.run, *command(shards, out / "refused"), "--batch-size", "15"),
+        "killed": launch(2, train_and_die.main, "SIGKILL", "step", "4", *command(shards, out / "killed")),
+    }
+    (out / "codes.json").write_text(json.dumps(codes))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,11 @@ def main(name: str, where: str, call: str, *arguments: str) -> None:
         Run.step = dying_step
     elif doomed:
         torch.save = dying_save
+    run(*arguments)
+
+
+def run(*arguments: str) -> None:
+    """`python -m fastflower ARGUMENT ...` with narrow ResNets."""
     narrow_resnets(pytest.MonkeyPatch())
     sys.argv = ["fastflower", *arguments]
     runpy.run_module("fastflower", run_name="__main__", alter_sys=True)

@@ -1,7 +1,6 @@
 """Epochs under torchrun: ranks take their place from torch.distributed, with an all_reduce in every step."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -11,41 +10,29 @@ from typing import Any
 
 import pytest
 from places import HELPERS
+from ranks import ENVIRONMENT
 from torchrun_epochs import STOP, Fed, fed, make
 
 from fastflower.draws.order import epoch_order
 
-PROGRAM = HELPERS / "torchrun_epochs.py"
 WORLD_SIZES = [2, 4]
 
 Reports = dict[int, list[dict[str, Any]]]
 """Reports of the processes, by world size and rank."""
 
 
-def launched(world_size: int, *arguments: Path) -> None:
-    # One thread each, and names that need no network: torchrun would look up the machine's own name.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
-    command = [sys.executable, *torchrun, "--nproc-per-node", str(world_size), PROGRAM, *arguments]
-    # The limit only ends a hang; a launch takes seconds.
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def reports(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    """Reports of a launch with four processes, and of one with two that also resumes where the four stopped."""
+    """What four ranks and then two wrote; the two also resume where the four stopped."""
     out = tmp_path_factory.mktemp("reports")
-
-    def read(world_size: int) -> list[dict[str, Any]]:
-        return [json.loads((out / f"{rank}_of_{world_size}.json").read_text()) for rank in range(world_size)]
-
-    launched(4, shards, out)
-    four = read(4)
-    state = out / "state.json"
-    state.write_text(json.dumps(four[0]["state"]))
-    launched(2, shards, out, state)
-    return {4: four, 2: read(2)}
+    command = [sys.executable, HELPERS / "torchrun_epochs.py", shards, out]
+    # The limit only ends a hang; a launch takes seconds.
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return {
+        world_size: [json.loads((out / f"{rank}_of_{world_size}.json").read_text()) for rank in range(world_size)]
+        for world_size in WORLD_SIZES
+    }
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,8 @@ def test_a_limit_below_three_windows_is_rejected(server: BadServer, tmp_path: Pa
         Loader(source, **OPTIONS, window=1)
 
 
-def write_epoch(source: Remote, rank: int, out: Path) -> None:
+def feed(source: Remote, rank: int, out: Path, together: Any) -> None:
+    together.wait(60)
     loader = Loader(source, **{**OPTIONS, "batch_size": 4}, rank=rank, world_size=2)
     out.write_text(json.dumps([batch.index.tolist() for batch in loader]))
 
@@ -129,12 +130,12 @@ def test_ranks_on_one_machine_download_each_shard_once(
     source: Remote, server: BadServer, shards: Path, tmp_path: Path
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=write_epoch, args=(source, rank, tmp_path / f"{rank}.json")) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-        assert process.exitcode == 0
+    together = context.Barrier(2)
+    process = context.Process(target=feed, args=(source, 1, tmp_path / "1.json", together))
+    process.start()
+    feed(source, 0, tmp_path / "0.json", together)
+    process.join()
+    assert process.exitcode == 0
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     whole = [index for index, _ in epochs(shards, 1, window=8)]
     assert [left + right for left, right in zip(one, other, strict=True)] == whole

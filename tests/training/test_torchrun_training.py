@@ -1,8 +1,8 @@
 """Training under torchrun: two ranks are one process, and a rank that is killed holds nothing up."""
 
 import json
-import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from places import HELPERS
-from torchrun_trainings import AVERAGED, WEIGHTS, recipes
-from training_runs import BEST, DIE, LAST, assert_same_run, flags, place, timeless, written_history
+from ranks import ENVIRONMENT
+from torchrun_trainings import WEIGHTS, command, recipes
+from training_runs import BEST, DIE, LAST, assert_same_run, place, timeless, written_history
 
 from fastflower import Checkpoint, evaluate, train
 from fastflower.models.backbone import build
@@ -22,29 +23,31 @@ pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 KILL = [DIE, "SIGKILL", "step", "8"]  # the second epoch's third step
 
 
-def launched(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedProcess[str]:
-    # One thread each, and names that need no network: torchrun would look up the machine's own name.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+def torchrun(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run `torchrun` on two ranks."""
     # Else torch 2.15 gives restarted ranks the store of those before, where they may find addresses of processes that are gone.
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc-per-node", "2"]
-    command = [sys.executable, *torchrun, "--max-restarts", str(restarts), *arguments]
+    environment = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    options = ["--standalone", "--local-addr", "localhost", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *arguments]
     # The limit only ends a hang; a launch takes seconds.
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
 
 
-def command(shards: Path, out: Path) -> list[str | Path]:
-    """The command line of a run whose averaged weights and batch norms' statistics must survive, too."""
-    options = ["--resume", "--save-steps", "2", "--device", "cpu", *flags(AVERAGED)]
-    return ["train", shards, "--out", out, *options]
+@pytest.fixture(scope="module")
+def launched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder of torchrun_trainings.py, and what became of the program."""
+    out = tmp_path_factory.mktemp("ranks")
+    torch.save(build("resnet18", 5, weights=None).state_dict(), out / WEIGHTS)
+    command = [sys.executable, HELPERS / "torchrun_trainings.py", shards, out]
+    # The limit only ends a hang.
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    return out, done
 
 
 @pytest.fixture(scope="module")
-def launch(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Of torchrun_trainings.py: its folder, and what it said."""
-    out = tmp_path_factory.mktemp("ranks")
-    torch.save(build("resnet18", 5, weights=None).state_dict(), out / WEIGHTS)
-    return out, launched(HELPERS / "torchrun_trainings.py", shards, out).stderr
+def launch(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> tuple[Path, str]:
+    """The folder of torchrun_trainings.py, and what it wrote to stderr."""
+    return launched[0], launched[1].stderr
 
 
 def found(launch: tuple[Path, str], name: str) -> list[dict[str, Any]]:
@@ -59,7 +62,7 @@ def found(launch: tuple[Path, str], name: str) -> list[dict[str, Any]]:
 def restarted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A run of `fastflower train` on two ranks of which one was killed in the second epoch, and both were started again."""
     out = tmp_path_factory.mktemp("restarted") / "run"
-    done = launched(*KILL, *command(shards, out), restarts=1)
+    done = torchrun(*KILL, *command(shards, out), restarts=1)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -142,16 +145,44 @@ def test_one_rank_writes_and_speaks(
     assert len(list((launch[0] / "averaged" / "tensorboard").iterdir())) == 1
 
 
+REFUSED = "error: batch_size 15 must be a multiple of the 2 ranks, which take equal parts."
+
+
+def codes(launched: tuple[Path, subprocess.CompletedProcess[str]], name: str) -> list[int]:
+    """The exit codes of the ranks of one of the program's launches."""
+    out, done = launched
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "codes.json").read_text())[name]
+
+
+def test_every_rank_refuses_a_wrong_command_line(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, done = launched
+    assert 1 in codes(launched, "refused")
+    assert done.stderr.splitlines().count(REFUSED) == 2
+    assert not (out / "refused").exists()
+
+
+def test_a_rank_that_is_killed_ends_the_job_and_leaves_a_checkpoint(
+    launched: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    out, done = launched
+    assert codes(launched, "killed") == [1, -signal.SIGKILL]
+    assert "error: rank 0: another rank is gone" in done.stderr
+    assert "wrote" not in done.stdout
+    assert place(out / "killed") == (0, 2)
+
+
+@pytest.mark.soak
 def test_torchrun_starts_the_module_on_every_rank(shards: Path, tmp_path: Path) -> None:
-    done = launched("-m", "fastflower", *command(shards, tmp_path / "run"), "--batch-size", "15")
+    done = torchrun("-m", "fastflower", *command(shards, tmp_path / "run"), "--batch-size", "15")
     assert done.returncode != 0
-    message = "error: batch_size 15 must be a multiple of the number of ranks (2)."
-    assert done.stderr.splitlines().count(message) == 2
+    assert done.stderr.splitlines().count(REFUSED) == 2
 
 
-def test_a_rank_that_is_killed_ends_the_job_and_leaves_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.soak
+def test_torchrun_names_the_signal_that_killed_a_rank(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = launched(DIE, "SIGKILL", "step", "4", *command(shards, out))
+    done = torchrun(DIE, "SIGKILL", "step", "4", *command(shards, out))
     assert done.returncode != 0
     assert "error: rank 0: another rank is gone" in done.stderr
     assert "Signal 9 (SIGKILL)" in done.stderr

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastflower import Augment, Recipe, Report, pack, train
 from fastflower.errors import CheckpointError
 from fastflower.recipes.presets import PRESETS
-from fastflower.reporting import report
+from fastflower.reporting import figures, report
 from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -102,6 +102,18 @@ def reports(loaded: Any, trained: list[str], monkeypatch: pytest.MonkeyPatch) ->
     return loaded
 
 
+@pytest.fixture
+def no_pictures_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than a tiny run; another test looks at these pictures."""
+    monkeypatch.setattr(figures, "png", lambda _: b"")
+
+
+@pytest.fixture
+def no_pictures(no_pictures_of_runs: None, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    """The program draws none either."""
+    monkeypatch.setattr(loaded, "png", lambda _: b"")
+
+
 def rows(out: Path) -> list[list[str]]:
     """Return the cells of the table's rows."""
     lines = (out / "reports.md").read_text().splitlines()
@@ -109,7 +121,8 @@ def rows(out: Path) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:] if line.startswith("|")]
 
 
-def test_reports_trains_each_recipe_once_and_compares_the_results(
+@pytest.mark.usefixtures("no_pictures_of_runs")
+def test_reports_trains_each_recipe_once_and_compares(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reports.reports(str(shards), ("a", "b"), tmp_path, None, 1, "cpu")
@@ -141,7 +154,8 @@ def test_reports_trains_each_recipe_once_and_compares_the_results(
     assert (tmp_path / "reports.md").read_text() == text
 
 
-def test_reports_resumes_after_an_interruption(
+@pytest.mark.usefixtures("no_pictures")
+def test_reports_goes_on_where_it_was_interrupted(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run is interrupted in the second epoch of the second recipe."""
@@ -173,7 +187,8 @@ def test_reports_resumes_after_an_interruption(
     assert [(row[2], row[8]) for row in rows(tmp_path)] == [("one", "2"), ("two", "2"), ("two", "2")]
 
 
-def test_reports_finishes_a_run_without_a_report_and_refuses_a_run_of_another_recipe(
+@pytest.mark.usefixtures("no_pictures")
+def test_reports_finishes_a_run_without_a_report_and_does_not_mix_runs_of_other_recipes(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path
 ) -> None:
     reports.reports(str(shards), ("b",), tmp_path, None, 1, "cpu")
