@@ -1,6 +1,6 @@
-"""Triton's interpreter without the work that it repeats for every function that a kernel calls.
+"""Speeds up Triton's interpreter for the tests.
 
-It searches all of triton.language for functions to replace by its own, although they have been replaced since the kernel began.
+For every function that a kernel calls, it searches triton.language for functions to replace, although they are replaced already.
 """
 
 from typing import Any
@@ -10,8 +10,10 @@ from triton.runtime import interpreter
 
 
 def hurry() -> None:
-    """Let the interpreter replace each function once, and remember the dtypes of numpy. The results are the same."""
+    """Let the interpreter replace each function once, and cache numpy's dtypes. Results are the same."""
     module: Any = interpreter
+    if not all(hasattr(module, name) for name in ("_patch_lang", "_LangPatchScope", "_get_np_dtype")):
+        return  # another version of Triton: slower, and as correct
     core: Any = tl.core
     replace = module._patch_lang
 
