@@ -122,7 +122,7 @@ def test_a_kept_tail_makes_a_shuffled_epoch_exact(shards: Path) -> None:
 
 def test_stats_add_up_over_epochs(shards: Path) -> None:
     loader = make(shards, cache=None)
-    assert loader.stats().verdict == "nothing was fed yet: iterate first."
+    assert loader.stats().verdict == "nothing was loaded yet: iterate over the loader first."
     list(loader)
     first = loader.stats()
     assert (first.images, first.replaced) == (112, 0)
@@ -139,15 +139,15 @@ def test_a_verdict_names_who_waits_and_for_what() -> None:
     spent = {"read_seconds": 1.0, "decode_seconds": 5.0, "augment_seconds": 2.0}
     slow = Stats(images=10, workers=2, replaced=0, wait_seconds=4.0, consume_seconds=4.0, **spent)
     assert slow.verdict.startswith(
-        "feeding holds the job back: the consumer waited 50% of the time, most of it for decoding; "
+        "data loading is the bottleneck: the consumer waited 50% of the time, mostly for decoding; "
     )
-    assert str(slow).splitlines()[1] == "decode       5.00 s  500.000 ms an image"
+    assert str(slow).splitlines()[1] == "decode       5.00 s  500.000 ms per image"
     by_dali = replace(slow, decode_seconds=0.0, augment_seconds=0.0)
     assert by_dali.verdict.startswith(
-        "feeding holds the job back: the consumer waited 50% of the time; what a GPU or DALI does "
+        "data loading is the bottleneck: the consumer waited 50% of the time; a GPU's or DALI's work "
     )
     fast = replace(slow, wait_seconds=0.1)
-    assert fast.verdict.startswith("the consumer holds the job back: it waited for data 2% of the time; ")
+    assert fast.verdict.startswith("the consumer is the bottleneck: it waited for data 2% of the time; ")
 
 
 def test_a_break_is_followed_by_the_next_epoch(shards: Path) -> None:

@@ -21,9 +21,9 @@ def test_both_rates_are_measured_and_the_slower_is_named(shards: Path) -> None:
     assert found.stats.images > 0
     assert found.loading_rate > found.training_rate > 0
     table = str(found).splitlines()
-    assert table[0].startswith("feeding alone ")
+    assert table[0].startswith("loading alone ")
     assert table[1].endswith("images/s on cpu")
-    assert table[-1].startswith("training holds the job back: it can be fed ")
+    assert table[-1].startswith("training is the bottleneck: data loading alone is ")
 
 
 def test_where_feeding_is_slower_it_says_what_takes_the_time(shards: Path) -> None:
@@ -37,8 +37,8 @@ def test_where_feeding_is_slower_it_says_what_takes_the_time(shards: Path) -> No
     }
     for what, changed in slow.items():
         sentence = str(Diagnosis(loading_rate=10, training_rate=20, stats=changed, device="cpu")).splitlines()[-1]
-        assert sentence.startswith("feeding holds the job back: the consumer waited ")
-        assert f"most of it for {what}; " in sentence
+        assert sentence.startswith("data loading is the bottleneck: the consumer waited ")
+        assert f"mostly for {what}; " in sentence
 
 
 def test_it_feeds_by_the_backend_of_training(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,4 +64,4 @@ def test_a_diagnosis_of_no_time_is_refused(shards: Path) -> None:
 def test_the_doctor_is_on_the_command_line(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--seconds", "0.2", "--device", "cpu", "--augment.size", "32", "--augment.resize", "36"]
     assert main(["doctor", str(shards), *arguments]) == 0
-    assert "holds the job back" in capsys.readouterr().out
+    assert "is the bottleneck: " in capsys.readouterr().out

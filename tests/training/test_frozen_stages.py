@@ -25,8 +25,8 @@ def test_freezing_random_weights_is_refused_before_anything_is_written(
     shards: Path, tmp_path: Path, resume: bool
 ) -> None:
     message = (
-        "freeze must be 0 where weights is None, got 2: frozen stages would stay random; pass --freeze 0 (freeze=0), or "
-        "--weights FILE (weights=) to start from."
+        "freeze must be 0 when weights is None, got 2: frozen stages would stay random; pass --freeze 0 (freeze=0), or "
+        "weights to start from (--weights FILE, weights=FILE)."
     )
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
         train(shards, replace(PRESETS["finetune"](), weights=None), out=tmp_path / "run", resume=resume, device="cpu")
@@ -66,7 +66,7 @@ def test_on_the_command_line_a_preset_that_freezes_needs_weights(
         *small,
     ]
     assert main(command) == 1
-    assert capsys.readouterr().err.startswith("error: freeze must be 0 where weights is None, got 2: ")
+    assert capsys.readouterr().err.startswith("error: freeze must be 0 when weights is None, got 2: ")
     assert not (tmp_path / "run").exists()
     assert main([*command, "--freeze", "0"]) == 0
 

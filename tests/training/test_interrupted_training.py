@@ -133,7 +133,7 @@ def test_a_process_that_is_killed_and_stopped_goes_on_to_what_nobody_interrupted
     out = tmp_path / "run"
     done = child("SIGTERM", "step", "6", recipe=RECIPE, shards=shards, out=out)
     assert done.returncode == 143, done.stderr
-    said = f"{out}: stopped by SIGTERM in epoch 2, step 1, and saved; resume=True (--resume) goes on."
+    said = f"{out}: stopped by SIGTERM in epoch 2, step 1, and saved; pass resume=True (--resume) to continue."
     assert done.stderr.splitlines()[-1] == said
     assert done.stdout == ""
     assert place(out) == (1, 1)
@@ -174,7 +174,9 @@ def test_sigterm_stops_after_the_update_under_way_and_its_handler_does_not_stay(
         handler = signal.getsignal(signal.SIGTERM)
         with monkeypatch.context() as patch:
             before_call(*moment, terminate, patch)
-            with pytest.raises(StoppedError, match=rf"run: stopped by SIGTERM {said}, and saved; resume=True \(--re"):
+            with pytest.raises(
+                StoppedError, match=rf"run: stopped by SIGTERM {said}, and saved; pass resume=True \(--re"
+            ):
                 train(shards, recipe, out=out, device="cpu")
         assert signal.getsignal(signal.SIGTERM) is handler
         assert ours == []
@@ -239,7 +241,7 @@ def test_resuming_with_other_threads_is_said(
             report = train(shards, RECIPE, out=begun, resume=True, device="cpu")
         finally:
             torch.set_num_threads(1)
-    assert caplog.messages == [f"{begun / LAST}: threads was 1, now 2: the last bits will differ"]
+    assert caplog.messages == [f"{begun / LAST}: threads was 1, now 2: results will differ in the last bits"]
     assert report.history[1]["train_loss"] == pytest.approx(written_history(whole)[1]["train_loss"], rel=1e-3)
 
 
@@ -252,7 +254,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(shards: Path, tmp_
             full = (resource.RLIMIT_FSIZE, (1 << 20, hard))
             before_call(Run, "step", 4, lambda: resource.setrlimit(*full), patch)
             with pytest.raises(
-                CheckpointError, match=r"last\.pt: could not be written \(.*File too large\); what stood there before"
+                CheckpointError,
+                match=r"last\.pt: could not be written \(.*File too large\); the previous file is unchanged",
             ):
                 train(shards, RECIPE, out=out, save_steps=2, device="cpu")
     finally:
@@ -295,9 +298,9 @@ def test_a_loss_that_is_not_finite_is_named_with_its_batch_and_never_saved(
 
     monkeypatch.setattr(Run, "step", poisoned)
     advice = (
-        f"{out}: the loss is not finite in epoch 2, step 3; train anew (another out) with a lower lr, warm-up "
-        "(warmup_epochs) or clipped gradients (clip_norm), "
-        f"and look at the batch. {LAST}, if there is one, is from before. The batch: {keys}"
+        f"{out}: the loss is not finite in epoch 2, step 3; start a new run (another out) with a lower lr, "
+        "warm-up (warmup_epochs) or gradient clipping (clip_norm), "
+        f"and check the batch. {LAST}, if it exists, was saved earlier. Batch: {keys}"
     )
     for _ in range(2):
         with pytest.raises(TrainingError, match=f"^{re.escape(advice)}$"):
@@ -310,7 +313,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_batch_and_never_saved(
 def test_a_rate_that_is_far_too_high_is_named(shards: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPE, lr=1e30, schedule="constant")
     with pytest.raises(
-        TrainingError, match=r"run: the loss is not finite in epoch 1, step [2-5]; train anew .* sample rose_"
+        TrainingError, match=r"run: the loss is not finite in epoch 1, step [2-5]; start a new run .* sample rose_"
     ):
         train(shards, recipe, out=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / LAST).exists()
@@ -341,7 +344,7 @@ def test_memory_that_runs_out_is_explained(
 ) -> None:
     before_call(nn.CrossEntropyLoss, "forward", 1, cause, monkeypatch)
     message = (
-        rf"^batch_size 24 does not fit the memory of cpu \({said}\); halve batch_size and double "
+        rf"^batch_size 24 does not fit in the memory of cpu \({said}\); halve batch_size and double "
         r"accumulate for the same updates, or lower augment\.size\.$"
     )
     with pytest.raises(DeviceError, match=message):

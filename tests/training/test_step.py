@@ -196,7 +196,7 @@ def test_a_recording_that_fails_is_told_and_steps_go_on_without(
     assert_same(state_of(recording), state_of(plain))
     assert asked == [1]
     assert [line for line in caplog.messages if "CUDA graph" in line] == [
-        "a step could not be recorded as a CUDA graph (operation not permitted when stream is capturing); all go kernel by kernel"
+        "could not capture a step as a CUDA graph (operation not permitted when stream is capturing); running all steps eagerly"
     ]
 
 

@@ -105,11 +105,11 @@ def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
         ("not divisible", "ArgumentError: batch_size 15 must be a multiple of the 2 ranks, which take equal parts."),
         (
             "synchronous",
-            "ArgumentError: sync_batchnorm: torch has SyncBatchNorm on CUDA only; leave it out on the CPU.",
+            "ArgumentError: sync_batchnorm: torch supports SyncBatchNorm only on CUDA; leave it out on the CPU.",
         ),
         (
             "apart",
-            f"CheckpointError: run/{LAST}: ranks found different ones; let out be a folder that all machines share.",
+            f"CheckpointError: run/{LAST}: ranks found different checkpoints; set out to a folder that all machines share.",
         ),
     ],
 )
@@ -123,7 +123,7 @@ def test_a_folder_that_another_run_holds_is_refused_by_all_ranks(launch: tuple[P
     (one,), (other,) = (entry.values() for entry in found(launch, "held"))
     assert one == other
     assert re.match(
-        rf"CheckpointError: {re.escape(str(out))}: another run trains here \(process \d+ on .*\); wait for it", one
+        rf"CheckpointError: {re.escape(str(out))}: another run is training here \(process \d+ on .*\); wait, then", one
     )
     assert [path.name for path in out.iterdir()] == [".lock"]
 
@@ -153,7 +153,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_leaves_a_checkpoint(shards: Path
     out = tmp_path / "run"
     done = launched(DIE, "SIGKILL", "step", "4", *command(shards, out))
     assert done.returncode != 0
-    assert "error: rank 0: another rank is gone" in done.stderr
+    assert "error: rank 0: another rank failed" in done.stderr
     assert "Signal 9 (SIGKILL)" in done.stderr
     assert "wrote" not in done.stdout
     assert place(out) == (0, 2)
@@ -171,13 +171,15 @@ def test_a_rank_that_is_killed_is_started_again_and_the_run_equals_one_that_nobo
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch: tuple[Path, str]) -> None:
     out = launch[0] / "signalled"
-    said = f"{out}: stopped by SIGTERM in epoch 1, step 3, and saved; resume=True (--resume) goes on."
+    said = f"{out}: stopped by SIGTERM in epoch 1, step 3, and saved; pass resume=True (--resume) to continue."
     assert found(launch, "signalled") == [{"error": f"StoppedError: {said}"}] * 2
     assert place(out) == (0, 3)
 
 
 def test_a_signal_to_one_rank_stops_the_validation_of_all(launch: tuple[Path, str]) -> None:
     out = launch[0] / "validating"
-    said = f"{out}: stopped by SIGTERM in the validation of epoch 1, and saved; resume=True (--resume) goes on."
+    said = (
+        f"{out}: stopped by SIGTERM in the validation of epoch 1, and saved; pass resume=True (--resume) to continue."
+    )
     assert found(launch, "validating") == [{"error": f"StoppedError: {said}"}] * 2
     assert place(out) == (0, 30)

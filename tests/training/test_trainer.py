@@ -148,7 +148,7 @@ def test_prediction_names_the_file_it_cannot_use(run: Report, flowers: Path, tmp
     note, half = tmp_path / "note.jpg", tmp_path / "half.jpg"
     note.write_text("not an image")
     half.write_bytes(next((flowers / "rose").iterdir()).read_bytes()[:3000])
-    remedy = r"; name image files or folders of them, or pass on_bad='skip' \(--on-bad skip\)\.$"
+    remedy = r"; pass image files or folders, or on_bad='skip' \(--on-bad skip\)\.$"
     with pytest.raises(SampleError, match=r"note\.jpg: is no image" + remedy):
         predict(run.checkpoint, note)
     with pytest.raises(SampleError, match=r"half\.jpg: .*truncated.*" + remedy):
@@ -156,7 +156,7 @@ def test_prediction_names_the_file_it_cannot_use(run: Report, flowers: Path, tmp
     with pytest.raises(SampleError, match=r"gone\.jpg: No such file or directory" + remedy):
         predict(run.checkpoint, tmp_path / "gone.jpg")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SampleError, match=r"empty: holds no images .*; name image files or another folder"):
+    with pytest.raises(SampleError, match=r"empty: holds no images .*; pass image files or another folder"):
         predict(run.checkpoint, tmp_path / "empty")
     rule = "on_bad must be 'fail' or 'skip', got 'drop'"
     with pytest.raises(ArgumentError, match=rule):
@@ -261,16 +261,16 @@ def test_out_folders_are_free_or_refused(shards: Path, tmp_path: Path, monkeypat
     assert train(shards, recipe, device="cpu").folder == Path("runs/resnet18")
     assert train(shards, recipe, device="cpu").folder == Path("runs/resnet18-2")
     with pytest.raises(
-        CheckpointError, match=r"resnet18: holds a run already; pass resume=True \(--resume\), or name another"
+        CheckpointError, match=r"resnet18: already holds a run; pass resume=True \(--resume\), or choose another"
     ):
         train(shards, recipe, out="runs/resnet18", device="cpu")
-    with pytest.raises(ArgumentError, match="resume: name the run's folder with out"):
+    with pytest.raises(ArgumentError, match="resume: pass the run's folder as out"):
         train(shards, recipe, resume=True, device="cpu")
     other = replace(recipe, lr=1.0, augment=replace(recipe.augment, flip=0.25))
     with pytest.raises(
         CheckpointError,
-        match=r"was trained with lr 0\.005 \(now 1\.0\), augment\.flip 0\.5 \(now 0\.25\); resume with that, or name another "
-        r"out, which may start from this file \(weights\)\.$",
+        match=r"was trained with lr 0\.005 \(now 1\.0\), augment\.flip 0\.5 \(now 0\.25\); resume with that recipe, or choose "
+        r"a new out and pass this file as weights\.$",
     ):
         train(shards, other, out="runs/resnet18", resume=True, device="cpu")
 
@@ -285,10 +285,10 @@ def test_resuming_on_other_classes_is_refused(shards: Path, flowers: Path, tmp_p
         )
     pack(other, tmp_path / "shards")
     with pytest.raises(
-        CheckpointError, match=r"was trained on daisy, .*, tulip, these shards have rose, tulip; resume on the same"
+        CheckpointError, match=r"was trained on daisy, .*, tulip, these shards have rose, tulip; resume on its shards"
     ):
         train(tmp_path / "shards", replace(TINY, epochs=1), out=tmp_path / "run", resume=True, device="cpu")
-    with pytest.raises(CheckpointError, match="holds the classes rose, tulip; the checkpoint was trained on daisy"):
+    with pytest.raises(CheckpointError, match="has the classes rose, tulip, but the checkpoint was trained on daisy"):
         evaluate(tmp_path / "run" / "checkpoint-best.pt", tmp_path / "shards", device="cpu")
 
 
@@ -298,7 +298,7 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
         train(shards, replace(TINY, backbone="resnet19"), out=out, device="cpu")
     with pytest.raises(
         ArgumentError,
-        match=r"recipe must be a Recipe, such as fastflower\.recipes\.presets\.PRESETS.* makes one, got 'scratch'",
+        match=r"recipe must be a Recipe, for example fastflower\.recipes\.presets\.PRESETS.*, got 'scratch'",
     ):
         train(shards, "scratch", out=out, device="cpu")  # pyright: ignore[reportArgumentType]
     with pytest.raises(
@@ -306,9 +306,7 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
     ):
         train(shards, TINY, out=out, device="gpu")
     (tmp_path / "file").touch()
-    message = (
-        rf"out: {tmp_path}/file/run cannot be made, {tmp_path}/file is no folder that can be written to; name another"
-    )
+    message = rf"out: cannot create {tmp_path}/file/run: {tmp_path}/file is not a writable folder; choose another out"
     with pytest.raises(ArgumentError, match=message):
         train(shards, TINY, out=tmp_path / "file" / "run", device="cpu")
     with pytest.raises(CheckpointError, match=r"nowhere\.pth: does not exist; check the path"):
@@ -326,7 +324,7 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
 def test_evaluate_refuses_what_is_no_checkpoint(shards: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.pt"
     text.write_text("hello")
-    with pytest.raises(CheckpointError, match=r"text\.pt: is not a file that torch\.save wrote, is cut short"):
+    with pytest.raises(CheckpointError, match=r"text\.pt: was not written by torch\.save, is truncated"):
         evaluate(text, shards)
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"other\.pt: is not a fastflower checkpoint; pass a checkpoint-best\.pt"):
@@ -358,6 +356,6 @@ def test_a_run_goes_on_with_its_own_shards_only(flowers: Path, shards: Path, tmp
     recipe = replace(TINY, epochs=1)
     train(shards, recipe, out=tmp_path / "run", device="cpu")
     pack(flowers, tmp_path / "others", seed=1)
-    rule = r"checkpoint-last\.pt: was trained on other shards; resume on the same, or name another out, which may start"
+    rule = r"checkpoint-last\.pt: was trained on other shards; resume on those, or choose a new out with this file as weights"
     with pytest.raises(CheckpointError, match=rule):
         train(tmp_path / "others", recipe, out=tmp_path / "run", resume=True, device="cpu")

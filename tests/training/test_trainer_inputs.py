@@ -54,7 +54,7 @@ def test_of_two_runs_that_began_together_the_second_does_not_overwrite_the_first
     monkeypatch.setattr("fastflower.training.trainer.run_folder", lambda *_, **__: began)
     before = first.checkpoint.read_bytes()
     with pytest.raises(
-        CheckpointError, match=r"^runs/resnet18: another run took it meanwhile; start again, or name out\.$"
+        CheckpointError, match=r"^runs/resnet18: another run just took this folder; start again, or pass out\.$"
     ):
         train(shards, replace(RECIPE, seed=1), device="cpu")
     assert first.checkpoint.read_bytes() == before
@@ -87,14 +87,14 @@ def test_a_run_goes_on_with_its_own_validation_split_only(tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match=r": is a folder; name a file, such as a run's checkpoint-best\.pt\.$"):
+    with pytest.raises(CheckpointError, match=r": is a folder; pass a file, such as a run's checkpoint-best\.pt\.$"):
         load_file(tmp_path)
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(torch, "load", refuse)
-    with pytest.raises(CheckpointError, match=r"a\.pt: cannot be read \(Permission denied\); fix that"):
+    with pytest.raises(CheckpointError, match=r"a\.pt: cannot be read \(Permission denied\); make it readable"):
         load_file(tmp_path / "a.pt")
 
 

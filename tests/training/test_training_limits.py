@@ -65,11 +65,11 @@ def test_weights_that_are_no_numbers_are_never_saved(
         return found
 
     monkeypatch.setattr(Run, "step", breaking)
-    advice = "train anew (another out) with a lower lr, warm-up (warmup_epochs) or clipped gradients (clip_norm)"
+    advice = "start a new run (another out) with a lower lr, warm-up (warmup_epochs) or gradient clipping (clip_norm)"
     message = (
-        f"{tmp_path}: the validation loss is not finite after epoch 2; {advice}. {LAST}, if there is one, is from before."
+        f"{tmp_path}: the validation loss is not finite after epoch 2; {advice}. {LAST}, if it exists, was saved earlier."
         if save_steps is None
-        else f"{tmp_path}: weights are not finite any more, and were not saved; {advice}."
+        else f"{tmp_path}: weights are no longer finite and were not saved; {advice}."
     )
     with pytest.raises(TrainingError, match=f"^{re.escape(message)}$"):
         train(shards, RECIPE, out=tmp_path, save_steps=save_steps, device="cpu")
@@ -92,7 +92,7 @@ def test_statistics_that_are_no_numbers_are_not_saved_either(
         return step(self, *values, **options)
 
     monkeypatch.setattr(Run, "step", breaking)
-    with pytest.raises(TrainingError, match=r": weights are not finite any more, and were not saved; train anew"):
+    with pytest.raises(TrainingError, match=r": weights are no longer finite and were not saved; start a new run"):
         train(shards, replace(RECIPE, ema=ema), out=tmp_path, device="cpu")
     assert Checkpoint.load(tmp_path / LAST).epoch == 1
 
