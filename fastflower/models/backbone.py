@@ -121,7 +121,7 @@ def _empty(name: str) -> nn.Module:
 def _downloaded(name: str, weights: str) -> nn.Module:
     if name in _V1:
         raise CheckpointError(
-            f"weights={weights!r}: torchvision has no weights for {name}; pass a file's path or None, or use {_V1[name]}."
+            f"weights={weights!r}: torchvision has no weights for {name}; pass a path or None, or use backbone {_V1[name]}."
         )
     try:
         return models.get_model(name, weights=weights)
@@ -225,7 +225,7 @@ def load_file(path: Path) -> dict[str, Any]:
         if isinstance(error, IsADirectoryError):
             raise CheckpointError(f"{path}: is a folder; pass a file, such as a run's checkpoint-best.pt.") from None
         if isinstance(error, PermissionError):  # not OSError, which a truncated file raises too
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); make it readable.") from None
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); fix this, or pass another.") from None
         # Hide torch's message: it suggests weights_only=False, which would run any code in the file.
         raise CheckpointError(
             f"{path}: was not written by torch.save, is truncated, or holds more than tensors and plain values; "

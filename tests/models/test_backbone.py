@@ -225,7 +225,7 @@ def test_unknown_weights_are_refused_with_a_list_of_known_ones() -> None:
 def test_torchvision_has_no_weights_for_resnet_v1() -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"^weights='DEFAULT': torchvision has no weights for resnet50_v1; pass a file's path or None, or use "
+        match=r"^weights='DEFAULT': torchvision has no weights for resnet50_v1; pass a path or None, or use backbone "
         r"resnet50\.$",
     ):
         build("resnet50_v1", 5, weights="DEFAULT")

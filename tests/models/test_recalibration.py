@@ -127,8 +127,8 @@ def test_averaged_weights_get_their_own_statistics(shards: Path, tmp_path: Path)
 def test_a_stopped_and_resumed_model_soup_with_recalibration_equals_an_uninterrupted_one(
     shards: Path, tmp_path: Path, call: int
 ) -> None:
-    """Stop before, at and after the end of the first run. The stop function is called after each of five steps, before each of
-    five batches of the recalibration and two of the validation, and after an epoch."""
+    """Stop before, at and after the end of the first run. Training checks for a stop after each of five steps, before each of
+    five batches of recalibration and two of validation, and after an epoch."""
     recipe = replace(ANEW, epochs=4, soup=2)
     whole = train(shards, recipe, out=tmp_path / "whole", device="cpu")
     calls = iter(range(1, 1000))

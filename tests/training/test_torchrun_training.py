@@ -1,4 +1,4 @@
-"""Training under torchrun: two ranks are one process, and a rank that is killed holds nothing up."""
+"""Training under torchrun: two ranks equal one process, and a killed rank does not block the others."""
 
 import json
 import os
@@ -34,21 +34,21 @@ def launched(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedP
 
 
 def command(shards: Path, out: Path) -> list[str | Path]:
-    """The command line of a run whose averaged weights and batch norms' statistics must survive, too."""
+    """Return the command line of a run with EMA weights and batch norm statistics to restore."""
     options = ["--resume", "--save-steps", "2", "--device", "cpu", *flags(AVERAGED)]
     return ["train", shards, "--out", out, *options]
 
 
 @pytest.fixture(scope="module")
 def launch(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Of torchrun_trainings.py: its folder, and what it said."""
+    """Run torchrun_trainings.py; return its folder and its log."""
     out = tmp_path_factory.mktemp("ranks")
     torch.save(build("resnet18", 5, weights=None).state_dict(), out / WEIGHTS)
     return out, launched(HELPERS / "torchrun_trainings.py", shards, out).stderr
 
 
 def found(launch: tuple[Path, str], name: str) -> list[dict[str, Any]]:
-    """What a training came to on each rank."""
+    """Read the result of a training on each rank."""
     out, said = launch
     paths = [out / f"{name} {rank}.json" for rank in range(2)]
     assert all(path.exists() for path in paths), said
@@ -57,7 +57,7 @@ def found(launch: tuple[Path, str], name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def restarted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run of `fastflower train` on two ranks of which one was killed in the second epoch, and both were started again."""
+    """A run of `fastflower train` on two ranks; one is killed in the second epoch, then torchrun restarts both."""
     out = tmp_path_factory.mktemp("restarted") / "run"
     done = launched(*KILL, *command(shards, out), restarts=1)
     assert done.returncode == 0, done.stderr
@@ -65,10 +65,10 @@ def restarted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 @pytest.mark.parametrize(("name", "updates"), [("frozen", 10), ("accumulated", 6), ("frozen soup", 10)])
-def test_two_ranks_train_as_one_process_does(
+def test_two_ranks_train_like_one_process(
     launch: tuple[Path, str], shards: Path, tmp_path: Path, name: str, updates: int
 ) -> None:
-    """Where batch norms do not see a rank's part of a batch in place of the whole."""
+    """Tested with frozen batch norms, because others would see only a rank's part of a batch."""
     alone = timeless(train(shards, recipes(launch[0])[name], out=tmp_path / "run", device="cpu").history)
     for rank in found(launch, name):
         assert (rank["steps"], rank["updates"]) == (10, updates)
@@ -90,7 +90,7 @@ def test_the_ranks_agree_on_the_history(launch: tuple[Path, str], name: str) -> 
 def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
     launch: tuple[Path, str], shards: Path, name: str
 ) -> None:
-    """Also where each rank's batch norms have seen other images."""
+    """Each rank's batch norms have seen different images."""
     out = launch[0] / name
     best = Checkpoint.load(out / BEST)
     row = written_history(out)[best.epoch - 1]
@@ -113,12 +113,12 @@ def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
         ),
     ],
 )
-def test_what_ranks_cannot_do_is_refused_by_each(launch: tuple[Path, str], name: str, message: str) -> None:
+def test_invalid_settings_are_refused_by_each_rank(launch: tuple[Path, str], name: str, message: str) -> None:
     assert found(launch, name) == [{"error": message}] * 2
     assert not (launch[0] / name).exists()
 
 
-def test_a_folder_that_another_run_holds_is_refused_by_all_ranks(launch: tuple[Path, str]) -> None:
+def test_a_folder_in_use_by_another_run_is_refused_by_all_ranks(launch: tuple[Path, str]) -> None:
     out = launch[0] / "held"
     (one,), (other,) = (entry.values() for entry in found(launch, "held"))
     assert one == other
@@ -128,7 +128,7 @@ def test_a_folder_that_another_run_holds_is_refused_by_all_ranks(launch: tuple[P
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
-def test_one_rank_writes_and_speaks(
+def test_only_one_rank_writes_files_and_logs(
     launch: tuple[Path, str], restarted: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     out, done = restarted
@@ -149,7 +149,7 @@ def test_torchrun_starts_the_module_on_every_rank(shards: Path, tmp_path: Path) 
     assert done.stderr.splitlines().count(message) == 2
 
 
-def test_a_rank_that_is_killed_ends_the_job_and_leaves_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_job_and_leaves_a_checkpoint(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = launched(DIE, "SIGKILL", "step", "4", *command(shards, out))
     assert done.returncode != 0
@@ -159,7 +159,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_leaves_a_checkpoint(shards: Path
     assert place(out) == (0, 2)
 
 
-def test_a_rank_that_is_killed_is_started_again_and_the_run_equals_one_that_nobody_interrupted(
+def test_a_run_restarted_after_a_killed_rank_equals_an_uninterrupted_one(
     launch: tuple[Path, str], restarted: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     out, done = restarted

@@ -1,4 +1,4 @@
-"""The main job: train, resume, evaluate, predict, report."""
+"""`train`, `evaluate` and `predict` together."""
 
 import csv
 import os
@@ -39,7 +39,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     return train(shards, TINY, out=tmp_path_factory.mktemp("runs") / "tiny", device="cpu")
 
 
-def test_a_run_leaves_what_was_promised(run: Report) -> None:
+def test_a_run_writes_the_documented_files(run: Report) -> None:
     names = {path.name for path in run.folder.iterdir()}
     assert names == {
         "history.csv",
@@ -58,7 +58,7 @@ def test_a_run_leaves_what_was_promised(run: Report) -> None:
 
 
 def test_training_learns(shards: Path, tmp_path: Path) -> None:
-    """Chance is 20%; a network that sees the same 120 views ten times knows most of them."""
+    """Chance is 20%. A network that sees the same 120 views ten times learns most of them."""
     recipe = replace(TINY, augment=view_of(TINY), epochs=10, lr=0.01, schedule="cosine")
     assert train(shards, recipe, out=tmp_path / "run", device="cpu").history[-1]["train_accuracy"] > 0.6
 
@@ -69,7 +69,7 @@ def test_the_same_seed_gives_the_same_history_and_another_does_not(run: Report, 
     assert other.history[0]["train_loss"] != run.history[0]["train_loss"]
 
 
-def test_training_leaves_the_callers_random_numbers_alone(shards: Path, tmp_path: Path) -> None:
+def test_training_does_not_change_the_callers_random_state(shards: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
@@ -98,7 +98,7 @@ def test_evaluation_agrees_with_a_plain_loop(run: Report, shards: Path) -> None:
     assert evaluate(checkpoint, shards, device="cpu").accuracy == correct / 30
 
 
-def test_evaluation_covers_the_training_split_too(run: Report, shards: Path) -> None:
+def test_evaluation_accepts_the_training_split(run: Report, shards: Path) -> None:
     assert evaluate(run.checkpoint, shards, split="train", device="cpu").num_samples == 120
 
 
@@ -113,14 +113,14 @@ def test_prediction_agrees_with_evaluation(run: Report, shards: Path, flowers: P
     assert all(prediction.probability == max(prediction.probabilities.values()) for prediction in found)
 
 
-def test_prediction_takes_a_file_or_a_folder(run: Report, flowers: Path) -> None:
+def test_prediction_accepts_a_file_or_a_folder(run: Report, flowers: Path) -> None:
     one = next((flowers / "rose").iterdir())
     assert [prediction.path for prediction in predict(run.checkpoint, one, device="cpu")] == [one]
     assert len(predict(run.checkpoint, flowers / "rose", device="cpu")) == 30
 
 
-def test_prediction_takes_what_packing_takes(run: Report, flowers: Path, tmp_path: Path) -> None:
-    """Linked folders, and any picture under an image's name; but no folders and pipes, which are called so."""
+def test_prediction_accepts_what_pack_accepts(run: Report, flowers: Path, tmp_path: Path) -> None:
+    """This includes linked folders and any image format under a known suffix, but not folders and pipes with such a name."""
     images = sorted((flowers / "rose").iterdir())[:3]
     (tmp_path / "all/sub.jpg").mkdir(parents=True)
     (tmp_path / "linked").mkdir()
@@ -138,13 +138,13 @@ def test_prediction_takes_what_packing_takes(run: Report, flowers: Path, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_prediction_refuses_more_pixels_than_packing(run: Report, tmp_path: Path) -> None:
+def test_prediction_has_the_pixel_limit_of_pack(run: Report, tmp_path: Path) -> None:
     Image.new("1", (14000, 14000)).save(tmp_path / "large.png")
     with pytest.raises(SampleError, match=r"large\.png: .* limit of 178956970 pixels"):
         predict(run.checkpoint, tmp_path / "large.png", device="cpu")
 
 
-def test_prediction_names_the_file_it_cannot_use(run: Report, flowers: Path, tmp_path: Path) -> None:
+def test_prediction_names_a_bad_file(run: Report, flowers: Path, tmp_path: Path) -> None:
     note, half = tmp_path / "note.jpg", tmp_path / "half.jpg"
     note.write_text("not an image")
     half.write_bytes(next((flowers / "rose").iterdir()).read_bytes()[:3000])
@@ -179,7 +179,7 @@ def test_prediction_skips_bad_files_and_names_each(
     assert predict(run.checkpoint, bad, on_bad="skip", device="cpu") == []
 
 
-def test_prediction_names_what_decodes_with_warnings(
+def test_prediction_logs_images_that_decode_with_warnings(
     run: Report, flowers: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = next((flowers / "rose").iterdir()).read_bytes()
@@ -189,7 +189,7 @@ def test_prediction_names_what_decodes_with_warnings(
     assert "JPEG" not in capfd.readouterr().err
 
 
-def test_predictions_are_also_a_table(run: Report, flowers: Path, tmp_path: Path) -> None:
+def test_predictions_are_written_as_csv(run: Report, flowers: Path, tmp_path: Path) -> None:
     odd = tmp_path / os.fsdecode(b'a,"\xff.jpg')
     shutil.copy(flowers / "rose/0001.jpg", odd)
     found = predict(run.checkpoint, [flowers / "tulip", odd], out=tmp_path / "found.csv", device="cpu")
@@ -203,7 +203,7 @@ def test_predictions_are_also_a_table(run: Report, flowers: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("out", ["", "no/found.csv"])
-def test_a_table_that_cannot_be_written_is_refused_first(run: Report, tmp_path: Path, out: str) -> None:
+def test_a_csv_file_that_cannot_be_written_is_refused_before_prediction(run: Report, tmp_path: Path, out: str) -> None:
     rule = f"out: {tmp_path / out} cannot be written; name a file in a folder that is there."
     with pytest.raises(ArgumentError, match=re.escape(rule)):
         predict(run.checkpoint, tmp_path / "not.jpg", out=tmp_path / out)
@@ -221,7 +221,7 @@ def test_shards_without_a_validation_split_can_be_trained_on(flowers: Path, tmp_
 def test_lower_precision_stays_close(
     shards: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    narrow_resnets(monkeypatch)  # some processors only emulate them
+    narrow_resnets(monkeypatch)  # some CPUs emulate these dtypes
     tiny = replace(TINY, augment=replace(TINY.augment, size=32, resize=36), epochs=1)
     recipe = replace(tiny, precision=precision)  # pyright: ignore[reportArgumentType]
     low = train(shards, recipe, out=tmp_path / "run", device="cpu")
@@ -229,9 +229,9 @@ def test_lower_precision_stays_close(
     assert low.history[0]["train_loss"] == pytest.approx(high.history[0]["train_loss"], rel=0.05)
 
 
-def test_precision_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_precision_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    if (path := Path("/proc/cpuinfo")).exists():  # Linux's words; what oneDNN would emulate is left to float32
+    if (path := Path("/proc/cpuinfo")).exists():  # Linux's flag names; float32 if oneDNN would emulate bfloat16
         fast = {"avx512_bf16", "amx_bf16", "bf16"} & set(path.read_text().split())
         assert precision_of("auto", cpu) == (torch.bfloat16 if fast else torch.float32)
     for name, expected in (("avx512_bf16", torch.bfloat16), ("bf16", torch.bfloat16), ("avx512_bw", torch.float32)):
@@ -244,7 +244,7 @@ def test_precision_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> N
         assert precision_of("float32", cuda) == torch.float32
 
 
-def test_a_frozen_stage_stays_as_it_was(shards: Path, tmp_path: Path) -> None:
+def test_a_frozen_stage_does_not_change(shards: Path, tmp_path: Path) -> None:
     start = build("resnet18", 5, weights=None).state_dict()
     torch.save(start, tmp_path / "weights.pth")
     recipe = replace(TINY, epochs=1, freeze=1, weights=str(tmp_path / "weights.pth"))
@@ -255,7 +255,7 @@ def test_a_frozen_stage_stays_as_it_was(shards: Path, tmp_path: Path) -> None:
     assert not torch.equal(start["layer2.0.conv1.weight"], trained["layer2.0.conv1.weight"])
 
 
-def test_out_folders_are_free_or_refused(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_folders_are_new_or_refused(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = replace(TINY, epochs=1)
     assert train(shards, recipe, device="cpu").folder == Path("runs/resnet18")
@@ -321,7 +321,7 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
     assert not out.exists()
 
 
-def test_evaluate_refuses_what_is_no_checkpoint(shards: Path, tmp_path: Path) -> None:
+def test_evaluate_refuses_other_files(shards: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.pt"
     text.write_text("hello")
     with pytest.raises(CheckpointError, match=r"text\.pt: was not written by torch\.save, is truncated"):
@@ -331,10 +331,10 @@ def test_evaluate_refuses_what_is_no_checkpoint(shards: Path, tmp_path: Path) ->
         evaluate(tmp_path / "other.pt", shards)
 
 
-def test_a_compiled_network_trains_like_the_one_that_is_not(
+def test_a_compiled_network_trains_like_an_eager_one(
     run: Report, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced by torch.compile, but not turned into C++, which takes a minute."""
+    """Uses the eager backend of torch.compile, because generating C++ takes a minute."""
     compile_ = torch.compile
     modes: list[str | None] = []
 
@@ -352,7 +352,7 @@ def test_a_compiled_network_trains_like_the_one_that_is_not(
     )
 
 
-def test_a_run_goes_on_with_its_own_shards_only(flowers: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_only_on_its_own_shards(flowers: Path, shards: Path, tmp_path: Path) -> None:
     recipe = replace(TINY, epochs=1)
     train(shards, recipe, out=tmp_path / "run", device="cpu")
     pack(flowers, tmp_path / "others", seed=1)
