@@ -44,7 +44,7 @@ class Stats:
             return f"the consumer is the bottleneck: it waited for data {share:.0%} of the time; speed up the training step."
         waited = f"data loading is the bottleneck: the consumer waited {share:.0%} of the time"
         if not self.augment_seconds:
-            return f"{waited}; a GPU's or DALI's work is not broken down; add cores (workers) or pack smaller images (max_side)."
+            return f"{waited}; work of a GPU or DALI is not broken down; add cores (workers) or pack smaller images (max_side)."
         work = {"reading": self.read_seconds, "decoding": self.decode_seconds, "augmenting": self.augment_seconds}
         slowest = max(work, key=lambda name: work[name])
         advice = {

@@ -30,8 +30,8 @@ def build(
     """Build a network on the CPU that maps images (N, 3, H, W) to logits (N, num_classes).
 
     weights  torchvision's name of pretrained weights, the path of a state_dict or checkpoint (any floating dtype), its URL as
-    https://HOST/FILE#sha256=CHECKSUM (downloaded once), or None. The head of a file is kept if it has `num_classes` outputs,
-    unless the file is a checkpoint for other `classes`; otherwise the head is new.
+    https://HOST/FILE#sha256=CHECKSUM (downloaded once), or None. A head with `num_classes` outputs is kept, unless it comes
+    from a checkpoint for other `classes`; otherwise the head is new.
 
     Raises ArgumentError if the name is unknown or `freeze` exceeds the number of stages, CheckpointError if the weights
     cannot be used.

@@ -24,7 +24,7 @@ class EpochSoFar(TypedDict, total=False):
     losses: Tensor
     """(steps,) float64, the mean loss of each step."""
     hits: int
-    """Number of correct predictions; old files use this name."""
+    """Number of correct predictions; existing files use this key."""
     seconds: float
     """Seconds that the steps took on this rank."""
     waited: float
@@ -85,7 +85,7 @@ class Checkpoint:
             reason = error if isinstance(error, OSError) else error.__context__ or error
             blame_the_system(reason, path)
             raise CheckpointError(
-                f"{path}: could not be written ({reason}); the previous file is unchanged. Free disk space, then resume."
+                f"{path}: could not be written ({reason}); any previous file is unchanged. Free disk space, then resume."
             ) from error
 
     @classmethod
@@ -113,7 +113,7 @@ class Checkpoint:
             ) from error
 
     def network(self) -> nn.Module:
-        """Build the trained network on the CPU, in evaluation mode. Raises CheckpointError if the weights do not fit it."""
+        """Build the trained network on the CPU, in evaluation mode. Raises CheckpointError if the weights cannot be used."""
         self._usable("checkpoint")
         model = build(self.recipe.backbone, len(self.classes), weights=None)
         try:

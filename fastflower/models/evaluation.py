@@ -33,7 +33,7 @@ def evaluate(
         checkpoint: A checkpoint written by `train`.
         shards: The folder written by `pack`, or its URL, as for Loader.
         split: "train" or "val".
-        tta: Test-time augmentation: average the probabilities of each image and its horizontal flip. None uses the recipe's.
+        tta: Test-time augmentation: average the probabilities of each image and its horizontal flip. None: as in the recipe.
         device: None uses CUDA if available, otherwise the CPU.
 
     Returns the scores; labels, probabilities and paths are in the order of the split. Raises CheckpointError if the

@@ -104,12 +104,12 @@ def write_report(
     val: Loader | None,
 ) -> None:
     """Write the figures and report.html into the run's folder."""
-    pictures = {"curves": curves(history)}
+    figures = {"curves": curves(history)}
     mistakes: list[dict[str, object]] = []
     if scores is not None and val is not None:
-        pictures["confusion"] = confusion(scores)
+        figures["confusion"] = confusion(scores)
         mistakes = _mistakes(scores, val)
-    for name, data in pictures.items():
+    for name, data in figures.items():
         write_atomically(folder / f"{name}.png", data)
     template = Environment(loader=PackageLoader("fastflower.reporting"), autoescape=True).get_template("report.html")
     html = template.render(
@@ -118,7 +118,7 @@ def write_report(
         history=history,
         best=history[best_epoch - 1],
         scores=scores,
-        pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
+        figures={name: base64.b64encode(data).decode() for name, data in figures.items()},
         mistakes=mistakes,
     )
     write_atomically(folder / "report.html", html.encode("utf-8", "backslashreplace"))

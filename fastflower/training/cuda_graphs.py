@@ -92,7 +92,7 @@ class Graphs:
         return replay
 
     def _reset_generator(self) -> None:
-        """Reset the random generator, which a failed capture in torch 2.11 leaves unusable for dropout, by another capture."""
+        """Run an empty capture: in torch 2.11, a failed one leaves the random generator unusable for dropout."""
         with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
             torch.zeros(1, device=self._device)
 

@@ -19,7 +19,7 @@ from fastflower.training.run import Run
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Measured rates; `str` adds a verdict with a remedy."""
+    """Measured rates. Its text names the bottleneck and a remedy."""
 
     loading_rate: float
     """Images/s of data loading without training, decoding every image."""
@@ -57,7 +57,7 @@ def diagnose(
         seconds: Length of each of the two measurements, after its first batch.
         device: None uses CUDA if available, otherwise the CPU.
 
-    Returns the rates; `str` of it names the bottleneck. Raises ShardError, ArgumentError and DeviceError as Loader does.
+    Returns the rates; print them to see the bottleneck. Raises ShardError, ArgumentError and DeviceError as Loader does.
     """
     recipe = replace(recipe or Recipe(), weights=None)
     require(seconds > 0, "seconds", "above 0", seconds)

@@ -73,7 +73,7 @@ class Run:
         self.history: list[dict[str, float]] = []
         self._interrupted: EpochSoFar = {}
         self._tally: Tally | None = None  # of the current epoch
-        self._statistics: dict[str, Tensor] = {}  # of batch norms before a recalibration that is running
+        self._statistics: dict[str, Tensor] = {}  # batch norm statistics to save during a recalibration
         if start:
             self._restore(start)
         train_mode(self.network, recipe.freeze)
@@ -108,7 +108,7 @@ class Run:
             if start.feeding["shards"] != self.loader.state_dict()["shards"]:
                 reason = "was trained on other shards; resume on those, or choose a new out with this file as weights."
             raise CheckpointError(f"{place}: {reason}") from None
-        val = self._feeding()["val"]
+        val = self._loader_state()["val"]
         if start.feeding.get("val", val) != val:
             raise CheckpointError(f"{place}: was validated on another split 'val'; resume on the same shards.")
         self.network.load_state_dict(start.trained or start.model)
@@ -181,7 +181,7 @@ class Run:
         if first:
             write_report(self.folder, self.recipe, self.classes, self.history, best, scores, self.val)
         distributed.wait_for_all()
-        self._save_or_stop()  # raises for a SIGTERM after the last epoch, too
+        self._save_or_stop()  # SIGTERM may have come after the last epoch
         return Report(self.folder, self.history, best, scores)
 
     def epoch(self, epoch: int) -> tuple[dict[str, float], Scores | None]:
@@ -322,7 +322,7 @@ class Run:
             remedy = "pass resume=True (--resume) to continue"
             raise StoppedError(f"{self.folder}: stopped by SIGTERM {place}, and saved; {remedy}.")
 
-    def _feeding(self) -> dict[str, object]:
+    def _loader_state(self) -> dict[str, object]:
         return {**self.loader.state_dict(), "val": self.val.state_dict()["shards"] if self.val else None}
 
     def _save(self) -> None:
@@ -342,7 +342,7 @@ class Run:
             epoch=len(self.history),
             history=self.history,
             tally=tally,
-            feeding=self._feeding(),
+            feeding=self._loader_state(),
             optimizer=plain_state(self.optimizer),
             scaler=self.scaler.state_dict(),
             environment=environment(self.device, self.precision),

@@ -1,4 +1,4 @@
-"""The folder of a run: its choice, and a lock that keeps other runs out."""
+"""The folder of a run: choosing it, and locking out other runs."""
 
 import os
 from collections.abc import Generator
@@ -37,7 +37,8 @@ def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
 
     new  The folder must not exist yet. If nothing is written to a created folder, it is removed at the end.
 
-    Raises CheckpointError if another run uses the folder, or if it holds a run and `resume` is False; OSError.
+    Raises CheckpointError if another run uses the folder, or if it holds a run and `resume` is False. Raises OSError if
+    the folder cannot be created or locked.
     """
     created = [place for place in (folder, *folder.parents) if not place.exists()]
     with ExitStack() as stack:

@@ -22,7 +22,7 @@ class Stepper:
     """Runs forward, loss, backward, clipping and update for one batch per call.
 
     With `capture`, the first batch of each shape is captured and all batches are replayed. The capture keeps the network's
-    current mode (training, frozen batch norms). Each call overwrites the outcome of the last one. Without it, steps run eagerly.
+    current mode (training, frozen batch norms), and each call overwrites the last outcome. Without `capture`, steps run eagerly.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Stepper:
         self._network, self._optimizer, self._scaler, self._recipe = network, optimizer, scaler, recipe
         self._device, self._precision = device, precision
         self._criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-        self._on_its_own: Callable[[], AbstractContextManager[object]] = nullcontext
+        self._no_sync: Callable[[], AbstractContextManager[object]] = nullcontext
         self._model: Callable[[Tensor], Tensor] = self._wrapped()
         self._capture = capture
         self._replays: dict[Hashable, Callable[[Tensor, Tensor], Outcome]] = {}
@@ -63,7 +63,7 @@ class Stepper:
         return bool(self._replays)
 
     def _eager(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> Outcome:
-        with self._on_its_own() if not update else nullcontext():
+        with self._no_sync() if not update else nullcontext():
             with torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision != torch.float32):
                 logits = self._model(images)
                 loss: Tensor = self._criterion(logits, labels)
@@ -113,7 +113,7 @@ class Stepper:
             model = DistributedDataParallel(
                 model, device_ids=[self._device] if cuda else None, gradient_as_bucket_view=True
             )
-            self._on_its_own = model.no_sync
+            self._no_sync = model.no_sync
         # CUDA graphs would overwrite accumulated gradients.
         graphs = cuda and self._recipe.accumulate == 1
         return torch.compile(model, mode="reduce-overhead" if graphs else None) if self._recipe.compile else model

@@ -44,7 +44,7 @@ class Tally:
         self._count += 1
 
     def not_finite(self) -> int | None:
-        """Return the first non-finite step among this rank's latest ones, as far as their losses have arrived."""
+        """Return the first of this rank's latest steps with a non-finite loss, ignoring losses that are still being copied."""
         start = max(0, self._count - _LATEST)
         step = first_not_finite(self._losses[start : self._count])
         return None if step is None else len(self._before) + start + step
@@ -67,7 +67,7 @@ class Tally:
 
 
 def first_not_finite(losses: Tensor) -> int | None:
-    """Return the first step whose loss is inf or NaN; losses is (steps,)."""
+    """Return the first step with an inf or NaN loss; losses is (steps,)."""
     steps = (~torch.isfinite(losses)).nonzero()
     return int(steps[0]) if len(steps) else None
 

@@ -1,4 +1,4 @@
-"""`train`: trains a recipe on shards."""
+"""Training of a recipe on shards."""
 
 from pathlib import Path
 
