@@ -32,9 +32,8 @@ def network() -> nn.Module:
 @pytest.fixture(scope="module")
 def checkpoint(network: nn.Module) -> Checkpoint:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
-    network(
-        torch.rand(4, 3, 64, 64)
-    ).square().mean().backward()  # with fewer values, batch norms make gradients explode
+    # With fewer values, batch norms make gradients explode.
+    network(torch.rand(4, 3, 64, 64)).square().mean().backward()
     optimizer.step()
     return Checkpoint(
         recipe=RECIPE,
