@@ -83,7 +83,7 @@ def predict(
     """
     require(on_bad in ("fail", "skip"), "on_bad", "'fail' or 'skip'", on_bad)
     if out is not None and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):  # fail early
-        raise ArgumentError(f"out: {out} cannot be written; name a file in a folder that is there.")
+        raise ArgumentError(f"out: {out} cannot be written; choose a file in an existing folder.")
     name = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)

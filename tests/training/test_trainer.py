@@ -204,7 +204,7 @@ def test_predictions_are_written_as_csv(run: Report, flowers: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("out", ["", "no/found.csv"])
 def test_a_csv_file_that_cannot_be_written_is_refused_before_prediction(run: Report, tmp_path: Path, out: str) -> None:
-    rule = f"out: {tmp_path / out} cannot be written; name a file in a folder that is there."
+    rule = f"out: {tmp_path / out} cannot be written; choose a file in an existing folder."
     with pytest.raises(ArgumentError, match=re.escape(rule)):
         predict(run.checkpoint, tmp_path / "not.jpg", out=tmp_path / out)
 
