@@ -1,6 +1,6 @@
-"""A folder of images becomes a trained classifier, and the accelerator never waits for data.
+"""Train an image classifier from a folder of images, without the accelerator waiting for data.
 
-Importing this package loads nothing: each name below is imported when it is first used.
+Importing this package is cheap: each name below is imported on first use.
 """
 
 from importlib import import_module

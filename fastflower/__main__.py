@@ -1,4 +1,4 @@
-"""The command line as a module: python -m fastflower VERB ..., also under torchrun -m."""
+"""Run the command line as a module: `python -m fastflower VERB ...` or `torchrun -m fastflower VERB ...`."""
 
 import sys
 

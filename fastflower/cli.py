@@ -1,4 +1,4 @@
-"""The command line: each verb of the library, its flags made from its signature and docstring."""
+"""The command line: one verb for each public function, with flags generated from its signature and docstring."""
 
 import inspect
 import logging
@@ -20,12 +20,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastflower.errors import ArgumentError, FastflowerError, ShardError, StoppedError
 
-_MOST_LINES = 20  # of a kind; the manifest has all
+_MAX_LINES = 20  # of each kind; the manifest lists all
 
 _DASK = tyro.conf.arg(
     name="dask",
     metavar="ADDRESS",
-    help="Of a Dask scheduler: pack on its workers, which see FOLDER and OUT under the same paths.",
+    help="Address of a Dask scheduler. Packs on its workers, which must see FOLDER and OUT at the same paths.",
 )
 _TYPES: dict[str, object] = {
     "folder": Path,
@@ -35,17 +35,17 @@ _TYPES: dict[str, object] = {
     "device": str | None,
     "executor": Annotated[str | None, _DASK],
 }
-"""What a command line gives of the verbs' parameters that also take objects which no text describes."""
+"""Types on the command line of parameters that accept more types from Python."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a verb: `fastflower VERB ...`. Returns the exit status: 0, 1 for an error that was explained, 2 for wrong usage."""
+    """Run `fastflower VERB ...`. Returns the exit status: 0, 1 for an explained error, 2 for wrong usage."""
     try:
         status = _run(args)
-        if sys.stdout:  # None where it was closed
-            sys.stdout.flush()  # here, where a reader that is gone is no error of its own
-    except BrokenPipeError:  # whoever read what is printed has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        if sys.stdout:  # None if it was closed
+            sys.stdout.flush()  # raises BrokenPipeError here, not at exit
+    except BrokenPipeError:  # the reader of stdout is gone, for example `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         return 141  # 128 + SIGPIPE
     return status
 
@@ -58,13 +58,13 @@ def _run(args: Sequence[str] | None) -> int:
     if not args or args[0] not in _VERBS:
         asked = bool(args) and args[0] in ("-h", "--help")
         lines = [f"  {name:10}{text}" for name, (_, text) in _VERBS.items()]
-        usage = "usage: fastflower VERB ... (fastflower VERB --help says more)"
-        wrong = [f"there is no verb {args[0]!r}"] if args and not asked else []
+        usage = "usage: fastflower VERB ... (for its flags: fastflower VERB --help)"
+        wrong = [f"unknown verb {args[0]!r}"] if args and not asked else []
         print(*wrong, usage, *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    if reconfigure := getattr(sys.stdout, "reconfigure", None):  # what stands in for stdout may have none
-        reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
-    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata and large images, without the file's name
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):  # a replacement for stdout may lack it
+        reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    warnings.filterwarnings("ignore", module="PIL")  # damaged metadata, large images; they do not name the file
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fastflower").setLevel(logging.INFO)
     verb, _ = _VERBS[args[0]]
@@ -73,7 +73,7 @@ def _run(args: Sequence[str] | None) -> int:
             verb(f"fastflower {args[0]}", args[1:])
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
-        return 143  # 128 + SIGTERM, as the shell reports it
+        return 143  # 128 + SIGTERM, as shells report it
     except FastflowerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -86,9 +86,9 @@ def _run(args: Sequence[str] | None) -> int:
 def _parse(
     prog: str, args: Sequence[str], verb: Callable[..., object], note: str = "", preset: object = None, **types: object
 ) -> dict[str, Any]:
-    """The keyword arguments for `verb` from the command line.
+    """Parse the command line into keyword arguments for `verb`.
 
-    note  stands above the flags in the help. preset  the default of `recipe`. types  of parameters, as in _TYPES.
+    note  text above the flags in the help. preset  default of `recipe`. types  types of parameters, as in _TYPES.
     """
     flags: list[tuple[str, object, object]] = []
     for name, parameter in inspect.signature(verb).parameters.items():
@@ -111,24 +111,24 @@ def _pack(prog: str, args: Sequence[str]) -> None:
         manifest = pack(**values, executor=executor)
     for name, split in manifest.splits.items():
         print(f"{name}: {split.samples} images in {len(split.shards)} shards")
-    twins = [group for group in manifest.duplicates if group not in manifest.label_conflicts]
+    identical = [group for group in manifest.duplicates if group not in manifest.label_conflicts]
     _listed("skipped", [f"{item['path']}: {item['reason']}" for item in manifest.skipped])
     _listed("warning", [f"{item['path']}: {item['warning']}" for item in manifest.warnings])
-    _listed("the same picture under two labels:", map(", ".join, manifest.label_conflicts))
-    _listed("identical:", map(", ".join, twins))
+    _listed("the same image under two labels:", map(", ".join, manifest.label_conflicts))
+    _listed("identical:", map(", ".join, identical))
     near = [f"{item['path']} in {item['split']}, {item['train_path']} in train" for item in manifest.near_duplicates]
-    _listed("looks alike:", near)
+    _listed("near-duplicate:", near)
     if near:
-        print(f"{len(near)} images outside train look like one in train, so accuracy on them says little")
+        print(f"near-duplicates of training images in other splits: {len(near)}; accuracy on them is optimistic")
     print(f"wrote {manifest.folder}")
 
 
 def _listed(what: str, lines: Iterable[str]) -> None:
     lines = list(lines)
-    for line in lines[:_MOST_LINES]:  # the name of a file may hold line breaks and commands to the terminal
+    for line in lines[:_MAX_LINES]:  # file names may contain line breaks and terminal escapes
         print(what, "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line))
-    if len(lines) > _MOST_LINES:
-        print(f"{what} {len(lines) - _MOST_LINES} more, in manifest.json")
+    if len(lines) > _MAX_LINES:
+        print(f"{what} {len(lines) - _MAX_LINES} more, in manifest.json")
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def _dask(address: str | None) -> Generator[Executor | None]:
         client = Client(address, timeout=10)
     except (OSError, ValueError) as error:
         raise ArgumentError(
-            f"--dask {address}: no scheduler answers there ({error}); name one as tcp://HOST:PORT."
+            f"--dask {address}: no scheduler answers ({error}); pass its address as tcp://HOST:PORT."
         ) from None
     with client:
         yield client.get_executor()  # pyright: ignore[reportUnknownMemberType]  (distributed is untyped)
@@ -159,7 +159,7 @@ def _verify(prog: str, args: Sequence[str]) -> None:
         print(problem)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ShardError(f"{values['shards']}: {count}, named above.")
+        raise ShardError(f"{values['shards']}: {count}, listed above.")
     print(f"{values['shards']}: every image decodes; tars, indexes and manifest agree")
 
 
@@ -179,7 +179,7 @@ def _preview(prog: str, args: Sequence[str]) -> None:
 def _train(prog: str, args: Sequence[str]) -> None:
     from fastflower.training.trainer import train
 
-    first = os.environ.get("RANK", "0") == "0"  # torchrun's number: one of the ranks speaks
+    first = os.environ.get("RANK", "0") == "0"  # set by torchrun; only rank 0 reports
     if not first:
         logging.getLogger("fastflower").setLevel(logging.WARNING)
     report = train(**_parse_recipe(prog, args, train, out=Path | None))
@@ -192,11 +192,11 @@ def _train(prog: str, args: Sequence[str]) -> None:
 
 
 def _parse_recipe(prog: str, args: Sequence[str], verb: Callable[..., object], **types: object) -> dict[str, Any]:
-    """As _parse, for a verb on shards with a recipe, of which each field is a flag."""
+    """Parse the command line for a verb that takes a recipe. Each field of the recipe is a flag."""
     from fastflower.recipes.presets import PRESETS
     from fastflower.recipes.recipe import Recipe
 
-    # --recipe NAME is taken out first: the defaults of all other flags depend on it.
+    # --recipe NAME is parsed first, because the defaults of all other flags depend on it.
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", nargs="?", default="default", const="")
     recipe_flag, rest = parser.parse_known_args(args)
@@ -204,7 +204,7 @@ def _parse_recipe(prog: str, args: Sequence[str], verb: Callable[..., object], *
     if name not in PRESETS:
         meant = "".join(f" Did you mean {near}?" for near in get_close_matches(name, PRESETS, 1))
         raise ArgumentError(f"--recipe must be one of {', '.join(PRESETS)}, got {name!r}.{meant}")
-    note = f"--recipe NAME, one of {', '.join(PRESETS)}, sets the fields of the recipe; the flags below change them."
+    note = f"--recipe NAME sets the defaults of the flags below. NAME is one of: {', '.join(PRESETS)}."
     recipe = Annotated[Recipe, tyro.conf.arg(name="")]
     return _parse(prog, rest, verb, note, PRESETS[name](), recipe=recipe, **types)
 
@@ -232,11 +232,11 @@ def _predict(prog: str, args: Sequence[str]) -> None:
 
 
 _VERBS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
-    "pack": (_pack, "a folder of class folders into shards"),
-    "verify": (_verify, "check shards against their checksums and indexes"),
-    "doctor": (_doctor, "say what holds training back: reading, decoding, augmenting or the network"),
-    "preview": (_preview, "draw what a recipe makes of images"),
-    "train": (_train, "a classifier on shards"),
-    "evaluate": (_evaluate, "score a checkpoint on shards"),
+    "pack": (_pack, "convert a folder of class folders to shards"),
+    "verify": (_verify, "check that every image decodes and that shards, indexes and manifest agree"),
+    "doctor": (_doctor, "find what limits training speed: reading, decoding, augmenting or the network"),
+    "preview": (_preview, "write a PNG of images as a recipe augments them"),
+    "train": (_train, "train a classifier on shards"),
+    "evaluate": (_evaluate, "score a checkpoint on a split of shards"),
     "predict": (_predict, "classify image files"),
 }

@@ -1,4 +1,4 @@
-"""What runs a step: the device, what is stated of it, and its random numbers."""
+"""Device selection, precision, random generators, and a record of hardware and versions."""
 
 import logging
 import os
@@ -16,23 +16,23 @@ _log = logging.getLogger("fastflower")
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; None means CUDA where there is one, else the CPU, and says which in the log.
+    """Return the torch device. None means CUDA if available, else the CPU, and logs the choice.
 
-    Raises DeviceError for CUDA where there is none, ArgumentError for what is no device.
+    Raises DeviceError if CUDA is requested but not available, ArgumentError if `device` is not a device.
     """
     available = torch.cuda.is_available()
     if device is None:
-        _log.info("device: %s (none was asked for)", "cuda" if available else "cpu")
+        _log.info("device: %s (chosen by default)", "cuda" if available else "cpu")
     try:
         chosen = torch.device(device or ("cuda" if available else "cpu"))
     except RuntimeError:
         raise ArgumentError(
-            f"device must be cpu, cuda or cuda:NUMBER, got {device!r}; leave it out for CUDA where there is one."
+            f"device must be cpu, cuda or cuda:NUMBER, got {device!r}; omit it to use CUDA if available."
         ) from None
     if chosen.type == "cuda" and not available:
         raise DeviceError(
             f"device={str(device)!r}: this machine, or this build of torch ({torch.__version__}), has no CUDA; "
-            f"leave device out to use the CPU, or install an NVIDIA driver and a CUDA build of torch."
+            f"omit device to use the CPU, or install an NVIDIA driver and a CUDA build of torch."
         )
     if str(chosen) == "cuda":  # without a number
         chosen = torch.device("cuda", torch.cuda.current_device())
@@ -40,18 +40,18 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def precision_of(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast on a device, in which a loader gives it images; precision  as a Recipe's."""
+    """Return the dtype for autocast and for images on a device. precision  as in `Recipe`."""
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    # Elsewhere it is emulated: a ResNet-50's step took 2 times as long with AVX-512, 18 times without (docs/log.md).
-    fast = any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16")))  # ARM's is bf16
+    # Other CPUs emulate bfloat16: a ResNet-50 step took 2 times as long with AVX-512, 18 times without (docs/log.md).
+    fast = any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16")))  # "bf16" is ARM's
     return torch.bfloat16 if fast else torch.float32
 
 
 def environment(device: torch.device, precision: torch.dtype | None = None) -> dict[str, str]:
-    """Hardware, versions and, of training, its precision: for checkpoints and benchmark records."""
+    """Return hardware, package versions and, if given, the precision, for checkpoints and benchmark records."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     names = ("fastflower", "torch", "torchvision", "numpy", "opencv-python-headless")
     return {
@@ -66,15 +66,15 @@ def environment(device: torch.device, precision: torch.dtype | None = None) -> d
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """Where a step on the device takes its random numbers from. A graph reads its seed anew at each replay."""
+    """Return the generator that a step on the device uses. A CUDA graph reads its seed again at each replay."""
     return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
 
 @contextmanager
 def fastest_convolutions(device: torch.device) -> Generator[None]:
-    """Within, cuDNN times its algorithms at the first batch of each shape and keeps the fastest: shapes stay, so it pays.
+    """Let cuDNN benchmark its algorithms for each new shape inside the block. This pays because shapes rarely change.
 
-    Not torch.backends.cudnn.flags, which sets all of cuDNN's flags, TF32 too, to values of its own.
+    torch.backends.cudnn.flags would also reset cuDNN's other flags, such as TF32.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before or device.type == "cuda"

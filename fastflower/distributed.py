@@ -1,4 +1,4 @@
-"""The processes that train together: torchrun's group, and the few sums and agreements that they need."""
+"""The process group that torchrun starts, and the few collective operations that training needs."""
 
 import os
 from collections.abc import Generator
@@ -16,9 +16,10 @@ _T = TypeVar("_T")
 
 @contextmanager
 def process_group(device: str | torch.device | None) -> Generator[None]:
-    """Join the processes that torchrun started, and leave them at the end; does nothing alone or where that was done.
+    """Join torchrun's process group for the block. Does nothing without torchrun or if already initialized.
 
-    Each rank takes the GPU of its number on the machine, unless `device` is the CPU. Raises DeviceError where there are fewer.
+    Each rank uses the GPU of its local rank, unless `device` is the CPU. Raises DeviceError if there are more ranks
+    than GPUs.
     """
     if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
         yield
@@ -26,12 +27,14 @@ def process_group(device: str | torch.device | None) -> Generator[None]:
     asked = str(device or "cuda")
     cuda = torch.cuda.is_available() and asked.startswith("cuda")
     if cuda and ":" in asked:
-        raise ArgumentError(f"device must be cuda, of which each rank takes the GPU of its number, got {asked!r}.")
+        raise ArgumentError(
+            f"device must be cuda under torchrun, got {asked!r}: each rank uses the GPU of its local rank."
+        )
     if cuda:
         here, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if here >= gpus:
             raise DeviceError(
-                f"rank {here} of this machine has no GPU, there are {gpus}; start at most so many ranks on it."
+                f"local rank {here} has no GPU, this machine has {gpus}; start at most {gpus} ranks (--nproc-per-node)."
             )
         torch.cuda.set_device(here)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -42,36 +45,36 @@ def process_group(device: str | torch.device | None) -> Generator[None]:
 
 
 def rank() -> int:
-    """This process's number, 0 where there is only one."""
+    """Return this process's rank: 0 if it is the only one."""
     return dist.get_rank() if _together() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of ranks: 1 without a process group."""
     return dist.get_world_size() if _together() else 1
 
 
 def share(batch_size: int) -> int:
-    """A rank's part of a global batch. Raises ArgumentError where it cannot be cut into equal parts."""
+    """Return a rank's share of a global batch. Raises ArgumentError if the ranks cannot have equal shares."""
     count = world_size()
     if batch_size % count:
-        raise ArgumentError(f"batch_size {batch_size} must be a multiple of the {count} ranks, which take equal parts.")
+        raise ArgumentError(f"batch_size {batch_size} must be a multiple of the number of ranks ({count}).")
     return batch_size // count
 
 
 def place(asked_rank: int | None, asked_size: int | None) -> tuple[int, int]:
-    """(rank, world size) as asked for, or where neither is torch.distributed's. Raises ArgumentError where they do not fit."""
+    """Return the requested (rank, world size), or torch.distributed's if both are None. Raises ArgumentError."""
     if asked_rank is None and asked_size is None:
         return rank(), world_size()
     if asked_rank is None or asked_size is None:
-        raise ArgumentError("rank and world_size belong together; give both or neither.")
+        raise ArgumentError("rank and world_size belong together; pass both or neither.")
     if not 0 <= asked_rank < asked_size:
-        raise ArgumentError(f"rank must lie in 0 .. world_size-1 = {asked_size - 1}, got {asked_rank}.")
+        raise ArgumentError(f"rank must be in 0 .. world_size-1 = {asked_size - 1}, got {asked_rank}.")
     return asked_rank, asked_size
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over all ranks of a CPU tensor, elementwise."""
+    """Return the elementwise sum of a CPU tensor over all ranks."""
     total = values.clone()
     if _together():
         dist.all_reduce(total)
@@ -79,12 +82,12 @@ def summed(values: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether any rank says so; all ranks must ask at the same place."""
+    """Return True if `flag` is True on any rank. All ranks must call this together."""
     return bool(summed(torch.tensor(int(flag)))) if _together() else flag
 
 
 def gathered(value: _T) -> list[_T]:
-    """The values of all ranks, in their order; numpy arrays and plain values."""
+    """Return the values of all ranks, in rank order. Values must be picklable."""
     values = [value] * world_size()
     if _together():
         dist.all_gather_object(values, value)
@@ -92,14 +95,14 @@ def gathered(value: _T) -> list[_T]:
 
 
 def share_buffers(network: nn.Module) -> None:
-    """Give all ranks rank 0's statistics of batch norms, which each took from its own part of the last batch."""
+    """Copy rank 0's batch norm statistics to all ranks. Each rank computed its own from its part of the batches."""
     if _together():
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
 
 
 def wait_for_all() -> None:
-    """Go on when every rank is here."""
+    """Block until every rank has called this."""
     if _together():
         dist.barrier()
 

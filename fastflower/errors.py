@@ -1,4 +1,4 @@
-"""The errors that a caller can act on, and the checks of arguments.
+"""The errors that a caller can handle, and helpers that check arguments.
 
 Each message names the file or argument, the rule and the remedy.
 """
@@ -13,27 +13,30 @@ if TYPE_CHECKING:
 
 
 class FastflowerError(Exception):
-    """Base of every error that fastflower raises on purpose."""
+    """Base class of all errors that fastflower raises on purpose. Catch it to report any expected failure."""
 
 
 class ArgumentError(FastflowerError, ValueError):
-    """An argument, or a field of `Augment` or `Recipe`, is outside its rule."""
+    """Raised if an argument, or a field of `Augment` or `Recipe`, breaks its rule. Change the value to fit the rule."""
 
 
 def require(holds: bool, name: str, rule: str, value: object) -> None:
-    """Raise ArgumentError for an argument that is outside its rule."""
+    """Raise ArgumentError, naming the argument, its rule and its value, unless `holds`."""
     if not holds:
         raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
 
 
 def make_plain(instance: "DataclassInstance") -> None:
-    """Make a frozen dataclass's fields what a checkpoint may hold: numpy's numbers Python's, lists tuples, paths text."""
+    """Convert the fields of a frozen dataclass to types that a checkpoint can hold.
+
+    numpy scalars become Python numbers, lists become tuples and paths become strings.
+    """
     for item in fields(instance):
         object.__setattr__(instance, item.name, _plain(getattr(instance, item.name)))
 
 
 def _plain(value: object) -> object:
-    import numpy as np  # takes a third of the time of `fastflower --help`, which comes to no dataclass
+    import numpy as np  # a third of the time of `fastflower --help`, which builds no dataclass
 
     if type(value) in (list, tuple):
         return tuple(map(_plain, cast("Sequence[object]", value)))
@@ -43,36 +46,39 @@ def _plain(value: object) -> object:
 
 
 class FolderError(FastflowerError):
-    """A folder of images cannot be packed as it stands."""
+    """Raised if a folder of images cannot be packed. Fix the folder, or pass another option or `out`."""
 
 
 class ShardError(FastflowerError):
-    """Shards, their manifest or their index are missing, damaged or do not belong together."""
+    """Raised if shards, manifest or index are missing, damaged or inconsistent. Restore, repair or pack them again."""
 
 
 class SampleError(FastflowerError):
-    """One image cannot be decoded, or its bytes are not those that were packed."""
+    """Raised if an image cannot be decoded or has changed since it was packed. Replace it, or skip damaged images."""
 
 
 class CheckpointError(FastflowerError):
-    """A checkpoint or a file of weights cannot be used, or not be written."""
+    """Raised if a checkpoint or weights file cannot be read, used or written. Pass another file or another `out`."""
 
 
 class DeviceError(FastflowerError):
-    """The device that was asked for is not there, or its memory does not suffice."""
+    """Raised if the requested device is missing or out of memory. Pass another device, or lower the batch size."""
 
 
 class TrainingError(FastflowerError):
-    """Training cannot go on: a loss or weights that are not finite, a rank that is gone, a folder that refuses a file."""
+    """Raised if training cannot continue: a non-finite loss or weights, a lost rank, or a file that cannot be written.
+
+    Saved checkpoints stay valid. Fix the cause and resume, or train again with the changes that the message names.
+    """
 
 
 class HeldError(FastflowerError):
-    """Another process holds a lock; the message says which."""
+    """Raised if another process holds a lock; the message says which. Wait for it, or use another folder."""
 
 
 class ResourceError(FastflowerError):
-    """The system refuses another open file, or memory: nothing is wrong with what was to be read."""
+    """Raised if the system refuses memory or another open file. The data is fine: free the resource and run again."""
 
 
 class StoppedError(FastflowerError):
-    """SIGTERM ended training; its state was saved."""
+    """Raised when SIGTERM stops training, after its state was saved. Pass `resume=True` to continue."""

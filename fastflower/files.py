@@ -1,6 +1,6 @@
-"""Files that several processes may write or want: written whole or not at all, locks that die with their process.
+"""Atomic writes and file locks, for files that several processes share.
 
-A lock is the kernel's (flock), so that whoever is killed leaves none behind. A child that is forked holds none of its parent's.
+The kernel holds the locks (flock), so a killed process leaves none behind. A forked child does not hold its parent's.
 """
 
 import errno
@@ -20,22 +20,22 @@ from fastflower.errors import ArgumentError, HeldError, ResourceError
 
 _log = logging.getLogger("fastflower")
 
-_LOOK = 0.05  # seconds between looks at a lock that another process holds
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of flock, on a file system without locks
+_POLL_SECONDS = 0.05  # between attempts to take a lock that another process holds
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # flock on a file system without locks
 PARTIAL = f"*.{'[0-9a-f]' * 8}.part"
-"""Matches what `partial_name` gives."""
+"""Glob pattern that matches the names from `partial_name`."""
 
 
 def partial_name(path: Path) -> Path:
-    """Beside `path`, a name that nobody else has, for what is to become that file."""
+    """Return a unique temporary path beside `path`, for data that will be renamed to it."""
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
 
 
 @contextmanager
 def written(path: Path) -> Generator[Path]:
-    """A file to make and to sync in place of `path`: it gets that name at the end, and is removed after an error.
+    """Yield a temporary path to write and sync; rename it to `path` at the end, or remove it after an error.
 
-    Several processes may write the same file: the last one's stays.
+    Several processes may write the same file: the last one wins.
     """
     part = partial_name(path)
     try:
@@ -47,7 +47,7 @@ def written(path: Path) -> Generator[Path]:
 
 
 def write_atomically(path: Path, *pieces: bytes | bytearray | memoryview) -> None:
-    """Write a file so that it is seen whole or not at all, also after a power cut."""
+    """Write a file atomically: even after a power cut it is complete or absent."""
     with written(path) as part, part.open("wb") as file:
         for piece in pieces:
             file.write(piece)
@@ -56,17 +56,20 @@ def write_atomically(path: Path, *pieces: bytes | bytearray | memoryview) -> Non
 
 
 def write_out(out: Path, data: bytes) -> None:
-    """As `write_atomically`, a file that the caller named. Raises ArgumentError where it cannot be, or ResourceError."""
+    """Write a file atomically to the path that a caller passed as `out`.
+
+    Raises ArgumentError if it cannot be written, or ResourceError if the system lacks files or memory.
+    """
     try:
         write_atomically(out, data)
     except OSError as error:
         blame_the_system(error, out)
         what = f"{out} cannot be written ({error.strerror})"
-        raise ArgumentError(f"out: {what}; name a file in a folder that is there.") from None
+        raise ArgumentError(f"out: {what}; choose a file in an existing folder.") from None
 
 
 def sync(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Flush a folder's entries to disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -75,31 +78,32 @@ def sync(folder: Path) -> None:
 
 
 def refusal(error: object, path: object) -> ResourceError | None:
-    """What to say where a file was refused for lack of files or memory, which says nothing about the file."""
+    """Return a ResourceError if `error` means that the system ran out of open files or memory, else None."""
     number = error.errno if isinstance(error, OSError) else None
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    wanted = max(4096, 2 * limit)
     remedy = {
-        errno.EMFILE: f"this process has reached its limit of {limit} open files; raise it (ulimit -n {max(4096, 2 * limit)})",
-        errno.ENFILE: "the system has as many files open as it may; close programs, or allow more (sysctl fs.file-max)",
-        errno.ENOMEM: "memory ran out; close programs, or use fewer workers",
+        errno.EMFILE: f"this process has reached its limit of {limit} open files; raise it (ulimit -n {wanted})",
+        errno.ENFILE: "the system has reached its limit of open files; close programs or raise it (sysctl fs.file-max)",
+        errno.ENOMEM: "out of memory; close programs or use fewer workers",
     }.get(number or 0)
     return ResourceError(f"{path}: cannot be opened or read: {remedy}, and run again.") if remedy else None
 
 
 def blame_the_system(error: object, path: object) -> None:
-    """Raise that, if it is so."""
+    """Raise the ResourceError of `refusal`, if any."""
     if refused := refusal(error, path):
         raise refused from None
 
 
 @contextmanager
 def locked(path: Path, given_up: Callable[[], bool] | None = None) -> Generator[bool]:
-    """Hold the lock of a file, which is made where it is missing, with its folder, until the end or the process's end.
+    """Hold the lock of a file until the block or the process ends. Creates the file and its folder if missing.
 
-    given_up  asked again and again while another holds the lock: CancelledError when it says so. None: nobody waits, and
-    HeldError says who holds it.
+    given_up  polled while another process holds the lock: if it returns True, raises CancelledError. None: does not
+    wait, but raises HeldError, which names the holder.
 
-    Yields True; False, after one warning, where the file system has no locks, and everything goes on without.
+    Yields True, or False (after one warning) if the file system does not support locks.
     """
     lock = _Lock(path)
     try:
@@ -108,7 +112,7 @@ def locked(path: Path, given_up: Callable[[], bool] | None = None) -> Generator[
                 raise HeldError(lock.read_holder())
             if given_up():
                 raise CancelledError
-            time.sleep(_LOOK)
+            time.sleep(_POLL_SECONDS)
         if given_up is None:
             lock.write_holder()
         yield lock.exists
@@ -117,14 +121,14 @@ def locked(path: Path, given_up: Callable[[], bool] | None = None) -> Generator[
 
 
 class _Lock:
-    """An open file that stands for a lock."""
+    """A lock, held through an open file."""
 
     def __init__(self, path: Path) -> None:
         self.exists = True
         self._path, self._number, self._signed = path, -1, False
 
     def acquire(self) -> bool:
-        """Take the lock, unless another holds it; whether it now is ours. Raises OSError."""
+        """Try to take the lock. Returns False if another process holds it. Raises OSError."""
         while True:
             try:
                 if self._number < 0:
@@ -134,12 +138,12 @@ class _Lock:
                     return True
             except BlockingIOError:
                 return False
-            except FileNotFoundError:  # whoever held it removed it, or the folder as well
+            except FileNotFoundError:  # its holder removed the file or the folder
                 pass
             except OSError as error:
                 if error.errno not in _NO_LOCKS or self._number < 0:
                     raise
-                self._go_on_without(error)
+                self._continue_without(error)
                 return True
             self.release()
 
@@ -149,19 +153,19 @@ class _Lock:
             self._number = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             _open_locks.add(self)
 
-    def _go_on_without(self, error: OSError) -> None:
-        """Say once of a file system that it has no locks."""
+    def _continue_without(self, error: OSError) -> None:
+        """Continue without a lock. Warns once for each file system."""
         self.exists = False
         device = os.fstat(self._number).st_dev
         if device not in _lockless_devices:
             _lockless_devices.add(device)
-            what = "its file system has no locks, so nothing keeps a second process from writing here"
-            _log.warning("%s: %s: start one at a time (%s)", self._path.parent, what, error.strerror)
+            what = "its file system does not support locks, so run only one process at a time here"
+            _log.warning("%s: %s (%s)", self._path.parent, what, error.strerror)
 
     def write_holder(self) -> None:
         self._signed = True
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        with suppress(OSError):  # a full disk
+        with suppress(OSError):  # the disk may be full
             os.ftruncate(self._number, 0)
             os.pwrite(self._number, f"process {os.getpid()} on {os.uname().nodename}, since {since}".encode(), 0)
 
@@ -169,29 +173,29 @@ class _Lock:
         return os.pread(self._number, 200, 0).decode(errors="replace") or "another process"
 
     def release(self) -> None:
-        """Give the lock back; does nothing in a child that was forked meanwhile."""
+        """Release the lock. Does nothing in a child that was forked while it was held."""
         with _forking:
             if self._number >= 0:
-                with suppress(OSError):  # closing is not enough where a child that C code forked shares the open file
+                with suppress(OSError):  # closing is not enough if a child forked by C code shares the open file
                     if self._signed:
                         os.ftruncate(self._number, 0)
                     fcntl.flock(self._number, fcntl.LOCK_UN)
                 self.close_file()
 
     def close_file(self) -> None:
-        """Close the file; the lock goes with it, unless another process shares the open file."""
+        """Close the file. This releases the lock, unless another process shares the open file."""
         _open_locks.discard(self)
         os.close(self._number)
         self._number = -1
 
 
 _open_locks: set[_Lock] = set()
-_lockless_devices: set[int] = set()  # those that were warned of
-_forking = threading.Lock()  # held while `_open_locks` changes, and during a fork
+_lockless_devices: set[int] = set()  # already warned about
+_forking = threading.Lock()  # held during a fork and while `_open_locks` changes
 
 
 def _close_inherited() -> None:
-    """In a child that was forked: close what it shares with its parent, who goes on holding it."""
+    """Close the lock files that a forked child shares with its parent. The parent keeps its locks."""
     for lock in list(_open_locks):
         lock.close_file()
     _forking.release()

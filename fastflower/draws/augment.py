@@ -1,7 +1,7 @@
-"""What is drawn: `Augment`, a distribution, which gives a `Draw` of plain numbers for samples, and a `Mix` of pairs of them.
+"""`Augment`: a distribution of augmentations. It draws a `Draw` for samples and a `Mix` for pairs of samples.
 
-A sample's draw does not depend on batch size, worker, rank, or on which other augmentations are switched on. Shape suffixes:
-N samples, A attempts, S slots.
+A sample's draw does not depend on batch size, worker, rank or which other augmentations are enabled.
+Shape suffixes: N samples, A attempts, S slots.
 """
 
 from dataclasses import dataclass
@@ -19,67 +19,71 @@ from fastflower.errors import make_plain, require
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augment:
-    """A distribution of random changes. `Augment()` draws nothing: it is the validation view.
+    """A distribution of augmentations. `Augment()` draws nothing random: it is the validation view.
 
-    Distributions are torchvision's, parameter by parameter; geometry comes first, then brightness, contrast, saturation
-    and hue in this order. Raises ArgumentError naming the field and its rule.
+    Each parameter has torchvision's distribution. Geometry is applied first, then brightness, contrast, saturation and
+    hue in this order, then normalization, erasing and mixing. Raises ArgumentError, which names the field and its rule.
     """
 
     size: int | tuple[int, int] = 224
-    """Output pixels: (height, width), or one number for a square."""
+    """Output size in pixels: (height, width), or one number for a square."""
     resize: int | tuple[int, int] | None = None
-    """Without `crop`: the shorter side (or exactly height, width) before the central `size` is cut out; None: 8/7 of the longer
-    side of `size`, as torchvision's 256 of 224."""
+    """Without `crop`: resize to this shorter side, or to exactly (height, width), then center-crop `size`; in pixels.
+    None: 8/7 of the longer side of `size`, for example 256 for 224 [torchvision]."""
     crop: tuple[float, float] | None = None
-    """RandomResizedCrop: the share of the image's area, drawn uniformly from (least, most); None: the center."""
+    """Random crop: area as a fraction of the image, uniform in (min, max). None: center crop [RandomResizedCrop]."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width to height of the crop, drawn log-uniformly."""
+    """Aspect ratio of the random crop, width / height, log-uniform in (min, max) [RandomResizedCrop]."""
     flip: float = 0.0
-    """Probability of a left-right mirror image."""
+    """Probability of a horizontal flip. 0: never [RandomHorizontalFlip]."""
     flip_vertical: float = 0.0
-    """Probability of an upside-down mirror image."""
+    """Probability of a vertical flip. 0: never [RandomVerticalFlip]."""
     rotate: float = 0.0
-    """Degrees; the angle is drawn uniformly from [-rotate, rotate]."""
+    """Maximum rotation in degrees. The angle is uniform in [-rotate, rotate]. 0: none [RandomRotation]."""
     affine_rotate: float = 0.0
-    """Degrees; a second angle, drawn likewise: the rotation that RandomAffine adds to RandomRotation's."""
+    """Maximum of a second rotation in degrees, uniform like `rotate` and applied after it. 0: none [RandomAffine]."""
     translate: tuple[float, float] = (0.0, 0.0)
-    """Largest shift (x, y) either way, as a fraction of the output's width and height; whole pixels."""
+    """Maximum shift (x, y) in either direction, as a fraction of the output's width and height.
+    Uniform, rounded to whole pixels. 0 0: none [RandomAffine]."""
     scale: tuple[float, float] = (1.0, 1.0)
-    """Factor, drawn uniformly from (least, most)."""
+    """Zoom factor, uniform in (min, max); above 1 magnifies. 1 1: none [RandomAffine]."""
     shear: tuple[float, float] = (0.0, 0.0)
-    """Degrees; drawn uniformly from [-x, x] along x and [-y, y] along y."""
+    """Maximum shear (x, y) in degrees, below 90; uniform in [-x, x] and [-y, y]. 0 0: none [RandomAffine]."""
     brightness: float = 0.0
-    """Factor drawn uniformly from [max(0, 1 - brightness), 1 + brightness]."""
+    """Brightness jitter: the factor is uniform in [max(0, 1 - brightness), 1 + brightness]. 0: none [ColorJitter]."""
     contrast: float = 0.0
-    """Factor about the image's mean gray, drawn as for brightness."""
+    """Contrast jitter about the image's mean gray, with a factor drawn as for brightness. 0: none [ColorJitter]."""
     saturation: float = 0.0
-    """Factor between gray and color, drawn as for brightness."""
+    """Saturation jitter, with a factor drawn as for brightness. 0: none [ColorJitter]."""
     hue: float = 0.0
-    """Turns of the color wheel, drawn uniformly from [-hue, hue]; at most 0.5."""
+    """Maximum hue shift in turns of the color wheel, at most 0.5; uniform in [-hue, hue]. 0: none [ColorJitter]."""
     erase: float = 0.0
-    """Probability that a rectangle is blotted out (RandomErasing)."""
+    """Probability of erasing a rectangle. 0: never [RandomErasing]."""
     erase_area: tuple[float, float] = (0.02, 0.33)
-    """Share of the output's area, drawn uniformly."""
+    """Area of the erased rectangle as a fraction of the output, uniform in (min, max) [RandomErasing]."""
     erase_ratio: tuple[float, float] = (0.3, 3.3)
-    """Height to width of the rectangle, drawn log-uniformly."""
+    """Aspect ratio of the erased rectangle, height / width, log-uniform in (min, max) [RandomErasing]."""
     erase_value: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """What the rectangle is filled with, in normalized units: 0 is the mean color."""
+    """Color of the erased rectangle (red, green, blue), in normalized units. 0 0 0: the mean color [RandomErasing]."""
     fill: Literal["black", "photo"] = "black"
-    """What stands outside the crop after rotation, shift or shear: black as in torchvision, or the image's own pixels."""
+    """Fill for what rotation, shift or shear uncovers: "black" [torchvision] or "photo", the image beyond the crop."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean (red, green, blue) for normalization, for levels in 0 .. 1: (level / 255 - mean) / std [Normalize]."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """Normalization: (level / 255 - mean) / std."""
+    """Standard deviation (red, green, blue) for normalization, for levels in 0 .. 1 [Normalize]."""
     mixup: float = 0.0
-    """Mix the images and labels of neighbors in the batch: the Beta distribution's parameter for their weights; 0: never."""
+    """Blend each image and label with its neighbor's in the batch. The weight is drawn from Beta(mixup, mixup).
+    0: never [Zhang et al. 2018]."""
     cutmix: float = 0.0
-    """Paste a rectangle of the neighbor instead, likewise; where both are given each pair is dealt one of them."""
+    """Paste a rectangle from the neighbor and mix the labels by area. The area is drawn from Beta(cutmix, cutmix).
+    0: never. With mixup too, each pair gets one of the two with equal probability [Yun et al. 2019]."""
     fixed: bool = False
     """Draw the same numbers for a sample in every epoch."""
 
     def __post_init__(self) -> None:
         make_plain(self)
         for name in ("size", "resize"):
-            pair, rule = _pair(getattr(self, name)), "one or two whole numbers, at least 1"
+            pair, rule = _pair(getattr(self, name)), "one or two integers, at least 1"
             right = _are_numbers(pair, 2, int) and min(pair) >= 1
             _check(right or (name == "resize" and self.resize is None), name, rule, self)
         for name in ("flip", "flip_vertical", "erase"):
@@ -93,7 +97,7 @@ class Augment:
         _check(inside, "shear", "two angles in [0, 90) degrees", self)
         for name in ("crop", "crop_ratio", "scale", "erase_area", "erase_ratio"):
             value = getattr(self, name)
-            most, rule = np.inf, "(least, most) with 0 < least <= most"
+            most, rule = np.inf, "(min, max) with 0 < min <= max"
             if name in ("crop", "erase_area"):
                 most, rule = 1, f"{rule} <= 1"
             right = _are_numbers(value, 2) and 0 < value[0] <= value[1] <= most
@@ -101,45 +105,48 @@ class Augment:
         _check(self.fill in ("black", "photo"), "fill", "'black' or 'photo'", self)
         _check(_are_numbers(self.std, 3) and min(self.std) > 0, "std", "three numbers above 0", self)
         for name in ("mean", "erase_value"):
-            _check(_are_numbers(getattr(self, name), 3), name, "three numbers, of red, green and blue", self)
+            _check(_are_numbers(getattr(self, name), 3), name, "three numbers (red, green, blue)", self)
 
     @property
     def output_size(self) -> tuple[int, int]:
-        """(height, width) of the images that come out."""
+        """(height, width) of the output images."""
         return _pair(self.size)
 
     @property
     def resized(self) -> int | tuple[int, int]:
-        """`resize`, or what None stands for."""
+        """`resize`, with None resolved to its default."""
         return round(max(self.output_size) * 8 / 7) if self.resize is None else self.resize
 
     @property
     def moves(self) -> bool:
-        """Whether rotation, shift, scale or shear is drawn."""
+        """True if rotation, shift, scale or shear is drawn."""
         affine = (self.rotate, self.affine_rotate, *self.translate, *self.shear, *(factor - 1 for factor in self.scale))
         return any(bound != 0 for bound in affine)
 
     @property
     def uncovers(self) -> bool:
-        """Whether an output may show what lies outside the crop, or outside the image."""
+        """True if an output may show pixels outside the crop or the image."""
         small = any(side < out for side, out in zip(_pair(self.resized), self.output_size, strict=True))
         return self.moves or (self.crop is None and small)
 
     @property
     def erase_levels(self) -> tuple[float, ...]:
-        """`erase_value` as levels in 0 .. 255."""
+        """`erase_value` as levels in 0 .. 255, clipped."""
         levels = 255 * (np.array(self.erase_value) * np.array(self.std) + np.array(self.mean))
         return tuple(float(level) for level in np.clip(levels, 0, 255))
 
     @classmethod
     def from_torchvision(cls, transform: object) -> Self:
-        """The Augment that draws what a torchvision v1 or v2 transform draws. Raises ArgumentError as `fields_of` does."""
+        """Convert a torchvision v1 or v2 transform to an Augment with the same distribution.
+
+        Raises ArgumentError if the transform has no equivalent.
+        """
         from fastflower.draws.torchvision_compat import fields_of
 
         return cls(**fields_of(transform))
 
     def draw(self, seed: int, epoch: int, indices: ArrayLike, sizes: ArrayLike) -> Draw:
-        """Draw for the samples `indices`, (N,) integers, whose images have `sizes`, (N, 2) height and width in pixels.
+        """Draw for samples with `indices`, (N,) integers, and image `sizes`, (N, 2) height and width in pixels.
 
         Example:
             >>> from fastflower import Augment
@@ -147,13 +154,13 @@ class Augment:
             >>> draw = augment.draw(seed=0, epoch=0, indices=[7, 8], sizes=[[300, 400], [500, 375]])
             >>> draw.roi.tolist()  # top, left, height, width of each crop
             [[50.0, 126.0, 234.0, 251.0], [61.0, 35.0, 334.0, 309.0]]
-            >>> draw.flip.tolist()  # left-right, upside-down
+            >>> draw.flip.tolist()  # horizontal, vertical
             [[True, False], [False, False]]
             >>> draw.rotate.round(3).tolist()
             [1.552, 5.055]
-            >>> draw.matrix().shape  # all of the geometry as one matrix a sample
+            >>> draw.matrix().shape  # the whole geometry as one matrix per sample
             (2, 2, 3)
-            >>> augment.draw(0, 0, [8], [[500, 375]]).roi.tolist()  # no draw depends on its batch
+            >>> augment.draw(0, 0, [8], [[500, 375]]).roi.tolist()  # a draw does not depend on its batch
             [[61.0, 35.0, 334.0, 309.0]]
         """
         indices_N = np.asarray(indices, np.int64).reshape(-1)
@@ -177,9 +184,10 @@ class Augment:
         )
 
     def mix(self, seed: int, epoch: int, indices: ArrayLike) -> Mix:
-        """Draw for the pairs (0, 1), (2, 3) ... of a batch of samples `indices`, (N,) with N even.
+        """Draw for the pairs (0, 1), (2, 3), ... of a batch of samples with `indices`, (N,), N even.
 
-        mixup: Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018. cutmix: Yun et al., "CutMix", 2019, section 3.1.
+        mixup: Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018. cutmix: Yun et al., "CutMix", 2019,
+        section 3.1.
         """
         first = np.asarray(indices, np.int64)[::2]
         size = np.array(self.output_size)
@@ -198,31 +206,31 @@ class Augment:
         return Mix(share, box, cut)
 
     def _center(self, sizes_N2: NDArray[np.int64]) -> Floats:
-        """torchvision's Resize, then CenterCrop, with their roundings, as a rectangle of the source."""
+        """Return torchvision's Resize and CenterCrop, including their rounding, as rectangles (N, 4) of the source."""
         size, resized = np.array(self.output_size), np.array(self.resized)
-        if resized.ndim == 0:  # one number, of the shorter side
+        if resized.ndim == 0:  # one number: the shorter side
             resized = resized * sizes_N2 // sizes_N2.min(axis=1, keepdims=True)
         factor = sizes_N2 / resized
-        # torchvision rounds half to even what it cuts off, and pads one pixel less at the top and left than below and right.
+        # torchvision rounds the crop offset half to even, and pads the extra pixel at the bottom and right.
         start = np.where(resized < size, -((size - resized) // 2), np.rint((resized - size) / 2))
         return np.concatenate([start * factor, size * factor], axis=1)
 
     def _random_crop(self, dice: Dice, sizes_N2: NDArray[np.int64], crop: tuple[float, float]) -> Floats:
-        """torchvision's RandomResizedCrop.get_params: the first of ten attempts that fits, else the widest central crop."""
+        """Draw like RandomResizedCrop.get_params: the first of ten attempts that fits, else the largest center crop."""
         sides_NA2 = dice.sides(crop, sizes_N2.prod(axis=1), self.crop_ratio, Slot.CROP)
         fits_NA2 = (sides_NA2 > 0) & (sides_NA2 <= sizes_N2[:, None, :])
         fits_N, crop_N4 = dice.first_fit(sides_NA2, fits_NA2, sizes_N2, Slot.CROP)
         (height, width), (least, most) = sizes_N2.T, self.crop_ratio
-        widest_N2 = np.minimum(sizes_N2, np.rint(np.stack([width / least, height * most], axis=1)))
-        widest_N4 = np.concatenate([(sizes_N2 - widest_N2) // 2, widest_N2], axis=1)
-        return np.where(fits_N[:, None], crop_N4, widest_N4)
+        largest_N2 = np.minimum(sizes_N2, np.rint(np.stack([width / least, height * most], axis=1)))
+        largest_N4 = np.concatenate([(sizes_N2 - largest_N2) // 2, largest_N2], axis=1)
+        return np.where(fits_N[:, None], crop_N4, largest_N4)
 
     def _erased(self, dice: Dice) -> NDArray[np.int64]:
-        """torchvision's RandomErasing.get_params: the first of ten attempts that is smaller than the image, else nothing."""
+        """Draw like RandomErasing.get_params: the first of ten attempts smaller than the output, else nothing."""
         if not self.erase:
             return np.zeros((len(dice.numbers_NS), 4), np.int64)
         size_12 = np.array([self.output_size], np.int64)
-        # erase_ratio is height to width, crop_ratio width to height.
+        # `sides` takes width / height, as in crop_ratio. erase_ratio is height / width, so swap the sides.
         sides_NA2 = dice.sides(self.erase_area, size_12.prod(axis=1), self.erase_ratio, Slot.ERASE_BOX)[..., ::-1]
         fits_N, box_N4 = dice.first_fit(sides_NA2, sides_NA2 < size_12, size_12, Slot.ERASE_BOX)
         erased_N = fits_N & (dice.between(0, 1, Slot.ERASE) < self.erase)
@@ -230,7 +238,7 @@ class Augment:
 
 
 def _are_numbers(value: object, count: int, kind: type[int] | type[float] = float) -> bool:
-    """Whether a field is a tuple of so many finite numbers; whole ones are floats too."""
+    """Return True if a field is a tuple of `count` finite numbers. Integers count as floats."""
     numbers = cast("tuple[object, ...]", value if isinstance(value, tuple) else ())
     right = all(isinstance(number, (int, kind)) and isfinite(number) for number in numbers)
     return right and len(numbers) == count

@@ -1,7 +1,7 @@
-"""Brightness, contrast, saturation, hue and normalization as tables and matrices; what torchvision's functionals compute.
+"""Brightness, contrast, saturation and normalization as tables and matrices that match torchvision's functionals.
 
-Pixels are RGB in 0 .. 255. Each operation clips to 0 .. 255 as torchvision does, in the order brightness, contrast,
-saturation, hue. Shape suffixes: K table entries (256), C channels.
+Pixels are RGB in 0 .. 255. The order is brightness, contrast, saturation, hue. Each operation clips to 0 .. 255 as in
+torchvision. Shape suffixes: K table entries (256), C channels.
 """
 
 import numpy as np
@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-FACTORS = ("brightness", "contrast", "saturation", "hue")  # fields of Augment and Draw, in their order
-# Gray as Pillow's convert("L") weighs it: ITU-R BT.601 luma. torchvision's rgb_to_grayscale has 0.2989 for red.
+FACTORS = ("brightness", "contrast", "saturation", "hue")  # fields of Augment and Draw, in order of application
+# ITU-R BT.601 luma, as in Pillow's convert("L"). torchvision's rgb_to_grayscale uses 0.2989 for red.
 LUMA = np.array([0.299, 0.587, 0.114])
-# ImageNet's channel statistics in 0..1, which torchvision's pretrained weights expect.
+# ImageNet's channel statistics for levels in 0 .. 1, which torchvision's pretrained weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -20,27 +20,27 @@ _LEVELS = np.arange(256, dtype=np.float64)
 
 
 def brightness_table(factor: float) -> Floats:
-    """Level -> clip(factor * level), (256,) float32 in 0 .. 255."""
+    """Return the table level -> clip(factor * level), (256,) float32 in 0 .. 255."""
     return np.clip(factor * _LEVELS, 0, 255).astype(np.float32)
 
 
 def contrast_table(levels_K: Floats, factor: float, mean: float) -> Floats:
-    """Follow a table by contrast: clip(mean + factor * (level - mean)); mean is the gray mean of the image it acts on."""
+    """Apply contrast to a table: clip(mean + factor * (level - mean)). `mean` is the image's mean gray before it."""
     return np.clip(mean + factor * (levels_K - mean), 0, 255).astype(np.float32)
 
 
 def saturation_matrix(factor: float) -> Floats:
-    """The (3, 3) float32 matrix that blends a pixel with its own gray: factor * x + (1 - factor) * (LUMA . x)."""
+    """Return the (3, 3) float32 matrix that blends a pixel with its gray: factor * x + (1 - factor) * (LUMA . x)."""
     return (factor * np.eye(3) + (1 - factor) * LUMA).astype(np.float32)
 
 
 def normalize_factors(mean: tuple[float, float, float], std: tuple[float, float, float]) -> tuple[Floats, Floats]:
-    """(multiply, add), each (C,) float32, so that multiply * level + add = (level / 255 - mean) / std."""
+    """Return (multiply, add), each (C,) float32, with multiply * level + add = (level / 255 - mean) / std."""
     multiply = 1 / (255 * np.asarray(std, np.float64))
     add = -np.asarray(mean, np.float64) / np.asarray(std, np.float64)
     return multiply.astype(np.float32), add.astype(np.float32)
 
 
 def quantized(levels_K: Floats) -> NDArray[np.uint8]:
-    """Round a table to whole levels, (256,) uint8."""
+    """Round a table to integer levels, (256,) uint8."""
     return np.rint(levels_K).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What was drawn, as plain numbers: `Draw` of samples, `Mix` of pairs of them. Shape suffix: N samples."""
+"""Drawn augmentations as plain numbers: `Draw` for samples, `Mix` for pairs. Shape suffixes: N samples, P pairs."""
 
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -9,35 +9,38 @@ from numpy.typing import ArrayLike, NDArray
 from fastflower.draws import geometry
 from fastflower.draws.geometry import Floats
 
-# torchvision resamples again for a rotation and for an affine, each adding a triangle's variance. Half of it is added here:
-# the chain is then 1.5 gray levels from torchvision's instead of 1.8, and no further from the truth (docs/augmentation.md).
+# torchvision resamples again for a rotation and for an affine, each time adding a triangle filter's variance. Adding
+# half of it brings a chain to 1.5 gray levels from torchvision's instead of 1.8, and no further from the truth
+# (docs/augmentation.md).
 SOFTNESS = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """The numbers drawn for N samples. Lengths are pixels, angles degrees; arrays share their first dimension."""
+    """Numbers drawn for N samples. Lengths are in pixels, angles in degrees. All arrays have N rows."""
 
     size: tuple[int, int]
     """(height, width) of the output."""
     roi: Floats
-    """(N, 4) top, left, height, width in the source; may reach beyond it when the crop is larger than the image."""
+    """(N, 4) top, left, height, width of the crop in the source. A crop larger than the image extends beyond it."""
     flip: NDArray[np.bool_]
-    """(N, 2) left-right, upside-down."""
+    """(N, 2) horizontal, vertical."""
     rotate: Floats
-    """(N,) counter-clockwise, as torchvision's `rotate`."""
+    """(N,) counterclockwise, as in torchvision's `rotate`."""
     affine_rotate: Floats
-    """(N,) clockwise, as torchvision's `affine`."""
+    """(N,) clockwise, as in torchvision's `affine`."""
     translate: Floats
-    """(N, 2) x, y: whole output pixels."""
+    """(N, 2) x, y in whole output pixels."""
     scale: Floats
-    """(N,) factor; above 1 enlarges."""
+    """(N,) factor; above 1 magnifies."""
     shear: Floats
-    """(N, 2) x, y degrees."""
+    """(N, 2) x, y in degrees."""
     brightness: Floats
+    """(N,) factor; 1 changes nothing."""
     contrast: Floats
+    """(N,) factor; 1 changes nothing."""
     saturation: Floats
-    """(N,) factors; 1 changes nothing."""
+    """(N,) factor; 1 changes nothing, 0 gives gray."""
     hue: Floats
     """(N,) turns of the color wheel in [-0.5, 0.5]; 0 changes nothing."""
     erase: NDArray[np.int64]
@@ -47,10 +50,10 @@ class Draw:
         return len(self.roi)
 
     def matrix(self) -> Floats:
-        """The whole geometry as one warp a sample, (N, 2, 3), destination to source."""
+        """Return the whole geometry as one matrix per sample, (N, 2, 3), from destination to source."""
         matrix = geometry.compose(geometry.resized_crop(self.roi, self.size), geometry.flips(self.flip, self.size))
         still = np.zeros_like(self.shear)
-        # torchvision's rotate turns counter-clockwise and its affine clockwise.
+        # torchvision's rotate is counterclockwise, its affine clockwise.
         if self.rotate.any():
             rotation = geometry.affine(-self.rotate, still, np.ones_like(self.scale), still, self.size)
             matrix = geometry.compose(matrix, rotation)
@@ -60,7 +63,7 @@ class Draw:
         return matrix
 
     def warp(self, sizes_N2: ArrayLike, fill: str) -> geometry.Warp:
-        """The geometry as a backend needs it, for images of `sizes`, (N, 2) height and width."""
+        """Return the geometry as a backend needs it, for images of `sizes`, (N, 2) height and width."""
         sizes = np.asarray(sizes_N2, np.float64).reshape(-1, 2)
         image = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
         visible = image if fill == "photo" else geometry.intersect(image, self.roi)
@@ -69,17 +72,17 @@ class Draw:
         return geometry.plan(self.matrix(), visible, self.size, SOFTNESS * (turned + bent))
 
     def take(self, rows: slice) -> "Draw":
-        """The draws of some of the samples."""
+        """Return the draws of the samples in `rows`."""
         arrays = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "size"}
         return replace(self, **arrays)
 
 
 class Mix(NamedTuple):
-    """How the images of each pair are mixed; of P pairs."""
+    """How the images of each of P pairs are mixed."""
 
     share: Floats
-    """(P,) of an image's own label; the rest is its neighbor's."""
+    """(P,) weight of an image's own label; its neighbor's label has the rest."""
     box: NDArray[np.int64]
-    """(P, 4) top, left, height, width of the rectangle that is pasted from the neighbor."""
+    """(P, 4) top, left, height, width of the rectangle pasted from the neighbor."""
     cut: NDArray[np.bool_]
-    """(P,) whether a rectangle is pasted, not the whole image blended."""
+    """(P,) True if a rectangle is pasted (CutMix), False if whole images are blended (mixup)."""

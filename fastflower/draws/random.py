@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, epoch, index, slot), counter-based: no number depends on which others are used.
+"""Counter-based random numbers: a pure function of (seed, epoch, index, slot), independent of which others are drawn.
 
 SplitMix64: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014, with Stafford's constants
 ("Mix13"). Shape suffixes: N samples, A attempts, S slots.
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: SplitMix64's increment
-ATTEMPTS = 10  # as many as torchvision's RandomResizedCrop and RandomErasing make before they give up
+ATTEMPTS = 10  # before falling back, as in torchvision's RandomResizedCrop and RandomErasing
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser, of any shape: a bijection whose every output bit depends on every input bit."""
+    """Apply SplitMix64's finalizer elementwise: a bijection in which every output bit depends on every input bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def stream_key(*words: int) -> int:
-    """One 64-bit key from integers such as (seed, epoch): every word changes every bit."""
+    """Hash integers such as (seed, epoch) to a 64-bit key. Every word affects every bit."""
     key = 0
     for word in words:
         key = int(mix64(np.array([(key + GOLDEN_GAMMA + word) % 2**64], np.uint64))[0])
@@ -31,7 +31,7 @@ def stream_key(*words: int) -> int:
 
 
 class Stream(IntEnum):
-    """What separates the keys of things that are drawn from one seed; an epoch's order has none. Never renumber."""
+    """Separates the keys of different uses of one seed. The order of an epoch uses none. Never renumber."""
 
     DRAWS = 1
     MIXES = 2
@@ -40,7 +40,7 @@ class Stream(IntEnum):
 
 
 class Slot(IntEnum):
-    """Which random number is which. Never renumber: every recorded draw depends on it."""
+    """Position of each random number in a sample's stream. Never renumber: every recorded draw depends on it."""
 
     FLIP = 0
     FLIP_VERTICAL = 1
@@ -57,17 +57,17 @@ class Slot(IntEnum):
     ERASE = 12
     AFFINE_ROTATE = 13
     # Free: 14, 15, 38, 39, 62, 63.
-    CROP = 16  # ATTEMPTS areas, as many ratios, then top and left
-    ERASE_BOX = 40  # likewise
+    CROP = 16  # ATTEMPTS areas, ATTEMPTS ratios, then top and left
+    ERASE_BOX = 40  # the same layout
 
 
 _SLOTS = 64
 
 
 class Dice:
-    """A batch's random numbers, (N, S) uniform in [0, 1): one for each sample and slot.
+    """Random numbers of a batch, (N, S), uniform in [0, 1): one for each sample and slot.
 
-    A sample's stream starts at a hash of (seed, epoch, index), a slot is a jump in it.
+    A sample's stream starts at a hash of (seed, epoch, index). A slot is an offset into it.
     """
 
     def __init__(self, seed: int, epoch: int, indices_N: NDArray[np.int64]) -> None:
@@ -78,18 +78,18 @@ class Dice:
         self.numbers_NS: Floats = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def uniform(self, slot: int, count: int = 1) -> Floats:
-        """Uniform in [0, 1): (N, count), of as many slots."""
+        """Return the numbers of `count` slots from `slot` on, (N, count), uniform in [0, 1)."""
         return self.numbers_NS[:, slot : slot + count]
 
     def between(self, least: float, most: float, slot: int, count: int | None = None) -> Floats:
-        """Uniform in [least, most): (N,), or (N, count)."""
+        """Return numbers uniform in [least, most): (N,), or (N, count) if `count` is given."""
         values = self.uniform(slot, count or 1)
         return least + (most - least) * (values if count else values[:, 0])
 
     def sides(
         self, share: tuple[float, float], area_N: NDArray[np.int64], ratio: tuple[float, float], slot: int
     ) -> Floats:
-        """Ten attempts at a rectangle of a share of the area and a ratio of width to height: (N, A, 2) height, width."""
+        """Draw ten rectangles with an area share and an aspect ratio (width / height): (N, A, 2) height, width."""
         areas_NA = self.between(*share, slot, ATTEMPTS) * area_N[:, None]
         ratios_NA = np.exp(self.between(float(np.log(ratio[0])), float(np.log(ratio[1])), slot + ATTEMPTS, ATTEMPTS))
         return np.rint(np.sqrt(np.stack([areas_NA / ratios_NA, areas_NA * ratios_NA], axis=-1)))
@@ -97,7 +97,7 @@ class Dice:
     def first_fit(
         self, sides_NA2: Floats, fits_NA2: NDArray[np.bool_], sizes_N2: NDArray[np.int64], slot: int
     ) -> tuple[NDArray[np.bool_], Floats]:
-        """Whether an attempt fits, (N,), and the first that does, put anywhere: (N, 4) top, left, height, width."""
+        """Return which samples have a fitting attempt, (N,), and the first one at a random place: (N, 4) rectangles."""
         fits_NA: NDArray[np.bool_] = np.logical_and(fits_NA2[..., 0], fits_NA2[..., 1])
         rows = np.arange(len(fits_NA))
         first = np.argmax(fits_NA, axis=1)
@@ -106,5 +106,5 @@ class Dice:
         return fits_NA[rows, first], np.concatenate([corner, chosen], axis=1)
 
     def factor(self, strength: float, slot: int) -> Floats:
-        """A factor that is drawn around 1 by `strength`, and not below 0: (N,)."""
+        """Return factors (N,), uniform in [max(0, 1 - strength), 1 + strength)."""
         return self.between(max(0.0, 1 - strength), 1 + strength, slot)

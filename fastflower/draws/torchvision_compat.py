@@ -1,7 +1,7 @@
-"""Reads a torchvision `Compose`, v1 or v2, as the fields of an `Augment`.
+"""Converts a torchvision `Compose`, v1 or v2, to the fields of an `Augment`.
 
-Transforms are recognized by class name and read by attribute, so that torchvision need not be imported. What differs from
-torchvision without changing what is drawn (bilinear for nearest, color after geometry) is logged, each difference once.
+Transforms are recognized by class name and read by attribute, so torchvision need not be imported. Differences that do
+not change the distribution (bilinear instead of nearest, color after geometry) are logged, each once per call.
 """
 
 import logging
@@ -15,23 +15,23 @@ from fastflower.errors import ArgumentError
 _log = logging.getLogger("fastflower")
 
 _CONVERSIONS = {"ToTensor", "PILToTensor", "ToImage", "ToPureTensor", "ToDtype", "ConvertImageDtype", "Identity"}
-_NEAREST_KIN = {
+_ALTERNATIVES = {
     "RandomCrop": "RandomResizedCrop(size, scale=(0.5, 1))",
     "RandomPerspective": "RandomAffine(shear=...)",
     "Grayscale": "ColorJitter(saturation=...)",
-    "RandomGrayscale": "ColorJitter(saturation=1), which draws how gray an image becomes",
+    "RandomGrayscale": "ColorJitter(saturation=1), which draws a random saturation",
     "TrivialAugmentWide": "RandomRotation, ColorJitter and RandomAffine",
     "RandAugment": "RandomRotation, ColorJitter and RandomAffine",
     "AutoAugment": "RandomRotation, ColorJitter and RandomAffine",
-    "MixUp": "the field mixup=alpha, which mixes neighbors of a batch",
-    "CutMix": "the field cutmix=alpha, which mixes neighbors of a batch",
+    "MixUp": "the field mixup=alpha, which mixes neighbors in a batch",
+    "CutMix": "the field cutmix=alpha, which mixes neighbors in a batch",
 }
 
 
 def fields_of(transform: object) -> dict[str, Any]:
-    """Keyword arguments for `Augment` from a torchvision transform or a Compose of them.
+    """Return keyword arguments for `Augment` from a torchvision transform or a Compose of transforms.
 
-    Raises ArgumentError naming the transform that cannot be expressed, and the nearest that can where there is one.
+    Raises ArgumentError, which names the unsupported transform and the closest alternative, if any.
     """
     reading = _Reading()
     for step in _steps(transform):
@@ -40,9 +40,11 @@ def fields_of(transform: object) -> dict[str, Any]:
             continue
         reader = _READERS.get(step.name)
         if reader is None:
-            kin = f" The nearest that can is {_NEAREST_KIN[step.name]}." if step.name in _NEAREST_KIN else ""
-            raise ArgumentError(f"{step.name} cannot be expressed by Augment, which knows {', '.join(_READERS)}.{kin}")
-        step.require(step.name not in reading.seen, "stands twice; draw it once")
+            closest = f" The closest is {_ALTERNATIVES[step.name]}." if step.name in _ALTERNATIVES else ""
+            raise ArgumentError(
+                f"{step.name} has no equivalent in Augment, which supports {', '.join(_READERS)}.{closest}"
+            )
+        step.require(step.name not in reading.seen, "appears twice; keep one")
         reader(reading, step)
         reading.seen.append(step.name)
     return reading.finish()
@@ -50,7 +52,7 @@ def fields_of(transform: object) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Step:
-    """One transform of torchvision: its name, and its attributes as plain values."""
+    """A torchvision transform: its name, and its attributes as plain values."""
 
     transform: object
 
@@ -59,18 +61,18 @@ class _Step:
         return type(self.transform).__name__
 
     def get(self, attribute: str) -> object:
-        """An attribute, or None: v1 and v2 have not all of them in common."""
+        """Return an attribute, or None if missing: v1 and v2 have different ones."""
         return getattr(self.transform, attribute, None)
 
     def numbers(self, attribute: str, default: tuple[float, ...] = ()) -> tuple[float, ...]:
-        """What may be one number, several, or nothing: then `default`."""
+        """Return an attribute that is one number, several, or nothing (then `default`) as a tuple."""
         value = self.get(attribute)
         if isinstance(value, int | float):
             return (value,)
         return tuple(cast("Iterable[float] | None", value) or default)
 
     def size(self) -> tuple[int, int]:
-        """(height, width), or a square of one number."""
+        """Return (height, width). One number means a square."""
         height, *width = map(int, self.numbers("size"))
         return height, width[0] if width else height
 
@@ -79,9 +81,9 @@ class _Step:
             raise ArgumentError(f"{self.name} {rule}.")
 
     def symmetric(self, what: str, low: float, high: float, about: float = 0.0) -> float:
-        """How far a range reaches either way from `about`."""
+        """Return half the width of a range, which must be symmetric about `about`."""
         wanted = f"({about:g} - x, {about:g} + x)" if about else "(-x, x)"
-        rule = f"with {what} ({low}, {high}) is not symmetric; draw from {wanted}"
+        rule = f"with {what} ({low}, {high}) is not symmetric; use {wanted}"
         self.require(abs(low + high - 2 * about) < 1e-9, rule)
         return round(float(high - about), 12)  # 1.2 - 1 is not quite 0.2
 
@@ -96,21 +98,21 @@ def _steps(transform: object) -> Iterator[_Step]:
 
 @dataclass
 class _Reading:
-    """What the steps so far come to."""
+    """The fields of the Augment that the transforms so far give."""
 
     fields: dict[str, Any] = field(default_factory=lambda: {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
     seen: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
-    """What is drawn otherwise than torchvision draws it."""
+    """Differences from torchvision, to log."""
     floating: bool = True
-    """Whether levels are floats in 0 .. 1 by now."""
+    """True if levels are floats in 0 .. 1 at this point."""
 
     def finish(self) -> dict[str, Any]:
         fields = self.fields
         if "size" not in fields:
             if "resize" in fields:
-                raise ArgumentError("Resize to one number leaves sizes unequal; add CenterCrop(size).")
-            raise ArgumentError("The transform fixes no output size; start it with RandomResizedCrop(size).")
+                raise ArgumentError("Resize to one number gives images of different sizes; add CenterCrop(size).")
+            raise ArgumentError("The transform sets no output size; start it with RandomResizedCrop(size).")
         if [name for name in self.seen if name in ("RandomErasing", "Normalize")] == ["RandomErasing", "Normalize"]:
             channels = zip(fields["erase_value"], fields["mean"], fields["std"], strict=True)
             fields["erase_value"] = tuple((value - mean) / std for value, mean, std in channels)
@@ -119,42 +121,42 @@ class _Reading:
         return fields
 
     def view_first(self, step: _Step) -> None:
-        """A crop must come before everything that moves or erases pixels, but for flips, which commute with it."""
+        """Check that a resize or crop comes before all that moves or erases pixels, except flips, which commute."""
         late = set(self.seen) & {"RandomRotation", "RandomAffine", "RandomErasing"}
-        step.require(not late, f"stands after {', '.join(sorted(late))}; crop first")
+        step.require(not late, f"comes after {', '.join(sorted(late))}; crop first")
         step.require("size" not in self.fields, "is a second crop; keep one")
         self.geometry_after_color(step)
 
     def must_precede(self, step: _Step, later: str, remedy: str) -> None:
-        """Behind the later one a step would do another thing: fill with black, say, levels that are normalized."""
-        step.require(later not in self.seen, f"stands after {later}; {remedy}")
+        """Check that a step comes before `later`. After it, the step would differ: black is not 0 once normalized."""
+        step.require(later not in self.seen, f"comes after {later}; {remedy}")
 
     def geometry_after_color(self, step: _Step) -> None:
         if "ColorJitter" in self.seen:
             order = f"({step.name} follows ColorJitter)"
-            self.notes.append(f"color is drawn as written but applied after all geometry {order}")
+            self.notes.append(f"color is drawn as specified but applied after all geometry {order}")
         self.must_precede(step, "RandomErasing", "erase last")
 
     def bilinear(self, step: _Step) -> None:
-        rule = "with antialias=False cannot be expressed; leave antialias out"
+        rule = "with antialias=False is not supported; omit antialias"
         step.require(step.get("antialias") is not False, rule)
         mode = getattr(step.get("interpolation"), "value", step.get("interpolation"))
         if mode not in ("bilinear", 2):
-            self.notes.append(f"{step.name} interpolates bilinearly, not {mode}")
+            self.notes.append(f"{step.name} uses bilinear interpolation instead of {mode}")
 
     def moves(self, step: _Step) -> None:
-        """What rotations and affines have in common."""
-        self.must_precede(step, "Normalize", "normalize behind it")
+        """Check what rotations and affines have in common."""
+        self.must_precede(step, "Normalize", "normalize after it")
         self.geometry_after_color(step)
         self.bilinear(step)
-        step.require(step.get("center") is None, "about another center cannot be expressed; leave center out")
-        fill = f"fill={step.get('fill')!r} cannot be expressed; Augment fills black, or with the image (fill='photo')"
-        step.require(not any(step.numbers("fill")), f"with {fill}")
+        step.require(step.get("center") is None, f"with center={step.get('center')!r} is not supported; omit center")
+        remedy = "omit fill for black, or set fill='photo' on the Augment for the image's own pixels"
+        step.require(not any(step.numbers("fill")), f"with fill={step.get('fill')!r} is not supported; {remedy}")
 
 
 def _convert(reading: _Reading, step: _Step) -> None:
     dtype = step.get("dtype")
-    # v2 takes one by kind of input, too.
+    # v2 also accepts a dictionary from type of input to dtype.
     dtypes = cast("dict[object, object]", dtype).values() if isinstance(dtype, dict) else [dtype]
     floating = step.name == "ToTensor" or any(getattr(one, "is_floating_point", False) for one in dtypes)
     unscaled = floating and not getattr(step.transform, "scale", True)
@@ -165,7 +167,7 @@ def _convert(reading: _Reading, step: _Step) -> None:
 def _resize(reading: _Reading, step: _Step) -> None:
     reading.view_first(step)
     reading.bilinear(step)
-    step.require(step.get("max_size") is None, "with max_size cannot be expressed; leave max_size out")
+    step.require(step.get("max_size") is None, "with max_size is not supported; omit max_size")
     if len(step.numbers("size")) == 1:
         reading.fields["resize"] = step.size()[0]
     else:
@@ -173,19 +175,19 @@ def _resize(reading: _Reading, step: _Step) -> None:
 
 
 def _center_crop(reading: _Reading, step: _Step) -> None:
-    step.require("resize" in reading.fields, "without Resize before it cuts sizes unequally; add Resize(256)")
-    reading.fields.pop("size", None)  # Resize((h, w)) alone had set it
+    step.require("resize" in reading.fields, "without a Resize before it is not supported; add Resize(256)")
+    reading.fields.pop("size", None)  # set by Resize((h, w))
     reading.view_first(step)
     reading.fields["size"] = step.size()
 
 
 def _resized_crop(reading: _Reading, step: _Step) -> None:
-    step.require("size" not in reading.fields, "stands after a resize to a fixed size; drop that Resize")
+    step.require("size" not in reading.fields, "comes after a resize to a fixed size; remove that Resize")
     reading.view_first(step)
     reading.bilinear(step)
     if reading.fields.pop("resize", None):
-        share = "the crop takes the same share of the image itself"
-        reading.notes.append(f"Resize before {step.name} is left out: {share}")
+        share = "the crop takes the same share of the original image"
+        reading.notes.append(f"ignored Resize before {step.name}: {share}")
     reading.fields |= {"size": step.size(), "crop": step.numbers("scale"), "crop_ratio": step.numbers("ratio")}
 
 
@@ -197,7 +199,7 @@ def _flip(reading: _Reading, step: _Step) -> None:
 def _rotation(reading: _Reading, step: _Step) -> None:
     reading.must_precede(step, "RandomAffine", "rotate first")
     reading.moves(step)
-    step.require(not step.get("expand"), "with expand=True changes the size; leave expand out")
+    step.require(not step.get("expand"), "with expand=True changes the output size; omit expand")
     reading.fields["rotate"] = step.symmetric("degrees", *step.numbers("degrees"))
 
 
@@ -214,27 +216,27 @@ def _affine(reading: _Reading, step: _Step) -> None:
 
 def _jitter(reading: _Reading, step: _Step) -> None:
     reading.must_precede(step, "RandomErasing", "erase last")
-    reading.must_precede(step, "Normalize", "normalize behind it")
+    reading.must_precede(step, "Normalize", "normalize after it")
     for what in ("brightness", "contrast", "saturation"):
         low, high = step.numbers(what, (1.0, 1.0))
         clipped = low == 0 and high >= 2  # torchvision clips 1 - strength at 0
         reading.fields[what] = round(high - 1, 12) if clipped else step.symmetric(what, low, high, about=1)
     reading.fields["hue"] = step.symmetric("hue", *step.numbers("hue", (0.0, 0.0)))
     if sum(reading.fields[what] != 0 for what in FACTORS) > 1:
-        reading.notes.append("ColorJitter's operations run in one order: brightness, contrast, saturation, hue")
+        reading.notes.append("ColorJitter's operations run in a fixed order: brightness, contrast, saturation, hue")
 
 
 def _normalize(reading: _Reading, step: _Step) -> None:
     for what in ("mean", "std"):
         values = tuple(map(float, step.numbers(what)))
-        reading.fields[what] = values * 3 if len(values) == 1 else values  # torchvision broadcasts one
+        reading.fields[what] = values * 3 if len(values) == 1 else values  # torchvision broadcasts one number
 
 
 def _erasing(reading: _Reading, step: _Step) -> None:
     random = step.get("value") is None or isinstance(step.get("value"), str)
-    step.require(not random, "with random values cannot be expressed; use value=0")
+    step.require(not random, "with random values is not supported; use value=0")
     values = tuple(map(float, step.numbers("value")))
-    late = "with a value but 0 stands before the conversion to float, where levels end at 255; erase behind it"
+    late = "with a nonzero value comes before the conversion to float, where levels go up to 255; erase after it"
     step.require(reading.floating or not any(values), late)
     reading.fields |= {
         "erase": float(step.numbers("p")[0]),

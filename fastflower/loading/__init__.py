@@ -1,5 +1,4 @@
-"""Order, bytes, pixels, batches.
+"""Data loading: from shards and an `Augment` to batches on the device, in the order of the epoch.
 
-In come shards and an `Augment`; out go batches, in the order of the epoch, on the device. Read `loader` first, then `request`;
-`backends` move the pixels.
+Start with `loader`, then `request`. The `backends` decode and render the images.
 """

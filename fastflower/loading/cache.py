@@ -1,4 +1,4 @@
-"""Decoded images kept in RAM, and how much memory there is for them, in RAM or in a GPU."""
+"""The cache of decoded images in RAM, and the memory budget of caches in RAM or on a GPU."""
 
 import gc
 import logging
@@ -8,12 +8,11 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fastflower.draws.augment import Augment
 from fastflower.draws.geometry import decode_scales
 from fastflower.errors import ArgumentError
-from fastflower.loading.batch import Pixels
+from fastflower.loading.batch import Integers, Pixels
 from fastflower.loading.samples import SampleSource
 from fastflower.machine import available_bytes, ranks_here
 
@@ -21,33 +20,35 @@ _log = logging.getLogger("fastflower")
 
 Cache = Literal["auto"] | int | None
 
-_SHARE = 0.5  # of the memory that is free, and promised to no other loader, when one is made
+_SHARE = 0.5  # of the memory that is free and not reserved by other loaders
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a device that can be had now."""
+    """Return the free memory of a device in bytes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
 class Decoded(NamedTuple):
-    """What the images of a split take at three bytes a pixel: at the scales that they are drawn at, and at all scales."""
+    """Memory for the decoded images of a split, in bytes at three bytes per pixel."""
 
     needed: int
+    """Bytes at the decode scales that are drawn."""
     most: int
+    """Bytes at all decode scales."""
 
 
-def decoded_bytes(sizes_N2: NDArray[np.int64], augment: Augment, seed: int) -> Decoded:
-    """What images of those sizes take when they are decoded.
+def decoded_bytes(sizes_N2: Integers, augment: Augment, seed: int) -> Decoded:
+    """Return the memory for decoded images of these sizes.
 
-    At the scales that large ones are drawn at, an estimate, from four epochs of 256.
+    If some are large enough to be decoded at reduced scale, `needed` is an estimate from four epochs of 256 images.
     """
     whole = 3 * int(sizes_N2.prod(axis=1).sum())
     most = whole * 4 // 3  # a half, a quarter and an eighth of each side are less than a third more
-    if int(sizes_N2.max()) < 4 * min(augment.output_size):  # none is ever decoded at a reduced scale
+    if int(sizes_N2.max()) < 4 * min(augment.output_size):  # always decoded at full scale
         return Decoded(whole, most)
     rows = np.linspace(0, len(sizes_N2) - 1, min(len(sizes_N2), 256)).astype(np.int64)
     areas = sizes_N2[rows].prod(axis=1)
-    kept = np.zeros((len(rows), 9))  # by scale
+    kept = np.zeros((len(rows), 9))  # pixels by decode scale
     for epoch in range(4):
         draw = augment.draw(seed, epoch, rows, sizes_N2[rows])
         scale = decode_scales(draw.warp(sizes_N2[rows], augment.fill).footprint)
@@ -56,7 +57,7 @@ def decoded_bytes(sizes_N2: NDArray[np.int64], augment: Augment, seed: int) -> D
 
 
 class Allowance:
-    """The bytes that one loader may keep on a device. What it has not taken is promised to it, and to no other. Thread-safe."""
+    """Cache budget of one loader on a device. Bytes it has not used yet stay reserved for it. Thread-safe."""
 
     _all: ClassVar[WeakSet["Allowance"]] = WeakSet()
 
@@ -67,7 +68,7 @@ class Allowance:
         Allowance._all.add(self)
 
     def take(self, count: int) -> bool:
-        """Whether so many bytes more may be kept; they then count."""
+        """Use `count` bytes of the budget, and return whether they were available."""
         with self._lock:
             if count > self.left:
                 return False
@@ -75,30 +76,31 @@ class Allowance:
             return True
 
     @staticmethod
-    def promised(device: torch.device) -> int:
-        """Bytes that the loaders of this process may still take on a device."""
+    def reserved(device: torch.device) -> int:
+        """Return the bytes reserved on a device by all loaders of this process."""
         return sum(other.left for other in list(Allowance._all) if other.device == device)
 
 
-def _unpromised(device: torch.device) -> int:
-    ranks = ranks_here() if device.type == "cpu" else 1  # each keeps images of its own
-    return max(0, free_bytes(device) // ranks - Allowance.promised(device))
+def _unreserved(device: torch.device) -> int:
+    ranks = ranks_here() if device.type == "cpu" else 1  # each rank has its own cache
+    return max(0, free_bytes(device) // ranks - Allowance.reserved(device))
 
 
 def allow(cache: Cache, decoded: Decoded, device: torch.device) -> Allowance:
-    """What a loader may keep on a device. "auto": half of what is free and promised to no other, where that is enough; logged.
+    """Return the cache budget of a loader on a device.
 
-    Raises ArgumentError for another kind of `cache`.
+    For "auto", that is half of the free memory that no other loader has reserved, or 0 if the images do not fit; the
+    choice is logged. Raises ArgumentError for an invalid `cache`.
     """
     if cache is None or (isinstance(cache, int) and cache >= 0):
         return Allowance(device, min(cache or 0, decoded.most))
     if cache != "auto":
         raise ArgumentError(f"cache must be 'auto', None or a number of bytes, got {cache!r}.")
-    free = _unpromised(device)
-    if decoded.needed > _SHARE * free:  # a loader that nobody uses holds on to what is its own
+    free = _unreserved(device)
+    if decoded.needed > _SHARE * free:  # unused loaders may still reserve memory
         gc.collect()
-        torch.cuda.empty_cache()  # else what it kept stays torch's
-        free = _unpromised(device)
+        torch.cuda.empty_cache()  # else torch keeps the memory of their images
+        free = _unreserved(device)
     fits = decoded.needed <= _SHARE * free
     _log.info(
         "cache: %.2f GB decoded, %.1f GB of %s free: %s",
@@ -111,21 +113,21 @@ def allow(cache: Cache, decoded: Decoded, device: torch.device) -> Allowance:
 
 
 class PixelCache:
-    """Keeps decoded images in RAM, first come, while it is allowed to. Thread-safe."""
+    """Caches decoded images in RAM until the budget is used up; never evicts. Thread-safe."""
 
     def __init__(self, samples: SampleSource, allowance: Allowance) -> None:
         self._samples, self._allowance = samples, allowance
-        self._kept: dict[tuple[int, int], Pixels] = {}
+        self._cached: dict[tuple[int, int], Pixels] = {}
         self._lock = Lock()
 
     def decode(self, index: int, decode_scale: int = 1) -> Pixels:
-        """An image as `SampleSource.decode` gives it, mostly decoded before; not to be written to."""
+        """Return an image as `SampleSource.decode` does, from the cache if possible. Do not write to it."""
         key = (index, decode_scale)
-        kept = self._kept.get(key)
-        if kept is not None:
-            return kept
+        cached = self._cached.get(key)
+        if cached is not None:
+            return cached
         image = self._samples.decode(index, decode_scale)
         with self._lock:
-            if key not in self._kept and self._allowance.take(image.nbytes):
-                self._kept[key] = image
+            if key not in self._cached and self._allowance.take(image.nbytes):
+                self._cached[key] = image
         return image

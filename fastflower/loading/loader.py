@@ -1,4 +1,4 @@
-"""Feeds batches: order, then bytes, decode, one warp, one pass of color."""
+"""The `Loader`, which yields batches: order, read, decode, warp, color."""
 
 import hashlib
 import logging
@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -14,22 +15,22 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastflower import distributed
 from fastflower.devices import resolve_device
 from fastflower.draws.augment import Augment
+from fastflower.draws.order import num_steps, step_positions
 from fastflower.errors import ArgumentError, ShardError, require
 from fastflower.loading.backends.base import Name, Setup
 from fastflower.loading.backends.selection import create
-from fastflower.loading.batch import Batch, mixed
+from fastflower.loading.batch import Batch, Integers, Pixels, mixed
 from fastflower.loading.cache import Cache
 from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 from fastflower.loading.stats import SPENT, Stats
-from fastflower.loading.steps import Shuffle, Steps, Tail
+from fastflower.loading.steps import Order, Shuffle, Tail
 from fastflower.machine import cores
 from fastflower.shards.manifest import Manifest
 from fastflower.shards.mirror import Mirror
@@ -38,50 +39,54 @@ from fastflower.shards.remote import Remote, remote
 
 _log = logging.getLogger("fastflower")
 
-_REMOTE_WINDOW = 8  # shards: with the packer's 64 MB half a gigabyte, some ten thousand images
-_DRAWN_TOGETHER = 1024  # samples: numpy's calls then cost less than what they compute
-_BATCHES_AHEAD = 8  # of a GPU: some 30 ms of steps of 4 ms, in which the host may do something else
-_ARGUMENTS = (
-    *("shards", "split", "batch_size", "augment", "seed", "dtype", "cache", "rank", "world_size"),
-    *("shuffle", "window", "tail", "on_bad"),
-)
+_REMOTE_WINDOW = 8  # shards: half a gigabyte at the packer's 64 MB, about ten thousand images
+_DRAWN_TOGETHER = 1024  # samples: enough to outweigh the overhead of numpy's calls
+_BATCHES_AHEAD = 8  # batches that the host may run ahead of the GPU: about 30 ms at 4 ms per step
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
 class Loader(IterableDataset[Batch]):
-    """Iterates over the batches of one epoch at a time.
+    """Iterates over batches of packed shards, one epoch per `for` loop.
 
-    Every `for` is a fresh epoch with its own order and draws, both functions of (seed, epoch): after a `break` the next
-    `for` begins the next epoch. Every sample comes at most once an epoch, and exactly once where the tail is kept.
+    Each `for` starts the next epoch, even after a `break`. The order and the augmentation depend only on the seed and
+    the epoch. Unless it is padded or balanced, an epoch yields every sample at most once, and exactly once if the tail
+    is kept.
 
     Args:
-        shards: The folder that `pack` wrote; also an address such as s3://bucket/shards, or a
-            `fastflower.shards.remote.Remote`, of which shards are downloaded ahead into a bounded cache.
-        split: "train" or "val".
-        batch_size: Samples a step on this rank; the global batch is batch_size * world_size.
-        augment: What is drawn; None is `Augment()`, the validation view.
-        seed: Of the order and of the draws.
-        device: Where batches are put; None means CUDA where there is one, else the CPU.
-        dtype: Of the images: float32 (the default), bfloat16, float16, or uint8, which is not normalized.
-        cache: "auto" keeps decoded images when all fit in half of the RAM that is free, with CUDA of the GPU's memory; a
-            number of bytes keeps what fits, None nothing.
-        rank, world_size: Of torch.distributed where that is initialized, else 0 and 1.
-        shuffle: None shuffles "train" only; "balanced" draws all classes equally often, for an epoch that is not exact any more:
-            samples of small classes come again, and some of large ones not at all.
-        window: Shards that a shuffled epoch reads at a time, shuffled over all of the window's samples; None: all, or 8 of an
-            address. For storage that is slow at random access, and where the shards do not fit the page cache.
-        tail: What does not fill a global batch: "drop" (the default when shuffled), "keep" (the default when not: ranks get
-            uneven parts of it, a rank without a part one step less), or "pad" with the epoch's first samples.
-        on_bad: What a damaged sample does: "fail" stops the epoch with a SampleError, "skip" puts the next sample of the
-            index in its place; `replaced` counts them, and the log names each once.
-        backend: With CUDA "triton" (the default where images are kept: two kernels render from the GPU's memory) or "dali"
-            (otherwise: decodes on the GPU, every epoch); "native", a kernel for processors with AVX2 (the default without CUDA,
-            where there is one), or "opencv". Their pixels differ by a gray level or two, their draws not at all.
-        workers: Threads; by default one more than cores, so that none idles while a thread waits for Python's lock. Ranks on
-            one machine share its cores.
-        executor: The former name of `backend`.
+        shards: Folder written by `pack`, an address such as s3://bucket/shards, or a `fastflower.shards.remote.Remote`.
+            Remote shards are prefetched into a bounded cache on disk.
+        split: Split to read, for example "train" (the default) or "val".
+        batch_size: Samples per step on this rank (default 64). The global batch size is batch_size * world_size.
+        augment: Distribution of random augmentations. None (the default) means `Augment()`, the validation view.
+        seed: Random seed of the order and of the augmentation (default 0).
+        device: Device that holds the batches. None (the default) means CUDA if it is available, else the CPU.
+        dtype: Data type of the images: torch.float32 (the default), bfloat16, float16, or uint8, which is not
+            normalized.
+        cache: Memory for decoded images. "auto" (the default) caches all images if they fit in half of the free RAM, or
+            of the free GPU memory with CUDA, else none. A number of bytes caches as many images as fit. None disables
+            the cache.
+        rank, world_size: Rank of this process and number of ranks; pass both or neither. Default to those of
+            torch.distributed if it is initialized, else to 0 and 1.
+        shuffle: Whether to shuffle the samples. None (the default) shuffles "train" only. "balanced" draws all classes
+            equally often; an epoch then repeats samples of small classes and skips samples of large ones.
+        window: Number of shards that a shuffled epoch reads at a time, shuffling their samples together. None (the
+            default) means all shards, or 8 if they are remote. Set it if storage is slow at random access, or if the
+            shards do not fit in the page cache.
+        tail: What to do with the samples that do not fill a global batch. "drop" (the default if shuffled) skips them.
+            "keep" (the default otherwise) splits them unevenly over the ranks; a rank without any has one step less.
+            "pad" fills the batch with the first samples of the epoch.
+        on_bad: What to do with a damaged sample. "fail" (the default) raises a SampleError. "skip" replaces it with the
+            next sample of the index, logs it once and adds it to `replaced`.
+        backend: What renders the batches. With CUDA, "triton" (the default if images are cached) renders from GPU
+            memory, and "dali" (the default otherwise) decodes on the GPU in every epoch. "native" and "opencv" render
+            on the CPU; without CUDA the default is "native" if the processor has AVX2, else "opencv". All backends draw
+            the same numbers; their pixels differ by one or two gray levels.
+        workers: Number of threads. Defaults to one more than the cores of this rank, so that no core is idle while a
+            thread waits for the GIL. Ranks on one machine share its cores.
+        executor: Deprecated name of `backend`.
 
-    Raises ShardError for shards that are missing or damaged, ArgumentError for an argument outside its rule, DeviceError.
+    Raises ShardError if shards are missing or damaged, ArgumentError if an argument is invalid, and DeviceError if CUDA
+    is requested but not available.
 
     Example:
         >>> loader = Loader("shards", batch_size=32, augment=Augment(size=96, crop=(0.5, 1.0)), device="cpu")
@@ -119,9 +124,9 @@ class Loader(IterableDataset[Batch]):
         self.augment = augment or Augment()
         self.device, self.dtype = resolve_device(device), dtype or torch.float32
         self.cache, self.workers = cache, workers or cores() + 1
-        backend = _asked_for(backend, executor)
-        # As asked for: where a Loader travels to, None may mean another thing.
-        self._asked = {"device": device, "workers": workers, "backend": backend}
+        backend = _backend_of(backend, executor)
+        # As passed, because None may resolve differently in the process that unpickles this loader.
+        self._passed = {"device": device, "workers": workers, "backend": backend}
         self.rank, self.world_size = distributed.place(rank, world_size)
         self.shuffle: Shuffle = split == "train" if shuffle is None else shuffle
         source = remote(shards)
@@ -129,21 +134,26 @@ class Loader(IterableDataset[Batch]):
         self.tail: Tail = tail or ("drop" if self.shuffle else "keep")
         self.on_bad = on_bad
         self._check(workers)
-        _check_mix(self.augment, self.batch_size, self.tail, self.dtype)
+        self._check_mix(self.augment)
 
         self._mirror = Mirror.connect(source) if source else None
         self.manifest = self._mirror.manifest if self._mirror else Manifest.load(str(shards))
-        self._reader = self._open()
+        if self._mirror:
+            self._mirror.open_split(split, self.window or 1)
+        fetch = self._mirror.path if self._mirror else None
+        self._reader = ShardReader(self.manifest, split, strict=on_bad == "fail" and not fetch, fetch=fetch)
         self._samples = SampleSource(self._reader, replaces=on_bad == "skip")
-        self._steps = self._ordered()
+        self._order = Order(self.manifest.split(split), self._samples.labels, seed, self.shuffle, self.window)
+        self._num_steps = num_steps(self.num_samples, self.global_batch_size, drop_tail=self.tail == "drop")
+        self._check_steps()
         self.replaced = self._samples.replaced
-        """Damaged samples, by index, and what is wrong with each."""
+        """What is wrong with each damaged sample, by index."""
         setup = Setup(self.device, self.dtype, batch_size, self.workers)
         self._backend = create(backend, self.augment, self._samples, setup, cache, seed=seed)
 
         self._images = 0
-        self._next = (0, 0)  # (epoch, step) at which the next `for` begins
-        self._restored = False  # whether a state said so
+        self._next = (0, 0)  # (epoch, step) at which the next `for` starts
+        self._restored = False  # whether load_state_dict set it
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
 
     def _check(self, workers: int | None) -> None:
@@ -156,118 +166,110 @@ class Loader(IterableDataset[Batch]):
         require(self.dtype in _DTYPES, "dtype", f"one of {', '.join(map(str, _DTYPES))}", self.dtype)
         if self.shuffle == "balanced" and self.window is not None:
             raise ArgumentError(
-                "window must be None with shuffle='balanced', which reads all shards; so must shards be local."
+                "window must be None with shuffle='balanced', which reads all shards; leave it out, and pass a local folder."
             )
 
-    def _open(self) -> ShardReader:
-        if self._mirror is None:
-            return ShardReader(self.manifest, self.split, strict=self.on_bad == "fail")
-        self._mirror.open_split(self.split, self.window or 1)
-        return ShardReader(self.manifest, self.split, strict=False, fetch=self._mirror.path)
-
-    def _ordered(self) -> Steps:
-        steps = Steps(
-            split=self.manifest.split(self.split),
-            labels=self._samples.labels,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            shuffle=self.shuffle,
-            window=self.window,
-            tail=self.tail,
-        )
-        if not steps.of_all_ranks and self.tail == "drop":
+    def _check_mix(self, augment: Augment) -> None:
+        mixes = augment.mixup or augment.cutmix
+        if mixes and (self.batch_size % 2 or self.tail == "keep" or self.dtype == torch.uint8):
             raise ArgumentError(
-                f"batch_size: {steps.global_batch_size}, of all ranks together, exceeds the {self.num_samples} samples of "
-                f"split {self.split!r}, so an epoch would have no step; lower it (--batch-size), or give a Loader tail='keep'."
+                "augment: mixup and cutmix mix pairs of a batch, so they need an even batch_size, tail 'drop' or 'pad', and "
+                f"a floating-point dtype; got {self.batch_size}, {self.tail!r} and {self.dtype}."
+            )
+
+    def _check_steps(self) -> None:
+        if not self._num_steps and self.tail == "drop":
+            raise ArgumentError(
+                f"batch_size: {self.global_batch_size} over all ranks exceeds the {self.num_samples} samples of split "
+                f"{self.split!r}, so an epoch would have no steps; lower it (--batch-size), or pass tail='keep' to Loader."
             )
         if self.shuffle == "balanced":
-            _log.info("shuffle: classes come equally often, so that an epoch does not hold every sample exactly once")
-        return steps
+            _log.info("shuffle: drawing all classes equally often; an epoch repeats some samples and skips others")
 
     def __reduce__(self) -> tuple[object, ...]:
-        """To another process: made again from the same arguments, at the same place; nothing kept goes along."""
-        arguments = {name: getattr(self, name) for name in _ARGUMENTS} | self._asked
-        place = {"_next": self._next, "_position": self._position, "_restored": self._restored}
-        return partial(type(self), **arguments), (), place
+        """Pickle the arguments and the position; cached images stay behind."""
+        names = signature(Loader.__init__).parameters.keys() - {"self", "executor"}
+        arguments = {name: getattr(self, name) for name in names} | self._passed
+        position = {"_next": self._next, "_position": self._position, "_restored": self._restored}
+        return partial(type(self), **arguments), (), position
 
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """The whole decoded image of a sample, (H, W, 3) RGB; not to be written to."""
+    def image(self, index: int) -> Pixels:
+        """Return the whole decoded image of a sample, (H, W, 3) RGB. Do not write to it."""
         return self._samples.decode(index)
 
     def where(self, index: int) -> str:
-        """Shard, key and original path of a sample, for messages."""
+        """Return the shard, key and original path of a sample for messages."""
         return self._samples.where(index)
 
     def path_of(self, index: int) -> str:
-        """The path, relative to the packed folder, that a sample's image had."""
+        """Return the original path of a sample's image, relative to the packed folder."""
         return self._reader.path(index)
 
     @property
     def paths(self) -> Paths:
-        """`path_of` every sample, by index."""
+        """Original path of every sample, by index."""
         return Paths(self._reader)
 
     @property
     def backend(self) -> Name:
-        """Which of them makes the batches."""
+        """Name of the backend that renders the batches."""
         return self._backend.name
 
     @property
     def num_samples(self) -> int:
-        """Samples in the split, over all ranks."""
+        """Number of samples in the split, over all ranks."""
         return len(self._samples.labels)
 
     @property
     def global_batch_size(self) -> int:
-        """Samples a step over all ranks."""
-        return self._steps.global_batch_size
+        """Number of samples per step over all ranks."""
+        return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        """Steps in an epoch: the same on every rank, but for one fewer where a kept tail has no sample for it."""
-        return len(self._steps)
+        """Return the number of steps in an epoch: one less on a rank that gets no sample of a kept tail."""
+        last_is_empty = self.tail == "keep" and not len(self._positions(self._num_steps - 1))
+        return self._num_steps - last_is_empty
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ArgumentError(
-                f"num_workers must be 0, got {worker.num_workers}: a Loader has threads of its own, and each worker process "
-                f"would feed every batch."
+                f"num_workers must be 0, got {worker.num_workers}: a Loader has its own threads, and each worker process "
+                f"would yield every batch."
             )
         self._position = self._next
         return self._batches()
 
     def _batches(self) -> Iterator[Batch]:
-        # At the first batch, not in __iter__: torchdata and Lightning make iterators that they take no batch from.
+        # Not in __iter__, because torchdata and Lightning create iterators without taking a batch from them.
         epoch, start = self._position = self._next
         self._next, self._restored = (epoch + 1, 0), False
         if self._mirror:
             self._mirror.begin_use()
-        made = self._backend.run(self._announced(self.requests(epoch, start)))
-        asked, used = perf_counter(), deque[torch.cuda.Event]()
+        rendered = self._backend.run(self._announced(self.requests(epoch, start)))
+        waiting_since, used = perf_counter(), deque[torch.cuda.Event]()
         try:
-            for request, images in made:
+            for request, images in rendered:
                 after = request.step + 1
-                self._position = (epoch, after) if after < self._steps.of_all_ranks else (epoch + 1, 0)
+                self._position = (epoch, after) if after < self._num_steps else (epoch + 1, 0)
                 labels = torch.as_tensor(self._samples.labels[request.indices])
                 index = torch.as_tensor(request.indices)
                 batch = self._mixed(request, Batch(self._put(images), self._put(labels), self._put(index)))
-                given = perf_counter()
-                self._samples.clock.add("wait", given - asked)
+                yielded_at = perf_counter()
+                self._samples.clock.add("wait", yielded_at - waiting_since)
                 self._images += len(index)
                 yield batch
                 self._pace(used)
-                asked = perf_counter()
-                self._samples.clock.add("consume", asked - given)
-            self._position = (epoch + 1, 0)  # where this rank has no part of the last step
+                waiting_since = perf_counter()
+                self._samples.clock.add("consume", waiting_since - yielded_at)
+            self._position = (epoch + 1, 0)  # also if this rank has no part of the last step
         finally:
             with self._mirror.ending_use() if self._mirror else nullcontext():
-                made.close()
+                rendered.close()
                 self._reader.close_all_but(())  # no file stays open between epochs
 
     def _pace(self, used: deque[torch.cuda.Event]) -> None:
-        """Let a host that asks a GPU for steps run ahead of it by so many batches: unbounded it takes memory for each."""
+        """Bound how many batches the host runs ahead of the GPU, because each takes GPU memory."""
         if self.device.type != "cuda":
             return
         event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps
@@ -281,85 +283,92 @@ class Loader(IterableDataset[Batch]):
         if not (augment.mixup or augment.cutmix):
             return batch
         mix = augment.mix(self.seed, request.epoch, request.indices)
-        return Batch(*mixed(batch.images, batch.labels, mix, len(self.manifest.classes), self._put), batch.index)
+        return mixed(batch, mix, len(self.manifest.classes), self._put)
 
     def stats(self) -> Stats:
-        """Where the time of all epochs so far went."""
+        """Return how the time of all epochs so far was spent."""
         seconds = {f"{name}_seconds": self._samples.clock[name] for name in SPENT}
         return Stats(images=self._images, workers=self.workers, replaced=len(self.replaced), **seconds)
 
     def requests(self, epoch: int, start: int = 0) -> Iterator[Request]:
-        """What the backend is asked for in an epoch, from step `start` on.
+        """Yield the requests of an epoch from step `start` on.
 
-        After the first, steps are drawn together, which takes a third of the time.
+        Steps after the first are drawn several at a time, which takes a third of the time.
         """
-        augment = self.augment  # whatever it is set to meanwhile
+        augment = self.augment  # set_augment may change it during the epoch
         later = range(start + 1, len(self), max(1, _DRAWN_TOGETHER // self.batch_size))
         for first, end in pairwise([*range(start, min(start + 1, len(self))), *later, len(self)]):
-            indices = self._steps.indices(epoch, range(first, end))
-            together = np.concatenate(indices)
-            sizes = self._samples.sizes[together]
-            drawn = Request.drawn(augment, together, sizes, seed=self.seed, epoch=epoch, step=first)
+            positions = [self._positions(step) for step in range(first, end)]
+            indices = self._order.indices(np.concatenate(positions), epoch)
+            sizes = self._samples.sizes[indices]
+            drawn = Request.drawn(augment, indices, sizes, seed=self.seed, epoch=epoch, step=first)
             row = 0
-            for step, count in enumerate(map(len, indices), first):
+            for step, count in enumerate(map(len, positions), first):
                 yield drawn.take(step, slice(row, row + count))
                 row += count
 
     def _announced(self, requests: Iterator[Request]) -> Iterator[Request]:
-        """Requests, each after the mirror has heard which shards it needs, and which come next."""
-        shards = self.manifest.split(self.split).shards
+        """Yield the requests, each after the mirror was told which shards to prefetch for it."""
         for request in requests:
             if self._mirror:
-                ahead = self._steps.shards_ahead(request.epoch, request.step)
-                self._reader.close_all_but(self._mirror.prefetch([shards[number].name for number in ahead]))
+                self._reader.close_all_but(self._mirror.prefetch(self._shards_ahead(request.epoch, request.step)))
             yield request
 
-    def indices(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """(N,) the samples of a step of an epoch on this rank."""
-        (indices,) = self._steps.indices(epoch, [step])
-        return indices
+    def _shards_ahead(self, epoch: int, step: int) -> list[str]:
+        """Return the names of the shards that a step reads, then those of the next window."""
+        shards = self.manifest.split(self.split).shards
+        return [shards[number].name for number in self._order.windows.ahead(self._positions(step), epoch)]
+
+    def _positions(self, step: int) -> Integers:
+        ranks = {"rank": self.rank, "world_size": self.world_size}
+        return step_positions(step, self.num_samples, self.global_batch_size, **ranks, pad=self.tail == "pad")
+
+    def indices(self, epoch: int, step: int) -> Integers:
+        """Return the samples of a step of an epoch on this rank, (N,)."""
+        return self._order.indices(self._positions(step), epoch)
 
     def _put(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == self.device.type:
             return tensor
-        with torch.cuda.device(self.device):  # or pinning takes memory of another GPU, the current one
+        with torch.cuda.device(self.device):  # else pinning takes memory of the current GPU
             return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def set_augment(self, augment: Augment) -> None:
-        """Draw from another distribution from the next `for` on; images that are kept stay."""
-        _check_mix(augment, self.batch_size, self.tail, self.dtype)
+        """Use another augmentation from the next `for` on. Cached images stay cached."""
+        self._check_mix(augment)
         self.augment = augment
         self._backend = self._backend.with_augment(augment)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the next `for` in this epoch: at its start, or, right after `load_state_dict`, where that stands in it."""
+        """Start the next `for` with this epoch: at its first step, or at the loaded step right after `load_state_dict`."""
         if epoch != self._next[0] and self._restored:
-            told = "set_epoch(%d): begins at the start of that epoch; the loaded position, step %d of epoch %d, is discarded"
-            _log.warning(told, epoch, self._next[1], self._next[0])
+            message = "set_epoch(%d): starting at the first step; discarded the loaded position, step %d of epoch %d"
+            _log.warning(message, epoch, self._next[1], self._next[0])
         self._next = self._position = (epoch, self._next[1] if epoch == self._next[0] else 0)
         self._restored = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Where feeding stands, a few plain values: after k batches of an epoch, a restored loader begins with batch k."""
+        """Return the position as a few plain values. After k batches of an epoch, a restored loader starts with batch k."""
         epoch, step = self._position
         return {"epoch": epoch, "step": step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin the next `for` where `state_dict` was taken, also on another world size with the same global batch.
+        """Start the next `for` at the position of the state.
 
-        Raises ShardError naming what differs when the state belongs to other shards, another seed or global batch.
+        The world size may differ from the saved one if the global batch size is the same.
+        Raises ShardError if the state belongs to other shards, another split, order, seed or global batch size.
         """
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise ShardError(
-                    f"load_state_dict: the state has {name} {state.get(name)!r}, this loader {value!r}; "
+                    f"load_state_dict: the state has {name} {state.get(name)!r}, this loader has {value!r}; "
                     f"resume with the same shards, split, seed and batch_size * world_size."
                 )
         self._next = self._position = (int(state["epoch"]), int(state["step"]))
         self._restored = True
 
     def _identity(self) -> dict[str, object]:
-        """What the order and the draws depend on, besides the position."""
+        """Return everything but the position that determines the order and the draws."""
         checksums = "".join(shard.sha256 for shard in self.manifest.split(self.split).shards)
         return {
             "shards": hashlib.sha256(checksums.encode()).hexdigest()[:16],
@@ -372,19 +381,10 @@ class Loader(IterableDataset[Batch]):
         }
 
 
-def _asked_for(backend: Name | None, executor: Name | None) -> Name | None:
+def _backend_of(backend: Name | None, executor: Name | None) -> Name | None:
     if executor is None:
         return backend
     if backend is not None:
-        raise ArgumentError(f"executor is the former name of backend; pass backend={backend!r} alone.")
-    warnings.warn(f"Loader(executor=) is called backend= now; pass backend={executor!r}.", FutureWarning, stacklevel=3)
+        raise ArgumentError(f"executor is the deprecated name of backend; pass only backend={backend!r}.")
+    warnings.warn(f"Loader(executor=) is deprecated; pass backend={executor!r}.", FutureWarning, stacklevel=3)
     return executor
-
-
-def _check_mix(augment: Augment, batch_size: int, tail: Tail, dtype: torch.dtype) -> None:
-    mixes = augment.mixup or augment.cutmix
-    if mixes and (batch_size % 2 or tail == "keep" or dtype == torch.uint8):
-        raise ArgumentError(
-            "augment: mixup and cutmix mix pairs of a batch, in floating point: they need an even batch_size, tail 'drop' or "
-            f"'pad' and a dtype other than uint8; got {batch_size}, {tail!r} and {dtype}."
-        )

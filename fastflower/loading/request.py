@@ -1,57 +1,48 @@
-"""What is asked of a backend: a `Request` for each batch."""
+"""The `Request` for a batch, which a backend renders."""
 
 from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastflower.draws.augment import Augment
 from fastflower.draws.draw import Draw
 from fastflower.draws.geometry import Warp
+from fastflower.loading.batch import Integers
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One batch to make: which samples, and the numbers drawn for them."""
+    """The samples of one batch and the numbers drawn for them."""
 
     epoch: int
     step: int
-    indices: NDArray[np.int64]
-    """(N,)."""
+    indices: Integers
+    """(N,) samples."""
     draw: Draw
     warp: Warp
-    """The draw's geometry, for images of their sizes."""
+    """Geometry of the draw for the sizes of these images."""
     augment: Augment
-    """What was drawn from, and with which seed."""
+    """Distribution of the draw."""
     seed: int
 
     @classmethod
-    def drawn(
-        cls,
-        augment: Augment,
-        indices: NDArray[np.int64],
-        sizes: NDArray[np.int64],
-        *,
-        seed: int,
-        epoch: int,
-        step: int,
-    ) -> Self:
-        """The request for samples `indices`, (N,), whose images have `sizes`, (N, 2) height and width."""
+    def drawn(cls, augment: Augment, indices: Integers, sizes: Integers, *, seed: int, epoch: int, step: int) -> Self:
+        """Draw for the samples `indices`, (N,), with images of `sizes`, (N, 2) height and width."""
         draw = augment.draw(seed, epoch, indices, sizes)
         return cls(epoch, step, indices, draw, draw.warp(sizes, augment.fill), augment, seed)
 
     def take(self, step: int, rows: slice) -> "Request":
-        """Some of the samples, as a step of its own. Its arrays are views of this one's."""
+        """Return some of the samples as their own step. Its arrays are views of this request's arrays."""
         draw, warp = self.draw.take(rows), self.warp.take(rows)
         return Request(self.epoch, step, self.indices[rows], draw, warp, self.augment, self.seed)
 
     def row(self, row: int) -> "Request":
-        """One of the samples, as `take` gives it."""
+        """Return one of the samples, as `take` does."""
         return self.take(self.step, slice(row, row + 1))
 
-    def put(self, row: int, index: int, size: NDArray[np.int64]) -> None:
-        """Set another sample, whose image has `size`, (2,) height and width, into a row, with what is drawn for it."""
+    def put(self, row: int, index: int, size: Integers) -> None:
+        """Replace the sample of a row, with its draw. size  (2,) height and width of the new sample's image."""
         indices = np.array([index])
         other = Request.drawn(self.augment, indices, size[None], seed=self.seed, epoch=self.epoch, step=self.step)
         self.indices[row] = index

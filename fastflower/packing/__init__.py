@@ -1,5 +1,5 @@
-"""A folder of images becomes shards.
+"""Turns a folder of images into shards.
 
-In comes a folder, in any layout that `layout` knows; out go shards and a manifest, the same bytes for the same input, options
-and seed. Read `packer` first: it scans, plans, makes each shard and publishes.
+The input is a folder in any layout that `layout` knows; the output is shards and a manifest. The same input, options
+and seed give the same bytes. Read `packer` first: it scans the folder, plans, makes each shard and publishes the result.
 """

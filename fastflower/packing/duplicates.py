@@ -1,4 +1,4 @@
-"""Finds images that stand twice: identical files before the split is planned, look-alikes across the split afterwards."""
+"""Finds duplicates: identical files before the split is planned, near-duplicates across splits afterwards."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from fastflower.files import blame_the_system
 from fastflower.packing.folder import Folder
 
-_TAIL = 4096  # bytes: the last of a compressed image tell it from others of its size, and spare reading the rest
+_TAIL = 4096  # bytes: the end of a compressed image tells it from others of the same size without reading the rest
 
-# Bits of 64. In 2,848 images of flowers 16 pairs are as close or closer, every one of them one picture twice, and each
-# of 712 is found again after JPEG quality 30 or a reduction to half.
+# Maximum distance of near-duplicates, in bits of 64. Among 2,848 flower images, 16 pairs are this close, and each pair
+# shows one image twice. Each of 712 images is found again after JPEG quality 30 or after downscaling to half.
 NEAR_BITS = 6
 
 _CHUNK = 1 << 17  # pairs compared at a time: 7 MB
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 class MapLike(Protocol):
-    """As the builtin map, perhaps on many threads: results in the order of the items."""
+    """The builtin map, or one that uses many threads and keeps the order."""
 
     def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterable[Result]: ...
 
@@ -36,32 +36,32 @@ class Groups:
     """Sets of two or more images with identical bytes."""
 
     members: NDArray[np.int64]
-    """Numbers of images, one group after another."""
+    """Image numbers, one group after another."""
     ends: NDArray[np.int64]
-    """Where in `members` each group ends."""
+    """End of each group in `members`."""
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         return iter(np.split(self.members, self.ends[:-1]) if len(self.ends) else ())
 
 
 def identical(folder: Folder, mapped: MapLike = map) -> Groups:
-    """Groups of images with the same bytes, each sorted, in the order of their first.
+    """Find groups of images with the same bytes. Each group is sorted; groups are in the order of their first image.
 
-    Only files of equal size are read, and of those only the ends unless they are equal too.
+    Reads only files of equal size, and in full only files whose ends are equal too.
     """
-    numbers, _ = _equal(np.arange(len(folder), dtype=np.int64), folder.files["size"][:, None])
+    numbers, _ = _group_equal(np.arange(len(folder), dtype=np.int64), folder.files["size"][:, None])
     for whole in (False, True):
         chunks = np.array_split(numbers, -(-len(numbers) // 256)) if len(numbers) else []
         jobs = ([(folder.root, folder.path(n), whole) for n in chunk] for chunk in chunks)
         digests = np.frombuffer(b"".join(mapped(_digests, jobs)), np.uint64).reshape(len(numbers), 2)
-        readable = digests.any(axis=1)  # what cannot be read is listed as skipped when its shard is made
+        readable = digests.any(axis=1)  # unreadable files are skipped later, when their shard is made
         sizes = folder.files["size"][numbers, None]
-        numbers, ends = _equal(numbers[readable], np.hstack([digests, sizes])[readable])
+        numbers, ends = _group_equal(numbers[readable], np.hstack([digests, sizes])[readable])
     return Groups(numbers, ends)
 
 
 def _digests(files: list[tuple[Path, str, bool]]) -> bytes:
-    """16 bytes of the SHA-256 of each file (root, path, whole) or of its end, zeros where it cannot be read."""
+    """Return 16 bytes of the SHA-256 of each file (root, path, whole) or of its end; zeros for an unreadable file."""
     digests: list[bytes] = []
     for root, path, whole in files:
         try:
@@ -75,8 +75,8 @@ def _digests(files: list[tuple[Path, str, bool]]) -> bytes:
     return b"".join(digests)
 
 
-def _equal(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Those of `numbers` whose row of keys is not unique, equal ones together; and where each group of equals ends."""
+def _group_equal(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Group numbers with equal rows of `keys`, without singles. Return the members in groups, and the groups' ends."""
     if not len(numbers):
         return numbers, np.zeros(0, np.int64)
     order = np.lexsort((numbers, *keys.T))
@@ -84,31 +84,32 @@ def _equal(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> tuple[NDArra
     starts = np.flatnonzero(np.append(True, (sorted_keys[1:] != sorted_keys[:-1]).any(axis=1)))
     counts = np.diff(np.append(starts, len(order)))
     kept = np.flatnonzero(counts > 1)
-    kept = kept[np.argsort(numbers[order[starts[kept]]])]  # in the order of their first
+    kept = kept[np.argsort(numbers[order[starts[kept]]])]  # in the order of their first members
     members = [order[start : start + count] for start, count in zip(starts[kept], counts[kept], strict=True)]
     return numbers[np.concatenate(members) if members else np.zeros(0, np.int64)], np.cumsum(counts[kept])
 
 
 def nearest(queries: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each query the position of the closest hash and its distance in bits; -1 where none is within NEAR_BITS.
+    """Find the position of the closest hash for each query, and its distance in bits; -1 if none is within NEAR_BITS.
 
-    Hashes that differ in at most NEAR_BITS bits agree on one of NEAR_BITS + 1 bands of bits, so only those that share a
-    band are compared: Norouzi, Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index Hashing", 2012.
+    Two hashes that differ in at most NEAR_BITS bits are equal in at least one of NEAR_BITS + 1 bands of bits, so only
+    hashes with an equal band are compared (Norouzi, Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index
+    Hashing", 2012).
 
-    queries  (Q,). hashes  (N,); of equally close ones the first counts. Returns two arrays (Q,).
+    queries  (Q,). hashes  (N,); of equally close hashes, the first is taken. Returns two arrays (Q,).
     """
     hashes, first = np.unique(hashes, return_index=True)
-    # The distance in the upper 16 bits, the position in the others: the least is the closest, and of those the first.
+    # Distance in the upper 16 bits, position in the others: the minimum is the closest hash, and the first among ties.
     best = np.full(len(queries), np.iinfo(np.uint64).max)
     edges: list[int] = np.linspace(0, 64, NEAR_BITS + 2).astype(int).tolist()
     for low, high in pairwise(edges):
         bands, wanted = _band(hashes, low, high), _band(queries, low, high)
         order = np.argsort(bands)
         bands, ordered = bands[order], hashes[order]
-        starts = np.searchsorted(bands, wanted, "left")  # the hashes with a query's band stand together
+        starts = np.searchsorted(bands, wanted, "left")  # hashes with equal bands are consecutive
         counts = np.searchsorted(bands, wanted, "right") - starts
         for start, stop in _runs(counts, _CHUNK):
-            pairs = counts[start:stop]  # to compare for each query
+            pairs = counts[start:stop]  # per query
             query = np.repeat(np.arange(start, stop), pairs)
             pairs_before = np.cumsum(pairs) - pairs
             place = np.arange(len(query)) + np.repeat(starts[start:stop] - pairs_before, pairs)  # in `ordered`
@@ -123,12 +124,12 @@ def nearest(queries: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> tuple[ND
 
 
 def _band(hashes: NDArray[np.uint64], low: int, high: int) -> NDArray[np.uint16]:
-    """Bits low .. high-1 of each hash."""
+    """Return bits low .. high-1 of each hash."""
     return (hashes >> np.uint64(low) & np.uint64((1 << high - low) - 1)).astype(np.uint16)
 
 
 def _runs(counts: NDArray[np.int64], most: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of runs whose counts add up to `most` or less; one whose own count is more is alone."""
+    """Yield (start, stop) of runs with counts that add up to at most `most`. A larger count is a run of its own."""
     ends = np.cumsum(counts)
     start = before = 0
     while start < len(counts):

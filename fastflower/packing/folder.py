@@ -1,6 +1,6 @@
-"""Finds the images of a folder: class folders as torchvision's ImageFolder reads them, splits of its own, or lists.
+"""Finds the images of a folder: in class folders as torchvision's ImageFolder reads them, in split folders or in lists.
 
-A million files must fit, so they stand in arrays, not in objects.
+Files are kept in arrays instead of objects, so that a million of them fit in memory.
 """
 
 import logging
@@ -21,10 +21,10 @@ from fastflower.packing.lists import listed_classes, listed_files, lists_of
 
 FILE_DTYPE = np.dtype(
     [
-        ("path_end", "<u8"),  # in Folder.paths; the next path begins there
+        ("path_end", "<u8"),  # in Folder.paths; the next path starts there
         ("label", "<i4"),
-        ("split", "<i4"),  # position in Folder.splits; 0 where it has none
-        ("size", "<u8"),  # bytes; 0 for a link to nothing
+        ("split", "<i4"),  # position in Folder.splits; 0 if there are none
+        ("size", "<u8"),  # bytes; 0 for a broken link
         ("mtime_ns", "<i8"),
     ]
 )
@@ -32,27 +32,27 @@ FILE_DTYPE = np.dtype(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Folder:
-    """The classes and images of a folder, in ImageFolder's order or that of its lists."""
+    """Classes and images of a folder, in the order of ImageFolder or of the lists."""
 
     root: Path
-    """What paths are relative to."""
+    """Folder to which paths are relative."""
     classes: tuple[str, ...]
     splits: tuple[str, ...]
-    """Of its own: "train", "val", "test"; none where the images are still to be split."""
+    """Names of the folder's own splits ("train", "val", "test"), empty if the images are still to be split."""
     files: NDArray[np.void]
-    """(N,) of FILE_DTYPE: those that have an image's name, or are listed."""
+    """(N,) of FILE_DTYPE: files with an image extension, or listed files."""
     paths: NDArray[np.uint8]
-    """Their paths as bytes, one after another."""
+    """Paths of the files as bytes, one after another."""
     ignored: tuple[tuple[str, str], ...] = ()
-    """(path, reason) of what else lies in class folders."""
+    """(path, reason) of everything else that was found."""
 
     def path(self, number: int) -> str:
-        """Of image 0 .. N-1, relative to the root, with forward slashes."""
+        """Return the path of image 0 .. N-1, relative to the root, with forward slashes."""
         start = int(self.files["path_end"][number - 1]) if number else 0
         return os.fsdecode(self.paths[start : int(self.files["path_end"][number])].tobytes())
 
     def image_at(self, place: int) -> int:
-        """The image to whose path a byte of `paths` belongs."""
+        """Return the number of the image that owns byte `place` of `paths`."""
         return int(np.searchsorted(self.files["path_end"], np.uint64(place), "right"))
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ _FILE = struct.Struct("<QiiQq")  # a row of FILE_DTYPE
 
 @dataclass(slots=True)
 class _Collector:
-    """Collects the images of a folder: 32 bytes and the path for each."""
+    """Collects the images of a folder in 32 bytes plus the path for each."""
 
     root: Path
     files: bytearray = field(default_factory=bytearray)
@@ -72,7 +72,7 @@ class _Collector:
     ignored: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
     def add(self, path: str, label: int, split: int, named: bool = True) -> None:
-        """Take a file for an image, or note why not. A link to nothing is taken: reading it fails, and that is reported."""
+        """Add an image, or record why the file is ignored. A broken link is added, to be reported as unreadable."""
         try:
             status = os.stat(os.path.join(self.root, path))  # noqa: PTH116, PTH118  (pathlib takes three times as long)
         except OSError:
@@ -85,30 +85,30 @@ class _Collector:
                 return
             size, mtime_ns = status.st_size, status.st_mtime_ns
         if not named:
-            self.ignored.append((path, "is not named as an image"))
+            self.ignored.append((path, "has no image extension"))
             return
         self.paths += os.fsencode(path)
         self.files += _FILE.pack(len(self.paths), label, split, size, mtime_ns)
 
     def add_class(self, name: str, label: int, split: int) -> bool:
-        """Add the files below root/name, sorted by folder, then by name, as ImageFolder has them. Whether there are images."""
+        """Add the files below root/name in ImageFolder's order: by folder, then name. Return whether it has images."""
         before = len(self.files)
         for parent in self._folders(name):
-            for file in sorted(os.listdir(self.root / parent)):  # noqa: PTH208  (names alone fit in memory)
+            for file in sorted(os.listdir(self.root / parent)):  # noqa: PTH208  (names take less memory than paths)
                 self.add(f"{parent}/{file}", label, split, named=file.lower().endswith(layout.EXTENSIONS))
         return len(self.files) > before
 
     def _folders(self, name: str) -> list[str]:
-        """Every folder at and below root/name that can be read, sorted; each once, so that links in a loop come to an end."""
+        """List root/name and all readable folders below it, sorted. Each appears once, so loops of links end."""
         seen: set[tuple[int, int]] = set()
         folders: list[str] = []
         pending, linked = [name], list[str]()
         while pending or linked:
-            path = pending.pop() if pending else linked.pop()  # links last: a folder counts where it really stands
+            path = pending.pop() if pending else linked.pop()  # links last: prefer a folder's real path
             try:
                 status = (self.root / path).stat()
                 if (status.st_dev, status.st_ino) in seen:
-                    self.ignored.append((path, "is a link to a folder that was read already"))
+                    self.ignored.append((path, "links to a folder that was already read"))
                     continue
                 entries = [entry for entry in os.scandir(self.root / path) if layout.is_folder(entry)]
             except OSError as error:
@@ -118,51 +118,53 @@ class _Collector:
             seen.add((status.st_dev, status.st_ino))
             folders.append(path)
             for entry in sorted(entries, key=attrgetter("name"), reverse=True):
-                if entry.name in layout.NO_CLASSES:
-                    self.ignored.append((f"{path}/{entry.name}", "is what a system adds"))
+                if entry.name in layout.SYSTEM_FOLDERS:
+                    self.ignored.append((f"{path}/{entry.name}", "is a system folder"))
                 else:
                     (linked if entry.is_symlink() else pending).append(f"{path}/{entry.name}")
         return sorted(folders)
 
-    def leave_out(self, top: str) -> None:
-        """List the images of a split that has no class folders; they are for `predict`."""
+    def ignore_unlabeled(self, top: str) -> None:
+        """Ignore the images of a split without class folders, and warn about them."""
         before = len(self.ignored)
         for parent in self._folders(top):
-            self.note_strays(parent)
+            self.ignore_strays(parent)
         if len(self.ignored) > before:
-            what = "has no class folders, so its images have no labels and are left out; predict classifies them"
+            what = "has no class folders, so its unlabeled images are skipped; classify them with `fastflower predict`"
             logging.getLogger("fastflower").warning("%s: %s", self.root / top, what)
         else:
             self.ignored.append((top, "is a folder without images"))
 
-    def note_strays(self, folder: str) -> None:
-        """List images beside the class folders; a file of another kind may well stand there."""
-        for file in sorted(os.listdir(self.root / folder)):  # noqa: PTH208  (names alone fit in memory)
+    def ignore_strays(self, folder: str) -> None:
+        """Ignore images next to the class folders. Other files there are normal and not recorded."""
+        for file in sorted(os.listdir(self.root / folder)):  # noqa: PTH208  (names take less memory than paths)
             path = os.path.normpath(f"{folder}/{file}")
             if file.lower().endswith(layout.EXTENSIONS) and not (self.root / path).is_dir():
-                self.ignored.append((path, "lies in no class folder"))
-            elif file in layout.NO_CLASSES:
-                self.ignored.append((path, "is what a system adds"))
+                self.ignored.append((path, "is not in a class folder"))
+            elif file in layout.SYSTEM_FOLDERS:
+                self.ignored.append((path, "is a system folder"))
 
     def folder(self, classes: list[str], splits: tuple[str, ...]) -> Folder:
-        """All that was collected."""
+        """Return everything collected."""
         files, paths = np.frombuffer(self.files, FILE_DTYPE), np.frombuffer(self.paths, np.uint8)
         return Folder(self.root, tuple(classes), splits, files, paths, tuple(self.ignored))
 
 
-def scan(root: str | Path, *, anew: bool = False) -> Folder:
-    """Read the names and sizes, not the contents, of the images of a folder. One of three layouts:
+def scan(root: str | Path, *, resplit: bool = False) -> Folder:
+    """Find the images of a folder by name, without reading them. The folder has one of three layouts:
 
-    `root`/CLASS/**, as ImageFolder reads it; `root`/train/CLASS/** with folders named as other splits beside it; or lists
-    `root`/meta/train.txt and val.txt with lines "PATH LABEL", and classes.txt, in meta/ or directly in the root.
+    - `root`/CLASS/**, as ImageFolder reads it;
+    - `root`/train/CLASS/**, next to folders named after other splits; a folder named after a split is never a class;
+    - lists `root`/meta/train.txt and val.txt with lines "PATH LABEL", and classes.txt; all in meta/ or in the root.
 
-    A folder named as a split is no class. anew  the caller draws a split of all images, so splits below classes do not count.
-    Raises FolderError, naming file and line where there is one, for a folder that fits none of them or several, has only one
-    class, or a class without images.
+    resplit  the caller draws a new split from all images, so split folders inside class folders are ordinary folders.
+
+    Raises FolderError, with file and line if possible, if the folder fits none or several of these layouts, or has only
+    one class, or has a class without images.
     """
     root = Path(root)
     try:
-        folder = _scanned(root, anew)
+        folder = _scan(root, resplit)
     except OSError as error:
         blame_the_system(error, error.filename or root)
         raise FolderError(f"{error.filename or root}: cannot be read ({error.strerror}); make it readable.") from error
@@ -172,58 +174,59 @@ def scan(root: str | Path, *, anew: bool = False) -> Folder:
     return folder
 
 
-def _scanned(root: Path, anew: bool) -> Folder:
+def _scan(root: Path, resplit: bool) -> Folder:
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
-        raise FolderError(f"{root}: {what}; name a folder that holds one folder of images for each class.")
+        raise FolderError(f"{root}: {what}; pass a folder that contains one folder of images per class.")
     if lists := lists_of(root):
-        return _of_lists(root, lists)
+        return _scan_lists(root, lists)
     tops = layout.subfolders(root)
     if not tops:
         raise FolderError(f"{root}: has no class folders; put the images of each class into a folder of its own.")
     if len(tops) > 1 and (named := layout.splits_named(tops)):
-        return _of_splits(root, named, layout.places_of_splits(root, named, tops))
-    layout.check_classes(root, tops, anew)
-    return _of_classes(root, tops)
+        return _scan_splits(root, named, layout.places_of_splits(root, named, tops))
+    layout.check_classes(root, tops, resplit)
+    return _scan_classes(root, tops)
 
 
-def _of_lists(root: Path, lists: dict[str, Path]) -> Folder:
+def _scan_lists(root: Path, lists: dict[str, Path]) -> Folder:
     collector, classes = _Collector(root), listed_classes(root, lists)
     for path, label, split in listed_files(root, lists, classes):
         collector.add(path, label, split)
     if not collector.files:
-        raise FolderError(f"{lists['train']}: lists no image; write lines PATH LABEL.")
+        raise FolderError(f"{lists['train']}: lists no images; write one line 'PATH LABEL' per image.")
     return collector.folder(classes, tuple(lists))
 
 
-def _of_classes(root: Path, tops: list[str]) -> Folder:
+def _scan_classes(root: Path, tops: list[str]) -> Folder:
     collector = _Collector(root)
     empty = [name for label, name in enumerate(tops) if not collector.add_class(name, label, 0)]
     if len(empty) == len(tops) - 1:
         layout.refuse_wrapper(root, *(top for top in tops if top not in empty))
     if empty:
         raise _no_images(root / empty[0])
-    collector.note_strays(".")
+    collector.ignore_strays(".")
     return collector.folder(tops, ())
 
 
-def _of_splits(root: Path, named: dict[str, str], bases: dict[str, str]) -> Folder:
-    """bases  where the class folders of each labeled split stand, training first."""
+def _scan_splits(root: Path, named: dict[str, str], bases: dict[str, str]) -> Folder:
+    """Scan the splits. bases  parent of the class folders of each labeled split, training first."""
     collector = _Collector(root)
     train, *_ = bases.values()
     classes = layout.subfolders(root / train)
     for number, base in enumerate(bases.values()):
         for name in layout.subfolders(root / base):
-            place, ours = root / base / name, root / train
+            place = root / base / name
             if name not in classes:
-                raise FolderError(f"{place}: is no class of {ours}; add the class there, or remove this folder.")
+                what = f"is not a class in {root / train}"
+                raise FolderError(f"{place}: {what}; add the class there, or remove this folder.")
             if not collector.add_class(f"{base}/{name}", classes.index(name), number) and base == train:
                 raise _no_images(place)
     for folder in (".", *bases.values()):
-        collector.note_strays(folder)
+        collector.ignore_strays(folder)
     for top in named:
         if top not in bases:
-            collector.leave_out(top)
+            collector.ignore_unlabeled(top)
     return collector.folder(classes, tuple(named[top] for top in bases))
 
 
@@ -233,7 +236,7 @@ def _no_images(folder: Path) -> FolderError:
 
 
 def images_in(root: Path) -> list[Path]:
-    """Image files of a folder and of those below it, as those of a class are found."""
+    """List the image files in a folder and all folders below it, in the order of a class folder's images."""
     collector = _Collector(root)
     collector.add_class(".", 0, 0)
     folder = collector.folder([], ())

@@ -1,8 +1,7 @@
-"""How a folder of images is laid out: which of its folders are classes and which are splits.
+"""Decides which folders of a folder of images are classes and which are splits.
 
-What can be read in one way only is read so. Everything else is an error that shows the readings and what to type for each.
-`folder.scan` asks in this order: lists, splits, class folders. Called `tops` are the folders below the root, as `subfolders`
-names them.
+An ambiguous layout is an error that lists the possible readings, with the command for each. `folder.scan` looks for
+lists first, then for splits, then for class folders. Here, `tops` are the names of the folders directly in the root.
 """
 
 import os
@@ -18,27 +17,27 @@ from fastflower.files import blame_the_system
 # ImageFolder's IMG_EXTENSIONS (torchvision/datasets/folder.py).
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-# What archives and file systems add.
-NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+# Added by archive tools, file systems and operating systems.
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 
-# Words that stand for a split, as Hugging Face's imagefolder reads them; training comes first.
+# Split names that Hugging Face's imagefolder accepts, train first.
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-# Words that say nothing in the name of a split, and names of folders for images without labels.
+# Words to ignore in the name of a split, and names of folders for unlabeled images.
 _FILLERS = {"", "image", "images", "img", "imgs", "split", "folder"}
 _UNLABELED = {"unknown", "unlabeled", "unlabelled", "all", "classes", "none"}
-_ANY = {"image", "images", "img", "imgs", "unlabeled", "unlabelled"}  # images of any class, beside labels or masks
+_ANY = {"image", "images", "img", "imgs", "unlabeled", "unlabelled"}  # images of any class, next to labels or masks
 _FOLDS = {"fold", "cv", "part", "batch"}
 
-_MOST_NAMES = 6  # in a message
-_DEEPEST = 20  # folders that are looked into for class folders
+_MOST_NAMES = 6  # per message
+_DEEPEST = 20  # levels to search for class folders
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or a link to one."""
+    """Return whether an entry is a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -46,13 +45,13 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def subfolders(root: Path) -> list[str]:
-    """Names of folders, sorted; hidden ones are no classes (ImageFolder takes .git or .cache for one)."""
+    """Return the sorted names of subfolders, without system folders and hidden ones (ImageFolder includes .git)."""
     names = (entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and is_folder(entry))
-    return sorted(name for name in names if name not in NO_CLASSES)
+    return sorted(name for name in names if name not in SYSTEM_FOLDERS)
 
 
 def _holds_images(folder: Path) -> bool:
-    """Whether a file of it, or of a folder below it that can be read, is named as an image; it ends at the first."""
+    """Return whether a file in the folder, or in a readable folder below it, has an image extension."""
     seen: set[tuple[int, int]] = set()
     pending = [folder]
     while pending:
@@ -76,22 +75,22 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name that say something: "Training_Set2" gives training, "trainImages" train."""
+    """Return the meaningful words of a name: ["training"] for "Training_Set2", ["train"] for "trainImages"."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
     return [word for word in (word.removesuffix("set").removesuffix("data") for word in words) if word not in _FILLERS]
 
 
-def _for_any(name: str) -> bool:
-    """Whether a folder is called as one for images of any class, and so is hardly a class where others stand beside it."""
+def _is_generic(name: str) -> bool:
+    """Return whether a folder's name suggests images of any class. Next to other folders, it is hardly a class."""
     words = re.findall(r"[^\W\d_]+", name.lower())
     return bool(words) and _ANY.issuperset(words)
 
 
 def _inner(root: Path, top: str) -> str:
-    """The folder below `top`, or itself, that holds more than one other: data/flowers of data/flowers/CLASS."""
+    """Descend from `top` while there is only one subfolder: data/flowers for data/flowers/CLASS."""
     for _ in range(_DEEPEST):
         inside = subfolders(root / top)
-        if len(inside) != 1 or _has_own(root / top):
+        if len(inside) != 1 or _has_own_images(root / top):
             break
         if splits_named(inside) and inside[0].lower() != Path(top).name.lower():
             break
@@ -100,11 +99,12 @@ def _inner(root: Path, top: str) -> str:
 
 
 def splits_named(names: Iterable[str]) -> dict[str, str]:
-    """Those names that stand for a split, and the split, training first.
+    """Map names that stand for a split to that split, train first.
 
-    "train", "Validation", "test_set" or "train2017" by itself; "flowers_train" where "flowers_val" or "flowers_test" is there.
+    "train", "Validation", "test_set" and "train2017" always count. "flowers_train" counts only next to "flowers_val" or
+    "flowers_test".
     """
-    candidates: dict[str, tuple[str, list[str]]] = {}  # the split, and the other words of the name
+    candidates: dict[str, tuple[str, list[str]]] = {}  # split, and the other words of the name
     for name in names:
         words = _words(name)
         splits = [word for word in words if word in _SPLITS]
@@ -120,104 +120,112 @@ def splits_named(names: Iterable[str]) -> dict[str, str]:
 
 
 def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict[str, str]:
-    """Of the folders named as splits those that have class folders, training first, and below which folder these stand.
+    """Map each split folder that has class folders to the parent of those folders, train first.
 
-    Raises FolderError where others with images stand beside them, or not both train and another have the same classes. A
-    test split alone may have no class folders: its images are those to classify.
+    Raises FolderError if other folders with images are next to the splits, or if train and another split do not both
+    have class folders. A test split may lack class folders: its images are unlabeled.
     """
     others = [top for top in tops if top not in named and _holds_images(root / top)]
     if others:
-        raise _beside(root, named, others)
+        raise _splits_beside_others(root, named, others)
     full = [top for top in named if _holds_images(root / top)]
     if not full:
-        raise FolderError(f"{root}: has no images in {_names(named)}; put them into {root / next(iter(named))}/CLASS.")
+        remedy = f"put the images of each class into {root / next(iter(named))}/CLASS"
+        raise FolderError(f"{root}: has no images in {_names(named)}; {remedy}.")
     if len({named[top] for top in full}) < len(full):
-        raise _twice(root, {top: named[top] for top in full})
-    bases = _bases(root, full)
+        raise _duplicate_split(root, {top: named[top] for top in full})
+    bases = _class_parents(root, full)
     train = next((top for top in bases if named[top] == "train"), None)
     if train is None:
-        what = f"{_names(named)} are named as splits, and none for training has class folders"
-        raise _unclear(root, what, [*_those_in(root, bases), _sorting(root, full), _as_classes(root, full)])
+        what = f"has folders named after splits ({_names(named)}), but no training split with class folders"
+        raise _ambiguous(
+            root, what, [*_subfolders_as_classes(root, bases), _to_label(root, full), _as_classes(root, full)]
+        )
     bare = [top for top in full if top not in bases and named[top] != "test"]
     if bare or len(bases) == 1:
-        what = f"only {_names(bases)} has class folders" if len(bases) == 1 else f"{_names(bare)} has no class folders"
-        unlabelled = [top for top in full if top not in bases]
-        readings = _those_in(root, [train], "and a split val is drawn of its images")
+        only = len(bases) == 1
+        what = f"has class folders only in {_names(bases)}" if only else f"has no class folders in {_names(bare)}"
+        unlabeled = [top for top in full if top not in bases]
+        readings = _subfolders_as_classes(root, [train], " and draw split 'val' from them")
         if bare and len(bases) > 1:
-            readings.append((f"the images of {_names(bare)} have none, and are left out", _hiding(root, bare)))
-        if unlabelled:
-            readings.append(_sorting(root, unlabelled))
-        raise _unclear(root, what, readings)
+            readings.append((f"skip {_names(bare)}", _hide_and_pack(root, bare)))
+        if unlabeled:
+            readings.append(_to_label(root, unlabeled))
+        raise _ambiguous(root, what, readings)
     inside = subfolders(root / bases[train])
-    if len(inside) > 1 and (called := [name for name in inside if _for_any(name)]):
-        places = [f"{base}/{name}" for base in bases.values() for name in called]
-        raise _called(root, bases[train], called, inside, places)
+    if len(inside) > 1 and (generic := [name for name in inside if _is_generic(name)]):
+        places = [f"{base}/{name}" for base in bases.values() for name in generic]
+        raise _generic_folders(root, bases[train], generic, inside, places)
     return bases
 
 
-def _bases(root: Path, tops: Iterable[str]) -> dict[str, str]:
-    """Those that have class folders, and where these stand."""
-    return {top: base for top in tops if (base := _base(root, top)) is not None}
+def _class_parents(root: Path, tops: Iterable[str]) -> dict[str, str]:
+    """Map the folders that have class folders to the parent of those."""
+    return {top: base for top in tops if (base := _class_parent(root, top)) is not None}
 
 
-def _base(root: Path, top: str) -> str | None:
-    """Where a split's class folders stand: in it, or in its only folder where that is called as it or "images"; None without."""
+def _class_parent(root: Path, top: str) -> str | None:
+    """Find the parent of a split's class folders; None without class folders.
+
+    It is the split, or its only subfolder if that has the name of the split or a name like "images".
+    """
     base, inside = top, subfolders(root / top)
-    while len(inside) == 1 and (inside[0].lower() == top.lower() or _names_no_class(inside[0])):
+    while len(inside) == 1 and (inside[0].lower() == top.lower() or _is_no_class_name(inside[0])):
         deeper = subfolders(root / base / inside[0])
         if not deeper:
             return None
         base, inside = f"{base}/{inside[0]}", deeper
-    return None if all(map(_names_no_class, inside)) else base
+    return None if all(map(_is_no_class_name, inside)) else base
 
 
-def _names_no_class(name: str) -> bool:
-    """Whether a folder below a split is called as one for any images: "images", "unknown", or as a split; a number is a class."""
+def _is_no_class_name(name: str) -> bool:
+    """Return whether a folder in a split has a name like "images", "unknown" or a split's. A number is a class."""
     return re.search(r"[^\W\d_]", name) is not None and {*_SPLITS, *_UNLABELED}.issuperset(_words(name))
 
 
-def check_classes(root: Path, tops: Sequence[str], anew: bool) -> None:
-    """Raise FolderError where class folders hold classes, or splits. anew  the latter do not count."""
+def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
+    """Raise FolderError if class folders seem to contain classes or splits. resplit  splits inside them are allowed."""
     if len(tops) == 1:
         refuse_wrapper(root, tops[0])
         return
     inner = {top: _inner(root, top) for top in tops}
     inside = {top: subfolders(root / inner[top]) for top in tops}
     nested = [(top, split) for top in tops for split in splits_named(inside[top])]
-    if nested and not anew:
+    if nested and not resplit:
         full = [top for top in tops if _holds_images(root / top)]
         if len(full) == 1:
             refuse_wrapper(root, full[0])
-        raise _nested(root, tops, [(inner[top], split) for top, split in nested])
+        raise _nested_splits(root, tops, [(inner[top], split) for top, split in nested])
     for top in tops:
         beside = set(inside[top])
         rest = [other for other in tops if other != top]
         again = [other for other in rest if other in beside]
         if len(again) > 1 and 4 * len(again) >= 3 * len(rest):
-            what = f"{top!r} holds {_names(again)} once more, which stand beside it"
-            readings = [*_those_in(root, [top]), (f"the classes are {_names(rest)}", _hiding(root, [top]))]
-            raise _unclear(root, what, [*readings, _as_classes(root, tops)])
+            what = f"has the same folders in {top!r} as next to it ({_names(again)})"
+            reading = f"use {_names(rest)} as classes and skip {top!r}", _hide_and_pack(root, [top])
+            raise _ambiguous(root, what, [*_subfolders_as_classes(root, [top]), reading, _as_classes(root, tops)])
     shared = sorted(set[str].intersection(*map(set, inside.values())) - {name for _, name in nested})
-    pictures = [name for name in shared if _for_any(name)]
-    if pictures and len(shared) > 1 and all(top == inner[top] for top in tops):
-        what = f"each of {_names(tops)} holds {_names(shared)}"
-        reading = f"the images are those in {pictures[0]!r}", _listing(root, f"*/{_quoted(pictures[0])}")
-        raise _unclear(root, what, [reading, _as_classes(root, tops)])
+    generic = [name for name in shared if _is_generic(name)]
+    if generic and len(shared) > 1 and all(top == inner[top] for top in tops):
+        what = f"has the folders {_names(shared)} in each of {_names(tops)}"
+        reading = f"use {_names(tops)} as classes with only the images in {generic[0]!r}"
+        command = _list_and_pack(root, f"*/{_quoted(generic[0])}")
+        raise _ambiguous(root, what, [(reading, command), _as_classes(root, tops)])
     folds = len(shared) > 1 and all(_FOLDS.issuperset(_words(top)) for top in tops)
-    if (folds or len(shared) >= len(tops)) and not any(_has_own(root / inner[top]) for top in tops):
-        what = f"{_names(inner.values())} hold the same folders ({_names(shared)})"
-        raise _unclear(root, what, [*_those_in(root, tops), _as_classes(root, tops)])
-    called = [top for top in tops if _for_any(top)]
-    if called and any(_holds_images(root / top) for top in tops if top not in called):
-        raise _called(root, ".", called, tops, called)
+    if (folds or len(shared) >= len(tops)) and not any(_has_own_images(root / inner[top]) for top in tops):
+        what = f"has the same folders ({_names(shared)}) in each of {_names(inner.values())}"
+        raise _ambiguous(root, what, [*_subfolders_as_classes(root, tops), _as_classes(root, tops)])
+    generic = [top for top in tops if _is_generic(top)]
+    if generic and any(_holds_images(root / top) for top in tops if top not in generic):
+        raise _generic_folders(root, ".", generic, tops, generic)
 
 
-def _has_own(folder: Path) -> bool:
+def _has_own_images(folder: Path) -> bool:
     return any(name.lower().endswith(EXTENSIONS) for name in os.listdir(folder))  # noqa: PTH208  (names suffice)
 
 
 def refuse_wrapper(root: Path, top: str) -> None:
-    """Raise FolderError where the only folder with images holds folders itself: it is hardly the only class."""
+    """Raise FolderError if the only folder with images contains folders: it is a wrapper, not the only class."""
     deepest = path = root / top
     for _ in range(_DEEPEST):
         inside = subfolders(path)
@@ -230,131 +238,147 @@ def refuse_wrapper(root: Path, top: str) -> None:
         path /= inside[0]
     if subfolders(root / top):
         what = f"has one class, {top!r}; a classifier needs at least two class folders."
-        raise FolderError(f"{root}: {what} If those in it are the classes, name {deepest}.")
+        raise FolderError(f"{root}: {what} If they are in {deepest}, pass that folder.")
 
 
-def _unclear(root: Path, what: str, readings: Sequence[tuple[str, str]]) -> FolderError:
-    """An error that shows the readings of a folder, and what to type for each."""
-    lines = [f"{root}: {what}. What to do if", *(f"{reading}: {command}" for reading, command in readings)]
+def _ambiguous(root: Path, what: str, readings: Sequence[tuple[str, str]]) -> FolderError:
+    """Return an error that lists the possible readings of a folder, with the command for each."""
+    lines = [
+        f"{root}: {what}. This layout is ambiguous; choose one:",
+        *(f"to {reading}: {command}" for reading, command in readings),
+    ]
     return FolderError("\n  ".join(lines))
 
 
-def _beside(root: Path, named: dict[str, str], others: list[str]) -> FolderError:
-    what = f"folders named as splits ({_names(named)}) are no classes, and others ({_names(others)}) stand beside them"
+def _splits_beside_others(root: Path, named: dict[str, str], others: list[str]) -> FolderError:
+    what = f"has folders named after splits ({_names(named)}) next to other folders of images ({_names(others)})"
     readings: list[tuple[str, str]] = []
-    bases = _bases(root, named)
-    if _fit(root, named, bases):
-        readings.append((f"the splits are {_names(bases)}, and {_names(others)} left out", _hiding(root, others)))
+    bases = _class_parents(root, named)
+    if _splits_fit(root, named, bases):
+        readings.append((f"use {_names(bases)} as splits and skip {_names(others)}", _hide_and_pack(root, others)))
     if len(others) > 1:
-        with suppress(FolderError):  # which are none where they hold classes or splits themselves
-            check_classes(root, others, anew=False)
-            reading = f"the classes are {_names(others)}, and {_names(named)} left out"
-            readings.append((reading, _hiding(root, list(named))))
-    readings += _those_in(root, [*named, *others])
-    return _unclear(root, what, [*readings, _as_classes(root, [*named, *others])])
+        with suppress(FolderError):  # they contain classes or splits, so they are not classes
+            check_classes(root, others, resplit=False)
+            reading = f"use {_names(others)} as classes and skip {_names(named)}"
+            readings.append((reading, _hide_and_pack(root, list(named))))
+    readings += _subfolders_as_classes(root, [*named, *others])
+    return _ambiguous(root, what, [*readings, _as_classes(root, [*named, *others])])
 
 
-def _fit(root: Path, named: dict[str, str], bases: dict[str, str]) -> bool:
-    """Whether there is a split for training, of several classes, and others have no classes besides."""
+def _splits_fit(root: Path, named: dict[str, str], bases: dict[str, str]) -> bool:
+    """Return whether there is a training split with several classes, and no other split has a class that it lacks."""
     if len(bases) < 2 or named[next(iter(bases))] != "train":
         return False
     train, *others = [set(subfolders(root / base)) for base in bases.values()]
     return len(train) > 1 and train.issuperset(set[str]().union(*others))
 
 
-def _called(root: Path, base: str, called: Sequence[str], tops: Sequence[str], places: Sequence[str]) -> FolderError:
-    """base  where the folders stand that are called so, and all others; places  all of the former, in every split."""
-    what = f"{_names(called)} may hold images of any class, and other folders stand beside"
-    others = [top for top in tops if top not in called and _holds_images(root / base / top)]
-    readings = _those_in(root, [os.path.normpath(f"{base}/{top}") for top in called])
+def _generic_folders(
+    root: Path, base: str, generic: Sequence[str], tops: Sequence[str], places: Sequence[str]
+) -> FolderError:
+    """Return the error for folders that may hold images of any class.
+
+    base  parent of the generic folders and of all others, `tops`. places  the generic folders in every split.
+    """
+    what = f"has other folders next to {_names(generic)}, which may hold images of any class"
+    others = [top for top in tops if top not in generic and _holds_images(root / base / top)]
+    readings = _subfolders_as_classes(root, [os.path.normpath(f"{base}/{top}") for top in generic])
     if len(others) > 1:
-        readings.append((f"the classes are {_names(others)}, and {_names(called)} left out", _hiding(root, places)))
-    return _unclear(root / base, what, [*readings, _sorting(root / base, called), _as_classes(root / base, tops)])
+        readings.append((f"use {_names(others)} as classes and skip {_names(generic)}", _hide_and_pack(root, places)))
+    return _ambiguous(root / base, what, [*readings, _to_label(root / base, generic), _as_classes(root / base, tops)])
 
 
-def _twice(root: Path, named: dict[str, str]) -> FolderError:
+def _duplicate_split(root: Path, named: dict[str, str]) -> FolderError:
     splits = list(named.values())
     twice = [top for top, split in named.items() if splits.count(split) > 1]
     readings: list[tuple[str, str]] = []
     if len({named[top] for top in twice}) == 1:
         for top in twice:
             rest = [other for other in twice if other != top]
-            readings.append((f"{top!r} is the split, and {_names(rest)} left out", _hiding(root, rest)))
+            readings.append((f"use {top!r} as the split and skip {_names(rest)}", _hide_and_pack(root, rest)))
     kinds = {top: [word for word in _words(top) if word not in _SPLITS] for top in named}
     for kind in dict.fromkeys(map(tuple, kinds.values())):
         tops, rest = ([top for top in named if (tuple(kinds[top]) == kind) == same] for same in (True, False))
-        if rest and len({named[top] for top in tops}) == len(tops) and _fit(root, named, _bases(root, tops)):
-            readings.append((f"the splits are {_names(tops)}, and {_names(rest)} left out", _hiding(root, rest)))
+        if (
+            rest
+            and len({named[top] for top in tops}) == len(tops)
+            and _splits_fit(root, named, _class_parents(root, tops))
+        ):
+            readings.append((f"use {_names(tops)} as splits and skip {_names(rest)}", _hide_and_pack(root, rest)))
     places = {top: f"{split}/{'-'.join(kinds[top])}" for top, split in named.items()}
     if len(set(places.values())) == len(named) and not any(place.endswith("/") for place in places.values()):
-        turned = Path(f"{root.absolute()}-by-split")
-        links = [f"ln -s {_quoted(root.absolute() / top)} {_quoted(turned / place)}" for top, place in places.items()]
-        folders = " ".join(_quoted(turned / split) for split in dict.fromkeys(splits))
-        command = " && ".join([f"mkdir -p {folders}", *links, f"fastflower pack {_quoted(turned)}"])
-        readings.append(("each is a class of a split", command))
-    what = f"has two folders for the same split ({', '.join(twice)})"
-    return _unclear(root, what, [*readings, _as_classes(root, list(named))])
+        by_split = Path(f"{root.absolute()}-by-split")
+        links = [f"ln -s {_quoted(root.absolute() / top)} {_quoted(by_split / place)}" for top, place in places.items()]
+        folders = " ".join(_quoted(by_split / split) for split in dict.fromkeys(splits))
+        command = " && ".join([f"mkdir -p {folders}", *links, f"fastflower pack {_quoted(by_split)}"])
+        readings.append(("use each folder as one class of its split", command))
+    what = f"has more than one folder for the same split ({_names(twice)})"
+    return _ambiguous(root, what, [*readings, _as_classes(root, list(named))])
 
 
-def _nested(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, str]]) -> FolderError:
-    """nested  (folder, split in it)."""
+def _nested_splits(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, str]]) -> FolderError:
+    """Return the error for split folders inside class folders. nested  (folder, split in it)."""
     readings: list[tuple[str, str]] = []
     for top in dict.fromkeys(top for top, _ in nested):
         named = splits_named(subfolders(root / top))
-        if _fit(root / top, named, _bases(root / top, named)):
-            readings.append((f"the splits are those in {top!r}", f"fastflower pack {_quoted(root / top)}"))
+        if _splits_fit(root / top, named, _class_parents(root / top, named)):
+            readings.append((f"use the splits in {top!r}", f"fastflower pack {_quoted(root / top)}"))
     classes = [(top, split) for top, split in nested if "/" not in top]
     if len({top for top, _ in classes}) > 1:
-        turned = _quoted(f"{root.absolute()}-by-split")
+        by_split = _quoted(f"{root.absolute()}-by-split")
         splits = " ".join(map(_quoted, sorted({split for _, split in classes})))
-        turn = (
-            f'(cd {_quoted(root)} && for split in {splits}; do mkdir -p {turned}/"$split"; for class in '
-            f'*/; do [ -d "$class$split" ] && ln -s "$PWD/$class$split" {turned}/"$split/${{class%/}}"; done; done); '
-            f"fastflower pack {turned}"
+        command = (
+            f'(cd {_quoted(root)} && for split in {splits}; do mkdir -p {by_split}/"$split"; for class in '
+            f'*/; do [ -d "$class$split" ] && ln -s "$PWD/$class$split" {by_split}/"$split/${{class%/}}"; done; done); '
+            f"fastflower pack {by_split}"
         )
-        readings.append(("each class has splits of its own", turn))
+        readings.append(("keep the splits inside each class", command))
     try:
-        check_classes(root, tops, anew=True)
-        readings.append(("a split is to be drawn of all images", f"fastflower pack {_quoted(root)} --split-by class"))
-    except FolderError:  # which refuses them as classes
+        check_classes(root, tops, resplit=True)
+        readings.append(("draw a new split from all images", f"fastflower pack {_quoted(root)} --split-by class"))
+    except FolderError:  # they cannot be classes
         readings.append(_as_classes(root, tops))
     (top, split), *_ = nested
-    return _unclear(root, f"{top}/{split} is named as a split, below the class {top.partition('/')[0]!r}", readings)
+    path, name = f"{top}/{split}", top.partition("/")[0]
+    return _ambiguous(root, f"has {path!r}, which is named after a split but is inside the class {name!r}", readings)
 
 
-def _those_in(root: Path, tops: Iterable[str], also: str = "") -> list[tuple[str, str]]:
-    """The reading that the classes are those in a folder, for each that has some."""
+def _subfolders_as_classes(root: Path, tops: Iterable[str], also: str = "") -> list[tuple[str, str]]:
+    """Return the reading that the classes are the subfolders of a folder, for each folder with several."""
     several = [top for top in (_inner(root, top) for top in tops) if len(subfolders(root / top)) > 1]
     return [
-        (f"the classes are those in {top!r}{also and f', {also}'}", f"fastflower pack {_quoted(root / top)}")
+        (f"use the folders in {top!r} as classes{also}", f"fastflower pack {_quoted(root / top)}")
         for top in several[:_MOST_NAMES]
     ]
 
 
-def _hiding(root: Path, tops: Sequence[str]) -> str:
+def _hide_and_pack(root: Path, tops: Sequence[str]) -> str:
+    """Return the command that hides folders before it packs the rest."""
     places = [root / top for top in tops if (root / top).exists()]
     moves = [f"mv {_quoted(place)} {_quoted(place.with_name(f'.{place.name}'))}" for place in places]
     return " && ".join([*moves, f"fastflower pack {_quoted(root)}"])
 
 
-def _sorting(root: Path, tops: Sequence[str]) -> tuple[str, str]:
+def _to_label(root: Path, tops: Sequence[str]) -> tuple[str, str]:
+    """Return the reading that unlabeled images have labels, which the user must add."""
     remedy = f"put them into {root / tops[0]}/CLASS, or write {root / 'train.txt'} and val.txt with lines 'PATH LABEL'"
-    return f"the images of {_names(tops)} have labels", remedy
+    return f"label the images in {_names(tops)}", remedy
 
 
 def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
-    """The reading that takes every folder for a class, whatever its name: by a list, which goes before all else."""
+    """Return the reading that every folder is a class, whatever its name. Its list overrides the layout."""
     names = " ".join(map(_quoted, tops)) if len(tops) <= _MOST_NAMES else "*/"
-    return f"the classes are {_names(tops)}", _listing(root, names)
+    return f"use {_names(tops)} as classes", _list_and_pack(root, names)
 
 
-def _listing(root: Path, names: str) -> str:
+def _list_and_pack(root: Path, names: str) -> str:
+    """Return the command that lists all files in the folders `names` before it packs them."""
     listing = f"(cd {_quoted(root)} && find -L {names} -type f > train.txt)"
     return f"{listing} && fastflower pack {_quoted(root)} --split-by class"
 
 
 def _quoted(path: Path | str) -> str:
-    """As a shell reads it; of names that cannot be shown, bytes that are no UTF-8 or line breaks, as bash reads it."""
+    """Quote a path for the shell. Unprintable names (not UTF-8, line breaks) use bash's $'...' syntax."""
     if str(path).isprintable():
         return shlex.quote(str(path))
     shown = (chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\{byte:03o}" for byte in os.fsencode(path))

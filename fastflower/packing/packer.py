@@ -1,7 +1,7 @@
 """Packs a folder of images into shards.
 
-The bytes on disk are a function of (input, options, seed). Work happens in OUT/.packing: the plan, a lock, and finished shards.
-A pack that is interrupted goes on from there; at the end files are renamed into place, the manifest last.
+The bytes on disk are a function of (input, options, seed). OUT/.packing holds the plan, a lock and the finished shards,
+so an interrupted pack can resume. At the end, the files are renamed into place, the manifest last.
 """
 
 import logging
@@ -22,10 +22,10 @@ from fastflower.machine import cores
 from fastflower.packing.duplicates import Item, Result
 from fastflower.packing.folder import Folder, scan
 from fastflower.packing.plan import Options, Plan
-from fastflower.packing.publishing import publish, withdraw
+from fastflower.packing.publishing import publish, unpublish
 from fastflower.packing.remarks import remarks
 from fastflower.packing.worker import STOP, make_shard, make_shard_elsewhere
-from fastflower.packing.workspace import begun_plan, workspace
+from fastflower.packing.workspace import load_or_make_plan, workspace
 from fastflower.shards.manifest import FILE, PLAN, WORK, Manifest
 
 _log = logging.getLogger("fastflower")
@@ -47,34 +47,35 @@ def pack(
     workers: int | None = None,
     executor: Executor | None = None,
 ) -> Manifest:
-    """Pack FOLDER, one folder of images a class, into WebDataset shards in OUT.
+    """Pack FOLDER, with one subfolder of images per class, into WebDataset shards in OUT.
 
-    Every image is decoded in full; JPEG files are copied bit for bit, everything else is transcoded to JPEG. Images with
-    identical bytes stay in one split. The same folder, options and seed give the same bytes. When it is interrupted, the
-    same call goes on where it stopped.
+    Every image is fully decoded to check it. JPEG files are copied bit for bit; other formats are transcoded to JPEG.
+    Images with identical bytes stay in one split. The same folder, options and seed always give the same bytes. To
+    resume an interrupted pack, repeat the call.
 
     Args:
-        folder: The folder: FOLDER/CLASS/** as torchvision's ImageFolder reads it, FOLDER/train/CLASS and FOLDER/val/CLASS
-            (a folder named as a split is never a class), or lists FOLDER/meta/train.txt, FOLDER/meta/val.txt and
-            FOLDER/classes.txt.
-        out: The folder to write; must not hold a pack already, nor lie in FOLDER.
-        split_by: "class" takes val_fraction of every class, at least one image of two, "random" of all images together,
-            "folder" keeps the folder's own split. By default the folder's own where it has one, else by class.
-        val_fraction: The share of the images that goes into split "val", 0 to less than 1; not used with the folder's own.
-        seed: Of the split and of the order in the shards.
-        shard_bytes: Of image files in a shard, as they are in FOLDER; exceeded by less than one. Where images are transcoded
-            a shard may become larger or smaller.
-        max_side: Pixels; reduces images whose longer side is longer.
-        quality: JPEG quality, 1 to 95; transcodes every image.
-        on_bad: "skip" lists images that do not decode in the manifest, "fail" stops at one.
-        on_conflict: "drop" leaves out identical images that stand under different labels; "keep" reports them.
+        folder: The images, in one of three layouts: FOLDER/CLASS/** as torchvision's ImageFolder reads it;
+            FOLDER/train/CLASS/** and FOLDER/val/CLASS/** (a folder named after a split is never a class); or the lists
+            FOLDER/meta/train.txt, FOLDER/meta/val.txt and FOLDER/classes.txt.
+        out: The folder to write. It must not be inside FOLDER or already contain packed shards.
+        split_by: "class" puts val_fraction of each class into split "val", but at least one image if the class has two
+            or more. "random" takes val_fraction of all images together. "folder" keeps the folder's own split. By
+            default "folder" if the folder has a split, else "class".
+        val_fraction: Fraction of the images for split "val", at least 0 and less than 1. Unused if split_by is "folder".
+        seed: Random seed for the split and for the order of the images in the shards.
+        shard_bytes: Target size of a shard in bytes, measured on the source images and exceeded by less than one image.
+            Transcoding can make the shard larger or smaller.
+        max_side: Downscale images whose longer side exceeds this many pixels.
+        quality: Transcode every image to JPEG with this quality, 1 to 95.
+        on_bad: "skip" skips damaged images and lists them in the manifest, "fail" stops at the first one.
+        on_conflict: For identical images under different labels, "keep" packs and reports them, "drop" skips them.
         lists: Also write classes.txt, meta/train.txt and meta/val.txt, with lines "PATH LABEL".
-        workers: Threads; all cores by default.
-        executor: Any concurrent.futures.Executor to make the shards, one a task, in place of threads; what it runs on must
-            see FOLDER and OUT under the same paths.
+        workers: Number of threads; by default one per core.
+        executor: A concurrent.futures.Executor that makes the shards, one per task, instead of threads. Its workers
+            must see FOLDER and OUT under the same paths.
 
-    Returns the manifest. Raises FolderError when the folder cannot be packed as it stands or OUT cannot be written,
-    ArgumentError for an argument outside its rule.
+    Returns the manifest. Raises FolderError if the folder cannot be packed as it is or OUT cannot be written, and
+    ArgumentError if an argument is invalid.
 
     Example:
         >>> manifest = pack("flowers", "packed", val_fraction=0.1)
@@ -83,17 +84,18 @@ def pack(
         >>> {name: split.samples for name, split in manifest.splits.items()}
         {'train': 135, 'val': 15}
     """
-    require(0 <= val_fraction < 1, "val_fraction", "0 or more and less than 1", val_fraction)
+    require(0 <= val_fraction < 1, "val_fraction", "at least 0 and less than 1", val_fraction)
     options = Options(split_by, float(val_fraction), seed, shard_bytes, max_side, quality, on_bad, on_conflict, lists)
     require(workers is None or workers >= 1, "workers", "at least 1", workers)
     return _pack(Path(folder), Path(out), options, workers or cores(), executor)
 
 
 def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executor | None) -> Manifest:
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):  # Path.resolve raises at a link to itself
-        raise FolderError(f"{out}: lies in {root}, where it would count as images; name another folder with --out.")
-    folder = scan(root, anew=asked.split_by in ("class", "random"))
-    options = _settled(asked, folder)
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):  # Path.resolve raises for a link to itself
+        what = f"is inside the folder to pack ({root}) and would become part of it"
+        raise FolderError(f"{out}: {what}; choose another folder with --out.")
+    folder = scan(root, resplit=asked.split_by in ("class", "random"))
+    options = _resolved(asked, folder)
     interrupted = os.path.exists(out / WORK)  # noqa: PTH110  (does not raise)
     with workspace(out) as work, ThreadPoolExecutor(threads) as pool:
         if (out / FILE).exists():
@@ -101,72 +103,74 @@ def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executo
             files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
             same = manifest.options == asdict(options) and manifest.classes == folder.classes
             if not interrupted or not same or files != len(folder) + len(folder.ignored):
-                raise FolderError(f"{out}: holds a pack already; name another folder with --out, or remove this one.")
-            (work / PLAN).unlink(missing_ok=True)  # it was killed when all that was left was to remove the workspace
+                what = "already contains packed shards; choose another folder with --out, or remove this one."
+                raise FolderError(f"{out}: {what}")
+            (work / PLAN).unlink(missing_ok=True)  # the pack was killed before it removed the workspace
             return manifest
-        plan = begun_plan(folder, options, work, partial(_ahead, pool, 2 * threads))
-        del folder  # the plan has the same, mapped from files
+        plan = load_or_make_plan(folder, options, work, partial(_bounded_map, pool, 2 * threads))
+        del folder  # saves memory: the plan maps the same arrays from files
         try:
-            withdraw(plan, work)
+            unpublish(plan, work)
             _make_shards(plan, work, pool, threads, executor)
             manifest = publish(plan, work)
             for remark in remarks(manifest):
                 _log.warning("%s: %s", manifest.folder, remark)
-        except FolderError:  # lies in the images, so going on would not help
+        except FolderError:  # the images are at fault, so resuming would not help
             (work / PLAN).unlink()
             raise
         (work / PLAN).unlink()
     return manifest
 
 
-def _settled(options: Options, folder: Folder) -> Options:
-    """With the split that suits the folder where none was asked for; its own has no fraction."""
+def _resolved(options: Options, folder: Folder) -> Options:
+    """Resolve the default of split_by for the folder. A folder's own split has no val_fraction."""
     split_by = options.split_by or ("folder" if folder.splits else "class")
     if split_by == "folder" and not folder.splits:
-        raise ArgumentError(f"split_by must be 'class' or 'random' for {folder.root}, which has no split of its own.")
+        what = f"because {folder.root} has no split of its own, got 'folder'."
+        raise ArgumentError(f"split_by must be 'class' or 'random' {what}")
     if options.lists and (line_break := re.search(rb"[\n\r]", folder.paths.data)):
         path = folder.root / folder.path(folder.image_at(line_break.start()))
         raise FolderError(f"{str(path)!r}: has a line break in its name; rename it, or pack without --lists.")
     return replace(options, split_by=split_by, val_fraction=None if split_by == "folder" else options.val_fraction)
 
 
-def _ahead(
+def _bounded_map(
     pool: ThreadPoolExecutor, depth: int, function: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[Result]:
-    """As pool.map, with at most `depth` items begun that are not yet taken: memory does not grow with their number."""
-    begun: deque[Future[Result]] = deque()
+    """Map like pool.map, but with at most `depth` pending results, which bounds memory."""
+    pending: deque[Future[Result]] = deque()
     for item in items:
-        begun.append(pool.submit(function, item))
-        if len(begun) >= depth:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
+        pending.append(pool.submit(function, item))
+        if len(pending) >= depth:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def _make_shards(plan: Plan, work: Path, pool: ThreadPoolExecutor, threads: int, executor: Executor | None) -> None:
-    """Make the shards; stop at the first error. Nobody writes into the workspace any more when it returns or raises."""
-    (work / STOP).unlink(missing_ok=True)  # of a pack that was interrupted
-    begun: list[Future[int]] = []
-    # Two makers: while one waits for the disk, the other keeps the pool busy.
-    with tqdm(total=len(plan.order), desc="pack", unit="image", disable=None) as bar, ThreadPoolExecutor(2) as makers:
-        mapped, token = partial(_ahead, pool, threads + 2), os.urandom(8)
+    """Make the shards; stop at the first error. All writing to the workspace has ended when this returns or raises."""
+    (work / STOP).unlink(missing_ok=True)  # left by an interrupted pack
+    tasks: list[Future[int]] = []
+    # Two threads write shards: while one waits for the disk, the other keeps the pool busy.
+    with tqdm(total=len(plan.order), desc="pack", unit="image", disable=None) as bar, ThreadPoolExecutor(2) as writers:
+        mapped, token = partial(_bounded_map, pool, threads + 2), os.urandom(8)
         try:
             for number in range(len(plan.shards)):
-                if executor:  # where it runs, the current folder may be another
+                if executor:  # its workers may run in another current folder
                     task = executor.submit(make_shard_elsewhere, plan.folder.root, work.absolute(), number, token)
                 else:
-                    task = makers.submit(make_shard, plan, work, number, mapped, bar.update)
-                begun.append(task)
-            for future in as_completed(begun):
-                count = future.result()
+                    task = writers.submit(make_shard, plan, work, number, mapped, bar.update)
+                tasks.append(task)
+            for task in as_completed(tasks):
+                count = task.result()
                 if executor:
                     bar.update(count)
         except BaseException:
             if executor:
                 (work / STOP).touch()
-            for running in (makers, pool):  # so that it ends soon
+            for running in (writers, pool):  # end soon
                 running.shutdown(wait=False, cancel_futures=True)
             raise
         finally:
             if executor:
-                wait(begun)  # none is cancelled: dask calls so what runs on
+                wait(tasks)  # not cancelled: dask reports a task as cancelled while it is still running

@@ -1,6 +1,6 @@
-"""Plans a pack from names and sizes, before any image is decoded, so that any worker can make any shard.
+"""Plans a pack from file names and sizes, before any image is decoded, so that any worker can make any shard.
 
-A plan is saved in the workspace: it is what a pack that was interrupted goes on with, and what workers read.
+The plan is saved in the workspace. Workers read it there, and an interrupted pack resumes from it.
 """
 
 import json
@@ -26,12 +26,12 @@ _IGNORED = "ignored.json"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What `pack` is asked for, as the manifest tells it. Raises ArgumentError for a value outside its rule."""
+    """Options of `pack`, as the manifest records them. Raises ArgumentError if a value is invalid."""
 
     split_by: Literal["class", "random", "folder"] | None
-    """None, before the folder is read, for what suits it."""
+    """None for the default, which depends on the folder."""
     val_fraction: float | None
-    """None where the folder's own split is kept."""
+    """None if the folder's own split is kept."""
     seed: int
     shard_bytes: int
     max_side: int | None
@@ -46,37 +46,36 @@ class Options:
         for name in ("seed", "shard_bytes", "max_side", "quality"):
             value = getattr(self, name)
             empty = value is None and name in ("max_side", "quality")
-            require(empty or isinstance(value, Integral), name, "a whole number", value)
+            require(empty or isinstance(value, Integral), name, "an integer", value)
         require(self.shard_bytes >= 1, "shard_bytes", "at least 1", self.shard_bytes)
         require(self.max_side is None or self.max_side >= 1, "max_side", "at least 1 pixel", self.max_side)
-        require(self.quality is None or 1 <= self.quality <= 95, "quality", "1 .. 95", self.quality)
+        require(self.quality is None or 1 <= self.quality <= 95, "quality", "between 1 and 95", self.quality)
         require(self.on_bad in ("skip", "fail"), "on_bad", "'skip' or 'fail'", self.on_bad)
         require(self.on_conflict in ("keep", "drop"), "on_conflict", "'keep' or 'drop'", self.on_conflict)
-        make_plain(self)  # JSON does not know numpy's numbers
+        make_plain(self)  # JSON cannot store numpy's numbers
 
 
 class PlannedShard(NamedTuple):
-    """A shard to make."""
+    """One shard of a plan, with the images Plan.order[start:stop]."""
 
     split: str
     name: str
-    """In the workspace; where no image of a shard decodes, those after it are renumbered."""
+    """Name in the workspace. Shards after an empty one are renumbered when they are published."""
     start: int
     stop: int
-    """Its images, in order, are Plan.order[start:stop]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """Which image goes into which shard of which split, in order."""
+    """Assignment of images to shards and splits, in order."""
 
     folder: Folder
     options: Options
     versions: dict[str, str]
-    """Of the libraries on which the bytes depend."""
+    """Versions of the libraries that determine the bytes."""
     groups: Groups
     order: NDArray[np.int64]
-    """Numbers of images, shard after shard."""
+    """Image numbers, shard after shard."""
     shards: tuple[PlannedShard, ...]
 
     @property
@@ -84,20 +83,23 @@ class Plan:
         return self.folder.splits if self.options.split_by == "folder" else ("train", "val")
 
     def conflicts(self) -> list[NDArray[np.int64]]:
-        """Groups of identical images under different labels."""
+        """Return the groups of identical images with different labels."""
         labels = self.folder.files["label"]
         return [group for group in self.groups if len(np.unique(labels[group])) > 1]
 
 
 def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped: MapLike = map) -> Plan:
-    """The plan is a function of the folder and the options alone."""
+    """Plan a pack. The result depends only on the folder and the options.
+
+    Raises FolderError if a class has no images for training.
+    """
     plan = Plan(folder, options, versions, identical(folder, mapped), np.zeros(0, np.int64), ())
     kept = np.ones(len(folder), bool)
     if options.on_conflict == "drop":
         for group in plan.conflicts():
             kept[group] = False
     own = options.split_by == "folder"
-    split = folder.files["split"] if own else _drawn_for_validation(plan, kept).astype(np.int32)
+    split = folder.files["split"] if own else _choose_validation(plan, kept).astype(np.int32)
     order: list[NDArray[np.int64]] = []
     shards: list[PlannedShard] = []
     stop = 0
@@ -108,39 +110,39 @@ def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped
             order.append(images)
     train = folder.files["label"][kept & (split == plan.splits.index("train"))]
     counts = np.bincount(train, minlength=len(folder.classes))
-    check_counts(folder.classes, counts, int((~kept).sum()), "under two labels")
+    check_counts(folder.classes, counts, int((~kept).sum()), "dropped for conflicting labels")
     return replace(plan, order=np.concatenate(order or [plan.order]), shards=tuple(shards))
 
 
-def check_counts(classes: tuple[str, ...], counts: Sequence[int] | NDArray[np.int64], left_out: int, why: str) -> None:
-    """Every class must have something to learn from, or the split and the labels mean something else than was asked."""
+def check_counts(classes: tuple[str, ...], counts: Sequence[int] | NDArray[np.int64], lost: int, why: str) -> None:
+    """Raise FolderError if a class has no training images. The message says that `lost` files were lost, and `why`."""
     for name, count in zip(classes, counts, strict=True):
         if not count:
-            what = f"class {name!r}: none of its images is left for training; add images, or remove the class folder."
-            raise FolderError(f"{what} {left_out} files were {why} in all." if left_out else what)
+            what = f"has no images left for training{f' (files {why} in total: {lost})' if lost else ''}"
+            raise FolderError(f"class {name!r}: {what}; add images, or remove the class folder.")
 
 
-def _drawn_for_validation(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which images are for validation: of each class, or of all, the share asked for; groups are not divided."""
+def _choose_validation(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Choose val_fraction of each class, or of all images, without dividing groups. Return a mask (N,) of split val."""
     labels, seed = plan.folder.files["label"], plan.options.seed
-    pools = labels if plan.options.split_by == "class" else np.zeros_like(labels)  # a share is taken of each pool
+    pools = labels if plan.options.split_by == "class" else np.zeros_like(labels)  # a share is taken from each pool
     sizes = np.bincount(pools[kept], minlength=1)
     shares = _shares(sizes, plan.options.val_fraction or 0.0, seed)
-    left = np.bincount(labels[kept], minlength=len(plan.folder.classes))  # so many of each class, for training
+    left = np.bincount(labels[kept], minlength=len(plan.folder.classes))  # training images left in each class
     group_of = {number: group for group in plan.groups for number in group.tolist()}
     val = np.zeros(len(kept), bool)
     by_pool = np.flatnonzero(kept)[np.argsort(pools[kept], kind="stable")]
     for pool, (share, images) in enumerate(zip(shares, np.split(by_pool, np.cumsum(sizes)[:-1]), strict=True)):
-        taken = int(val[images].sum())  # with an identical image of another pool
+        taken = int(val[images].sum())  # together with identical images of other pools
         if taken >= share:
             continue
-        # Epochs -1, -2 and -3 of the order function belong to packing: never the order of a training epoch.
+        # Packing uses epochs -1, -2 and -3 of the order function, so its orders are never those of a training epoch.
         for image in images[epoch_order(len(images), seed=seed, epoch=-1)]:
             if val[image]:
                 continue
             group = group_of.get(image, np.array([image]))
             classes, counts = np.unique(labels[group], return_counts=True)
-            if (left[classes] <= counts).any():  # nothing of a class would stay for training
+            if (left[classes] <= counts).any():  # a class would have no training images left
                 continue
             val[group] = True
             left[classes] -= counts
@@ -151,10 +153,10 @@ def _drawn_for_validation(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.boo
 
 
 def _shares(counts: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
-    """How many images of each class are for validation: the fraction of its count, rounded.
+    """Return the number of validation images per class: the fraction of its count, rounded.
 
-    Of a class with two images or more at least one, and one stays for training. Where rounding leaves the total off by more
-    than an image, classes are rounded the other way, those nearest to it first; the seed decides among equally near ones.
+    A class with two or more images gives at least one and keeps at least one. If rounding makes the total wrong by more
+    than one image, the classes closest to the other integer are rounded to it. The seed breaks ties.
     """
     exact = np.where(counts > 1, counts * fraction, 0)
     most = np.maximum(counts - 1, 0)
@@ -171,14 +173,14 @@ def _shares(counts: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np
 
 
 def _cut(folder: Folder, images: NDArray[np.int64], options: Options) -> list[NDArray[np.int64]]:
-    """Shuffle, and cut into as few shards of about equal size as `shard_bytes` allows."""
+    """Shuffle images and cut them into as few shards of about equal size as `shard_bytes` allows."""
     if not len(images):
         return []
     shuffled = images[epoch_order(len(images), seed=options.seed, epoch=-2)]
     ends = np.cumsum(folder.files["size"][shuffled].astype(np.int64))
     total = int(ends[-1])
     count = max(1, -(-total // options.shard_bytes))
-    shard = np.maximum(ends - 1, 0) * count // max(1, total)  # of each image; images of no bytes may come first
+    shard = np.maximum(ends - 1, 0) * count // max(1, total)  # of each image; empty files may come first
     return np.split(shuffled, np.flatnonzero(np.diff(shard)) + 1)
 
 
@@ -186,7 +188,7 @@ _ARRAYS = ("files", "paths", "order", "members", "ends")
 
 
 def save_plan(plan: Plan, work: Path) -> None:
-    """Write a plan into the workspace, plan.json last."""
+    """Save a plan to the workspace, plan.json last."""
     folder, groups = plan.folder, plan.groups
     arrays = (folder.files, folder.paths, plan.order, groups.members, groups.ends)
     for name, array in zip(_ARRAYS, arrays, strict=True):
@@ -196,14 +198,17 @@ def save_plan(plan: Plan, work: Path) -> None:
         "splits": folder.splits,
         "options": asdict(plan.options),
         "versions": plan.versions,
-        "parts": plan.shards,  # as former versions have it, whose interrupted packs go on
+        "parts": plan.shards,  # the key that earlier versions wrote
     }
     write_atomically(work / _IGNORED, json.dumps(folder.ignored).encode())
     write_atomically(work / PLAN, json.dumps(content).encode())
 
 
 def load_plan(work: Path, root: Path, *, whole: bool = False) -> Plan:
-    """Read a plan, for a folder that may have moved; arrays are memory-mapped. whole  also what is ignored: no shard needs it."""
+    """Load a plan with memory-mapped arrays, for a folder that may have moved.
+
+    whole  also load the ignored files, which no shard needs.
+    """
     files, paths, order, members, ends = (np.load(work / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
     content = json.loads((work / PLAN).read_bytes())
     ignored = tuple((path, reason) for path, reason in json.loads((work / _IGNORED).read_bytes())) if whole else ()
@@ -212,42 +217,45 @@ def load_plan(work: Path, root: Path, *, whole: bool = False) -> Plan:
     try:
         options = Options(**content["options"])
     except TypeError:
-        what = "the pack that was interrupted here is of a fastflower with other options"
-        raise FolderError(f"{work}: {what}; remove {work} to begin anew, or go on with that version.") from None
+        what = "holds an interrupted pack from a fastflower version with other options"
+        raise FolderError(f"{work}: {what}; resume with that version, or remove {work} to start over.") from None
     return Plan(folder, options, content["versions"], Groups(members, ends), order, shards)
 
 
 def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str, str], work: Path) -> None:
-    """Raise FolderError, naming what differs, when an interrupted plan is not for this folder with these options."""
+    """Raise FolderError, naming what differs, if an interrupted plan is not for this folder with these options."""
     before, now = {**asdict(plan.options), **plan.versions}, {**asdict(options), **versions}
     for name in now:
         if before.get(name) != now[name]:
-            had = f"had {name} {before.get(name)!r}, not {now[name]!r}; pack with the former to go on"
-            raise FolderError(f"{work}: the pack that was interrupted here {had}, or remove {work} to begin anew.")
+            what = f"holds an interrupted pack with {name} {before.get(name)!r}, not {now[name]!r}"
+            remedy = f"use {name} {before.get(name)!r} to resume, or remove {work} to start over."
+            raise FolderError(f"{work}: {what}; {remedy}")
     if changed := _difference(plan.folder, folder):
-        what = f"{changed[1]} since the pack into {work.parent} was interrupted; undo that to go on"
-        raise FolderError(f"{folder.root / changed[0]}: {what}, or remove {work} to begin anew.")
+        what = f"{changed[1]} since the pack into {work.parent} was interrupted"
+        raise FolderError(f"{folder.root / changed[0]}: {what}; undo this to resume, or remove {work} to start over.")
 
 
 def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:
-    """The first file that differs, and what has become of it."""
+    """Return the first file that differs, and how it differs."""
     count = min(len(before), len(now))
     rows = np.flatnonzero(before.files[:count] != now.files[:count])
-    letters = np.flatnonzero(before.paths[: len(now.paths)] != now.paths[: len(before.paths)])
+    path_bytes = np.flatnonzero(before.paths[: len(now.paths)] != now.paths[: len(before.paths)])
     first = int(rows[0]) if len(rows) else count
-    if len(letters):
-        first = min(first, now.image_at(int(letters[0])))
+    if len(path_bytes):
+        first = min(first, now.image_at(int(path_bytes[0])))
     old = before.path(first) if first < len(before) else None
     new = now.path(first) if first < len(now) else None
     if new is not None and new == old:
-        return new, "has changed"
+        return new, "has been changed"
     if old is not None and all(now.path(number) != old for number in range(first, len(now))):
-        return old, "is gone"
+        return old, "has been removed"
     if new is not None:
-        return new, "was added"
-    others = sorted(set(before.ignored) ^ set(now.ignored))
+        return new, "has been added"
+    others = sorted(
+        {path for path, _ in before.ignored} ^ {path for path, _ in now.ignored}
+    )  # reasons may be worded anew
     if others:
-        return others[0][0], "was added, changed or removed"
+        return others[0], "has been added or removed"
     if (before.classes, before.splits) != (now.classes, now.splits):
-        return "", "has other classes or splits"
+        return "", "classes or splits have been changed"
     return None

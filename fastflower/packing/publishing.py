@@ -1,4 +1,4 @@
-"""Finishes a pack: its files are written, then renamed into place, the manifest last."""
+"""Publishes a finished pack: writes its files, then renames them into place, the manifest last."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -15,14 +15,14 @@ from fastflower.shards.manifest import FILE, INFO, Manifest, Split, shard_name
 from fastflower.shards.writer import index_rows, npy, split_of
 
 Splits = dict[str, list[MadeShard]]
-"""The shards of each split."""
+"""The finished shards of each split."""
 
 
-def withdraw(plan: Plan, work: Path) -> None:
-    """Take back what a pack that was killed while it published had in place already."""
+def unpublish(plan: Plan, work: Path) -> None:
+    """Move files that a killed pack had already published back into the workspace."""
     try:
         moves = _moves(_with_images(plan, _made(plan, work)), work)
-    except OSError:  # a record is missing: nothing is in place yet; or it is damaged: what is gone is made again
+    except OSError:  # a missing record: nothing is published yet; a damaged one: its shard is made again
         return
     for source, target in moves:
         if target.exists() and not source.exists():
@@ -30,10 +30,10 @@ def withdraw(plan: Plan, work: Path) -> None:
 
 
 def publish(plan: Plan, work: Path) -> Manifest:
-    """Finish every file in the workspace, then rename them into place, the manifest last; all of them or none."""
+    """Write every file into the workspace, then rename all or none of them into place, the manifest last."""
     made, out = _made(plan, work), work.parent
     splits = _with_images(plan, made)
-    manifest = _described(plan, out, splits, made)
+    manifest = _make_manifest(plan, out, splits, made)
     moves = _moves(splits, work)
     for name, data in _files(plan, manifest, splits):
         (work / name).parent.mkdir(exist_ok=True)
@@ -56,12 +56,12 @@ def publish(plan: Plan, work: Path) -> Manifest:
 
 
 def _made(plan: Plan, work: Path) -> list[MadeShard]:
-    """Every shard of the plan. Raises OSError where a record is missing or damaged."""
+    """Load the record of every shard. Raises OSError if one is missing or damaged."""
     return [MadeShard.load(work / f"{planned.name}.npz") for planned in plan.shards]
 
 
 def _with_images(plan: Plan, made: list[MadeShard]) -> Splits:
-    """The shards that hold images, which alone are numbered and put in place: DALI reads no empty shard."""
+    """Return the shards of each split without the empty ones, which DALI refuses to read."""
     splits: Splits = {split: [] for split in plan.splits}
     for planned, shard in zip(plan.shards, made, strict=True):
         if shard.entry.samples:
@@ -70,7 +70,7 @@ def _with_images(plan: Plan, made: list[MadeShard]) -> Splits:
 
 
 def _moves(splits: Splits, work: Path) -> list[tuple[Path, Path]]:
-    """(from, to) of tars and DALI's indexes."""
+    """Return (source, target) for each tar and its DALI index."""
     return [
         ((work / shard.entry.name).with_suffix(ending), work.parent / f"{shard_name(split, number)}{ending}")
         for split, shards in splits.items()
@@ -79,12 +79,14 @@ def _moves(splits: Splits, work: Path) -> list[tuple[Path, Path]]:
     ]
 
 
-def _described(plan: Plan, out: Path, splits: Splits, made: list[MadeShard]) -> Manifest:
+def _make_manifest(plan: Plan, out: Path, splits: Splits, made: list[MadeShard]) -> Manifest:
     folder, conflicts = plan.folder, plan.conflicts()
     dropped = [number for group in conflicts for number in group] if plan.options.on_conflict == "drop" else []
     skipped = [item for shard in made for item in shard.skipped]
     skipped += [{"path": path, "reason": reason} for path, reason in folder.ignored]
-    skipped += [{"path": folder.path(number), "reason": "stands under two labels"} for number in dropped]
+    skipped += [
+        {"path": folder.path(number), "reason": "is identical to an image with another label"} for number in dropped
+    ]
     described: dict[str, Split] = {}
     for split, shards in splits.items():
         entries = [replace(shard.entry, name=f"{shard_name(split, number)}.tar") for number, shard in enumerate(shards)]
@@ -107,7 +109,7 @@ def _described(plan: Plan, out: Path, splits: Splits, made: list[MadeShard]) -> 
 
 
 def _near_duplicates(plan: Plan, splits: Splits) -> Iterator[dict[str, object]]:
-    """For each image of the other splits the one most like it in "train", where there is one; in the order of their paths."""
+    """Yield the closest near-duplicate in "train" for each image in another split, in the folder's order."""
     train_hashes = np.concatenate([shard.hashes for shard in splits["train"]])
     train_numbers = np.concatenate([shard.numbers for shard in splits["train"]])
     for split, shards in splits.items():
@@ -126,10 +128,10 @@ def _near_duplicates(plan: Plan, splits: Splits) -> Iterator[dict[str, object]]:
 
 
 def _files(plan: Plan, manifest: Manifest, splits: Splits) -> Iterator[tuple[str, bytes | memoryview]]:
-    """(name, content) of what stands beside the tars, the manifest last."""
+    """Yield (name, content) of every other file, the manifest last."""
     for split, shards in splits.items():
         yield f"{split}.index.npy", npy(index_rows([shard.rows for shard in shards]))
-    if plan.options.lists:  # in the folder's order; scan reads them
+    if plan.options.lists:  # in the folder's order; `scan` can read them
         folder, labels = plan.folder, plan.folder.files["label"]
         yield "classes.txt", "".join(f"{name}\n" for name in folder.classes).encode("utf-8", "surrogateescape")
         for split, shards in splits.items():

@@ -1,41 +1,42 @@
-"""What a user should know of a finished pack: what is not in it, or not as one would think."""
+"""Warnings about a finished pack: skipped files, missing classes and unusual splits."""
 
 from collections.abc import Iterator
 
 from fastflower.shards.manifest import Manifest
 
-_MOST_NAMES = 10  # of classes, in a line
-_MORE = 0.05  # of all images: by so much may split "val" exceed the fraction asked for without a word
+_MOST_NAMES = 10  # class names per line
+_TOLERANCE = 0.05  # of all images: no warning while split "val" exceeds val_fraction by at most this
 
 
 def remarks(manifest: Manifest) -> Iterator[str]:
-    """One line each, without the folder's name."""
-    odd = len({item["path"] for item in manifest.warnings})
+    """Yield one line per warning, without the folder's name."""
+    odd, skipped = len({item["path"] for item in manifest.warnings}), len(manifest.skipped)
     if odd:
-        yield f"{odd} image{'s decode' if odd > 1 else ' decodes'} with warnings; its manifest names them (warnings)"
-    if manifest.skipped:
-        yield f"{len(manifest.skipped)} files are left out; its manifest says why (skipped)"
+        yield f"decoded {odd} image{'s' if odd > 1 else ''} with warnings; see `warnings` in manifest.json"
+    if skipped:
+        yield f"skipped {skipped} file{'s' if skipped > 1 else ''}; see `skipped` in manifest.json for the reasons"
     yield from _validation(manifest)
     for name, split in manifest.splits.items():
         absent = [label for label, count in zip(manifest.classes, split.class_counts, strict=True) if not count]
         if absent and split.samples:
             few = ", ".join(map(repr, absent[:_MOST_NAMES])) + (" and others" if len(absent) > _MOST_NAMES else "")
-            yield f"split {name} has no image of {few}: scores say nothing about these classes"
+            yield f"split {name} has no images of {few}: these classes will not be evaluated"
 
 
 def _validation(manifest: Manifest) -> Iterator[str]:
     val, fraction = manifest.splits.get("val"), manifest.options["val_fraction"]
-    if fraction == 0:  # as the caller wanted it
+    if fraction == 0:  # the caller wants no validation
         return
     if not val or not val.samples:
-        remedy = "no class can spare an image: add images, or name a folder with a split of its own"
+        remedy = "no class can spare an image: add images, or pack a folder with its own split"
         if max(manifest.splits["train"].class_counts) > 1:
-            remedy = "what classes could spare are copies, which stay together; or an older version began this pack: pack again"
+            remedy = "classes can only spare copies, which stay together: add images."
+            remedy += " If an older version planned this pack, pack again"
         if fraction is None:
-            remedy = "add a val beside train, or pack the folder train alone, of which one is drawn"
-        yield f"has no images in split 'val', so trainings on it validate nothing; {remedy}"
+            remedy = "add a val folder next to train, or pack only the train folder to split it into train and val"
+        yield f"has no images in split 'val', so training on it validates nothing; {remedy}"
     elif fraction is not None:
         share = val.samples / sum(split.samples for split in manifest.splits.values())
-        if share > fraction + _MORE:
-            few = "classes give whole images, and at least one of two or more"
-            yield f"split val holds {share:.0%} of the images, more than val_fraction {fraction:g}: {few}"
+        if share > fraction + _TOLERANCE:
+            why = "each class with two or more images gives at least one, and copies stay together"
+            yield f"split val holds {share:.0%} of the images, more than val_fraction {fraction:g}: {why}"

@@ -1,4 +1,4 @@
-"""Makes one shard of a plan, in the workspace, in any process that sees the folders."""
+"""Makes one shard of a plan in the workspace. Runs in any process that sees the folders."""
 
 import hashlib
 import io
@@ -24,33 +24,33 @@ from fastflower.shards.image import prepare
 from fastflower.shards.manifest import Shard
 from fastflower.shards.writer import Samples, ShardWriter
 
-STOP = "stop"  # a file in the workspace: those that make shards are to end
-_MAX_SLUG = 64  # characters: with the hash and an ending it fits the 100 bytes of a tar header's name
-_CHUNK_BYTES = 1 << 20  # of images that a thread decodes in one go
-_MAX_BYTES = 1 << 30  # of one image: more is no image, and several at a time would fill the memory
-_SMALL = 1 << 12  # bytes: what every image counts for at least, for it takes memory besides its own
-# np.load has Python parse what a file says of its array, which now and then fails in two threads at a time: SystemError,
-# https://github.com/python/cpython/issues/106905, still so in 3.11.7.
+STOP = "stop"  # a file in the workspace that tells workers to stop
+_MAX_SLUG = 64  # characters: with the hash and an extension, a key fits the 100 bytes of a name in a tar header
+_CHUNK_BYTES = 1 << 20  # of images per task
+_MAX_BYTES = 1 << 30  # per image: a larger file is hardly an image, and a few at a time would exhaust memory
+_SMALL = 1 << 12  # bytes: the least that an image counts, because of its overhead in memory
+# np.load parses a file's header with Python's parser, which can raise SystemError in two threads at a time:
+# https://github.com/python/cpython/issues/106905, not fixed in 3.11.7.
 _LOADING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
 class MadeShard:
-    """A finished shard, as its record in the workspace tells it."""
+    """Record of a finished shard, saved in the workspace."""
 
     entry: Shard
-    """What the manifest says of it, with its name in the workspace."""
+    """Its entry in the manifest, with its name in the workspace."""
     rows: NDArray[np.void]
-    """Of INDEX_DTYPE, as if this were the split's first shard."""
+    """(N,) of INDEX_DTYPE, as if this were the split's first shard."""
     numbers: NDArray[np.int64]
-    """Of its images in the folder."""
+    """(N,) image numbers in the folder."""
     hashes: NDArray[np.uint64]
-    """Perceptual, of its images."""
+    """(N,) perceptual hashes."""
     skipped: list[dict[str, str]]
     warnings: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
 
     def save(self, path: Path) -> None:
-        """Write the record, whole or not at all."""
+        """Save the record atomically."""
         rest = {"shard": asdict(self.entry), "skipped": self.skipped, "warnings": self.warnings}
         data, text = io.BytesIO(), np.frombuffer(json.dumps(rest).encode(), np.uint8)
         np.savez(data, rows=self.rows, numbers=self.numbers, hashes=self.hashes, rest=text)
@@ -58,9 +58,9 @@ class MadeShard:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a record. Raises OSError when it is missing or damaged."""
+        """Load a record. Raises OSError if it is missing or damaged."""
         try:
-            # Given a path, np.load leaves a damaged file open.
+            # If given a path, np.load leaves a damaged file open.
             with _LOADING, path.open("rb") as file, np.load(file) as record:
                 rest = json.loads(record["rest"].tobytes())
                 arrays, warnings = (record["rows"], record["numbers"], record["hashes"]), rest.get("warnings", [])
@@ -72,16 +72,18 @@ class MadeShard:
 def make_shard(
     plan: Plan, work: Path, number: int, mapped: MapLike = map, advance: Callable[[int], object] = lambda _: None
 ) -> int:
-    """Make one shard, unless it is there already: its tar, DALI's index and a record of both, which comes last.
+    """Make one shard unless it exists: its tar, its DALI index and, last, its record.
 
-    Can run in any process that sees the folders, also twice at a time. Ends early where the workspace holds STOP.
-    advance  is told of images that are done. Returns the number of images.
+    Any process that sees the folders can call this, even at the same time as another. It stops early if the workspace
+    contains STOP.
+
+    advance  called with the number of images just done. Returns the number of images, 0 if stopped.
     """
     if (work / STOP).exists():
         return 0
     _, name, start, stop = plan.shards[number]
     numbers = plan.order[start:stop]
-    if _is_made(work, name):
+    if _is_complete(work, name):
         advance(len(numbers))
         return len(numbers)
     sizes = np.cumsum(np.maximum(plan.folder.files["size"][numbers].astype(np.int64), _SMALL))
@@ -92,7 +94,7 @@ def make_shard(
     try:
         with attempt.open("wb") as file:
             with ShardWriter(file) as writer:
-                for planned, chunk in zip(chunks, mapped(partial(_prepared, plan), chunks), strict=True):
+                for planned, chunk in zip(chunks, mapped(partial(_prepare_chunk, plan), chunks), strict=True):
                     if (work / STOP).exists():
                         return 0
                     writer.extend(chunk.samples)
@@ -113,24 +115,24 @@ def make_shard(
 
 
 def make_shard_elsewhere(root: Path, work: Path, number: int, token: bytes) -> int:
-    """As `make_shard`, in a process of an executor, which reads the plan itself, once a pack.
+    """Make one shard in a process of an executor, which loads the plan once per pack.
 
-    token  tells this pack from others: the executor may serve another one to the same folder later, and dask answers a
-    call that it knows with what came of that one.
+    token  unique per pack. Without it, a later pack into the same folder would get the cached plan, and dask would
+    return the cached results of equal calls.
     """
     with _LOADING:
-        plan = _loaded(root, work, token)
+        plan = _load_plan_once(root, work, token)
     return make_shard(plan, work, number)
 
 
 @lru_cache(maxsize=1)
-def _loaded(root: Path, work: Path, token: bytes) -> Plan:  # noqa: ARG001  (token: of which pack)
+def _load_plan_once(root: Path, work: Path, token: bytes) -> Plan:  # noqa: ARG001  (token is part of the cache key)
     return load_plan(work, root)
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """Some samples, with their images' numbers and perceptual hashes, what is odd about them, and what is left out."""
+    """Samples of some images, with image numbers, perceptual hashes, skipped files and decoder warnings."""
 
     samples: Samples = field(default_factory=Samples)
     numbers: list[int] = field(default_factory=list[int])
@@ -139,16 +141,16 @@ class _Chunk:
     warnings: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
 
 
-def _prepared(plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
-    """Read and prove images. Raises FolderError for one that is bad where the options say so."""
+def _prepare_chunk(plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
+    """Read and check images. Raises FolderError at a damaged image if on_bad is "fail"."""
     folder, options, chunk = plan.folder, plan.options, _Chunk()
     for number in numbers.tolist():
-        path, odd = folder.path(number), list[str]()
+        path, warnings = folder.path(number), list[str]()
         file, size, label = folder.root / path, int(folder.files["size"][number]), int(folder.files["label"][number])
         try:
             if size > _MAX_BYTES:
                 raise SampleError(f"has {size} bytes, more than the limit of {_MAX_BYTES}")
-            image = prepare(file.read_bytes(), max_side=options.max_side, quality=options.quality, warn=odd.append)
+            image = prepare(file.read_bytes(), max_side=options.max_side, quality=options.quality, warn=warnings.append)
         except (OSError, SampleError) as error:
             blame_the_system(error, file)
             reason = str((isinstance(error, OSError) and error.strerror) or error)
@@ -159,12 +161,12 @@ def _prepared(plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
         chunk.samples.add(key_of(path), image.encoded, label, image.size, path, folder.classes[label])
         chunk.numbers.append(number)
         chunk.hashes.append(image.hash)
-        chunk.warnings += [{"path": path, "warning": text} for text in odd]
+        chunk.warnings += [{"path": path, "warning": text} for text in warnings]
     return chunk
 
 
-def _is_made(work: Path, name: str) -> bool:
-    """Whether a shard is there, whole; also after a power cut."""
+def _is_complete(work: Path, name: str) -> bool:
+    """Return whether a shard exists and is undamaged. A power cut may have damaged it."""
     try:
         entry = MadeShard.load(work / f"{name}.npz").entry
         with (work / f"{name}.tar").open("rb") as tar:
@@ -174,10 +176,10 @@ def _is_made(work: Path, name: str) -> bool:
 
 
 def key_of(path: str) -> str:
-    """A sample's key: the readable part of its path and a hash of all of it, [0-9A-Za-z_-]+.
+    """Return a sample's key: the readable part of its path and a hash of the whole path, [0-9A-Za-z_-]+.
 
-    DALI and webdataset lose samples, silently, whose keys hold other characters or a dot. 64 bits of hash: of a million
-    names of which nothing is readable, two get the same key with a probability of 3e-8.
+    DALI and webdataset silently lose samples if a key contains other characters or a dot. The hash has 64 bits: among a
+    million keys that differ only in the hash, the probability of a collision is 3e-8.
     """
     slug = re.sub(r"[^0-9A-Za-z_-]+", "_", path.rpartition(".")[0])[-_MAX_SLUG:]
     return f"{slug}-{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"

@@ -1,4 +1,4 @@
-"""OUT/.packing: where a pack works, locked against a second one, and what an interrupted one goes on from."""
+"""OUT/.packing: the locked workspace of a pack, from which an interrupted pack resumes."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ _ENDINGS = (".tar", ".idx", ".npy")
 
 @contextmanager
 def workspace(out: Path) -> Generator[Path]:
-    """OUT/.packing, locked against a second pack. It stays while it holds a plan to go on with; OUT goes if it is empty."""
+    """Yield OUT/.packing, locked against a second pack. Remove it afterwards (and OUT if empty) unless a plan is left."""
     work = out / WORK
     try:
         with locked(work / "lock"):
@@ -31,34 +31,35 @@ def workspace(out: Path) -> Generator[Path]:
                 yield work
             finally:
                 if not (work / PLAN).exists():
-                    shutil.rmtree(work, ignore_errors=True)  # NFS keeps files that are open; what stays is no plan
-                    with suppress(OSError):  # not empty, a link, or where a disk is mounted
+                    shutil.rmtree(work, ignore_errors=True)  # NFS keeps open files; without a plan they do no harm
+                    with suppress(OSError):  # not empty, a link, or a mount point
                         out.rmdir()
     except HeldError as error:
-        what = f"another pack is writing here ({error}); wait for it, or name another folder with --out."
+        what = f"another pack is writing here ({error}); wait for it, or choose another folder with --out."
         raise FolderError(f"{out}: {what}") from None
-    except (OSError, BrokenExecutor, MemoryError) as error:  # images that cannot be read are skipped: not about them
+    except (OSError, BrokenExecutor, MemoryError) as error:  # never an unreadable image: those are skipped
         blame_the_system(error, out)
         if isinstance(error, MemoryError):
-            what = "is not finished: memory ran out; pack with fewer workers (--workers 1)."
+            what = "packing ran out of memory; use fewer workers (--workers 1)."
         elif isinstance(error, OSError):
-            what = f"cannot be written ({error.strerror or error}); make room, or name another folder with --out."
+            what = f"cannot be written ({error.strerror or error}); free up space, or choose another folder with --out."
         else:
-            what = f"a worker died ({error}); pack with fewer workers where memory ran out."
-        begun = os.path.exists(work / PLAN)  # noqa: PTH110  (does not raise, as Path.exists does for a name that is too long)
-        again = " The same command goes on where this one stopped." if begun else ""
+            what = f"a worker died ({error}); if it ran out of memory, use fewer workers."
+        resumable = os.path.exists(work / PLAN)  # noqa: PTH110  (Path.exists raises for a name that is too long)
+        again = " Run the same command again to resume." if resumable else ""
         raise FolderError(f"{out}: {what}{again}") from error
 
 
-def begun_plan(folder: Folder, options: Options, work: Path, mapped: MapLike) -> Plan:
-    """The plan of the pack that was interrupted here, or a new one; saved, and read from the workspace in both cases."""
+def load_or_make_plan(folder: Folder, options: Options, work: Path, mapped: MapLike) -> Plan:
+    """Load the plan of the pack that was interrupted here, or make, save and load a new one."""
     out = work.parent
     versions = {"fastflower": version_of("fastflower"), "pillow": PIL.__version__, "opencv": cv2.__version__}
     if not (work / PLAN).exists():
         names = [INFO, "classes.txt", "meta"] if options.lists else [INFO]
         taken = [path.name for path in sorted(out.iterdir()) if path.name in names or path.suffix in _ENDINGS]
         if taken:
-            raise FolderError(f"{out}: holds {taken[0]} already; name another folder with --out, or remove this one.")
+            what = f"already contains {taken[0]}; choose another folder with --out, or remove this one."
+            raise FolderError(f"{out}: {what}")
         save_plan(make_plan(folder, options, versions, mapped), work)
     plan = load_plan(work, folder.root.absolute(), whole=True)
     check_same(plan, folder, options, versions, work)

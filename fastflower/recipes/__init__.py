@@ -1,5 +1,5 @@
 """A training run as a frozen value.
 
-In come the numbers that a person chooses; out goes a `Recipe`, which training, checkpoints and reports take. Read `recipe`
-first; `presets` has the reports' experiments and our own.
+Takes hyperparameters; returns a `Recipe`, which training, checkpoints and reports use. Read `recipe` first; `presets`
+has the recipes of the student reports and our own.
 """

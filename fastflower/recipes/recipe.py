@@ -1,4 +1,4 @@
-"""How to train: a frozen value, which gives the learning rate of each step. Derive one with `dataclasses.replace`."""
+"""`Recipe`: the hyperparameters of a training run. It is frozen; use `dataclasses.replace` to change one."""
 
 from dataclasses import asdict, dataclass, field, replace
 from math import cos, pi
@@ -13,77 +13,83 @@ Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """A training run. Raises ArgumentError naming the field and its rule."""
+    """Hyperparameters of a training run. Raises ArgumentError, which names the field and its rule."""
 
     backbone: str = "resnet18"
-    """A torchvision classifier: resnet18, 34, 50, 101, 152; densenet121, 161, 169, 201; vgg11, 13, 16, 19 (also _bn); or
-    resnet50_v1, 101_v1, 152_v1, for weights of Caffe or Keras, whose 1x1 convolutions halve the size."""
+    """torchvision model: resnet18, 34, 50, 101, 152; densenet121, 161, 169, 201; vgg11, 13, 16, 19, also with _bn.
+    Or resnet50_v1, 101_v1, 152_v1 for Caffe or Keras weights: the stride is in 1x1 convolutions [He et al. 2016]."""
     weights: str | None = "DEFAULT"
-    """Where training starts: torchvision's name of pretrained weights (downloaded); the path of a state_dict or checkpoint, or
-    its address as https://HOST/FILE#sha256=CHECKSUM; None: scratch."""
+    """Initial weights: a torchvision name (downloaded), the path of a state_dict or checkpoint, or its URL
+    (https://HOST/FILE#sha256=CHECKSUM). None: random weights."""
     freeze: int = 0
-    """Stages, from the input, whose weights and batch norms stay as they are; the stem counts with the first; 0 without
-    weights."""
+    """Number of frozen stages, counted from the input: their weights and batch norms do not change.
+    The stem belongs to the first stage. Must be 0 without weights. 0: train all stages."""
     augment: Augment = field(default_factory=lambda: Augment(crop=(0.08, 1.0), flip=0.5))
-    """What is drawn for training images; validation uses its size, resize and normalization."""
+    """Augmentation of training images. Validation uses only its size, resize and normalization."""
     sizes: tuple[int, ...] = ()
-    """Progressive resizing: heights of training images, each for an equal part of the epochs; (): augment's size in all."""
+    """Progressive resizing: heights of training images in pixels, each for an equal share of the epochs.
+    Empty: `augment.size` in all epochs."""
     epochs: int = 15
+    """Number of passes over the training images, at least 1."""
     patience: int | None = None
-    """Stop after so many epochs without a better one: a higher validation accuracy, or an equal one at a lower loss."""
+    """Stop after this many epochs without improvement: a higher validation accuracy, or an equal one with a lower loss.
+    None: train all epochs."""
     batch_size: int = 32
-    """Samples a step, over all ranks."""
+    """Number of samples per step over all ranks."""
     balanced: bool = False
-    """Draw all classes equally often, however many samples they have; an epoch then is not exact."""
+    """Draw all classes equally often. Within an epoch, samples of rare classes repeat and some others are skipped."""
     lr: float = 0.001
-    """Learning rate at the schedule's peak."""
+    """Peak learning rate of the schedule, above 0."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Optimizer of torch.optim: SGD with momentum, Adam or AdamW."""
     momentum: float = 0.9
-    """Of SGD; Adam's first beta."""
+    """Momentum of SGD, or beta1 of Adam and AdamW, in [0, 1)."""
     weight_decay: float = 0.0
-    """Of weights; norms and biases do not decay. "adamw" takes it apart from the gradient, the others add it to that."""
+    """Weight decay; norms and biases are exempt. 0: none.
+    "adamw" decouples it from the gradient [Loshchilov and Hutter 2019]; the others add it to the gradient."""
     clip_norm: float | None = None
-    """Gradients of a greater norm, over all parameters, are scaled down to it."""
+    """Maximum gradient norm over all parameters; larger gradients are scaled down to it. None: no clipping."""
     accumulate: int = 1
-    """Batches whose gradients are averaged before each update; the last update of an epoch may have fewer."""
+    """Batches to average gradients over before each update. The last update of an epoch may use fewer. 1: none."""
     ema: float | None = None
-    """Decay a step of averaged weights, which then are what is validated and kept; a short run averages over less."""
+    """Decay per step of an exponential moving average of the weights, in (0, 1). Early steps use a smaller decay.
+    The averaged weights are validated and saved. None: no averaging."""
     soup: int = 1
-    """Trainings from the same weights, each an equal part of the epochs with its own draws; their weights are averaged (Wortsman
-    et al. 2022, "Model soups"); for pretrained weights only: trainings from random ones have no useful mean."""
+    """Split the epochs into this many runs from the same weights and average their weights [Wortsman et al. 2022].
+    Must divide epochs. For pretrained weights only: runs from random weights have no useful mean. 1: a single run."""
     recalibrate: bool = False
-    """Compute batch norms' statistics anew at the end of a training, from 20 batches of training images as validation views
-    them: for sizes that end elsewhere (Touvron et al. 2019) and for averaged weights (Izmailov et al. 2018)."""
+    """Recompute batch norm statistics at the end of each run from 20 training batches in the validation view.
+    For sizes that end away from the validation size [Touvron et al. 2019], or ema or soup [Izmailov et al. 2018]."""
     schedule: Schedule = "step"
-    """How the rate goes over the epochs, see `Recipe.multiplier`; "three_phase" resumes older runs of report E."""
+    """Learning rate schedule, see `Recipe.multiplier`. "three_phase" is only for resuming older runs of report E."""
     warmup_epochs: float = 0.0
-    """Over which the rate rises evenly to what the schedule says, from a hundredth of it; one_cycle warms up itself."""
+    """Epochs of linear warm-up, from 1% to 100% of the scheduled learning rate. 0: none; must be 0 with one_cycle."""
     step_epochs: int = 7
-    """With "step": epochs between two reductions."""
+    """Epochs between two reductions of the learning rate, with schedule "step"."""
     gamma: float = 0.1
-    """With "step": the factor of each reduction; with "exponential_cosine" (and "three_phase"): of each epoch of its decay."""
+    """Factor of each reduction with "step", or per epoch of decay with "exponential_cosine" and "three_phase"."""
     label_smoothing: float = 0.0
-    """Probability spread over all classes, [0, 1)."""
+    """Probability to spread evenly over all classes, in [0, 1). 0: none [Szegedy et al. 2016]."""
     precision: Precision = "auto"
-    """Of autocast; float16 scales the loss; float32 switches autocast off; "auto": the fastest of these that keeps accuracy
-    where it runs: bfloat16 where the device computes in it, float16 on CUDA otherwise, float32 on other processors."""
+    """dtype of autocast. float16 also scales the loss, float32 turns autocast off.
+    "auto": bfloat16 if the device supports it natively, else float16 on CUDA and float32 on the CPU."""
     compile: bool = False
-    """torch.compile, with CUDA graphs on CUDA: for small batches there; on two cores it did not pay (docs/log.md)."""
+    """Use torch.compile, on CUDA with CUDA graphs, for small batches. It was no faster on a two-core CPU."""
     graph: bool = True
-    """CUDA graphs: a step is recorded once for each size and replayed; ignored on the CPU, on several ranks, and with accumulate,
-    compile or float16."""
+    """Record a step once per image size as a CUDA graph and replay it.
+    Ignored on the CPU, with several ranks, and with accumulate, compile or float16."""
     sync_batchnorm: bool = False
-    """Batch norms of all ranks together (SyncBatchNorm): CUDA only."""
+    """Compute batch norm statistics over all ranks [SyncBatchNorm]. CUDA only."""
     tta: bool = False
-    """Test-time augmentation: score and predict by the mean probabilities of each image and its mirror image."""
+    """Test-time augmentation: average the probabilities of each image and its horizontal flip."""
     seed: int = 0
-    """Of the head's weights, the order, the draws and dropout."""
+    """Random seed of the classifier head, sample order, augmentation and dropout."""
 
     def __post_init__(self) -> None:
         make_plain(self)
         rules = [
             ("freeze", self.freeze >= 0, "0 or more"),
-            ("sizes", all(side >= 1 for side in self.sizes), "numbers of pixels, at least 1"),
+            ("sizes", all(side >= 1 for side in self.sizes), "sizes in pixels, each at least 1"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("patience", self.patience is None or self.patience >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
@@ -94,11 +100,11 @@ class Recipe:
             ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0"),
             ("ema", self.ema is None or 0 < self.ema < 1, "in (0, 1)"),
             ("soup", self.soup >= 1 and self.epochs % self.soup == 0, "a divisor of epochs"),
-            ("soup", self.soup == 1 or (self.ema is None and self.patience is None), "1 with ema or patience"),
-            ("recalibrate", not self.recalibrate or self.patience is None, "False with patience"),
+            ("soup", self.soup == 1 or (self.ema is None and self.patience is None), "1 if ema or patience is set"),
+            ("recalibrate", not self.recalibrate or self.patience is None, "False if patience is set"),
             ("accumulate", self.accumulate >= 1, "at least 1"),
             ("warmup_epochs", self.warmup_epochs >= 0, "0 or more"),
-            ("warmup_epochs", self.warmup_epochs == 0 or self.schedule != "one_cycle", "0 with one_cycle"),
+            ("warmup_epochs", self.warmup_epochs == 0 or self.schedule != "one_cycle", "0 if schedule is one_cycle"),
             ("schedule", self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
             ("step_epochs", self.step_epochs >= 1, "at least 1"),
             ("gamma", self.gamma > 0, "above 0"),
@@ -110,35 +116,37 @@ class Recipe:
 
     @property
     def epochs_per_training(self) -> int:
-        """Of each training of the soup: schedule and sizes go over these."""
+        """Number of epochs of each run of the model soup. The schedule and `sizes` span these."""
         return self.epochs // self.soup
 
     def augment_at(self, epoch: int) -> Augment:
-        """`augment` at the size that an epoch, counted from 0, is trained at."""
+        """Return `augment` at the training size of an epoch, counted from 0."""
         if not self.sizes:
             return self.augment
-        epochs_seen = min(epoch, self.epochs - 1) % self.epochs_per_training + 1  # with this one
-        # Rounded up, so that the last epoch has the last size.
+        epochs_seen = min(epoch, self.epochs - 1) % self.epochs_per_training + 1  # including this one
+        # Round up, so the last epoch has the last size.
         stage = -(-epochs_seen * len(self.sizes) // self.epochs_per_training)
         factor = self.sizes[stage - 1] / self.augment.output_size[0]
         resize = self.augment.resize and _scaled(self.augment.resize, factor)
         return replace(self.augment, size=_scaled(self.augment.size, factor), resize=resize)
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, counted from 0 over all epochs; each training of a soup has the whole schedule."""
+        """Return the learning rate of a step, counted from 0 over all epochs. With soup, every run restarts it."""
         step %= self.epochs_per_training * steps_per_epoch
         scheduled = self.multiplier(step, steps_per_epoch)
         return self.lr * scheduled * warm_up(step, self.warmup_epochs * steps_per_epoch)
 
     def multiplier(self, step: int, steps_per_epoch: int) -> float:
-        """What lr is multiplied by in a step of one training, counted from 0; the warm-up comes on top.
+        """Return the factor of `lr` in a step of one run, counted from 0, without the warm-up.
 
-        "constant": 1. "step": gamma ** (epoch // step_epochs), torch's StepLR. "cosine": from 1 down to 0, torch's
-        CosineAnnealingLR over all steps. "one_cycle": up to 1 and down again, torch's OneCycleLR (cosine, two phases, Smith
-        and Topin 2018). "exponential_cosine": 1 until the warm-up ends, then gamma to the power of the epochs since, fractions
-        counted (torch's ExponentialLR, by steps), until half of the steps; then half a cosine from there to 0. "three_phase":
-        the same, but the epochs of the warm-up count too, so that the peak is never reached; for checkpoints that were
-        trained with it.
+        "constant": 1.
+        "step": gamma ** (epoch // step_epochs), torch's StepLR.
+        "cosine": from 1 down to 0 over all steps, torch's CosineAnnealingLR.
+        "one_cycle": up to 1 and down again, torch's OneCycleLR (cosine, two phases; Smith and Topin 2018).
+        "exponential_cosine": 1 during the warm-up, then gamma ** (fractional epochs since), torch's ExponentialLR by
+        steps, until half of the steps, then half a cosine down to 0.
+        "three_phase": the same, but the decay also counts the warm-up epochs, so it never reaches the peak. Only for
+        checkpoints that were trained with it.
         """
         total_steps = self.epochs_per_training * steps_per_epoch
         if self.schedule == "constant":
@@ -152,18 +160,18 @@ class Recipe:
             turn = max(warm, total_steps / 2)
             decayed = self.gamma ** (max(0.0, min(step, turn) - warm) / steps_per_epoch)
             return decayed if step <= turn else _cosine(decayed, 0.0, (step - turn) / (total_steps - turn))
-        peak = 0.3 * total_steps - 1  # the 0.3, 25 and 25e4 are defaults of OneCycleLR
+        peak = 0.3 * total_steps - 1  # 0.3, 25 and 25e4 are OneCycleLR's defaults
         if step <= peak:
             return _cosine(1 / 25, 1.0, step / peak)
         return _cosine(1.0, 1 / 25e4, (step - peak) / max(1e-9, total_steps - 1 - peak))
 
     @property
     def resolved(self) -> "Recipe":
-        """With the numbers that None stands for: recipes that are equal then train the same."""
+        """The recipe with its defaults resolved. Two recipes train the same if their resolved recipes are equal."""
         return replace(self, augment=replace(self.augment, resize=self.augment.resized))
 
     def differences(self, other: "Recipe") -> str:
-        """What another recipe has otherwise, field by field."""
+        """Return the fields in which another recipe differs, as text: NAME OTHER_VALUE (now VALUE), ..."""
         mine, theirs = self.resolved.to_dict(), other.resolved.to_dict()
         for values in (mine, theirs):
             values |= {f"augment.{name}": value for name, value in values.pop("augment").items()}
@@ -171,18 +179,18 @@ class Recipe:
         return ", ".join(changed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for checkpoints and benchmark records."""
+        """Return a dictionary of plain values, for checkpoints and benchmark records."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The recipe that `to_dict` described; lists, as JSON gives them, count as tuples."""
+        """Build the recipe from a dictionary that `to_dict` returned. Lists, as in JSON, become tuples."""
         others = {name: value for name, value in values.items() if name != "augment"}
         return cls(augment=Augment(**values["augment"]), **others)
 
 
 def warm_up(step: int, warmup_steps: float) -> float:
-    """The share of the scheduled rate in a linear warm-up: torch's LinearLR from 0.01 to 1 over `warmup_steps`."""
+    """Return the factor of a linear warm-up: torch's LinearLR from 0.01 to 1 over `warmup_steps`."""
     return 1.0 if step >= warmup_steps else 0.01 + 0.99 * step / warmup_steps
 
 

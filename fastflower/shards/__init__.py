@@ -1,5 +1,5 @@
-"""The format on disk: tar shards, their indexes and manifest.json; also at an address.
+"""The storage format: tar shards with their indexes and manifest.json, in a local folder or at a URL.
 
-In go images' bytes with labels; out come folders that `Manifest.load` opens and samples by index, each checked against its
-checksum. Read `manifest` first, then `writer` and `reader`.
+`manifest` opens a folder of shards, `writer` writes tars, and `reader` reads samples by index and checks their checksums.
+Read `manifest` first, then `writer` and `reader`.
 """

@@ -1,4 +1,4 @@
-"""What libjpeg warns of. Inside OpenCV it writes to C's stderr, without the file's name, and tells it in no other way."""
+"""Captures libjpeg's warnings. Inside OpenCV, libjpeg only writes them to C's stderr, without the file's name."""
 
 import ctypes
 import os
@@ -16,57 +16,57 @@ class _Functions(ctypes.Structure):
 
 
 class _WarningStream:
-    """A C stream whose write is our function, on the thread that writes: each thread hears its own, none of the others'.
+    """A C stream that calls our function on the thread that writes, so each thread gets only its own warnings.
 
-    It stands in for C's `stderr`, not for file descriptor 2, so Python's own output and other processes are not touched.
+    It replaces C's `stderr`, not file descriptor 2, so it does not affect Python's own output or other processes.
     """
 
     def __init__(self) -> None:
         library = ctypes.CDLL(None)
-        self._lock, self._listeners, self._heard = threading.Lock(), 0, threading.local()
+        self._lock, self._listeners, self._captured = threading.Lock(), 0, threading.local()
         self._write = _WRITE(self._written)
         library.fopencookie.restype = ctypes.c_void_p
         library.fopencookie.argtypes = (ctypes.c_void_p, ctypes.c_char_p, _Functions)
         stream = ctypes.c_void_p(library.fopencookie(None, b"w", _Functions(None, self._write, None, None)))
         library.setvbuf(stream, None, _UNBUFFERED, ctypes.c_size_t(0))
-        library["__fsetlocking"](stream, _NO_LOCK)  # or who writes would wait for Python's lock with that of the stream
+        library["__fsetlocking"](stream, _NO_LOCK)  # else a writer holds the stream's lock while it waits for the GIL
         self._stream, self._stderr = stream.value, ctypes.c_void_p.in_dll(library, "stderr")
         self._before = self._stderr.value
         os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        """In a child that is forked: the parent's other threads, one of which may hold the lock, are not there."""
+        """Start over in a forked child: another thread of the parent may have held the lock, and the child does not have it."""
         self._lock, self._listeners, self._stderr.value = threading.Lock(), 0, self._before
 
     def _written(self, _: int, address: int, size: int) -> int:
-        heard: bytearray | None = getattr(self._heard, "text", None)
-        if heard is None:  # a thread that does not listen
+        text: bytearray | None = getattr(self._captured, "text", None)
+        if text is None:  # this thread does not listen
             return os.write(2, ctypes.string_at(address, size))
-        heard += ctypes.string_at(address, size)
+        text += ctypes.string_at(address, size)
         return size
 
     @contextmanager
     def listening(self) -> Generator[bytearray]:
-        self._heard.text = bytearray()
+        self._captured.text = bytearray()
         with self._lock:
             self._listeners += 1
             self._stderr.value = self._stream
         try:
-            yield self._heard.text
+            yield self._captured.text
         finally:
             with self._lock:
-                self._listeners = max(0, self._listeners - 1)  # 0 in a child that is forked meanwhile
+                self._listeners = max(0, self._listeners - 1)  # already 0 in a child that was forked meanwhile
                 if not self._listeners:
                     self._stderr.value = self._before
-            self._heard.text = None
+            self._captured.text = None
 
 
-_making = threading.Lock()
-_stream = cache(_WarningStream)  # one, made when it is first needed
+_creating = threading.Lock()
+_stream = cache(_WarningStream)  # one instance, created when first needed
 
 
 def warnings() -> AbstractContextManager[bytearray]:
-    """As a context: what libjpeg warns of on this thread meanwhile, as text; a line for each decode that it warns of."""
-    with _making:
+    """Return a context that captures libjpeg's warnings on this thread: one line of text per decode with warnings."""
+    with _creating:
         stream = _stream()
     return stream.listening()

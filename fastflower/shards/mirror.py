@@ -1,7 +1,7 @@
-"""Shards that are not local: a mirror in a bounded cache, filled ahead of need.
+"""Caches remote shards in a local folder of limited size, and prefetches them.
 
-A mirror is a folder like any that `pack` wrote, named by its manifest's hash, in which tars come and go. Every tar is checked
-against the manifest's sha256 before it gets its name, so whoever finds it there can use it: processes share mirrors.
+The cached shards of a pack are a folder like any that `pack` wrote, named by the hash of its manifest, but tars come and go.
+A tar gets its name only after its SHA-256 matches the manifest, so every process that finds it can use it.
 """
 
 import hashlib
@@ -26,33 +26,33 @@ _log = logging.getLogger("fastflower")
 
 _T = TypeVar("_T")
 
-_LOOK = 0.05  # seconds between looks at whether there is room
+_POLL = 0.05  # seconds between checks for free space
 _THREADS = 4
 
 
 class _Tar(NamedTuple):
-    """A tar in the cache. Sorted, those that make room first come first."""
+    """A tar in the cache. Sorts in the order of eviction."""
 
-    worth: int
+    priority: int
     used: float
     bytes: int
     path: Path
 
 
 class Mirror:
-    """The mirror of one Remote, which `connect` makes. Thread-safe; may be used by several processes at once."""
+    """The local cache of one Remote; create it with `connect`. Safe to use from several threads and processes."""
 
     def __init__(self, source: Remote, manifest: Manifest) -> None:
         self.manifest, self.folder = manifest, manifest.folder
         self._source = source
         self._cache = manifest.folder.parent
         self._shards = {shard.name: shard for split in manifest.splits.values() for shard in split.shards}
-        self._ahead: list[str] = []  # the shards that are read next, in this order
-        self._wanted: set[str] = set()  # those, and those of the call before
+        self._ahead: list[str] = []  # shards to read next, in order
+        self._wanted: set[str] = set()  # these and those of the previous call
         self._begin_process()
 
     def _begin_process(self) -> None:
-        """What each process has for itself: of a parent's, a forked child has no thread, and locks as they just were."""
+        """Set up the state of one process. A forked child has none of the parent's threads, and its locks may be held."""
         self._process = os.getpid()
         self._files = RemoteFiles(self._source)
         self._users = 0
@@ -62,42 +62,43 @@ class Mirror:
 
     @classmethod
     def connect(cls, source: Remote) -> "Mirror":
-        """Download the manifest of a Remote, which says what its mirror is to hold.
+        """Download the manifest of a Remote and open its local cache.
 
-        Raises ArgumentError when the address's file system is not installed, ShardError when what is there cannot be read.
+        Raises ArgumentError if the URL's file system is not installed, ShardError if the manifest cannot be read.
         """
         files = RemoteFiles(source)
         text = files.read(FILE)
         folder = Path(source.folder).expanduser() / hashlib.sha256(text).hexdigest()[:16]
-        manifest = _stored(folder / FILE, text, files.url, lambda: Manifest.load(folder))
+        manifest = _store(folder / FILE, text, files.url, lambda: Manifest.load(folder))
         for name in (shard.name for split in manifest.splits.values() for shard in split.shards):
             if Path(name).name != name:
-                raise ShardError(f"{files.url}/{FILE}: names a shard {name!r}, which is no file's name; pack again.")
+                what = f"lists shard {name!r}, which is not a file name; run fastflower pack again."
+                raise ShardError(f"{files.url}/{FILE}: {what}")
         return cls(source, manifest)
 
     def open_split(self, split: str, window: int) -> None:
-        """Download the split's index. Raises ArgumentError when the limit does not hold three windows of shards."""
+        """Download the split's index. Raises ArgumentError if the limit is smaller than three windows of shards."""
         shards = self.manifest.split(split).shards
         path = self.folder / f"{split}.index.npy"
         try:
             here = path.exists() and len(self.manifest.index(split)) > 0
         except ShardError as error:
-            _log.warning("%s; it is downloaded again", str(error).partition(";")[0])
+            _log.warning("%s; downloading it again", str(error).partition(";")[0])
             here = False
         if not here:
-            _stored(path, self._files.read(path.name), self._files.url, lambda: self.manifest.index(split))
+            _store(path, self._files.read(path.name), self._files.url, lambda: self.manifest.index(split))
         limit = self._source.limit_bytes
         total = sum(shard.bytes for shard in shards)
-        needed = min(total, 3 * window * max(shard.bytes for shard in shards))  # behind, here, ahead
+        needed = min(total, 3 * window * max(shard.bytes for shard in shards))  # previous, current and next window
         if needed > limit:
-            rule = f"must hold three windows of shards, here {needed} bytes, got {limit}"
+            rule = f"must be at least {needed} to hold three windows of shards, got {limit}"
             raise ArgumentError(f"limit_bytes {rule}; raise it, or lower the loader's window ({window}).")
-        bounds = f"{total / 1e9:.2f} GB in {len(shards)} shards, {limit / 1e9:.1f} GB of cache in {self._cache}"
-        told = "a machine downloads each once an epoch, or once if all fit"
-        _log.info("%s: split %r: %s; %s", self._files.url, split, bounds, told)
+        sizes = f"{total / 1e9:.2f} GB in {len(shards)} shards, cache of {limit / 1e9:.1f} GB in {self._cache}"
+        often = "each machine downloads every shard once per epoch, or once in total if all fit in the cache"
+        _log.info("%s: split %r: %s; %s", self._files.url, split, sizes, often)
 
     def begin_use(self) -> None:
-        """An iterator begins to use the mirror, until `ending_use`."""
+        """Count an iterator that uses the cache until `ending_use`."""
         if self._process != os.getpid():
             self._begin_process()
         with self._lock:
@@ -105,8 +106,8 @@ class Mirror:
 
     @contextmanager
     def ending_use(self) -> Generator[None]:
-        """An iterator ends its use. Within, if it was the last, all downloads are stopped, also those that are waited for."""
-        # A fork brought it along, and nothing of it runs here; or the interpreter ends, and threads stand still, locks in hand.
+        """End an iterator's use. If it was the last, all downloads are stopped inside the context, even awaited ones."""
+        # A forked child runs none of this; at interpreter shutdown, threads are frozen and may hold locks.
         if self._process != os.getpid() or sys.is_finalizing():
             yield
             return
@@ -126,7 +127,7 @@ class Mirror:
                 self._files = RemoteFiles(self._source)
 
     def prefetch(self, names: list[str]) -> set[str]:
-        """Begin to download these shards, in this order. Returns the names that are kept, with those of the call before."""
+        """Start to download these shards, in this order. Returns these names and those of the previous call, which are kept."""
         if names == self._ahead:
             return self._wanted
         self._wanted = {*names, *self._ahead}
@@ -135,16 +136,16 @@ class Mirror:
         with self._lock:
             self._queue = deque(missing)
             while len(self._threads) < min(_THREADS, len(missing)):
-                # Daemons: the interpreter does not wait for them when it ends.
+                # Daemons, so that the interpreter does not wait for them at exit.
                 thread = threading.Thread(target=self._download_queue, name="fastflower-download", daemon=True)
                 self._threads.add(thread)
                 thread.start()
         return self._wanted
 
     def _mark_used(self, name: str) -> bool:
-        """Whether a shard is here. What was used last is kept, by other processes too."""
+        """Return whether a shard is cached. Update its modification time so that all processes evict others first."""
         path = self.folder / name
-        with suppress(OSError):  # another user's, which counts as used when he used it; or it is not here
+        with suppress(OSError):  # another user's file, which keeps its time; or it is not cached
             os.utime(path)
         return path.exists()
 
@@ -155,30 +156,30 @@ class Mirror:
                     self._threads.discard(threading.current_thread())
                     return
                 name = self._queue.popleft()
-            with suppress(Exception):  # whoever needs the shard tries again, and says why not
+            with suppress(Exception):  # `path` tries again and raises the error
                 self._download(name)
 
     def path(self, name: str) -> Path:
-        """The local file of a shard, which is waited for. Raises ShardError when it cannot be had."""
+        """Return the local file of a shard, after downloading it if needed. Raises ShardError if that fails."""
         path = self.folder / name
         try:
             if not path.exists():
-                self.folder.mkdir(parents=True, exist_ok=True)  # someone may have cleared the cache
+                self.folder.mkdir(parents=True, exist_ok=True)  # the cache may have been deleted
                 self._download(name, demanded=True)
         except OSError as error:
             raise _unwritable(path, error) from None
         return path
 
     def _download(self, name: str, *, demanded: bool = False) -> None:
-        """Download a shard that is not here: of all threads and processes that want it, one does.
+        """Download a shard that is not cached. Of all threads and processes that want it, only one does.
 
-        demanded  somebody waits for it; else it is left out where it would need the room of what is wanted sooner.
+        demanded  a caller waits for it; otherwise it is skipped if it would evict a shard that is needed sooner.
         """
         shard, path = self._shards[name], self.folder / name
         with locked(path.with_name(f"{name}.lock"), self._files.stopped) as alone:
             if path.exists():
                 return
-            for left in self.folder.glob(f"{name}*.part") if alone else ():  # by a process that was killed
+            for left in self.folder.glob(f"{name}*.part") if alone else ():  # from a killed process
                 left.unlink(missing_ok=True)
             part = partial_name(path)
             try:
@@ -187,16 +188,16 @@ class Mirror:
                         return
                     if self._files.stopped():
                         raise CancelledError
-                    time.sleep(_LOOK)
+                    time.sleep(_POLL)
                 self._files.in_attempts(name, lambda: self._fill(part, shard))
-                # Locked, or whoever counts would meet it under neither name.
+                # Locked, so that a process that adds up sizes sees it under one of its names.
                 with locked(self._cache / "room.lock", self._files.stopped):
                     part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
 
     def _fill(self, part: Path, shard: Shard) -> None:
-        """Download all of a shard into a file. Raises AttemptError when it is not the one that was packed."""
+        """Download a whole shard into a file. Raises AttemptError if its checksum differs from the manifest."""
         digest = hashlib.sha256()
         with part.open("r+b") as file:
             for piece in self._files.pieces(shard.name, shard.bytes):
@@ -204,59 +205,59 @@ class Mirror:
                 digest.update(piece)
             os.fsync(file.fileno())
         if digest.hexdigest() != shard.sha256:
-            raise AttemptError("its bytes are not those that the manifest names (checksum mismatch)")
+            raise AttemptError("its bytes do not match the manifest (checksum mismatch)")
 
     def _make_room(self, part: Path, shard: Shard, *, demanded: bool) -> bool:
-        """Reserve a shard's bytes for its part, within the limit: the tars in the cache that are worth least make room.
+        """Reserve a shard's bytes for its partial file. Evicts the tars with the lowest priority to stay within the limit.
 
-        Returns False, with nothing done, where others that are being downloaded take the room, or, of a shard that is not
-        demanded, where a tar that comes sooner would have to go.
+        Does nothing and returns False if other downloads take the room, or if a shard that is not demanded would evict one
+        that is needed sooner.
         """
         with locked(self._cache / "room.lock", self._files.stopped):
             tars, downloading = self._tars()
             excess = shard.bytes + sum(tar.bytes for tar in tars) + downloading - self._source.limit_bytes
-            kept_from = max(2, self._worth(self.folder / shard.name))
-            leaving: list[Path] = []
+            protected_from = max(2, self._priority(self.folder / shard.name))
+            evicted: list[Path] = []
             for tar in sorted(tars):
                 if excess <= 0:
                     break
-                if tar.worth >= kept_from and not demanded:
+                if tar.priority >= protected_from and not demanded:
                     return False
-                leaving.append(tar.path)
+                evicted.append(tar.path)
                 excess -= tar.bytes
             if excess > 0 and downloading:
                 return False
-            for path in leaving:
-                path.unlink(missing_ok=True)  # whoever has it open keeps it until he lets go
+            for path in evicted:
+                path.unlink(missing_ok=True)  # a process that has it open can still read it
             part.write_bytes(b"")
             os.truncate(part, shard.bytes)
             return True
 
     def _tars(self) -> tuple[list[_Tar], int]:
-        """The tars in the cache, of all mirrors, and the bytes of those that are being downloaded."""
+        """Return the tars of all packs in the cache, and the bytes of unfinished downloads."""
         tars: list[_Tar] = []
         downloading = 0
         for path in (*self._cache.glob("*/*.tar"), *self._cache.glob("*/*.tar*.part")):
-            with suppress(FileNotFoundError):  # it goes meanwhile
+            with suppress(FileNotFoundError):  # another process removed it
                 status = path.stat()
                 if path.suffix == ".tar":
-                    tars.append(_Tar(self._worth(path), status.st_mtime, status.st_size, path))
+                    tars.append(_Tar(self._priority(path), status.st_mtime, status.st_size, path))
                 elif _abandoned(path):
                     path.unlink()
                 else:
                     downloading += status.st_size
         return tars, downloading
 
-    def _worth(self, path: Path) -> int:
-        """0 for tars that are not wanted, 1 for those of the window behind, then the more the sooner they are read."""
-        ahead = self._ahead  # which the thread that asks for batches replaces
+    def _priority(self, path: Path) -> int:
+        """Return 0 for tars that are not wanted, 1 for the previous window, and more the sooner a tar is read."""
+        ahead = self._ahead  # one read: the thread that requests batches replaces it
         if path.parent != self.folder or path.name not in self._wanted:
             return 0
         return 1 + (len(ahead) - ahead.index(path.name) if path.name in ahead else 0)
 
 
-def _stored(path: Path, data: bytes, url: str, load: Callable[[], _T]) -> _T:
-    """Write a file of a mirror, unless it is there with this content; what it holds. Where it cannot be loaded, it goes."""
+def _store(path: Path, data: bytes, url: str, load: Callable[[], _T]) -> _T:
+    """Write a file of the cache unless it already has this content, and load it. Delete it if it cannot be loaded."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_bytes() != data:
@@ -271,12 +272,12 @@ def _stored(path: Path, data: bytes, url: str, load: Callable[[], _T]) -> _T:
 
 
 def _unwritable(path: Path, error: OSError) -> FastflowerError:
-    remedy = "make room, or name another folder with Remote(folder=)"
+    remedy = "free disk space, or choose another folder with Remote(folder=...)"
     return refusal(error, path) or ShardError(f"{path}: cannot be written ({error.strerror}); {remedy}.")
 
 
 def _abandoned(part: Path) -> bool:
-    """Whether no process is downloading into a part any more; where there are no locks, whether nothing came for too long."""
+    """Return whether no process writes to a partial file any more. Without locks, judge by the time of the last write."""
     try:
         with locked(part.with_name(f"{part.name.partition('.tar')[0]}.tar.lock")) as exists:
             return exists or time.time() - part.stat().st_mtime > longest_silence()

@@ -1,4 +1,4 @@
-"""Reads single samples of WebDataset tar shards back, by offset."""
+"""Reads single samples from WebDataset tar shards, by offset."""
 
 import errno
 import json
@@ -17,22 +17,23 @@ from fastflower.files import blame_the_system
 from fastflower.shards.manifest import Manifest
 from fastflower.shards.writer import BLOCK
 
-_MOST_OPEN = 256  # shards of all readers; systems allow a process 1,024 files, of which others need some
-_RESTORE = "restore the shard from a copy, or pack again."
-_ATTEMPTS = 20  # to open another, 10 ms apart: threads that close some of theirs open others
+_MOST_OPEN = 256  # shards over all readers; systems allow a process 1,024 files, and other code needs some
+_RESTORE = "restore the shard from a backup, or run fastflower pack again."
+_ATTEMPTS = 20  # to open a file, 10 ms apart: other threads may take the freed file handles
 
 
 class ShardReader:
-    """The samples of one split by index. Thread-safe; files are opened at first use, of all readers at most so many.
+    """Reads the samples of one split by index. Thread-safe.
 
-    They are read, not mapped: a mapped file that is cut short kills the process, and its pages count as the process's memory.
+    Files are opened on first use. Their number over all readers is limited.
+    They are read, not mapped: a mapped file that is truncated kills the process, and its pages count as the process's memory.
 
-    strict  raise ShardError at construction when a shard is missing or has another size than the manifest says; else its
-    samples, as far as they are damaged, raise SampleError.
-    fetch  is called with the name of a shard before its file is opened, and has it there.
+    strict  raise ShardError at construction if a shard is missing or its size differs from the manifest; otherwise only reading
+    a damaged sample raises SampleError.
+    fetch  called with a shard's name before its file is opened, to make sure that the file exists.
     """
 
-    _open: ClassVar[dict[tuple[int, int], "_File"]] = {}  # by reader and shard
+    _open: ClassVar[dict[tuple[int, int], "_File"]] = {}  # by reader id and shard number
 
     def __init__(
         self, manifest: Manifest, split: str, *, strict: bool = True, fetch: Callable[[str], object] | None = None
@@ -43,25 +44,25 @@ class ShardReader:
         for path, shard in zip(self._paths, manifest.split(split).shards if strict else (), strict=strict):
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
-                problem = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
+                problem = "is missing" if size is None else f"has {size} bytes, but the manifest says {shard.bytes}"
                 raise ShardError(f"{path}: {problem}; {_RESTORE}")
 
     def encoded(self, index: int) -> bytes:
-        """The image file's bytes of a sample. Raises SampleError when they are not those that were packed."""
+        """Return the bytes of a sample's image file. Raises SampleError if they have changed since they were packed."""
         row = self.index[index]
         start = int(row["offset"])
         try:
             data = self._read(int(row["shard"]), start, int(row["size"]))
         except OSError as error:
             blame_the_system(error, self._paths[int(row["shard"])])
-            raise SampleError(f"{self.where(index)}: its shard cannot be read ({error}).") from None
+            raise SampleError(f"{self.where(index)}: its shard cannot be read ({error}); {_RESTORE}") from None
         if zlib.crc32(data) != row["crc32"]:
             changed = "its bytes have changed since it was packed (checksum mismatch)"
             raise SampleError(f"{self.where(index)}: {changed}; {_RESTORE}")
         return data
 
     def where(self, index: int) -> str:
-        """Shard, key and original path of a sample, for messages; as much as the shard still tells."""
+        """Return the shard, key and original path of a sample for messages, or its index if the shard cannot be read."""
         row = self.index[index]
         shard, start = int(row["shard"]), int(row["offset"])
         place = str(self._paths[shard])
@@ -73,33 +74,33 @@ class ShardReader:
             return f"{place}: sample {index}"
 
     def path(self, index: int) -> str:
-        """The path, relative to the packed folder, that a sample's image had: from the .json behind it."""
+        """Return the image's original path, relative to the packed folder, from the .json that follows the image."""
         row = self.index[index]
         shard, header = int(row["shard"]), int(row["offset"]) + -(-int(row["size"]) // BLOCK) * BLOCK
         note = tarfile.TarInfo.frombuf(self._read(shard, header, BLOCK), "utf-8", "replace")
         return json.loads(self._read(shard, header + BLOCK, note.size))["filename"]
 
     def _read(self, shard: int, start: int, size: int) -> bytes:
-        """Bytes of a shard; fewer where it ends before."""
+        """Read bytes of a shard. Returns fewer if the shard ends early."""
         key = (id(self), shard)
         file = ShardReader._open.get(key)
         if file is None:
             if len(ShardReader._open) >= min(_MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
                 ShardReader._open.clear()
-            file = ShardReader._open.setdefault(key, self._opened(shard))  # another thread may have been first
+            file = ShardReader._open.setdefault(key, self._open_shard(shard))  # another thread may have been first
         return os.pread(file.number, size, start)
 
-    def _opened(self, shard: int) -> "_File":
+    def _open_shard(self, shard: int) -> "_File":
         path = self._paths[shard]
         while self._fetch is not None:
             self._fetch(path.name)
-            with suppress(FileNotFoundError):  # another process needed the room
+            with suppress(FileNotFoundError):  # another process evicted it
                 return self._open_in_attempts(path)
         return self._open_in_attempts(path)
 
     @classmethod
     def _open_in_attempts(cls, path: Path) -> "_File":
-        """The file, opened: where the system refuses another, all that are open are closed for it."""
+        """Open a file. If the system refuses, close all open shards and try again."""
         for _ in range(_ATTEMPTS - 1):
             try:
                 return _File(path)
@@ -111,7 +112,7 @@ class ShardReader:
         return _File(path)
 
     def close_all_but(self, names: Collection[str]) -> None:
-        """Close all other shards' files."""
+        """Close the files of all shards except these."""
         for key in list(ShardReader._open):
             if key[0] == id(self) and self._paths[key[1]].name not in names:
                 ShardReader._open.pop(key, None)
@@ -121,8 +122,10 @@ class ShardReader:
 
 
 class Paths(Sequence[str]):
-    """The path of every sample of a split, by index. Each is read from its shard when it is asked for: of ten million samples all
-    would take a gigabyte, and minutes. A copy in another process, or by `copy.deepcopy`, is a tuple of all.
+    """The original path of every sample of a split, by index.
+
+    Each path is read from its shard when accessed. All paths of ten million samples would take a gigabyte, and minutes to read.
+    Pickling and `copy.deepcopy` give a tuple of all paths.
     """
 
     def __init__(self, reader: ShardReader) -> None:
@@ -141,15 +144,15 @@ class Paths(Sequence[str]):
         return self._reader.path(range(len(self))[index])
 
     def __reduce__(self) -> tuple[type[tuple[str, ...]], tuple[tuple[str, ...]]]:
-        return tuple, (tuple(self),)  # open files are none of another process
+        return tuple, (tuple(self),)  # open files cannot be pickled
 
 
 class _File:
-    """An open file that is closed when nobody uses it any more."""
+    """An open file that closes itself when it is no longer used."""
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        with suppress(AttributeError):  # it could not be opened
+        with suppress(AttributeError):  # opening it failed
             os.close(self.number)

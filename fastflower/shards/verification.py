@@ -1,4 +1,4 @@
-"""Checks shards against their checksums and indexes, and rebuilds what can be rebuilt from the tars."""
+"""Checks shards against their checksums and indexes, and rebuilds indexes and manifest from the tars."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ from fastflower.shards.writer import Samples, ShardWriter, index_rows, npy, spli
 _log = logging.getLogger("fastflower")
 
 _SPLITS = ("train", "val", "test")
-_RESTORE = "restore it from a copy, or pack again"
-_AGAIN = f"; restore {FILE} from a copy, or pack again."
+_RESTORE = "restore it from a backup, or run fastflower pack again"
+_RESTORE_MANIFEST = f"restore {FILE} from a backup, or run fastflower pack again"
 
 
 @dataclass(slots=True)
 class _Tar:
-    """What a tar holds; `shard` is None when it is not a whole tar as fastflower writes it, and `problem` says why."""
+    """The contents of a tar. `problem` says what is wrong with it; `shard` is None if a sample cannot be read."""
 
     path: Path
     problem: str = ""
@@ -46,56 +46,55 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     """Read every tar of a pack, decode every image, and compare with the manifest, checksums and indexes.
 
     Args:
-        shards: The folder that pack wrote.
-        repair: Rebuild indexes and manifest from tars that are intact. Of a manifest that is lost, the options and the
-            lists of files that were skipped or are alike cannot be rebuilt.
+        shards: Folder that pack wrote.
+        repair: Rebuild indexes and manifest from intact tars. If the manifest is lost, its options and its lists of
+            skipped, duplicate and near-duplicate files cannot be rebuilt.
 
-    Returns what is wrong, after the repair: a line each that begins with the file; none when all is well. Raises
-    ShardError when there is no pack at all, one that is not finished, one of another version, or when a repair cannot
-    be written.
+    Returns the problems that remain after the repair, one line each, beginning with the file. Raises ShardError if the
+    folder has no pack, an unfinished pack or a pack of a newer version, or if a rebuilt file cannot be written.
     """
     place = str(shards).removeprefix("file://")
-    require("://" not in place, "shards", "a folder, and no address, whose files have to be downloaded first", place)
+    require("://" not in place, "shards", "a local folder, not a URL; download the shards first", place)
     folder = Path(place)
     manifest, distrust = _load_manifest(folder)
     trusted = None if distrust else manifest
     names = _tar_names(folder, trusted)
     if not any(names.values()):
-        raise ShardError(f"{folder}: has no shards; name a folder that pack wrote.")
+        raise ShardError(f"{folder}: has no shards; pass a folder that pack wrote (fastflower pack FOLDER).")
     read = _read_all([folder / name for group in names.values() for name in group])
     tars = {split: [read[name] for name in group] for split, group in names.items()}
-    files: dict[str, bytes | memoryview] = {}  # by name, what they must hold, of intact tars
+    files: dict[str, bytes | memoryview] = {}  # by name, the expected contents according to intact tars
     for split, group in tars.items():
-        _note_changes(folder, trusted, split, group)
+        _mark_changed(folder, trusted, split, group)
         intact = [tar for tar in group if not tar.problem]
         files |= {tar.path.with_suffix(".idx").name: tar.dali_index for tar in intact}
         if len(intact) == len(group):
             files[f"{split}.index.npy"] = npy(index_rows([tar.rows for tar in intact]))
     problems = [tar.problem for group in tars.values() for tar in group if tar.problem]
-    advice = f"is no shard of this pack, as far as {FILE} tells; move it away, or restore {FILE} from a copy"
-    problems += [f"{path}: {advice}." for path in sorted(folder.glob("*.tar")) if path.name not in read]
+    foreign = f"is not a shard of this pack; move it to another folder, or restore {FILE} from a backup"
+    problems += [f"{path}: {foreign}." for path in sorted(folder.glob("*.tar")) if path.name not in read]
     if not problems:
         try:
-            stated = _derived(folder, manifest, tars, distrust)
-            if repair:  # which adds the checksums that the first version lacks
-                stated = replace(stated, version=FORMAT_VERSION)
-            files[INFO] = stated.to_info().encode()
-            files[FILE] = stated.to_json().encode("utf-8", "backslashreplace")
+            derived = _derive_manifest(folder, manifest, tars, distrust)
+            if repair:  # also adds the checksums that the first version lacks
+                derived = replace(derived, version=FORMAT_VERSION)
+            files[INFO] = derived.to_info().encode()
+            files[FILE] = derived.to_json().encode("utf-8", "backslashreplace")
         except ShardError as error:
             problems.append(str(error))
     elif distrust:
         problems.append(distrust)
     if problems and distrust:
-        return problems  # nothing tells what the files must hold
+        return problems  # the expected contents of the files are unknown
     return problems + _repair_or_report(folder, files, distrust.partition(";")[0] if manifest else "", repair=repair)
 
 
 def _repair_or_report(
     folder: Path, files: dict[str, bytes | memoryview], manifest_problem: str, *, repair: bool
 ) -> list[str]:
-    """Write the files that do not hold what they must; without `repair`, what is wrong with each.
+    """Rewrite each file with other contents than expected, or without `repair` return what is wrong with it.
 
-    manifest_problem  what is wrong with a manifest of which all was kept that the tars do not tell; "" for none.
+    manifest_problem  what is wrong with the manifest, if its options and lists are kept all the same; else "".
     """
     problems: list[str] = []
     for name, data in files.items():
@@ -103,22 +102,22 @@ def _repair_or_report(
         if path.is_file() and path.read_bytes() == data:
             continue
         if not repair:
-            what = f"{path}: {'does not say what the tars hold' if path.exists() else 'is missing'}"
-            problems.append(f"{kept or what}; rebuild it with --repair.")
+            what = f"{path}: {'does not match the tars' if path.exists() else 'is missing'}"
+            problems.append(f"{kept or what}; rebuild it with fastflower verify {folder} --repair.")
             continue
         try:
             write_atomically(path, data)
         except OSError as error:
-            what = f"cannot be written ({error.strerror or error}); make room, or check what stands there"
-            raise ShardError(f"{path}: {what}, and repair again.") from error
+            what = f"cannot be written ({error.strerror or error}); free disk space or check what is at this path"
+            raise ShardError(f"{path}: {what}, then run fastflower verify {folder} --repair again.") from error
         _log.info("rebuilt %s", path)
         if kept:
-            _log.warning("%s: what the tars do not tell, such as options and skipped files, stays as it stood", path)
+            _log.warning("%s: kept what the tars cannot confirm, such as options and skipped files", path)
     return problems
 
 
 def _load_manifest(folder: Path) -> tuple[Manifest | None, str]:
-    """The manifest as far as it can be read, and why it cannot be trusted about the shards."""
+    """Return the manifest, or None if it cannot be read, and why its list of shards cannot be trusted ("" if it can)."""
     path = folder / FILE
     try:
         manifest = Manifest.load(folder)
@@ -132,9 +131,9 @@ def _load_manifest(folder: Path) -> tuple[Manifest | None, str]:
     for split, described in manifest.splits.items():
         for number, shard in enumerate(described.shards):
             if shard.name != f"{shard_name(split, number)}.tar":
-                return manifest, f"{path}: names {shard.name} as shard {number} of {split}; {_RESTORE}."
+                return manifest, f"{path}: lists {shard.name} as shard {number} of {split}; {_RESTORE}."
         if split not in _SPLITS:
-            return manifest, f"{path}: names a split {split}; {_RESTORE}."
+            return manifest, f"{path}: lists the unknown split {split!r}; {_RESTORE}."
     return manifest, ""
 
 
@@ -146,7 +145,7 @@ def _version(path: Path) -> int | None:
 
 
 def _tar_names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
-    """By split, the names of the tars that there should be: from the manifest or, without one, from the files that there are."""
+    """Return the names of the tars that should exist, by split: from the manifest, or from the existing files if it is None."""
     if manifest:
         return {split: [shard.name for shard in described.shards] for split, described in manifest.splits.items()}
     try:
@@ -163,14 +162,14 @@ def _tar_names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
 
 
 def _read_all(paths: list[Path]) -> dict[str, _Tar]:
-    """By file name, what each tar holds; on as many threads as there are cores."""
-    with ThreadPoolExecutor(cores()) as pool:  # whose map cancels what is queued when it raises
+    """Read the tars on one thread per core. Returns their contents by file name."""
+    with ThreadPoolExecutor(cores()) as pool:  # pool.map cancels queued reads when one raises
         tars = tqdm(pool.map(_read, paths), total=len(paths), desc="verify", unit="shard", disable=None)
         return {tar.path.name: tar for tar in tars}
 
 
 def _read(path: Path) -> _Tar:
-    """Every sample, decoded and written again into nothing: the same bytes mean that the tar holds nothing else."""
+    """Decode every sample and write it again to /dev/null. If the bytes are the same, the tar holds nothing else."""
     tar = _Tar(path)
     key = "its first sample"
     try:
@@ -187,7 +186,7 @@ def _read(path: Path) -> _Tar:
     except (OSError, tarfile.TarError, SampleError, ValueError, KeyError, OverflowError, struct.error) as error:
         blame_the_system(error, path)
         missing = isinstance(error, FileNotFoundError)
-        what = "is missing" if missing else f"is damaged at or behind {key} ({error})"
+        what = "is missing" if missing else f"is damaged at or after {key} ({error})"
         tar.problem = f"{path}: {what}; {_RESTORE}."
         return tar
     tar.shard, tar.rows = writer.shard(path.name), writer.rows
@@ -198,27 +197,27 @@ def _read(path: Path) -> _Tar:
 
 
 def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, int, bytes, str, str]]:
-    """(key, label, image, original path, class) of each KEY.cls, KEY.jpg and KEY.json."""
+    """Yield (key, label, image, original path, class) for each KEY.cls, KEY.jpg and KEY.json."""
     members = iter(archive)
     for first in members:
         data: list[bytes] = []
         key = first.name.removesuffix(".cls")
-        for ending, member in (("cls", first), ("jpg", next(members, None)), ("json", next(members, None))):
+        for extension, member in (("cls", first), ("jpg", next(members, None)), ("json", next(members, None))):
             file = archive.extractfile(member) if member is not None else None
-            if member is None or file is None or member.name != f"{key}.{ending}":
-                raise ValueError(f"{key} lacks its .{ending}")
+            if member is None or file is None or member.name != f"{key}.{extension}":
+                raise ValueError(f"{key}.{extension} is missing")
             data.append(file.read())
         if not data[0].isdigit():
-            raise ValueError(f"{key} has no label")
+            raise ValueError(f"{key}.cls must hold a label, got {data[0][:20]!r}")
         match json.loads(data[2]):
             case {"filename": str(source), "class": str(class_name)}:
                 yield key, int(data[0]), data[1], source, class_name
             case _:
-                raise ValueError(f"{key} does not name its path and class")
+                raise ValueError(f"{key}.json must hold a filename and a class")
 
 
-def _note_changes(folder: Path, manifest: Manifest | None, split: str, group: list[_Tar]) -> None:
-    """Note in each tar of a split how it differs from what was packed, as far as manifest or index still tell."""
+def _mark_changed(folder: Path, manifest: Manifest | None, split: str, group: list[_Tar]) -> None:
+    """Set each tar's problem if it differs from what was packed, according to the manifest or the stored index."""
     stored = _stored_rows(folder, split)
     for number, tar in enumerate(group):
         if not tar.shard or tar.problem:
@@ -234,11 +233,11 @@ def _note_changes(folder: Path, manifest: Manifest | None, split: str, group: li
             tar.problem = f"{tar.path}: {what}; {_RESTORE}."
         elif manifest:
             what = f"is not the shard that {FILE} describes (sha256 differs)"
-            tar.problem = f"{tar.path}: {what}; restore one of them from a copy, or pack again."
+            tar.problem = f"{tar.path}: {what}; restore one of the two from a backup, or run fastflower pack again."
 
 
 def _stored_rows(folder: Path, split: str) -> NDArray[np.void]:
-    """Of a split's index, whatever its header says; none where there is no index."""
+    """Return the rows of a split's index file, ignoring its header, or no rows if there is no file."""
     empty = index_rows([])
     try:
         data = (folder / f"{split}.index.npy").read_bytes()[len(npy(empty)) :]
@@ -247,23 +246,27 @@ def _stored_rows(folder: Path, split: str) -> NDArray[np.void]:
     return np.frombuffer(data, empty.dtype, len(data) // empty.itemsize)
 
 
-def _derived(folder: Path, manifest: Manifest | None, tars: dict[str, list[_Tar]], distrust: str) -> Manifest:
-    """The manifest that these tars must have. Raises ShardError, saying why, where nobody can know."""
+def _derive_manifest(folder: Path, manifest: Manifest | None, tars: dict[str, list[_Tar]], distrust: str) -> Manifest:
+    """Return the manifest that matches these tars. Raises ShardError if they do not determine it."""
     old = manifest or Manifest(folder=folder, classes=(), splits={}, options={})
-    labelled = sorted({pair for group in tars.values() for tar in group for pair in tar.classes})
+    labeled = sorted({pair for group in tars.values() for tar in group for pair in tar.classes})
     classes = list(old.classes)
-    for label, name in labelled:
+    for label, name in labeled:
         if label > len(classes):
-            raise ShardError(f"{folder / FILE}: is lost, and no sample tells the name of class {len(classes)}{_AGAIN}")
+            raise ShardError(
+                f"{folder / FILE}: is lost, and no sample names class {len(classes)}; {_RESTORE_MANIFEST}."
+            )
         classes[label : label + 1] = [name]
-    if len(dict(labelled)) < len(labelled) or len(set(classes)) < len(classes):
-        raise ShardError(f"{folder / FILE}: is lost, and the tars do not agree which label is which class{_AGAIN}")
+    if len(dict(labeled)) < len(labeled) or len(set(classes)) < len(classes):
+        raise ShardError(
+            f"{folder / FILE}: is lost, and the tars disagree on which label is which class; {_RESTORE_MANIFEST}."
+        )
     splits: dict[str, Split] = {}
     for split, group in tars.items():
         rows, stored = index_rows([tar.rows for tar in group]), _stored_rows(folder, split)
         if distrust and (len(stored) > len(rows) or (stored != rows[: len(stored)]).any()):
-            what = f"does not say what the tars hold, and {FILE}, which would tell what is right, is lost"
-            raise ShardError(f"{folder / f'{split}.index.npy'}: {what}{_AGAIN}")
+            what = f"does not match the tars, and {FILE}, which could tell which is right, is lost"
+            raise ShardError(f"{folder / f'{split}.index.npy'}: {what}; {_RESTORE_MANIFEST}.")
         splits[split] = split_of([tar.shard for tar in group if tar.shard], rows, len(classes))
     packed = sum(int(tar.rows["size"].sum()) for group in tars.values() for tar in group)
     return replace(old, classes=tuple(classes), splits=splits, packed_bytes=packed)

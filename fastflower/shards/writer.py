@@ -1,4 +1,4 @@
-"""Writes WebDataset tar shards, with DALI's index beside."""
+"""Writes WebDataset tar shards and their DALI indexes."""
 
 import hashlib
 import io
@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 
 from fastflower.shards.manifest import INDEX_DTYPE, Shard, Split
 
-BLOCK = 512  # bytes: tar's unit
-# A member's header without name and size: owner 0, mode 644, time 0, so that bytes depend on contents alone.
+BLOCK = 512  # bytes: tar's block size
+# A member's header without name and size. Owner 0, mode 644 and time 0 make the bytes depend on the contents alone.
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 _REST_SUM = sum(_HEADER[156:])
 _ROW = struct.Struct("<IQIIiII")  # INDEX_DTYPE
 
 
 class Samples:
-    """Samples as they stand in a tar, one after another. Any thread can make them; ShardWriter.extend appends them.
+    """Consecutive samples in tar format. Any thread can build them; ShardWriter.extend appends them.
 
-    USTAR as Python's tarfile writes it, which takes six times as long.
+    Gives the bytes of Python's tarfile in USTAR format, which takes six times as long.
     """
 
     def __init__(self) -> None:
@@ -32,29 +32,29 @@ class Samples:
         self.rows: list[tuple[int, ...]] = []
         """(offset, size, crc32, label, width, height) of each image."""
         self.members: list[list[tuple[str, int, int, str]]] = []
-        """(ending, offset, size, name) of each sample's files."""
+        """(extension, offset, size, name) of each sample's files."""
         self._bytes = 0
 
     def add(self, key: str, image: bytes, label: int, size: tuple[int, int], source: str, class_name: str) -> None:
         """Add KEY.cls, KEY.jpg and KEY.json. size  (height, width) of the decoded image; source  its original path."""
-        # "filename" is the key under which timm looks for it.
-        # A name that is no UTF-8 has surrogates, and backslashreplace writes them as JSON's own escapes.
+        # timm looks for the path under "filename".
+        # A name that is not UTF-8 has surrogates; backslashreplace writes them as JSON escapes.
         note = json.dumps({"filename": source, "class": class_name}, ensure_ascii=False)
         files = (("cls", b"%d" % label), ("jpg", image), ("json", note.encode("utf-8", "backslashreplace")))
         members: list[tuple[str, int, int, str]] = []
-        for ending, data in files:
-            name = f"{key}.{ending}"
+        for extension, data in files:
+            name = f"{key}.{extension}"
             offset = self._bytes + BLOCK
             padding = -len(data) % BLOCK
             self.pieces += (_header(name, len(data)), data, bytes(padding))
             self._bytes = offset + len(data) + padding
-            members.append((ending, offset, len(data), name))
+            members.append((extension, offset, len(data), name))
         self.members.append(members)
         self.rows.append((members[1][1], len(image), zlib.crc32(image), label, size[1], size[0]))
 
 
 class ShardWriter:
-    """Writes one tar, and collects its indexes. The bytes depend on what is added and in which order, nothing else."""
+    """Writes one tar and collects its indexes. The bytes depend only on the samples and their order."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.samples = 0
@@ -68,7 +68,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:  # tar ends with two empty blocks, in records of twenty
+        if kind is None:  # a tar ends with two empty blocks and fills records of twenty
             self._write(bytes(-(self._bytes + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK))
 
     def extend(self, samples: Samples) -> None:
@@ -78,9 +78,9 @@ class ShardWriter:
             self._rows += _ROW.pack(0, start + offset, *row)
         for members in samples.members:
             # DALI's v1.2: extension, offset, size and name of each member (nvidia/dali/tools/wds2idx.py).
-            line = [f"{ending} {start + offset} {size} {name}" for ending, offset, size, name in members]
+            line = [f"{extension} {start + offset} {size} {name}" for extension, offset, size, name in members]
             self._index += (" ".join(line) + "\n").encode()
-        self._write(b"".join(samples.pieces))  # in one piece, so that threads seldom ask for Python's lock
+        self._write(b"".join(samples.pieces))  # in one piece, so that threads rarely wait for the GIL
         self.samples += len(samples.rows)
 
     def _write(self, data: bytes) -> None:
@@ -90,15 +90,15 @@ class ShardWriter:
 
     @property
     def rows(self) -> NDArray[np.void]:
-        """(samples,) of INDEX_DTYPE, as if this were the split's first shard."""
+        """Index rows, (samples,) of INDEX_DTYPE, with shard number 0."""
         return np.frombuffer(self._rows, INDEX_DTYPE)
 
     def dali_index_pieces(self) -> tuple[bytes, bytearray]:
-        """The content of the .idx file, in two pieces: of a million small files it would not fit the memory twice."""
+        """Return the content of the .idx file in two pieces. Joining them would double the memory for a million small files."""
         return b"v1.2 %d\n" % self.samples, self._index
 
     def shard(self, name: str) -> Shard:
-        """The manifest's entry for the finished tar, which is to be called `name`."""
+        """Return the manifest's entry for the finished tar, to be named `name`."""
         return Shard(name, self.samples, self._bytes, self._digest.hexdigest())
 
 
@@ -108,20 +108,20 @@ def _header(name: str, size: int) -> bytes:
 
 
 def index_rows(shards: Sequence[NDArray[np.void]]) -> NDArray[np.void]:
-    """The rows of a split from those of its shards, each as if it were the first."""
+    """Join the index rows of a split's shards, and number the shards from 0."""
     rows = np.concatenate([np.zeros(0, INDEX_DTYPE), *shards])
     rows["shard"] = np.repeat(np.arange(len(shards)), [len(shard) for shard in shards])
     return rows
 
 
 def split_of(shards: Sequence[Shard], rows: NDArray[np.void], num_classes: int) -> Split:
-    """What the manifest says of a split with these shards, and these rows in its index."""
+    """Return the manifest's entry for a split with these shards and index rows."""
     counts = np.bincount(rows["label"], minlength=num_classes).tolist()
     return Split(len(rows), tuple(counts), tuple(shards), hashlib.sha256(npy(rows)).hexdigest())
 
 
 def npy(array: NDArray[np.generic]) -> memoryview:
-    """The bytes of a .npy file."""
+    """Return an array as the bytes of a .npy file."""
     file = io.BytesIO()
     np.save(file, array)
     return file.getbuffer()

@@ -1,4 +1,4 @@
-"""What is drawn: the distributions of torchvision, one number at a time, and never a number that depends on another."""
+"""Draws of `Augment`: independent of each other and of their batch, with torchvision's geometry."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -18,7 +18,7 @@ from fastflower.errors import ArgumentError
 SAMPLES = 4000
 LAW = settings(deadline=None, max_examples=60, derandomize=True)
 
-# Every augmentation, and the numbers of a Draw that it decides: (field, column or all).
+# Every augmentation, and the part of a Draw that it determines: (array, columns).
 SWITCHED_ON: dict[str, Any] = {
     "crop": (0.1, 0.9),
     "flip": 0.5,
@@ -34,7 +34,7 @@ SWITCHED_ON: dict[str, Any] = {
     "hue": 0.3,
     "erase": 0.7,
 }
-DECIDES: dict[str, tuple[str, Any]] = {
+DETERMINES: dict[str, tuple[str, Any]] = {
     **{name: (name, ...) for name in SWITCHED_ON},
     "crop": ("roi", ...),
     "flip": ("flip", (slice(None), 0)),
@@ -45,7 +45,7 @@ ARRAYS = [field.name for field in fields(Draw) if field.name != "size"]
 
 
 def draw(augment: Augment, indices: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Draw:
-    """Draw for images whose size is a function of their index."""
+    """Draw for images with sizes derived from their indices."""
     numbers = np.asarray(indices)
     return augment.draw(seed, epoch, numbers, np.stack([200 + 7 * numbers % 91, 180 + 11 * numbers % 203], axis=-1))
 
@@ -87,24 +87,24 @@ def test_a_draw_does_not_depend_on_its_batch() -> None:
         assert equal(draw(EVERYTHING, [index], epoch=3), whole.take(slice(index, index + 1)))
 
 
-def test_all_that_can_be_drawn_is_looked_at_here() -> None:
-    assert {array for array, _ in DECIDES.values()} == set(ARRAYS)
+def test_every_array_of_a_draw_is_covered_here() -> None:
+    assert {array for array, _ in DETERMINES.values()} == set(ARRAYS)
 
 
 @pytest.mark.parametrize("name", SWITCHED_ON)
 def test_a_draw_does_not_depend_on_other_augmentations(name: str) -> None:
     alone = draw(Augment(**{name: SWITCHED_ON[name]}), range(200))
     together, nothing = draw(EVERYTHING, range(200)), draw(Augment(), range(200))
-    array, columns = DECIDES[name]
+    array, columns = DETERMINES[name]
     assert np.array_equal(getattr(alone, array)[columns], getattr(together, array)[columns])
     assert not np.array_equal(getattr(alone, array)[columns], getattr(nothing, array)[columns])
     getattr(alone, array)[columns] = getattr(nothing, array)[columns]
-    assert equal(alone, nothing)  # it decides nothing else
+    assert equal(alone, nothing)  # it determines nothing else
 
 
 @pytest.mark.parametrize("name", SWITCHED_ON)
 def test_draws_differ_by_epoch_seed_and_index(name: str) -> None:
-    array, columns = DECIDES[name]
+    array, columns = DETERMINES[name]
     sizes = np.full((200, 2), 300)
 
     def drawn(seed: int, epoch: int, first: int) -> NDArray[Any]:
@@ -157,7 +157,7 @@ def test_no_two_drawn_numbers_are_correlated() -> None:
     }
     correlation = np.corrcoef(np.array(list(columns.values()), np.float64)) - np.eye(len(columns))
     worst = np.unravel_index(np.abs(correlation).argmax(), correlation.shape)
-    # Rectangles that fit select their area by their ratio a little; 0.08 is five standard deviations of no correlation.
+    # Rejecting rectangles that do not fit correlates area and ratio slightly. 0.08 is five standard deviations of zero.
     assert np.abs(correlation).max() < 0.08, [list(columns)[column] for column in worst]
 
 
@@ -187,19 +187,19 @@ def test_right_angles_and_shifts_move_pixels_as_torchvision_does(
     assert np.array_equal(pixels.reshape(8, 8), expected[0].numpy())
 
 
-def test_a_counter_clockwise_turn_brings_the_right_edge_to_the_top() -> None:
-    """torchvision's rotate(+90); its affine(+90) turns the other way."""
+def test_a_counterclockwise_rotation_moves_the_right_edge_to_the_top() -> None:
+    """This is torchvision's rotate(+90). Its affine(+90) rotates clockwise."""
     drawn = Augment(size=10, crop=(1, 1), crop_ratio=(1, 1)).draw(0, 0, [0], [[10, 10]])
     frame = corners(np.array([[0.0, 0.0, 10.0, 10.0]]))
     turned = replace(drawn, rotate=np.array([90.0])).matrix()
     assert np.allclose(transform(turned, frame), [[[10, 0], [10, 10], [0, 10], [0, 0]]])
     other_way = replace(drawn, affine_rotate=np.array([90.0])).matrix()
     assert np.allclose(transform(other_way, frame), [[[0, 10], [0, 0], [10, 0], [10, 10]]])
-    mirrored = replace(drawn, flip=np.array([[True, False]])).matrix()
-    assert np.allclose(transform(mirrored, frame), [[[10, 0], [0, 0], [0, 10], [10, 10]]])
+    flipped = replace(drawn, flip=np.array([[True, False]])).matrix()
+    assert np.allclose(transform(flipped, frame), [[[10, 0], [0, 0], [0, 10], [10, 10]]])
 
 
-def test_one_draw_is_the_recorded_one() -> None:
+def test_one_draw_equals_the_recorded_one() -> None:
     drawn = replace(EVERYTHING, size=(160, 224), erase=1.0).draw(0, 0, [7], [[375, 500]])
     recorded: dict[str, Any] = {
         "roi": [95.0, 196.0, 249.0, 267.0],
@@ -270,7 +270,7 @@ def test_no_draw_reads_outside_its_image(augment: Augment, fill: str) -> None:
 
 
 @pytest.mark.parametrize("name", SWITCHED_ON)
-def test_moves_says_whether_rotation_shift_scale_or_shear_is_drawn(name: str) -> None:
+def test_moves_is_true_if_rotation_shift_scale_or_shear_is_drawn(name: str) -> None:
     augment = Augment(**{name: SWITCHED_ON[name]})
     moving = {"rotate", "affine_rotate", "translate", "scale", "shear"}
     assert augment.moves == (name in moving)
@@ -293,7 +293,7 @@ def test_moves_says_whether_rotation_shift_scale_or_shear_is_drawn(name: str) ->
         Augment(crop=(0.5, 1.0), rotate=5),
     ],
 )
-def test_uncovers_says_whether_some_output_shows_what_lies_outside(augment: Augment) -> None:
+def test_uncovers_is_true_if_some_output_shows_pixels_outside(augment: Augment) -> None:
     sizes = np.random.default_rng(0).integers(30, 900, (500, 2))
     masked = augment.draw(0, 0, np.arange(500), sizes).warp(sizes, "black").masked
     assert masked.any() == augment.uncovers
@@ -316,10 +316,10 @@ def test_sizes_are_pairs_or_squares() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [
-        ("size", 0, "one or two whole numbers, at least 1"),
-        ("size", (224, 0), "one or two whole numbers, at least 1"),
-        ("resize", 0, "one or two whole numbers, at least 1"),
-        ("resize", (-1, 256), "one or two whole numbers, at least 1"),
+        ("size", 0, "one or two integers, at least 1"),
+        ("size", (224, 0), "one or two integers, at least 1"),
+        ("resize", 0, "one or two integers, at least 1"),
+        ("resize", (-1, 256), "one or two integers, at least 1"),
         ("flip", 1.5, "a probability in [0, 1]"),
         ("flip", -0.1, "a probability in [0, 1]"),
         ("flip", float("nan"), "a probability in [0, 1]"),
@@ -335,28 +335,28 @@ def test_sizes_are_pairs_or_squares() -> None:
         ("translate", (0.0, -0.1), "two fractions in [0, 1]"),
         ("shear", (90.0, 0.0), "two angles in [0, 90) degrees"),
         ("shear", (0.0, -5.0), "two angles in [0, 90) degrees"),
-        ("crop", (0.0, 1.0), "(least, most) with 0 < least <= most <= 1"),
-        ("crop", (0.5, 0.4), "(least, most) with 0 < least <= most <= 1"),
-        ("crop", (0.5, 1.1), "(least, most) with 0 < least <= most <= 1"),
-        ("crop_ratio", (1.2, 1.1), "(least, most) with 0 < least <= most"),
-        ("crop_ratio", (1.0, float("inf")), "(least, most) with 0 < least <= most"),
-        ("scale", (0.0, 1.0), "(least, most) with 0 < least <= most"),
-        ("erase_area", (0.3, 0.2), "(least, most) with 0 < least <= most <= 1"),
-        ("erase_area", (0.3, 1.2), "(least, most) with 0 < least <= most <= 1"),
-        ("erase_ratio", (-1.0, 2.0), "(least, most) with 0 < least <= most"),
+        ("crop", (0.0, 1.0), "(min, max) with 0 < min <= max <= 1"),
+        ("crop", (0.5, 0.4), "(min, max) with 0 < min <= max <= 1"),
+        ("crop", (0.5, 1.1), "(min, max) with 0 < min <= max <= 1"),
+        ("crop_ratio", (1.2, 1.1), "(min, max) with 0 < min <= max"),
+        ("crop_ratio", (1.0, float("inf")), "(min, max) with 0 < min <= max"),
+        ("scale", (0.0, 1.0), "(min, max) with 0 < min <= max"),
+        ("erase_area", (0.3, 0.2), "(min, max) with 0 < min <= max <= 1"),
+        ("erase_area", (0.3, 1.2), "(min, max) with 0 < min <= max <= 1"),
+        ("erase_ratio", (-1.0, 2.0), "(min, max) with 0 < min <= max"),
         ("fill", "white", "'black' or 'photo'"),
         ("std", (0.2, 0.0, 0.2), "three numbers above 0"),
-        ("size", 64.5, "one or two whole numbers, at least 1"),
-        ("resize", (64, 64, 64), "one or two whole numbers, at least 1"),
+        ("size", 64.5, "one or two integers, at least 1"),
+        ("resize", (64, 64, 64), "one or two integers, at least 1"),
         ("translate", (0.1,), "two fractions in [0, 1]"),
         ("shear", (1, 2, 3), "two angles in [0, 90) degrees"),
-        *((name, (0.1, 0.2, 0.3), "(least, most) with 0 < least <= most <= 1") for name in ("crop", "erase_area")),
-        *((name, (1,), "(least, most) with 0 < least <= most") for name in ("crop_ratio", "scale", "erase_ratio")),
-        ("scale", None, "(least, most) with 0 < least <= most"),
+        *((name, (0.1, 0.2, 0.3), "(min, max) with 0 < min <= max <= 1") for name in ("crop", "erase_area")),
+        *((name, (1,), "(min, max) with 0 < min <= max") for name in ("crop_ratio", "scale", "erase_ratio")),
+        ("scale", None, "(min, max) with 0 < min <= max"),
         ("std", (0.5,), "three numbers above 0"),
-        *((name, (0.5,), "three numbers, of red, green and blue") for name in ("mean", "erase_value")),
-        ("mean", 0.5, "three numbers, of red, green and blue"),
-        ("mean", ("0", "0", "0"), "three numbers, of red, green and blue"),
+        *((name, (0.5,), "three numbers (red, green, blue)") for name in ("mean", "erase_value")),
+        ("mean", 0.5, "three numbers (red, green, blue)"),
+        ("mean", ("0", "0", "0"), "three numbers (red, green, blue)"),
     ],
 )
 def test_a_field_outside_its_rule_is_refused(field: str, value: Any, rule: str) -> None:

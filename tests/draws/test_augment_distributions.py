@@ -1,4 +1,4 @@
-"""Distributions: what Augment draws against what torchvision draws."""
+"""Distributions of Augment's draws compared with torchvision's."""
 
 from collections.abc import Callable
 from math import log, sqrt
@@ -19,7 +19,7 @@ from fastflower.draws.augment import Augment
 
 
 def assert_same_distribution(ours: ArrayLike, theirs: ArrayLike) -> None:
-    """Two-sample Kolmogorov-Smirnov at 1 in 10,000, and means within five standard errors."""
+    """Check with a two-sample Kolmogorov-Smirnov test at 1 in 10,000, and means within five standard errors."""
     one, other = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     grid = np.unique(np.concatenate([one, other]))
     below = [np.searchsorted(np.sort(values), grid, side="right") / len(values) for values in (one, other)]
@@ -30,7 +30,7 @@ def assert_same_distribution(ours: ArrayLike, theirs: ArrayLike) -> None:
 
 
 def theirs(sample: Callable[[], Any]) -> NDArray[np.float64]:
-    """What torchvision draws, one row a call; the generator that others use stays as it was."""
+    """Return torchvision's draws, one row per call, without changing the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return np.array([sample() for _ in range(SAMPLES)], np.float64)
@@ -38,7 +38,7 @@ def theirs(sample: Callable[[], Any]) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("size", [(375, 500), (900, 150), (150, 900), (64, 64)])
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.25, 0.5)])
-def test_crops_are_distributed_as_random_resized_crop_s(size: tuple[int, int], scale: tuple[float, float]) -> None:
+def test_crops_have_the_distribution_of_random_resized_crop(size: tuple[int, int], scale: tuple[float, float]) -> None:
     blank = torch.empty(3, *size, device="meta")
     peer = theirs(lambda: T.RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]))
     ours = Augment(crop=scale).draw(0, 0, np.arange(SAMPLES), np.tile(size, (SAMPLES, 1))).roi
@@ -46,7 +46,7 @@ def test_crops_are_distributed_as_random_resized_crop_s(size: tuple[int, int], s
         assert_same_distribution(ours[:, column], peer[:, column])
     assert_same_distribution(ours[:, 2] * ours[:, 3], peer[:, 2] * peer[:, 3])
     assert_same_distribution(ours[:, 3] / ours[:, 2], peer[:, 3] / peer[:, 2])
-    for corner in (0, 1):  # where there is a choice
+    for corner in (0, 1):  # if the crop can move along this axis
         free = [roi[roi[:, 2 + corner] < size[corner]] for roi in (ours, peer)]
         if min(map(len, free)) > 100:
             assert_same_distribution(*(roi[:, corner] / (size[corner] - roi[:, 2 + corner]) for roi in free))
@@ -63,7 +63,7 @@ def test_crops_are_distributed_as_random_resized_crop_s(size: tuple[int, int], s
         pytest.param((101, 300), (1.0, 1.0), (1.1, 1.3), id="wide, nearly square wanted"),
     ],
 )
-def test_the_crop_where_none_fits_is_torchvision_s(
+def test_the_crop_if_none_fits_equals_torchvision(
     size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
 ) -> None:
     expected = T.RandomResizedCrop.get_params(torch.empty(3, *size, device="meta"), list(scale), list(ratio))
@@ -96,7 +96,7 @@ def test_crops_are_whole_pixels_inside_the_image(height: int, width: int, crop: 
     resize=st.one_of(st.integers(20, 400), st.tuples(st.integers(20, 400), st.integers(20, 400))),
     size=st.one_of(st.just(224), st.tuples(st.integers(1, 300), st.integers(1, 300))),
 )
-def test_the_validation_view_is_torchvision_s(
+def test_the_validation_view_equals_torchvision(
     height: int, width: int, resize: int | tuple[int, int], size: int | tuple[int, int]
 ) -> None:
     wanted = list(resize) if isinstance(resize, tuple) else [resize]
@@ -105,7 +105,7 @@ def test_the_validation_view_is_torchvision_s(
     output = size if isinstance(size, tuple) else (size, size)
     expected = []
     for axis, image in enumerate((height, width)):
-        # One row or column of indices, cropped by torchvision: beyond the image it pads with zeros.
+        # One row or column of indices, cropped by torchvision, which pads with zeros beyond the image.
         line = torch.arange(1, resized[axis] + 1).reshape((1, -1, 1) if axis == 0 else (1, 1, -1))
         shown = F.center_crop(line, [output[0], 1] if axis == 0 else [1, output[1]]).flatten()
         first = int(shown.nonzero()[0])
@@ -124,14 +124,14 @@ def test_the_validation_view_is_torchvision_s(
         pytest.param((8, 9), (0.3, 0.9), (0.5, 2.0), id="few pixels"),
     ],
 )
-def test_erased_rectangles_are_distributed_as_random_erasing_s(
+def test_erased_rectangles_have_the_distribution_of_random_erasing(
     size: tuple[int, int], area: tuple[float, float], ratio: tuple[float, float]
 ) -> None:
     blank = torch.empty(3, *size, device="meta")
 
     def sample() -> tuple[int, ...]:
         box = T.RandomErasing.get_params(blank, area, ratio, [0.0])[:4]
-        return (0, 0, 0, 0) if box[2:] == size else box  # the whole image stands for nothing
+        return (0, 0, 0, 0) if box[2:] == size else box  # the whole image means that no attempt fits
 
     peer = theirs(sample)
     augment = Augment(size=size, erase=1.0, erase_area=area, erase_ratio=ratio)
@@ -146,16 +146,16 @@ def test_erased_rectangles_are_distributed_as_random_erasing_s(
     assert (ours[:, 1] + ours[:, 3] <= size[1]).all()
 
 
-@pytest.mark.parametrize("chance", [0.0, 0.1, 0.5, 1.0])
-def test_chances_are_met(chance: float) -> None:
-    drawn = draw(Augment(flip=chance, flip_vertical=chance, erase=chance), range(SAMPLES))
-    bound = 5 * sqrt(chance * (1 - chance) / SAMPLES)
-    for correct in (drawn.flip[:, 0], drawn.flip[:, 1], drawn.erase[:, 2] > 0):
-        assert abs(correct.mean() - chance) <= bound
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
+def test_flips_and_erasing_have_their_probabilities(probability: float) -> None:
+    drawn = draw(Augment(flip=probability, flip_vertical=probability, erase=probability), range(SAMPLES))
+    bound = 5 * sqrt(probability * (1 - probability) / SAMPLES)
+    for applied in (drawn.flip[:, 0], drawn.flip[:, 1], drawn.erase[:, 2] > 0):
+        assert abs(applied.mean() - probability) <= bound
 
 
 @pytest.mark.parametrize("strength", [0.2, 1.5])
-def test_color_factors_are_distributed_as_color_jitter_s(strength: float) -> None:
+def test_color_factors_have_the_distribution_of_color_jitter(strength: float) -> None:
     jitter = T.ColorJitter(strength, strength, strength, 0.1)
     ranges: Any = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
     peer = theirs(lambda: T.ColorJitter.get_params(*ranges)[1:])
@@ -167,7 +167,7 @@ def test_color_factors_are_distributed_as_color_jitter_s(strength: float) -> Non
         assert getattr(drawn, name).max() <= high
 
 
-def test_affine_parameters_are_distributed_as_random_affine_s() -> None:
+def test_affine_parameters_have_the_distribution_of_random_affine() -> None:
     size = (120, 200)
 
     def sample() -> tuple[float, ...]:
@@ -185,6 +185,6 @@ def test_affine_parameters_are_distributed_as_random_affine_s() -> None:
     assert np.abs(drawn.translate).max(axis=0).tolist() == [20, 36]
 
 
-def test_angles_are_distributed_as_random_rotation_s() -> None:
+def test_angles_have_the_distribution_of_random_rotation() -> None:
     peer = theirs(lambda: T.RandomRotation.get_params([-30.0, 30.0]))
     assert_same_distribution(draw(Augment(rotate=30), range(SAMPLES)).rotate, peer)

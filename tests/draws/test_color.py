@@ -1,4 +1,4 @@
-"""Tables and matrices against torchvision's functionals and Pillow."""
+"""Tables and matrices compared with torchvision's functionals and Pillow."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ ROUNDING = 1e-3
 
 @pytest.fixture
 def pixels(rng: np.random.Generator) -> NDArray[np.uint8]:
-    """(H, W, 3): random, with every level in each channel."""
+    """Random image (H, W, 3) with every level in each channel."""
     levels = np.stack([rng.permutation(256) for _ in range(3)], axis=-1)
     return np.concatenate([levels, rng.integers(0, 256, (768, 3))]).reshape(32, 32, 3).astype(np.uint8)
 
@@ -39,14 +39,14 @@ def as_levels(image: torch.Tensor) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("factor", FACTORS)
-def test_the_brightness_table_is_torchvision_s(pixels: NDArray[np.uint8], factor: float) -> None:
+def test_the_brightness_table_equals_torchvision(pixels: NDArray[np.uint8], factor: float) -> None:
     expected = as_levels(F.adjust_brightness(as_tensor(pixels), factor))
     assert np.abs(brightness_table(factor)[pixels] - expected).max() < ROUNDING
 
 
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("brightness", [0.5, 1.0, 1.6])
-def test_contrast_after_brightness_is_torchvision_s(
+def test_contrast_after_brightness_equals_torchvision(
     pixels: NDArray[np.uint8], factor: float, brightness: float
 ) -> None:
     brightened = F.adjust_brightness(as_tensor(pixels), brightness)
@@ -58,14 +58,14 @@ def test_contrast_after_brightness_is_torchvision_s(
 
 
 @pytest.mark.parametrize("factor", FACTORS)
-def test_the_saturation_matrix_is_torchvision_s(pixels: NDArray[np.uint8], factor: float) -> None:
+def test_the_saturation_matrix_equals_torchvision(pixels: NDArray[np.uint8], factor: float) -> None:
     expected = as_levels(F.adjust_saturation(as_tensor(pixels), factor))
     ours = np.clip(pixels @ saturation_matrix(factor).T, 0, 255)
-    # torchvision's weight of red is 0.2989 where Pillow's is 0.299.
+    # torchvision's weight for red is 0.2989, Pillow's is 0.299.
     assert np.abs(ours - expected).max() < ROUNDING + 0.0001 * 255 * abs(1 - factor)
 
 
-def test_luma_is_pillow_s_gray(pixels: NDArray[np.uint8]) -> None:
+def test_luma_equals_pillows_gray(pixels: NDArray[np.uint8]) -> None:
     gray = np.asarray(Image.fromarray(pixels).convert("L"), np.float64)
     assert np.abs(pixels @ LUMA - gray).max() < 0.51
     assert LUMA.sum() == pytest.approx(1)
@@ -102,7 +102,7 @@ def test_quantized_tables_are_the_nearest_levels() -> None:
     ("mean", "std"),
     [(IMAGENET_MEAN, IMAGENET_STD), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), ((0.5, 0.1, 0.9), (2.0, 0.1, 0.5))],
 )
-def test_normalization_is_torchvision_s(
+def test_normalization_equals_torchvision(
     pixels: NDArray[np.uint8], mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> None:
     expected = F.normalize(as_tensor(pixels), list(mean), list(std)).permute(1, 2, 0).numpy()

@@ -1,4 +1,4 @@
-"""Laws of warps, with PIL, OpenCV and torchvision as peers, and brute force for what a warp needs and shows."""
+"""Warps compared with Pillow, OpenCV and torchvision, and by brute force with the pixels that they read and show."""
 
 from typing import Any
 
@@ -33,18 +33,18 @@ Floats = NDArray[np.float64]
 
 LAW = settings(deadline=None, max_examples=60, derandomize=True)
 IDENTITY = np.array([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
-# Where a property holds only up to rounding, points may move by this many pixels.
+# Tolerance in pixels for properties that hold up to rounding.
 EXACT = 1e-7
 
 
 def turned(angle: float, size: tuple[int, int], *, shift: tuple[float, float] = (0, 0), scale: float = 1) -> Floats:
-    """One warp (1, 2, 3) that rotates clockwise, shifts and scales."""
+    """Return a warp (1, 2, 3) that rotates clockwise, shifts and scales."""
     return affine(np.array([angle]), np.array([shift]), np.array([scale]), np.zeros((1, 2)), size)
 
 
 @st.composite
 def warps(draw: st.DrawFn) -> Floats:
-    """One warp (1, 2, 3) of a 40 x 60 destination: a crop, mirrored or not, turned, scaled, sheared and shifted."""
+    """Draw a warp (1, 2, 3) of a 40 x 60 destination: a crop, with or without flips, and an affine."""
     numbers = st.floats(-1, 1, allow_subnormal=False)
     roi = [draw(st.floats(0, 200)), draw(st.floats(0, 200)), draw(st.floats(5, 300)), draw(st.floats(5, 300))]
     flip = np.array([[draw(st.booleans()), draw(st.booleans())]])
@@ -59,7 +59,7 @@ def warps(draw: st.DrawFn) -> Floats:
 
 
 def pillow_warp(image: Floats, matrix: Floats, size: tuple[int, int]) -> Floats:
-    """What PIL makes of a destination-to-source matrix (2, 3); PIL's pixel centers also lie at +0.5."""
+    """Warp with Pillow by a destination-to-source matrix (2, 3). Its pixel centers are also at +0.5."""
     data = tuple(matrix.ravel().tolist())
     source = Image.fromarray(image.astype(np.float32))
     return np.asarray(
@@ -74,7 +74,7 @@ def smooth_image(height: int, width: int) -> Floats:
 
 @LAW
 @given(warps())
-def test_a_warp_undone_is_the_identity(matrix: Floats) -> None:
+def test_a_warp_and_its_inverse_compose_to_the_identity(matrix: Floats) -> None:
     assert np.allclose(compose(invert(matrix), matrix), IDENTITY, atol=EXACT)
     assert np.allclose(compose(matrix, invert(matrix)), IDENTITY, atol=EXACT)
 
@@ -112,7 +112,7 @@ def test_four_quarter_turns_are_the_identity_and_one_is_not() -> None:
     half = compose(quarter, quarter)
     assert np.allclose(half, turned(180, (30, 50)), atol=EXACT)
     assert np.allclose(compose(half, half), IDENTITY, atol=EXACT)
-    # Clockwise: what comes to stand at the right of the center (25, 15) stood above it.
+    # Clockwise: the point right of the center (25, 15) comes from above it.
     assert np.allclose(transform(quarter, np.array([[[35.0, 15.0]]])), [[[25.0, 5.0]]])
 
 
@@ -124,11 +124,11 @@ def test_four_quarter_turns_are_the_identity_and_one_is_not() -> None:
     shear=st.tuples(st.floats(-60, 60), st.floats(-60, 60)),
     size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
 )
-def test_affine_equals_torchvision_s(
+def test_affine_equals_torchvision(
     angle: float, shift: tuple[float, float], scale: float, shear: tuple[float, float], size: tuple[int, int]
 ) -> None:
     ours = affine(np.array([angle]), np.array([shift]), np.array([scale]), np.array([shear]), size)
-    # Their center for PIL images, whose pixel centers lie at +0.5.
+    # torchvision's center for PIL images, with pixel centers at +0.5.
     about: Any = ([size[1] / 2, size[0] / 2], angle, list(shift), scale, list(shear))
     points = np.array([[[0.0, 0.0], [size[1], size[0]], [size[1], 0.0], [17.5, -3.0]]])
     inverse = np.reshape(_get_inverse_affine_matrix(*about), (1, 2, 3))
@@ -150,7 +150,7 @@ def test_pillow_opencv_and_a_matrix_share_one_pixel_convention() -> None:
     matrix = compose(resized_crop(np.array([[12.0, 17.0, 60.0, 75.0]]), size), turned(11, size))[0]
     pillow = pillow_warp(image, matrix, size)
     centered = matrix.copy()
-    centered[:, 2] += matrix[:, :2].sum(axis=1) / 2 - 0.5  # OpenCV's pixel centers lie at whole numbers
+    centered[:, 2] += matrix[:, :2].sum(axis=1) / 2 - 0.5  # OpenCV's pixel centers are at integers
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     opencv = cv2.warpAffine(image.astype(np.float32), centered, size[::-1], flags=flags)
     y, x = np.mgrid[: size[0], : size[1]] + 0.5
@@ -165,7 +165,7 @@ def test_pillow_opencv_and_a_matrix_share_one_pixel_convention() -> None:
     assert inner.mean() > 0.9
     assert np.abs(pillow.ravel()[inner] - expected).max() < 0.01
     assert np.abs(opencv.ravel()[inner] - expected).max() < 0.3  # OpenCV rounds positions to a 32nd of a pixel
-    # Other centers would show.
+    # Another pixel convention would fail.
     assert np.abs(pillow_warp(image, centered, size).ravel()[inner] - expected).max() > 0.5
 
 
@@ -191,10 +191,10 @@ def test_one_composed_warp_is_close_to_two_warps_by_pillow() -> None:
         pytest.param(IDENTITY, (10, 4), id="identity"),
         pytest.param(turned(0, (41, 41), shift=(5, -3)), (15, 1), id="translated right and up"),
         pytest.param(turned(90, (41, 41)), (36, 10), id="rotated clockwise"),
-        pytest.param(turned(-90, (41, 41)), (4, 30), id="rotated counter-clockwise"),
+        pytest.param(turned(-90, (41, 41)), (4, 30), id="rotated counterclockwise"),
         pytest.param(turned(0, (41, 41), scale=0.5), (15, 12), id="shrunk about the center"),
-        pytest.param(flips(np.array([[True, False]]), (41, 41)), (30, 4), id="mirrored"),
-        pytest.param(flips(np.array([[False, True]]), (41, 41)), (10, 36), id="upside down"),
+        pytest.param(flips(np.array([[True, False]]), (41, 41)), (30, 4), id="flipped horizontally"),
+        pytest.param(flips(np.array([[False, True]]), (41, 41)), (10, 36), id="flipped vertically"),
         pytest.param(resized_crop(np.array([[2.0, 7.0, 41.0, 41.0]]), (41, 41)), (3, 2), id="cropped"),
     ],
 )
@@ -207,7 +207,7 @@ def test_one_bright_pixel_lands_where_the_matrix_says(matrix: Floats, lands: tup
 
 
 def holds(quad: Floats, point: tuple[float, float]) -> bool:
-    """Even-odd rule: whether a ray from the point to the right crosses the outline an odd number of times."""
+    """Return True if the point is inside: a ray from it crosses the outline an odd number of times (even-odd rule)."""
     inside = False
     for (x0, y0), (x1, y1) in zip(quad, np.roll(quad, -1, axis=0), strict=True):
         if (y0 > point[1]) != (y1 > point[1]) and point[0] < x0 + (point[1] - y0) / (y1 - y0) * (x1 - x0):
@@ -229,16 +229,16 @@ def test_masked_agrees_with_a_point_in_polygon_test(rng: np.random.Generator) ->
     assert np.array_equal(~warp.masked, expected)
 
 
-@pytest.mark.parametrize("mirrored", [True, False])
-def test_coinciding_edges_leave_nothing_black(mirrored: bool) -> None:
+@pytest.mark.parametrize("flipped", [True, False])
+def test_coinciding_edges_leave_nothing_black(flipped: bool) -> None:
     visible = np.array([[0, 0, 30, 50], [0, 0, 30, 49.99], [0.01, 0, 29.99, 50], [-1, -1, 32, 52]], np.float64)
-    matrix = flips(np.full((4, 2), mirrored), (30, 50))
+    matrix = flips(np.full((4, 2), flipped), (30, 50))
     assert plan(matrix, visible, (30, 50), np.zeros(4)).masked.tolist() == [False, True, True, False]
 
 
 @LAW
 @given(warps(), st.floats(0.1, 20))
-def test_grow_moves_every_edge_outwards_by_the_distance(matrix: Floats, distance: float) -> None:
+def test_grow_moves_every_edge_outward_by_the_distance(matrix: Floats, distance: float) -> None:
     quad = transform(matrix, corners(np.array([[0.0, 0.0, 40.0, 60.0]])))
     grown = grow(quad, distance)[0]
     for start in range(4):
@@ -283,7 +283,7 @@ def test_the_identity_needs_one_pixel_and_masks_nothing() -> None:
 
 @LAW
 @given(matrix=warps(), height=st.integers(1, 300), width=st.integers(1, 300), cut=st.floats(0, 0.5))
-def test_the_region_lies_inside_the_image_and_holds_all_that_is_needed(
+def test_the_region_is_inside_the_image_and_contains_all_needed_pixels(
     matrix: Floats, height: int, width: int, cut: float
 ) -> None:
     size = (40, 60)
@@ -295,7 +295,7 @@ def test_the_region_lies_inside_the_image_and_holds_all_that_is_needed(
     y, x = np.mgrid[: size[0], : size[1]] + 0.5
     source = transform(matrix, np.stack([x, y], axis=-1).reshape(1, -1, 2))[0]
     assert np.allclose(source, transform(warp.matrix, np.stack([x, y], axis=-1).reshape(1, -1, 2))[0] + [left, top])
-    # Both neighbors of a point are interpolated, after a filter that reaches a destination pixel's width further.
+    # Interpolation reads both neighbors of a point. The filter before it reads a destination pixel's width further.
     reach = np.sqrt(warp.footprint[0, ::-1])
     first, last = np.floor(source - 0.5 - reach), np.floor(source - 0.5 + reach) + 1
     start = np.floor(visible[0, 1::-1] + 1e-6)
@@ -342,7 +342,7 @@ def test_nothing_is_shrunk_below_a_reduction_by_four() -> None:
 
 @LAW
 @given(st.floats(4, 500))
-def test_two_to_four_shrunken_pixels_are_left_to_a_destination_pixel(reduction: float) -> None:
+def test_a_destination_pixel_covers_two_to_four_shrunken_pixels(reduction: float) -> None:
     left, unchanged = reduction / shrink_factors(np.array([[reduction**2, 1.0]]))[0]
     assert (2 - 1e-9 <= left < 4 + 1e-9, unchanged) == (True, reduction)
 
@@ -359,18 +359,18 @@ def test_a_blur_kernel_has_the_variance_asked_for(variance: float) -> None:
     assert (kernel >= -1e-6).all()
     assert np.isclose(kernel.sum(), 1, atol=1e-6)
     assert np.isclose((kernel * (np.arange(len(kernel)) - len(kernel) // 2) ** 2).sum(), variance, rtol=1e-4)
-    assert (np.diff(kernel[len(kernel) // 2 :]) < 0).all()  # falls toward the ends, as a triangle does
+    assert (np.diff(kernel[len(kernel) // 2 :]) < 0).all()  # decreases toward the ends, like a triangle
 
 
 @pytest.mark.parametrize(("reduction", "weights"), [(2, [1, 2, 1]), (3, [1, 2, 3, 2, 1]), (4, [1, 2, 3, 4, 3, 2, 1])])
-def test_for_a_whole_reduction_the_kernel_is_a_triangle(reduction: int, weights: list[int]) -> None:
+def test_for_an_integer_reduction_the_kernel_is_a_triangle(reduction: int, weights: list[int]) -> None:
     kernel = blur_kernel_of(blur_variance(np.array([[reduction**2, 1.0]]), np.ones((1, 2), np.int64))[0, 0])
     kernel = kernel[np.abs(kernel) > 1e-6]
     assert np.allclose(kernel, np.array(weights) / sum(weights), atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", [2, 3, 4])
-def test_kernel_and_interpolation_are_pillow_s_reduction(rng: np.random.Generator, reduction: int) -> None:
+def test_kernel_and_interpolation_equal_pillows_reduction(rng: np.random.Generator, reduction: int) -> None:
     row = rng.uniform(0, 255, 30 * reduction)
     image = Image.fromarray(row[None].astype(np.float32))
     expected = np.asarray(image.resize((30, 1), Image.Resampling.BILINEAR))[0]
@@ -395,5 +395,5 @@ def test_box_kernel_and_interpolation_have_the_variance_of_the_footprint(footpri
     total = box + kernel_variance + interpolation
     if blur:
         assert np.isclose(total, footprint / 6, rtol=1e-4)
-    else:  # magnified, or less is lacking than is worth a pass
+    else:  # magnified, or too little is missing to be worth a pass
         assert footprint / 6 - MIN_VARIANCE <= total * (boxes == 1)

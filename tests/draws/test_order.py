@@ -1,4 +1,4 @@
-"""Laws of the order of an epoch: a uniform permutation, computed in slices, that every world size shares."""
+"""The order of an epoch: a uniform permutation that can be computed in slices and is the same for every world size."""
 
 import tracemalloc
 from collections import Counter
@@ -17,7 +17,7 @@ SHUFFLE = settings(deadline=None, max_examples=25, derandomize=True)
 
 
 def assert_chi_square(counts: list[int], cells: int) -> None:
-    """The counts of `cells` equally likely outcomes: chi-square within five standard deviations of its mean."""
+    """Check that the chi-square of `cells` equally likely outcomes is within five standard deviations of its mean."""
     expected = sum(counts) / cells
     missing = cells - len(counts)
     value = sum((count - expected) ** 2 / expected for count in counts) + missing * expected
@@ -48,7 +48,7 @@ def test_huge_orders_are_injective_and_stay_in_range(rng: np.random.Generator, n
     assert len(np.unique(samples)) == len(positions)
     assert samples.min() >= 0
     assert samples.max() < num_samples
-    # Neighbors are torn apart: half of the sampled positions land in either half.
+    # Neighbors are scattered: half of the positions land in either half of the range.
     assert abs((samples < num_samples // 2).mean() - 0.5) < 0.01
 
 
@@ -78,7 +78,7 @@ def test_orders_differ_by_epoch_and_by_seed() -> None:
         assert (first == epoch_order(1000, seed=seed, epoch=epoch)).sum() <= 10
 
 
-def test_orders_are_the_recorded_ones() -> None:
+def test_orders_equal_the_recorded_ones() -> None:
     assert epoch_order(10, seed=0, epoch=0).tolist() == [5, 8, 2, 3, 1, 4, 6, 7, 9, 0]
     assert epoch_order(10, seed=0, epoch=1).tolist() == [6, 0, 7, 5, 3, 2, 1, 4, 9, 8]
     assert epoch_order(10, seed=1, epoch=0).tolist() == [2, 7, 8, 6, 9, 5, 4, 0, 1, 3]
@@ -163,7 +163,7 @@ def test_memory_is_that_of_a_batch() -> None:
 
 @pytest.mark.parametrize("num_samples", [0, -1, MAX_SAMPLES + 1])
 def test_a_count_outside_the_range_is_refused(num_samples: int) -> None:
-    with pytest.raises(ArgumentError, match=rf"num_samples must lie in 1 \.\. 2\*\*62, got {num_samples}\."):
+    with pytest.raises(ArgumentError, match=rf"num_samples must be in 1 \.\. 2\*\*62, got {num_samples}\."):
         permute([0], num_samples, seed=0, epoch=0)
 
 
@@ -171,12 +171,12 @@ def test_a_count_outside_the_range_is_refused(num_samples: int) -> None:
     ("positions", "range_"), [([10], r"10 \.\. 10"), ([3, 10], r"3 \.\. 10"), ([-1, 5], r"-1 \.\. 5")]
 )
 def test_positions_outside_the_epoch_are_refused(positions: list[int], range_: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"positions must lie in 0 \.\. 9, got {range_}\."):
+    with pytest.raises(ArgumentError, match=rf"positions must be in 0 \.\. 9, got {range_}\."):
         permute(positions, 10, seed=0, epoch=0)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(4, 4), (-1, 4), (1, 1)])
 def test_a_rank_outside_the_world_is_refused(rank: int, world_size: int) -> None:
-    rule = rf"rank must lie in 0 \.\. world_size-1 = {world_size - 1}, got {rank}\."
+    rule = rf"rank must be in 0 \.\. world_size-1 = {world_size - 1}, got {rank}\."
     with pytest.raises(ArgumentError, match=rule):
         step_positions(0, 103, 8, rank=rank, world_size=world_size)

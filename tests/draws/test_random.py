@@ -1,4 +1,4 @@
-"""The random numbers: SplitMix64's published outputs, keys in which every word counts, uniform and independent slots."""
+"""Random numbers: SplitMix64's published outputs, keys that depend on every word, uniform and independent slots."""
 
 from math import sqrt
 
@@ -12,7 +12,7 @@ MASK = (1 << 64) - 1
 
 
 def test_mixing_continues_the_published_splitmix64_sequence() -> None:
-    # The reference outputs of SplitMix64 for the seed 1234567, as Rosetta Code and the generators' authors publish them.
+    # Reference outputs of SplitMix64 for seed 1234567, published by its authors and on Rosetta Code.
     states = np.array([(1234567 + number * GOLDEN_GAMMA) & MASK for number in range(1, 6)], np.uint64)
     assert mix64(states).tolist() == [
         6457827717110365317,
@@ -25,8 +25,8 @@ def test_mixing_continues_the_published_splitmix64_sequence() -> None:
 
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(value=st.integers(0, MASK))
-def test_mixing_can_be_undone(value: int) -> None:
-    """A function with an inverse is a bijection."""
+def test_mixing_has_an_inverse(value: int) -> None:
+    """So mix64 is a bijection."""
 
     def unshift(number: int, shift: int) -> int:
         result = number
@@ -70,7 +70,7 @@ def test_uniform_numbers_are_uniform_and_independent() -> None:
     assert abs(one @ other) < 5 / 12 * sqrt(9000 * 64)
 
 
-def test_uniform_numbers_of_far_indices_are_no_copies() -> None:
+def test_distant_indices_have_different_numbers() -> None:
     numbers = Dice(0, 0, np.array([0, 1, 2**31, 2**32, 2**62, 2**62 + 1])).numbers_NS
     assert numbers.shape[0] == 6
     assert len(np.unique(numbers)) == numbers.size

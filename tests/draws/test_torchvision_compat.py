@@ -1,4 +1,4 @@
-"""torchvision's transforms, v1 and v2, read as an Augment: what is drawn follows, what cannot is refused by name."""
+"""torchvision transforms, v1 and v2, converted to an Augment: same draws, and unsupported ones refused by name."""
 
 import re
 from dataclasses import replace
@@ -16,14 +16,14 @@ from fastflower.draws.augment import Augment
 from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
 from fastflower.errors import ArgumentError
 
-# Their annotations allow less than they take.
+# torchvision accepts more than its annotations allow.
 v1: Any = transforms
 v2: Any = transforms_v2
 MEAN, STD = list(IMAGENET_MEAN), list(IMAGENET_STD)
 PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 VERSIONS = [pytest.param(v1, id="v1"), pytest.param(v2, id="v2")]
-TURNED = "color is drawn as written but applied after all geometry"
-ORDERED = "ColorJitter's operations run in one order: brightness, contrast, saturation, hue"
+REORDERED = "color is drawn as specified but applied after all geometry"
+FIXED_ORDER = "ColorJitter's operations run in a fixed order: brightness, contrast, saturation, hue"
 
 
 def to_tensor(version: Any) -> list[Any]:
@@ -36,7 +36,7 @@ def notes(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_student_s_resized_crop_flip_rotation_jitter_and_affine(
+def test_a_students_resized_crop_flip_rotation_jitter_and_affine(
     version: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     augment = Augment.from_torchvision(
@@ -68,10 +68,10 @@ def test_a_student_s_resized_crop_flip_rotation_jitter_and_affine(
         erase=0.25,
     )
     assert notes(caplog) == [
-        "RandomRotation interpolates bilinearly, not nearest",
-        ORDERED,
-        f"{TURNED} (RandomAffine follows ColorJitter)",
-        "RandomAffine interpolates bilinearly, not nearest",
+        "RandomRotation uses bilinear interpolation instead of nearest",
+        FIXED_ORDER,
+        f"{REORDERED} (RandomAffine follows ColorJitter)",
+        "RandomAffine uses bilinear interpolation instead of nearest",
     ]
 
 
@@ -113,15 +113,15 @@ def test_every_call_logs_again(caplog: pytest.LogCaptureFixture) -> None:
     transform = v1.Compose([v1.RandomResizedCrop(64), v1.RandomRotation(5)])
     for _ in range(2):
         Augment.from_torchvision(transform)
-    assert notes(caplog) == ["RandomRotation interpolates bilinearly, not nearest"] * 2
+    assert notes(caplog) == ["RandomRotation uses bilinear interpolation instead of nearest"] * 2
 
 
-def test_color_before_geometry_is_said_once_for_each_transform_that_follows(caplog: pytest.LogCaptureFixture) -> None:
+def test_color_before_geometry_is_logged_for_each_following_transform(caplog: pytest.LogCaptureFixture) -> None:
     Augment.from_torchvision(
         v1.Compose([v1.ColorJitter(0.5), v1.RandomResizedCrop(64), v1.RandomHorizontalFlip(), v1.RandomVerticalFlip()])
     )
     assert notes(caplog) == [
-        f"{TURNED} ({name} follows ColorJitter)"
+        f"{REORDERED} ({name} follows ColorJitter)"
         for name in ("RandomResizedCrop", "RandomHorizontalFlip", "RandomVerticalFlip")
     ]
 
@@ -145,11 +145,11 @@ def test_resize_to_height_and_width_fixes_the_size(version: Any) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_resize_before_a_resized_crop_is_left_out(version: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_resize_before_a_resized_crop_is_ignored(version: Any, caplog: pytest.LogCaptureFixture) -> None:
     augment = Augment.from_torchvision(version.Compose([version.Resize(256), version.RandomResizedCrop(224)]))
     assert augment == Augment(size=(224, 224), crop=(0.08, 1.0), **PLAIN)
     assert notes(caplog) == [
-        "Resize before RandomResizedCrop is left out: the crop takes the same share of the image itself"
+        "ignored Resize before RandomResizedCrop: the crop takes the same share of the original image"
     ]
 
 
@@ -173,12 +173,12 @@ def test_a_value_erased_before_normalize_is_normalized(
     assert replace(before, erase_value=color) == after
 
 
-def test_values_may_be_erased_from_what_is_float_by_then() -> None:
+def test_a_value_may_be_erased_after_the_conversion_to_float() -> None:
     erasing, normalize = v2.RandomErasing(1.0, value=0.5), v2.Normalize((0.5,), (0.5,))
     to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
     for steps in ([CROP, normalize, erasing], [CROP, v2.ToImage(), to_float, normalize, erasing], [CROP, erasing]):
         assert Augment.from_torchvision(v2.Compose(steps)).erase_value == (0.5, 0.5, 0.5)
-    with pytest.raises(ArgumentError, match="RandomErasing with a value but 0 stands before the conversion to float"):
+    with pytest.raises(ArgumentError, match="RandomErasing with a nonzero value comes before the conversion to float"):
         Augment.from_torchvision(v2.Compose([CROP, v2.ToImage(), erasing, to_float]))
 
 
@@ -194,7 +194,7 @@ def test_nested_and_sequential_transforms_are_read_in_order(version: Any) -> Non
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_ranges_that_are_written_out_are_read(version: Any) -> None:
+def test_explicit_ranges_are_read(version: Any) -> None:
     augment = Augment.from_torchvision(
         version.Compose(
             [
@@ -226,7 +226,7 @@ def test_conversions_and_identities_change_nothing(version: Any) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_is_drawn_follows(version: Any) -> None:
+def test_draws_fill_the_ranges_of_the_transforms(version: Any) -> None:
     augment = Augment.from_torchvision(
         version.Compose(
             [
@@ -262,107 +262,107 @@ CROP = v1.RandomResizedCrop(64)
 ERASING = v1.RandomErasing()
 NORMALIZE = v1.Normalize(MEAN, STD)
 REFUSED: list[tuple[list[Any], str]] = [
-    ([CROP, v1.Pad(4)], "Pad cannot be expressed by Augment, which knows RandomResizedCrop, Resize, CenterCrop, "),
-    ([v1.Lambda(print)], "Lambda cannot be expressed by Augment, which knows "),
-    ([v1.RandomCrop(64)], "RandomErasing. The nearest that can is RandomResizedCrop(size, scale=(0.5, 1))."),
-    ([v2.RandomCrop(64)], "RandomCrop cannot be expressed by Augment"),
-    ([CROP, v1.RandomPerspective()], "The nearest that can is RandomAffine(shear=...)."),
-    ([CROP, v1.Grayscale()], "The nearest that can is ColorJitter(saturation=...)."),
+    ([CROP, v1.Pad(4)], "Pad has no equivalent in Augment, which supports RandomResizedCrop, Resize, CenterCrop, "),
+    ([v1.Lambda(print)], "Lambda has no equivalent in Augment, which supports "),
+    ([v1.RandomCrop(64)], "RandomErasing. The closest is RandomResizedCrop(size, scale=(0.5, 1))."),
+    ([v2.RandomCrop(64)], "RandomCrop has no equivalent in Augment"),
+    ([CROP, v1.RandomPerspective()], "The closest is RandomAffine(shear=...)."),
+    ([CROP, v1.Grayscale()], "The closest is ColorJitter(saturation=...)."),
     (
         [CROP, v1.RandomGrayscale()],
-        "The nearest that can is ColorJitter(saturation=1), which draws how gray an image becomes.",
+        "The closest is ColorJitter(saturation=1), which draws a random saturation.",
     ),
-    ([CROP, v1.TrivialAugmentWide()], "The nearest that can is RandomRotation, ColorJitter and RandomAffine."),
-    ([CROP, v1.RandAugment()], "RandAugment cannot be expressed by Augment"),
-    ([CROP, v1.AutoAugment()], "AutoAugment cannot be expressed by Augment"),
+    ([CROP, v1.TrivialAugmentWide()], "The closest is RandomRotation, ColorJitter and RandomAffine."),
+    ([CROP, v1.RandAugment()], "RandAugment has no equivalent in Augment"),
+    ([CROP, v1.AutoAugment()], "AutoAugment has no equivalent in Augment"),
     (
         [CROP, v2.MixUp(num_classes=5)],
-        "The nearest that can is the field mixup=alpha, which mixes neighbors of a batch.",
+        "The closest is the field mixup=alpha, which mixes neighbors in a batch.",
     ),
-    ([CROP, v2.CutMix(num_classes=5)], "The nearest that can is the field cutmix=alpha, which mixes neighbors of"),
-    ([v2.RandomResizedCrop(64, antialias=False)], "RandomResizedCrop with antialias=False cannot be expressed; leave"),
-    ([v1.Resize((64, 64), antialias=False)], "Resize with antialias=False cannot be expressed; leave antialias out."),
+    ([CROP, v2.CutMix(num_classes=5)], "The closest is the field cutmix=alpha, which mixes neighbors in"),
+    ([v2.RandomResizedCrop(64, antialias=False)], "RandomResizedCrop with antialias=False is not supported; omit"),
+    ([v1.Resize((64, 64), antialias=False)], "Resize with antialias=False is not supported; omit antialias."),
     ([CROP, v2.ToDtype(torch.float32)], "ToDtype with scale=False leaves levels at 0 .. 255; pass scale=True."),
-    ([CROP, v1.RandomApply([v1.ColorJitter(0.5)])], "RandomApply cannot be expressed by Augment"),
-    ([CROP, v1.RandomHorizontalFlip(), v1.RandomHorizontalFlip()], "RandomHorizontalFlip stands twice; draw it once."),
-    ([v1.Resize(256)], "Resize to one number leaves sizes unequal; add CenterCrop(size)."),
-    ([v1.RandomHorizontalFlip()], "The transform fixes no output size; start it with RandomResizedCrop(size)."),
-    ([], "The transform fixes no output size; start it with RandomResizedCrop(size)."),
-    ([v1.RandomRotation(5), CROP], "RandomResizedCrop stands after RandomRotation; crop first."),
+    ([CROP, v1.RandomApply([v1.ColorJitter(0.5)])], "RandomApply has no equivalent in Augment"),
+    ([CROP, v1.RandomHorizontalFlip(), v1.RandomHorizontalFlip()], "RandomHorizontalFlip appears twice; keep one."),
+    ([v1.Resize(256)], "Resize to one number gives images of different sizes; add CenterCrop(size)."),
+    ([v1.RandomHorizontalFlip()], "The transform sets no output size; start it with RandomResizedCrop(size)."),
+    ([], "The transform sets no output size; start it with RandomResizedCrop(size)."),
+    ([v1.RandomRotation(5), CROP], "RandomResizedCrop comes after RandomRotation; crop first."),
     (
         [v1.RandomRotation(5), v1.RandomAffine(5), CROP],
-        "RandomResizedCrop stands after RandomAffine, RandomRotation; crop first.",
+        "RandomResizedCrop comes after RandomAffine, RandomRotation; crop first.",
     ),
-    ([ERASING, v1.Resize((64, 64))], "Resize stands after RandomErasing; crop first."),
-    ([v1.Resize(70), v1.RandomAffine(5), v1.CenterCrop(64)], "CenterCrop stands after RandomAffine; crop first."),
+    ([ERASING, v1.Resize((64, 64))], "Resize comes after RandomErasing; crop first."),
+    ([v1.Resize(70), v1.RandomAffine(5), v1.CenterCrop(64)], "CenterCrop comes after RandomAffine; crop first."),
     ([CROP, v1.Resize((64, 64))], "Resize is a second crop; keep one."),
-    ([v1.Resize((70, 70)), CROP], "RandomResizedCrop stands after a resize to a fixed size; drop that Resize."),
+    ([v1.Resize((70, 70)), CROP], "RandomResizedCrop comes after a resize to a fixed size; remove that Resize."),
     (
         [v1.Resize(70), v1.CenterCrop(64), CROP],
-        "RandomResizedCrop stands after a resize to a fixed size; drop that Resize.",
+        "RandomResizedCrop comes after a resize to a fixed size; remove that Resize.",
     ),
-    ([CROP, ERASING, v1.RandomHorizontalFlip()], "RandomHorizontalFlip stands after RandomErasing; erase last."),
-    ([CROP, ERASING, v1.RandomRotation(5)], "RandomRotation stands after RandomErasing; erase last."),
-    ([CROP, ERASING, v1.RandomAffine(5)], "RandomAffine stands after RandomErasing; erase last."),
-    ([CROP, ERASING, v1.ColorJitter(0.5)], "ColorJitter stands after RandomErasing; erase last."),
+    ([CROP, ERASING, v1.RandomHorizontalFlip()], "RandomHorizontalFlip comes after RandomErasing; erase last."),
+    ([CROP, ERASING, v1.RandomRotation(5)], "RandomRotation comes after RandomErasing; erase last."),
+    ([CROP, ERASING, v1.RandomAffine(5)], "RandomAffine comes after RandomErasing; erase last."),
+    ([CROP, ERASING, v1.ColorJitter(0.5)], "ColorJitter comes after RandomErasing; erase last."),
     (
         [v1.Resize(70, max_size=90), v1.CenterCrop(64)],
-        "Resize with max_size cannot be expressed; leave max_size out.",
+        "Resize with max_size is not supported; omit max_size.",
     ),
     (
         [v2.Resize(None, max_size=90), v2.CenterCrop(64)],
-        "Resize with max_size cannot be expressed; leave max_size out.",
+        "Resize with max_size is not supported; omit max_size.",
     ),
-    ([v1.CenterCrop(64)], "CenterCrop without Resize before it cuts sizes unequally; add Resize(256)."),
-    ([CROP, v1.CenterCrop(64)], "CenterCrop without Resize before it cuts sizes unequally; add Resize(256)."),
+    ([v1.CenterCrop(64)], "CenterCrop without a Resize before it is not supported; add Resize(256)."),
+    ([CROP, v1.CenterCrop(64)], "CenterCrop without a Resize before it is not supported; add Resize(256)."),
     (
         [CROP, v1.RandomRotation((0, 30))],
-        "RandomRotation with degrees (0.0, 30.0) is not symmetric; draw from (-x, x).",
+        "RandomRotation with degrees (0.0, 30.0) is not symmetric; use (-x, x).",
     ),
-    ([CROP, v1.RandomAffine((-5, 30))], "RandomAffine with degrees (-5.0, 30.0) is not symmetric; draw from (-x, x)."),
+    ([CROP, v1.RandomAffine((-5, 30))], "RandomAffine with degrees (-5.0, 30.0) is not symmetric; use (-x, x)."),
     ([CROP, v1.RandomAffine(0, shear=(0, 9))], "RandomAffine with shear (0.0, 9.0) is not symmetric"),
     ([CROP, v1.RandomAffine(0, shear=(-9, 9, 1, 2))], "RandomAffine with shear (1.0, 2.0) is not symmetric"),
     (
         [CROP, v1.ColorJitter((0.5, 1.2))],
-        "ColorJitter with brightness (0.5, 1.2) is not symmetric; draw from (1 - x, 1 + x).",
+        "ColorJitter with brightness (0.5, 1.2) is not symmetric; use (1 - x, 1 + x).",
     ),
     ([CROP, v1.ColorJitter(brightness=(0, 1))], "ColorJitter with brightness (0.0, 1.0) is not symmetric"),
     ([CROP, v1.ColorJitter(saturation=(0, 1.5))], "ColorJitter with saturation (0.0, 1.5) is not symmetric"),
-    ([CROP, NORMALIZE, v1.ColorJitter(0.5)], "ColorJitter stands after Normalize; normalize behind it."),
-    ([CROP, NORMALIZE, v1.RandomRotation(5)], "RandomRotation stands after Normalize; normalize behind it."),
-    ([CROP, NORMALIZE, v1.RandomAffine(5)], "RandomAffine stands after Normalize; normalize behind it."),
+    ([CROP, NORMALIZE, v1.ColorJitter(0.5)], "ColorJitter comes after Normalize; normalize after it."),
+    ([CROP, NORMALIZE, v1.RandomRotation(5)], "RandomRotation comes after Normalize; normalize after it."),
+    ([CROP, NORMALIZE, v1.RandomAffine(5)], "RandomAffine comes after Normalize; normalize after it."),
     (
         [CROP, v2.ToImage(), v2.RandomErasing(value=255), v2.ToDtype(torch.float32, scale=True), NORMALIZE],
-        "RandomErasing with a value but 0 stands before the conversion to float, where levels end at 255; erase behind it.",
+        "RandomErasing with a nonzero value comes before the conversion to float, where levels go up to 255; erase after it.",
     ),
     ([CROP, v1.ColorJitter(contrast=(1.5, 2.0))], "ColorJitter with contrast (1.5, 2.0) is not symmetric"),
     ([CROP, v1.ColorJitter(saturation=(0.0, 0.5))], "ColorJitter with saturation (0.0, 0.5) is not symmetric"),
-    ([CROP, v1.ColorJitter(hue=(0.0, 0.1))], "ColorJitter with hue (0.0, 0.1) is not symmetric; draw from (-x, x)."),
+    ([CROP, v1.ColorJitter(hue=(0.0, 0.1))], "ColorJitter with hue (0.0, 0.1) is not symmetric; use (-x, x)."),
     (
         [CROP, v1.RandomRotation(5, center=(1, 1))],
-        "RandomRotation about another center cannot be expressed; leave center out.",
+        "RandomRotation with center=(1, 1) is not supported; omit center.",
     ),
     (
         [CROP, v2.RandomAffine(5, center=[1, 1])],
-        "RandomAffine about another center cannot be expressed; leave center out.",
+        "RandomAffine with center=[1, 1] is not supported; omit center.",
     ),
     (
         [CROP, v1.RandomRotation(5, fill=128)],
-        "RandomRotation with fill=128 cannot be expressed; Augment fills black, or with the image (fill='photo').",
+        "RandomRotation with fill=128 is not supported; omit fill for black, or set fill='photo' on the Augment for the image's",
     ),
-    ([CROP, v1.RandomAffine(5, fill=(0, 0, 1))], "RandomAffine with fill=(0, 0, 1) cannot be expressed"),
-    ([CROP, v1.RandomAffine(5), v1.RandomRotation(5)], "RandomRotation stands after RandomAffine; rotate first."),
+    ([CROP, v1.RandomAffine(5, fill=(0, 0, 1))], "RandomAffine with fill=(0, 0, 1) is not supported"),
+    ([CROP, v1.RandomAffine(5), v1.RandomRotation(5)], "RandomRotation comes after RandomAffine; rotate first."),
     (
         [CROP, v1.RandomRotation(5, expand=True)],
-        "RandomRotation with expand=True changes the size; leave expand out.",
+        "RandomRotation with expand=True changes the output size; omit expand.",
     ),
-    ([CROP, v1.RandomErasing(value="random")], "RandomErasing with random values cannot be expressed; use value=0."),
-    ([CROP, v2.RandomErasing(value="random")], "RandomErasing with random values cannot be expressed; use value=0."),
+    ([CROP, v1.RandomErasing(value="random")], "RandomErasing with random values is not supported; use value=0."),
+    ([CROP, v2.RandomErasing(value="random")], "RandomErasing with random values is not supported; use value=0."),
 ]
 
 
 @pytest.mark.parametrize(("steps", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
-def test_what_cannot_be_expressed_is_refused_by_name(
+def test_an_unsupported_transform_is_refused_by_name(
     steps: list[Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ArgumentError, match=re.escape(message)):
@@ -370,7 +370,7 @@ def test_what_cannot_be_expressed_is_refused_by_name(
     assert notes(caplog) == []
 
 
-def test_black_fill_may_be_written_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_black_fill_may_be_explicit(caplog: pytest.LogCaptureFixture) -> None:
     bilinear = InterpolationMode.BILINEAR
     rotation, moved = v1.RandomRotation(5, bilinear, fill=[0, 0, 0]), v1.RandomAffine(5, interpolation=bilinear, fill=0)
     augment = Augment.from_torchvision(v1.Compose([CROP, rotation, moved]))

@@ -1,4 +1,4 @@
-"""Locks that die with their process, and files that several processes write: runs, demos, packs and mirrors share them."""
+"""File locks that end with their process, and atomic writes, as used by training runs, demos, packs and mirrors."""
 
 import errno
 import fcntl
@@ -35,7 +35,7 @@ from fastflower.files import locked
 with locked(Path(sys.argv[1])):
     if sys.argv[2] == "subprocess":
         subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
-    if sys.argv[2] != "fork" or not os.fork():  # a child that was forked says so when it runs
+    if sys.argv[2] != "fork" or not os.fork():  # a forked child prints once it runs
         print("held", flush=True)
     time.sleep(60)
 """
@@ -43,7 +43,7 @@ with locked(Path(sys.argv[1])):
 
 @contextmanager
 def holding(path: Path, child: str = "none") -> "Iterator[subprocess.Popen[str]]":
-    """A process that holds a lock, perhaps with a child that outlives it; all of them end with the block."""
+    """Start a process that holds a lock, optionally with a child that outlives it. All of them end with the block."""
     command = [sys.executable, "-c", HOLDING, str(path), child]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
@@ -56,7 +56,7 @@ def holding(path: Path, child: str = "none") -> "Iterator[subprocess.Popen[str]]
 
 
 @pytest.mark.parametrize("child", ["none", "fork", "subprocess"])
-def test_a_lock_dies_with_its_process_whatever_children_live_on(tmp_path: Path, child: str) -> None:
+def test_a_lock_ends_with_its_process_even_if_children_live_on(tmp_path: Path, child: str) -> None:
     path = tmp_path / "folder" / "lock"
     with holding(path, child) as process:
         with pytest.raises(HeldError, match=rf"^process {process.pid} on ") as caught, locked(path):
@@ -68,7 +68,7 @@ def test_a_lock_dies_with_its_process_whatever_children_live_on(tmp_path: Path, 
             assert exists
 
 
-def test_a_lock_keeps_out_other_threads_and_is_free_afterwards(tmp_path: Path) -> None:
+def test_a_lock_excludes_other_threads_and_is_free_afterward(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with locked(path):
         with pytest.raises(HeldError, match=rf"^process {os.getpid()} on "), locked(path):
@@ -80,7 +80,7 @@ def test_a_lock_keeps_out_other_threads_and_is_free_afterwards(tmp_path: Path) -
     assert path.read_text() == ""
 
 
-def test_a_child_that_leaves_the_block_does_not_free_its_parents_lock(tmp_path: Path) -> None:
+def test_a_forked_child_does_not_release_its_parents_lock(tmp_path: Path) -> None:
     with locked(tmp_path / "lock"):
         child = os.fork()
         if not child:
@@ -121,7 +121,7 @@ def test_waiting_for_a_lock_can_be_interrupted(tmp_path: Path, number: int) -> N
     assert (process.returncode, out) == (-number, "")
 
 
-def test_who_waits_gets_the_lock_also_where_its_file_is_removed(tmp_path: Path) -> None:
+def test_a_waiter_gets_the_lock_even_if_its_file_is_removed(tmp_path: Path) -> None:
     path, order = tmp_path / "folder" / "lock", list[str]()
 
     def wait() -> None:
@@ -140,7 +140,7 @@ def test_who_waits_gets_the_lock_also_where_its_file_is_removed(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_without_locks_work_goes_on_with_one_warning(
+def test_without_file_locks_work_continues_after_one_warning(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
@@ -151,13 +151,13 @@ def test_without_locks_work_goes_on_with_one_warning(
     for path in (tmp_path / "a/lock", tmp_path / "b/lock"):
         with locked(path) as exists, locked(path, lambda: False) as again:
             assert (exists, again) == (False, False)
-    what = "its file system has no locks, so nothing keeps a second process from writing here: start one at a time"
+    what = "its file system does not support locks, so run only one process at a time here"
     assert caplog.messages == [f"{tmp_path / 'a'}: {what} ({os.strerror(number)})"]
     pack(drawn(tmp_path / "data", a=3, b=3), tmp_path / "out")
     assert not (tmp_path / "out/.packing").exists()
 
 
-def test_another_error_of_a_lock_is_none_of_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_a_lock_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -166,7 +166,7 @@ def test_another_error_of_a_lock_is_none_of_these(tmp_path: Path, monkeypatch: p
         pass
 
 
-def test_two_writers_of_a_file_have_parts_of_their_own(tmp_path: Path) -> None:
+def test_two_writers_of_a_file_have_separate_temporary_files(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with written(path) as one, written(path) as other:
         assert one != other
@@ -183,14 +183,14 @@ def held(out: Path) -> str:
 
 @pytest.mark.usefixtures("narrow", "no_figures")
 @pytest.mark.parametrize("resume", [False, True])
-def test_of_two_runs_in_one_folder_the_second_says_who_holds_it(shards: Path, tmp_path: Path, resume: bool) -> None:
+def test_a_second_run_in_a_folder_names_the_process_that_holds_it(shards: Path, tmp_path: Path, resume: bool) -> None:
     out = tmp_path / "run"
     with holding(out / ".lock"):
         before = {path: path.read_bytes() for path in out.iterdir()}
         with pytest.raises(CheckpointError, match=held(out)):
             train(shards, RECIPE, out=out, resume=resume, device="cpu")
         assert {path: path.read_bytes() for path in out.iterdir()} == before
-    half = out / f"{LAST}.0123abcd.part"  # of a kill
+    half = out / f"{LAST}.0123abcd.part"  # left by a kill
     half.touch()
     (out / "mine.part").touch()
     train(shards, replace(RECIPE, epochs=1), out=out, resume=resume, device="cpu")
@@ -200,7 +200,7 @@ def test_of_two_runs_in_one_folder_the_second_says_who_holds_it(shards: Path, tm
 
 
 @pytest.mark.usefixtures("narrow", "no_figures")
-def test_a_folder_is_held_while_training_runs_and_no_longer(
+def test_a_folder_is_locked_only_while_training_runs(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastflower.training.run import Run
@@ -223,13 +223,13 @@ def test_a_folder_is_held_while_training_runs_and_no_longer(
     assert not (out / ".lock").exists()
 
 
-def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path, shards: Path) -> None:
+def test_a_run_that_cannot_start_leaves_no_folder(tmp_path: Path, shards: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         train(shards, replace(RECIPE, weights="nothing.pt"), out=tmp_path / "runs" / "a", device="cpu")
     assert not (tmp_path / "runs").exists()
 
 
-def test_two_demos_in_one_folder_do_not_clear_each_others_work(
+def test_two_demos_in_one_folder_do_not_delete_each_others_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "demo"

@@ -1,6 +1,6 @@
-"""Cores and memory in containers: control groups of version 1, version 2 and both, nested, without limits, and garbage.
+"""Cores and memory in containers: cgroups v1, v2 and hybrid, nested, without limits, and with invalid files.
 
-Each tree of files is laid out as the kernel's (Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst).
+Each tree of files follows the kernel's layout (Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst).
 """
 
 import os
@@ -19,14 +19,14 @@ from fastflower.packing import packer
 from fastflower.shards import verification
 
 FREE = 64 << 30
-UNLIMITED = 9223372036854771712  # version 1 knows no "max"
+UNLIMITED = 9223372036854771712  # v1 has no "max"
 
 Write = Callable[..., None]
 
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes the files of a group; `own` is this process's /proc/self/cgroup. The machine has 64 GiB free and 16 cores."""
+    """Write the files of a cgroup, and `own` to /proc/self/cgroup. The machine has 64 GiB free and 16 cores."""
     monkeypatch.setattr(machine, "_GROUPS", tmp_path / "groups")
     monkeypatch.setattr(machine, "_OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
@@ -61,22 +61,22 @@ def v2(limit: object, used: int, *, inactive: int = 0, active: int = 0, slab: in
     return {"memory_max": limit, "memory_current": used, "memory_stat": stat, "memory_high": "max"}
 
 
-def test_without_control_groups_memory_and_cores_are_the_machines(write: Write, tmp_path: Path) -> None:
+def test_without_cgroups_memory_and_cores_are_the_machines(write: Write, tmp_path: Path) -> None:
     del write
     assert (available_bytes(), cores()) == (FREE, 16)
     (tmp_path / "own").write_text("0::/user.slice/session\n")
     assert (available_bytes(), cores()) == (FREE, 16)
 
 
-def test_a_kernel_that_does_not_say_what_is_available_is_asked_for_free_pages(write: Write, tmp_path: Path) -> None:
+def test_without_mem_available_free_pages_are_counted(write: Write, tmp_path: Path) -> None:
     del write
     for text in ("MemTotal: 1 kB\n", "MemAvailable:\n", "MemAvailable: much kB\n", ""):
         (tmp_path / "meminfo").write_text(text)
         assert 0 < available_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_what_the_kernel_can_reclaim_counts_as_free(write: Write) -> None:
-    """8 GB, of which the page cache takes 7.9: once read (inactive), read again (active), and caches of names."""
+def test_reclaimable_memory_counts_as_free(write: Write) -> None:
+    """The page cache takes 7.9 of 8 GB: files read once (inactive), read again (active), and slab caches."""
     gb = 10**9
     for cached in (
         {"inactive": 79 * gb // 10},
@@ -88,21 +88,21 @@ def test_what_the_kernel_can_reclaim_counts_as_free(write: Write) -> None:
     write(**v2(8 * gb, 8 * gb, inactive=4 * gb, slab=gb))
     assert available_bytes() == 5 * gb
     write(**v2(8 * gb, 8 * gb))
-    assert available_bytes() == 0, "anonymous memory stays where it is"
+    assert available_bytes() == 0, "anonymous memory cannot be reclaimed"
     write(**v2(8 * gb, gb, inactive=2 * gb))
-    assert available_bytes() == 8 * gb, "the files are read one after the other, so that they need not agree"
+    assert available_bytes() == 8 * gb, "the files are read one after the other, so they may disagree"
 
 
-def test_version_1_limits_memory(write: Write) -> None:
+def test_v1_limits_memory(write: Write) -> None:
     write("memory", own="4:memory:/\n", **v1(1 << 30, 300 << 20))
     assert available_bytes() == 724 << 20
     write("memory", **v1(1 << 30, 1 << 30, inactive=500 << 20, active=24 << 20))
-    assert available_bytes() == 524 << 20, "of all groups below it, not those of this one alone"
+    assert available_bytes() == 524 << 20, "total_* counts all groups below, not only this one"
     write("memory", **v1(UNLIMITED, 300 << 20))
     assert available_bytes() == FREE
 
 
-def test_the_least_of_nested_groups_is_taken(write: Write) -> None:
+def test_the_smallest_limit_of_nested_groups_applies(write: Write) -> None:
     write("a/b", own="1:cpu:/elsewhere\n0::/a/b\n", **v2("max", 1000))
     assert available_bytes() == FREE
     write("a/b", **v2(9000, 2000))
@@ -114,10 +114,10 @@ def test_the_least_of_nested_groups_is_taken(write: Write) -> None:
     write("a", **v2(8000, 9000, active=7500))
     assert available_bytes() == 6500
     write("a/b/c", **v2(1, 1))
-    assert available_bytes() == 6500, "a group below binds others"
+    assert available_bytes() == 6500, "a group below limits only its own processes"
 
 
-def test_the_least_of_nested_groups_of_version_1_is_taken(write: Write) -> None:
+def test_the_smallest_limit_of_nested_v1_groups_applies(write: Write) -> None:
     write("memory/kubepods/pod1/c", own="3:pids:/x\n9:memory:/kubepods/pod1/c\n", **v1(9000, 2000))
     assert available_bytes() == 7000
     write("memory/kubepods/pod1", **v1(8000, 5000))
@@ -126,8 +126,8 @@ def test_the_least_of_nested_groups_of_version_1_is_taken(write: Write) -> None:
     assert available_bytes() == 3000
 
 
-def test_memory_above_the_high_mark_is_not_counted_on(write: Write) -> None:
-    """Processes that pass it are slowed down until they are below."""
+def test_memory_above_memory_high_is_not_available(write: Write) -> None:
+    """The kernel throttles processes above memory.high."""
     write(own="0::/\n", **v2(9000, 2000) | {"memory_high": 5000})
     assert available_bytes() == 3000
     write(**v2("max", 2000) | {"memory_high": 5000})
@@ -135,7 +135,7 @@ def test_memory_above_the_high_mark_is_not_counted_on(write: Write) -> None:
 
 
 @pytest.mark.parametrize("own", ["0::/\n", "0::/docker/4f1c\n", "0::/../other\n", None, ""])
-def test_a_container_sees_its_own_group_as_the_top_one(write: Write, own: str | None) -> None:
+def test_a_container_sees_its_own_group_as_the_root(write: Write, own: str | None) -> None:
     write(own=own, **v2(600, 100), cpu_max="150000 100000")
     assert (available_bytes(), cores()) == (500, 2)
 
@@ -143,8 +143,8 @@ def test_a_container_sees_its_own_group_as_the_top_one(write: Write, own: str | 
 @pytest.mark.parametrize(
     "own", ["4:memory:/\n5:cpu,cpuacct:/\n", "4:memory:/docker/4f1c\n5:cpu,cpuacct:/docker/4f1c\n", None]
 )
-def test_a_container_sees_its_own_group_as_the_top_one_of_version_1(write: Write, own: str | None) -> None:
-    """The limit of a group above that is not mounted, a pod's, is in its statistics."""
+def test_a_container_sees_its_own_v1_group_as_the_root(write: Write, own: str | None) -> None:
+    """memory.stat has the limit of a group above that is not mounted, for example a pod's."""
     write("memory", own=own, **v1(600, 100))
     write("cpu", cpu_cfs_quota_us=150000, cpu_cfs_period_us=100000)
     assert (available_bytes(), cores()) == (500, 2)
@@ -152,20 +152,20 @@ def test_a_container_sees_its_own_group_as_the_top_one_of_version_1(write: Write
     assert available_bytes() == 300
 
 
-def test_a_group_made_inside_a_container_that_reads_the_hosts_path(write: Write) -> None:
+def test_a_group_inside_a_container_with_the_hosts_path_is_found(write: Write) -> None:
     write("memory", own="4:memory:/docker/4f1c/job\n", **v1(8000, 1000))
     write("memory/job", **v1(3000, 1000))
     assert available_bytes() == 2000
 
 
-def test_in_a_hybrid_hierarchy_each_controller_is_where_it_is(write: Write) -> None:
+def test_in_a_hybrid_hierarchy_controllers_of_both_versions_are_found(write: Write) -> None:
     own = "5:memory:/job\n3:cpu,cpuacct:/job\n1:name=systemd:/job\n0::/job\n"
     write("memory/job", own=own, **v1(5000, 1000))
     write("cpu,cpuacct/job", cpu_cfs_quota_us=300000, cpu_cfs_period_us=100000)
     write("unified/job", cgroup_procs="")
     assert (available_bytes(), cores()) == (4000, 3)
     write("unified/job", own=own, **v2(3000, 1000))
-    assert available_bytes() == 2000, "or where version 2 has it"
+    assert available_bytes() == 2000, "v2 may have the memory controller too"
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_in_a_hybrid_hierarchy_each_controller_is_where_it_is(write: Write) -> N
         ("many cores", 16),
     ],
 )
-def test_a_quota_of_processors_is_rounded_up(write: Write, quota: str, expected: int) -> None:
+def test_a_cpu_quota_is_rounded_up(write: Write, quota: str, expected: int) -> None:
     write("job", own="0::/job\n", cpu_max=quota)
     assert cores() == expected
 
@@ -194,13 +194,13 @@ def test_a_quota_of_processors_is_rounded_up(write: Write, quota: str, expected:
     ("quota", "period", "expected"),
     [(-1, 100000, 16), (50000, 100000, 1), (250000, 100000, 3), (5, 0, 16), ("x", "", 16)],
 )
-def test_a_quota_of_version_1(write: Write, quota: object, period: object, expected: int) -> None:
+def test_a_v1_cpu_quota_is_rounded_up(write: Write, quota: object, period: object, expected: int) -> None:
     for mount in ("cpu", "cpu,cpuacct"):
         write(f"{mount}/job", own="2:cpu,cpuacct:/job\n", cpu_cfs_quota_us=quota, cpu_cfs_period_us=period)
         assert cores() == expected
 
 
-def test_the_least_quota_of_nested_groups_binds_and_ranks_share_it(
+def test_the_smallest_quota_of_nested_groups_applies_and_ranks_share_it(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write("pod", own="0::/pod/c\n", cpu_max="600000 100000")
@@ -215,7 +215,7 @@ def test_the_least_quota_of_nested_groups_binds_and_ranks_share_it(
 
 
 @pytest.mark.parametrize("text", ["", "garbage\n", "0:\n", "::::\n", "0::/caf\xe9\n", "0::relative\n", "x" * 10000])
-def test_garbage_is_no_limit_and_no_error(write: Write, tmp_path: Path, text: str) -> None:
+def test_invalid_files_mean_no_limit_and_no_error(write: Write, tmp_path: Path, text: str) -> None:
     write(own="", memory_max="lots", memory_current="-", memory_stat="inactive_file\nx y z\n\n")
     (tmp_path / "own").write_bytes(text.encode("latin-1"))
     assert (available_bytes(), cores()) == (FREE, 16)
@@ -227,10 +227,10 @@ def test_garbage_is_no_limit_and_no_error(write: Write, tmp_path: Path, text: st
     ("held", "count", "here", "expected"),
     [(128, 128, 1, 128), (8, 128, 1, 8), (128, 128, 4, 32), (8, 32, 4, 8), (2, 2, 4, 1)],
 )
-def test_threads_are_for_the_cores_that_the_process_is_held_to(
+def test_cores_and_workers_follow_the_affinity_mask(
     held: int, count: int, here: int, expected: int, write: Write, monkeypatch: pytest.MonkeyPatch, shards: Path
 ) -> None:
-    """A launcher may hold each rank to its own cores, which then are not shared once more."""
+    """A launcher may pin each rank to its own cores. These are not divided among ranks again."""
     write(own="0::/\n")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(held)))
     monkeypatch.setattr(os, "cpu_count", lambda: count)
@@ -250,14 +250,14 @@ def test_loader_pack_and_verify_obey_the_quota(write: Write, tmp_path: Path, mon
     monkeypatch.setattr(packer, "ThreadPoolExecutor", pool)
     monkeypatch.setattr(verification, "ThreadPoolExecutor", pool)
     pack(drawn(tmp_path / "data", a=4, b=4), tmp_path / "shards")
-    assert asked == [3, 2], "two makers of shards share them"
+    assert asked == [3, 2], "two shard workers share the cores"
     assert verification.verify(tmp_path / "shards") == []
     assert asked == [3, 2, 3]
     assert Loader(tmp_path / "shards", batch_size=2).workers == 4
 
 
-def test_no_program_counts_cores_by_itself() -> None:
-    """But the baseline, which imports nothing of the library, and what names the hardware."""
+def test_only_machine_counts_cores() -> None:
+    """Except the baseline, which does not import the library, and code that records the hardware."""
     counting = ("cpu_count", "sched_getaffinity", "ThreadPoolExecutor()")
     found = {
         path.name

@@ -1,4 +1,4 @@
-"""What a loader keeps decoded: the same pixels, no more than its limit, no more than is free of what no other was promised."""
+"""The cache of decoded images: it changes no pixel, and stays within its limit and the free memory."""
 
 import gc
 from pathlib import Path
@@ -27,7 +27,7 @@ def make(shards: Path, **options: Any) -> Loader:
 @pytest.mark.parametrize("cache", ["auto", 0, 5_000_000])
 def test_pixels_do_not_depend_on_the_cache(shards: Path, cache: Any, backend: Any) -> None:
     if backend == "dali" and cache == 5_000_000:
-        pytest.skip("DALI keeps nothing, and refuses to be told so")
+        pytest.skip("DALI caches nothing, and refuses a number of bytes")
     loader, plain = (make(shards, cache=kept, backend=backend) for kept in (cache, None))
     for _ in range(2):
         for one, other in zip(loader, plain, strict=True):
@@ -62,34 +62,34 @@ def test_auto_caches_only_what_fits() -> None:
         allow("all", small, cpu)  # pyright: ignore[reportArgumentType]
 
 
-def test_what_one_loader_may_keep_no_other_counts_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that loaders of a process may keep fits what was free, in whatever order they are made and filled."""
+def test_loaders_never_overcommit_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budgets of all loaders of a process fit in the free memory, whatever the order of creating and filling them."""
     device, total, taken = torch.device("meta"), 1000, 0
     monkeypatch.setattr(cache, "free_bytes", lambda _device: total - taken)
     train = allow("auto", Decoded(450, 600), device)
     assert train.left == 500
-    assert allow("auto", Decoded(300, 400), device).left == 0, "of 500 a half, 250"
+    assert allow("auto", Decoded(300, 400), device).left == 0, "half of the remaining 500 is 250"
     val = allow("auto", Decoded(200, 266), device)
     assert val.left == 250
     assert train.take(450)
     taken += 450
     assert not train.take(51)
-    assert Allowance.promised(device) == 50 + 250
+    assert Allowance.reserved(device) == 50 + 250
     third = allow("auto", Decoded(100, 133), device)
-    assert third.left == 125, "of 1000 - 450 - 300 a half"
-    assert taken + Allowance.promised(device) <= total
+    assert third.left == 125, "half of 1000 - 450 - 300"
+    assert taken + Allowance.reserved(device) <= total
     del train, val, third
-    assert Allowance.promised(device) == 0
+    assert Allowance.reserved(device) == 0
     assert allow("auto", Decoded(200, 266), device).left == 266
 
 
-def test_a_loader_that_nobody_uses_promises_nothing(
+def test_an_unused_loader_reserves_no_memory(
     shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     loader = make(shards, cache=None)
     needed = decoded_bytes(loader._samples.sizes, loader.augment, 0).needed
     gc.collect()
-    others = Allowance.promised(torch.device("cpu"))
+    others = Allowance.reserved(torch.device("cpu"))
     monkeypatch.setattr(cache, "free_bytes", lambda _device: others + 2 * needed)
     caplog.set_level("INFO", "fastflower")
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Damage after packing: it stops the epoch with the sample's name or, where asked, the next sample stands in."""
+"""Samples damaged after packing: they stop the epoch with an error that names them, or are replaced with the next one."""
 
 import logging
 import shutil
@@ -35,7 +35,7 @@ def test_bit_rot_stops_the_epoch_and_names_the_sample(damaged: Path, backend: An
     loader = make(damaged, backend=backend, shuffle=False)
     key = loader.path_of(5)
     message = rf"train-000000\.tar: sample [0-9A-Za-z_-]+ \({key}\): its bytes have changed.*checksum.*restore"
-    for _ in range(2):  # the loader goes on working after an error
+    for _ in range(2):  # the loader still works after an error
         with pytest.raises(SampleError, match=message):
             list(loader)
 
@@ -62,7 +62,7 @@ def pixels(loader: Loader) -> tuple[list[int], torch.Tensor, list[int]]:
 
 @pytest.mark.parametrize("cache", [None, "auto"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_next_sample_stands_in_for_a_damaged_one(
+def test_a_damaged_sample_is_replaced_with_the_next_one(
     shards: Path, tmp_path: Path, backend: Any, cache: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "copy"))
@@ -82,7 +82,10 @@ def test_the_next_sample_stands_in_for_a_damaged_one(
         assert found == [labels[i] for i in expected]
     assert sorted(loader.replaced) == sorted(bad)
     assert loader.stats().replaced == 4
-    assert len([record for record in caplog.records if "stands in for a damaged one" in record.message]) == 4
+    assert (
+        len([record for record in caplog.records if "replaced a damaged sample with the next one: " in record.message])
+        == 4
+    )
     for i, reason in loader.replaced.items():
         assert f"({make(shards, split='val').path_of(i)}): its bytes have changed" in reason
 
@@ -104,8 +107,8 @@ def test_resume_with_damaged_samples_gives_the_same_batches(shards: Path, tmp_pa
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("damage", ["cut", "empty", "missing"])
-def test_a_shard_that_is_cut_or_gone_costs_its_samples_only(
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_a_truncated_or_missing_shard_loses_only_its_samples(
     shards: Path, tmp_path: Path, backend: Any, damage: str
 ) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "copy"))
@@ -115,11 +118,11 @@ def test_a_shard_that_is_cut_or_gone_costs_its_samples_only(
         tar.unlink()
     else:
         content = tar.read_bytes()
-        tar.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+        tar.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
     kept = tar.stat().st_size if tar.exists() else 0
     lost = set(np.flatnonzero((rows["shard"] == 1) & (rows["offset"] + rows["size"] > kept)).tolist())
     assert lost
-    with pytest.raises(ShardError, match=r"train-000001\.tar: (is missing|has \d+ bytes, the manifest says \d+)"):
+    with pytest.raises(ShardError, match=r"train-000001\.tar: (is missing|has \d+ bytes, but the manifest says \d+)"):
         make(folder, backend=backend)
     loader = make(folder, backend=backend, on_bad="skip", tail="keep")
     index, _, _ = pixels(loader)
@@ -130,7 +133,7 @@ def test_a_shard_that_is_cut_or_gone_costs_its_samples_only(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_where_every_sample_is_damaged_the_epoch_stops(shards: Path, tmp_path: Path, backend: Any) -> None:
+def test_the_epoch_stops_if_every_sample_is_damaged(shards: Path, tmp_path: Path, backend: Any) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "copy"))
     for tar in folder.glob("val-*.tar"):
         tar.write_bytes(bytes(tar.stat().st_size))
@@ -141,10 +144,10 @@ def test_where_every_sample_is_damaged_the_epoch_stops(shards: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_shard_that_is_cut_while_it_is_read_stops_the_epoch_not_the_process(
+def test_truncating_a_shard_during_an_epoch_stops_the_epoch_not_the_process(
     shards: Path, tmp_path: Path, backend: Any
 ) -> None:
-    folder = shutil.copytree(shards, tmp_path / "cut")
+    folder = shutil.copytree(shards, tmp_path / "truncated")
     loader = make(folder, backend=backend, cache=None)
     assert len(list(loader)) == len(loader)
     for path in folder.glob("train-*.tar"):

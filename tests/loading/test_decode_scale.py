@@ -1,4 +1,4 @@
-"""Large images are decoded at reduced scale: near enough, cached as uncached, and the same in prediction."""
+"""Decoding large images at reduced scale: close to exact, the same with and without a cache, the same in prediction."""
 
 import io
 import logging
@@ -32,7 +32,7 @@ def encoded(image: NDArray[np.uint8], kind: str = "JPEG", **options: Any) -> byt
 
 
 def boxes(image: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
-    """The means of boxes, the last of which repeat the edge."""
+    """Return the means of boxes; the last boxes repeat the edge."""
     height, width = (-(-length // side) for length in image.shape[:2])
     padded = np.pad(image, ((0, height * side - image.shape[0]), (0, width * side - image.shape[1]), (0, 0)), "edge")
     return padded.reshape(height, side, width, side, 3).mean(axis=(1, 3))
@@ -40,7 +40,7 @@ def boxes(image: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
 
 @pytest.fixture(scope="module")
 def large(image_files: list[Path]) -> list[NDArray[np.uint8]]:
-    """Images of about a megapixel, of no even size."""
+    """Images of about a megapixel with odd sides."""
     return [cv2.resize(decode(path.read_bytes()), (1203, 901)) for path in image_files[::10]]  # pyright: ignore[reportReturnType]
 
 
@@ -64,14 +64,14 @@ def test_reduced_pixels_are_the_means_of_boxes(kind: str, decode_scale: int, lar
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_reduced_images_stand_upright(orientation: int, large: list[NDArray[np.uint8]]) -> None:
+def test_reduced_images_are_upright(orientation: int, large: list[NDArray[np.uint8]]) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(large[0][:896, :1200], exif=exif)
     assert np.abs(decode(data, 4) - boxes(decode(data), 4)).mean() < 1
 
 
-def test_half_of_the_reduction_is_left_at_least() -> None:
+def test_decoding_leaves_a_reduction_by_at_least_two() -> None:
     footprint = np.array([[r**2, 3 * r**2] for r in np.geomspace(0.5, 100, 200)])
     found = decode_scales(footprint)
     assert set(found.tolist()) == {1, 2, 4, 8}
@@ -86,7 +86,7 @@ AUGMENTS = {"views": Augment(size=64, resize=73), "crops": Augment(size=64, crop
 
 @pytest.mark.parametrize("backend", ["native", "opencv"])
 @pytest.mark.parametrize("name", AUGMENTS)
-def test_a_cache_that_holds_some_changes_no_pixel(name: str, backend: Any, shards: Path) -> None:
+def test_a_partial_cache_changes_no_pixel(name: str, backend: Any, shards: Path) -> None:
     options: dict[str, Any] = {
         "batch_size": 5, "augment": AUGMENTS[name], "device": "cpu", "backend": backend, "tail": "keep",
     }  # fmt: skip
@@ -104,7 +104,7 @@ def test_a_large_image_is_never_decoded_whole_for_a_small_view(shards: Path) -> 
     assert asked == {4}  # 901 to 73 pixels: 12.3 times smaller
 
 
-def test_auto_counts_what_reduced_images_take(
+def test_auto_estimates_the_memory_of_reduced_images(
     shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept: list[PixelCache] = []
@@ -121,14 +121,14 @@ def test_auto_counts_what_reduced_images_take(
         for _ in range(4):
             assert sum(len(batch.labels) for batch in loader) == loader.num_samples
         (cache,) = kept
-        held = sum(image.nbytes for image in cache._kept.values())
+        held = sum(image.nbytes for image in cache._cached.values())
         whole = loader.num_samples * 901 * 1203 * 3
         estimate = decoded_bytes(loader._samples.sizes, augment, loader.seed)
         assert held < 0.9 * whole
         assert 0.9 * held <= estimate.needed <= 1.1 * held
         assert held < whole < estimate.most
         kept.clear()
-    assert len([line for line in caplog.messages if line.startswith("cache: ")]) == len(AUGMENTS), "each says it once"
+    assert len([line for line in caplog.messages if line.startswith("cache: ")]) == len(AUGMENTS), "each logs it once"
 
 
 def test_prediction_sees_what_the_loader_sees(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,8 +142,8 @@ def test_prediction_sees_what_the_loader_sees(shards: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("renderer", ["native", "opencv"])
-def test_reduced_or_whole_an_image_lies_in_the_same_place(renderer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waves of 60 pixels, of which a reduction by 8 leaves seven: half a pixel too far would be 50 levels off."""
+def test_decoding_at_reduced_scale_shifts_no_pixel(renderer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waves of 60 pixels are seven pixels long at decode scale 1/8, so a shift by half a pixel would be 50 levels off."""
     y, x = np.mgrid[:900, :1203]
     image = np.stack([127 + 120 * np.sin(2 * np.pi * part / 60) for part in (x, y, x + y)], axis=2).astype(np.uint8)
     data = encoded(image, quality=95)
@@ -166,7 +166,7 @@ def test_reduced_or_whole_an_image_lies_in_the_same_place(renderer: Any, monkeyp
     assert np.abs(reduced - render()).mean() < 3
 
 
-def test_two_to_four_boxes_are_left_to_a_pixel_also_where_the_axes_differ() -> None:
+def test_shrinking_leaves_two_to_four_boxes_per_pixel_on_each_axis() -> None:
     footprint = np.random.default_rng(0).uniform(1, 60, (500, 2)) ** 2
     factors = geometry.shrink_factors(footprint)
     left = np.sqrt(footprint) / factors

@@ -1,6 +1,6 @@
-"""Epochs of a Loader for any number of samples, ranks and shards: exact, padded or cut as promised, wherever resumed.
+"""Epochs of any number of samples, ranks and shards are exact, padded or cut as their tail says, wherever they resume.
 
-The loaders are real but for the pixels: a manifest and an index stand on the disk, images do not.
+The loaders are real except for the pixels: there is a manifest and an index on disk, but no image.
 """
 
 from collections import Counter
@@ -27,11 +27,11 @@ WINDOWS = st.none() | st.integers(1, 9)
 EXAMPLES = settings(deadline=None, max_examples=100, derandomize=True)
 
 Ranks = list[list[list[int]]]
-"""The indices of the batches of every rank."""
+"""Indices of every batch of every rank."""
 
 
 class NoPixels:
-    """A backend that makes nothing."""
+    """Backend that renders nothing."""
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
         for request in requests:
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(folder: Path, counts: list[int]) -> Path:
-    """A folder for shards of so many samples, without the shards."""
+    """Write a manifest and an index for shards with these numbers of samples, without the shards."""
     samples = sum(counts)
     shards = tuple(Shard(f"{number}.tar", count, 512 * (count + 1), "") for number, count in enumerate(counts))
     manifest = Manifest(
@@ -67,17 +67,17 @@ def written(folder: Path, counts: list[int]) -> Path:
 
 
 def make(folder: Path, world_size: int, **options: Any) -> list[Loader]:
-    """The loaders of all ranks."""
+    """Return the loaders of all ranks."""
     options |= {"augment": Augment(size=8), "device": "cpu", "cache": None, "on_bad": "skip", "world_size": world_size}
     return [Loader(folder, rank=rank, **options) for rank in range(world_size)]
 
 
-def fed(loaders: list[Loader]) -> Ranks:
+def batches_of(loaders: list[Loader]) -> Ranks:
     return [[batch.index.tolist() for batch in loader] for loader in loaders]
 
 
 def joined(ranks: Ranks) -> list[list[int]]:
-    """The global batches; a rank without a part of the last has a step less."""
+    """Return the global batches; a rank without a part of the last one has one step less."""
     steps = max(map(len, ranks))
     return [list(chain.from_iterable(rank[step] for rank in ranks if step < len(rank))) for step in range(steps)]
 
@@ -93,7 +93,7 @@ def joined(ranks: Ranks) -> list[list[int]]:
     epoch=st.integers(0, 10**6),
 )
 @example(counts=[2, 0, 3], world_size=4, batch_size=1, tail="keep", shuffle=True, window=None, epoch=0)  # 4 + 1
-def test_an_epoch_over_all_ranks_is_whole_padded_or_cut_as_its_tail_says(
+def test_an_epoch_over_all_ranks_is_exact_padded_or_cut_as_its_tail_says(
     folder: Path,
     counts: list[int],
     world_size: int,
@@ -105,13 +105,13 @@ def test_an_epoch_over_all_ranks_is_whole_padded_or_cut_as_its_tail_says(
 ) -> None:
     samples, share = sum(counts), batch_size * world_size
     if tail == "drop" and share > samples:
-        tail = "pad"  # dropping would leave no step, which is refused
+        tail = "pad"  # dropping would leave no steps, which is an error
     loaders = make(
         written(folder, counts), world_size, batch_size=batch_size, tail=tail, shuffle=shuffle, window=window
     )
     for loader in loaders:
         loader.set_epoch(epoch)
-    ranks = fed(loaders)
+    ranks = batches_of(loaders)
     seen = Counter(index for batches in ranks for batch in batches for index in batch)
     assert [len(batches) for batches in ranks] == [len(loader) for loader in loaders]
     if tail == "keep":
@@ -141,7 +141,7 @@ def test_an_epoch_over_all_ranks_is_whole_padded_or_cut_as_its_tail_says(
     epoch=st.integers(0, 99),
     data=st.data(),
 )
-def test_an_epoch_stopped_anywhere_goes_on_at_any_world_size_as_if_it_had_not_been_stopped(
+def test_an_epoch_interrupted_anywhere_resumes_exactly_at_any_world_size(
     folder: Path,
     counts: list[int],
     before: int,
@@ -162,7 +162,7 @@ def test_an_epoch_stopped_anywhere_goes_on_at_any_world_size_as_if_it_had_not_be
 
     (alone,) = loaders(1)
     alone.set_epoch(epoch)
-    whole, following = joined(fed([alone])), joined(fed([alone]))
+    whole, following = joined(batches_of([alone])), joined(batches_of([alone]))
     begun = loaders(before)
     for loader in begun:
         loader.set_epoch(epoch)
@@ -173,9 +173,9 @@ def test_an_epoch_stopped_anywhere_goes_on_at_any_world_size_as_if_it_had_not_be
     resumed = loaders(after)
     for loader in resumed:
         loader.load_state_dict(states[-1])
-    rest = joined(fed(resumed))
-    if stop == len(whole):  # the state says that the next epoch begins
+    rest = joined(batches_of(resumed))
+    if stop == len(whole):  # the state is at the start of the next epoch
         assert [*joined(first), *rest] == [*whole, *following]
     else:
         assert [*(joined(first) if stop else []), *rest] == whole
-        assert joined(fed(resumed)) == following
+        assert joined(batches_of(resumed)) == following

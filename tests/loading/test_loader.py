@@ -1,4 +1,4 @@
-"""What the loader promises: exact epochs, resume, the same samples on any number of ranks."""
+"""The loader's guarantees: exact epochs, resuming, and the same samples on any number of ranks."""
 
 import pickle
 import threading
@@ -20,7 +20,8 @@ from fastflower.loading.stats import Stats
 
 RANDOM = Augment(size=64, resize=72, crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, hue=0.1)
 BACKENDS = ["native", "opencv", "dali"]
-OPENCV, DALI = (pytest.param(name, marks=pytest.mark.soak) for name in ("opencv", "dali"))  # where the loader decides
+# soak: in these tests the loader decides, not the backend
+OPENCV, DALI = (pytest.param(name, marks=pytest.mark.soak) for name in ("opencv", "dali"))
 
 
 def make(shards: Path, **options: Any) -> Loader:
@@ -99,9 +100,7 @@ def test_ranks_evaluate_every_sample_once_and_never_an_empty_batch(
 
 @pytest.mark.parametrize("backend", ["native", OPENCV, DALI])
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 50), (2, 25), (4, 70)])
-def test_a_padded_tail_is_filled_with_the_first_samples(
-    shards: Path, backend: Any, world_size: int, batch_size: int
-) -> None:
+def test_a_padded_tail_repeats_the_first_samples(shards: Path, backend: Any, world_size: int, batch_size: int) -> None:
     order = epoch_order(120, seed=0, epoch=0)
     ranks = [
         indices(make(shards, batch_size=batch_size, rank=r, world_size=world_size, tail="pad", backend=backend))
@@ -122,7 +121,7 @@ def test_a_kept_tail_makes_a_shuffled_epoch_exact(shards: Path) -> None:
 
 def test_stats_add_up_over_epochs(shards: Path) -> None:
     loader = make(shards, cache=None)
-    assert loader.stats().verdict == "nothing was loaded yet: iterate over the loader first."
+    assert loader.stats().verdict == "no batches yet: iterate over the loader first."
     list(loader)
     first = loader.stats()
     assert (first.images, first.replaced) == (112, 0)
@@ -135,7 +134,7 @@ def test_stats_add_up_over_epochs(shards: Path) -> None:
     assert second.decode_seconds > first.decode_seconds
 
 
-def test_a_verdict_names_who_waits_and_for_what() -> None:
+def test_the_verdict_names_the_bottleneck() -> None:
     spent = {"read_seconds": 1.0, "decode_seconds": 5.0, "augment_seconds": 2.0}
     slow = Stats(images=10, workers=2, replaced=0, wait_seconds=4.0, consume_seconds=4.0, **spent)
     assert slow.verdict.startswith(
@@ -144,13 +143,13 @@ def test_a_verdict_names_who_waits_and_for_what() -> None:
     assert str(slow).splitlines()[1] == "decode       5.00 s  500.000 ms per image"
     by_dali = replace(slow, decode_seconds=0.0, augment_seconds=0.0)
     assert by_dali.verdict.startswith(
-        "data loading is the bottleneck: the consumer waited 50% of the time; work of a GPU or DALI "
+        "data loading is the bottleneck: the consumer waited 50% of the time; work in DALI or on a GPU is not timed "
     )
     fast = replace(slow, wait_seconds=0.1)
     assert fast.verdict.startswith("the consumer is the bottleneck: it waited for data 2% of the time; ")
 
 
-def test_a_break_is_followed_by_the_next_epoch(shards: Path) -> None:
+def test_the_next_epoch_follows_a_break(shards: Path) -> None:
     loader, whole = make(shards), make(shards)
     epochs = [indices(whole) for _ in range(3)]
     assert [batch.index.tolist() for batch in islice(loader, 2)] == epochs[0][:2]
@@ -159,10 +158,8 @@ def test_a_break_is_followed_by_the_next_epoch(shards: Path) -> None:
     assert indices(loader) == epochs[0]
 
 
-def test_set_epoch_after_a_state_keeps_its_place_in_that_epoch_only(
-    shards: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As every loop over epochs asks for, also that of a run that goes on in the middle of one."""
+def test_set_epoch_keeps_a_loaded_step_only_in_the_loaded_epoch(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A training loop calls set_epoch for every epoch, also when it resumes in the middle of one."""
     before, whole = make(shards), make(shards)
     epochs = [indices(whole) for _ in range(3)]
     for epoch, steps in ((0, 7), (1, 3)):
@@ -178,12 +175,12 @@ def test_set_epoch_after_a_state_keeps_its_place_in_that_epoch_only(
         found.append(indices(after))
     assert found == [epochs[1][3:], epochs[2]]
     assert caplog.messages == []
-    for step in (3, 0):  # also at the beginning of the next epoch
+    for step in (3, 0):  # also at the start of the epoch
         after.load_state_dict({**state, "step": step})
         after.set_epoch(0)
         assert indices(after) == epochs[0]
-        told = f"the loaded position, step {step} of epoch 1, is discarded"
-        assert caplog.messages[-1] == f"set_epoch(0): begins at the start of that epoch; {told}"
+        discarded = f"discarded the loaded position, step {step} of epoch 1"
+        assert caplog.messages[-1] == f"set_epoch(0): starting at the first step; {discarded}"
 
 
 @pytest.mark.parametrize("backend", ["native", OPENCV, DALI])
@@ -256,7 +253,7 @@ def test_threads_end_with_the_iterator(shards: Path, backend: Any) -> None:
         (
             {"batch_size": 121},
             ArgumentError,
-            r"batch_size: 121, of all ranks together, exceeds the 120 samples .* lower it \(--batch-size\)",
+            r"batch_size: 121 over all ranks exceeds the 120 samples .* lower it \(--batch-size\)",
         ),
         ({"workers": 0}, ArgumentError, "workers must be at least 1"),
         ({"window": 0}, ArgumentError, "window must be at least 1 shard, got 0"),
@@ -264,9 +261,9 @@ def test_threads_end_with_the_iterator(shards: Path, backend: Any) -> None:
         ({"on_bad": "ignore"}, ArgumentError, "on_bad must be 'fail' or 'skip', got 'ignore'"),
         ({"dtype": torch.int32}, ArgumentError, "dtype must be one of torch.float32"),
         ({"rank": 0}, ArgumentError, "rank and world_size belong together"),
-        ({"rank": 2, "world_size": 2}, ArgumentError, r"rank must lie in 0 \.\. world_size-1 = 1, got 2"),
+        ({"rank": 2, "world_size": 2}, ArgumentError, r"rank must be in 0 \.\. world_size-1 = 1, got 2"),
         ({"backend": "pil"}, ArgumentError, "backend must be one of native, opencv, dali, triton, got 'pil'"),
-        ({"split": "test"}, ShardError, "has no samples in split 'test'; it has train, val"),
+        ({"split": "test"}, ShardError, "has no samples in split 'test'; choose from train, val"),
     ],
 )
 def test_arguments_outside_their_rule_are_named(
@@ -278,27 +275,27 @@ def test_arguments_outside_their_rule_are_named(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_a_gpu_is_an_error_with_the_remedy(shards: Path) -> None:
-    with pytest.raises(DeviceError, match=r"device='cuda': this machine.*has no CUDA; leave device out to use the CPU"):
+    with pytest.raises(DeviceError, match=r"device='cuda': this machine.*has no CUDA; omit device to use the CPU"):
         make(shards, device="cuda")
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"has no manifest\.json, so it is no finished pack; name a folder"):
+    with pytest.raises(ShardError, match=r"has no manifest\.json, so it is not a finished pack; pass a folder"):
         Loader(tmp_path)
 
 
-def test_a_batch_that_is_held_stays_as_it_is(shards: Path) -> None:
-    """Memory is used again only when nobody holds the batch, or anything that looks into it."""
+def test_a_batch_in_use_does_not_change(shards: Path) -> None:
+    """Memory is reused only when nothing refers to the batch or to a view of it."""
     options: dict[str, Any] = {"batch_size": 16, "augment": RANDOM, "device": "cpu"}
     expected = [batch.images for batch in Loader(shards, **options)]
     loader = Loader(shards, **options)
-    views = [batch.images[1, :, ::2].numpy() for batch in loader]  # of memory that only these arrays hold
+    views = [batch.images[1, :, ::2].numpy() for batch in loader]  # only these arrays keep the memory alive
     held = [batch for _ in range(2) for batch in loader]
     assert all(np.array_equal(view, images[1, :, ::2].numpy()) for view, images in zip(views, expected, strict=True))
     assert len({batch.images.data_ptr() for batch in held}) == len(held)
 
 
-def test_memory_of_batches_that_nobody_holds_is_used_again(shards: Path) -> None:
+def test_memory_of_unused_batches_is_reused(shards: Path) -> None:
     loader = Loader(shards, batch_size=16, augment=RANDOM, device="cpu", workers=1)
     assert len({batch.images.data_ptr() for _ in range(6) for batch in loader}) < 3 * len(loader)
 
@@ -306,7 +303,7 @@ def test_memory_of_batches_that_nobody_holds_is_used_again(shards: Path) -> None
 @pytest.mark.dali
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
-def test_dali_hands_its_memory_to_torch(
+def test_dali_shares_its_memory_with_torch(
     device: str, dtype: torch.dtype, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pointers: list[int] = []
@@ -322,12 +319,12 @@ def test_dali_hands_its_memory_to_torch(
     assert pointers
 
 
-def test_backend_may_be_asked_for_by_its_former_name(shards: Path) -> None:
-    with pytest.warns(
-        FutureWarning, match=r"^Loader\(executor=\) is called backend= now; pass backend='opencv'\.$"
-    ) as told:
+def test_the_deprecated_executor_argument_chooses_the_backend(shards: Path) -> None:
+    with pytest.warns(FutureWarning, match=r"^Loader\(executor=\) is deprecated; pass backend='opencv'\.$") as told:
         loader = make(shards, executor="opencv")
     assert (len(told), loader.backend) == (1, "opencv")
     assert [batch.index.tolist() for batch in pickle.loads(pickle.dumps(loader))] == indices(loader)
-    with pytest.raises(ArgumentError, match=r"^executor is the former name of backend; pass backend='native' alone\.$"):
+    with pytest.raises(
+        ArgumentError, match=r"^executor is the deprecated name of backend; pass only backend='native'\.$"
+    ):
         make(shards, executor="opencv", backend="native")

@@ -1,4 +1,4 @@
-"""A loader leaves nothing behind, however its epoch ends, and works in forked and spawned processes and in notebooks."""
+"""A loader leaves nothing behind, however its epoch ends, and works in forked and spawned processes and notebooks."""
 
 import asyncio
 import gc
@@ -22,11 +22,11 @@ from fastflower.loading import loader as loader_file
 AUGMENT = Augment(size=32, resize=36, crop=(0.3, 1.0), hue=0.1)
 OPTIONS: dict[str, Any] = {"batch_size": 8, "augment": AUGMENT, "device": "cpu"}
 BACKENDS = ["native", "opencv", "dali"]
-OPENCV = pytest.param("opencv", marks=pytest.mark.soak)  # threads as native's
+OPENCV = pytest.param("opencv", marks=pytest.mark.soak)  # threads like native
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _only_what_is_new_is_searched_for_garbage() -> Iterator[None]:
+def _only_new_objects_are_collected() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     yield
@@ -34,7 +34,7 @@ def _only_what_is_new_is_searched_for_garbage() -> Iterator[None]:
 
 
 def left() -> dict[str, Any]:
-    """What could be left: processes, threads of ours, open files, shared memory."""
+    """Return what could be left behind: processes, our threads, open files, shared memory."""
     gc.collect()
     me = psutil.Process()
     return {
@@ -47,7 +47,7 @@ def left() -> dict[str, Any]:
 
 @pytest.mark.parametrize("backend", ["native", "dali", OPENCV])
 @pytest.mark.parametrize("end", ["whole", "break", "exception", "interrupt", "two at once"])
-def test_nothing_is_left_of_an_epoch(end: str, backend: Any, shards: Path) -> None:
+def test_an_epoch_leaves_nothing_behind(end: str, backend: Any, shards: Path) -> None:
     before = left()
     loader = Loader(shards, backend=backend, **OPTIONS)
     if end == "two at once":
@@ -58,14 +58,14 @@ def test_nothing_is_left_of_an_epoch(end: str, backend: Any, shards: Path) -> No
             if step == 2 and end == "break":
                 break
             if step == 2 and end == "exception":
-                raise RuntimeError("of the consumer")
+                raise RuntimeError("consumer failed")
             if step == 2 and end == "interrupt":
                 signal.raise_signal(signal.SIGINT)
     except (RuntimeError, KeyboardInterrupt):
         pass
     assert {**left(), "files": before["files"]} == before
     assert len(list(loader)) == len(loader), "and the next epoch is whole"
-    del loader  # which holds shards open
+    del loader  # it keeps shards open
     assert left() == before
 
 
@@ -77,7 +77,7 @@ from test_loader_ends import AUGMENT, OPTIONS, Loader
 loader = Loader(Path(sys.argv[2]), **OPTIONS)
 while True:
     for batch in loader:
-        print("fed", flush=True)
+        print("batch", flush=True)
 """
 
 
@@ -87,7 +87,7 @@ def test_a_process_that_is_killed_ends_at_once_and_leaves_nothing(number: signal
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(shards)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == "fed\n"
+    assert process.stdout.readline() == "batch\n"
     children = psutil.Process(process.pid).children(recursive=True)
     assert children == []
     process.send_signal(number)
@@ -96,8 +96,8 @@ def test_a_process_that_is_killed_ends_at_once_and_leaves_nothing(number: signal
     assert left() == before
 
 
-def test_memory_is_used_again_when_a_batch_is_gone_not_before_and_giving_it_back_runs_no_python(shards: Path) -> None:
-    """Python swallows a KeyboardInterrupt that comes in a callback of a weak reference."""
+def test_memory_is_reused_only_after_a_batch_is_gone_and_freeing_it_runs_no_python(shards: Path) -> None:
+    """Python swallows a KeyboardInterrupt in the callback of a weak reference."""
     batches = iter(Loader(shards, backend="opencv", workers=1, **OPTIONS))
     kept = [next(batches) for _ in range(6)]
     places = [batch.images.data_ptr() for batch in kept]
@@ -110,12 +110,12 @@ def test_memory_is_used_again_when_a_batch_is_gone_not_before_and_giving_it_back
     assert {batch.images.data_ptr() for batch in batches} & set(places)
 
 
-def feed(loader: Loader, pipe: Any) -> None:
+def send_batches(loader: Loader, pipe: Any) -> None:
     pipe.send([(batch.index.tolist(), batch.images.sum().item()) for batch in loader])
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_when_an_iterator_ends_the_system_knows_of_its_threads_no_more(shards: Path) -> None:
+def test_threads_are_gone_from_the_system_when_an_iterator_ends(shards: Path) -> None:
     for _ in range(20):
         iterator = iter(Loader(shards, **OPTIONS))
         next(iterator)
@@ -130,21 +130,21 @@ def test_when_an_iterator_ends_the_system_knows_of_its_threads_no_more(shards: P
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_loader_works_in_another_process(method: str, backend: Any, shards: Path) -> None:
     loader = Loader(shards, backend=backend, **OPTIONS)
-    next(iter(loader))  # its threads have worked here
+    next(iter(loader))  # its threads have run in this process
     loader.load_state_dict({**loader.state_dict(), "epoch": 1, "step": 3})
     context: Any = multiprocessing.get_context(method)
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=feed, args=(loader, there))
+    process = context.Process(target=send_batches, args=(loader, there))
     process.start()
-    assert here.poll(60), "nothing came"
-    fed = here.recv()
+    assert here.poll(60), "no batches arrived"
+    received = here.recv()
     process.join()
     assert process.exitcode == 0
-    assert fed == [(batch.index.tolist(), batch.images.sum().item()) for batch in loader]
+    assert received == [(batch.index.tolist(), batch.images.sum().item()) for batch in loader]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_pickled_loader_stands_where_it_stood(backend: Any, shards: Path) -> None:
+def test_a_pickled_loader_keeps_its_position(backend: Any, shards: Path) -> None:
     loader = Loader(shards, backend=backend, seed=3, **OPTIONS)
     loader.set_epoch(2)
     for step, _batch in enumerate(loader):
@@ -155,23 +155,23 @@ def test_a_pickled_loader_stands_where_it_stood(backend: Any, shards: Path) -> N
     assert all(torch.equal(one.images, other.images) for one, other in zip(again, loader, strict=True))
 
 
-def test_a_pickled_loader_says_which_place_it_gives_up(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pickled_loader_logs_which_position_it_discards(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     loader = Loader(shards, batch_size=16, device="cpu")
     loader.load_state_dict({**loader.state_dict(), "step": 3})
     pickle.loads(pickle.dumps(loader)).set_epoch(1)
     assert caplog.messages == [
-        "set_epoch(1): begins at the start of that epoch; the loaded position, step 3 of epoch 0, is discarded"
+        "set_epoch(1): starting at the first step; discarded the loaded position, step 3 of epoch 0"
     ]
 
 
-def test_a_pickled_loader_takes_what_there_is_where_it_goes(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, left_open = Loader(shards, workers=3, **OPTIONS), Loader(shards, **OPTIONS)
+def test_an_unpickled_loader_uses_the_cores_of_its_own_machine(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, default = Loader(shards, workers=3, **OPTIONS), Loader(shards, **OPTIONS)
     monkeypatch.setattr(loader_file, "cores", lambda: 40)
-    assert [pickle.loads(pickle.dumps(each)).workers for each in (asked, left_open)] == [3, 41]
+    assert [pickle.loads(pickle.dumps(each)).workers for each in (chosen, default)] == [3, 41]
 
 
 def test_a_pickled_loader_keeps_its_rank(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it arrives, torch.distributed may not have been initialized."""
+    """torch.distributed may not be initialized in the process that unpickles it."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.distributed, "is_initialized", lambda: True)
         patch.setattr(torch.distributed, "get_rank", lambda: 1)
@@ -181,8 +181,8 @@ def test_a_pickled_loader_keeps_its_rank(shards: Path, monkeypatch: pytest.Monke
     assert (again.rank, again.world_size) == (loader.rank, loader.world_size) == (1, 3)
 
 
-def test_a_loader_runs_where_an_event_loop_runs(shards: Path) -> None:
-    """As in a notebook, whose cells run inside one."""
+def test_a_loader_works_inside_an_event_loop(shards: Path) -> None:
+    """The cells of a notebook run inside one."""
 
     async def cell() -> int:
         return sum(len(batch.labels) for batch in Loader(shards, **OPTIONS))
@@ -196,8 +196,8 @@ def test_the_state_needs_no_pickle_and_no_large_file(shards: Path) -> None:
     assert len(repr(loader.state_dict())) < 300
 
 
-def test_making_a_loader_reads_no_image(shards: Path) -> None:
-    """So that the first batch comes at once, however large the data."""
+def test_creating_a_loader_reads_no_image(shards: Path) -> None:
+    """So the first batch does not take longer on a large data set."""
     start = psutil.Process().io_counters().read_chars
     loader = Loader(shards, **OPTIONS)
     index = (shards / "train.index.npy").stat().st_size

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from fastflower import Augment, Loader, Recipe, train
 from fastflower.draws.draw import Mix
 from fastflower.errors import ArgumentError
-from fastflower.loading.batch import mixed
+from fastflower.loading.batch import Batch, mixed
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
@@ -20,7 +20,7 @@ BOTH = Augment(size=32, resize=36, flip=0.5, mixup=0.4, cutmix=1.0)
 
 
 def ks_2samp(one: Any, other: Any) -> float:
-    """The probability of a difference as large between samples of one distribution (Kolmogorov and Smirnov)."""
+    """Return the p-value of the two-sample Kolmogorov-Smirnov test."""
     found: Any = stats.ks_2samp(one, other)
     return float(found.pvalue)
 
@@ -48,14 +48,15 @@ def test_pairs_are_mixed_as_a_plain_loop_mixes_them() -> None:
             expected[row][inside] = images[other][inside]
         else:
             expected[row] = share * images[row] + (1 - share) * images[other]
-    found, found_shares = mixed(torch.from_numpy(images), torch.from_numpy(labels), mix, 3, torch.clone)
+    batch = Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.arange(len(labels)))
+    found, found_shares, _ = mixed(batch, mix, 3, torch.clone)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(found_shares.numpy(), shares, atol=1e-6)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("alpha", "cut"), [(0.2, False), (1.0, False), (1.0, True), (0.5, True)])
-def test_shares_are_distributed_as_torchvisions(alpha: float, cut: bool) -> None:
+def test_shares_follow_torchvisions_distribution(alpha: float, cut: bool) -> None:
     count, size = 4000, 64
     augment = Augment(size=size, cutmix=alpha) if cut else Augment(size=size, mixup=alpha)
     mine = augment.mix(0, 0, np.arange(2 * count))
@@ -72,7 +73,7 @@ def test_shares_are_distributed_as_torchvisions(alpha: float, cut: bool) -> None
         assert ks_2samp(mine.box[:, 0], mine.box[:, 1]) > 1e-3
 
 
-def test_both_together_are_dealt_equally_often() -> None:
+def test_mixup_and_cutmix_together_are_drawn_equally_often() -> None:
     cut = BOTH.mix(1, 2, np.arange(4000)).cut
     assert stats.binomtest(int(cut.sum()), 2000, 0.5).pvalue > 1e-3
 
@@ -106,11 +107,11 @@ def test_any_number_of_ranks_mixes_the_same_images(shards: Path, backend: Any, w
         assert torch.allclose(whole.labels.sum(dim=1), torch.ones(24))
 
 
-def test_unmixed_images_lie_in_what_was_mixed(shards: Path) -> None:
+def test_a_mixed_batch_is_made_of_the_unmixed_images(shards: Path) -> None:
     plain = next(iter(make(shards, augment=Augment(size=32, resize=36, flip=0.5))))
     batch = next(iter(make(shards)))
     mix = BOTH.mix(0, 0, plain.index)
-    images, labels = mixed(plain.images, plain.labels, mix, 5, torch.clone)
+    images, labels, _ = mixed(plain, mix, 5, torch.clone)
     assert torch.equal(images, batch.images)
     assert torch.equal(labels, batch.labels)
     assert not torch.equal(plain.images, batch.images)
@@ -119,7 +120,7 @@ def test_unmixed_images_lie_in_what_was_mixed(shards: Path) -> None:
 @pytest.mark.parametrize(
     "options", [{"batch_size": 15}, {"tail": "keep"}, {"dtype": torch.uint8}], ids=["odd", "keep", "uint8"]
 )
-def test_what_cannot_be_mixed_is_refused(shards: Path, options: dict[str, Any]) -> None:
+def test_batches_that_cannot_be_mixed_are_refused(shards: Path, options: dict[str, Any]) -> None:
     with pytest.raises(
         ArgumentError, match=r"^augment: mixup and cutmix mix pairs of a batch, .* got \d+, '\w+' and torch\.\w+\.$"
     ):
@@ -132,7 +133,7 @@ def test_a_negative_parameter_is_refused(name: str) -> None:
         Augment(**{name: -1})  # pyright: ignore[reportArgumentType]
 
 
-def test_training_takes_mixed_labels(shards: Path, tmp_path: Path) -> None:
+def test_training_accepts_mixed_labels(shards: Path, tmp_path: Path) -> None:
     recipe = Recipe(weights=None, augment=BOTH, epochs=1, batch_size=24, lr=0.01)
     report = train(shards, recipe, out=tmp_path / "run", device="cpu")
     assert 0 <= report.history[0]["train_accuracy"] <= 1

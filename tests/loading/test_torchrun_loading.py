@@ -1,4 +1,4 @@
-"""Epochs under torchrun: ranks that find their places by themselves, and a real all_reduce in every step."""
+"""Epochs under torchrun: ranks take their place from torch.distributed, with an all_reduce in every step."""
 
 import json
 import os
@@ -19,7 +19,7 @@ PROGRAM = HELPERS / "torchrun_epochs.py"
 WORLD_SIZES = [2, 4]
 
 Reports = dict[int, list[dict[str, Any]]]
-"""What the processes wrote, by world size and rank."""
+"""Reports of the processes, by world size and rank."""
 
 
 def launched(world_size: int, *arguments: Path) -> None:
@@ -50,7 +50,7 @@ def reports(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Reports:
 
 @pytest.fixture(scope="module")
 def alone(shards: Path) -> dict[str, list[Fed]]:
-    """The same epochs in this process, which is the only rank."""
+    """The same epochs in this process as the only rank."""
     loaders = {tail: make(shards, "train", 1, tail=tail, rank=0, world_size=1) for tail in ("drop", "pad")}
     found = {tail: [fed(loader) for _ in range(2)] for tail, loader in loaders.items()}
     for number in range(2):
@@ -61,7 +61,7 @@ def alone(shards: Path) -> dict[str, list[Fed]]:
 
 
 def joined(parts: Iterable[Fed]) -> Fed:
-    """The global batches of an epoch, from those of its ranks, which must have the same number of steps."""
+    """Join the batches of all ranks to global batches. Every rank must have the same number of steps."""
     steps = zip(*parts, strict=True)
     return [(list(chain.from_iterable(index for index, _ in step)), sum(sum_ for _, sum_ in step)) for step in steps]
 
@@ -71,7 +71,7 @@ def samples(epoch: Fed) -> list[int]:
 
 
 def epochs(ranks: list[dict[str, Any]], name: str) -> list[Fed]:
-    """The epochs over all ranks; every rank saw the sums of all in every step."""
+    """Return the epochs over all ranks, and check that every rank saw the sum over all ranks in every step."""
     found: list[Fed] = []
     for parts in zip(*(rank[name] for rank in ranks), strict=True):
         found.append(joined(fed_ for fed_, _ in parts))
@@ -82,7 +82,7 @@ def epochs(ranks: list[dict[str, Any]], name: str) -> list[Fed]:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("tail", ["drop", "pad"])
-def test_the_ranks_batches_are_together_those_of_one_process(
+def test_the_ranks_share_the_batches_of_one_process(
     reports: Reports, alone: dict[str, list[Fed]], world_size: int, tail: str
 ) -> None:
     assert epochs(reports[world_size], tail) == alone[tail]
@@ -113,7 +113,7 @@ def test_the_ranks_validate_every_sample_once_and_never_an_empty_batch(reports: 
     parts: list[Fed] = [rank["val"] for rank in reports[world_size]]
     assert sorted(chain.from_iterable(map(samples, parts))) == list(range(30))
     assert all(index for part in parts for index, _ in part)
-    # Two samples are left for the second step: with four ranks, two have one step less.
+    # Two samples are left for the second step, so two of four ranks have one step less.
     assert [len(part) for part in parts] == {2: [2, 2], 4: [1, 2, 1, 2]}[world_size]
 
 
@@ -133,7 +133,7 @@ def test_every_rank_has_the_same_state(reports: Reports, world_size: int) -> Non
     assert others == [state] * (world_size - 1)
 
 
-def test_what_four_processes_began_two_go_on_with(reports: Reports, alone: dict[str, list[Fed]]) -> None:
+def test_two_processes_resume_what_four_began(reports: Reports, alone: dict[str, list[Fed]]) -> None:
     rest, following = epochs(reports[2], "resumed")
     assert rest == alone["drop"][0][STOP:]
     assert following == alone["drop"][1]

@@ -1,4 +1,4 @@
-"""Packing on a real dask cluster: the same bytes, whoever dies, and no answer from an earlier pack."""
+"""Packing on a real dask cluster: the same bytes even if a worker dies, and no cached results of an earlier pack."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from fastflower import pack
 from fastflower.errors import FolderError
 
 NOWHERE: Any = None
-SHARD_BYTES = 1 << 18  # drawn flowers: some 30 shards
+SHARD_BYTES = 1 << 18  # about 30 shards of the drawn flowers
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +50,17 @@ def expected(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return checksums(out)
 
 
-def test_workers_of_dask_make_the_same_bytes(
+def test_dask_workers_make_the_same_bytes(
     flowers: Path, tmp_path: Path, executor: Executor, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also with relative paths, which for the workers are relative to something else."""
+    """This also holds for relative paths, although the workers have another current folder."""
     monkeypatch.chdir(flowers.parent)
     pack(flowers.name, os.path.relpath(tmp_path / "out"), shard_bytes=SHARD_BYTES, executor=executor)
     assert checksums(tmp_path / "out") == expected
 
 
 class Deadly(Executor):
-    """Kills a process when the first shard is made."""
+    """Kills a process once the first shard is made."""
 
     def __init__(self, executor: Executor, victim: int) -> None:
         self.executor, self.victim, self.killed = executor, victim, False
@@ -76,7 +76,7 @@ class Deadly(Executor):
             os.kill(self.victim, signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_in_the_middle_does_not_change_the_bytes(
+def test_a_killed_dask_worker_does_not_change_the_bytes(
     flowers: Path, tmp_path: Path, cluster: LocalCluster, executor: Executor, expected: dict[str, str]
 ) -> None:
     deadly = Deadly(executor, next(iter(cluster.workers.values())).pid)
@@ -85,16 +85,14 @@ def test_a_worker_that_is_killed_in_the_middle_does_not_change_the_bytes(
     assert checksums(tmp_path / "out") == expected
 
 
-def test_an_error_is_that_of_the_image_and_known_answers_are_not_given_again(
-    tmp_path: Path, executor: Executor
-) -> None:
-    """Dask remembers what came of a call as long as somebody holds on to it, here to the error."""
+def test_the_images_error_is_raised_and_no_cached_result_is_reused(tmp_path: Path, executor: Executor) -> None:
+    """Dask caches the result of a call as long as something references it, here the error."""
     folder, out = drawn(tmp_path / "data", a=12, b=12), tmp_path / "out"
     pack(folder, tmp_path / "expected", shard_bytes=2000, on_bad="fail")
     bad = folder / next(iter(paths(tmp_path / "expected", "val")))
     whole, times = bad.read_bytes(), (bad.stat().st_atime_ns, bad.stat().st_mtime_ns)
     bad.write_bytes(bytes(len(whole)))
-    text = f"{bad}: is no image; remove or replace it, or pack with --on-bad skip."
+    text = f"{bad}: is not an image; remove or replace it, or pack with --on-bad skip."
     with pytest.raises(FolderError, match=exactly(text)) as held:
         pack(folder, out, shard_bytes=2000, on_bad="fail", executor=executor)
     assert not out.exists()

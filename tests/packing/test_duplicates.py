@@ -1,4 +1,4 @@
-"""Images that stand twice: a dictionary of checksums, a comparison of every pair, and imagehash are the oracles."""
+"""Duplicates: the results match a dictionary of checksums, a comparison of every pair of hashes, and imagehash."""
 
 import hashlib
 import io
@@ -23,11 +23,11 @@ from fastflower.packing.duplicates import NEAR_BITS, Groups, identical, nearest
 from fastflower.packing.folder import Folder, scan
 from fastflower.shards.image import perceptual_hash, prepare
 
-TAIL = 4096  # bytes that are read first
+TAIL = 4096  # bytes: the end of a file, which is read first
 
 
 def write(root: Path, contents: Iterable[bytes]) -> Folder:
-    """A folder of two classes, in which image n has the n-th contents."""
+    """Make a folder of two classes in which image n has the n-th contents."""
     every = list(contents)
     for number, content in enumerate(every):
         path = root / ("a" if number < len(every) // 2 else "b") / f"{number:04d}.jpg"
@@ -43,7 +43,7 @@ def listed(groups: Groups) -> list[list[int]]:
 
 
 def by_checksum(found: Folder) -> list[list[int]]:
-    """The oracle: dictionaries keep the order of the first."""
+    """Return the expected groups, from a dictionary of checksums, which keeps the order of the first images."""
     numbers: dict[str, list[int]] = {}
     for number in range(len(found)):
         path = found.root / found.path(number)
@@ -53,7 +53,7 @@ def by_checksum(found: Folder) -> list[list[int]]:
 
 
 class Recorded:
-    """Like the builtin map, and remembers what was to be done."""
+    """A map that records its items."""
 
     def __init__(self) -> None:
         self.rounds: list[list[list[tuple[Path, str, bool]]]] = []
@@ -63,19 +63,19 @@ class Recorded:
         return map(function, self.rounds[-1])
 
     def read(self, number: int) -> list[str]:
-        """Names of the files of one round: 0 reads ends, 1 whole files."""
+        """Return the names of the files read in one round: 0 reads ends, 1 reads whole files."""
         files = [file for job in self.rounds[number] for file in job]
         assert {whole for _, _, whole in files} <= {bool(number)}
         return sorted(path.rpartition("/")[2].removesuffix(".jpg") for _, path, _ in files)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_groups_are_those_of_a_dictionary_of_checksums(tmp_path: Path, seed: int) -> None:
-    """Few contents of few sizes, heads and tails: around the length of the end that is read first, and longer."""
+def test_groups_match_a_dictionary_of_checksums(tmp_path: Path, seed: int) -> None:
+    """Contents have few sizes, heads and tails. The sizes are around the length of the end that is read first."""
     rng = np.random.default_rng(seed)
     sizes = rng.choice([0, 1, 2, 100, TAIL - 1, TAIL, TAIL + 1, 2 * TAIL + 1], 150)
     found = write(tmp_path, (bytes(rng.integers(0, 2, 1, np.uint8)) * int(size) for size in sizes))
-    for number in rng.choice(150, 40, replace=False):  # one byte differs, at the head, the tail or somewhere
+    for number in rng.choice(150, 40, replace=False):  # one byte differs: the first, the last or a middle one
         path = found.root / found.path(int(number))
         content = bytearray(path.read_bytes())
         if content:
@@ -97,12 +97,12 @@ def test_all_equal_images_are_one_group(tmp_path: Path) -> None:
     assert listed(identical(write(tmp_path, [b"the same"] * 300))) == [list(range(300))]
 
 
-def test_groups_stand_in_the_order_of_their_first(tmp_path: Path) -> None:
+def test_groups_are_in_the_order_of_their_first_images(tmp_path: Path) -> None:
     contents = [b"long" * 9, b"b", b"unlike", b"a", b"", b"b", b"long" * 9, b"a", b"b", b""]
     assert listed(identical(write(tmp_path, contents))) == [[0, 6], [1, 5, 8], [3, 7], [4, 9]]
 
 
-def test_only_what_may_be_equal_is_read_and_whole_only_where_the_ends_agree(tmp_path: Path) -> None:
+def test_files_are_read_only_if_sizes_match_and_in_full_only_if_ends_match(tmp_path: Path) -> None:
     end = bytes(TAIL)
     contents = {
         "alone": b"no other has this size",
@@ -119,8 +119,8 @@ def test_only_what_may_be_equal_is_read_and_whole_only_where_the_ends_agree(tmp_
     assert recorded.read(1) == ["0002", "0003", "0004"]
 
 
-def test_of_large_files_only_the_ends_are_read(tmp_path: Path) -> None:
-    """8 GB of zeros, but for the last byte: to read half of them takes more than two seconds."""
+def test_only_the_ends_of_large_files_are_read(tmp_path: Path) -> None:
+    """The files have 8 GB of zeros before the last byte. Reading half of them takes more than two seconds."""
     found = write(tmp_path, [b"1", b"2"])
     for number in range(2):
         with (found.root / found.path(number)).open("r+b") as file:
@@ -140,14 +140,14 @@ def test_many_files_are_read_in_jobs_of_at_most_256(tmp_path: Path) -> None:
         assert max(map(len, jobs)) <= 256
 
 
-def test_threads_find_the_same(tmp_path: Path) -> None:
+def test_threads_find_the_same_groups(tmp_path: Path) -> None:
     found = write(tmp_path, (b"%03d" % (number * number % 331) for number in range(700)))
     with ThreadPoolExecutor(4) as pool:
         assert listed(identical(found, pool.map)) == listed(identical(found)) == by_checksum(found)
 
 
-def test_what_cannot_be_read_is_in_no_group(tmp_path: Path) -> None:
-    """Links to nothing, files that have gone since, and files that are folders now; empty files are read as any."""
+def test_unreadable_files_are_in_no_group(tmp_path: Path) -> None:
+    """Broken links, removed files and files replaced by folders are in no group. Empty files are readable."""
     found = write(tmp_path, [b"", b"", b"same", b"same", b"same", b"same", b"gone", b"gone"])
     for number in (4, 5, 6, 7):
         (found.root / found.path(number)).unlink()
@@ -160,7 +160,7 @@ def test_what_cannot_be_read_is_in_no_group(tmp_path: Path) -> None:
     assert names == [["a/0000.jpg", "a/0001.jpg"], ["a/0002.jpg", "a/0003.jpg"]]
 
 
-def test_a_file_that_goes_between_the_two_readings_is_in_no_group(tmp_path: Path) -> None:
+def test_a_file_removed_between_the_two_reads_is_in_no_group(tmp_path: Path) -> None:
     found = write(tmp_path, [b"same"] * 3)
 
     def map_then_remove(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
@@ -175,7 +175,7 @@ Hashes = NDArray[np.uint64]
 
 
 def compared(queries: Hashes, hashes: Hashes) -> tuple[list[int], list[int]]:
-    """The oracle: every pair, bit by bit."""
+    """Return the expected result of `nearest`, from comparing every pair."""
     positions, distances = [], []
     for query in queries.tolist():
         bits = [(query ^ other).bit_count() for other in hashes.tolist()]
@@ -204,8 +204,8 @@ NEAR = st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, 63), max_siz
 
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(centers=st.lists(HASH, min_size=6, max_size=6), queries=NEAR, hashes=NEAR)
-def test_nearest_is_that_of_every_pair(centers: list[int], queries: Any, hashes: Any) -> None:
-    """Both sides scatter around six centers: duplicates, ties, distances on both sides of the limit, and none at all."""
+def test_nearest_matches_a_comparison_of_every_pair(centers: list[int], queries: Any, hashes: Any) -> None:
+    """Both sides scatter around six centers, so there are duplicates, ties, and distances on both sides of the limit."""
     left, right = (
         np.array([flipped(centers[center], bits) for center, bits in side], np.uint64) for side in (queries, hashes)
     )
@@ -213,16 +213,14 @@ def test_nearest_is_that_of_every_pair(centers: list[int], queries: Any, hashes:
 
 
 def scattered(rng: np.random.Generator, count: int) -> Hashes:
-    """Hashes around ten places, 0 to 9 bits away."""
+    """Return hashes 0 to 9 bits away from ten centers."""
     centers = [0, 2**64 - 1, *range(3, 2**64, 2**61 + 12345)]
     bits = [rng.choice(64, rng.integers(0, 10), replace=False).tolist() for _ in range(count)]
     return np.array([flipped(centers[number % len(centers)], some) for number, some in enumerate(bits)], np.uint64)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100, 1000, 1 << 20])
-def test_pairs_are_compared_in_chunks_which_do_not_change_the_answer(
-    monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
+def test_the_size_of_chunks_of_pairs_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     rng, counting = np.random.default_rng(0), Mock(wraps=np.bitwise_count)
     queries, hashes = scattered(rng, 200), scattered(rng, 300)
     monkeypatch.setattr(duplicates, "_CHUNK", chunk)
@@ -230,8 +228,8 @@ def test_pairs_are_compared_in_chunks_which_do_not_change_the_answer(
     same_as_compared(queries, hashes)
     assert set(compared(queries, hashes)[1]) == {-1, *range(7)}
     pairs = [len(call.args[0]) for call in counting.call_args_list]
-    assert max(pairs) <= max(chunk, 300)  # a query is not divided
-    assert len(pairs) <= 7 + 2 * sum(pairs) / chunk  # two that follow each other are more than a chunk
+    assert max(pairs) <= max(chunk, 300)  # the pairs of a query are not divided
+    assert len(pairs) <= 7 + 2 * sum(pairs) / chunk  # two consecutive runs exceed a chunk
 
 
 def test_hashes_are_near_up_to_six_bits() -> None:
@@ -246,7 +244,7 @@ def test_hashes_are_near_up_to_six_bits() -> None:
 
 
 def test_six_bits_are_found_wherever_they_lie() -> None:
-    """Also where all but one of seven parts of the hash differ, which six bits can just do."""
+    """This includes the worst case: six bits that make all but one of the seven bands differ."""
     places = [*itertools.combinations(range(0, 64, 9), 6), *itertools.combinations(range(4, 64, 9), 6)]
     places += itertools.combinations(range(8, 64, 9), 6)
     hashes = np.array([flipped(0, bits) for bits in places], np.uint64)
@@ -254,7 +252,7 @@ def test_six_bits_are_found_wherever_they_lie() -> None:
         assert nearest(np.zeros(1, np.uint64), np.array([value]))[1].tolist() == [6]
 
 
-def test_of_equally_near_hashes_the_first_counts() -> None:
+def test_the_first_of_equally_near_hashes_is_found() -> None:
     hashes = np.array([0xFF, 0b10, 0b1, 0b1, 0b0, 0b0], np.uint64)
     positions, distances = nearest(np.array([0b0, 0b11, 0b101, 0xFF], np.uint64), hashes)
     assert positions.tolist() == [4, 1, 2, 0]
@@ -281,7 +279,7 @@ def hash_of_imagehash(image: Image.Image) -> int:
     return int(str(imagehash.phash(image)), 16)
 
 
-def test_the_hash_of_32_x_32_pixels_is_that_of_imagehash_bit_for_bit(image_files: list[Path]) -> None:
+def test_the_hash_of_32_x_32_pixels_equals_imagehash_bit_for_bit(image_files: list[Path]) -> None:
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (32, 32), np.uint8)) for _ in range(300)]
     small = [Image.open(path).convert("L").resize((32, 32), Image.Resampling.LANCZOS) for path in image_files]
@@ -289,8 +287,8 @@ def test_the_hash_of_32_x_32_pixels_is_that_of_imagehash_bit_for_bit(image_files
         assert perceptual_hash(np.asarray(image)) == hash_of_imagehash(image)
 
 
-def test_the_hash_of_an_image_is_close_to_that_of_imagehash(image_files: list[Path]) -> None:
-    """They reduce it otherwise. Of real ones 1.0 bits differ on average, of drawn ones 1.7; never more than 6."""
+def test_the_hash_of_an_image_is_close_to_imagehash(image_files: list[Path]) -> None:
+    """The two downscale differently. Real images differ in 1.0 bits on average, drawn ones in 1.7; at most 6."""
     ours = hashes_of(path.read_bytes() for path in image_files)
     theirs = np.array([hash_of_imagehash(Image.open(path)) for path in image_files], np.uint64)
     differ = np.bitwise_count(ours ^ theirs)
@@ -307,7 +305,7 @@ def test_the_smallest_images_have_a_hash_of_64_bits(size: tuple[int, int]) -> No
 
 @pytest.mark.parametrize("size", [(31, 33), (32, 400), (95, 97), (96, 96), (97, 191), (193, 385), (1000, 96)])
 def test_the_hash_does_not_depend_on_the_size(image_files: list[Path], size: tuple[int, int]) -> None:
-    """Around 96 pixels the image is halved before; odd sides lose a row or column then."""
+    """From about 96 pixels, the image is first halved, so odd sides lose a row or column."""
     gray = Image.open(image_files[0]).convert("L")
     resized = gray.resize(size, Image.Resampling.LANCZOS)
     assert (perceptual_hash(np.asarray(resized)) ^ hash_of_imagehash(gray)).bit_count() <= NEAR_BITS
@@ -322,8 +320,8 @@ CHANGES: dict[str, Callable[[Image.Image], bytes]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_images_are_found_again(image_files: list[Path], change: str) -> None:
-    """All of 150; but of real ones made brighter, where parts turn white, 146."""
+def test_modified_images_are_found_again(image_files: list[Path], change: str) -> None:
+    """All 150 are found, except that only 146 brightened real images are, because parts of them turn white."""
     opened = [Image.open(path).convert("RGB") for path in image_files]
     originals = hashes_of(path.read_bytes() for path in image_files)
     positions, _ = nearest(hashes_of(map(CHANGES[change], opened)), originals)
@@ -332,7 +330,7 @@ def test_changed_images_are_found_again(image_files: list[Path], change: str) ->
 
 
 def test_other_images_are_far_away(image_files: list[Path]) -> None:
-    """No pair of the 11,175 is closer than 12 bits; 31 is the mean, as of chance."""
+    """None of the 11,175 pairs is closer than 12 bits. The mean is 31, as for random hashes."""
     hashes = hashes_of(path.read_bytes() for path in image_files)
     apart = np.bitwise_count(hashes[:, None] ^ hashes)[np.triu_indices(len(hashes), 1)]
     assert np.mean(apart > 10) > 0.999

@@ -1,4 +1,4 @@
-"""Finding images: torchvision's ImageFolder is the oracle."""
+"""Finding images: the results match torchvision's ImageFolder."""
 
 import json
 import os
@@ -22,9 +22,9 @@ from fastflower.packing.folder import FILE_DTYPE, Folder, scan
 from fastflower.packing.layout import EXTENSIONS
 
 ENDINGS = "(.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp)"
-UNNAMED = "is not named as an image"
-READ_ALREADY = "is a link to a folder that was read already"
-STRAY = "lies in no class folder"
+NO_EXTENSION = "has no image extension"
+READ_ALREADY = "links to a folder that was already read"
+STRAY = "is not in a class folder"
 NO_FILE = "is a pipe, socket or device"
 
 
@@ -33,7 +33,7 @@ def paths(found: Folder) -> list[str]:
 
 
 def images(found: Folder) -> list[tuple[str, int, int]]:
-    """(path, label, split) of each."""
+    """Return (path, label, split) of each image."""
     files = found.files
     return list(zip(paths(found), files["label"].tolist(), files["split"].tolist(), strict=True))
 
@@ -52,14 +52,14 @@ def refused(root: Path, text: str) -> None:
         scan(root)
 
 
-def test_drawn_flowers_are_found_as_image_folder_finds_them(flowers: Path) -> None:
+def test_drawn_flowers_match_image_folder(flowers: Path) -> None:
     found = same_as_image_folder(flowers)
     assert len(found) == len(found.files) == 150
     assert found.ignored == ()
     assert images(scan(str(flowers))) == images(found)
 
 
-def test_sizes_and_times_are_those_of_the_file_system(flowers: Path) -> None:
+def test_sizes_and_times_match_the_file_system(flowers: Path) -> None:
     found = scan(flowers)
     seen = [(flowers / path).stat() for path in paths(found)]
     expected = [(status.st_size, status.st_mtime_ns) for status in seen]
@@ -74,14 +74,14 @@ def test_a_file_of_five_gigabytes_and_one_from_before_1970_fit(tmp_path: Path) -
     assert (files["size"][0], files["mtime_ns"][1]) == (5 << 30, -5_000_000_000)
 
 
-def test_every_extension_counts_in_any_case(tmp_path: Path) -> None:
+def test_every_extension_is_accepted_in_any_case(tmp_path: Path) -> None:
     names = [f"a/{number}{ending}" for number, ending in enumerate(EXTENSIONS)]
     upper = [f"b/{number}{ending.upper()}" for number, ending in enumerate(EXTENSIONS)]
     touch(tmp_path, *names, *upper, "b/x.JpG", "b/.hidden.png", "b/.jpg")
     assert len(same_as_image_folder(tmp_path)) == 2 * len(EXTENSIONS) + 3
 
 
-def test_nested_folders_stand_in_image_folders_order(tmp_path: Path) -> None:
+def test_nested_folders_are_in_image_folders_order(tmp_path: Path) -> None:
     nested = ["a/z.jpg", "a/b/c.jpg", "a/b/a/d.jpg", "a/b-c/e.jpg", "a/B/f.jpg", "a/.h/g.jpg", "b/10.png", "b/9.png"]
     assert len(same_as_image_folder(touch(tmp_path, *nested))) == len(nested)
 
@@ -107,34 +107,34 @@ def grow(root: Path, tree: dict[str, Any]) -> None:
 @given(tree=CLASSES)
 @example(tree={"9": {"9.jpg": None}, "B": {"9.jpg": None}, "99": {"9": {"9.jpg": None}, "B": {"9.jpg": None}}})
 @example(tree={"a": {"1.jpg": None, "z": {"1.txt": None}}, "B": {"a": {"2.PNG": None}, ".a": {"1.jpg": None}}})
-def test_any_tree_is_found_as_image_folder_finds_it(tree: dict[str, Any]) -> None:
+def test_any_tree_matches_image_folder(tree: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         grow(root, tree)
         try:
             oracle = ImageFolder(root)
-        except FileNotFoundError:  # it has no classes, or one without images
+        except FileNotFoundError:  # no classes, or a class without images
             oracle = None
         if repeats(tree):
-            told = "What to do if"
+            message = "This layout is ambiguous"
             try:
                 same_as_image_folder(root)
-            except FolderError as error:  # which readings there are is for test_layout.py
-                told = str(error)
-            assert re.search(r"What to do if|has (no class folders|one class|no images)", told)
+            except FolderError as error:  # test_layout.py tests the readings
+                message = str(error)
+            assert re.search(r"This layout is ambiguous|has (no class folders|one class|no images)", message)
         elif oracle is None or len(oracle.classes) == 1:
             with pytest.raises(FolderError, match=r"has (no class folders|one class|no images)"):
                 scan(root)
         else:
             found = same_as_image_folder(root)
             files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-            assert dict(found.ignored) == dict.fromkeys(files - set(paths(found)), UNNAMED)
+            assert dict(found.ignored) == dict.fromkeys(files - set(paths(found)), NO_EXTENSION)
 
 
 NAMES = ["x" * 251 + ".jpg", "🌹 rose.jpg", "two\nlines.jpg", " .jpg", "a\\b'\".jpg", os.fsdecode(b"\xff\xfe.jpg")]
 
 
-def test_strange_names_are_found_as_image_folder_finds_them(tmp_path: Path) -> None:
+def test_strange_names_match_image_folder(tmp_path: Path) -> None:
     folders = ["🌹", os.fsdecode(b"not UTF-8 \xff"), "line\nbreak", "y" * 255]
     found = same_as_image_folder(touch(tmp_path, *(f"{folder}/{name}" for folder in folders for name in NAMES)))
     assert len(found) == len(folders) * len(NAMES)
@@ -151,7 +151,7 @@ def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
     assert set(found.files["size"]) == {1}
 
 
-def test_links_to_nothing_and_to_themselves_are_found_so_that_they_can_be_reported(tmp_path: Path) -> None:
+def test_broken_links_and_links_to_themselves_are_found_and_can_be_reported(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "b/1.jpg")
     (tmp_path / "a/gone.jpg").symlink_to(tmp_path / "nowhere")
     (tmp_path / "a/itself.jpg").symlink_to(tmp_path / "a/itself.jpg")
@@ -159,8 +159,8 @@ def test_links_to_nothing_and_to_themselves_are_found_so_that_they_can_be_report
     found = same_as_image_folder(tmp_path)
     assert paths(found) == ["a/1.jpg", "a/gone.jpg", "a/itself.jpg", "b/1.jpg"]
     assert found.files["size"].tolist() == [1, 0, 0, 1]
-    assert found.ignored == (("a/itself", UNNAMED),)
-    (tmp_path / "itself").symlink_to(tmp_path / "itself")  # on which ImageFolder raises OSError
+    assert found.ignored == (("a/itself", NO_EXTENSION),)
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")  # ImageFolder raises OSError for it
     assert images(scan(tmp_path)) == images(found)
 
 
@@ -174,7 +174,7 @@ def test_links_to_nothing_and_to_themselves_are_found_so_that_they_can_be_report
         ({"a/root": "data"}, ["a/root/b/1.jpg"], ["a/root/a"]),
     ],
 )
-def test_each_folder_of_a_class_is_read_once_where_it_really_stands(
+def test_each_folder_of_a_class_is_read_once_at_its_real_path(
     tmp_path: Path, links: dict[str, str], read: list[str], ignored: list[str]
 ) -> None:
     touch(tmp_path, "elsewhere/1.jpg", "data/a/x/1.jpg", "data/a/y/1.jpg", "data/b/1.jpg")
@@ -185,7 +185,7 @@ def test_each_folder_of_a_class_is_read_once_where_it_really_stands(
     assert sorted(found.ignored) == [(path, READ_ALREADY) for path in ignored]
 
 
-def test_ten_folders_that_all_link_to_each_other_are_read_at_once(tmp_path: Path) -> None:
+def test_ten_folders_that_all_link_to_each_other_are_read_quickly(tmp_path: Path) -> None:
     """ImageFolder would follow ten million paths."""
     names = [f"a/{number}/1.jpg" for number in range(10)]
     touch(tmp_path, *names, "b/1.jpg")
@@ -216,7 +216,7 @@ def test_pipes_sockets_and_devices_are_ignored_and_never_opened(
     assert (paths(listed), listed.ignored) == (["a/1.jpg", "b/1.jpg"], (("a/pipe.jpg", NO_FILE),))
 
 
-# Reads a folder as a user without rights; root, who has all, first becomes nobody.
+# Scans a folder as a user without special rights; root first becomes nobody.
 SCAN = """
 import json, os
 from fastflower.errors import FolderError
@@ -236,7 +236,7 @@ except FolderError as error:
 
 
 def scanned_without_rights(root: Path) -> Any:
-    """In the current folder, for those above may be closed."""
+    """Scan in the current folder, because the folders above it may be unreadable."""
     root.chmod(0o755)
     done = subprocess.run([sys.executable, "-c", SCAN], cwd=root, capture_output=True, text=True, check=False)
     if done.returncode == 77:
@@ -245,18 +245,18 @@ def scanned_without_rights(root: Path) -> Any:
     return json.loads(done.stdout)
 
 
-def test_folders_that_cannot_be_read_are_listed_and_files_are_kept(tmp_path: Path) -> None:
+def test_unreadable_folders_are_ignored_and_unreadable_files_are_kept(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "a/file.jpg", "a/folder/1.jpg", "a/names/1.jpg", "b/1.jpg")
     (tmp_path / "a/file.jpg").chmod(0o000)
     (tmp_path / "a/folder").chmod(0o000)
-    (tmp_path / "a/names").chmod(0o744)  # names can be read, nothing else
+    (tmp_path / "a/names").chmod(0o744)  # only names are readable
     files = [["a/1.jpg", 1], ["a/file.jpg", 1], ["a/names/1.jpg", 0], ["b/1.jpg", 1]]
     ignored = [["a/folder", "is a folder that cannot be read (Permission denied)"]]
     assert scanned_without_rights(tmp_path) == [*files, ignored]
 
 
 @pytest.mark.parametrize("name", ["train", "train.txt"])
-def test_what_must_be_read_and_cannot_be_is_named(tmp_path: Path, name: str) -> None:
+def test_an_unreadable_split_or_list_is_an_error(tmp_path: Path, name: str) -> None:
     touch(tmp_path, *([name] if name.endswith(".txt") else ["train/a/1.jpg", "val/a/1.jpg"]))
     (tmp_path / name).chmod(0o000)
     assert scanned_without_rights(tmp_path) == f"{name}: cannot be read (Permission denied); make it readable."
@@ -264,16 +264,16 @@ def test_what_must_be_read_and_cannot_be_is_named(tmp_path: Path, name: str) -> 
 
 def test_other_files_in_class_folders_are_listed_as_ignored(tmp_path: Path) -> None:
     found = same_as_image_folder(touch(tmp_path, "a/1.jpg", "a/notes.txt", "a/sub/x.gif", "b/1.jpg", "b/jpg"))
-    assert found.ignored == (("a/notes.txt", UNNAMED), ("a/sub/x.gif", UNNAMED), ("b/jpg", UNNAMED))
+    assert found.ignored == (("a/notes.txt", NO_EXTENSION), ("a/sub/x.gif", NO_EXTENSION), ("b/jpg", NO_EXTENSION))
 
 
-def test_files_beside_the_class_folders_do_not_count_and_a_folder_is_no_image(tmp_path: Path) -> None:
+def test_files_next_to_class_folders_are_ignored_and_a_folder_is_not_an_image(tmp_path: Path) -> None:
     found = same_as_image_folder(touch(tmp_path, "a/1.jpg/2.jpg", "b.jpg/1.jpg", "cover.jpg", "labels.csv"))
     assert (paths(found), found.ignored) == (["a/1.jpg/2.jpg", "b.jpg/1.jpg"], (("cover.jpg", STRAY),))
 
 
-def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
-    """The one thing that ImageFolder does otherwise: it takes .git or .cache for a class."""
+def test_hidden_folders_are_not_classes(tmp_path: Path) -> None:
+    """This is the only difference from ImageFolder, which takes .git or .cache for a class."""
     plain = touch(tmp_path / "plain", "a/1.jpg", "b/1.jpg")
     hidden = touch(tmp_path / "hidden", "a/1.jpg", "b/1.jpg", ".cache/1.jpg", ".git/HEAD")
     assert scan(hidden).classes == tuple(ImageFolder(plain).classes)
@@ -289,10 +289,10 @@ def test_each_folder_of_a_split_is_read_as_image_folder_reads_it(tmp_path: Path,
     assert images(found) == [
         (str(Path(path).relative_to(tmp_path)), label, number) for number, group in samples for path, label in group
     ]
-    assert found.ignored == ((f"{name}/b/notes.txt", UNNAMED), ("0.jpg", STRAY), ("train/cover.jpg", STRAY))
+    assert found.ignored == ((f"{name}/b/notes.txt", NO_EXTENSION), ("0.jpg", STRAY), ("train/cover.jpg", STRAY))
 
 
-def test_a_class_may_lack_in_every_split_but_train(tmp_path: Path) -> None:
+def test_a_class_may_be_missing_in_every_split_but_train(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/b/1.jpg", "validation/a/1.jpg", "validation/b/none.txt")
     found = scan(tmp_path)
     assert found.splits == ("train", "val", "test")
@@ -300,7 +300,7 @@ def test_a_class_may_lack_in_every_split_but_train(tmp_path: Path) -> None:
     assert images(found) == expected
 
 
-def test_names_that_only_begin_as_those_of_splits_are_classes(tmp_path: Path) -> None:
+def test_names_that_only_start_like_a_split_are_classes(tmp_path: Path) -> None:
     names = ["a/1.jpg", "b/1.jpg", "val.txt", "classes.txt", "meta/train.txt/1.jpg", "trains/1.jpg", "test tube/1.jpg"]
     same_as_image_folder(touch(tmp_path, *names))
 
@@ -309,7 +309,7 @@ TWO = ["train/a/1.jpg", "train/b/1.jpg"]
 NO_CLASSES = "{root}: has no class folders; put the images of each class into a folder of its own."
 ONE_CLASS = "{root}: has one class, 'a'; a classifier needs at least two class folders."
 NO_IMAGES = f": has no images {ENDINGS}; add some, or remove the class folder."
-NO_CLASS = "{root}/val/c: is no class of {root}/train; add the class there, or remove this folder."
+NO_CLASS = "{root}/val/c: is not a class in {root}/train; add the class there, or remove this folder."
 MISFITS = [
     ([], NO_CLASSES),
     (["1.jpg", ".git/1.jpg"], NO_CLASSES),
@@ -326,8 +326,8 @@ def test_a_folder_that_fits_no_layout_is_refused(tmp_path: Path, names: list[str
     refused(touch(tmp_path, *names), text.replace("{root}", str(tmp_path)))
 
 
-def test_a_missing_folder_and_a_file_are_named(tmp_path: Path) -> None:
-    remedy = "name a folder that holds one folder of images for each class."
+def test_a_missing_folder_or_a_file_is_refused(tmp_path: Path) -> None:
+    remedy = "pass a folder that contains one folder of images per class."
     refused(tmp_path / "no", f"{tmp_path / 'no'}: does not exist; {remedy}")
     refused(touch(tmp_path, "1.jpg") / "1.jpg", f"{tmp_path / '1.jpg'}: is a file; {remedy}")
 
@@ -340,53 +340,57 @@ def write(root: Path, lists: dict[str, str]) -> Path:
 
 @pytest.mark.parametrize("place", ["", "meta/"])
 @pytest.mark.parametrize("classes", ["classes.txt", "meta/classes.txt"])
-def test_lists_stand_in_meta_or_the_root(tmp_path: Path, place: str, classes: str) -> None:
-    """Labels are places in classes.txt, which need not be sorted; a line's last word is the label."""
+def test_lists_may_be_in_meta_or_in_the_root(tmp_path: Path, place: str, classes: str) -> None:
+    """Labels are positions in classes.txt, which need not be sorted. The last word of a line is the label."""
     train, val = "y 1 .jpg 1\r\n\r\n \t \nx.jpg 0 \nx.jpg 2 00001", "a/é.jpg \t 1\n" + NAMES[-1] + " 0\n"
     lists = {f"{place}train.txt": train, f"{place}val.txt": val, classes: "second name \r\n\r\nfirst"}
     found = scan(touch(write(tmp_path, lists), "x.jpg", f"train/{NAMES[-1]}", f"val/{NAMES[-1]}", "a/é.jpg"))
     assert (found.classes, found.splits) == (("second name", "first"), ("train", "val"))
     expected = [("y 1 .jpg", 1, 0), ("x.jpg", 0, 0), ("x.jpg 2", 1, 0), ("a/é.jpg", 1, 1), (f"val/{NAMES[-1]}", 0, 1)]
     assert images(found) == expected
-    assert found.files["size"].tolist() == [0, 1, 0, 1, 1]  # what is missing is kept, so that it can be reported
+    assert found.files["size"].tolist() == [0, 1, 0, 1, 1]  # missing files are kept, so that they are reported
 
 
 @pytest.mark.parametrize("labels", [("", ""), (" 0", " 1")])
-def test_without_classes_the_class_folders_of_train_are_the_classes(tmp_path: Path, labels: tuple[str, str]) -> None:
+def test_without_classes_txt_the_class_folders_in_train_txt_are_the_classes(
+    tmp_path: Path, labels: tuple[str, str]
+) -> None:
     a, b = labels
     train, long = f"b/x y.jpg{b}\na/1 2.jpg{a}\r\n", "b/" + "x" * 300 + ".jpg"
-    touch(tmp_path, "b/0.jpg", "test/b/0.jpg")  # beside which a name of more than 255 bytes is an error
+    touch(tmp_path, "b/0.jpg", "test/b/0.jpg")  # next to it, a name of more than 255 bytes is an error
     found = scan(write(tmp_path, {"train.txt": train, "test.txt": f"{long}{b}\nb/c/1.jpg{b}"}))
     assert (found.classes, found.splits) == (("a", "b"), ("train", "test"))
     assert images(found) == [("b/x y.jpg", 1, 0), ("a/1 2.jpg", 0, 0), (long, 1, 1), ("b/c/1.jpg", 1, 1)]
 
 
 AB = "a/1.jpg 0\nb/1.jpg 1\n"
-NO_LABEL = "has no label and lies in no class folder; write PATH LABEL."
-
-
-PLACE = "among the sorted class folders; add classes.txt."
+NO_LABEL = "has no label and is not in a class folder; write 'PATH LABEL'."
+TOO_LARGE = "label 2 must be less than the number of classes (2); correct it, or list every class in classes.txt."
+POSITION = "among the sorted class folders; correct it, or add classes.txt."
 LISTS = [
     ({"train.txt": AB + "3.jpg", "classes.txt": "a\nb"}, f"train.txt, line 3: '3.jpg' {NO_LABEL}"),
     ({"train.txt": AB + "c.jpg -1", "classes.txt": "a\nb"}, f"train.txt, line 3: 'c.jpg -1' {NO_LABEL}"),
     ({"meta/train.txt": "1.jpg\n2.jpg\n"}, f"meta/train.txt, line 1: '1.jpg' {NO_LABEL}"),
     ({"train.txt": AB, "val.txt": "\nc/1.jpg"}, f"val.txt, line 2: 'c/1.jpg' {NO_LABEL}"),
-    ({"train.txt": AB + "\na/2 2"}, "train.txt, line 4: label 2 is not one of the 2 classes; add classes.txt."),
-    ({"train.txt": AB, "val.txt": "b/2.jpg 0"}, f"val.txt, line 1: label 0 is not the place of 'b' {PLACE}"),
-    ({"train.txt": AB + "a/2.jpg 1"}, f"train.txt, line 3: label 1 is not the place of 'a' {PLACE}"),
+    ({"train.txt": AB + "\na/2 2"}, f"train.txt, line 4: {TOO_LARGE}"),
+    ({"train.txt": AB, "val.txt": "b/2.jpg 0"}, f"val.txt, line 1: label 0 is not the position of 'b' {POSITION}"),
+    ({"train.txt": AB + "a/2.jpg 1"}, f"train.txt, line 3: label 1 is not the position of 'a' {POSITION}"),
     ({"train.txt": AB + "a 0", "classes.txt": "a\nb"}, "train.txt, line 3: 'a' is a folder; list its files."),
     ({"train.txt": AB, "val.txt": "b 1"}, "val.txt, line 1: 'val/b' is a folder; list its files."),
     ({"train.txt": AB + AB}, "train.txt, line 3: 'a/1.jpg' is listed twice; remove one of the lines."),
     ({"train.txt": AB, "val.txt": AB}, "val.txt, line 1: 'a/1.jpg' is listed twice; remove one of the lines."),
-    ({"train.txt": "\n \r\n", "val.txt": ""}, "train.txt: lists no image; write lines PATH LABEL."),
-    ({"train.txt": os.fsdecode(AB.encode("utf-16"))}, "train.txt, line 1: holds a zero byte; save the list as UTF-8."),
+    ({"train.txt": "\n \r\n", "val.txt": ""}, "train.txt: lists no images; write one line 'PATH LABEL' per image."),
+    (
+        {"train.txt": os.fsdecode(AB.encode("utf-16"))},
+        "train.txt, line 1: contains a null byte; save the list as UTF-8.",
+    ),
     (
         {"train.txt": AB, "meta/classes.txt": "a\nb\n\na "},
-        "meta/classes.txt: names a class twice; one line a class, in the order of the labels.",
+        "meta/classes.txt: lists a class twice; write one line per class, in label order.",
     ),
 ]
 
 
 @pytest.mark.parametrize(("lists", "text"), LISTS)
-def test_an_error_in_a_list_is_named_with_file_and_line(tmp_path: Path, lists: dict[str, str], text: str) -> None:
+def test_an_error_in_a_list_gives_file_and_line(tmp_path: Path, lists: dict[str, str], text: str) -> None:
     refused(write(touch(tmp_path, "a/1.jpg", "b/1.jpg", "val/b/1.jpg"), lists), f"{tmp_path}/{text}")

@@ -1,4 +1,4 @@
-"""Which folders are classes and which are splits: the layouts that data sets come in, and what to type where one is unclear."""
+"""Which folders are classes and which are splits, in common layouts. Errors for ambiguous ones offer commands that work."""
 
 import re
 import subprocess
@@ -19,16 +19,16 @@ def images(found: Folder) -> list[str]:
     return [found.path(number) for number in range(len(found))]
 
 
-def readings(root: Path, *, anew: bool = False) -> dict[str, str]:
-    """What the error of a folder offers: the command for each reading. They are not told apart by a colon in a name here."""
-    with pytest.raises(FolderError, match=r"What to do if\n") as caught:
-        scan(root, anew=anew)
+def readings(root: Path, *, resplit: bool = False) -> dict[str, str]:
+    """Return the command for each reading in the error for a folder. Names in these tests contain no colons."""
+    with pytest.raises(FolderError, match=r"This layout is ambiguous; choose one:\n") as caught:
+        scan(root, resplit=resplit)
     _, *lines = str(caught.value).split("\n  ")
     return dict(line.split(": ", 1) for line in lines)
 
 
-def obeyed(command: str, root: Path) -> Folder:
-    """The folder that `pack` gets when a command is typed: it is carried out with a `fastflower` that tells its arguments."""
+def run_command(command: str, root: Path) -> Folder:
+    """Run a command with a fake `fastflower` that prints its arguments, and scan the folder that it would pack."""
     program = root.parent / "bin/fastflower"
     program.parent.mkdir(exist_ok=True)
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
@@ -36,7 +36,7 @@ def obeyed(command: str, root: Path) -> Folder:
     shell = ["bash", "-c", f"PATH={program.parent}:$PATH; {command}"]
     verb, folder, *rest = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.splitlines()
     assert verb == "pack"
-    return scan(folder, anew="--split-by" in rest)
+    return scan(folder, resplit="--split-by" in rest)
 
 
 @pytest.mark.parametrize(
@@ -56,18 +56,18 @@ def obeyed(command: str, root: Path) -> Folder:
         ),
     ],
 )
-def test_names_of_splits(name: str, split: str) -> None:
+def test_these_names_are_splits(name: str, split: str) -> None:
     assert splits_named([name]) == {name: split}
 
 
 @pytest.mark.parametrize(
     "name", ["trains", "test tube", "flowers_train", "validity", "trainval", "contest", "étest", "1"]
 )
-def test_names_of_classes(name: str) -> None:
+def test_these_names_are_classes(name: str) -> None:
     assert splits_named([name]) == {}
 
 
-def test_what_folders_beside_each_other_have_in_common_says_nothing() -> None:
+def test_a_common_prefix_of_split_folders_is_ignored() -> None:
     names = ["flowers_val", "flowers_train", "test tube", "train track"]
     assert splits_named(names) == {"flowers_train": "train", "flowers_val": "val"}
     assert list(splits_named(["seg_test", "seg_pred", "seg_train"])) == ["seg_train", "seg_test"]
@@ -76,31 +76,35 @@ def test_what_folders_beside_each_other_have_in_common_says_nothing() -> None:
 LAID_OUT = {
     "valid": ([*TRAIN, "valid/a/2.jpg", "valid/b/2.jpg"], ("train", "val"), 4),
     "Train and Test": (["Train/a/1.jpg", "Train/b/1.jpg", "Test/a/1.jpg"], ("train", "test"), 3),
-    "sets": (["training_set/a/1.jpg", "training_set/b/1.jpg", "test_set/a/1.jpg"], ("train", "test"), 3),
-    "in folders of their names": (
+    "names with set": (["training_set/a/1.jpg", "training_set/b/1.jpg", "test_set/a/1.jpg"], ("train", "test"), 3),
+    "splits in folders of the same names": (
         ["seg_train/seg_train/a/1.jpg", "seg_train/seg_train/b/1.jpg", "seg_test/seg_test/a/1.jpg"],
         ("train", "test"),
         3,
     ),
-    "in images": (["train/images/a/1.jpg", "train/images/b/1.jpg", "val/images/a/1.jpg"], ("train", "val"), 3),
+    "splits with images folders": (
+        ["train/images/a/1.jpg", "train/images/b/1.jpg", "val/images/a/1.jpg"],
+        ("train", "val"),
+        3,
+    ),
     "an empty test": ([*TRAIN, *VAL, "test/"], ("train", "val"), 4),
-    "labels beside": ([*TRAIN, *VAL, "labels/a/1.txt", "notebooks/x.py"], ("train", "val"), 4),
-    "what macOS adds": ([*TRAIN, *VAL, "__MACOSX/train/a/._1.jpg"], ("train", "val"), 4),
-    "classes, and what macOS adds": (["a/1.jpg", "b/1.jpg", "__MACOSX/a/._1.jpg"], (), 2),
+    "other folders without images": ([*TRAIN, *VAL, "labels/a/1.txt", "notebooks/x.py"], ("train", "val"), 4),
+    "macOS metadata next to splits": ([*TRAIN, *VAL, "__MACOSX/train/a/._1.jpg"], ("train", "val"), 4),
+    "macOS metadata next to classes": (["a/1.jpg", "b/1.jpg", "__MACOSX/a/._1.jpg"], (), 2),
     "images of each class by camera": ([f"{name}/{side}/1.jpg" for name in "abc" for side in ("left", "right")], (), 6),
-    "each class in a folder of its name": (["a/a/1.jpg", "b/b/1.jpg"], (), 2),
-    "thumbnails that a system adds": (["a/1.jpg", "a/@eaDir/1.jpg/small.jpg", "b/x/1.jpg", "b/x/@eaDir/2.jpg"], (), 2),
+    "each class in a folder of the same name": (["a/a/1.jpg", "b/b/1.jpg"], (), 2),
+    "thumbnails added by a system": (["a/1.jpg", "a/@eaDir/1.jpg/small.jpg", "b/x/1.jpg", "b/x/@eaDir/2.jpg"], (), 2),
 }
 
 
 @pytest.mark.parametrize("name", LAID_OUT)
-def test_what_can_be_read_in_one_way_is_read_so(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unambiguous_layout_is_accepted(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     files, splits, count = LAID_OUT[name]
     found = scan(touch(tmp_path, *files))
     assert (found.splits, len(found)) == (splits, count)
     assert set(found.classes) == ({"a", "b", "c"} if count == 6 else {"a", "b"})
     assert caplog.messages == []
-    assert ("__MACOSX", "is what a system adds") in found.ignored or "macOS" not in name
+    assert ("__MACOSX", "is a system folder") in found.ignored or "macOS" not in name
 
 
 @pytest.mark.parametrize(
@@ -111,31 +115,31 @@ def test_class_folders_of_splits_may_have_any_name(tmp_path: Path, classes: tupl
     assert (found.classes, found.splits) == (tuple(sorted(classes)), ("train", "val", "test"))
 
 
-def test_splits_without_any_image_are_named(tmp_path: Path) -> None:
-    rule = f"has no images in 'train', 'val'; put them into {tmp_path / 'train'}/CLASS."
+def test_splits_without_any_image_are_refused(tmp_path: Path) -> None:
+    rule = f"has no images in 'train', 'val'; put the images of each class into {tmp_path / 'train'}/CLASS."
     with pytest.raises(FolderError, match=exactly(f"{tmp_path}: {rule}")):
         scan(touch(tmp_path, "train/a/", "val/"))
 
 
 @pytest.mark.parametrize("below", ["", "unknown/", "test/", "images/"])
-def test_a_test_split_without_labels_is_left_out_and_said(
+def test_a_test_split_without_labels_is_skipped_with_a_warning(
     tmp_path: Path, below: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = scan(touch(tmp_path, *TRAIN, *VAL, f"test/{below}1.jpg", f"test/{below}2.jpg"))
     assert (found.classes, found.splits) == (("a", "b"), ("train", "val"))
-    assert found.ignored == tuple((f"test/{below}{number}.jpg", "lies in no class folder") for number in (1, 2))
-    what = "has no class folders, so its images have no labels and are left out; predict classifies them"
+    assert found.ignored == tuple((f"test/{below}{number}.jpg", "is not in a class folder") for number in (1, 2))
+    what = "has no class folders, so its unlabeled images are skipped; classify them with `fastflower predict`"
     assert caplog.messages == [f"{tmp_path / 'test'}: {what}"]
 
 
-UNCLEAR = {
+AMBIGUOUS = {
     "a flat val": ([*TRAIN, "val/1.jpg"], [(("a", "b"), (), 2), None]),
     "a flat val and test": ([*TRAIN, "val/1.jpg", "test/1.jpg"], [(("a", "b"), (), 2), None]),
     "a flat val, a test": (
         [*TRAIN, "val/1.jpg", "test/a/1.jpg"],
         [(("a", "b"), (), 2), (("a", "b"), ("train", "test"), 3), None],
     ),
-    "as tiny-imagenet": (
+    "tiny-imagenet": (
         ["train/a/images/1.jpg", "train/b/images/1.jpg", "val/images/1.jpg", "test/images/1.jpg"],
         [(("a", "b"), (), 2), None],
     ),
@@ -146,11 +150,11 @@ UNCLEAR = {
         [*VAL, "test/a/1.jpg", "test/b/1.jpg"],
         [(("a", "b"), (), 2), (("a", "b"), (), 2), None, (("test", "val"), ("train",), 4)],
     ),
-    "images beside splits": (
+    "images next to splits": (
         [*TRAIN, *VAL, "images/1.jpg"],
         [(("a", "b"), ("train", "val"), 4), *2 * [(("a", "b"), (), 2)], (("images", "train", "val"), ("train",), 5)],
     ),
-    "the splits once more": (
+    "a second copy of the splits": (
         [*TRAIN, *VAL, *(f"xray/{name}" for name in (*TRAIN, *VAL))],
         [
             (("a", "b"), ("train", "val"), 4),
@@ -159,11 +163,11 @@ UNCLEAR = {
             (("train", "val", "xray"), ("train",), 8),
         ],
     ),
-    "test beside classes": (
+    "test next to classes": (
         ["a/1.jpg", "b b/1.jpg", "test/1.jpg"],
         [(("a", "b b"), (), 2), (("a", "b b", "test"), ("train",), 3)],
     ),
-    "splits in a folder for any images, beside another": (
+    "splits in a generic folder, next to another folder": (
         [*(f"images/{name}" for name in (*TRAIN, *VAL)), "parts/1.jpg"],
         [(("a", "b"), ("train", "val"), 4), (("images", "parts"), ("train",), 5)],
     ),
@@ -172,11 +176,11 @@ UNCLEAR = {
         ["train/1.jpg", "car/1.jpg", "bus's/1.jpg"],
         [(("bus's", "car"), (), 2), (("bus's", "car", "train"), ("train",), 3)],
     ),
-    "the classes once more": (
+    "a second copy of the classes": (
         [f"{top}{name}/1.jpg" for top in ("", "flowers/") for name in ("daisy", "rose", "tulip")],
         [*2 * [(("daisy", "rose", "tulip"), (), 3)], (("daisy", "flowers", "rose", "tulip"), ("train",), 6)],
     ),
-    "the same classes in each": (
+    "the same classes in each folder": (
         [f"{top}/{name}/1.jpg" for top in ("color", "gray scale") for name in "abc"],
         [*2 * [(("a", "b", "c"), (), 3)], (("color", "gray scale"), ("train",), 6)],
     ),
@@ -188,11 +192,11 @@ UNCLEAR = {
         [f"{fold}/{name}/1.jpg" for fold in range(1, 4) for name in "ab"],
         [*3 * [(("a", "b"), (), 2)], (("1", "2", "3"), ("train",), 6)],
     ),
-    "a flat test in a folder of its name": (
+    "a flat test in a folder of the same name": (
         ["train/train/a/1.jpg", "train/train/b/1.jpg", "test/test/1.jpg"],
         [(("a", "b"), (), 2), None],
     ),
-    "splits in folders of their names, and another": (
+    "splits in folders of the same names, and another folder": (
         [
             f"seg_{name}/1.jpg"
             for name in ("train/seg_train/a", "train/seg_train/b", "test/seg_test/a", "pred/seg_pred")
@@ -203,11 +207,11 @@ UNCLEAR = {
             (("seg_pred", "seg_test", "seg_train"), ("train",), 4),
         ],
     ),
-    "the classes once more, in a wrapper": (
+    "a second copy of the classes, in a wrapper": (
         [f"{top}/{name}/1.jpg" for top in ("data/natural", "natural") for name in "ab"],
         [*2 * [(("a", "b"), (), 2)], (("data", "natural"), ("train",), 4)],
     ),
-    "splits in a folder, the classes beside": (
+    "splits in a folder, next to the classes": (
         [f"{top}/{name}/1.jpg" for top in ("cast/cast/train", "cast/cast/test", "large/large") for name in "ab"],
         [(("a", "b"), ("train", "test"), 4), (("cast", "large"), (), 6)],
     ),
@@ -219,7 +223,7 @@ UNCLEAR = {
         ["images/a/1.jpg", "images/b/1.jpg", "parts/1.jpg"],
         [(("a", "b"), (), 2), None, (("images", "parts"), ("train",), 3)],
     ),
-    "classes, and images without one": (
+    "classes and unlabeled images": (
         ["a/1.jpg", "b/1.jpg", "unlabeled/1.jpg"],
         [(("a", "b"), (), 2), None, (("a", "b", "unlabeled"), ("train",), 3)],
     ),
@@ -231,7 +235,7 @@ UNCLEAR = {
         [f"{top}/{name}" for top in ("train", "val") for name in ("images/1.jpg", "labels/1.txt")],
         [None, (("images", "labels"), ("train",), 2)],
     ),
-    "names that are no UTF-8": (
+    "names that are not UTF-8": (
         [*TRAIN, *VAL, "caf\udce9 'n\\o'/1.jpg"],
         [
             (("a", "b"), ("train", "val"), 4),
@@ -258,19 +262,19 @@ UNCLEAR = {
             (("train_images", "train_masks", "val_images", "val_masks"), ("train",), 8),
         ],
     ),
-    "splits that have classes, and images without one": (
+    "splits with classes and unlabeled images": (
         [*TRAIN, *VAL, "train/unlabeled/1.jpg", "val/unlabeled/1.jpg"],
         [(("a", "b"), ("train", "val"), 4), None, (("a", "b", "unlabeled"), ("train",), 3)],
     ),
-    "other splits beside train": (
+    "other splits next to train": (
         [f"{top}/{name}/1.jpg" for top in ("train", "public", "private") for name in "ab"],
         [*3 * [(("a", "b"), (), 2)], (("private", "public", "train"), ("train",), 6)],
     ),
-    "classes of test that train lacks": (
+    "test classes that are missing in train": (
         ["train/good/1.jpg", "test/good/1.jpg", "test/bad/1.jpg", "masks/bad/1.jpg"],
         [(("bad", "good"), (), 2), (("masks", "test", "train"), ("train",), 4)],
     ),
-    "two folders of one split": (
+    "two folders for one split": (
         [*TRAIN, *VAL, "valid/a/3.jpg"],
         [
             (("a", "b"), ("train", "val"), 4),
@@ -289,7 +293,7 @@ UNCLEAR = {
             (("cat's_train", "cat's_val", "dogs_train", "dogs_val"), ("train",), 4),
         ],
     ),
-    "splits below classes": (
+    "splits inside classes": (
         ["rose/train/1.jpg", "rose/test/1.jpg", "red rose/train/1.jpg", "red rose/test/2.jpg"],
         [(("red rose", "rose"), ("train", "test"), 4), (("red rose", "rose"), (), 4)],
     ),
@@ -297,11 +301,9 @@ UNCLEAR = {
 
 
 @pytest.mark.parametrize("number", range(5))
-@pytest.mark.parametrize("name", UNCLEAR)
-def test_what_can_be_read_in_several_ways_shows_them_and_each_command_works(
-    tmp_path: Path, name: str, number: int
-) -> None:
-    files, outcomes = UNCLEAR[name]
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_an_ambiguous_layout_lists_its_readings_and_each_command_works(tmp_path: Path, name: str, number: int) -> None:
+    files, outcomes = AMBIGUOUS[name]
     if number >= len(outcomes):
         return
     root = touch(tmp_path / "my data", *files)
@@ -313,40 +315,46 @@ def test_what_can_be_read_in_several_ways_shows_them_and_each_command_works(
             r"put them into .*/CLASS, or write .*/train\.txt and val\.txt with lines 'PATH LABEL'$", command
         )
     else:
-        found = obeyed(command, root)
+        found = run_command(command, root)
         assert (found.classes, found.splits, len(found)) == outcome
 
 
-def test_the_words_of_a_reading(tmp_path: Path) -> None:
+def test_the_text_of_an_ambiguous_layout(tmp_path: Path) -> None:
     root = touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "images/1.jpg")
     pack = f"fastflower pack {tmp_path}"
     lines = [
-        f"{tmp_path}: folders named as splits ('train', 'val') are no classes, and others ('images') stand beside them. "
-        f"What to do if",
-        f"the splits are 'train', 'val', and 'images' left out: mv {tmp_path}/images {tmp_path}/.images && {pack}",
-        f"the classes are those in 'train': {pack}/train",
-        f"the classes are 'train', 'val', 'images': (cd {tmp_path} && find -L train val images -type f > train.txt) && {pack} "
-        f"--split-by class",
+        f"{tmp_path}: has folders named after splits ('train', 'val') next to other folders of images ('images'). "
+        f"This layout is ambiguous; choose one:",
+        f"to use 'train', 'val' as splits and skip 'images': mv {tmp_path}/images {tmp_path}/.images && {pack}",
+        f"to use the folders in 'train' as classes: {pack}/train",
+        f"to use 'train', 'val', 'images' as classes: (cd {tmp_path} && find -L train val images -type f > train.txt) && "
+        f"{pack} --split-by class",
     ]
     with pytest.raises(FolderError, match=exactly("\n  ".join(lines))):
         scan(root)
 
 
-def test_the_words_where_a_folder_may_hold_any_images_and_where_a_split_has_two(tmp_path: Path) -> None:
+def test_the_text_for_a_generic_folder_and_for_a_duplicate_split(tmp_path: Path) -> None:
     for root, what, names in (
         (
             tmp_path / "a",
-            "'images' may hold images of any class, and other folders stand beside.",
+            "has other folders next to 'images', which may hold images of any class.",
             ["images/1.jpg", "a/1.jpg"],
         ),
-        (tmp_path / "b", "has two folders for the same split (val, valid).", [*TRAIN, *VAL, "valid/a/1.jpg"]),
+        (
+            tmp_path / "b",
+            "has more than one folder for the same split ('val', 'valid').",
+            [*TRAIN, *VAL, "valid/a/1.jpg"],
+        ),
     ):
-        with pytest.raises(FolderError, match="^" + re.escape(f"{root}: {what} What to do if\n")):
+        with pytest.raises(
+            FolderError, match="^" + re.escape(f"{root}: {what} This layout is ambiguous; choose one:\n")
+        ):
             scan(touch(root, *names))
 
 
-def test_who_draws_a_split_anew_may_have_splits_below_classes(tmp_path: Path) -> None:
-    found = scan(touch(tmp_path, "a/train/1.jpg", "a/test/2.jpg", "b/1.jpg"), anew=True)
+def test_splits_inside_classes_are_allowed_for_a_new_split(tmp_path: Path) -> None:
+    found = scan(touch(tmp_path, "a/train/1.jpg", "a/test/2.jpg", "b/1.jpg"), resplit=True)
     assert images(found) == ["a/test/2.jpg", "a/train/1.jpg", "b/1.jpg"]
 
 
@@ -365,6 +373,6 @@ def test_the_folder_inside_wrappers_is_named(tmp_path: Path, files: list[str], d
     what = f"has one class, {files[0].partition('/')[0]!r}; a classifier needs at least two class folders."
     with pytest.raises(
         FolderError,
-        match=exactly(f"{tmp_path}: {what} If those in it are the classes, name {tmp_path / deepest}."),
+        match=exactly(f"{tmp_path}: {what} If they are in {tmp_path / deepest}, pass that folder."),
     ):
         scan(touch(tmp_path, *files))

@@ -1,4 +1,4 @@
-"""The nastiest folder of images: each file ends where docs/format.md puts it, without a hang, a crash or a full memory."""
+"""A folder of nasty files: each is treated as docs/format.md says, without hanging, crashing or exhausting memory."""
 
 import io
 import json
@@ -23,12 +23,12 @@ from fastflower.shards.reader import ShardReader
 from fastflower.shards.verification import verify
 
 SPLITS = ["train", "val"]
-# Damage at which libjpeg, and so every decoder here, only warns: bytes that mean nothing, with an end behind them.
+# Damage for which libjpeg, and so every decoder here, only warns: meaningless bytes before a valid end.
 ONLY_WARNED_OF = {
     "broken/zeros in the middle.jpg",
     "broken/cut at a restart and ended.jpg",
 }
-TOLERANCE = 3.0  # mean gray levels, as in test_image
+TOLERANCE = 3.0  # mean difference in gray levels, as in test_image
 SECONDS, BYTES = 60, 1 << 30
 
 PROGRAM = """
@@ -50,7 +50,7 @@ class Packed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
-    """The folder, packed by the command line in a process of its own."""
+    """The nasty folder, packed by the command line in its own process."""
     folder, out = (tmp_path_factory.mktemp("nasty") / name for name in ("folder", "out"))
     expected = make(folder)
     command = [sys.executable, "-c", PROGRAM, folder, out]
@@ -68,7 +68,7 @@ class Sample(NamedTuple):
 
 @pytest.fixture(scope="module")
 def samples(packed: Packed) -> dict[str, list[Sample]]:
-    """All that is in the shards, by split, in order."""
+    """All samples in the shards, by split, in order."""
     found: dict[str, list[Sample]] = {}
     for split in SPLITS:
         reader = ShardReader(Manifest.load(packed.out), split)
@@ -83,7 +83,7 @@ def source(packed: Packed, sample: Sample) -> bytes:
     return (packed.folder / sample.path).read_bytes()
 
 
-def test_each_file_is_kept_transcoded_or_skipped_as_the_format_says(
+def test_each_file_is_kept_transcoded_or_skipped_as_documented(
     packed: Packed, samples: dict[str, list[Sample]]
 ) -> None:
     skipped = [item["path"] for item in Manifest.load(packed.out).skipped]
@@ -97,7 +97,7 @@ def test_each_file_is_kept_transcoded_or_skipped_as_the_format_says(
     assert {ascii(path): (expected.get(path), found.get(path)) for path in wrong} == {}
 
 
-def test_reasons_can_be_read(packed: Packed) -> None:
+def test_reasons_are_readable(packed: Packed) -> None:
     reasons = {item["reason"] for item in Manifest.load(packed.out).skipped}
     assert len(reasons) >= 10
     for reason in reasons:
@@ -106,58 +106,58 @@ def test_reasons_can_be_read(packed: Packed) -> None:
         assert not re.search(r"0x[0-9a-f]{6}|<|Traceback|Error|Exception", reason)
 
 
-def pillows(data: bytes) -> NDArray[Any]:
-    """The picture as Pillow has it, upright; 16-bit grays, which it would clip, scaled."""
+def by_pillow(data: bytes) -> NDArray[Any]:
+    """Decode an image with Pillow, upright. 16-bit grays are scaled, because Pillow would clip them."""
     with Image.open(io.BytesIO(data)) as image:
         wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
         upright = ImageOps.exif_transpose(image)
     if wide:
         return np.repeat(np.asarray(upright)[..., None] / 257, 3, axis=2)
-    if upright.mode == "P":  # without the way over RGBA Pillow warns of a palette with alpha
+    if upright.mode == "P":  # converting to RGBA first avoids Pillow's warning about palettes with alpha
         upright = upright.convert("RGBA")
     return np.asarray(upright.convert("RGB")).astype(float)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged EXIF
-def test_pictures_are_pillows(packed: Packed, samples: dict[str, list[Sample]]) -> None:
-    """The very pixels where the bytes are kept, close to them where they are not."""
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # damaged EXIF
+def test_images_match_pillow(packed: Packed, samples: dict[str, list[Sample]]) -> None:
+    """Pixels are equal if the bytes are kept, and close if the image is transcoded."""
     for sample in (sample for split in SPLITS for sample in samples[split] if sample.path not in ONLY_WARNED_OF):
-        expected = pillows(source(packed, sample))
+        expected = by_pillow(source(packed, sample))
         found = decode(sample.encoded)
         assert found.shape == expected.shape == (*sample.size, 3), sample.path
         distance = np.abs(found - expected).mean()
         assert distance <= (TOLERANCE if packed.expected[sample.path] == "transcoded" else 0), sample.path
 
 
-def test_packing_takes_little_memory(packed: Packed) -> None:
+def test_packing_uses_little_memory(packed: Packed) -> None:
     found = re.search(r"VmHWM:\s+(\d+) kB", packed.printed)
     assert found is not None
     assert int(found[1]) * 1024 < BYTES
 
 
-def test_only_warnings_of_a_line_write_to_the_terminal(packed: Packed) -> None:
+def test_only_one_line_warnings_are_written_to_stderr(packed: Packed) -> None:
     odd, *rest = packed.errors.splitlines()
     warned = {item["path"] for item in Manifest.load(packed.out).warnings}
     assert warned >= ONLY_WARNED_OF
-    assert odd == f"{packed.out}: {len(warned)} images decode with warnings; its manifest names them (warnings)"
-    assert re.fullmatch(r".*: \d+ files are left out; .*\n.*: split val has no image of .*", "\n".join(rest))
+    assert odd == f"{packed.out}: decoded {len(warned)} images with warnings; see `warnings` in manifest.json"
+    assert re.fullmatch(r".*: skipped \d+ files; .*\n.*: split val has no images of .*", "\n".join(rest))
 
 
-def test_each_line_that_is_printed_can_be_read(packed: Packed) -> None:
+def test_every_printed_line_is_readable(packed: Packed) -> None:
     *lines, last, _ = packed.printed.partition("VmHWM")[0].split("\n")
     assert last == f"wrote {packed.out}"
-    assert packed.printed.count("\nskipped ") == 21  # of which the last counts the rest
+    assert packed.printed.count("\nskipped ") == 21  # the last one counts the rest
     known = re.compile(r"(train|val|skipped|warning|identical|looks alike):? .*|\d+ images outside train look like .*")
     assert [line for line in lines if not line.isprintable() or not known.fullmatch(line)] == []
 
 
-def test_nothing_is_wrong_with_the_pack(packed: Packed) -> None:
+def test_verify_finds_nothing_wrong_with_the_nasty_pack(packed: Packed) -> None:
     assert verify(packed.out) == []
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves its tars to be closed
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset does not close its tars
 @pytest.mark.parametrize("split", SPLITS)
-def test_webdataset_reads_every_sample(packed: Packed, samples: dict[str, list[Sample]], split: str) -> None:
+def test_webdataset_reads_every_nasty_sample(packed: Packed, samples: dict[str, list[Sample]], split: str) -> None:
     names = [str(packed.out / shard.name) for shard in Manifest.load(packed.out).split(split).shards]
     found = list(WebDataset(names, shardshuffle=False))
     assert [sample["jpg"] for sample in found] == [sample.encoded for sample in samples[split]]
@@ -167,13 +167,13 @@ def test_webdataset_reads_every_sample(packed: Packed, samples: dict[str, list[S
 
 @pytest.mark.dali
 @pytest.mark.parametrize("split", SPLITS)
-def test_dali_reads_every_sample(packed: Packed, samples: dict[str, list[Sample]], split: str) -> None:
+def test_dali_reads_every_nasty_sample(packed: Packed, samples: dict[str, list[Sample]], split: str) -> None:
     found = read_by_dali(packed.out, split, len(samples[split]))
     assert found == [(sample.encoded, sample.label) for sample in samples[split]]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_on_bad_fail_names_one_of_the_bad_files(packed: Packed, tmp_path: Path) -> None:
+def test_on_bad_fail_reports_one_of_the_bad_files(packed: Packed, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match=r"; remove or replace it, or pack with --on-bad skip\.$") as caught:
         pack(packed.folder, tmp_path / "out", on_bad="fail")
     named = {f"{packed.folder / item['path']}: {item['reason']}" for item in Manifest.load(packed.out).skipped}

@@ -1,4 +1,4 @@
-"""Packing: the same bytes every time, fair splits, a manifest that tells the truth."""
+"""Packing: reproducible bytes, fair splits and a correct manifest."""
 
 import io
 import itertools
@@ -27,7 +27,7 @@ from PIL import Image
 from fastflower import Manifest, pack
 from fastflower.errors import ArgumentError, FolderError
 from fastflower.packing.folder import scan
-from fastflower.packing.packer import _ahead
+from fastflower.packing.packer import _bounded_map
 from fastflower.shards.image import perceptual_hash
 
 
@@ -36,8 +36,8 @@ def small(tmp_path: Path) -> Path:
     return drawn(tmp_path / "small", a=7, b=10, c=13)
 
 
-def test_two_packs_of_one_folder_are_the_same_bytes(flowers: Path, shards: Path, tmp_path: Path) -> None:
-    """Also of a copy elsewhere, whose files are younger."""
+def test_two_packs_of_one_folder_have_the_same_bytes(flowers: Path, shards: Path, tmp_path: Path) -> None:
+    """A copy of the folder elsewhere, with newer files, also gives the same bytes."""
     moved = shutil.copytree(flowers, tmp_path / "moved", copy_function=shutil.copy)
     manifest = pack(moved, tmp_path / "again", shard_bytes=1 << 20)
     assert checksums(tmp_path / "again") == checksums(shards)
@@ -89,30 +89,32 @@ def test_relative_paths_give_the_same_bytes(
     assert checksums(tmp_path / "out") == checksums(shards)
 
 
-def test_an_executor_of_processes_makes_the_same_bytes(
+def test_a_process_pool_makes_the_same_bytes(
     flowers: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of processes in another current folder, which relative paths must survive."""
+    """The processes have another current folder, so relative paths must be resolved first."""
     monkeypatch.chdir(flowers.parent)
     with ProcessPoolExecutor(2, get_context("spawn"), os.chdir, ("/",)) as executor:
         pack(flowers.name, os.path.relpath(tmp_path / "out"), shard_bytes=1 << 20, executor=executor)
-        assert executor.submit(abs, -1).result() == 1  # it is the caller's, and still open
+        assert executor.submit(abs, -1).result() == 1  # pack does not shut down the caller's executor
     assert checksums(tmp_path / "out") == checksums(shards)
 
 
 class Recorded(ProcessPoolExecutor):
-    """Remembers what it was given."""
+    """Records the futures of its tasks."""
 
     def submit(self, *args: Any, **options: Any) -> Future[Any]:
         self.futures = [*getattr(self, "futures", []), super().submit(*args, **options)]
         return self.futures[-1]
 
 
-def test_an_error_in_another_process_arrives_when_all_have_stopped(flowers: Path, shards: Path, tmp_path: Path) -> None:
+def test_an_error_in_another_process_is_raised_after_all_have_stopped(
+    flowers: Path, shards: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(flowers, tmp_path / "data"))
     bad = folder / next(samples(shards, "train")).path
-    bad.write_bytes(bytes(bad.stat().st_size))  # of the same size, so that it is the first in a shard again
-    text = f"{bad}: is no image; remove or replace it, or pack with --on-bad skip."
+    bad.write_bytes(bytes(bad.stat().st_size))  # the size stays the same, so it is again the first image in a shard
+    text = f"{bad}: is not an image; remove or replace it, or pack with --on-bad skip."
     with Recorded(2, mp_context=get_context("spawn")) as executor:
         with pytest.raises(FolderError, match=exactly(text)):
             pack(folder, tmp_path / "out", on_bad="fail", quality=90, shard_bytes=1 << 20, executor=executor)
@@ -121,27 +123,27 @@ def test_an_error_in_another_process_arrives_when_all_have_stopped(flowers: Path
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7])
-def test_little_is_begun_ahead_and_all_is_in_order(depth: int) -> None:
-    begun, lock = itertools.count(1), threading.Lock()
+def test_bounded_map_starts_few_items_early_and_keeps_the_order(depth: int) -> None:
+    started, lock = itertools.count(1), threading.Lock()
     most = taken = 0
 
     def square(number: int) -> int:
         nonlocal most
         with lock:
-            most = max(most, next(begun) - taken)
+            most = max(most, next(started) - taken)
         return number * number
 
     with ThreadPoolExecutor(8) as pool:
-        for number, result in enumerate(itertools.islice(_ahead(pool, depth, square, itertools.count()), 100)):
+        for number, result in enumerate(itertools.islice(_bounded_map(pool, depth, square, itertools.count()), 100)):
             assert result == number * number
             taken += 1
     assert most <= depth
-    assert next(begun) - 1 <= 100 + depth
+    assert next(started) - 1 <= 100 + depth
     with ThreadPoolExecutor(8) as pool:
-        assert list(_ahead(pool, depth, abs, iter(range(20)))) == list(range(20))
+        assert list(_bounded_map(pool, depth, abs, iter(range(20)))) == list(range(20))
 
 
-def test_the_seed_changes_split_and_order(small: Path, tmp_path: Path) -> None:
+def test_the_seed_changes_the_packed_split_and_order(small: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         pack(small, tmp_path / f"split-{seed}", seed=seed)
         pack(small, tmp_path / f"whole-{seed}", seed=seed, val_fraction=0)
@@ -151,7 +153,7 @@ def test_the_seed_changes_split_and_order(small: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.5, 0.05])
-def test_a_split_by_class_takes_the_share_of_each_class(small: Path, tmp_path: Path, fraction: float) -> None:
+def test_a_split_by_class_takes_the_fraction_of_each_class(small: Path, tmp_path: Path, fraction: float) -> None:
     manifest = pack(small, tmp_path / "out", val_fraction=fraction)
     expected = tuple(max(1, round(count * fraction)) for count in (7, 10, 13))
     assert manifest.splits["val"].class_counts == expected
@@ -162,7 +164,7 @@ def test_a_split_by_class_takes_the_share_of_each_class(small: Path, tmp_path: P
     assert not paths(tmp_path / "out", "train") & paths(tmp_path / "out", "val")
 
 
-def test_a_random_split_takes_the_share_of_all(tmp_path: Path) -> None:
+def test_a_random_split_takes_the_fraction_of_all_images(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "data", a=20, b=20, c=20)
     options: dict[str, Any] = {"split_by": "random", "val_fraction": 0.3}
     of_val = [pack(folder, tmp_path / str(seed), seed=seed, **options).splits["val"] for seed in range(4)]
@@ -170,7 +172,7 @@ def test_a_random_split_takes_the_share_of_all(tmp_path: Path) -> None:
     assert {split.class_counts for split in of_val} - {(6, 6, 6)}
 
 
-def test_without_validation_all_is_for_training(small: Path, tmp_path: Path) -> None:
+def test_with_val_fraction_0_all_images_are_for_training(small: Path, tmp_path: Path) -> None:
     empty = pack(small, tmp_path / "out", val_fraction=0).splits["val"]
     assert (empty.samples, empty.class_counts, empty.shards) == (0, (0, 0, 0), ())
     assert paths(tmp_path / "out", "train") == images(scan(small))
@@ -183,31 +185,31 @@ def test_identical_images_stay_in_one_split(tmp_path: Path) -> None:
     for number in range(10):
         for copied in range(1 + number % 3):
             shutil.copy(folder / f"a/{number:03d}.jpg", folder / f"a/again-{number}-{copied}.jpg")
-    twins = [{f"a/{n:03d}.jpg", *(f"a/again-{n}-{c}.jpg" for c in range(1 + n % 3))} for n in range(10)]
+    groups = [{f"a/{n:03d}.jpg", *(f"a/again-{n}-{c}.jpg" for c in range(1 + n % 3))} for n in range(10)]
     for seed in range(3):
         out = tmp_path / str(seed)
         manifest = pack(folder, out, val_fraction=0.5, seed=seed)
-        assert sorted(map(sorted, manifest.duplicates)) == sorted(map(sorted, twins))
+        assert sorted(map(sorted, manifest.duplicates)) == sorted(map(sorted, groups))
         train, val = paths(out, "train"), paths(out, "val")
-        assert [group for group in twins if not (group <= train or group <= val)] == []
-        assert any(group <= train for group in twins)
-        assert any(group <= val for group in twins)
+        assert [group for group in groups if not (group <= train or group <= val)] == []
+        assert any(group <= train for group in groups)
+        assert any(group <= val for group in groups)
         assert manifest.label_conflicts == ()
         assert manifest.near_duplicates == ()
-        assert len(train) + len(val) == 60 + sum(len(group) - 1 for group in twins)
-        # A group may take more than is left of the share, by less than itself.
+        assert len(train) + len(val) == 60 + sum(len(group) - 1 for group in groups)
+        # The share may exceed the fraction by less than a group.
         assert 0 <= manifest.splits["val"].class_counts[0] - round(49 * 0.5) <= 3
 
 
 @pytest.fixture
 def conflicting(small: Path) -> Path:
-    """a/000 also stands under b, twice; c/000 twice under c."""
+    """A folder with two copies of a/000 under b and one copy of c/000 under c."""
     for source, target in (("a/000", "b/x"), ("a/000", "b/y"), ("c/000", "c/x")):
         shutil.copy(small / f"{source}.jpg", small / f"{target}.jpg")
     return small
 
 
-def test_one_picture_under_two_labels_is_reported_and_kept_in_one_split(conflicting: Path, tmp_path: Path) -> None:
+def test_one_image_under_two_labels_is_reported_and_kept_in_one_split(conflicting: Path, tmp_path: Path) -> None:
     manifest = pack(conflicting, tmp_path / "out", val_fraction=0.5)
     assert manifest.label_conflicts == (("a/000.jpg", "b/x.jpg", "b/y.jpg"),)
     assert manifest.duplicates == (("a/000.jpg", "b/x.jpg", "b/y.jpg"), ("c/000.jpg", "c/x.jpg"))
@@ -217,13 +219,14 @@ def test_one_picture_under_two_labels_is_reported_and_kept_in_one_split(conflict
     assert group <= train or group <= val
 
 
-def test_conflicting_pictures_can_be_left_out(conflicting: Path, tmp_path: Path) -> None:
+def test_images_with_conflicting_labels_can_be_dropped(conflicting: Path, tmp_path: Path) -> None:
     manifest = pack(conflicting, tmp_path / "out", on_conflict="drop")
-    left_out = ("a/000.jpg", "b/x.jpg", "b/y.jpg")
-    assert manifest.label_conflicts == (left_out,)
-    assert manifest.skipped == tuple({"path": path, "reason": "stands under two labels"} for path in left_out)
+    dropped = ("a/000.jpg", "b/x.jpg", "b/y.jpg")
+    assert manifest.label_conflicts == (dropped,)
+    reason = "is identical to an image with another label"
+    assert manifest.skipped == tuple({"path": path, "reason": reason} for path in dropped)
     both = paths(tmp_path / "out", "train") | paths(tmp_path / "out", "val")
-    assert both == images(scan(conflicting)) - set(left_out)
+    assert both == images(scan(conflicting)) - set(dropped)
     assert manifest.source_bytes == sum((conflicting / path).stat().st_size for path in both)
 
 
@@ -232,8 +235,10 @@ def hash_of(encoded: bytes) -> int:
     return perceptual_hash(gray)
 
 
-def test_look_alikes_in_another_split_are_named_with_the_closest_to_train_on(flowers: Path, tmp_path: Path) -> None:
-    """Ten images saved again at half size; of each also a copy to train on that is a little nearer or farther."""
+def test_near_duplicates_in_another_split_are_reported_with_the_closest_training_image(
+    flowers: Path, tmp_path: Path
+) -> None:
+    """Ten validation images are half-size copies of training images. Train also has slightly cropped copies."""
     originals = sorted(flowers.glob("*/*.jpg"))[::5]
     for path in originals:
         (tmp_path / "data/train" / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -273,7 +278,7 @@ def test_look_alikes_in_another_split_are_named_with_the_closest_to_train_on(flo
     assert Manifest.load(tmp_path / "out").near_duplicates == manifest.near_duplicates
 
 
-def test_the_manifest_tells_how_many_bytes_went_in_and_came_out(small: Path, tmp_path: Path) -> None:
+def test_the_manifest_records_source_and_packed_bytes(small: Path, tmp_path: Path) -> None:
     draw_image(1, size=200).save(small / "a/large.png")
     (small / "a/bad.jpg").write_bytes(b"text" * 1000)
     sizes: list[int] = []
@@ -287,7 +292,7 @@ def test_the_manifest_tells_how_many_bytes_went_in_and_came_out(small: Path, tmp
     assert sizes[0] > sizes[1] > sizes[2]
 
 
-def test_transcoding_is_what_was_asked(small: Path, tmp_path: Path) -> None:
+def test_images_are_transcoded_to_the_requested_size_and_quality(small: Path, tmp_path: Path) -> None:
     draw_image(1, size=100).save(small / "a/large.png")
     pack(small, tmp_path / "out", max_side=50, quality=80)
     found = [sample for split in ("train", "val") for sample in samples(tmp_path / "out", split)]
@@ -318,13 +323,13 @@ def test_shards_are_of_about_equal_size_and_as_few_as_fit(flowers: Path, tmp_pat
 
 RULES: list[tuple[str, Any, str]] = [
     ("split_by", "label", "'class', 'random' or 'folder'"),
-    ("val_fraction", 1.0, "0 or more and less than 1"),
-    ("val_fraction", -0.1, "0 or more and less than 1"),
-    ("val_fraction", float("nan"), "0 or more and less than 1"),
+    ("val_fraction", 1.0, "at least 0 and less than 1"),
+    ("val_fraction", -0.1, "at least 0 and less than 1"),
+    ("val_fraction", float("nan"), "at least 0 and less than 1"),
     ("shard_bytes", 0, "at least 1"),
     ("max_side", 0, "at least 1 pixel"),
-    ("quality", 0, "1 .. 95"),
-    ("quality", 96, "1 .. 95"),
+    ("quality", 0, "between 1 and 95"),
+    ("quality", 96, "between 1 and 95"),
     ("on_bad", "ignore", "'skip' or 'fail'"),
     ("on_conflict", "merge", "'keep' or 'drop'"),
     ("workers", 0, "at least 1"),
@@ -332,13 +337,13 @@ RULES: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "rule"), RULES)
-def test_an_argument_outside_its_rule_is_refused(tmp_path: Path, name: str, value: Any, rule: str) -> None:
+def test_an_invalid_argument_of_pack_is_refused(tmp_path: Path, name: str, value: Any, rule: str) -> None:
     with pytest.raises(ArgumentError, match=exactly(f"{name} must be {rule}, got {value!r}.")):
         pack(tmp_path / "nowhere", tmp_path / "out", **{name: value})
     assert not (tmp_path / "out").exists()
 
 
-def test_the_manifest_tells_the_options_and_versions(small: Path, tmp_path: Path) -> None:
+def test_the_manifest_records_options_and_versions(small: Path, tmp_path: Path) -> None:
     options = {"split_by": "random", "val_fraction": 0.3, "seed": 5, "shard_bytes": 9999, "max_side": 20, "quality": 70}
     options |= {"on_bad": "fail", "on_conflict": "drop", "lists": True}
     returned = pack(small, tmp_path / "out", **options)  # pyright: ignore[reportArgumentType]
@@ -348,7 +353,7 @@ def test_the_manifest_tells_the_options_and_versions(small: Path, tmp_path: Path
     assert returned.versions == versions
 
 
-def test_the_defaults_are_the_options_that_the_manifest_tells(small: Path, tmp_path: Path) -> None:
+def test_the_manifest_records_the_default_options(small: Path, tmp_path: Path) -> None:
     assert pack(small, tmp_path / "out").options == {
         "split_by": "class",
         "val_fraction": 0.2,

@@ -1,4 +1,4 @@
-"""What packing takes and refuses: layouts, names, files that are no images, and where it may write."""
+"""What `pack` accepts and refuses: layouts, file names, bad files and output folders."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def small(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def divided(tmp_path: Path) -> Path:
-    """train/, val/ and test/ with 12, 5 and 3 images; two of the latter also stand in train, under other names."""
+    """14, 5 and 3 images in train/, val/ and test/. Two test images are also in train, with other names."""
     folder = drawn(tmp_path / "divided", **{"train/a": 5, "train/b": 7, "val/a": 2, "val/b": 3, "test/b": 3})
     for number in range(2):
         shutil.copy(folder / f"test/b/00{number}.jpg", folder / f"train/b/copy-{number}.jpg")
@@ -41,7 +41,7 @@ def below(folder: Path, split: str) -> set[str]:
 
 
 @pytest.mark.parametrize("split_by", [None, "folder"])
-def test_a_folders_own_split_is_packed_as_it_stands(divided: Path, tmp_path: Path, split_by: Any) -> None:
+def test_a_folders_own_split_is_kept(divided: Path, tmp_path: Path, split_by: Any) -> None:
     manifest = pack(divided, tmp_path / "out", split_by=split_by, seed=3)
     assert list(manifest.splits) == ["train", "val", "test"]
     assert manifest.classes == ("a", "b")
@@ -60,8 +60,8 @@ def test_a_folders_own_split_is_packed_as_it_stands(divided: Path, tmp_path: Pat
     )
 
 
-def test_a_folder_with_a_split_can_be_split_anew(divided: Path, tmp_path: Path) -> None:
-    """All of it, with the copies together."""
+def test_a_folder_with_a_split_can_be_split_again(divided: Path, tmp_path: Path) -> None:
+    """All images are split again, and copies stay together."""
     every = below(divided, "train") | below(divided, "val") | below(divided, "test")
     for split_by in ("class", "random"):
         out = tmp_path / split_by
@@ -80,13 +80,13 @@ def test_a_folder_with_a_split_can_be_split_anew(divided: Path, tmp_path: Path) 
 
 
 def test_a_folder_without_a_split_cannot_keep_its_own(small: Path, tmp_path: Path) -> None:
-    text = f"split_by must be 'class' or 'random' for {small}, which has no split of its own."
+    text = f"split_by must be 'class' or 'random' because {small} has no split of its own, got 'folder'."
     with pytest.raises(ArgumentError, match=exactly(text)):
         pack(small, tmp_path / "out", split_by="folder")
     assert not (tmp_path / "out").exists()
 
 
-def test_lists_are_packed_as_they_stand(small: Path, tmp_path: Path) -> None:
+def test_the_split_and_labels_of_lists_are_kept(small: Path, tmp_path: Path) -> None:
     (small / "meta").mkdir()
     (small / "meta/train.txt").write_text("a/000.jpg 1\nb/001.jpg 0\nc/002.jpg 1\n")
     (small / "meta/val.txt").write_text("c/003.jpg 0\n")
@@ -99,14 +99,14 @@ def test_lists_are_packed_as_they_stand(small: Path, tmp_path: Path) -> None:
 
 
 def lists_of(out: Path, folder: Path) -> None:
-    """Put the lists that a pack wrote into a folder."""
+    """Copy the lists of a pack into a folder."""
     shutil.copy(out / "classes.txt", folder)
     shutil.copytree(out / "meta", folder / "meta")
 
 
 @pytest.mark.parametrize("options", [{}, {"val_fraction": 0}, {"on_conflict": "drop", "split_by": "random"}])
-def test_lists_that_were_written_give_the_same_split_again(tmp_path: Path, options: dict[str, Any]) -> None:
-    """With names that hold spaces, end in numbers or are no UTF-8; without what was left out."""
+def test_lists_written_by_pack_give_the_same_split_again(tmp_path: Path, options: dict[str, Any]) -> None:
+    """The names contain spaces, end in numbers or are not UTF-8. Skipped images are not listed."""
     folder = drawn(tmp_path / "data", **{"a b": 9, "é 2": 8})
     for number, name in enumerate(name for name in NASTY if "\n" not in name and len(name) < 100):
         draw_image(5000 + number).save(folder / f"é 2/{name} 7.jpg", "JPEG")
@@ -127,7 +127,7 @@ def test_lists_that_were_written_give_the_same_split_again(tmp_path: Path, optio
     assert [before.path(number) for number in range(len(found[0]))] == sorted(path for _, _, path in found[0])
 
 
-def test_lists_of_a_folder_with_a_split_name_its_paths(divided: Path, tmp_path: Path) -> None:
+def test_lists_of_a_folder_with_a_split_contain_its_paths(divided: Path, tmp_path: Path) -> None:
     pack(divided, tmp_path / "out", lists=True)
     assert (tmp_path / "out/classes.txt").read_text() == "a\nb\n"
     for split in ("train", "val", "test"):
@@ -137,7 +137,7 @@ def test_lists_of_a_folder_with_a_split_name_its_paths(divided: Path, tmp_path: 
 
 @pytest.mark.filterwarnings("error")
 def test_nasty_names_get_plain_unique_keys_and_are_all_packed(tmp_path: Path) -> None:
-    """That others read them all is tested in test_tar_shards.py."""
+    """test_tar_shards.py tests that other readers find them all."""
     folder = nasty(tmp_path / "data")
     manifest = pack(folder, tmp_path / "out", val_fraction=0)
     assert manifest.skipped == ()
@@ -150,11 +150,11 @@ def test_nasty_names_get_plain_unique_keys_and_are_all_packed(tmp_path: Path) ->
     assert len(kept) == len(NASTY) + 6
 
 
-def test_bad_files_are_listed_with_path_and_reason_and_the_others_packed(small: Path, tmp_path: Path) -> None:
+def test_bad_files_are_skipped_with_a_reason_and_the_others_packed(small: Path, tmp_path: Path) -> None:
     good = images(scan(small))
     whole = (small / "a/000.jpg").read_bytes()
     (small / "a/half.jpg").write_bytes(whole[: len(whole) // 2])
-    (small / "b/text.jpg").write_text("not a picture")
+    (small / "b/text.jpg").write_text("not an image")
     (small / "b/empty.png").write_bytes(b"")
     (small / "c/notes.txt").write_text("not named as one")
     (small / "c/gone.jpg").symlink_to(small / "nowhere")
@@ -163,16 +163,16 @@ def test_bad_files_are_listed_with_path_and_reason_and_the_others_packed(small: 
     assert list(reasons) == sorted(reasons)
     assert "runcated" in reasons.pop("a/half.jpg")
     assert reasons == {
-        "b/text.jpg": "is no image",
-        "b/empty.png": "is no image",
-        "c/notes.txt": "is not named as an image",
+        "b/text.jpg": "is not an image",
+        "b/empty.png": "is not an image",
+        "c/notes.txt": "has no image extension",
         "c/gone.jpg": "No such file or directory",
     }
     assert paths(tmp_path / "out", "train") | paths(tmp_path / "out", "val") == good
 
 
-def test_pipes_sockets_and_loops_of_links_are_listed_and_do_not_hang(small: Path, tmp_path: Path) -> None:
-    """In a process of its own, which can be stopped when it does hang."""
+def test_pipes_sockets_and_loops_of_links_are_skipped_without_hanging(small: Path, tmp_path: Path) -> None:
+    """The pack runs in its own process, which can be stopped if it hangs."""
     good = images(scan(small))
     os.mkfifo(small / "a/pipe.jpg")
     os.mknod(small / "a/socket.png", stat.S_IFSOCK | 0o600)
@@ -180,7 +180,7 @@ def test_pipes_sockets_and_loops_of_links_are_listed_and_do_not_hang(small: Path
     (small / "b/itself.jpg").symlink_to("itself.jpg")
     (small / "c/deeper").mkdir()
     (small / "c/deeper/up").symlink_to("..")
-    (small / "c/picture.jpg").symlink_to(small / "a/000.jpg")
+    (small / "c/linked.jpg").symlink_to(small / "a/000.jpg")
     program = "import sys; from fastflower.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "pack", small, "--out", tmp_path / "out"]
     subprocess.run(command, check=True, capture_output=True, timeout=30)
@@ -190,17 +190,17 @@ def test_pipes_sockets_and_loops_of_links_are_listed_and_do_not_hang(small: Path
         "a/socket.png": "is a pipe, socket or device",
         "b/to-pipe.jpg": "is a pipe, socket or device",
         "b/itself.jpg": "Too many levels of symbolic links",
-        "c/deeper/up": "is a link to a folder that was read already",
+        "c/deeper/up": "links to a folder that was already read",
     }
     found = {sample.path: sample.image for split in SPLITS for sample in samples(tmp_path / "out", split)}
-    assert found.keys() == good | {"c/picture.jpg"}
-    assert found["c/picture.jpg"] == (small / "a/000.jpg").read_bytes()
-    assert manifest.label_conflicts == (("a/000.jpg", "c/picture.jpg"),)
+    assert found.keys() == good | {"c/linked.jpg"}
+    assert found["c/linked.jpg"] == (small / "a/000.jpg").read_bytes()
+    assert manifest.label_conflicts == (("a/000.jpg", "c/linked.jpg"),)
 
 
 @pytest.mark.filterwarnings("error")
 def test_shards_without_a_good_image_are_not_written(small: Path, tmp_path: Path) -> None:
-    """One image a shard, and DALI refuses to read a shard of none."""
+    """There is one image per shard, and DALI refuses to read an empty shard."""
     for number in range(20):
         (small / f"a/bad-{number}.jpg").write_bytes(b"bad" * 300)
         (small / f"b/empty-{number}.jpg").write_bytes(b"")
@@ -219,7 +219,7 @@ def test_shards_without_a_good_image_are_not_written(small: Path, tmp_path: Path
 
 def one_bad(folder: Path) -> str:
     (folder / "b/004.jpg").write_bytes(b"text")
-    return f"{folder / 'b/004.jpg'}: is no image; remove or replace it, or pack with --on-bad skip."
+    return f"{folder / 'b/004.jpg'}: is not an image; remove or replace it, or pack with --on-bad skip."
 
 
 def one_gone(folder: Path) -> str:
@@ -231,17 +231,17 @@ def one_gone(folder: Path) -> str:
 def all_bad(folder: Path) -> str:
     for path in (folder / "b").iterdir():
         path.write_bytes(b"text")
-    remedy = "add images, or remove the class folder. 10 files were skipped in all."
-    return f"class 'b': none of its images is left for training; {remedy}"
+    what = "has no images left for training (files skipped in total: 10)"
+    return f"class 'b': {what}; add images, or remove the class folder."
 
 
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize(("spoil", "on_bad"), [(one_bad, "fail"), (one_gone, "fail"), (all_bad, "skip")])
-def test_after_an_error_in_the_images_nothing_is_left_behind(
+def test_an_error_in_the_images_leaves_nothing_behind(
     small: Path, tmp_path: Path, spoil: Callable[[Path], str], on_bad: Any, kept: bool
 ) -> None:
     out = tmp_path / "out"
-    if kept:  # what others put there stays
+    if kept:  # other files in OUT stay
         out.mkdir()
         (out / "notes.txt").write_text("mine")
     with pytest.raises(FolderError, match=exactly(spoil(small))):
@@ -251,30 +251,31 @@ def test_after_an_error_in_the_images_nothing_is_left_behind(
 
 
 @pytest.mark.parametrize("where", ["", "out", "a/out", "../link", "../small"])
-def test_out_within_the_folder_is_refused(small: Path, tmp_path: Path, where: str) -> None:
+def test_out_inside_the_folder_is_refused(small: Path, tmp_path: Path, where: str) -> None:
     (tmp_path / "link").symlink_to(small / "b")
     before = checksums(tmp_path)
     out = small / where
-    text = f"{out}: lies in {small}, where it would count as images; name another folder with --out."
+    what = f"is inside the folder to pack ({small}) and would become part of it"
+    text = f"{out}: {what}; choose another folder with --out."
     with pytest.raises(FolderError, match=exactly(text)):
         pack(small, out)
     assert checksums(tmp_path) == before
     assert not (small / "out").exists()
 
 
-def test_out_beside_the_folder_may_have_a_name_that_begins_alike(small: Path) -> None:
+def test_out_next_to_the_folder_may_start_with_its_name(small: Path) -> None:
     assert pack(small, f"{small}-packed").splits["train"].samples == 24
 
 
 @pytest.mark.parametrize("name", ["other.tar", "other.idx", "other.npy", "_info.json", "classes.txt", "meta"])
-def test_out_with_files_that_may_be_of_another_pack_is_refused(small: Path, tmp_path: Path, name: str) -> None:
+def test_out_with_files_of_another_pack_is_refused(small: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     out.mkdir()
     if name == "meta":
         (out / name).mkdir()
     else:
         (out / name).write_text("mine")
-    text = f"{out}: holds {name} already; name another folder with --out, or remove this one."
+    text = f"{out}: already contains {name}; choose another folder with --out, or remove this one."
     with pytest.raises(FolderError, match=exactly(text)):
         pack(small, out, lists=True)
     assert [path.name for path in out.iterdir()] == [name]
@@ -286,14 +287,14 @@ def test_out_with_files_that_may_be_of_another_pack_is_refused(small: Path, tmp_
 def test_a_pack_is_not_overwritten(small: Path, tmp_path: Path) -> None:
     pack(small, tmp_path / "out")
     before = checksums(tmp_path / "out")
-    text = f"{tmp_path / 'out'}: holds a pack already; name another folder with --out, or remove this one."
+    text = f"{tmp_path / 'out'}: already contains packed shards; choose another folder with --out, or remove this one."
     for seed in (0, 1):
         with pytest.raises(FolderError, match=exactly(text)):
             pack(small, tmp_path / "out", seed=seed)
     assert checksums(tmp_path / "out") == before
 
 
-def test_out_that_cannot_be_made_is_explained(small: Path, tmp_path: Path) -> None:
+def test_out_that_cannot_be_created_is_explained(small: Path, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("mine")
     for out, reason in (
@@ -301,12 +302,12 @@ def test_out_that_cannot_be_made_is_explained(small: Path, tmp_path: Path) -> No
         (tmp_path / "loop", "Too many levels of symbolic links"),
         (tmp_path / ("long" * 100), "File name too long"),
     ):
-        text = f"{out}: cannot be written ({reason}); make room, or name another folder with --out."
+        text = f"{out}: cannot be written ({reason}); free up space, or choose another folder with --out."
         with pytest.raises(FolderError, match=exactly(text)):
             pack(small, out)
 
 
-def test_lists_may_begin_with_a_byte_order_mark(small: Path, tmp_path: Path) -> None:
+def test_lists_may_start_with_a_byte_order_mark(small: Path, tmp_path: Path) -> None:
     (small / "meta").mkdir()
     marked = {"classes.txt": "a\nb\nc\n", "meta/train.txt": "a/000.jpg 0\nb/000.jpg 1\nc/000.jpg 2\n"}
     for name, text in marked.items():
@@ -327,7 +328,7 @@ def test_a_class_of_copies_of_one_image_stays_in_training(tmp_path: Path) -> Non
         assert manifest.splits["val"].class_counts[0] == 2
 
 
-def test_lists_refuse_a_name_with_a_line_break(small: Path, tmp_path: Path) -> None:
+def test_lists_refuse_names_with_line_breaks(small: Path, tmp_path: Path) -> None:
     path = "b/two\nlines.jpg"
     draw_image(1).save(small / path)
     text = f"{str(small / path)!r}: has a line break in its name; rename it, or pack without --lists."
@@ -346,6 +347,6 @@ def test_a_file_of_more_than_a_gigabyte_is_not_read(small: Path, tmp_path: Path)
     assert manifest.skipped == ({"path": "a/zeros.jpg", "reason": reason},)
 
 
-def test_formats_whose_readers_start_programs_are_no_images(small: Path, tmp_path: Path) -> None:
+def test_formats_that_start_external_programs_are_not_images(small: Path, tmp_path: Path) -> None:
     draw_image(1).save(small / "a/script.jpg", "EPS")
-    assert pack(small, tmp_path / "out").skipped == ({"path": "a/script.jpg", "reason": "is no image"},)
+    assert pack(small, tmp_path / "out").skipped == ({"path": "a/script.jpg", "reason": "is not an image"},)

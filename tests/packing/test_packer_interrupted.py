@@ -1,4 +1,4 @@
-"""A pack that is killed, or that the disk or a second pack stops, goes on to the same bytes."""
+"""A pack that was interrupted (killed, full disk, second pack, dead worker) resumes to the same bytes."""
 
 import fcntl
 import os
@@ -25,23 +25,23 @@ from fastflower.packing import worker
 
 PROGRAM = HELPERS / "kill_packer.py"
 OPTIONS = NINE
-GOES_ON = "The same command goes on where this one stopped."
+RESUME = "Run the same command again to resume."
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """Nine images: two shards to train on and one to validate."""
+    """Nine images in two training shards and one validation shard."""
     return nine(tmp_path / "small")
 
 
 @pytest.fixture
 def expected(small: Path, tmp_path: Path) -> dict[str, str]:
-    """Of a pack that nobody interrupted."""
+    """Checksums of an uninterrupted pack."""
     return uninterrupted(small, tmp_path / "expected")
 
 
 def kills(folder: Path, work: Path, *arguments: str | Path) -> int:
-    """How often tests/helpers/kill_packer.py killed a pack."""
+    """Return how often tests/helpers/kill_packer.py killed a pack."""
     work.mkdir()
     command = [sys.executable, PROGRAM, folder, work, "--shard-bytes", "4000", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -53,26 +53,26 @@ def kills(folder: Path, work: Path, *arguments: str | Path) -> int:
     return int(found[1])
 
 
-def test_a_pack_that_is_killed_at_any_step_goes_on_to_the_same_bytes(small: Path, tmp_path: Path) -> None:
+def test_a_pack_killed_at_any_step_resumes_to_the_same_bytes(small: Path, tmp_path: Path) -> None:
     assert kills(small, tmp_path / "work") > 50
 
 
-def test_a_pack_that_is_killed_at_random_moments_goes_on_to_the_same_bytes(small: Path, tmp_path: Path) -> None:
+def test_a_pack_killed_at_random_moments_resumes_to_the_same_bytes(small: Path, tmp_path: Path) -> None:
     assert kills(small, tmp_path / "work", "--random", "5") == 5
 
 
 @pytest.mark.soak
-def test_a_pack_that_is_killed_again_while_it_goes_on_still_goes_on(small: Path, tmp_path: Path) -> None:
-    """First just before the manifest is put in place, when all else is there, then at each step."""
+def test_a_pack_killed_while_it_resumes_can_resume_again(small: Path, tmp_path: Path) -> None:
+    """The first kill comes just before the manifest is published, when all other files are; later ones at each step."""
     killed(small, tmp_path / "begun", BEFORE_MANIFEST, **OPTIONS)
     assert (tmp_path / "begun/val-000000.tar").exists()
     assert kills(small, tmp_path / "work", "--begin", tmp_path / "begun") > 30
 
 
-def test_a_full_disk_is_explained_and_the_pack_goes_on_when_there_is_room(
+def test_a_full_disk_is_explained_and_the_pack_resumes_with_free_space(
     small: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
-    """A limit on the size of files stands for the disk."""
+    """A limit on file size simulates a full disk."""
     program = (
         "import resource, sys; from fastflower.cli import main;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); sys.exit(main(sys.argv[1:]))"
@@ -80,7 +80,7 @@ def test_a_full_disk_is_explained_and_the_pack_goes_on_when_there_is_room(
     out = tmp_path / "out"
     command = [sys.executable, "-c", program, "pack", small, "--out", out, "--shard-bytes", "4000", "--lists"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    text = f"{out}: cannot be written (File too large); make room, or name another folder with --out. {GOES_ON}"
+    text = f"{out}: cannot be written (File too large); free up space, or choose another folder with --out. {RESUME}"
     assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (1, "", f"error: {text}")
     assert "Traceback" not in done.stderr
     assert [path.name for path in out.iterdir()] == [".packing"]
@@ -90,7 +90,7 @@ def test_a_full_disk_is_explained_and_the_pack_goes_on_when_there_is_room(
 
 
 def refusal(folder: Path, out: Path) -> str | None:
-    """What a pack says against it, if anything."""
+    """Return the error message of a pack, or None if it succeeds."""
     try:
         pack(folder, out, workers=1, **OPTIONS)
     except FolderError as error:
@@ -99,13 +99,13 @@ def refusal(folder: Path, out: Path) -> str | None:
 
 
 @pytest.mark.parametrize("for_good", [False, True])
-def test_an_error_at_any_renaming_leaves_what_the_same_call_goes_on_with(
+def test_the_same_call_resumes_after_an_error_at_any_rename(
     small: Path, tmp_path: Path, expected: dict[str, str], for_good: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that is full at one moment, or from one moment on, when nothing can be taken back either."""
+    """The disk is full for one rename, or for all later renames too, so that no file can be moved back."""
     replace = Path.replace
     out, number, calls = tmp_path / "out", 0, 0
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # some 60 packs need not wait for the disk
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # saves time in some 60 packs
 
     def fail(self: Path, target: Path) -> Path:
         nonlocal calls
@@ -114,16 +114,16 @@ def test_an_error_at_any_renaming_leaves_what_the_same_call_goes_on_with(
             raise OSError(ENOSPC, os.strerror(ENOSPC))
         return replace(self, target)
 
-    text = f"{out}: cannot be written (No space left on device); make room, or name another folder with --out."
+    text = f"{out}: cannot be written (No space left on device); free up space, or choose another folder with --out."
     while True:
         number += 1
         calls = 0
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", fail)
-            said = refusal(small, out)
-        if said is None:
+            message = refusal(small, out)
+        if message is None:
             break
-        assert said == (text if number <= 7 else f"{text} {GOES_ON}")  # the first seven are those of the plan
+        assert message == (text if number <= 7 else f"{text} {RESUME}")  # the first seven renames save the plan
         visible = {path.name for path in out.iterdir()} if out.exists() else set[str]()
         assert "manifest.json" not in visible
         assert for_good or visible <= {".packing", "meta"}
@@ -135,8 +135,8 @@ def test_an_error_at_any_renaming_leaves_what_the_same_call_goes_on_with(
 
 
 @pytest.mark.parametrize("stop", ["'train-000001.' in paths[0]", "paths[1] == 'val-000000.tar'"])
-def test_ctrl_c_keeps_what_was_made(small: Path, tmp_path: Path, expected: dict[str, str], stop: str) -> None:
-    """While shards are made, and while they are put in place."""
+def test_ctrl_c_keeps_finished_shards(small: Path, tmp_path: Path, expected: dict[str, str], stop: str) -> None:
+    """The interrupt comes while shards are made, or while they are published."""
     out = tmp_path / "out"
     process = child(small, out, stop, "os.kill(os.getpid(), signal.SIGINT)", **OPTIONS)
     _, errors = process.communicate(timeout=30)
@@ -149,8 +149,8 @@ def test_ctrl_c_keeps_what_was_made(small: Path, tmp_path: Path, expected: dict[
     assert checksums(out) == expected
 
 
-@pytest.mark.parametrize("ends", ["goes on", "dies"])
-def test_of_two_packs_the_second_says_so_and_the_first_is_not_disturbed(
+@pytest.mark.parametrize("ends", ["finishes", "dies"])
+def test_a_second_pack_into_the_same_folder_is_refused(
     small: Path, tmp_path: Path, expected: dict[str, str], ends: str
 ) -> None:
     out = tmp_path / "out"
@@ -164,7 +164,7 @@ def test_of_two_packs_the_second_says_so_and_the_first_is_not_disturbed(
         time.sleep(0.01)
     before = checksums(out)
     holder = rf"process {first.pid} on {re.escape(os.uname().nodename)}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
-    remedy = r"wait for it, or name another folder with --out\."
+    remedy = r"wait for it, or choose another folder with --out\."
     with pytest.raises(
         FolderError, match=rf"^{re.escape(str(out))}: another pack is writing here \({holder}\); {remedy}$"
     ):
@@ -173,26 +173,24 @@ def test_of_two_packs_the_second_says_so_and_the_first_is_not_disturbed(
     if ends == "dies":
         first.kill()
     first.communicate("\n", timeout=30)
-    assert first.returncode == (0 if ends == "goes on" else -signal.SIGKILL)
+    assert first.returncode == (0 if ends == "finishes" else -signal.SIGKILL)
     if ends == "dies":
         pack(small, out, **OPTIONS)
     assert checksums(out) == expected
 
 
 class Dying(ProcessPoolExecutor):
-    """Its workers die at the second shard."""
+    """A process pool with workers that die at the second shard."""
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         self.count = getattr(self, "count", 0) + 1
         return super().submit(os._exit, 1) if self.count == 2 else super().submit(fn, *args, **kwargs)
 
 
-def test_a_worker_that_dies_is_explained_and_the_pack_goes_on(
-    small: Path, tmp_path: Path, expected: dict[str, str]
-) -> None:
+def test_a_dead_worker_is_explained_and_the_pack_resumes(small: Path, tmp_path: Path, expected: dict[str, str]) -> None:
     out = tmp_path / "out"
     reason = "A process in the process pool was terminated abruptly while the future was running or pending."
-    text = f"{out}: a worker died ({reason}); pack with fewer workers where memory ran out. {GOES_ON}"
+    text = f"{out}: a worker died ({reason}); if it ran out of memory, use fewer workers. {RESUME}"
     with Dying(1, mp_context=get_context("spawn")) as executor, pytest.raises(FolderError, match=exactly(text)):
         pack(small, out, executor=executor, **OPTIONS)
     pack(small, out, **OPTIONS)
@@ -200,10 +198,10 @@ def test_a_worker_that_dies_is_explained_and_the_pack_goes_on(
 
 
 @pytest.mark.parametrize("third", [False, True])
-def test_the_lock_of_a_workspace_that_was_just_removed_is_worth_nothing(
+def test_the_lock_of_a_removed_workspace_is_taken_again(
     small: Path, tmp_path: Path, expected: dict[str, str], third: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another pack ends between the opening of the lock and its locking; a third may have begun by then."""
+    """Another pack ends between the opening and the locking of the lock file. By then, a third may have started."""
     out, flock = tmp_path / "out", fcntl.flock
     locked: list[int] = []
 
@@ -225,7 +223,7 @@ def test_the_lock_of_a_workspace_that_was_just_removed_is_worth_nothing(
 
 
 class LikeDask(Executor):
-    """While its tasks run, in two threads, it calls them pending: they can be "cancelled", and run on."""
+    """Reports running tasks as pending, as dask does, so they can be "cancelled" but keep running in its two threads."""
 
     def __init__(self) -> None:
         self.pool, self.running = ThreadPoolExecutor(2), 0
@@ -247,15 +245,13 @@ class LikeDask(Executor):
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_when_an_error_arrives_all_others_have_stopped_and_soon(
-    tmp_path: Path, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They would still write into the workspace."""
+def test_an_error_soon_stops_all_other_shards(tmp_path: Path, elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards in progress would still write into the workspace."""
     folder = drawn(tmp_path / "data", a=20, b=20)
     options: dict[str, Any] = {"shard_bytes": 25_000, "on_bad": "fail", "val_fraction": 0, "workers": 2}
     pack(folder, tmp_path / "expected", **options)
     bad = folder / next(samples(tmp_path / "expected", "train")).path
-    bad.write_bytes(bytes(bad.stat().st_size))  # of the same size, so that it is the first in the first shard again
+    bad.write_bytes(bytes(bad.stat().st_size))  # the size stays the same, so it is again first in the first shard
     prepare, prepared = worker.prepare, list[bytes]()
 
     def slowly(data: bytes, **options: Any) -> Any:
@@ -267,19 +263,19 @@ def test_when_an_error_arrives_all_others_have_stopped_and_soon(
     monkeypatch.setattr(worker, "prepare", slowly)
     monkeypatch.setattr(worker, "_CHUNK_BYTES", 1 << 12)
     executor = LikeDask()
-    text = f"{bad}: is no image; remove or replace it, or pack with --on-bad skip."
+    text = f"{bad}: is not an image; remove or replace it, or pack with --on-bad skip."
     with pytest.raises(FolderError, match=exactly(text)):
         pack(folder, tmp_path / "out", executor=executor if elsewhere else None, **options)
     assert executor.running == 0
     assert not (tmp_path / "out").exists()
-    assert len(prepared) < 15  # of twenty in the other shard
+    assert len(prepared) < 15  # the other shard has twenty images
     executor.pool.shutdown()
 
 
-def test_every_file_is_on_the_disk_before_it_gets_its_name(
+def test_every_file_is_synced_before_it_is_renamed(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a power cut leaves cannot be tested here, but the order of calls can."""
+    """A power cut cannot be tested here, but the order of calls can."""
     steps: list[tuple[str, int | str]] = []
     replace, fsync = Path.replace, os.fsync
 

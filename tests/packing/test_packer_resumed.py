@@ -1,4 +1,4 @@
-"""A pack that was interrupted goes on with what is its own; other options, versions and folders are refused by name."""
+"""An interrupted pack resumes only with the same options, versions and folder. Errors name the difference."""
 
 import inspect
 import os
@@ -36,13 +36,13 @@ OPTIONS = NINE
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """Nine images: two shards to train on and one to validate."""
+    """Nine images in two training shards and one validation shard."""
     return nine(tmp_path / "small")
 
 
 @pytest.fixture
 def expected(small: Path, tmp_path: Path) -> dict[str, str]:
-    """Of a pack that nobody interrupted."""
+    """Checksums of an uninterrupted pack."""
     return uninterrupted(small, tmp_path / "expected")
 
 
@@ -63,15 +63,15 @@ def changed(name: str) -> dict[str, Any]:
     return OPTIONS | {name: CHANGED[name]}
 
 
-def test_a_changed_option_is_named_and_changes_nothing(small: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+def test_a_changed_option_is_refused_and_changes_nothing(small: Path, tmp_path: Path, expected: dict[str, str]) -> None:
     assert CHANGED.keys() == inspect.signature(pack).parameters.keys() - {"folder", "out", "workers", "executor"}
     out = interrupted(small, tmp_path / "out", shards=2, **OPTIONS)
     before = checksums(out)
     former = asdict(load_plan(out / ".packing", small).options)
     for name, value in CHANGED.items():
         text = (
-            f"{out / '.packing'}: the pack that was interrupted here had {name} {former[name]!r}, not {value!r}; "
-            f"pack with the former to go on, or remove {out / '.packing'} to begin anew."
+            f"{out / '.packing'}: holds an interrupted pack with {name} {former[name]!r}, not {value!r}; "
+            f"use {name} {former[name]!r} to resume, or remove {out / '.packing'} to start over."
         )
         with pytest.raises(FolderError, match=exactly(text)):
             pack(small, out, **changed(name))
@@ -80,7 +80,7 @@ def test_a_changed_option_is_named_and_changes_nothing(small: Path, tmp_path: Pa
     assert checksums(out) == expected
 
 
-def test_another_version_is_named_and_changes_nothing(
+def test_another_version_is_refused_and_changes_nothing(
     small: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = interrupted(small, tmp_path / "out", shards=1, **OPTIONS)
@@ -91,8 +91,8 @@ def test_another_version_is_named_and_changes_nothing(
     assert places.keys() == former.keys()
     for name, place in places.items():
         text = (
-            f"{out / '.packing'}: the pack that was interrupted here had {name} {former[name]!r}, not '9.9'; "
-            f"pack with the former to go on, or remove {out / '.packing'} to begin anew."
+            f"{out / '.packing'}: holds an interrupted pack with {name} {former[name]!r}, not '9.9'; "
+            f"use {name} {former[name]!r} to resume, or remove {out / '.packing'} to start over."
         )
         with monkeypatch.context() as patch:
             patch.setattr(*place)
@@ -104,15 +104,15 @@ def test_another_version_is_named_and_changes_nothing(
 
 
 CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "has changed": ("a/003.jpg", lambda path: draw_image(77).save(path)),
-    "is gone": ("a/004.jpg", Path.unlink),
-    "was added": ("b/0000.jpg", lambda path: draw_image(78).save(path)),
-    "was added, changed or removed": ("b/notes.txt", lambda path: path.write_text("mine")),
+    "has been changed": ("a/003.jpg", lambda path: draw_image(77).save(path)),
+    "has been removed": ("a/004.jpg", Path.unlink),
+    "has been added": ("b/0000.jpg", lambda path: draw_image(78).save(path)),
+    "has been added or removed": ("b/notes.txt", lambda path: path.write_text("mine")),
 }
 
 
 @pytest.mark.parametrize("how", CHANGES)
-def test_a_changed_folder_is_named_and_changes_nothing(
+def test_a_changed_folder_is_refused_and_changes_nothing(
     small: Path, tmp_path: Path, expected: dict[str, str], how: str
 ) -> None:
     name, change = CHANGES[how]
@@ -122,7 +122,7 @@ def test_a_changed_folder_is_named_and_changes_nothing(
     change(small / name)
     text = (
         f"{small / name}: {how} since the pack into {out} was interrupted; "
-        f"undo that to go on, or remove {out / '.packing'} to begin anew."
+        f"undo this to resume, or remove {out / '.packing'} to start over."
     )
     with pytest.raises(FolderError, match=exactly(text)):
         pack(small, out, **OPTIONS)
@@ -133,7 +133,7 @@ def test_a_changed_folder_is_named_and_changes_nothing(
     assert checksums(out) == expected
 
 
-def test_a_folder_that_was_moved_goes_on_from_another_current_folder(
+def test_a_pack_of_a_moved_folder_resumes_from_another_current_folder(
     small: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -146,7 +146,7 @@ def test_a_folder_that_was_moved_goes_on_from_another_current_folder(
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The images that are prepared from here on."""
+    """Return a list that collects the images prepared from now on."""
     prepared: list[bytes] = []
     prepare = worker.prepare
 
@@ -158,7 +158,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return prepared
 
 
-def test_what_is_in_place_already_is_taken_back_and_not_made_again(
+def test_published_shards_are_moved_back_and_not_made_again(
     small: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = killed(small, tmp_path / "out", BEFORE_MANIFEST, **OPTIONS)
@@ -185,10 +185,10 @@ def test_finished_shards_are_not_made_again(
 
 @pytest.mark.parametrize("size", [0, 100, 700])
 @pytest.mark.parametrize("placed", [False, True])
-def test_a_damaged_record_is_made_again(
+def test_a_shard_with_a_damaged_record_is_made_again(
     small: Path, tmp_path: Path, expected: dict[str, str], size: int, placed: bool
 ) -> None:
-    """Also when its shard was in place in OUT already."""
+    """This also holds if its shard was already published."""
     out = killed(small, tmp_path / "out", BEFORE_MANIFEST if placed else "'index.npy' in paths[0]", **OPTIONS)
     assert (out / "train-000000.tar").exists() == placed
     os.truncate(out / ".packing/train-000000.npz", size)
@@ -200,7 +200,7 @@ def test_a_damaged_record_is_made_again(
     ("stop", "planned"),
     [(BEFORE_CLEARING, True), ("event == 'os.rmdir' and paths[0] == '.packing'", False)],
 )
-def test_a_pack_that_was_killed_after_its_end_is_finished(
+def test_a_pack_killed_after_publishing_is_finished(
     small: Path, tmp_path: Path, expected: dict[str, str], stop: str, planned: bool
 ) -> None:
     out = killed(small, tmp_path / "out", stop, **OPTIONS)
@@ -210,13 +210,13 @@ def test_a_pack_that_was_killed_after_its_end_is_finished(
     assert checksums(out) == expected
 
 
-def test_a_pack_that_was_killed_after_its_end_is_not_taken_for_another(
+def test_a_pack_killed_after_publishing_is_not_taken_for_another(
     small: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
     out = killed(small, tmp_path / "out", BEFORE_CLEARING, **OPTIONS)
     one_more, other_class = drawn(tmp_path / "one-more", a=5, b=5), drawn(tmp_path / "other-class", a=5, c=4)
     others = [*((small, changed(name)) for name in CHANGED), (one_more, OPTIONS), (other_class, OPTIONS)]
-    text = f"{out}: holds a pack already; name another folder with --out, or remove this one."
+    text = f"{out}: already contains packed shards; choose another folder with --out, or remove this one."
     for folder, options in others:
         with pytest.raises(FolderError, match=exactly(text)):
             pack(folder, out, **options)
@@ -224,19 +224,19 @@ def test_a_pack_that_was_killed_after_its_end_is_not_taken_for_another(
     assert checksums(out) == expected
 
 
-def test_an_error_in_the_images_of_a_pack_that_goes_on_clears_it(small: Path, tmp_path: Path) -> None:
+def test_an_error_in_the_images_of_a_resumed_pack_removes_it(small: Path, tmp_path: Path) -> None:
     pack(small, tmp_path / "expected", **OPTIONS)
     bad = small / next(iter(paths(tmp_path / "expected", "val")))
-    bad.write_bytes(bytes(bad.stat().st_size))  # of the same size, so that it is in the third shard again
+    bad.write_bytes(bytes(bad.stat().st_size))  # the size stays the same, so it is again in the third shard
     options = changed("on_bad")
     out = interrupted(small, tmp_path / "out", shards=2, **options)
-    text = f"{bad}: is no image; remove or replace it, or pack with --on-bad skip."
+    text = f"{bad}: is not an image; remove or replace it, or pack with --on-bad skip."
     with pytest.raises(FolderError, match=exactly(text)):
         pack(small, out, **options)
     assert not out.exists()
 
 
-def test_what_is_no_plan_does_no_harm(small: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+def test_leftover_files_without_a_plan_do_no_harm(small: Path, tmp_path: Path, expected: dict[str, str]) -> None:
     out = tmp_path / "out"
     (out / ".packing/meta").mkdir(parents=True)
     for name in (

@@ -1,4 +1,4 @@
-"""Plans: nothing lost, groups together, fair splits, even shards; saved, and compared with what the folder is now."""
+"""Plans: complete, with whole groups, fair splits and even shards. Saved plans load unchanged."""
 
 import os
 from collections import Counter, defaultdict
@@ -25,7 +25,7 @@ def split_of(plan: Plan) -> dict[int, str]:
 
 
 def drawn(root: Path, seed: int) -> Path:
-    """150 files of up to 300 bytes in three classes; a third are copies, of any class."""
+    """Make 150 files of up to 300 bytes in three classes. A third are copies of files of any class."""
     rng = np.random.default_rng(seed)
     contents: list[bytes] = []
     for _ in range(150):
@@ -36,7 +36,7 @@ def drawn(root: Path, seed: int) -> Path:
 
 
 def kept_images(plan: Plan) -> list[int]:
-    """The oracle: read them all."""
+    """Return the images that a plan must contain, from reading all files in full."""
     found = plan.folder
     contents = [(found.root / found.path(number)).read_bytes() for number in range(len(found))]
     labels: dict[bytes, set[int]] = defaultdict(set)
@@ -68,7 +68,7 @@ def test_every_kept_image_is_planned_once_and_groups_are_not_divided(tmp_path: P
 
 
 @pytest.mark.parametrize("options", LAWS)
-def test_the_share_for_validation_is_that_asked_for_but_for_the_rest_of_a_group(
+def test_the_validation_share_exceeds_the_fraction_by_less_than_a_group(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     plan = planned(drawn(tmp_path, options["seed"]), **options)
@@ -78,7 +78,7 @@ def test_the_share_for_validation_is_that_asked_for_but_for_the_rest_of_a_group(
     for label in range(3) if options["split_by"] == "class" else [None]:
         numbers = [number for number in split if label is None or labels[number] == label]
         val = [number for number in numbers if split[number] == "val"]
-        forced = 0 if label is None else len(together.intersection(val))  # by an equal image of another class
+        forced = 0 if label is None else len(together.intersection(val))  # by an identical image of another class
         wanted = round(len(numbers) * 0.25)
         assert wanted <= len(val) <= wanted + slack + forced
 
@@ -95,8 +95,8 @@ def test_without_copies_the_share_is_exact(tmp_path: Path, fraction: float) -> N
 
 
 @pytest.mark.parametrize("split_by", ["class", "random"])
-def test_every_image_is_as_likely_to_be_for_validation(tmp_path: Path, split_by: str) -> None:
-    """200 seeds, 12 of 48: binomial with mean 50 and deviation 6.1; the furthest of 48 is within four deviations."""
+def test_every_image_is_equally_likely_to_be_in_val(tmp_path: Path, split_by: str) -> None:
+    """With 12 of 48 images and 200 seeds, each count is binomial (mean 50, deviation 6.1) and within four deviations."""
     found = scan(numbered(tmp_path, a=16, b=32))
     counts = Counter[int]()
     for seed in range(200):
@@ -106,8 +106,8 @@ def test_every_image_is_as_likely_to_be_for_validation(tmp_path: Path, split_by:
     assert all(26 <= counts[number] <= 74 for number in range(48))
 
 
-def test_copies_count_in_each_of_their_classes_and_are_as_likely_for_validation(tmp_path: Path) -> None:
-    """Two classes of the same eight images: whichever are for validation, they are the share of both."""
+def test_copies_count_in_each_of_their_classes_and_are_equally_likely_in_val(tmp_path: Path) -> None:
+    """Two classes have the same eight images, so any validation image counts for both."""
     found = scan(write(tmp_path, {f"{name}/{number}.jpg": b"%d" % number for name in "ab" for number in range(8)}))
     seen = set[int]()
     for seed in range(40):
@@ -118,21 +118,24 @@ def test_copies_count_in_each_of_their_classes_and_are_as_likely_for_validation(
     assert seen == set(range(16))
 
 
-def test_a_folders_own_splits_are_kept_or_drawn_anew(tmp_path: Path) -> None:
+def test_a_folders_own_splits_are_kept_or_redrawn(tmp_path: Path) -> None:
     numbered(tmp_path / "train", a=9, b=9)
     numbered(tmp_path / "validation", a=3, b=2)
-    numbered(tmp_path / "test", a=2)  # the same bytes as others: its own splits are not changed for that
+    numbered(tmp_path / "test", a=2)  # copies of training images; the folder's own splits are kept all the same
     plan = planned(tmp_path, split_by="folder", val_fraction=None)
     assert plan.splits == plan.folder.splits == ("train", "val", "test")
     top = {"train": "train", "val": "validation", "test": "test"}
     assert len(split_of(plan)) == 25
     assert all(plan.folder.path(number).startswith(top[split]) for number, split in split_of(plan).items())
-    anew = planned(tmp_path, split_by="random")
-    assert anew.splits == ("train", "val")
-    assert len({anew.folder.path(n).partition("/")[0] for n, split in split_of(anew).items() if split == "train"}) > 1
+    redrawn = planned(tmp_path, split_by="random")
+    assert redrawn.splits == ("train", "val")
+    assert (
+        len({redrawn.folder.path(n).partition("/")[0] for n, split in split_of(redrawn).items() if split == "train"})
+        > 1
+    )
 
 
-def test_conflicts_are_the_groups_with_two_labels(tmp_path: Path) -> None:
+def test_conflicts_are_the_groups_with_several_labels(tmp_path: Path) -> None:
     names = ["a/1.jpg", "a/2.jpg", "a/3.jpg", "b/1.jpg", "b/2.jpg"]
     plan = planned(write(tmp_path, dict(zip(names, [b"1", b"2", b"2", b"1", b"3"], strict=True))))
     assert [group.tolist() for group in plan.groups] == [[0, 3], [1, 2]]
@@ -140,7 +143,7 @@ def test_conflicts_are_the_groups_with_two_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 100, 777, 5000, 30_000])
-def test_shards_follow_each_other_are_about_equal_and_as_few_as_fit(tmp_path: Path, shard_bytes: int) -> None:
+def test_shards_are_consecutive_about_equal_and_as_few_as_fit(tmp_path: Path, shard_bytes: int) -> None:
     plan = planned(drawn(tmp_path, 1), shard_bytes=shard_bytes)
     starts = [0, *(shard.stop for shard in plan.shards)]
     assert [shard.start for shard in plan.shards] == starts[:-1]
@@ -157,7 +160,7 @@ def test_shards_follow_each_other_are_about_equal_and_as_few_as_fit(tmp_path: Pa
     assert [shard.split for shard in plan.shards] == sorted(shard.split for shard in plan.shards)
 
 
-def test_images_without_bytes_make_no_shard_of_their_own(tmp_path: Path) -> None:
+def test_empty_files_make_no_shard_of_their_own(tmp_path: Path) -> None:
     contents = {f"{name}/{number}.jpg": b"" for name in "ab" for number in range(9)}
     plan = planned(write(tmp_path / "empty", contents), val_fraction=0)
     assert plan.shards == (PlannedShard("train", "train-000000", 0, 18),)
@@ -175,8 +178,8 @@ def test_shards_mix_the_classes(tmp_path: Path) -> None:
         assert 0.2 < plan.folder.files["label"][numbers].mean() < 0.8
 
 
-def test_a_plan_is_literally_this(tmp_path: Path) -> None:
-    """Whoever changes it changes what every folder is packed to."""
+def test_this_plan_never_changes(tmp_path: Path) -> None:
+    """If it changed, every folder would be packed to other bytes."""
     plan = planned(numbered(tmp_path, a=8, b=8), shard_bytes=100)
     assert [shard.stop for shard in plan.shards] == [4, 8, 12, 16]
     assert plan.order.tolist() == [15, 4, 7, 14, 8, 13, 5, 0, 12, 2, 10, 6, 1, 3, 11, 9]
@@ -186,7 +189,7 @@ def test_the_seed_changes_the_split_and_the_order(tmp_path: Path) -> None:
     root = numbered(tmp_path, a=20, b=20)
     plans = [planned(root, seed=seed) for seed in range(20)]
     assert len({tuple(plan.order.tolist()) for plan in plans}) == 20
-    assert len({frozenset(plan.order.tolist()[-10:]) for plan in plans}) == 20  # those for validation
+    assert len({frozenset(plan.order.tolist()[-10:]) for plan in plans}) == 20  # validation images
     assert planned(root, seed=3).order.tolist() == plans[3].order.tolist()
 
 
@@ -200,7 +203,7 @@ def same_plan(left: Plan, right: Plan) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def test_neither_threads_nor_the_file_systems_order_change_the_plan(
+def test_threads_and_the_file_systems_order_do_not_change_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = drawn(tmp_path / "data", 0)
@@ -236,8 +239,8 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_a_saved_plan_is_read_as_it_was(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when the folder was named by a relative path, and the current folder is another now."""
+def test_a_saved_plan_loads_unchanged(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This also holds for a relative path to the folder and another current folder."""
     FOLDERS[kind](tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     plan = planned(Path("data"), split_by="folder" if kind == "splits" else "class")
@@ -249,11 +252,11 @@ def test_a_saved_plan_is_read_as_it_was(tmp_path: Path, kind: str, monkeypatch: 
         assert (loaded.folder.root / loaded.folder.path(number)).is_file()
     monkeypatch.chdir(tmp_path)
     same_plan(loaded, plan)
-    assert isinstance(loaded.folder.files, np.memmap)  # a million files are shared by the workers
+    assert isinstance(loaded.folder.files, np.memmap)  # workers share the memory
     assert not loaded.order.flags.writeable
 
 
-def test_a_plan_that_could_not_be_saved_whole_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partly_saved_plan_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(numbered(tmp_path / "data", a=5, b=5))
     real, count = np.save, iter(range(9))
 

@@ -1,4 +1,4 @@
-"""An interrupted plan: when it is gone on with, and what is said when it is not."""
+"""When an interrupted plan can be resumed, and the error if it cannot."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastflower.packing.plan import PLAN, Options, Plan, check_same, load_plan, 
 
 
 def interrupted(tmp_path: Path, contents: dict[str, bytes]) -> tuple[Path, Path, Plan]:
-    """A folder, the workspace of a pack of it, and the plan there. One of its images is a link to nothing."""
+    """Return a folder with a broken link among its images, the workspace of its pack, and the plan."""
     root, work = write(tmp_path / "data", contents), tmp_path / "out" / ".packing"
     (root / "b/2.jpg").symlink_to("nowhere")
     work.mkdir(parents=True)
@@ -34,74 +35,82 @@ OTHER |= {"on_bad": "fail", "on_conflict": "drop", "lists": True, "pillow": "12.
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_another_option_or_version_is_named(tmp_path: Path, name: str) -> None:
+def test_a_plan_with_another_option_or_version_is_refused(tmp_path: Path, name: str) -> None:
     root, work, plan = interrupted(tmp_path, FILES)
     options = Options(**(OPTIONS | {name: OTHER[name]} if name in OPTIONS else OPTIONS))
     versions: Any = VERSIONS | {name: OTHER[name]} if name in VERSIONS else VERSIONS
-    had = f"had {name} {(OPTIONS | VERSIONS)[name]!r}, not {OTHER[name]!r}"
-    text = f"{work}: the pack that was interrupted here {had}; pack with the former to go on, or remove {work} to begin anew."
+    before = (OPTIONS | VERSIONS)[name]
+    what = f"holds an interrupted pack with {name} {before!r}, not {OTHER[name]!r}"
+    text = f"{work}: {what}; use {name} {before!r} to resume, or remove {work} to start over."
     with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
         check_same(plan, scan(root), options, versions, work)
 
 
-def test_a_plan_with_other_options_than_there_are_is_refused(tmp_path: Path) -> None:
+def test_a_plan_with_unknown_options_is_refused(tmp_path: Path) -> None:
     root, work, _ = interrupted(tmp_path, FILES)
     stored = json.loads((work / PLAN).read_text())
     del stored["options"]["lists"]
     (work / PLAN).write_text(json.dumps(stored))
-    what = "the pack that was interrupted here is of a fastflower with other options"
-    text = f"{work}: {what}; remove {work} to begin anew, or go on with that version."
+    what = "holds an interrupted pack from a fastflower version with other options"
+    text = f"{work}: {what}; resume with that version, or remove {work} to start over."
     with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
         load_plan(work, root, whole=True)
 
 
 def joined(root: Path) -> None:
-    """One path, which is the former two written one after another."""
+    """Replace two files by one with the concatenated path."""
     (root / "a/1.jpg").unlink()
     (root / "a/2.jpg").unlink()
     write(root, {"a/1.jpga/2.jpg": b"a/1.jpg"})
 
 
-IGNORED = "was added, changed or removed"
+IGNORED = "has been added or removed"
 CHANGES: list[tuple[Callable[[Path], object], str, str]] = [
-    (lambda root: (root / "a/2.jpg").write_bytes(b"longer than before"), "a/2.jpg", "has changed"),
-    (lambda root: os.utime(root / "b/1.jpg", ns=(0, 1)), "b/1.jpg", "has changed"),
-    (lambda root: write(root, {"0/1.jpg": b""}), "0/1.jpg", "was added"),
-    (lambda root: write(root, {"c/2.jpg": b""}), "c/2.jpg", "was added"),
-    (lambda root: write(root, {"b/1b.jpg": b""}), "b/1b.jpg", "was added"),  # before the link to nothing
-    (lambda root: (root / "a/1.jpg").unlink(), "a/1.jpg", "is gone"),
-    (lambda root: shutil.rmtree(root / "c"), "c/1.jpg", "is gone"),
-    (lambda root: (root / "a/1.jpg").rename(root / "a/5.jpg"), "a/1.jpg", "is gone"),
-    (lambda root: (root / "b/3.jpg").rename(root / "b/0.jpg"), "b/0.jpg", "was added"),
-    (lambda root: (root / "a").rename(root / "z"), "a/1.jpg", "is gone"),
-    (joined, "a/1.jpg", "is gone"),
-    (lambda root: ((root / "a/2.jpg").unlink(), os.mkfifo(root / "a/2.jpg")), "a/2.jpg", "is gone"),
+    (lambda root: (root / "a/2.jpg").write_bytes(b"longer than before"), "a/2.jpg", "has been changed"),
+    (lambda root: os.utime(root / "b/1.jpg", ns=(0, 1)), "b/1.jpg", "has been changed"),
+    (lambda root: write(root, {"0/1.jpg": b""}), "0/1.jpg", "has been added"),
+    (lambda root: write(root, {"c/2.jpg": b""}), "c/2.jpg", "has been added"),
+    (lambda root: write(root, {"b/1b.jpg": b""}), "b/1b.jpg", "has been added"),  # before the broken link
+    (lambda root: (root / "a/1.jpg").unlink(), "a/1.jpg", "has been removed"),
+    (lambda root: shutil.rmtree(root / "c"), "c/1.jpg", "has been removed"),
+    (lambda root: (root / "a/1.jpg").rename(root / "a/5.jpg"), "a/1.jpg", "has been removed"),
+    (lambda root: (root / "b/3.jpg").rename(root / "b/0.jpg"), "b/0.jpg", "has been added"),
+    (lambda root: (root / "a").rename(root / "z"), "a/1.jpg", "has been removed"),
+    (joined, "a/1.jpg", "has been removed"),
+    (lambda root: ((root / "a/2.jpg").unlink(), os.mkfifo(root / "a/2.jpg")), "a/2.jpg", "has been removed"),
     (lambda root: write(root, {"c/other.txt": b""}), "c/other.txt", IGNORED),
     (lambda root: (root / "a/notes.txt").unlink(), "a/notes.txt", IGNORED),
-    (lambda root: write(root, {"train.txt": b"a/1.jpg\nb/1.jpg"}), "a/2.jpg", "is gone"),
+    (lambda root: write(root, {"train.txt": b"a/1.jpg\nb/1.jpg"}), "a/2.jpg", "has been removed"),
 ]
 
 
 @pytest.mark.parametrize(("change", "path", "how"), CHANGES)
-def test_what_has_changed_in_the_folder_is_named(
+def test_a_change_in_the_folder_is_reported(
     tmp_path: Path, change: Callable[[Path], object], path: str, how: str
 ) -> None:
     root, work, plan = interrupted(tmp_path, FILES)
     check_same(plan, scan(root), Options(**OPTIONS), VERSIONS, work)
     change(root)
     since = f"since the pack into {work.parent} was interrupted"
-    text = f"{root / path}: {how} {since}; undo that to go on, or remove {work} to begin anew."
+    text = f"{root / path}: {how} {since}; undo this to resume, or remove {work} to start over."
     with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
         check_same(plan, scan(root), Options(**OPTIONS), VERSIONS, work)
 
 
-def test_other_classes_or_splits_of_the_same_images_are_named(tmp_path: Path) -> None:
+def test_a_pack_resumes_although_the_reasons_for_skipping_are_worded_differently(tmp_path: Path) -> None:
+    root, work, plan = interrupted(tmp_path, FILES)
+    assert plan.folder.ignored
+    reworded = replace(plan.folder, ignored=tuple((path, "some other words") for path, _ in plan.folder.ignored))
+    check_same(replace(plan, folder=reworded), scan(root), Options(**OPTIONS), VERSIONS, work)
+
+
+def test_changed_classes_or_splits_of_the_same_images_are_reported(tmp_path: Path) -> None:
     lists = {"train.txt": b"a/1.jpg 0\nb/1.jpg 1", "classes.txt": b"one\ntwo"}
     root, work, plan = interrupted(tmp_path, FILES | lists)
     for changed in ({"classes.txt": b"one\nthree"}, {"val.txt": b""}):
         write(root, lists | changed)
-        text = f"{root}: has other classes or splits since the pack into {work.parent} was interrupted; "
-        with pytest.raises(FolderError, match=f"^{re.escape(text)}undo that"):
+        text = f"{root}: classes or splits have been changed since the pack into {work.parent} was interrupted; "
+        with pytest.raises(FolderError, match=f"^{re.escape(text)}undo this"):
             check_same(plan, scan(root), Options(**OPTIONS), VERSIONS, work)
 
 
@@ -122,7 +131,7 @@ def made(root: Path, states: list[str]) -> dict[str, str]:
 
 @settings(deadline=None, max_examples=80, derandomize=True)
 @given(before=STATES, now=STATES, same=st.booleans())
-def test_what_is_named_has_really_changed_and_so(before: list[str], now: list[str], same: bool) -> None:
+def test_a_reported_change_is_true(before: list[str], now: list[str], same: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         old, new = made(Path(folder) / "old", before), made(Path(folder) / "new", before if same else now)
         plan, found = planned(Path(folder) / "old"), scan(Path(folder) / "new")
@@ -131,6 +140,8 @@ def test_what_is_named_has_really_changed_and_so(before: list[str], now: list[st
         except FolderError as error:
             path, how = str(error).removeprefix(f"{found.root}/").split(" since ")[0].split(": ")
             assert old.get(path) != new.get(path)
-            assert how == ("was added" if path not in old else "is gone" if path not in new else "has changed")
+            assert how == (
+                "has been added" if path not in old else "has been removed" if path not in new else "has been changed"
+            )
         else:
             assert old == new

@@ -1,4 +1,4 @@
-"""Validation where classes are small, and where there is none: a fair share, and a word of it."""
+"""Validation splits of small classes, and warnings about unusual or empty ones."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ OPTIONS |= {"max_side": None, "quality": None, "on_bad": "skip", "on_conflict": 
 
 
 def classes(root: Path, *counts: int) -> Path:
-    """Class folders with so many different files."""
+    """Make class folders with these numbers of different files."""
     for label, count in enumerate(counts):
         (root / f"c{label:05}").mkdir(parents=True)
         for number in range(count):
@@ -27,7 +27,7 @@ def classes(root: Path, *counts: int) -> Path:
 
 
 def shares(folder: Path, **options: Any) -> list[int]:
-    """Of each class, how many are for validation."""
+    """Return the number of validation images in each class."""
     plan = make_plan(scan(folder), Options(**(OPTIONS | options)), {})
     (val,) = [plan.order[shard.start : shard.stop] for shard in plan.shards if shard.split == "val"]
     return np.bincount(plan.folder.files["label"][val], minlength=len(plan.folder.classes)).tolist()
@@ -35,16 +35,16 @@ def shares(folder: Path, **options: Any) -> list[int]:
 
 @pytest.mark.parametrize("count", [2, 3, 4, 6, 7, 8, 12, 13])
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.3, 0.5, 0.9])
-def test_small_classes_share_the_fraction(tmp_path: Path, count: int, fraction: float) -> None:
-    """Each has its fraction, rounded one way or the other, and at least one; all together are off by one at most."""
+def test_small_classes_together_meet_the_fraction(tmp_path: Path, count: int, fraction: float) -> None:
+    """Each class gives its fraction, rounded up or down, and at least one image. The total is off by at most one."""
     found, exact = shares(classes(tmp_path, *[count] * 40), val_fraction=fraction), count * fraction
     assert set(found) <= {max(1, int(exact)), max(1, min(count - 1, -int(-exact // 1)))}
     if 1 <= exact <= count - 1:
         assert abs(sum(found) - 40 * exact) <= 1 + 1e-9
 
 
-def test_classes_that_must_have_one_are_made_up_for_by_others(tmp_path: Path) -> None:
-    """Ten of two take six tenths of an image too many each, so of forty with 6 (1.2 each) only two are rounded up."""
+def test_other_classes_compensate_for_the_minimum_of_one(tmp_path: Path) -> None:
+    """Ten classes of two give 0.6 images too many each, so only two of forty classes of six (1.2 each) are rounded up."""
     found = shares(classes(tmp_path, *[2] * 10, *[6] * 40))
     assert found[:10] == [1] * 10
     assert sum(found) == 52 == round((20 + 240) * 0.2)
@@ -53,7 +53,7 @@ def test_classes_that_must_have_one_are_made_up_for_by_others(tmp_path: Path) ->
     assert sum(found) == 28
 
 
-def test_the_seed_decides_which_small_classes_have_more(tmp_path: Path) -> None:
+def test_the_seed_decides_which_small_classes_give_more(tmp_path: Path) -> None:
     folder = classes(tmp_path, *[7] * 10)
     found = [shares(folder, seed=seed) for seed in range(20)]
     assert {(sum(counts), min(counts), max(counts)) for counts in found} == {(14, 1, 2)}
@@ -61,41 +61,43 @@ def test_the_seed_decides_which_small_classes_have_more(tmp_path: Path) -> None:
     assert found[3] == shares(folder, seed=3)
 
 
-def test_thousands_of_classes_of_two_have_one_each(tmp_path: Path) -> None:
+def test_thousands_of_classes_of_two_give_one_each(tmp_path: Path) -> None:
     assert shares(classes(tmp_path, *[2] * 2000)) == [1] * 2000
 
 
-def test_what_is_unusual_about_the_split_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def said(folder: Path, **options: Any) -> list[str]:
+def test_an_unusual_split_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def logged(folder: Path, **options: Any) -> list[str]:
         caplog.clear()
         pack(folder, tmp_path / f"out {folder.name} {options}", **options)
         return [message.rpartition("}: ")[2] for message in caplog.messages]
 
-    nothing = "has no images in split 'val', so trainings on it validate nothing; "
-    spare = "no class can spare an image: add images, or name a folder with a split of its own"
-    assert said(drawn(tmp_path / "single", a=1, b=1)) == [nothing + spare]
+    nothing = "has no images in split 'val', so training on it validates nothing; "
+    spare = "no class can spare an image: add images, or pack a folder with its own split"
+    assert logged(drawn(tmp_path / "single", a=1, b=1)) == [nothing + spare]
     copies = drawn(tmp_path / "copies", a=1, b=1)
     for name in "ab":
         (copies / name / "copy.jpg").write_bytes((copies / name / "000.jpg").read_bytes())
-    again = "what classes could spare are copies, which stay together; or an older version began this pack: pack again"
-    assert said(copies) == [nothing + again]
-    beside = "add a val beside train, or pack the folder train alone, of which one is drawn"
+    again = "classes can only spare copies, which stay together: add images. If an older version planned this pack, pack again"
+    assert logged(copies) == [nothing + again]
+    beside = "add a val folder next to train, or pack only the train folder to split it into train and val"
     splits = drawn(tmp_path / "splits", **{"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
-    assert said(splits) == [nothing + beside]
-    few = "classes give whole images, and at least one of two or more"
+    assert logged(splits) == [nothing + beside]
+    why = "each class with two or more images gives at least one, and copies stay together"
     pairs = drawn(tmp_path / "pairs", a=2, b=2, c=2)
-    assert said(pairs) == [f"split val holds 50% of the images, more than val_fraction 0.2: {few}"]
-    assert said(pairs, val_fraction=0.5) == said(pairs, val_fraction=0) == []
+    assert logged(pairs) == [f"split val holds 50% of the images, more than val_fraction 0.2: {why}"]
+    assert logged(pairs, val_fraction=0.5) == logged(pairs, val_fraction=0) == []
 
 
 @pytest.mark.usefixtures("narrow", "no_figures")
-def test_training_says_once_that_it_validates_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_logs_once_that_it_validates_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for fraction in (0.0, 0.5):
         shards = tmp_path / f"{fraction}"
         pack(drawn(tmp_path / f"data {fraction}", a=4, b=4), shards, val_fraction=fraction)
         caplog.clear()
         report = train(shards, replace(RECIPE, batch_size=4), out=tmp_path / f"run {fraction}", device="cpu")
-        told = f"{shards}: split 'val' has no images, so nothing is validated; checkpoint-best.pt holds the last epoch"
-        assert caplog.messages.count(told) == (fraction == 0)
+        message = (
+            f"{shards}: split 'val' has no images, so nothing is validated; checkpoint-best.pt holds the last epoch"
+        )
+        assert caplog.messages.count(message) == (fraction == 0)
         assert (report.scores is None) == (fraction == 0)
     assert Manifest.load(shards).splits["val"].class_counts == (2, 2)

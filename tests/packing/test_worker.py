@@ -1,4 +1,4 @@
-"""One shard of a pack: made by anyone, twice, at the same time, after damage, always the same bytes."""
+"""One shard of a pack: it has the same bytes if it is made twice, at the same time or after damage."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ NAME = "train-000000"
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """Nine images, three of them bad."""
+    """Nine images, three of them damaged or missing."""
     folder = drawn(tmp_path / "small", a=4, b=5)
     (folder / "a/001.jpg").write_bytes(b"text")
     (folder / "b/000.jpg").write_bytes(b"")
@@ -46,7 +46,7 @@ def one_image_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planned(folder: Path, work: Path, **changes: Any) -> Plan:
-    """A workspace with the plan of one shard."""
+    """Make a workspace with the plan of one shard."""
     options: Any = {"split_by": "class", "val_fraction": 0.0, "seed": 0, "shard_bytes": 1 << 30, "max_side": None}
     options |= {"quality": None, "on_bad": "skip", "on_conflict": "keep", "lists": False}
     plan = make_plan(scan(folder), Options(**(options | changes)), {})
@@ -56,7 +56,7 @@ def planned(folder: Path, work: Path, **changes: Any) -> Plan:
 
 
 def make(folder: Path, work: Path, mapped: Any = map, advance: Callable[[int], object] = lambda _: None) -> int:
-    """Its first shard."""
+    """Make the first shard."""
     return make_shard(load_plan(work, folder), work, 0, mapped, advance)
 
 
@@ -68,7 +68,7 @@ def work(small: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def expected(small: Path, tmp_path: Path) -> dict[str, str]:
-    """Of every file in a workspace where the shard was made once."""
+    """Checksums of all files in a workspace where the shard was made once."""
     planned(small, tmp_path / "expected")
     make(small, tmp_path / "expected")
     made = checksums(tmp_path / "expected")
@@ -76,7 +76,7 @@ def expected(small: Path, tmp_path: Path) -> dict[str, str]:
     return made
 
 
-def test_a_shard_is_made_once(small: Path, work: Path, expected: dict[str, str]) -> None:
+def test_an_existing_shard_is_not_made_again(small: Path, work: Path, expected: dict[str, str]) -> None:
     counts: list[int] = []
     assert make(small, work, advance=counts.append) == sum(counts) == 9
     assert checksums(work) == expected
@@ -86,7 +86,7 @@ def test_a_shard_is_made_once(small: Path, work: Path, expected: dict[str, str])
     assert {path.name: path.stat() for path in work.iterdir()} == before
 
 
-def test_the_record_tells_what_is_in_the_shard(small: Path, work: Path) -> None:
+def test_the_record_describes_the_shard(small: Path, work: Path) -> None:
     make(small, work)
     made = MadeShard.load(work / f"{NAME}.npz")
     data = (work / f"{NAME}.tar").read_bytes()
@@ -100,14 +100,14 @@ def test_the_record_tells_what_is_in_the_shard(small: Path, work: Path) -> None:
     assert made.hashes.shape == (6,)
     assert len(set(made.hashes.tolist())) == 6
     assert sorted(made.skipped, key=lambda item: item["path"]) == [
-        {"path": "a/001.jpg", "reason": "is no image"},
-        {"path": "b/000.jpg", "reason": "is no image"},
+        {"path": "a/001.jpg", "reason": "is not an image"},
+        {"path": "b/000.jpg", "reason": "is not an image"},
         {"path": "b/004.jpg", "reason": "No such file or directory"},
     ]
 
 
-def test_two_at_a_time_do_not_disturb_each_other(small: Path, work: Path, expected: dict[str, str]) -> None:
-    """Two processes, of which neither ends its shard before the other has begun."""
+def test_two_processes_can_make_the_same_shard_at_once(small: Path, work: Path, expected: dict[str, str]) -> None:
+    """Neither process finishes its shard before the other has started."""
     program = """if True:
         import os, sys, time
         from pathlib import Path
@@ -124,8 +124,8 @@ def test_two_at_a_time_do_not_disturb_each_other(small: Path, work: Path, expect
         root, work = Path(sys.argv[1]), Path(sys.argv[2])
         sys.exit(make_shard(load_plan(work, root), work, 0, meet))
     """
-    makers = [subprocess.Popen([sys.executable, "-c", program, small, work]) for _ in range(2)]
-    assert [maker.wait(30) for maker in makers] == [9, 9]
+    processes = [subprocess.Popen([sys.executable, "-c", program, small, work]) for _ in range(2)]
+    assert [process.wait(30) for process in processes] == [9, 9]
     assert checksums(work) == expected
 
 
@@ -162,12 +162,12 @@ def test_a_shard_without_dalis_index_is_made_again(small: Path, work: Path, expe
     assert checksums(work) == expected
 
 
-def test_a_record_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> None:
-    """With every byte of it changed in turn, and cut at every place."""
+def test_a_record_loads_unchanged_or_not_at_all(tmp_path: Path) -> None:
+    """Every byte is changed in turn, and the file is truncated at every seventh byte."""
     path = tmp_path / "record.npz"
     rows = np.arange(2 * INDEX_DTYPE.itemsize, dtype=np.uint8).view(INDEX_DTYPE)
     shard = Shard("train-000000.tar", 2, 20480, "0" * 64)
-    reason = {"path": "ø/caf\udce9.jpg", "reason": "is no image"}
+    reason = {"path": "ø/caf\udce9.jpg", "reason": "is not an image"}
     made = MadeShard(shard, rows, np.array([3, 1]), np.array([7, 1 << 63], np.uint64), [reason])
     made.save(path)
     whole = path.read_bytes()
@@ -197,7 +197,7 @@ def test_a_record_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> Non
 
 
 def after(chunks: int, error: BaseException) -> Callable[..., Iterator[Any]]:
-    """Like map, but with an error in the middle."""
+    """Return a map that raises an error after some chunks."""
 
     def mapped(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         for number, item in enumerate(items):
@@ -210,7 +210,7 @@ def after(chunks: int, error: BaseException) -> Callable[..., Iterator[Any]]:
 
 @pytest.mark.parametrize("chunks", [0, 1, 8])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), MemoryError()])
-def test_an_error_in_the_middle_leaves_nothing(
+def test_an_error_in_the_middle_of_a_shard_leaves_nothing(
     small: Path, work: Path, expected: dict[str, str], error: BaseException, chunks: int
 ) -> None:
     before = checksums(work)
@@ -221,7 +221,7 @@ def test_an_error_in_the_middle_leaves_nothing(
     assert checksums(work) == expected
 
 
-def test_who_is_told_to_stop_leaves_nothing(small: Path, work: Path, expected: dict[str, str]) -> None:
+def test_a_stopped_worker_leaves_nothing(small: Path, work: Path, expected: dict[str, str]) -> None:
     before = checksums(work)
     asked: list[int] = []
 
@@ -234,7 +234,7 @@ def test_who_is_told_to_stop_leaves_nothing(small: Path, work: Path, expected: d
 
     assert make(small, work, stopped) == 0
     assert asked == [0, 1, 2, 3]
-    assert make(small, work, stopped) == 0  # and does not begin
+    assert make(small, work, stopped) == 0  # it does not start
     assert asked == [0, 1, 2, 3]
     (work / STOP).unlink()
     assert checksums(work) == before
@@ -242,7 +242,7 @@ def test_who_is_told_to_stop_leaves_nothing(small: Path, work: Path, expected: d
     assert checksums(work) == expected
 
 
-def test_threads_that_finish_in_another_order_do_not_change_the_bytes(
+def test_the_order_in_which_threads_finish_does_not_change_the_bytes(
     small: Path, work: Path, expected: dict[str, str]
 ) -> None:
     finished: list[int] = []
@@ -272,8 +272,8 @@ def test_the_size_of_chunks_does_not_change_the_bytes(
     assert checksums(work) == expected
 
 
-def test_chunks_are_small_and_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file counts for its bytes, or for 4 KiB; the one that goes over the limit begins the next chunk."""
+def test_chunks_are_small_and_consecutive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file counts its bytes, at least 4 KiB. The file that exceeds the limit starts the next chunk."""
     folder, limit = drawn(tmp_path / "data", a=20, b=20), 1 << 15
     monkeypatch.setattr(module, "_CHUNK_BYTES", limit)
     for number in range(0, 40, 3):
@@ -294,8 +294,10 @@ def test_chunks_are_small_and_follow_each_other(tmp_path: Path, monkeypatch: pyt
     assert 0.5 * total / limit < len(chunks) <= total / limit + 1
 
 
-@pytest.mark.parametrize(("name", "reason"), [("a/001.jpg", "is no image"), ("b/004.jpg", "No such file or directory")])
-def test_a_bad_image_ends_it_where_it_was_asked(small: Path, tmp_path: Path, name: str, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"), [("a/001.jpg", "is not an image"), ("b/004.jpg", "No such file or directory")]
+)
+def test_a_bad_image_stops_the_shard_if_on_bad_is_fail(small: Path, tmp_path: Path, name: str, reason: str) -> None:
     for other in {"a/001.jpg", "b/000.jpg", "b/004.jpg"} - {name}:
         (small / other).unlink()
     work = tmp_path / "work"
@@ -307,12 +309,12 @@ def test_a_bad_image_ends_it_where_it_was_asked(small: Path, tmp_path: Path, nam
     assert checksums(work) == before
 
 
-def test_the_folder_may_have_moved_since_it_was_planned(small: Path, work: Path, expected: dict[str, str]) -> None:
+def test_the_folder_may_move_after_planning(small: Path, work: Path, expected: dict[str, str]) -> None:
     make(small.rename(small.with_name("moved")), work)
     assert checksums(work) == expected
 
 
-def test_threads_of_one_process_do_not_disturb_each_other(small: Path, work: Path, expected: dict[str, str]) -> None:
+def test_two_threads_can_make_the_same_shard_at_once(small: Path, work: Path, expected: dict[str, str]) -> None:
     barrier = threading.Barrier(2, timeout=20)
 
     def meet(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -330,7 +332,7 @@ def test_threads_of_one_process_do_not_disturb_each_other(small: Path, work: Pat
 def test_only_one_thread_at_a_time_loads_arrays(
     small: Path, work: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python 3.11 may raise SystemError where two do."""
+    """Python 3.11 may raise SystemError if two threads do."""
     load, inside, most = np.load, [0], [0]
 
     def watched(*args: Any, **options: Any) -> Any:
@@ -348,7 +350,7 @@ def test_only_one_thread_at_a_time_loads_arrays(
     assert checksums(work) == expected
 
 
-def test_keys_depend_on_the_whole_path_and_say_what_they_stand_for() -> None:
+def test_keys_depend_on_the_whole_path_and_are_readable() -> None:
     several = ("a/x.jpg", "a/x.png", "b/x.jpg", "a_x.jpg", "a/x.JPG", "a/é.jpg", "a/è.jpg")
     assert len({key_of(path) for path in several}) == 7
     assert key_of("rose/red 12.jpg") == f"rose_red_12-{hashlib.sha256(b'rose/red 12.jpg').hexdigest()[:16]}"
@@ -357,7 +359,7 @@ def test_keys_depend_on_the_whole_path_and_say_what_they_stand_for() -> None:
 
 @settings(deadline=None, max_examples=300, derandomize=True)
 @given(st.lists(st.binary(max_size=120), unique=True, max_size=8))
-def test_keys_of_any_paths_are_plain_short_and_different(paths: list[bytes]) -> None:
+def test_keys_are_plain_short_and_unique_for_any_paths(paths: list[bytes]) -> None:
     keys = [key_of(os.fsdecode(path)) for path in paths]
     assert len(set(keys)) == len(keys)
     for path, key in zip(paths, keys, strict=True):

@@ -1,4 +1,4 @@
-"""Recipes are frozen values that survive a dictionary and JSON, and refuse what cannot be trained."""
+"""Recipes are frozen, survive a dictionary and JSON, and refuse invalid fields."""
 
 import json
 import math
@@ -78,7 +78,7 @@ def test_a_recipe_survives_a_dictionary_and_json(recipe: Recipe) -> None:
 
 def test_the_unusual_recipe_differs_from_the_default_in_every_field() -> None:
     same = [field.name for field in fields(Recipe) if getattr(UNUSUAL, field.name) == getattr(Recipe(), field.name)]
-    assert same == ["soup", "recalibrate"]  # which do not go with patience
+    assert same == ["soup", "recalibrate"]  # not allowed with patience
 
 
 BUILT = {(made.backbone, made.freeze, made.augment.output_size) for made in (preset() for preset in PRESETS.values())}
@@ -100,7 +100,7 @@ def test_presets_differ() -> None:
     assert len({preset() for preset in PRESETS.values()}) == len(PRESETS)
 
 
-def test_a_recipe_cannot_be_changed_but_derived() -> None:
+def test_a_recipe_is_frozen_and_can_be_replaced() -> None:
     recipe = Recipe()
     with pytest.raises(FrozenInstanceError, match="cannot assign to field 'epochs'"):
         recipe.epochs = 3  # pyright: ignore[reportAttributeAccessIssue]
@@ -124,7 +124,7 @@ def test_a_recipe_cannot_be_changed_but_derived() -> None:
         ("gamma", 0.0, "above 0"),
         ("label_smoothing", 1.0, "in [0, 1)"),
         ("label_smoothing", -0.1, "in [0, 1)"),
-        ("sizes", (128, 0), "numbers of pixels, at least 1"),
+        ("sizes", (128, 0), "sizes in pixels, each at least 1"),
         ("patience", 0, "at least 1"),
         ("ema", 1.0, "in (0, 1)"),
         ("ema", 0.0, "in (0, 1)"),
@@ -139,14 +139,14 @@ def test_a_field_outside_its_rule_is_refused(field: str, value: Any, rule: str) 
     assert str(error.value) == f"Recipe.{field} must be {rule}, got {value!r}."
 
 
-def test_only_a_training_that_is_not_cut_short_is_recalibrated() -> None:
-    with pytest.raises(ArgumentError, match=r"^Recipe\.recalibrate must be False with patience, got True\.$"):
+def test_recalibrate_excludes_early_stopping() -> None:
+    with pytest.raises(ArgumentError, match=r"^Recipe\.recalibrate must be False if patience is set, got True\.$"):
         Recipe(recalibrate=True, patience=2)
 
 
 @pytest.mark.parametrize("other", [{"ema": 0.9}, {"patience": 2}])
-def test_a_soup_goes_without_other_averages_and_early_stopping(other: dict[str, Any]) -> None:
-    with pytest.raises(ArgumentError, match=r"^Recipe\.soup must be 1 with ema or patience, got 3\.$"):
+def test_a_soup_excludes_ema_and_early_stopping(other: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=r"^Recipe\.soup must be 1 if ema or patience is set, got 3\.$"):
         Recipe(soup=3, **other)
 
 
@@ -159,7 +159,7 @@ def test_a_stored_augment_outside_its_rule_is_refused() -> None:
 
 JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
 SHIFT = {"translate": (0.1, 0.1)}
-# What the reports say: backbone, optimizer, epochs, batch, stages frozen, batches an update; and what is drawn.
+# From the reports: (backbone, optimizer, epochs, batch size, frozen stages, batches per update) and augmentation.
 A = ("resnet18", "sgd", 15, 32, 0, 1), {"flip": 0.5, "rotate": 10, **SHIFT, **JITTER}
 B = {"flip": 0.1, "rotate": 30, **SHIFT, **JITTER}
 C = {"flip": 0.5, "flip_vertical": 0.5, **JITTER}
@@ -212,12 +212,12 @@ def test_the_recipe_of_a_report_is_what_the_report_says(name: str) -> None:
 
 
 def rates(recipe: Recipe, steps_per_epoch: int = 1) -> list[float]:
-    """The rate of each step of a whole run."""
+    """Return the learning rate of each step of a run."""
     return [recipe.lr_at(step, steps_per_epoch) for step in range(recipe.epochs * steps_per_epoch)]
 
 
 @pytest.mark.parametrize("name", [name for name in REPORTED if name[7] in "abc"])
-def test_reports_a_to_c_are_trained_at_the_rates_of_step_lr(name: str) -> None:
+def test_reports_a_to_c_have_the_learning_rates_of_step_lr(name: str) -> None:
     recipe = PRESETS[name]()
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.001, momentum=0.9)
     scheduler = StepLR(optimizer, 7, 0.1)
@@ -229,12 +229,12 @@ def test_reports_a_to_c_are_trained_at_the_rates_of_step_lr(name: str) -> None:
     assert rates(recipe, 3) == pytest.approx(expected)
 
 
-def test_report_d_is_trained_at_one_thousandth_and_after_25_epochs_at_a_tenth_of_that() -> None:
+def test_report_d_divides_the_learning_rate_by_ten_after_25_epochs() -> None:
     assert rates(PRESETS["report-d"](), 3) == pytest.approx([0.001] * 75)
     assert rates(PRESETS["report-d-50"](), 3) == pytest.approx([0.001] * 75 + [0.0001] * 75)
 
 
-def test_report_e_warms_up_for_an_epoch_and_its_long_run_falls_to_nothing() -> None:
+def test_report_e_warms_up_for_an_epoch_and_its_long_run_decays_to_zero() -> None:
     found = rates(PRESETS["report-e-vgg11-freeze3-mixed"](), 10)
     assert found[:10] == sorted(found[:10])
     assert found[0] == pytest.approx(1e-6)
@@ -249,7 +249,7 @@ def test_report_e_warms_up_for_an_epoch_and_its_long_run_falls_to_nothing() -> N
 
 
 def test_the_fifth_reports_formula_as_printed_gives_what_its_docstring_says() -> None:
-    """And its phases, each at its own scale, are those that are trained."""
+    """The phases of the recipe equal the printed ones, each up to its scale."""
     first, last, gamma, total = 1e-6, 1e-4, 0.9, 40
 
     def printed(epoch: float) -> float:
@@ -280,12 +280,12 @@ def test_sizes_are_spread_evenly_over_the_epochs_in_order(epochs: int) -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 12])
-def test_the_last_epoch_has_the_last_size_also_where_there_are_more_sizes_than_epochs(epochs: int) -> None:
+def test_the_last_epoch_has_the_last_size_even_with_more_sizes_than_epochs(epochs: int) -> None:
     recipe = Recipe(epochs=epochs, sizes=(96, 112, 128, 144, 160))
     assert recipe.augment_at(epochs - 1).output_size == (160, 160)
 
 
-def test_a_size_scales_the_resize_and_keeps_proportions_and_all_else() -> None:
+def test_a_size_scales_resize_and_keeps_proportions_and_everything_else() -> None:
     augment = replace(UNUSUAL.augment, size=(96, 128), resize=(100, 140))
     recipe = Recipe(augment=augment, epochs=2, sizes=(48, 96))
     assert recipe.augment_at(0) == replace(augment, size=(48, 64), resize=(50, 70))

@@ -1,4 +1,4 @@
-"""The learning rate's multiplier against the schedulers of torch.optim."""
+"""The learning rate multiplier compared with the schedulers of torch.optim."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ LR = 0.7
 
 
 def theirs(make: Callable[[torch.optim.Optimizer], LRScheduler], total_steps: int, every: int = 1) -> list[float]:
-    """The rate of each optimizer step, as multiples of LR, when torch's scheduler steps after every `every` of them."""
+    """Return the learning rate of each step, as a multiple of LR. torch's scheduler steps every `every` steps."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR, momentum=0.9)
     scheduler = make(optimizer)
     rates: list[float] = []
@@ -68,7 +68,7 @@ def test_constant_is_one(total_steps: int) -> None:
     assert ours("constant", total_steps) == [1.0] * total_steps
 
 
-def test_one_cycle_rises_from_a_25th_to_the_peak_and_falls_to_almost_nothing() -> None:
+def test_one_cycle_rises_from_a_25th_to_the_peak_and_falls_to_almost_zero() -> None:
     rates = ours("one_cycle", 100)
     assert rates[0] == pytest.approx(1 / 25)
     assert rates[-1] == pytest.approx(1 / 250_000)
@@ -102,7 +102,7 @@ def test_exponential_cosine_is_exponential_lr_and_then_cosine_annealing_lr(
 
 @pytest.mark.parametrize("warm", [0, 5])
 def test_three_phase_stays_what_checkpoints_were_trained_with(warm: float) -> None:
-    """Its decay begins with the first step, whatever the warm-up is."""
+    """Its decay starts at the first step, even during the warm-up."""
     found = ours("three_phase", 400, steps_per_epoch=10, gamma=0.9, warm=warm)
     cosine = [(1 + math.cos(math.pi * share)) / 2 for share in (0.25, 0.5, 0.75)]
     assert found[:200:50] == pytest.approx([0.9**epoch for epoch in (0, 5, 10, 15)])
@@ -113,7 +113,7 @@ def test_three_phase_stays_what_checkpoints_were_trained_with(warm: float) -> No
     ("epochs", "warm"), [(40, 10), (41, 10), (40, 5), (40, 30), (12, 10), (40, 40), (1, 10), (3, 0.5)]
 )
 def test_exponential_cosine_warms_up_falls_without_a_jump_and_does_not_rise_again(epochs: int, warm: float) -> None:
-    """Also where the warm-up takes more than half of the epochs, or more than all."""
+    """This holds even if the warm-up takes more than half of the epochs, or more than all."""
     steps = 500
     falling = ours("exponential_cosine", epochs * steps, steps_per_epoch=steps, gamma=0.9, warm=warm)
     rates = [rate * warm_up(step, warm * steps) for step, rate in enumerate(falling)]

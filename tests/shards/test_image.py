@@ -1,4 +1,4 @@
-"""Decoding, transcoding and fingerprinting: Pillow, DALI and imagehash are the oracles."""
+"""Decoding, transcoding and fingerprinting, compared with Pillow and DALI."""
 
 import io
 import warnings
@@ -17,13 +17,13 @@ from fastflower.errors import SampleError
 from fastflower.shards import image as module
 from fastflower.shards.image import Prepared, decode, perceptual_hash, prepare
 
-# Mean gray levels between a picture and its JPEG of quality 95. Swapped channels are ten times as far off.
+# Mean difference in gray levels between an image and its JPEG of quality 95. Swapped channels differ ten times as much.
 TOLERANCE = 3.0
 ORIENTATION, RESOLUTION_UNIT = 0x0112, 0x0128  # EXIF tags
 
 
-def picture(width: int = 64, height: int = 48, seed: int = 0) -> NDArray[np.uint8]:
-    """Smooth colors without any symmetry, (height, width, 3)."""
+def smooth_colors(width: int = 64, height: int = 48, seed: int = 0) -> NDArray[np.uint8]:
+    """Return smooth colors without any symmetry, (height, width, 3)."""
     coarse = np.random.default_rng(seed).uniform(0, 255, (5, 6, 3)).astype(np.float32)
     smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
     return smooth.astype(np.uint8)
@@ -57,9 +57,11 @@ def with_orientation(value: int) -> dict[str, Any]:
     return {"exif": exif}
 
 
-RGB = Image.fromarray(picture())
+RGB = Image.fromarray(smooth_colors())
 GRAY = RGB.convert("L")
-WIDE_GRAY = np.asarray(GRAY).astype(np.uint16) * 257 - np.asarray(GRAY) // 2  # 16 bits, not all of them repeated
+WIDE_GRAY = (
+    np.asarray(GRAY).astype(np.uint16) * 257 - np.asarray(GRAY) // 2
+)  # 16 bits; the low byte differs from the high
 JPEG = encode(RGB, "JPEG", quality=90)
 CMYK = encode(RGB.convert("CMYK"), "JPEG", quality=95)
 PALETTE = RGB.quantize(64)
@@ -95,7 +97,7 @@ def test_any_buffer_decodes(kind: Callable[[bytes], Any]) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_transcoding_turns_upright_and_drops_the_orientation(kind: str, orientation: int) -> None:
+def test_transcoding_rotates_upright_and_drops_the_orientation(kind: str, orientation: int) -> None:
     source = encode(RGB, kind, **with_orientation(orientation))
     upright = pixels(ImageOps.exif_transpose(opened(source)))
     made, size, _ = prepare(source, max_side=None, quality=95)
@@ -105,17 +107,17 @@ def test_transcoding_turns_upright_and_drops_the_orientation(kind: str, orientat
 
 
 @pytest.mark.parametrize("image", [RGB, GRAY])
-def test_jpeg_in_rgb_or_gray_is_kept_byte_for_byte(image: Image.Image) -> None:
+def test_a_jpeg_in_rgb_or_gray_is_kept_byte_for_byte(image: Image.Image) -> None:
     data = encode(image, "JPEG", quality=70, comment=b"kept", dpi=(72, 72))
     assert unchanged(data)[:2] == (data, (48, 64))
     assert prepare(data, max_side=64, quality=None) == unchanged(data)
 
 
 @pytest.mark.parametrize("name", OTHER_FORMATS)
-def test_other_formats_become_rgb_jpeg_close_to_pillows(name: str) -> None:
+def test_other_formats_become_an_rgb_jpeg_close_to_pillows(name: str) -> None:
     data = OTHER_FORMATS[name]
     image = opened(data)
-    # Without the way over RGBA Pillow warns of a palette with alpha; the colors are the same.
+    # Without RGBA in between, Pillow warns about a palette with alpha; the colors are the same.
     expected = pixels(image.convert("RGBA") if image.mode == "P" else image)
     made, size, _ = unchanged(data)
     result = opened(made)
@@ -124,7 +126,7 @@ def test_other_formats_become_rgb_jpeg_close_to_pillows(name: str) -> None:
     np.testing.assert_array_equal(decode(made), pixels(result))
 
 
-def test_the_tolerance_tells_swapped_channels_apart() -> None:
+def test_the_tolerance_detects_swapped_channels() -> None:
     for data in (OTHER_FORMATS["png"], CMYK):
         assert distance(decode(unchanged(data).encoded)[..., ::-1], pixels(opened(data))) > 10 * TOLERANCE
 
@@ -138,9 +140,9 @@ def test_sixteen_bit_gray_is_scaled_to_eight(name: str) -> None:
 
 @pytest.mark.parametrize("channels", [3, 4])
 def test_sixteen_bit_color_is_scaled_to_eight(channels: int) -> None:
-    levels = np.dstack([picture()[..., ::-1], picture(seed=1)])[..., :channels].astype(np.uint16) * 257
+    levels = np.dstack([smooth_colors()[..., ::-1], smooth_colors(seed=1)])[..., :channels].astype(np.uint16) * 257
     made = unchanged(cv2.imencode(".png", levels)[1].tobytes())
-    assert distance(decode(made.encoded), picture()) < TOLERANCE
+    assert distance(decode(made.encoded), smooth_colors()) < TOLERANCE
 
 
 KINDS: list[dict[str, Any]] = [{"quality": 30}, {"quality": 95, "subsampling": 0}, {"subsampling": "4:2:2"}]
@@ -154,7 +156,7 @@ def decoded_by_dali(encoded: list[bytes]) -> list[NDArray[np.uint8]]:
     from nvidia.dali import types as untyped_types
     from nvidia.dali.pipeline import Pipeline
 
-    fn: Any = untyped_fn  # whose names are made at run time
+    fn: Any = untyped_fn  # its names are created at run time
     types: Any = untyped_types
     pipe = Pipeline(batch_size=len(encoded), num_threads=1, device_id=None, prefetch_queue_depth=1)
     source = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
@@ -167,8 +169,8 @@ def decoded_by_dali(encoded: list[bytes]) -> list[NDArray[np.uint8]]:
 
 
 @pytest.mark.dali
-def test_what_is_packed_decodes_alike_by_opencv_pillow_and_dali(flowers: Path) -> None:
-    """With DALI 2.4, OpenCV 5.0 and Pillow 13.0 no pixel of any differs; decoders may round by a level or two."""
+def test_packed_images_decode_alike_in_opencv_pillow_and_dali(flowers: Path) -> None:
+    """With DALI 2.4, OpenCV 5.0 and Pillow 13.0 all pixels are equal; other versions may round by a level or two."""
     kept = [*JPEGS, *(path.read_bytes() for path in sorted(flowers.rglob("*5.jpg")))]
     assert [unchanged(data).encoded for data in kept] == kept
     packed = [unchanged(data) for data in (*kept, *OTHER_FORMATS.values(), *WIDE.values())]
@@ -180,7 +182,7 @@ def test_what_is_packed_decodes_alike_by_opencv_pillow_and_dali(flowers: Path) -
 
 
 def damaged(rng: np.random.Generator, kind: int, whole: bytes) -> bytes:
-    """Cut off, spliced with another, a piece left out, bits flipped, zeros put in, a marker put in."""
+    """Truncate a file, splice it with another, cut out a piece, flip bits, insert zeros or insert a marker."""
     cut, other = int(rng.integers(2, len(whole))), JPEGS[rng.integers(len(JPEGS))]
     if kind == 3:
         bits = np.unpackbits(np.frombuffer(whole, np.uint8))
@@ -195,32 +197,32 @@ def gray_levels(data: bytes) -> Any:
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
 
 
-def by_pillow(data: bytes) -> bool:
-    """Whether Pillow refuses a file, pixels and all."""
+def fails_in_pillow(data: bytes) -> bool:
+    """Return whether Pillow fails to decode a file."""
     try:
         opened(data).load()
-    except Exception:  # whatever its reader raises
+    except Exception:  # Pillow's readers raise many kinds of exceptions
         return True
     return False
 
 
 @pytest.mark.dali
-def test_a_damaged_jpeg_is_kept_only_where_opencv_pillow_and_dali_read_it() -> None:
-    """The decode in gray that proves it refuses what the one in color refuses: of 12,000 that were tried, all."""
+def test_a_damaged_jpeg_is_kept_only_if_opencv_pillow_and_dali_read_it() -> None:
+    """The gray decode that checks a file rejects every file that the color decode rejects, in 12,000 tries."""
     rng, kept, counts = np.random.default_rng(0), list[Prepared](), {True: 0, False: 0}
     for number in range(1500):
         data = damaged(rng, number % 6, JPEGS[number // 6 % len(JPEGS)])
         try:
             with opened(data) as image:
                 plain = image.format == "JPEG" and image.mode in ("L", "RGB") and max(image.size) < 1000
-        except Exception:  # whatever Pillow's reader raises
+        except Exception:  # Pillow's readers raise many kinds of exceptions
             plain = False
         if plain:
-            bad = refused(decode, data) or by_pillow(data)
+            bad = is_rejected(decode, data) or fails_in_pillow(data)
             empty = not bad and (gray_levels(data) != 128).mean() < 0.05
             counts[bad] += 1
-            assert refused(unchanged, data) == (bad or empty)
-        if not refused(unchanged, data) and unchanged(data).encoded == data and max(unchanged(data).size) < 1000:
+            assert is_rejected(unchanged, data) == (bad or empty)
+        if not is_rejected(unchanged, data) and unchanged(data).encoded == data and max(unchanged(data).size) < 1000:
             kept.append(unchanged(data))
     assert min(*counts.values(), len(kept)) > 300
     for made, by_dali in zip(kept, decoded_by_dali([made.encoded for made in kept]), strict=True):
@@ -230,11 +232,11 @@ def test_a_damaged_jpeg_is_kept_only_where_opencv_pillow_and_dali_read_it() -> N
 SCREEN = encode(Image.new("L", (2000, 10)), "JPEG")
 TABLE = JPEG.index(b"\xff\xc4")  # after the frame's header, before the first scan
 HEADERS = {
-    "a preview in a segment": JPEG[:2] + b"\xff\xe5" + (len(SCREEN) + 2).to_bytes(2, "big") + SCREEN + JPEG[2:],
+    "preview in a segment": JPEG[:2] + b"\xff\xe5" + (len(SCREEN) + 2).to_bytes(2, "big") + SCREEN + JPEG[2:],
     "fill bytes": JPEG[:TABLE] + b"\xff\xff" + JPEG[TABLE:],
-    "more after its end": JPEG + SCREEN,
-    "several images, of which the first counts": encode(RGB, "MPO", save_all=True, append_images=[GRAY]),
-    "stray bytes, which DALI refuses": JPEG[:TABLE] + b"stray" + JPEG[TABLE:],
+    "data after its end": JPEG + SCREEN,
+    "several images, the first one counts": encode(RGB, "MPO", save_all=True, append_images=[GRAY]),
+    "stray bytes, which DALI rejects": JPEG[:TABLE] + b"stray" + JPEG[TABLE:],
 }
 
 
@@ -252,35 +254,37 @@ CUTS = (1, 2, 3, 20, 200, len(JPEG) // 2, len(JPEG) - 700)
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("max_side", [None, 16])
-def test_a_jpeg_cut_short_is_refused_with_a_reason(cut: int, max_side: int | None) -> None:
+def test_a_truncated_jpeg_is_rejected_with_a_reason(cut: int, max_side: int | None) -> None:
     with pytest.raises(SampleError, match=r"[Tt]runcated"):
         prepare(JPEG[:-cut], max_side=max_side, quality=None)
-    with pytest.raises(SampleError, match=r"^cannot be decoded as an image, or is cut short$"):
+    with pytest.raises(SampleError, match=r"^cannot be decoded as an image or is truncated$"):
         decode(JPEG[:-cut])
 
 
-def test_a_jpeg_without_its_last_two_bytes_is_refused(flowers: Path) -> None:
+def test_a_jpeg_without_its_last_two_bytes_is_rejected(flowers: Path) -> None:
     for whole in (*JPEGS, next(flowers.glob("rose/*.jpg")).read_bytes()):
         with pytest.raises(SampleError, match="image file is truncated"):
             unchanged(whole[:-2])
 
 
 @pytest.mark.parametrize("name", ["png", "webp", "tiff", "bmp", "gif"])
-def test_other_formats_cut_short_are_refused(name: str) -> None:
+def test_truncated_files_of_other_formats_are_rejected(name: str) -> None:
     data = OTHER_FORMATS[name]
     with pytest.raises(SampleError, match=r"\w+ \w+"):
         unchanged(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", b"\xff\xd8", bytes(1000), b"<html></html>", b"\x89PNG\r\n\x1a\n"])
-def test_what_is_no_image_is_called_so(data: bytes) -> None:
-    with pytest.raises(SampleError, match=r"^is no image$"):
+@pytest.mark.parametrize(
+    "data", [b"", b"not an image", b"\xff\xd8", bytes(1000), b"<html></html>", b"\x89PNG\r\n\x1a\n"]
+)
+def test_data_that_is_not_an_image_is_rejected(data: bytes) -> None:
+    with pytest.raises(SampleError, match=r"^is not an image$"):
         unchanged(data)
-    with pytest.raises(SampleError, match=r"^cannot be decoded as an image, or is cut short$"):
+    with pytest.raises(SampleError, match=r"^cannot be decoded as an image or is truncated$"):
         decode(data)
 
 
-def refused(function: Callable[[bytes], object], data: bytes) -> bool:
+def is_rejected(function: Callable[[bytes], object], data: bytes) -> bool:
     try:
         function(data)
     except SampleError:
@@ -288,11 +292,11 @@ def refused(function: Callable[[bytes], object], data: bytes) -> bool:
     return False
 
 
-def made_or_refused(data: bytes) -> None:
-    """Nothing else may escape: one damaged file must not end the packing of a million good ones."""
+def check_only_sample_errors(data: bytes) -> None:
+    """Check that only SampleError is raised: one damaged file must not stop the packing of a million good ones."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of damaged metadata
-        if not refused(unchanged, data):
+        warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
+        if not is_rejected(unchanged, data):
             made = unchanged(data)
             assert decode(made.encoded).shape == (*made.size, 3)
 
@@ -307,39 +311,39 @@ def test_damaged_bytes_give_an_image_or_a_sample_error(name: str, monkeypatch: p
         data = bytearray(whole)
         for position in rng.integers(0, len(data) if attempt % 2 else min(300, len(data)), 4):
             data[position] = rng.integers(256)
-        made_or_refused(bytes(data))
+        check_only_sample_errors(bytes(data))
 
 
-def test_damaged_exif_does_not_end_the_packing() -> None:
-    """Where a tag is of another type than its value, Pillow's turning raises struct.error."""
+def test_damaged_exif_does_not_stop_packing() -> None:
+    """If a tag's type does not match its value, Pillow's exif_transpose raises struct.error."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     exif[RESOLUTION_UNIT] = 2
     whole = encode(RGB, "WEBP", exif=exif)
     entry = whole.index(RESOLUTION_UNIT.to_bytes(2, "big") + b"\x00\x03")  # tag, then 3: a short
     for kind in range(256):
-        made_or_refused(whole[: entry + 2] + bytes([0, kind]) + whole[entry + 4 :])
+        check_only_sample_errors(whole[: entry + 2] + bytes([0, kind]) + whole[entry + 4 :])
 
 
-def test_more_pixels_than_the_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_pixels_than_the_limit_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_PIXELS", 64 * 48)
-    assert not refused(unchanged, JPEG)
+    assert not is_rejected(unchanged, JPEG)
     monkeypatch.setattr(module, "MAX_PIXELS", 64 * 48 - 1)
     for data, max_side in ((JPEG, None), (JPEG, 8), (OTHER_FORMATS["png"], None)):
         with pytest.raises(SampleError, match=r"^has 64 x 48 pixels, more than the limit of 3071$"):
             prepare(data, max_side=max_side, quality=None)
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
-    header = b"P6 20000 20000 255\n"  # 400 million pixels: Pillow's own limit comes first
+def test_a_decompression_bomb_is_rejected_before_it_is_decoded() -> None:
+    header = b"P6 20000 20000 255\n"  # 400 million pixels: Pillow's own limit applies first
     with pytest.raises(SampleError, match="400000000 pixels"):
         unchanged(header)
 
 
-def test_a_side_too_long_for_jpeg_is_refused_unless_reduced() -> None:
+def test_a_side_too_long_for_jpeg_is_rejected_unless_max_side_shrinks_it() -> None:
     data = encode(Image.new("RGB", (70_000, 2)), "PNG")
     with pytest.raises(
-        SampleError, match=r"^has 70000 x 2 pixels, more a side than a JPEG file's 65500; set max_side$"
+        SampleError, match=r"^has 70000 x 2 pixels, but a JPEG file has at most 65500 per side; set max_side$"
     ):
         unchanged(data)
     assert prepare(data, max_side=1000, quality=None).size == (1, 1000)
@@ -347,15 +351,15 @@ def test_a_side_too_long_for_jpeg_is_refused_unless_reduced() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize(("width", "height"), [(64, 48), (48, 64), (60, 60), (120, 30)])
-def test_max_side_reduces_the_longer_side_to_it(kind: str, width: int, height: int) -> None:
-    source = Image.fromarray(picture(width, height))
+def test_max_side_shrinks_the_longer_side(kind: str, width: int, height: int) -> None:
+    source = Image.fromarray(smooth_colors(width, height))
     made, size, _ = prepare(encode(source, kind), max_side=24, quality=None)
     assert max(size) == 24
     assert decode(made).shape == (*size, 3)
     assert size[0] == pytest.approx(height * 24 / max(width, height), abs=1)
     assert size[1] == pytest.approx(width * 24 / max(width, height), abs=1)
-    reduced = source.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    assert distance(decode(made), pixels(reduced)) < 2 * TOLERANCE
+    resized = source.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    assert distance(decode(made), pixels(resized)) < 2 * TOLERANCE
 
 
 def test_max_side_never_enlarges() -> None:
@@ -365,7 +369,7 @@ def test_max_side_never_enlarges() -> None:
 
 @pytest.mark.parametrize("data", [CMYK, OTHER_FORMATS["png"]])
 @pytest.mark.parametrize("quality", [None, 1, 40, 75, 95])
-def test_quality_is_pillows_and_without_one_it_is_95_with_full_chroma(data: bytes, quality: int | None) -> None:
+def test_quality_is_pillows_and_by_default_95_with_full_chroma(data: bytes, quality: int | None) -> None:
     made = opened(prepare(data, max_side=None, quality=quality).encoded)
     reference = opened(encode(RGB, "JPEG", quality=quality or 95))
     assert isinstance(made, JpegImagePlugin.JpegImageFile)
@@ -374,14 +378,14 @@ def test_quality_is_pillows_and_without_one_it_is_95_with_full_chroma(data: byte
     assert JpegImagePlugin.get_sampling(made) == (0 if quality is None else 2)  # 4:4:4 or 4:2:0
 
 
-def test_an_error_without_a_message_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_without_a_message_is_reported_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_upright_rgb", Mock(side_effect=ValueError))
     with pytest.raises(SampleError, match=r"^ValueError$"):
         unchanged(OTHER_FORMATS["png"])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_hash_is_that_of_the_upright_image_kept_or_transcoded(orientation: int) -> None:
+def test_the_hash_of_a_kept_or_transcoded_file_is_that_of_the_upright_image(orientation: int) -> None:
     data = encode(RGB, "JPEG", **with_orientation(orientation))
     upright = perceptual_hash(np.asarray(ImageOps.exif_transpose(opened(data)).convert("L")))
     for max_side, quality in ((None, None), (None, 60), (40, None)):

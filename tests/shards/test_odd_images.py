@@ -1,4 +1,4 @@
-"""Images that decode with warnings, half images, damaged EXIF, more than 8 bits. The oracles: Pillow, libjpeg's own words."""
+"""Images with decoder warnings, half images, damaged EXIF and more than 8 bits, compared with Pillow and libjpeg."""
 
 import io
 import json
@@ -31,16 +31,16 @@ PREMATURE = "Corrupt JPEG data: premature end of data segment"
 
 
 def prepared(data: bytes, **options: Any) -> tuple[bytes, list[str]]:
-    said = list[str]()
-    made = prepare(data, **{"max_side": None, "quality": None, **options}, warn=said.append)
-    return made.encoded, said
+    warnings = list[str]()
+    made = prepare(data, **{"max_side": None, "quality": None, **options}, warn=warnings.append)
+    return made.encoded, warnings
 
 
-def by_pillow(data: bytes) -> bool:
-    """Whether Pillow decodes it."""
+def decodes_in_pillow(data: bytes) -> bool:
+    """Return whether Pillow decodes it."""
     try:
         Image.open(io.BytesIO(data)).load()
-    except Exception:  # whatever its readers raise
+    except Exception:  # Pillow's readers raise many kinds of exceptions
         return False
     return True
 
@@ -48,7 +48,7 @@ def by_pillow(data: bytes) -> bool:
 FOLLOWED = {
     "SOI": b"\xff\xd8",
     "another image": OTHER,
-    "a table that is broken": segment(0xC4, b"\0" + 17 * b"\xff") + END,
+    "a broken table": segment(0xC4, b"\0" + 17 * b"\xff") + END,
     "a table past the end": b"\xff\xc4\xff\xff",
     "a table and the end": segment(0xC4, b"\0\1" + bytes(15) + b"\0") + END,
     "a frame": segment(0xC0, b"\x08" + bytes(12)),
@@ -62,18 +62,18 @@ FOLLOWED = {
 
 @pytest.mark.parametrize("quality", [None, 80])
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_half_an_image_is_taken_only_where_pillow_takes_it_and_then_with_a_warning(name: str, quality: Any) -> None:
+def test_half_an_image_is_accepted_only_if_pillow_accepts_it_and_with_a_warning(name: str, quality: Any) -> None:
     data = HALF + FOLLOWED[name]
-    if by_pillow(data):
-        made, said = prepared(data, quality=quality)
-        assert by_pillow(made)
-        assert PREMATURE in said
+    if decodes_in_pillow(data):
+        made, warnings = prepared(data, quality=quality)
+        assert decodes_in_pillow(made)
+        assert PREMATURE in warnings
     else:
         with pytest.raises(SampleError, match=r"broken data stream|truncated|\w+ \w+"):
             prepared(data, quality=quality)
 
 
-def test_a_whole_image_without_its_end_is_none() -> None:
+def test_a_whole_image_without_its_end_marker_is_rejected() -> None:
     for rest in (b"\xff\xd8", OTHER):
         with pytest.raises(SampleError, match="broken data stream"):
             prepared(WHOLE[:-2] + rest)
@@ -83,13 +83,14 @@ def test_a_whole_image_without_its_end_is_none() -> None:
 @pytest.mark.parametrize(("side", "share"), [(13_000, "0.1%"), (2000, "4.3%")])
 @pytest.mark.parametrize("options", [{}, {"quality": 80}, {"max_side": 100}])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_header_that_promises_another_image_is_refused(side: int, share: str, options: dict[str, Any]) -> None:
+def test_a_header_that_declares_another_image_is_rejected(side: int, share: str, options: dict[str, Any]) -> None:
     if side > 10_000 and options:
-        pytest.skip("Pillow takes a second and half a gigabyte for it")
+        pytest.skip("Pillow needs a second and half a gigabyte")
     frame = WHOLE.index(b"\xff\xc0") + 5
     data = WHOLE[:frame] + struct.pack(">HH", side, side) + WHOLE[frame + 4 :]
     with pytest.raises(
-        SampleError, match=exactly(f"promises {side} x {side} pixels, and has data for {share} of them")
+        SampleError,
+        match=exactly(f"declares {side} x {side} pixels, but has data for only {share} of them"),
     ):
         prepared(data, **options)
 
@@ -104,42 +105,42 @@ DAMAGED = {
     "progressive": PROGRESSIVE[: len(PROGRESSIVE) * 2 // 3] + END,
     "smaller header": WHOLE.replace(struct.pack(">HH", 333, 500), struct.pack(">HH", 200, 300), 1),
 }
-LISTEN = "import sys, cv2, numpy; assert cv2.imdecode(numpy.fromfile(sys.argv[1], numpy.uint8), 1) is not None"
+PRINT_WARNINGS = "import sys, cv2, numpy; assert cv2.imdecode(numpy.fromfile(sys.argv[1], numpy.uint8), 1) is not None"
 
 
-def test_warnings_are_libjpegs_own_and_stand_in_the_manifest_and_nowhere_else(
+def test_warnings_are_libjpegs_own_and_appear_only_in_the_manifest(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = drawn(tmp_path / "data", a=6, b=6)
     expected = dict[str, str]()
     for name, data in DAMAGED.items():
         (folder / f"a/{name}.jpg").write_bytes(data)
-        command = [sys.executable, "-c", LISTEN, folder / f"a/{name}.jpg"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        expected[f"a/{name}.jpg"] = told.strip()
+        command = [sys.executable, "-c", PRINT_WARNINGS, folder / f"a/{name}.jpg"]
+        warns = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        expected[f"a/{name}.jpg"] = warns.strip()
     assert len(set(expected.values())) >= 4
     manifest = pack(folder, tmp_path / "out", shard_bytes=20_000)
     assert {item["path"]: item["warning"] for item in manifest.warnings} == expected
     assert [item["path"] for item in manifest.warnings] == sorted(expected)
     assert Manifest.load(tmp_path / "out").warnings == manifest.warnings
     assert capfd.readouterr().err.count("JPEG") == 0
-    assert f"{tmp_path / 'out'}: 6 images decode with warnings; its manifest names them (warnings)" in caplog.messages
+    assert f"{tmp_path / 'out'}: decoded 6 images with warnings; see `warnings` in manifest.json" in caplog.messages
     again = pack(folder, tmp_path / "transcoded", quality=80)
     assert {item["path"]: item["warning"] for item in again.warnings} == expected
 
 
-def test_each_thread_hears_its_own_and_who_does_not_listen_is_not_silenced(capfd: pytest.CaptureFixture[str]) -> None:
-    def told(number: int) -> bool:
+def test_each_thread_captures_only_its_own_warnings_and_others_still_print(capfd: pytest.CaptureFixture[str]) -> None:
+    def warns(number: int) -> bool:
         return bool(prepared(DAMAGED["cut"] if number % 3 else WHOLE)[1])
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(told, range(240))) == [number % 3 > 0 for number in range(240)]
+        assert list(pool.map(warns, range(240))) == [number % 3 > 0 for number in range(240)]
     assert capfd.readouterr().err == ""
     decode(DAMAGED["cut"])
     assert capfd.readouterr().err == PREMATURE + "\n"
 
 
-def test_who_loads_a_pack_does_not_hear_again_what_its_manifest_names(
+def test_loading_a_pack_does_not_repeat_the_warnings_of_its_manifest(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = drawn(tmp_path / "data", a=4, b=4)
@@ -151,15 +152,15 @@ def test_who_loads_a_pack_does_not_hear_again_what_its_manifest_names(
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_child_forked_meanwhile_hears_on_and_has_its_stderr(capfd: pytest.CaptureFixture[str]) -> None:
-    with libjpeg.warnings() as heard:
+def test_a_forked_child_can_capture_warnings_and_print_them(capfd: pytest.CaptureFixture[str]) -> None:
+    with libjpeg.warnings() as captured:
         child = os.fork()
-        if not child:  # no assert: what pytest does at an error, the child would do too
+        if not child:  # no assert: the child would run pytest's error handling too
             decode(DAMAGED["cut"])
             os._exit(prepared(DAMAGED["cut"])[1] != [PREMATURE])
         assert os.waitpid(child, 0)[1] == 0
         decode(DAMAGED["cut"])
-    assert heard.decode() == capfd.readouterr().err == PREMATURE + "\n"
+    assert captured.decode() == capfd.readouterr().err == PREMATURE + "\n"
 
 
 def test_packs_and_shards_of_older_versions_have_no_warnings(tmp_path: Path) -> None:
@@ -190,14 +191,14 @@ EXIFS = {
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 @pytest.mark.parametrize("name", EXIFS)
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_damaged_exif_costs_no_image(kind: str, name: str) -> None:
+def test_damaged_exif_is_ignored(kind: str, name: str) -> None:
     data = encode(smooth(5), kind, exif=EXIFS[name])
     made, _ = prepared(data)
     upright = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert np.abs(decode(made).astype(int) - upright).mean() < 3
 
 
-def test_an_orientation_beside_damage_still_counts() -> None:
+def test_an_orientation_next_to_a_damaged_tag_still_counts() -> None:
     data = encode(smooth(5), "PNG", exif=b"Exif\0\0" + tiff("<", [(0x112, 3, 1, 6), (0x128, 2, 1, 0)]))
     assert prepare(data, max_side=None, quality=None).size == (64, 48)
 
@@ -206,7 +207,7 @@ LEVELS = np.asarray(smooth(80).convert("L")).astype(np.int64)
 
 
 def gray_tiff(levels: NDArray[Any], *extra: tuple[int, int, int, int], bits: int = 16, white: int = 0) -> bytes:
-    """64 x 48, uncompressed."""
+    """Return an uncompressed file of 64 x 48 pixels."""
     entries = [(256, 3, 1, 64), (257, 3, 1, 48), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, 1 - white)]
     place = 14 + 12 * (9 + len(extra))
     entries += [(273, 4, 1, place), (277, 3, 1, 1), (278, 3, 1, 48), (279, 4, 1, levels.nbytes), *extra]
@@ -218,7 +219,7 @@ def packed_12(levels: NDArray[np.int64]) -> NDArray[np.uint8]:
     return np.stack([left >> 4, (left & 15) << 4 | right >> 8, right & 255], -1).astype(np.uint8)
 
 
-def of(array: NDArray[Any], **options: Any) -> bytes:
+def as_tiff(array: NDArray[Any], **options: Any) -> bytes:
     return encode(Image.fromarray(array), "TIFF", **options)
 
 
@@ -236,42 +237,42 @@ WIDE = {
     "signed, half below zero": gray_tiff(((LEVELS - 127.5) * 32).astype("<i2"), SIGNED),
     "signed bytes": gray_tiff((LEVELS - 128).astype(np.int8), SIGNED, bits=8),
     "signed bytes above zero": gray_tiff((LEVELS // 2).astype(np.int8), SIGNED, bits=8),
-    "32 bits of bytes": of(LEVELS.astype(np.int32)),
-    "32 bits of 16": of((LEVELS * 257).astype(np.int32)),
-    "fractions": of((LEVELS / 255).astype(np.float32)),
-    "fractions on both sides of zero": of((LEVELS / 127.5 - 1).astype(np.float32)),
-    "fractions that overshoot": of(np.where(LEVELS.max() == LEVELS, 1.05, LEVELS / 255).astype(np.float32)),
-    "floats of millions": of((np.where(LEVELS.max() == LEVELS, 255, LEVELS) * 4000).astype(np.float32)),
-    "floats of bytes": of(LEVELS.astype(np.float32)),
-    "floats of 16 bits": of((LEVELS * 257).astype(np.float32)),
-    "ImageJ": of((LEVELS * 3 + 7).astype(np.uint16), description="ImageJ=1.53t\nimages=1\nmin=7.0\nmax=772.0\n"),
-    "OME": of((LEVELS * 4).astype(np.uint16), description='<OME><Pixels SignificantBits="10"/></OME>'),
+    "32 bits of bytes": as_tiff(LEVELS.astype(np.int32)),
+    "32 bits of 16": as_tiff((LEVELS * 257).astype(np.int32)),
+    "fractions": as_tiff((LEVELS / 255).astype(np.float32)),
+    "fractions on both sides of zero": as_tiff((LEVELS / 127.5 - 1).astype(np.float32)),
+    "fractions that overshoot": as_tiff(np.where(LEVELS.max() == LEVELS, 1.05, LEVELS / 255).astype(np.float32)),
+    "floats of millions": as_tiff((np.where(LEVELS.max() == LEVELS, 255, LEVELS) * 4000).astype(np.float32)),
+    "floats of bytes": as_tiff(LEVELS.astype(np.float32)),
+    "floats of 16 bits": as_tiff((LEVELS * 257).astype(np.float32)),
+    "ImageJ": as_tiff((LEVELS * 3 + 7).astype(np.uint16), description="ImageJ=1.53t\nimages=1\nmin=7.0\nmax=772.0\n"),
+    "OME": as_tiff((LEVELS * 4).astype(np.uint16), description='<OME><Pixels SignificantBits="10"/></OME>'),
     "png": encode(Image.fromarray((LEVELS * 257).astype(np.uint16)), "PNG"),
 }
 
 
 @pytest.mark.parametrize("name", WIDE)
-def test_levels_are_scaled_by_what_the_file_says(name: str) -> None:
-    made, said = prepared(WIDE[name])
+def test_levels_are_scaled_by_the_range_that_the_file_states(name: str) -> None:
+    made, warnings = prepared(WIDE[name])
     assert np.abs(decode(made) - LEVELS[..., None]).mean() < 2
-    assert said == []
+    assert warnings == []
 
 
-def test_what_is_no_number_is_black_and_does_not_darken_the_rest() -> None:
+def test_nan_and_infinity_are_black_and_do_not_darken_the_rest() -> None:
     levels = (LEVELS / 255).astype(np.float32)
     levels[:8, :8], levels[:8, 8:16] = np.nan, np.inf
-    found = decode(prepared(of(levels))[0])
+    found = decode(prepared(as_tiff(levels))[0])
     assert found[:8, :16].mean() < 5
     assert np.abs(found[16:] - LEVELS[16:, :, None]).mean() < 2
 
 
-def test_what_comes_out_constant_is_named(tmp_path: Path) -> None:
+def test_images_with_next_to_no_contrast_get_a_warning(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "data", a=4, b=4)
-    (folder / "a/microscopy.tif").write_bytes(of((LEVELS + 300).astype(np.uint16)))
+    (folder / "a/microscopy.tif").write_bytes(as_tiff((LEVELS + 300).astype(np.uint16)))
     (folder / "b/detector.png").write_bytes(encode(Image.fromarray((LEVELS * 16).astype(np.uint16)), "PNG"))
     (folder / "b/blank.png").write_bytes(encode(Image.new("RGB", (9, 9), (77, 77, 77)), "PNG"))
     (folder / "b/blank.jpg").write_bytes(encode(Image.new("L", (9, 9), 77), "JPEG"))
-    flat = "has next to no contrast: its gray levels are {} of 255"
+    flat = "has next to no contrast: its gray levels range from {} (of 0 to 255)"
     assert pack(folder, tmp_path / "out").warnings == (
         {"path": "a/microscopy.tif", "warning": flat.format("1 to 2")},
         {"path": "b/blank.jpg", "warning": flat.format("77 to 77")},
@@ -281,7 +282,7 @@ def test_what_comes_out_constant_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_wide_levels_are_turned_upright_too(orientation: int) -> None:
+def test_wide_levels_are_rotated_upright_too(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x112] = orientation
     data = encode(Image.fromarray((LEVELS * 257).astype(np.uint16)), "PNG", exif=exif)
@@ -290,7 +291,7 @@ def test_wide_levels_are_turned_upright_too(orientation: int) -> None:
     assert np.abs(decode(prepared(data)[0]) - upright[..., None].astype(int)).mean() < 2
 
 
-# Headers claim more pixels than fit; the gray ones of the second do, but Pillow, which is asked why it fails, unpacks all.
+# Both headers declare more pixels than fit in memory. The second fits in gray, but Pillow then decodes it in color.
 SHORT_OF_MEMORY = r"""
 import io, resource
 from functools import partial
@@ -313,6 +314,6 @@ for data in files:
 """
 
 
-def test_a_lack_of_memory_is_not_taken_for_a_damaged_image() -> None:
+def test_a_lack_of_memory_is_not_reported_as_a_damaged_image() -> None:
     done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], capture_output=True, text=True, check=True)
     assert done.stdout == "MemoryError\n" * 6

@@ -1,4 +1,4 @@
-"""Shards at an address: what servers do costs time, not data; the cache keeps its limit; nothing half-done stays."""
+"""Shards at a URL: server faults cost time, not data; the cache stays within its limit; no partial files remain."""
 
 import json
 import logging
@@ -44,21 +44,21 @@ def tars(cache: str | Path) -> list[Path]:
 def size_of(path: Path) -> int:
     try:
         return path.stat().st_size
-    except FileNotFoundError:  # it has just made room
+    except FileNotFoundError:  # it has just been evicted
         return 0
 
 
-def assert_nothing_half_done(cache: str | Path) -> None:
+def assert_no_partial_files(cache: str | Path) -> None:
     assert not list(Path(cache).rglob("*.part"))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastflower")]
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 1}, {"split": "val"}, {"shuffle": False, "tail": "keep"}], ids=str)
-def test_an_address_feeds_what_the_folder_feeds(options: dict[str, Any], source: Remote, shards: Path) -> None:
+def test_a_url_yields_the_same_batches_as_the_folder(options: dict[str, Any], source: Remote, shards: Path) -> None:
     shuffled = {"split", "shuffle"}.isdisjoint(options)
     expected = epochs(shards, **({"window": 8, **options} if shuffled else options))
     assert_same(epochs(source, **options), expected)
-    assert_nothing_half_done(source.folder)
+    assert_no_partial_files(source.folder)
 
 
 @pytest.mark.parametrize("kind", ["503", "truncate", "stall", "flip", "whole"])
@@ -67,23 +67,23 @@ def test_a_server_that_misbehaves_costs_time_not_data(
 ) -> None:
     caplog.set_level(logging.WARNING, "fastflower")
 
-    def fault(name: str, asked: int) -> str | None:
+    def fault(name: str, requests_before: int) -> str | None:
         if kind == "stall" and not name.endswith("0.tar"):
             return None  # one shard is slow enough
-        return kind if asked in (0, 3) and not (kind == "flip" and not name.endswith(".tar")) else None
+        return kind if requests_before in (0, 3) and not (kind == "flip" and not name.endswith(".tar")) else None
 
     server.fault = fault
     assert_same(epochs(source, 1, window=2), epochs(shards, 1, window=2))
-    assert_nothing_half_done(source.folder)
-    assert any("trying again in" in line for line in caplog.messages) == (kind != "whole")
+    assert_no_partial_files(source.folder)
+    assert any("retrying in" in line for line in caplog.messages) == (kind != "whole")
 
 
-def test_a_server_that_knows_no_ranges_is_read_whole(source: Remote, server: BadServer, shards: Path) -> None:
+def test_files_of_a_server_without_ranges_are_read_whole(source: Remote, server: BadServer, shards: Path) -> None:
     server.fault = lambda _name, _asked: "whole"
     assert_same(epochs(source, 1, window=1), epochs(shards, 1, window=1))
 
 
-def test_every_shard_is_downloaded_once_and_not_again_while_all_fit(
+def test_every_shard_is_downloaded_only_once_if_all_fit_in_the_cache(
     source: Remote, server: BadServer, shards: Path
 ) -> None:
     epochs(source, 3)
@@ -91,7 +91,7 @@ def test_every_shard_is_downloaded_once_and_not_again_while_all_fit(
     assert {name: server.sent[name] for name in sizes} == sizes
     before = server.asked.copy()
     epochs(source, 1)
-    assert server.asked - before == {"manifest.json": 1}, "another loader finds all but the manifest here"
+    assert server.asked - before == {"manifest.json": 1}, "another loader finds all but the manifest in the cache"
 
 
 def test_the_cache_stays_within_its_limit(server: BadServer, shards: Path, tmp_path: Path) -> None:
@@ -106,21 +106,21 @@ def test_the_cache_stays_within_its_limit(server: BadServer, shards: Path, tmp_p
             seen += batch.index.tolist()
             assert sum(map(size_of, (tmp_path / "cache").glob("*/*.tar*"))) <= limit
         assert set(seen) == set(range(120))
-    # A file that has gone from the folder takes room on the disk as long as it is open.
+    # A deleted file takes disk space as long as it is open.
     assert len([file.path for file in psutil.Process().open_files() if str(tmp_path) in file.path]) < len(train)
     assert len(tars(tmp_path / "cache")) < len(train)
-    assert_nothing_half_done(tmp_path / "cache")
+    assert_no_partial_files(tmp_path / "cache")
 
 
-def test_a_limit_below_three_windows_is_refused(server: BadServer, tmp_path: Path) -> None:
+def test_a_limit_below_three_windows_is_rejected(server: BadServer, tmp_path: Path) -> None:
     source = Remote(url=server.url, folder=tmp_path / "cache", limit_bytes=1000)
     with pytest.raises(
-        ArgumentError, match=r"limit_bytes must hold three windows of shards, here \d+ bytes, got 1000; raise it"
+        ArgumentError, match=r"limit_bytes must be at least \d+ to hold three windows of shards, got 1000; raise it"
     ):
         Loader(source, **OPTIONS, window=1)
 
 
-def feed(source: Remote, rank: int, out: Path) -> None:
+def write_epoch(source: Remote, rank: int, out: Path) -> None:
     loader = Loader(source, **{**OPTIONS, "batch_size": 4}, rank=rank, world_size=2)
     out.write_text(json.dumps([batch.index.tolist() for batch in loader]))
 
@@ -129,7 +129,7 @@ def test_ranks_on_one_machine_download_each_shard_once(
     source: Remote, server: BadServer, shards: Path, tmp_path: Path
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=feed, args=(source, rank, tmp_path / f"{rank}.json")) for rank in (0, 1)]
+    ranks = [context.Process(target=write_epoch, args=(source, rank, tmp_path / f"{rank}.json")) for rank in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -142,22 +142,22 @@ def test_ranks_on_one_machine_download_each_shard_once(
     assert {name: server.sent[name] for name in sizes} == sizes
 
 
-def test_a_break_ends_the_downloads_and_the_next_epoch_is_whole(
+def test_a_break_stops_the_downloads_and_the_next_epoch_is_complete(
     source: Remote, server: BadServer, shards: Path
 ) -> None:
     loader = Loader(source, **OPTIONS, window=2)
     next(iter(loader))
-    assert_nothing_half_done(source.folder)
+    assert_no_partial_files(source.folder)
     server.fault = lambda name, _asked: "stall" if name.endswith(".tar") else None
     shutil.rmtree(source.folder, ignore_errors=True)
     loader = Loader(source, **OPTIONS, window=2)
-    feeding = iter(loader)
+    batches = iter(loader)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastflower.shards.remote._ATTEMPTS", 2)
         patch.setattr("fastflower.shards.remote._TIMEOUT", 0.3)
-        with pytest.raises(ShardError, match=r"could not be read in 2 attempts \(not all came within "):
-            next(feeding)
-    assert_nothing_half_done(source.folder)
+        with pytest.raises(ShardError, match=r"could not be read in 2 attempts \(timed out after "):
+            next(batches)
+    assert_no_partial_files(source.folder)
     server.fault = lambda _name, _asked: None
     loader.set_epoch(0)
     assert_same([(batch.index.tolist(), batch.images) for batch in loader], epochs(shards, 1, window=2))
@@ -174,25 +174,25 @@ def test_a_break_ends_the_downloads_and_the_next_epoch_is_whole(
         (
             "train-000001.tar",
             "flip",
-            r"/train-000001.tar: could not be read in 3 attempts \(its bytes are not those",
+            r"/train-000001.tar: could not be read in 3 attempts \(its bytes do not match the manifest",
         ),
         ("manifest.json", "truncate", r"/manifest.json: could not be read in 3 attempts"),
         ("train.index.npy", "503", r"/train.index.npy: could not be read in 3 attempts"),
     ],
 )
-def test_a_server_that_never_recovers_is_named(
+def test_a_server_that_never_recovers_is_reported(
     name: str, kind: str, message: str, source: Remote, server: BadServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastflower.shards.remote._ATTEMPTS", 3)
     server.fault = lambda asked_for, _asked: kind if asked_for == name else None
     with pytest.raises(ShardError, match=message):
         epochs(source, 1)
-    assert_nothing_half_done(source.folder)
+    assert_no_partial_files(source.folder)
     server.fault = lambda _name, _asked: None
-    assert len(epochs(source, 1)) == len(Loader(source, **OPTIONS)), "what was wrong has left nothing behind"
+    assert len(epochs(source, 1)) == len(Loader(source, **OPTIONS)), "the fault has left nothing behind"
 
 
-def test_what_a_killed_process_left_is_cleared_away(source: Remote, shards: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(source: Remote, shards: Path) -> None:
     epochs(source, 1)
     (gone, *_) = tars(source.folder)
     part = gone.with_name(f"{gone.name}.part")
@@ -200,10 +200,10 @@ def test_what_a_killed_process_left_is_cleared_away(source: Remote, shards: Path
     stale = part.with_name("train-999999.tar.part")
     stale.write_bytes(bytes(1000))
     assert_same(epochs(source, 1), epochs(shards, 1, window=8))
-    assert_nothing_half_done(source.folder)
+    assert_no_partial_files(source.folder)
 
 
-def test_a_new_pack_at_the_address_is_not_mixed_with_the_old(
+def test_a_new_pack_at_the_url_is_not_mixed_with_the_old_one(
     server: BadServer, source: Remote, tmp_path: Path, shards: Path
 ) -> None:
     epochs(source, 1)
@@ -218,16 +218,19 @@ def test_a_new_pack_at_the_address_is_not_mixed_with_the_old(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("missing", r"http://127.0.0.1:\d+/shards/manifest.json: is not there; name the folder that pack wrote"),
+        (
+            "missing",
+            r"http://127.0.0.1:\d+/shards/manifest.json: does not exist; pass the URL of a folder that pack wrote",
+        ),
         ("text", r"http://127.0.0.1:\d+/shards/manifest.json: cannot be read"),
         (
             "path",
-            r"http://127.0.0.1:\d+/shards/manifest.json: names a shard '../train-000000.tar', which is no file's name",
+            r"http://127.0.0.1:\d+/shards/manifest.json: lists shard '../train-000000.tar', which is not a file name",
         ),
-        ("index", r"http://127.0.0.1:\d+/shards/train.index.npy: has \(3,\) rows"),
+        ("index", r"http://127.0.0.1:\d+/shards/train.index.npy: has shape \(3,\)"),
     ],
 )
-def test_what_is_no_pack_is_refused_and_not_kept(
+def test_an_invalid_pack_is_rejected_and_not_cached(
     change: str, message: str, server: BadServer, source: Remote, shards: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "bad"
@@ -249,32 +252,31 @@ def test_what_is_no_pack_is_refused_and_not_kept(
     assert len(Loader(source, **OPTIONS)) > 0
 
 
-def test_addresses_that_nobody_knows_are_refused() -> None:
-    with pytest.raises(
-        ArgumentError, match="gopher://host/shards: Protocol not known: gopher; name a folder, or an address"
-    ):
+def test_an_unknown_protocol_is_rejected() -> None:
+    with pytest.raises(ArgumentError, match="gopher://host/shards: Protocol not known: gopher; pass a folder or a URL"):
         Loader("gopher://host/shards")
 
 
 @pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
-def test_what_an_address_asks_to_be_installed_is_named() -> None:
+def test_the_message_names_the_extra_to_install() -> None:
     with pytest.raises(
-        ArgumentError, match=r"gs://bucket/shards: .*gcsfs.*; pip install 'fastflower\[s3\]', for gs:// \[gcs\]"
+        ArgumentError, match=r"gs://bucket/shards: .*gcsfs.*; pip install .*'fastflower\[gcs\]' \(gs://\)"
     ):
         Loader("gs://bucket/shards")
 
 
-def test_a_cache_that_cannot_be_written_is_named(server: BadServer, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(server: BadServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        ShardError, match=r"cannot be written \(.*\); make room, or name another folder with Remote\(folder=\)"
+        ShardError,
+        match=r"cannot be written \(.*\); free disk space, or choose another folder with Remote\(folder=...\)",
     ):
         Loader(Remote(url=server.url, folder=tmp_path / "file"), **OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, Any]]:
-    """A real S3 server on loopback, as s3fs is told of it."""
+    """A real S3 server on loopback, as the options of s3fs."""
     pytest.importorskip("s3fs")
     moto = pytest.importorskip("moto.server")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -293,6 +295,6 @@ def test_s3(s3: dict[str, Any], shards: Path, tmp_path: Path) -> None:
     system.put(str(shards), "bucket/flowers", recursive=True)
     source = Remote(url="s3://bucket/flowers", folder=tmp_path / "cache", options=s3)
     assert_same(epochs(source), epochs(shards, window=8))
-    with pytest.raises(ShardError, match=r"s3://bucket/nothing/manifest.json: is not there"):
+    with pytest.raises(ShardError, match=r"s3://bucket/nothing/manifest.json: does not exist"):
         Loader(Remote(url="s3://bucket/nothing", folder=tmp_path / "cache", options=s3), **OPTIONS)
-    assert_nothing_half_done(tmp_path / "cache")
+    assert_no_partial_files(tmp_path / "cache")

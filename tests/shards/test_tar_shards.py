@@ -1,4 +1,4 @@
-"""Shards on disk: tar, WebDataset, DALI and timm read them as we do, and damage is named."""
+"""Shards on disk: tar, WebDataset, DALI and timm read them as fastflower does, and damage is reported."""
 
 import hashlib
 import io
@@ -26,9 +26,8 @@ from fastflower.shards.reader import ShardReader
 from fastflower.shards.writer import Samples, ShardWriter, index_rows
 
 SPLITS = ["train", "val"]
-LEFT_OPEN = pytest.mark.filterwarnings(
-    "ignore:unclosed file:ResourceWarning"
-)  # webdataset leaves its tars to be closed
+# WebDataset does not close its tars.
+IGNORE_UNCLOSED_FILES = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
 
 def tars(folder: Path, split: str) -> list[Path]:
@@ -36,7 +35,7 @@ def tars(folder: Path, split: str) -> list[Path]:
 
 
 def packed(folder: Path, split: str) -> list[tuple[bytes, int]]:
-    """(JPEG file, label) of every sample, in the order of the index."""
+    """Return (JPEG file, label) of every sample, in the order of the index."""
     reader = ShardReader(Manifest.load(folder), split)
     return [(bytes(reader.encoded(number)), int(row["label"])) for number, row in enumerate(reader.index)]
 
@@ -59,12 +58,12 @@ def nasty_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["shards", "nasty_shards"])
 def both(request: pytest.FixtureRequest) -> Path:
-    """Two packs, of drawn flowers and of nasty names."""
+    """Two packs: drawn flowers, and files with nasty names."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_sample_is_its_source_file(flowers: Path, shards: Path, split: str) -> None:
+def test_every_sample_equals_its_source_file(flowers: Path, shards: Path, split: str) -> None:
     manifest = Manifest.load(shards)
     reader = ShardReader(manifest, split)
     paths = [reader.path(number) for number in range(manifest.split(split).samples)]
@@ -74,14 +73,14 @@ def test_every_sample_is_its_source_file(flowers: Path, shards: Path, split: str
     assert len(set(paths)) == len(paths)
 
 
-def test_the_splits_hold_every_image_once(flowers: Path, shards: Path) -> None:
+def test_the_splits_contain_every_image_once(flowers: Path, shards: Path) -> None:
     manifest = Manifest.load(shards)
     found = [ShardReader(manifest, split).path(n) for split in SPLITS for n in range(manifest.split(split).samples)]
     assert sorted(found) == sorted(path.relative_to(flowers).as_posix() for path in flowers.glob("*/*.jpg"))
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_tarfile_finds_what_the_index_tells(both: Path, split: str) -> None:
+def test_tarfile_finds_the_samples_of_the_index(both: Path, split: str) -> None:
     found = list(samples(both, split))
     assert packed(both, split) == [(sample.image, sample.label) for sample in found]
     reader = ShardReader(Manifest.load(both), split)
@@ -110,7 +109,7 @@ def test_info_agrees_with_the_manifest(shards: Path) -> None:
         }
 
 
-def test_the_manifest_tells_the_truth(both: Path) -> None:
+def test_the_manifest_matches_the_tars(both: Path) -> None:
     for split in Manifest.load(both).splits.values():
         for shard in split.shards:
             data = (both / shard.name).read_bytes()
@@ -121,7 +120,7 @@ def test_the_manifest_tells_the_truth(both: Path) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_index_tells_the_size_of_the_decoded_image(shards: Path, split: str) -> None:
+def test_the_index_has_the_size_of_the_decoded_image(shards: Path, split: str) -> None:
     reader = ShardReader(Manifest.load(shards), split)
     for number in range(0, len(reader.index), 7):
         height, width, _ = decode(reader.encoded(number)).shape
@@ -129,14 +128,14 @@ def test_the_index_tells_the_size_of_the_decoded_image(shards: Path, split: str)
 
 
 @pytest.mark.dali
-def test_dalis_index_is_what_wds2idx_writes(both: Path, tmp_path: Path) -> None:
+def test_the_dali_index_equals_the_output_of_wds2idx(both: Path, tmp_path: Path) -> None:
     program = Path(sys.executable).parent / "wds2idx"
     for tar in sorted(both.glob("*.tar")):
         subprocess.run([program, tar, tmp_path / "other.idx"], check=True, capture_output=True)
         assert tar.with_suffix(".idx").read_text() == (tmp_path / "other.idx").read_text()
 
 
-@LEFT_OPEN
+@IGNORE_UNCLOSED_FILES
 @pytest.mark.parametrize("split", SPLITS)
 def test_webdataset_reads_every_sample(both: Path, split: str) -> None:
     names = [str(path) for path in tars(both, split)]
@@ -154,15 +153,15 @@ def test_webdataset_reads_every_sample(both: Path, split: str) -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_dali_reads_every_sample(both: Path, split: str) -> None:
     paths, expected = tars(both, split), packed(both, split)
-    batch = len(expected) // len(paths)  # also over the edges of shards
+    batch = len(expected) // len(paths)  # batches also cross the boundaries of shards
     assert read_by_dali(both, split, batch) == expected
 
 
-@LEFT_OPEN
+@IGNORE_UNCLOSED_FILES
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("training", [False, True])
 def test_timm_reads_every_sample(both: Path, split: str, training: bool) -> None:
-    """In order, or, to train on, in an order of its own."""
+    """In the order of the index, or shuffled by timm for training."""
     reader: Any = create_reader("wds/", str(both), split, is_training=training)
     found = [(image.tobytes(), label) for image, label in reader]
     expected = [(Image.open(io.BytesIO(image)).convert("RGB").tobytes(), label) for image, label in packed(both, split)]
@@ -177,11 +176,11 @@ def test_tar_lists_cls_jpg_and_json_of_each_sample_together_in_order(both: Path)
         for path in tars(both, split):
             listed = subprocess.run(["tar", "tf", path], check=True, capture_output=True, text=True).stdout.split()
             keys = [sample.key for sample in found if sample.shard == path.name]
-            assert listed == [f"{key}.{ending}" for key in keys for ending in ("cls", "jpg", "json")]
+            assert listed == [f"{key}.{extension}" for key in keys for extension in ("cls", "jpg", "json")]
         assert len({sample.key for sample in found}) == len(found)
 
 
-def test_members_carry_no_time_owner_or_mode_of_this_machine(shards: Path) -> None:
+def test_members_have_no_time_owner_or_mode_of_this_machine(shards: Path) -> None:
     with tarfile.open(tars(shards, "train")[0]) as tar:
         for member in tar:
             assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
@@ -191,11 +190,11 @@ def test_members_carry_no_time_owner_or_mode_of_this_machine(shards: Path) -> No
 Item = tuple[str, bytes, int, str, str]  # key, image, label, source, class
 
 
-def several(*images: bytes) -> list[Item]:
+def numbered_items(*images: bytes) -> list[Item]:
     return [(f"key-{n}", image, n, f"class/{n}.jpg", "class") for n, image in enumerate(images)]
 
 
-def collected(items: list[Item]) -> Samples:
+def build_samples(items: list[Item]) -> Samples:
     made = Samples()
     for key, image, label, source, name in items:
         made.add(key, image, label, (2, 3), source, name)
@@ -205,18 +204,18 @@ def collected(items: list[Item]) -> Samples:
 def write(path: Path, *groups: list[Item]) -> ShardWriter:
     with path.open("wb") as file, ShardWriter(file) as writer:
         for group in groups:
-            writer.extend(collected(group))
+            writer.extend(build_samples(group))
     return writer
 
 
 def by_tarfile(items: list[Item]) -> bytes:
-    """What Python's tarfile makes of it."""
+    """Return the tar that Python's tarfile writes."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, image, label, source, name in items:
             note = f'{{"filename": "{source}", "class": "{name}"}}'.encode()
-            for ending, content in (("cls", str(label).encode()), ("jpg", image), ("json", note)):
-                member = tarfile.TarInfo(f"{key}.{ending}")
+            for extension, content in (("cls", str(label).encode()), ("jpg", image), ("json", note)):
+                member = tarfile.TarInfo(f"{key}.{extension}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     return data.getvalue()
@@ -225,8 +224,8 @@ def by_tarfile(items: list[Item]) -> bytes:
 LONGEST = "k" * (100 - len(".json"))
 ITEMS = [
     *([("key", bytes(size), 0, "class/name.jpg", "class")] for size in (0, 1, 511, 512, 513, 1024, 100_000)),
-    *([("key", b"image", 0, "n" * size, "class")] for size in range(476, 484)),  # the .json goes over a block's edge
-    *(several(*[b"x" * 512] * number) for number in range(1, 12)),  # the end goes over a record's edge
+    *([("key", b"image", 0, "n" * size, "class")] for size in range(476, 484)),  # the .json crosses a block's end
+    *(numbered_items(*[b"x" * 512] * number) for number in range(1, 12)),  # the end blocks cross a record's end
     [(key, b"image", 7, "name", "class") for key in ("k", "k" * 50, LONGEST)],
     [("key", b"image", label, "name", "class") for label in (0, 9, 10, 12_345, 2**31 - 1)],
     [("key", b"image", 0, "häß/日本 🌻.jpg", "häß")],
@@ -235,7 +234,7 @@ ITEMS = [
 
 
 @pytest.mark.parametrize("items", ITEMS, ids=range(len(ITEMS)))
-def test_a_shard_is_byte_for_byte_what_tarfile_writes(tmp_path: Path, items: list[Item]) -> None:
+def test_a_shard_equals_the_output_of_tarfile_byte_for_byte(tmp_path: Path, items: list[Item]) -> None:
     expected = by_tarfile(items)
     writer = write(tmp_path / "x.tar", items)
     assert (tmp_path / "x.tar").read_bytes() == expected
@@ -249,8 +248,8 @@ def test_a_shard_is_byte_for_byte_what_tarfile_writes(tmp_path: Path, items: lis
     assert rows["label"].tolist() == [item[2] for item in items]
 
 
-def test_a_shard_is_the_same_however_its_samples_come(tmp_path: Path) -> None:
-    items = several(*(b"x" * size for size in (0, 700, 512, 3, 2000, 1)))
+def test_a_shard_does_not_depend_on_how_its_samples_are_grouped(tmp_path: Path) -> None:
+    items = numbered_items(*(b"x" * size for size in (0, 700, 512, 3, 2000, 1)))
     whole = write(tmp_path / "whole.tar", items)
     for number, cuts in enumerate([(1,), (3,), (0, 2, 2, 5), (1, 2, 3, 4, 5)]):
         groups = [items[start:stop] for start, stop in zip((0, *cuts), (*cuts, None), strict=True)]
@@ -261,17 +260,17 @@ def test_a_shard_is_the_same_however_its_samples_come(tmp_path: Path) -> None:
         assert parts.dali_index_pieces() == whole.dali_index_pieces()
 
 
-def test_a_shard_that_an_error_ended_has_no_end(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), (tmp_path / "x.tar").open("wb") as file, ShardWriter(file) as writer:  # noqa: PT012  (what ends is what is tested)
-        writer.extend(collected(several(b"image")))
+def test_a_shard_interrupted_by_an_error_has_no_end_blocks(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), (tmp_path / "x.tar").open("wb") as file, ShardWriter(file) as writer:  # noqa: PT012  (tests the exit of the context)
+        writer.extend(build_samples(numbered_items(b"image")))
         raise KeyError
-    whole = by_tarfile(several(b"image"))
+    whole = by_tarfile(numbered_items(b"image"))
     cut = (tmp_path / "x.tar").read_bytes()
     assert cut == whole[: len(cut)]
     assert len(cut) == 6 * 512
 
 
-def numbered(*offsets: int) -> Any:
+def rows_at(*offsets: int) -> Any:
     rows = np.zeros(len(offsets), INDEX_DTYPE)
     rows["offset"] = offsets
     return rows
@@ -281,16 +280,16 @@ def numbered(*offsets: int) -> Any:
     ("shards", "expected"),
     [([], []), ([()], []), ([(5, 6)], [0, 0]), ([(5, 6), (7,), (), (8, 9, 10)], [0, 0, 1, 3, 3, 3])],
 )
-def test_the_rows_of_a_split_are_those_of_its_shards_numbered(
+def test_the_rows_of_a_split_are_those_of_its_shards_with_shard_numbers(
     shards: list[tuple[int, ...]], expected: list[int]
 ) -> None:
-    rows = index_rows([numbered(*offsets) for offsets in shards])
+    rows = index_rows([rows_at(*offsets) for offsets in shards])
     assert rows.dtype == INDEX_DTYPE
     assert rows["shard"].tolist() == expected
     assert rows["offset"].tolist() == [offset for offsets in shards for offset in offsets]
 
 
-def test_a_path_that_is_no_utf8_is_read_back(tmp_path: Path) -> None:
+def test_a_path_that_is_not_utf8_is_read_back(tmp_path: Path) -> None:
     path = b"class/caf\xe9 \xc3\xb6.jpg".decode("utf-8", "surrogateescape")
     write(tmp_path / "x.tar", [("key", b"image", 0, path, "caf\udce9")])
     with tarfile.open(tmp_path / "x.tar") as tar:
@@ -301,7 +300,7 @@ def test_a_path_that_is_no_utf8_is_read_back(tmp_path: Path) -> None:
     assert "ö" in text
 
 
-def test_reading_is_by_any_index(shards: Path) -> None:
+def test_samples_can_be_read_in_any_order(shards: Path) -> None:
     reader = ShardReader(Manifest.load(shards), "train")
     forwards = [reader.encoded(number) for number in range(120)]
     assert [reader.encoded(number) for number in reversed(range(120))] == forwards[::-1]
@@ -309,7 +308,7 @@ def test_reading_is_by_any_index(shards: Path) -> None:
 
 @pytest.mark.parametrize("number", [0, 57, 119])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_flipped_bit_is_named_with_shard_key_and_path(copy: Path, number: int, share: float) -> None:
+def test_a_flipped_bit_is_reported_with_shard_key_and_path(copy: Path, number: int, share: float) -> None:
     manifest = Manifest.load(copy)
     row = manifest.index("train")[number]
     path = tars(copy, "train")[row["shard"]]
@@ -324,7 +323,7 @@ def test_a_flipped_bit_is_named_with_shard_key_and_path(copy: Path, number: int,
     reader = ShardReader(manifest, "train")
     text = (
         f"{path}: sample {key} ({note['filename']}): its bytes have changed since it was packed (checksum mismatch); "
-        f"restore the shard from a copy, or pack again."
+        f"restore the shard from a backup, or run fastflower pack again."
     )
     with pytest.raises(SampleError, match=f"^{re.escape(text)}$"):
         reader.encoded(number)
@@ -332,31 +331,32 @@ def test_a_flipped_bit_is_named_with_shard_key_and_path(copy: Path, number: int,
     assert all(reader.encoded(other) for other in untouched)
 
 
-def test_a_shard_of_zeros_is_still_named(copy: Path) -> None:
+def test_a_shard_of_zeros_is_reported_without_key_and_path(copy: Path) -> None:
     path = tars(copy, "train")[0]
     path.write_bytes(bytes(path.stat().st_size))
     reader = ShardReader(Manifest.load(copy), "train")
     with pytest.raises(
-        SampleError, match=rf"^{re.escape(str(path))}: sample 0: its bytes have changed .*pack again\.$"
+        SampleError, match=rf"^{re.escape(str(path))}: sample 0: its bytes have changed .*fastflower pack again\.$"
     ):
         reader.encoded(0)
 
 
-def test_a_missing_shard_is_named(copy: Path) -> None:
+def test_a_missing_shard_is_reported(copy: Path) -> None:
     path = tars(copy, "train")[-1]
     path.unlink()
-    text = f"{path}: is missing; restore the shard from a copy, or pack again."
+    text = f"{path}: is missing; restore the shard from a backup, or run fastflower pack again."
     with pytest.raises(ShardError, match=f"^{re.escape(text)}$"):
         ShardReader(Manifest.load(copy), "train")
     assert ShardReader(Manifest.load(copy), "val").encoded(0)
 
 
 @pytest.mark.parametrize("change", [-512, 1])
-def test_a_shard_of_another_size_is_named(copy: Path, change: int) -> None:
+def test_a_shard_of_another_size_is_reported(copy: Path, change: int) -> None:
     path = tars(copy, "val")[0]
     size = path.stat().st_size
     data = path.read_bytes()
     path.write_bytes(data[:change] if change < 0 else data + bytes(change))
-    text = f"{path}: has {size + change} bytes, the manifest says {size}; restore the shard from a copy, or pack again."
+    remedy = "restore the shard from a backup, or run fastflower pack again."
+    text = f"{path}: has {size + change} bytes, but the manifest says {size}; {remedy}"
     with pytest.raises(ShardError, match=f"^{re.escape(text)}$"):
         ShardReader(Manifest.load(copy), "val")

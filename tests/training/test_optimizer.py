@@ -135,7 +135,7 @@ def test_clipping_limits_the_update(
         ({"warmup_epochs": -1.0}, "Recipe.warmup_epochs must be 0 or more, got -1.0."),
         (
             {"warmup_epochs": 1.0, "schedule": "one_cycle"},
-            "Recipe.warmup_epochs must be 0 with one_cycle",
+            "Recipe.warmup_epochs must be 0 if schedule is one_cycle",
         ),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("not divisible", "ArgumentError: batch_size 15 must be a multiple of the 2 ranks, which take equal parts."),
+        ("not divisible", "ArgumentError: batch_size 15 must be a multiple of the number of ranks (2)."),
         (
             "synchronous",
             "ArgumentError: sync_batchnorm: torch supports SyncBatchNorm only on CUDA; leave it out on the CPU.",
@@ -145,7 +145,7 @@ def test_only_one_rank_writes_files_and_logs(
 def test_torchrun_starts_the_module_on_every_rank(shards: Path, tmp_path: Path) -> None:
     done = launched("-m", "fastflower", *command(shards, tmp_path / "run"), "--batch-size", "15")
     assert done.returncode != 0
-    message = "error: batch_size 15 must be a multiple of the 2 ranks, which take equal parts."
+    message = "error: batch_size 15 must be a multiple of the number of ranks (2)."
     assert done.stderr.splitlines().count(message) == 2
 
 

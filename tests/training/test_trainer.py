@@ -149,7 +149,7 @@ def test_prediction_names_a_bad_file(run: Report, flowers: Path, tmp_path: Path)
     note.write_text("not an image")
     half.write_bytes(next((flowers / "rose").iterdir()).read_bytes()[:3000])
     remedy = r"; pass image files or folders, or on_bad='skip' \(--on-bad skip\)\.$"
-    with pytest.raises(SampleError, match=r"note\.jpg: is no image" + remedy):
+    with pytest.raises(SampleError, match=r"note\.jpg: is not an image" + remedy):
         predict(run.checkpoint, note)
     with pytest.raises(SampleError, match=r"half\.jpg: .*truncated.*" + remedy):
         predict(run.checkpoint, half)
@@ -174,7 +174,7 @@ def test_prediction_skips_bad_files_and_names_each(
     assert found == predict(run.checkpoint, [good[0], good[1], good[0]], device="cpu")
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert told[0] == f"skipped {bad[0]}: No such file or directory"
-    reason = "is no image"
+    reason = "is not an image"
     assert sorted(told[1:]) == sorted(f"skipped {path}: {reason}" for path in [*bad[1:], bad[1]])
     assert predict(run.checkpoint, bad, on_bad="skip", device="cpu") == []
 
@@ -301,9 +301,7 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
         match=r"recipe must be a Recipe, for example fastflower\.recipes\.presets\.PRESETS.*, got 'scratch'",
     ):
         train(shards, "scratch", out=out, device="cpu")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(
-        ArgumentError, match="device must be cpu, cuda or cuda:NUMBER, got 'gpu'; leave it out for CUDA"
-    ):
+    with pytest.raises(ArgumentError, match="device must be cpu, cuda or cuda:NUMBER, got 'gpu'; omit it to use CUDA"):
         train(shards, TINY, out=out, device="gpu")
     (tmp_path / "file").touch()
     message = rf"out: cannot create {tmp_path}/file/run: {tmp_path}/file is not a writable folder; choose another out"
@@ -312,11 +310,9 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
     with pytest.raises(CheckpointError, match=r"nowhere\.pth: does not exist; check the path"):
         train(shards, replace(TINY, weights=str(tmp_path / "nowhere.pth")), out=out, device="cpu")
     if not torch.cuda.is_available():
-        with pytest.raises(DeviceError, match="has no CUDA; leave device out to use the CPU"):
+        with pytest.raises(DeviceError, match="has no CUDA; omit device to use the CPU"):
             train(shards, TINY, out=out, device="cuda")
-    with pytest.raises(
-        FolderError, match="does not exist; name a folder that holds one folder of images for each class"
-    ):
+    with pytest.raises(FolderError, match="does not exist; pass a folder that contains one folder of images per class"):
         pack(tmp_path / "missing", out)
     assert not out.exists()
 

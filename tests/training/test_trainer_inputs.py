@@ -104,7 +104,7 @@ def test_ranks_refuse_a_numbered_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    message = r"^device must be cuda, of which each rank takes the GPU of its number, got 'cuda:0'\.$"
+    message = r"^device must be cuda under torchrun, got 'cuda:0': each rank uses the GPU of its local rank\.$"
     with pytest.raises(ArgumentError, match=message), distributed.process_group("cuda:0"):
         pass
 

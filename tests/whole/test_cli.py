@@ -94,8 +94,8 @@ def test_pack_prints_counts_and_skipped(mixed: Path, tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.splitlines() == [
         "train: 14 images in 1 shards",
         "val: 6 images in 1 shards",
-        "skipped a/text.jpg: is no image",
-        "skipped b/notes.txt: is not named as an image",
+        "skipped a/text.jpg: is not an image",
+        "skipped b/notes.txt: has no image extension",
         "identical: a/0.jpg, a/9.jpg",
         "identical: b/0.jpg, b/9.jpg",
         f"wrote {out}",
@@ -108,7 +108,7 @@ def test_the_program_packs_as_the_function_does(mixed: Path, tmp_path: Path) -> 
     done = command("pack", mixed, "--out", tmp_path / "by tool", "--on-conflict", "keep", "--max-side", "8")
     pack(mixed, tmp_path / "by function", on_conflict="keep", max_side=8)
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr  # that files are left out
-    assert "\nthe same picture under two labels: a/0.jpg, a/9.jpg, b/0.jpg\nwrote " in done.stdout
+    assert "\nthe same image under two labels: a/0.jpg, a/9.jpg, b/0.jpg\nwrote " in done.stdout
     for path in (tmp_path / "by function").iterdir():
         assert (tmp_path / "by tool" / path.name).read_bytes() == path.read_bytes()
 
@@ -119,7 +119,7 @@ def test_names_that_a_terminal_would_not_show_are_printed(mixed: Path, tmp_path:
     done = command("pack", mixed, "--out", tmp_path / "out")
     assert done.returncode == 0
     for name in ("caf\\udce9 ö", "new\\nline", "\\x1b[2J"):
-        assert f"skipped a/{name}.jpg: is no image" in done.stdout.splitlines()
+        assert f"skipped a/{name}.jpg: is not an image" in done.stdout.splitlines()
 
 
 def test_only_the_first_of_many_are_listed(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +128,7 @@ def test_only_the_first_of_many_are_listed(mixed: Path, tmp_path: Path, capsys: 
     assert main(["pack", str(mixed), "--out", str(tmp_path / "out"), "--val-fraction", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["train: 20 images in 1 shards", "val: 0 images in 0 shards"]
-    listed = [f"skipped a/text {number:02d}.jpg: is no image" for number in range(20)]
+    listed = [f"skipped a/text {number:02d}.jpg: is not an image" for number in range(20)]
     assert lines[2:24] == [*listed, "skipped 2 more, in manifest.json", "identical: a/0.jpg, a/9.jpg"]
 
 
@@ -146,8 +146,8 @@ def test_images_that_look_alike_across_the_split_are_listed(
     assert capsys.readouterr().out.splitlines() == [
         "train: 2 images in 1 shards",
         "val: 2 images in 1 shards",
-        "looks alike: val/rose/0000.jpg in val, train/rose/0000.jpg in train",
-        "1 images outside train look like one in train, so accuracy on them says little",
+        "near-duplicate: val/rose/0000.jpg in val, train/rose/0000.jpg in train",
+        "near-duplicates of training images in other splits: 1; accuracy on them is optimistic",
         f"wrote {out}",
     ]
     assert (out / "meta/train.txt").read_text() == "train/rose/0000.jpg 0\ntrain/tulip/0000.jpg 1\n"
@@ -158,7 +158,7 @@ def test_images_that_look_alike_across_the_split_are_listed(
 def test_verify_says_that_all_is_well(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(shards)]) == 0
     assert capsys.readouterr() == (f"{shards}: every image decodes; tars, indexes and manifest agree\n", "")
-    text = f"{tmp_path}: has no shards; name a folder that pack wrote."
+    text = f"{tmp_path}: has no shards; pass a folder that pack wrote (fastflower pack FOLDER)."
     assert error(capsys, "verify", tmp_path) == text
 
 
@@ -170,7 +170,9 @@ def test_verify_names_what_is_wrong_and_repairs_it(shards: Path, tmp_path: Path)
         names.append(name)
         done = command("verify", copy)
         assert (done.returncode, done.stderr) == (1, f"error: {copy}: {count}, named above.\n")
-        assert done.stdout == "".join(f"{copy / name}: is missing; rebuild it with --repair.\n" for name in names)
+        assert done.stdout == "".join(
+            f"{copy / name}: is missing; rebuild it with fastflower verify {copy} --repair.\n" for name in names
+        )
     done = command("verify", copy, "--repair")
     assert (done.returncode, done.stderr) == (0, "".join(f"rebuilt {copy / name}\n" for name in names))
     assert done.stdout == f"{copy}: every image decodes; tars, indexes and manifest agree\n"
@@ -202,11 +204,11 @@ def test_dask_that_is_not_installed_is_explained(mixed: Path, tmp_path: Path) ->
 
 
 def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rule = "val_fraction must be 0 or more and less than 1, got 1.5."
+    rule = "val_fraction must be at least 0 and less than 1, got 1.5."
     assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--val-fraction", "1.5") == rule
-    missing = f"{tmp_path / 'no'}: does not exist; name a folder that holds one folder of images for each class."
+    missing = f"{tmp_path / 'no'}: does not exist; pass a folder that contains one folder of images per class."
     assert error(capsys, "pack", tmp_path / "no", "--out", tmp_path / "out") == missing
-    bad = f"{mixed / 'a/text.jpg'}: is no image; remove or replace it, or pack with --on-bad skip."
+    bad = f"{mixed / 'a/text.jpg'}: is not an image; remove or replace it, or pack with --on-bad skip."
     assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--on-bad", "fail") == bad
     assert not (tmp_path / "out").exists()
 
@@ -219,7 +221,7 @@ def test_an_unknown_verb_is_wrong_usage_and_names_the_verbs(
     printed = capsys.readouterr()
     assert printed.out == ""
     told, usage = printed.err.split("usage: fastflower VERB")
-    assert told == (f"there is no verb {args[0]!r}\n" if args else "")
+    assert told == (f"unknown verb {args[0]!r}\n" if args else "")
     assert [line.split()[0] for line in usage.splitlines()[1:]] == list(VERBS)
 
 
@@ -320,7 +322,7 @@ def test_a_recipe_sets_the_defaults_that_help_shows(name: str, style: str, capsy
 def test_train_on_a_folder_that_is_no_pack_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     text = error(capsys, "train", tmp_path, "--weights", "None", "--device", "cpu", "--out", out)
-    assert text.startswith(f"{tmp_path}: has no manifest.json, so it is no finished pack; name a folder")
+    assert text.startswith(f"{tmp_path}: has no manifest.json, so it is not a finished pack; pass a folder")
     assert not out.exists()
 
 
@@ -348,7 +350,7 @@ def test_evaluate_refuses_what_is_no_checkpoint_and_no_split(
     torch.save({"weight": torch.zeros(1)}, tmp_path / "state.pt")
     text = f"{tmp_path / 'state.pt'}: is not a fastflower checkpoint; pass a checkpoint-best.pt written by train."
     assert error(capsys, "evaluate", tmp_path / "state.pt", shards) == text
-    text = f"{shards}: has no samples in split 'test'; it has train, val."
+    text = f"{shards}: has no samples in split 'test'; choose from train, val."
     assert error(capsys, "evaluate", checkpoint, shards, "--split", "test") == text
 
 
@@ -368,7 +370,7 @@ def test_predict_names_the_file_that_is_no_image_or_missing(
     good, text, gone, empty = flowers / "rose/0001.jpg", tmp_path / "text.jpg", tmp_path / "no.jpg", tmp_path / "empty"
     text.write_text("no picture")
     empty.mkdir()
-    reason, remedy = "is no image", "pass image files or folders"
+    reason, remedy = "is not an image", "pass image files or folders"
     assert error(capsys, "predict", checkpoint, good, text).startswith(f"{text}: {reason}; {remedy}, or on_bad=")
     assert error(capsys, "predict", checkpoint, gone).startswith(f"{gone}: No such file or directory; {remedy}")
     assert error(capsys, "predict", checkpoint, empty).startswith(f"{empty}: holds no images (")
@@ -381,5 +383,5 @@ def test_a_scheduler_that_does_not_answer_is_explained(waiting: subprocess.Popen
     assert (waiting.returncode, done.returncode) == (1, 1)
     for address, (out, err) in {**printed, "scheduler": (done.stdout, done.stderr)}.items():
         assert (out, err.count("\n")) == ("", 1)
-        assert err.startswith(f"error: --dask {address}: no scheduler answers there (")
-        assert err.endswith("); name one as tcp://HOST:PORT.\n")
+        assert err.startswith(f"error: --dask {address}: no scheduler answers (")
+        assert err.endswith("); pass its address as tcp://HOST:PORT.\n")

@@ -84,7 +84,7 @@ def test_a_timeout_of_the_client_is_one_attempt_and_not_waited_out(
     with pytest.raises(ShardError, match=r"could not be read in 3 attempts \(the client gave up\)"):
         Mirror.connect(Remote(url="https://host/shards", folder=str(tmp_path)))
     assert impatient.asked == 3
-    again = "https://host/shards/manifest.json: the client gave up; trying again in "
+    again = "https://host/shards/manifest.json: the client gave up; retrying in "
     assert [message.startswith(again) for message in caplog.messages] == [True, True]
 
 
@@ -104,7 +104,7 @@ def test_an_empty_folder_that_cannot_be_removed_hides_no_error(
             raise OSError(errno.EBUSY, "Device or resource busy", str(path))
 
         monkeypatch.setattr(Path, "rmdir", busy)
-    with pytest.raises(FolderError, match=re.escape(f"{data}/a/text.jpg: is no image; remove or replace it")):
+    with pytest.raises(FolderError, match=re.escape(f"{data}/a/text.jpg: is not an image; remove or replace it")):
         pack(data, out, on_bad="fail")
     assert out.exists() == (kind != "folder")
     assert not out.exists() or list(out.iterdir()) == []

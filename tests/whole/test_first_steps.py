@@ -59,12 +59,12 @@ def test_what_a_pack_leaves_out_and_what_scores_will_not_tell_of_is_logged(
     (folder / "notes.txt").touch()
     manifest = pack(folder, tmp_path / "out")
     assert [(item["path"], item["reason"]) for item in manifest.skipped] == [
-        ("a/bad.jpg", "is no image"),
-        ("stray.jpg", "lies in no class folder"),
+        ("a/bad.jpg", "is not an image"),
+        ("stray.jpg", "is not in a class folder"),
     ]
     assert caplog.messages == [
-        f"{tmp_path / 'out'}: 2 files are left out; its manifest says why (skipped)",
-        f"{tmp_path / 'out'}: split val has no image of 'b': scores say nothing about these classes",
+        f"{tmp_path / 'out'}: skipped 2 files; see `skipped` in manifest.json for the reasons",
+        f"{tmp_path / 'out'}: split val has no images of 'b': these classes will not be evaluated",
     ]
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert verify(tmp_path / "out") == []
@@ -77,7 +77,7 @@ def test_strays_of_splits_are_listed(tmp_path: Path) -> None:
     assert [item["path"] for item in pack(folder, tmp_path / "out").skipped] == ["1.jpg", "train/2.jpg", "val/3.png"]
 
 
-NAME = "name a folder that pack wrote (fastflower pack FOLDER)."
+NAME = "pass a folder that pack wrote (fastflower pack FOLDER)."
 
 
 def unfinished(folder: Path) -> None:
@@ -89,8 +89,8 @@ def unfinished(folder: Path) -> None:
     ("make", "what"),
     [
         (lambda _: None, f"does not exist; {NAME}"),
-        (Path.mkdir, f"has no manifest.json, so it is no finished pack; {NAME}"),
-        (unfinished, "is a pack that was not finished; run the same pack again."),
+        (Path.mkdir, f"has no manifest.json, so it is not a finished pack; {NAME}"),
+        (unfinished, "is an unfinished pack; run the same fastflower pack command again."),
     ],
 )
 def test_what_is_no_pack_is_told_apart(tmp_path: Path, make: Callable[[Path], object], what: str) -> None:
@@ -100,7 +100,7 @@ def test_what_is_no_pack_is_told_apart(tmp_path: Path, make: Callable[[Path], ob
 
 
 def test_verify_takes_no_address(shards: Path) -> None:
-    rule = "shards must be a folder, and no address, whose files have to be downloaded first, got 's3://bucket/a'."
+    rule = "shards must be a local folder, not a URL; download the shards first, got 's3://bucket/a'."
     with pytest.raises(ArgumentError, match=exactly(rule)):
         verify("s3://bucket/a")
     assert verify(f"file://{shards}") == []
@@ -153,7 +153,8 @@ def test_what_differs_but_the_shards_is_named_at_resuming(shards: Path, tmp_path
     checkpoint = Checkpoint.load(tmp_path / "checkpoint-last.pt")
     checkpoint.feeding["window"] = 8
     checkpoint.save(tmp_path / "checkpoint-last.pt")
-    rule = "load_state_dict: the state has window 8, this loader None; resume with the same shards, split, seed and batch_size"
+    remedy = "resume with the same shards, split, seed and batch_size"
+    rule = f"load_state_dict: the state has window 8, this loader has None; {remedy}"
     with pytest.raises(
         CheckpointError, match=re.escape(f"{tmp_path / 'checkpoint-last.pt'}: {rule} * world_size.") + "$"
     ):

@@ -238,5 +238,5 @@ def test_lightning_goes_on_with_the_next_epoch_where_the_data_module_keeps_the_s
 
 def test_worker_processes_that_would_feed_every_batch_twice_are_refused(shards: Path) -> None:
     loader = torch.utils.data.DataLoader(make(shards), batch_size=None, num_workers=2, multiprocessing_context="fork")
-    with pytest.raises(ArgumentError, match="num_workers must be 0, got 2: a Loader has threads of its own"):
+    with pytest.raises(ArgumentError, match="num_workers must be 0, got 2: a Loader has its own threads"):
         next(iter(loader))

@@ -175,8 +175,8 @@ def test_thirty_loaders_fit_a_low_limit_of_open_files(many: Path, on_bad: str) -
 LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 REFUSED = {
     errno.EMFILE: rf"this process has reached its limit of {LIMIT} open files; raise it \(ulimit -n \d+\), and run again",
-    errno.ENFILE: r"the system has as many files open as it may; .* \(sysctl fs.file-max\), and run again",
-    errno.ENOMEM: r"memory ran out; close programs, or use fewer workers, and run again",
+    errno.ENFILE: r"the system has reached its limit of open files; .* \(sysctl fs.file-max\), and run again",
+    errno.ENOMEM: r"out of memory; close programs or use fewer workers, and run again",
 }
 
 

@@ -1,4 +1,4 @@
-"""What moves the pixels: four ways to carry out the same draws.
+"""Backends: four ways to render the images of a request from the same draws.
 
-In come requests, out go images: by kernel.c (`native`), OpenCV, DALI or Triton kernels. Read `selection` first, then `threads`.
+They use kernel.c (`native`), OpenCV, DALI or Triton kernels. Start with `selection`, then `threads`.
 """

@@ -1,4 +1,4 @@
-"""What all backends share: samples are prepared on threads ahead of the consumer, and damaged ones are replaced."""
+"""The base of all backends: threads prepare samples ahead of the consumer, and replace damaged ones."""
 
 from abc import ABC, abstractmethod
 from collections import deque
@@ -22,28 +22,28 @@ from fastflower.shards import libjpeg
 
 Name = Literal["native", "opencv", "dali", "triton"]
 
-_CHUNK = 8  # samples a task: long enough to hide the cost of a task, short enough to share a batch among the threads
+_CHUNK = 8  # samples per task: enough to hide a task's overhead, few enough to spread a batch over the threads
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a backend is made for, besides an augment."""
+    """Settings of a backend besides its augment."""
 
     device: torch.device
-    """Where images go."""
+    """Device of the rendered images."""
     dtype: torch.dtype
     batch_size: int
     workers: int
-    """Threads."""
+    """Number of threads."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Work:
-    """A batch under way; backends add what they need for one."""
+    """Batch in preparation; backends add their own fields."""
 
     request: Request
     rows: Sequence[int]
-    """Those whose samples threads prepare."""
+    """Rows that threads prepare."""
 
 
 AnyWork = TypeVar("AnyWork", bound=Work)
@@ -51,41 +51,41 @@ Kept = TypeVar("Kept")
 
 
 class Backend(ABC, Generic[AnyWork, Kept]):
-    """Turns requests into images. A subclass says what threads prepare of each sample, and renders batches.
+    """Renders the images of requests. A subclass prepares each sample on a thread, then renders batches.
 
-    kept  images that stay decoded, for all epochs and augments.
+    kept  cache of decoded images, shared by all epochs and augments.
     """
 
     name: ClassVar[Name]
     eager: ClassVar[bool] = False
-    """Whether a batch is rendered as soon as it is prepared; else when threads have enough to do without it."""
+    """Whether to render a batch as soon as it is prepared; by default it waits until the threads have enough other work."""
 
     def __init__(self, augment: Augment, samples: SampleSource, setup: Setup, kept: Kept) -> None:
         self.augment, self.samples, self.setup, self.kept = augment, samples, setup, kept
         self.threads = setup.workers
-        """Those that prepare."""
+        """Number of threads that prepare samples."""
 
     def with_augment(self, augment: Augment) -> Self:
-        """Another backend over the same kept images, for what is drawn from another augment."""
+        """Return a backend for another augment that shares the cached images."""
         return type(self)(augment, self.samples, self.setup, self.kept)
 
     @abstractmethod
     def begin(self, request: Request) -> AnyWork:
-        """What is to be done for a batch."""
+        """Return the work for a batch."""
 
     @abstractmethod
     def prepare(self, work: AnyWork, row: int) -> None:
-        """Read, and mostly decode, the sample in a row. Runs on a thread. Raises SampleError for a damaged one."""
+        """Read, and usually decode, the sample of a row. Runs on a thread. Raises SampleError if it is damaged."""
 
     def redraw(self, work: AnyWork, row: int) -> None:
-        """Follow the request, in which another sample has come into a row. Runs on a thread."""
+        """Update the work after the sample of a row was replaced in the request. Runs on a thread."""
 
     @abstractmethod
     def render(self, works: Iterable[AnyWork], pool: ThreadPoolExecutor, /) -> Generator[tuple[Request, Tensor]]:
-        """Make the images of batches whose samples are prepared, as `run` yields them."""
+        """Render prepared batches, and yield them as `run` does."""
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
-        """Yield (request, images (N, 3, H, W), channels-last) in order; takes requests ahead. Threads end with the iterator."""
+        """Yield (request, images (N, 3, H, W) in channels-last memory) in order. Threads end with the iterator."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastflower")
         try:
             yield from self.render(self._prepared(requests, pool), pool)
@@ -93,7 +93,7 @@ class Backend(ABC, Generic[AnyWork, Kept]):
             _end(pool)
 
     def _prepared(self, requests: Iterable[Request], pool: ThreadPoolExecutor) -> Iterator[AnyWork]:
-        """Batches whose samples are prepared, while threads prepare those of the next."""
+        """Yield prepared batches while threads prepare the next ones."""
         started = deque[tuple[AnyWork, deque[Future[None]]]]()
         try:
             for request in requests:
@@ -101,15 +101,15 @@ class Backend(ABC, Generic[AnyWork, Kept]):
                 started.append((work, deque(pool.submit(self._prepare, work, rows) for rows in chunks(work.rows))))
                 waiting = sum(len(tasks) for _, tasks in started) - len(started[0][1])
                 done = self.eager and all(task.done() for task in started[0][1])
-                if done or waiting > 2 * self.threads:  # every thread has a task, and one more waits
+                if done or waiting > 2 * self.threads:  # every thread has a task, and another one is queued
                     yield _waited_for(*started.popleft())
             while started:
                 yield _waited_for(*started.popleft())
         finally:
-            started.clear()  # else an error's traceback would hold on to what other threads raised, and to all that they hold
+            started.clear()  # else an error's traceback keeps other threads' errors alive, and all that they refer to
 
     def _prepare(self, work: AnyWork, rows: Sequence[int]) -> None:
-        with libjpeg.warnings():  # a pack's manifest names the images; here every epoch would, and none by its name
+        with libjpeg.warnings():  # the manifest lists these images; libjpeg would warn every epoch, without names
             for row in rows:
                 while True:
                     try:
@@ -120,7 +120,7 @@ class Backend(ABC, Generic[AnyWork, Kept]):
                         self.redraw(work, row)
 
     def erased(self) -> Floats:
-        """(3,) what erased boxes hold, in the units of the dtype."""
+        """Return the color of erased boxes, (3,), in the units of the dtype."""
         levels = self.setup.dtype == torch.uint8
         return np.rint(self.augment.erase_levels) if levels else np.array(self.augment.erase_value, np.float64)
 
@@ -129,22 +129,22 @@ AnyBackend = Backend[Any, Any]
 
 
 def chunks(rows: Sequence[int]) -> list[Sequence[int]]:
-    """Rows, as tasks for threads."""
+    """Split rows into tasks for threads."""
     return [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
 
 
 def _waited_for(work: AnyWork, tasks: deque[Future[None]]) -> AnyWork:
-    """The batch, when all of its samples are prepared. Raises what a thread raised."""
+    """Wait until all samples of a batch are prepared, and return it. Raises what a thread raised."""
     while tasks:
-        tasks.popleft().result()  # a future that stayed would hold on to this frame for ever
+        tasks.popleft().result()  # a future left in `tasks` would keep this frame alive
     return work
 
 
 def _end(pool: ThreadPoolExecutor) -> None:
-    """Wait for a pool's threads until the system, too, knows of them no more.
+    """Shut down a pool and wait until its threads are gone from the system.
 
-    Before Python 3.13 joining a thread does not wait for what libraries do at its end. OpenCV takes a lock then, and a child
-    that is forked meanwhile would wait for it for ever.
+    Before Python 3.13, joining a thread does not wait for libraries' cleanup at its end. OpenCV takes a lock there, and
+    a process forked at that moment would wait for it forever.
     """
     threads = list(pool._threads)
     pool.shutdown(wait=True, cancel_futures=True)

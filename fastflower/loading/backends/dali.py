@@ -1,6 +1,6 @@
-"""Runs draws in one DALI graph: on the GPU, or, for tests, the same graph on DALI's CPU backend.
+"""Decodes and renders in one DALI graph on the GPU; tests run the same graph on DALI's CPU backend.
 
-The only file that imports nvidia.dali. How DALI behaves where its documentation is silent is pinned by tests.
+The only file that imports nvidia.dali. Tests pin DALI's undocumented behavior.
 """
 # pyright: standard
 # DALI has no types.
@@ -24,43 +24,44 @@ from fastflower.draws import color, geometry
 from fastflower.draws.augment import Augment
 from fastflower.errors import SampleError
 from fastflower.loading.backends.base import Backend, Setup, Work
+from fastflower.loading.batch import Integers
 from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 
-# DALI makes most of their names at run time.
+# DALI creates most of their attributes at run time.
 fn: Any = untyped_fn
 types: Any = untyped_types
 Node = Any
-"""What an operator of DALI gives."""
+"""Output of a DALI operator."""
 
-# The share of a batch that goes to the GPU's JPEG engine. DALI's own choice is 0.65. On an H100 the engine of nvJPEG 12.3 to
-# 13.2 may write before its stream's turn (pytorch/torchcodec pull request 1634): 0 until benchmarks/gpu_check.py has shown
-# that 0 and 1 give equal pixels beside a busy GPU.
+# Share of a batch that the GPU's JPEG engine decodes; DALI's default is 0.65. On an H100, the engine of nvJPEG 12.3 to 13.2
+# may write before its stream's turn (pytorch/torchcodec pull request 1634). Keep 0 until benchmarks/gpu_check.py shows that
+# 0 and 1 give equal pixels on a busy GPU.
 HW_DECODER_LOAD = 0.0
 
 _AHEAD = 2  # batches in the pipeline
-# DALI has no bfloat16: rounding float16 moves 6 bytes a value, rounding float32 10.
+# DALI has no bfloat16. Converting from float16 moves 6 bytes per value, from float32 10.
 _DTYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16, torch.bfloat16: types.FLOAT16}
 
 
 @dataclass(slots=True, kw_only=True)
 class _Reading(Work):
     files: list[NDArray[np.uint8]]
-    """Of each row the bytes."""
+    """Encoded image of each row."""
 
 
 class DaliBackend(Backend[_Reading, None]):
-    """Threads read; DALI decodes on the device, and renders. It keeps nothing."""
+    """Reads on threads; DALI decodes and renders on the device. Caches nothing."""
 
     name = "dali"
 
     def __init__(self, augment: Augment, samples: SampleSource, setup: Setup, kept: None = None) -> None:
         super().__init__(augment, samples, setup, kept)
-        self.threads = max(1, setup.workers // 4)  # a read and its checksum take little of the time that decoding takes
+        self.threads = max(1, setup.workers // 4)  # reading and checksums take far less time than decoding
         self._pipe: Pipeline | None = None
 
     def pipeline(self) -> Pipeline:
-        """A pipeline for these batches, not yet built."""
+        """Return a pipeline for these batches, not yet built."""
         device = self.setup.device
         return _graph(
             self.augment,
@@ -80,22 +81,25 @@ class DaliBackend(Backend[_Reading, None]):
         work.files[row] = np.frombuffer(self.samples.encoded(int(work.request.indices[row])), np.uint8)
 
     def render(self, works: Iterable[_Reading], _pool: ThreadPoolExecutor, /) -> Generator[tuple[Request, Tensor]]:
-        # An error or an early end leaves batches in the pipeline, which it would yield later: it is kept only when drained.
+        # An error or an early end leaves batches in the pipeline, so it is reused only after it was drained.
         pipe, self._pipe = self._pipe, None
-        fed = deque[Request]()
+        scheduled = deque[Request]()
         for work in works:
             pipe = pipe or self._primed(work)
             self._feed(pipe, work.request, work.files)
             pipe.schedule_run()
-            fed.append(work.request)
-            if len(fed) == _AHEAD:
-                yield self._next(pipe, fed.popleft())
-        while pipe and fed:
-            yield self._next(pipe, fed.popleft())
+            scheduled.append(work.request)
+            if len(scheduled) == _AHEAD:
+                yield self._next(pipe, scheduled.popleft())
+        while pipe and scheduled:
+            yield self._next(pipe, scheduled.popleft())
         self._pipe = pipe
 
     def _primed(self, work: _Reading) -> Pipeline:
-        """A pipeline that takes a batch at each run. DALI's first run takes as many as it prefetches: an image of this batch."""
+        """Return a pipeline that takes one batch per run.
+
+        DALI's first run takes as many batches as it prefetches, so it gets one image of this batch as each of them.
+        """
         pipe, request = self.pipeline(), work.request.row(0)
         pipe.build()
         for _ in range(_AHEAD):
@@ -116,7 +120,7 @@ class DaliBackend(Backend[_Reading, None]):
             "sigma": sigma.astype(np.float32),
             "window": window.astype(np.int32),
         }
-        # DALI refuses data for what the graph of this augment leaves out.
+        # DALI refuses inputs that the graph of this augment does not use.
         if augment.uncovers:
             inputs["mask_matrix"] = np.ascontiguousarray(geometry.frame(warp, draw.size), np.float32)
         if augment.erase:
@@ -127,40 +131,40 @@ class DaliBackend(Backend[_Reading, None]):
                 inputs[name] = getattr(draw, name).astype(np.float32).reshape(-1, 1, 1, 1)
         pipe.feed_input("samples", files)
         for name, values in inputs.items():
-            # Whole: as lists of rows they took 15.9 ms a batch of 256 instead of 1.4.
+            # Whole arrays take 1.4 ms per batch of 256, lists of rows 15.9 ms.
             pipe.feed_input(name, values)
 
     def _next(self, pipe: Pipeline, request: Request) -> tuple[Request, Tensor]:
-        # The same memory, DALI's again when the tensor is gone.
+        # The tensor shares DALI's memory, which DALI reuses when the tensor is gone.
         images = torch.from_dlpack(self._outputs(pipe, request))
         return request, images.to(self.setup.dtype).permute(0, 3, 1, 2)
 
     def _outputs(self, pipe: Pipeline, request: Request) -> Node:
-        """What the pipeline makes next, which is of this request."""
+        """Return the next output of the pipeline, the images of `request`."""
         device = self.setup.device
         try:
             if device.type == "cuda":
-                with torch.cuda.device(device):  # whose default stream has no number of its own
+                with torch.cuda.device(device):  # the default streams of all GPUs have the same number
                     (images,) = pipe.outputs(cuda_stream=torch.cuda.current_stream(device))
             else:
                 (images,) = pipe.outputs()
         except RuntimeError as error:
             if "out of memory" in str(error).lower():
                 raise
-            for index in request.indices.tolist():  # DALI does not always say which
+            for index in request.indices.tolist():  # raises an error that names the sample, which DALI's may not
                 self.samples.decode(index)
-            raise SampleError(f"DALI failed on a batch whose samples all decode on the CPU: {error}") from error
+            raise SampleError(f"DALI failed on a batch, but all its samples decode on the CPU: {error}") from error
         return images.as_tensor()
 
 
-_NO_BLUR = 0.05  # a Gaussian so narrow has one weight
+_NO_BLUR = 0.05  # sigma so small that the Gaussian has one weight
 
 
-def _gaussians(footprint_N2: geometry.Floats) -> tuple[geometry.Floats, NDArray[np.int64]]:
-    """(sigma, window), each (N, 2), down and across, of Gaussians with the variance that interpolation lacks.
+def _gaussians(footprint_N2: geometry.Floats) -> tuple[geometry.Floats, Integers]:
+    """Return (sigma, window), each (N, 2) down and across, of Gaussians with the variance that interpolation lacks.
 
-    Up to a reduction by two the window has three weights and equals `geometry.blur_kernels`; beyond, a Gaussian of the
-    same variance stands for the triangle.
+    Up to a reduction by two the window has three weights and equals `geometry.blur_kernels`. Beyond that, a Gaussian
+    of the same variance approximates the triangle.
     """
     variance = geometry.blur_variance(footprint_N2, np.ones(footprint_N2.shape, np.int64))
     outer = np.clip(variance / 2, 1e-12, 0.25)  # [a, 1 - 2a, a]
@@ -174,13 +178,13 @@ def _gaussians(footprint_N2: geometry.Floats) -> tuple[geometry.Floats, NDArray[
 def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Node:
     """Decode and render.
 
-    Images are decoded whole: decoding a region on the GPU is reported to crash on Hopper (NVIDIA/nvImageCodec issue 55), and
-    nvJPEG before 13.2, which torchvision brings, refuses it for most images, so that the CPU would decode them.
+    Images are decoded whole. Decoding a region on the GPU is reported to crash on Hopper (NVIDIA/nvImageCodec issue 55),
+    and nvJPEG before 13.2, which torchvision brings, refuses it for most images, so the CPU would decode them.
     """
     images = fn.decoders.image(
         _given("samples", types.UINT8, 1),
         device="mixed" if gpu else "cpu",
-        jpeg_fancy_upsampling=True,  # makes the GPU's chroma that of the CPU's decoder
+        jpeg_fancy_upsampling=True,  # makes the GPU's chroma equal the CPU decoder's
         hw_decoder_load=HW_DECODER_LOAD,
     )
     return rendered(images, augment, dtype, gpu)
@@ -191,9 +195,10 @@ def _given(name: str, dtype: object, ndim: int) -> Node:
 
 
 def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> Node:
-    """Cut out what is shown, blur, warp, black out, color, erase, normalize; what `augment` never draws is left out.
+    """Crop, blur, warp, black out, color, erase and normalize, without the steps that `augment` never draws.
 
-    images  a DALI node of decoded images, (H, W, 3) uint8; the result is of augment.output_size, in dtype or what comes next.
+    images  a DALI node of decoded images, (H, W, 3) uint8. The result has augment.output_size, and dtype or the nearest
+    dtype that DALI has.
     """
     images = fn.slice(images, _given("start", types.INT32, 1), _given("shape", types.INT32, 1), axes=(0, 1))
     sigma, window = _given("sigma", types.FLOAT, 1), _given("window", types.INT32, 1)
@@ -213,7 +218,7 @@ def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> N
     mean, std = 255 * np.array(augment.mean), 255 * np.array(augment.std)
     images = fn.reshape(images, layout="HWC")
     if augment.erase:
-        images = fn.erase(  # before it is normalized, in float32: the GPU's operator has no float16
+        images = fn.erase(  # before normalization, in float32, because the GPU operator lacks float16
             images,
             anchor=_given("erase_anchor", types.FLOAT, 1),
             shape=_given("erase_shape", types.FLOAT, 1),
@@ -230,7 +235,7 @@ def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> N
 
 
 def _color(images: Node, augment: Augment, factor: dict[str, Node]) -> Node:
-    """torchvision's brightness, contrast, saturation and hue, each clipped, as arithmetic on (H, W, 3) float in 0 .. 255."""
+    """Apply torchvision's brightness, contrast, saturation and hue, each clipped, to (H, W, 3) float in 0 .. 255."""
     luma = color.LUMA.astype(np.float32).reshape(1, 1, 3)
 
     def gray(pixels: Node) -> Node:
@@ -239,7 +244,7 @@ def _color(images: Node, augment: Augment, factor: dict[str, Node]) -> Node:
     if augment.brightness:
         images = math.clamp(images * factor["brightness"], 0.0, 255.0)
     if augment.contrast:
-        # An arithmetic operand: GPU operators take no GPU tensor as a named argument such as contrast_center.
+        # As arithmetic, because GPU operators take no GPU tensor as a named argument such as contrast_center.
         mean = fn.reductions.mean(gray(images), axes=[0, 1], keep_dims=True)
         images = math.clamp(mean + factor["contrast"] * (images - mean), 0.0, 255.0)
     if augment.saturation:
@@ -249,9 +254,9 @@ def _color(images: Node, augment: Augment, factor: dict[str, Node]) -> Node:
 
 
 def _turned(images: Node, turns: Node) -> Node:
-    """Turn the hue exactly: V - C * clamp(min(k, 4 - k), 0, 1), k = (n + hue / 60 degrees) mod 6, n = 5, 3, 1 for R, G, B.
+    """Rotate the hue exactly: V - C * clamp(min(k, 4 - k), 0, 1), k = (n + hue / 60 degrees) mod 6, n = 5, 3, 1 for R, G, B.
 
-    The closed form of HSV to RGB ("HSL and HSV", Wikipedia, "HSV to RGB alternative"); fn.hsv turns in YIQ, 16 levels off.
+    The closed form of HSV to RGB ("HSL and HSV", Wikipedia, "HSV to RGB alternative"); fn.hsv rotates in YIQ, 16 levels off.
     """
     red, green, blue = images[:, :, 0:1], images[:, :, 1:2], images[:, :, 2:3]
     value = math.max(red, math.max(green, blue))

@@ -1,24 +1,24 @@
-/* One sample: blur, warp, color and normalization in two passes over the output, by AVX2.
+/* Renders one sample with AVX2: blur, warp, color and normalization in two passes over the output.
  *
- * What it computes is what opencv.py computes, without rounding in between: parity tests hold both to torchvision.
- * hatch_build.py compiles it when the package is built; native.py calls `render` without Python's lock, and has
+ * Computes the same as opencv.py, without rounding in between. Parity tests compare both with torchvision.
+ * hatch_build.py compiles it when the package is built. native.py calls `render` without the GIL, and declares
  * the same two structures.
  */
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
-#define TAPS 5    /* weights of a symmetric kernel from its middle: geometry.blur_kernels */
-#define LANES 8   /* pixels at a time */
+#define TAPS 5    /* weights of a symmetric kernel from its middle outwards: geometry.blur_kernels */
+#define LANES 8   /* pixels processed at a time */
 
 typedef struct {
-    const uint8_t *source;         /* RGB, the region's first pixel */
-    const uint8_t *end;            /* behind the last byte of the image */
+    const uint8_t *source;         /* first pixel of the region, RGB */
+    const uint8_t *end;            /* one past the last byte of the image */
     int64_t stride;                /* bytes from row to row */
-    int32_t height, width;         /* pixels of the region, each at least 2 */
-    float warp[6];                 /* output to region, whole numbers at pixel centers */
-    float frame[6];                /* output to the crop stretched over an output: what lies outside is black */
-    int32_t masked;                /* whether anything does */
+    int32_t height, width;         /* of the region in pixels, each at least 2 */
+    float warp[6];                 /* output to region; pixel centers are whole numbers */
+    float frame[6];                /* output to the visible part stretched over an output; outside is black */
+    int32_t masked;                /* whether anything lies outside */
     int32_t blurred;
     float blur[2][TAPS];           /* weights down and across */
     float brightness, contrast, saturation, hue; /* hue in turns */
@@ -31,10 +31,10 @@ typedef struct {
 
 static inline int clampi(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
 
-/* What native.py compares with its own, so that a kernel compiled from another source is noticed. */
+/* native.py compares this with its own structure to detect a kernel compiled from a different source. */
 int64_t numbers_bytes(void) { return sizeof(Numbers); }
 
-/* Scratch memory: the blurred region, a row of it while it is blurred, planes of the output; each a multiple of 64 bytes. */
+/* Scratch memory: the blurred region, one row during the blur, and planes of the output; each a multiple of 64 bytes. */
 static inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 static inline int64_t region_bytes(int64_t height, int64_t width) { return whole_lines(height * width * 3 + 64); }
 static inline int64_t row_bytes(int64_t width) { return whole_lines((width + 2 * TAPS) * 3 * 2 + 128); }
@@ -47,7 +47,7 @@ int64_t scratch_bytes(int64_t region_height, int64_t region_width, int64_t heigh
 
 static inline __m256i weight(float value) { return _mm256_set1_epi16((int16_t)(value * 32768 > 32767 ? 32767 : value * 32768 + 0.5f)); }
 
-/* Sixteen bytes as 16-bit levels with seven bits of fraction; the sum of two with six. */
+/* Load sixteen bytes as 16-bit levels with seven fractional bits; `pair` sums two with six. */
 static inline __m256i level(const uint8_t *p)
 {
     return _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p)), 7);
@@ -58,7 +58,7 @@ static inline __m256i pair(const uint8_t *p, const uint8_t *q)
     return _mm256_slli_epi16(_mm256_add_epi16(a, _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)q))), 6);
 }
 
-/* Blur the region into `out`, rows of width * 3 bytes; edges are repeated. */
+/* Blur the region into `out`, rows of width * 3 bytes, repeating the edges. */
 static void blur(const Numbers *numbers, uint8_t *out, int16_t *row)
 {
     const int64_t stride = numbers->stride;
@@ -68,7 +68,7 @@ static void blur(const Numbers *numbers, uint8_t *out, int16_t *row)
     for (int axis = 0; axis < 2; axis++) {
         reach[axis] = 0;
         for (int k = 0; k < TAPS; k++) {
-            weights[axis][k] = weight(numbers->blur[axis][k] * (k ? 2 : 1)); /* of the mean of two, but for the middle */
+            weights[axis][k] = weight(numbers->blur[axis][k] * (k ? 2 : 1)); /* applied to the mean of two, except in the middle */
             if (numbers->blur[axis][k] != 0) reach[axis] = k;
         }
     }
@@ -86,7 +86,7 @@ static void blur(const Numbers *numbers, uint8_t *out, int16_t *row)
                 sum = _mm256_add_epi16(sum, _mm256_mulhrs_epi16(pair(above[k] + i, below[k] + i), weights[0][k]));
             _mm256_storeu_si256((__m256i *)(middle + i), sum);
         }
-        if (i < bytes) { /* the last bytes, without reading behind them */
+        if (i < bytes) { /* the last bytes, without reading beyond them */
             uint8_t tail[2 * TAPS + 1][16] = {{0}};
             memcpy(tail[0], center + i, bytes - i);
             __m256i sum = _mm256_mulhrs_epi16(level(tail[0]), weights[0][0]);
@@ -104,7 +104,7 @@ static void blur(const Numbers *numbers, uint8_t *out, int16_t *row)
             }
         uint8_t *to = out + (int64_t)y * bytes;
         const __m256i half = _mm256_set1_epi16(64);
-        for (i = 0; i < bytes; i += 16) { /* writes up to 15 bytes into the next row, which is written later */
+        for (i = 0; i < bytes; i += 16) { /* may write up to 15 bytes into the next row, which is written later */
             __m256i sum = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *)(middle + i)), weights[1][0]);
             for (int k = 1; k <= reach[1]; k++) {
                 __m256i left = _mm256_loadu_si256((const __m256i *)(middle + i - 3 * k));
@@ -118,7 +118,7 @@ static void blur(const Numbers *numbers, uint8_t *out, int16_t *row)
     }
 }
 
-/* What is warped: the region, or its blurred copy. */
+/* Input of the warp: the region or its blurred copy. */
 typedef struct {
     const uint8_t *first, *end;
     int64_t stride;
@@ -127,9 +127,9 @@ typedef struct {
 
 typedef struct {
     __m256 r, g, b;
-} Pixels; /* eight */
+} Pixels; /* eight pixels */
 
-/* Two neighboring pixels, six bytes, of each of two places. `near`: close to the source's end, where eight cannot be read. */
+/* Load two neighboring pixels, six bytes, at each of two points. `near`: eight bytes would exceed the source's end. */
 static inline __m128i neighbors(const uint8_t *p, const uint8_t *q, int near)
 {
     if (!near) return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)), (const __m64 *)q));
@@ -139,7 +139,7 @@ static inline __m128i neighbors(const uint8_t *p, const uint8_t *q, int near)
     return _mm_loadu_si128((const __m128i *)bytes);
 }
 
-/* Blend the four neighbors of two places, a lane each: 32-bit [R, G, B, -] times 127 * 16384. */
+/* Blend the four neighbors of two points, one per lane: 32-bit [R, G, B, -] times 127 * 16384. */
 static inline __m256i blend(const uint8_t *p, const uint8_t *q, int64_t stride, __m256i down, __m256i across, int near)
 {
     const __m256i sides = _mm256_setr_epi8(0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, -1, -1, -1, -1, 0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, -1, -1, -1, -1);
@@ -148,7 +148,7 @@ static inline __m256i blend(const uint8_t *p, const uint8_t *q, int64_t stride, 
     return _mm256_madd_epi16(_mm256_shuffle_epi8(_mm256_maddubs_epi16(rows, down), sides), across);
 }
 
-/* The same of eight places, k and k + 4 together. */
+/* Blend eight points, k and k + 4 together. */
 static inline void blend_eight(__m256i pixels[4], const Source source, const int32_t *offset, __m256i down, __m256i across, int near)
 {
 #define BLEND(k) pixels[k] = blend(source.first + offset[k], source.first + offset[k + 4], source.stride, \
@@ -159,7 +159,7 @@ static inline void blend_eight(__m256i pixels[4], const Source source, const int
 
 static inline __m256 clamp(__m256 value, __m256 low, __m256 high) { return _mm256_min_ps(_mm256_max_ps(value, low), high); }
 
-/* The source at eight places, edges repeated, between its pixels; levels times 127 * 16384. */
+/* Interpolate the source at eight points, repeating the edges; levels times 127 * 16384. */
 static inline Pixels interpolate(const Source source, __m256 x, __m256 y)
 {
     x = clamp(x, _mm256_setzero_ps(), _mm256_set1_ps(source.width - 1));
@@ -168,7 +168,7 @@ static inline Pixels interpolate(const Source source, __m256 x, __m256 y)
     const __m256i y0 = _mm256_min_epi32(_mm256_cvttps_epi32(y), _mm256_set1_epi32(source.height - 2));
     __m256i across = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(x, _mm256_cvtepi32_ps(x0)), _mm256_set1_ps(16384)));
     __m256i down = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(y, _mm256_cvtepi32_ps(y0)), _mm256_set1_ps(127)));
-    /* (16384 - across, across) as 16-bit numbers, (127 - down, down) twice as bytes */
+    /* (16384 - across, across) as 16-bit numbers, (127 - down, down) as bytes, twice */
     across = _mm256_or_si256(_mm256_slli_epi32(across, 16), _mm256_sub_epi32(_mm256_set1_epi32(16384), across));
     down = _mm256_or_si256(_mm256_slli_epi32(down, 8), _mm256_sub_epi32(_mm256_set1_epi32(127), down));
     down = _mm256_or_si256(down, _mm256_slli_epi32(down, 16));
@@ -176,8 +176,8 @@ static inline Pixels interpolate(const Source source, __m256 x, __m256 y)
     const __m256i places = _mm256_add_epi32(_mm256_mullo_epi32(y0, line), _mm256_mullo_epi32(x0, _mm256_set1_epi32(3)));
     int32_t offset[LANES];
     _mm256_storeu_si256((__m256i *)offset, places);
-    __asm__("" : "+m"(offset)); /* through memory: eight loads are cheaper than taking a vector apart */
-    /* from where eight bytes of two rows can be read */
+    __asm__("" : "+m"(offset)); /* through memory: eight loads are cheaper than extracting from a vector */
+    /* the last offset where eight bytes of two rows can be read */
     const __m256i last = _mm256_set1_epi32((int32_t)(source.end - source.first - source.stride - 8));
     __m256i pixels[4];
     if (__builtin_expect(_mm256_testz_si256(_mm256_cmpgt_epi32(places, last), _mm256_set1_epi32(-1)), 1))
@@ -190,10 +190,10 @@ static inline Pixels interpolate(const Source source, __m256 x, __m256 y)
                     _mm256_cvtepi32_ps(_mm256_unpacklo_epi64(b01, b23))};
 }
 
-/* Where column 0 of row i comes to lie by two factors and a summand of a matrix; `more` is added. */
+/* Map column 0 of row i with one row of a matrix; `more` is added. */
 static inline __m256 start(const float *matrix, int i, float more) { return _mm256_set1_ps((float)((double)matrix[1] * i + matrix[2] + more)); }
 
-/* How much of output pixels lies inside a frame of that size: 1, and falling to 0 over a pixel at its edges. `place`: + 1. */
+/* Share of output pixels inside a frame of that size: 1, falling to 0 over a pixel at its edges. `place` is one more. */
 static inline __m256 inside(__m256 place, float size)
 {
     const __m256 nearer = _mm256_min_ps(place, _mm256_sub_ps(_mm256_set1_ps(size + 1), place));
@@ -205,7 +205,7 @@ static inline __m256 luma(Pixels p) /* ITU-R BT.601 */
     return _mm256_fmadd_ps(p.r, _mm256_set1_ps(0.299f), _mm256_fmadd_ps(p.g, _mm256_set1_ps(0.587f), _mm256_mul_ps(p.b, _mm256_set1_ps(0.114f))));
 }
 
-/* Warp and brighten into planes, eight R, eight G, eight B; returns the mean gray. */
+/* Warp and brighten into planes, eight R, eight G, eight B; return the mean gray. */
 static float warp(const Numbers *numbers, const Output *output, const Source source, float *planes)
 {
     const int width = output->width;
@@ -259,18 +259,18 @@ static inline Pixels turned(Pixels p, float turns)
     __m256 hue = _mm256_fmadd_ps(_mm256_sub_ps(p.r, p.g), scale, _mm256_set1_ps(4));
     hue = _mm256_blendv_ps(hue, _mm256_fmadd_ps(_mm256_sub_ps(p.b, p.r), scale, _mm256_set1_ps(2)), is_green);
     hue = _mm256_blendv_ps(hue, _mm256_mul_ps(_mm256_sub_ps(p.g, p.b), scale), is_red);
-    hue = _mm256_add_ps(hue, _mm256_set1_ps(6 * turns)); /* to 0 .. 6 */
+    hue = _mm256_add_ps(hue, _mm256_set1_ps(6 * turns)); /* then wrap to 0 .. 6 */
     hue = _mm256_fnmadd_ps(_mm256_floor_ps(_mm256_mul_ps(hue, _mm256_set1_ps(1.0f / 6))), _mm256_set1_ps(6), hue);
     return (Pixels){_mm256_fmadd_ps(chroma, ramp(hue, 3, -1, 1), low), _mm256_fmadd_ps(chroma, ramp(hue, 2, 2, -1), low),
                     _mm256_fmadd_ps(chroma, ramp(hue, 4, 2, -1), low)};
 }
 
-static inline __m128i narrow(__m256i wide) /* 32-bit numbers to 16 bits */
+static inline __m128i narrow(__m256i wide) /* 32-bit to 16-bit numbers */
 {
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0x88));
 }
 
-/* Write eight numbers in the output's type. */
+/* Store eight numbers in the output's dtype. */
 static inline char *put(char *to, __m256 values, int kind)
 {
     if (kind == 1) {
@@ -281,7 +281,7 @@ static inline char *put(char *to, __m256 values, int kind)
         _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
         return to + 16;
     }
-    if (kind == 3) { /* rounded to even */
+    if (kind == 3) { /* round half to even */
         __m256i bits = _mm256_castps_si256(values);
         __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
         bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -293,7 +293,7 @@ static inline char *put(char *to, __m256 values, int kind)
     return to + 8;
 }
 
-/* Interleave eight pixels and write them. */
+/* Interleave eight pixels and store them. */
 static inline char *put_pixels(char *to, Pixels p, int kind)
 {
     /* a: r0 g0 r2 g2 | r4 g4 r6 g6; c: b0 r1 b2 r3 | ...; d: g1 b1 g3 b3 | ... */
@@ -348,7 +348,7 @@ static inline void color_as(const Numbers *numbers, const Output *output, const 
         }
 }
 
-/* Make one sample: (height, width, 3) of the output's type at `out`. */
+/* Render one sample into `out`: (height, width, 3) of the output's dtype. */
 void render(const Numbers *numbers, const Output *output, char *out, char *scratch)
 {
     scratch = (char *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
@@ -360,13 +360,13 @@ void render(const Numbers *numbers, const Output *output, char *out, char *scrat
         scratch += bytes + row_bytes(source.width);
         source.first = blurred, source.stride = source.width * 3;
         source.end = blurred + source.height * source.stride + 64;
-    } else /* the warp jumps from row to row, which no hardware foresees */
+    } else /* prefetch: hardware cannot predict the warp's jumps between rows */
         for (int y = 0; y < source.height; y++)
             for (int x = 0; x < source.width * 3; x += 64)
                 _mm_prefetch((const char *)source.first + y * source.stride + x, _MM_HINT_T1);
     float *planes = (float *)scratch;
     const float mean = warp(numbers, output, source, planes);
-    switch (output->kind) { /* the type is known to the compiler in each */
+    switch (output->kind) { /* the dtype is a compile-time constant in each case */
     case 0: color_as(numbers, output, planes, mean, out, 0); break;
     case 1: color_as(numbers, output, planes, mean, out, 1); break;
     case 2: color_as(numbers, output, planes, mean, out, 2); break;

@@ -1,4 +1,4 @@
-"""Carries out draws by `kernel.c`: blur, warp, color and normalization in two passes, where the processor has AVX2."""
+"""Renders with `kernel.c`: blur, warp, color and normalization in two passes, on processors with AVX2."""
 
 import ctypes
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _LIBRARY = Path(__file__).with_name("kernel.so")
 _KINDS = {torch.uint8: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-# kernel.c has the same two, without the underscore: the same fields in the same order.
+# The two structures must have the same fields in the same order as Numbers and Output in kernel.c.
 class _Numbers(ctypes.Structure):
     _fields_ = (
         ("source", ctypes.c_void_p),
@@ -52,7 +52,7 @@ class _Output(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One sample's draw, ready for the kernel but for the image."""
+    """Draw of one sample, ready for the kernel except for the image."""
 
     decode_scale: int
     region: tuple[slice, slice]
@@ -69,18 +69,18 @@ def _kernel() -> ctypes.CDLL:
     kernel.scratch_bytes.restype = ctypes.c_int64
     if not hasattr(kernel, "numbers_bytes") or kernel.numbers_bytes() != ctypes.sizeof(_Numbers):
         raise ImportError(
-            f"{_LIBRARY}: was compiled from another kernel.c; run make install, or install fastflower anew."
+            f"{_LIBRARY}: was compiled from a different kernel.c; run make install, or reinstall fastflower."
         )
     return kernel
 
 
 def available() -> bool:
-    """Whether the package has the kernel, and the processor AVX2, without which it must not be loaded."""
+    """Return whether the package contains the kernel and the processor has AVX2, which the kernel needs."""
     return _LIBRARY.exists() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 class NativeRenderer:
-    """Pixels in, one row of the batch out. Thread-safe."""
+    """Renders a decoded image into a row of the batch. Thread-safe."""
 
     def __init__(self, augment: Augment, dtype: torch.dtype) -> None:
         self._kernel = _kernel()
@@ -90,7 +90,7 @@ class NativeRenderer:
         self._scratch = local()
 
     def jobs(self, request: Request) -> list[_Job]:
-        """The draws of a batch, a value for each row."""
+        """Return one job per row of a batch."""
         warp = request.warp
         resampling = geometry.resampling(warp)
         count = len(request.indices)
@@ -113,7 +113,7 @@ class NativeRenderer:
         ]
 
     def __call__(self, image: Pixels, job: _Job, out: Stored, /) -> None:
-        """Write (height, width, 3) into `out`. image  (H, W, 3) uint8, decoded at job.decode_scale."""
+        """Render into `out`, (height, width, 3). image  (H, W, 3) uint8, decoded at job.decode_scale."""
         source = shrunken(image[job.region], job.shrink)
         height, width, _ = source.shape
         if height < 2 or width < 2:  # the kernel blends two rows and two columns
@@ -134,7 +134,7 @@ class NativeRenderer:
         )
 
     def _scratch_for(self, height: int, width: int) -> int:
-        """The address of this thread's scratch memory, large enough for a region."""
+        """Return the address of this thread's scratch memory for a region of (height, width) pixels."""
         needed = self._kernel.scratch_bytes(height, width, *self._size)
         if getattr(self._scratch, "size", 0) < needed:
             self._scratch.memory = np.empty(needed, np.uint8)

@@ -1,4 +1,4 @@
-"""Carries out draws by OpenCV's SIMD kernels, which release the interpreter lock while they work."""
+"""Renders with OpenCV's SIMD kernels, which release the GIL."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,15 @@ from fastflower.loading.batch import Pixels, Stored, as_numpy
 from fastflower.loading.request import Request
 
 _WARP = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-_SUBPIXEL = 8  # bits of fraction in the corners given to fillPoly
-# fillPoly also paints the boundary, about a pixel wide: so far out, it darkens 0.3 shown pixels an image, and 17 at 0.
+_SUBPIXEL = 8  # fractional bits of the corners passed to fillPoly
+# fillPoly also paints the boundary, about a pixel wide. Moved outwards this far, it darkens 0.3 visible pixels per image; at
+# 0 it darkens 17.
 _BOUNDARY = 0.75
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One sample's draw, ready for OpenCV."""
+    """Draw of one sample, ready for OpenCV."""
 
     decode_scale: int
     region: tuple[slice, slice]
@@ -29,16 +30,16 @@ class _Job:
     blur: NDArray[np.float64] | None
     matrix: NDArray[np.float64]
     shown: NDArray[np.float64] | None
-    """Corners, (4, 2), outside which it is black."""
+    """Corners (x, y), (4, 2), of the visible part; the rest is black."""
     brightness: float
     contrast: float
     saturation: float
     hue: int
-    """256ths of the wheel."""
+    """Turns of the color wheel in 256ths."""
 
 
 class OpencvRenderer:
-    """Pixels in, one row of the batch out. Thread-safe: holds only constants."""
+    """Renders a decoded image into a row of the batch. Thread-safe because it holds only constants."""
 
     def __init__(self, augment: Augment, dtype: torch.dtype) -> None:
         self._size = augment.output_size
@@ -51,7 +52,7 @@ class OpencvRenderer:
         self._multiply, self._add = (np.tile(factor, width) for factor in (multiply, add))
 
     def jobs(self, request: Request) -> list[_Job]:
-        """The draws of a batch, a value for each row."""
+        """Return one job per row of a batch."""
         draw, warp = request.draw, request.warp
         resampling = geometry.resampling(warp)
         kernels = geometry.blur_kernels(resampling.blur)
@@ -77,17 +78,17 @@ class OpencvRenderer:
         return jobs
 
     def __call__(self, source: Pixels, job: _Job, out: Stored, /) -> None:
-        """Write (height, width, 3) into `out`. source  (H, W, 3) uint8, decoded at job.decode_scale."""
+        """Render into `out`, (height, width, 3). source  (H, W, 3) uint8, decoded at job.decode_scale."""
         image = _toned(self._warped(source[job.region], job), job.brightness, job.contrast)
         if job.saturation != 1:
             image = cv2.transform(image, color.saturation_matrix(job.saturation))
         if job.hue:
             hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-            hsv[..., 0] += np.uint8(job.hue)  # wraps, as the wheel does
+            hsv[..., 0] += np.uint8(job.hue)  # wraps around, like the color wheel
             image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
         if self._dtype == torch.uint8:
             out[...] = image
-        elif self._dtype == torch.float32:  # a product and a sum take half the time of a look-up
+        elif self._dtype == torch.float32:  # takes half the time of a lookup table
             flat = out.reshape(out.shape[0], -1)
             np.multiply(image.reshape(flat.shape), self._multiply, out=flat)
             np.add(flat, self._add, out=flat)
@@ -109,7 +110,7 @@ class OpencvRenderer:
 
 
 def shrunken(source: MatLike, shrink: tuple[int, int]) -> MatLike:
-    """The means of boxes of `shrink` (down, across) pixels, which `source` is made of."""
+    """Average boxes of `shrink` (down, across) pixels. The sides of `source` are multiples of the box sides."""
     if shrink == (1, 1):
         return source
     down, across = shrink
@@ -118,11 +119,11 @@ def shrunken(source: MatLike, shrink: tuple[int, int]) -> MatLike:
 
 
 def _toned(image: MatLike, brightness: float, contrast: float) -> MatLike:
-    """Brightness, then contrast about the mean gray of the brightened image."""
+    """Apply brightness, then contrast about the mean gray of the brightened image."""
     if contrast == 1:
         return image if brightness == 1 else cv2.LUT(image, color.quantized(color.brightness_table(brightness)))
     levels = color.brightness_table(brightness)
-    if brightness > 1:  # clips: the mean must be taken afterwards
+    if brightness > 1:  # clips, so the mean must be taken afterwards
         image = cv2.LUT(image, color.quantized(levels))
         levels, brightness = color.brightness_table(1), 1
     mean = brightness * float(color.LUMA @ cv2.mean(image)[:3])

@@ -1,4 +1,4 @@
-"""Which backend makes a loader's batches, and how much it may keep decoded."""
+"""Chooses the backend of a loader and its cache budget."""
 
 import os
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from fastflower.loading.backends.threads import NativeBackend, OpencvBackend
 from fastflower.loading.cache import Allowance, Cache, Decoded, PixelCache, allow, decoded_bytes
 from fastflower.loading.samples import SampleSource
 
-_WORD_BYTES = 4  # of a pixel in a GPU's memory, RGB and a spare; in RAM it takes three
+_WORD_BYTES = 4  # per pixel in GPU memory, RGB and padding; three in RAM
 
 
 def choose(
     name: Name | None, device: torch.device, cache: Cache, decoded: Callable[[], Decoded]
 ) -> tuple[Name, Allowance]:
-    """(backend, what it may keep). decoded  what the images of the split take.
+    """Return the backend and its cache budget. decoded  returns the memory for the decoded images of the split.
 
-    Raises ArgumentError for a backend that does not go with the device or the cache.
+    Raises ArgumentError if the backend does not fit the device or the cache.
     """
     if name not in (*get_args(Name), None):
         raise ArgumentError(f"backend must be one of {', '.join(get_args(Name))}, got {name!r}.")
@@ -36,7 +36,7 @@ def choose(
         )
     if name == "dali" and isinstance(cache, int) and cache:
         raise ArgumentError(
-            f"cache must be None with backend='dali', which keeps nothing, got {cache!r}; leave it out."
+            f"cache must be None with backend='dali', which caches nothing, got {cache!r}; leave it out."
         )
     if name == "triton" or (name is None and cuda and cache is not None):
         words = Decoded(*(size // 3 * _WORD_BYTES for size in decoded()))
@@ -51,9 +51,9 @@ def choose(
 def create(
     wanted: Name | None, augment: Augment, samples: SampleSource, setup: Setup, cache: Cache = None, *, seed: int = 0
 ) -> AnyBackend:
-    """The backend that is wanted, or, of None, that goes with the device and the cache.
+    """Create the wanted backend, or for None the one that suits the device and the cache.
 
-    seed  of the draws, which decide how much memory decoded images take. Raises ArgumentError as `choose` does.
+    seed  of the draws, to estimate the memory for decoded images. Raises ArgumentError as `choose` does.
     """
     name, allowance = choose(wanted, setup.device, cache, lambda: decoded_bytes(samples.sizes, augment, seed))
     if name == "dali":

@@ -1,4 +1,4 @@
-"""Makes batches on the CPU: threads decode and render, both of which release the interpreter lock."""
+"""Renders batches on the CPU: threads decode and render, and both release the GIL."""
 
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from threading import Lock
 from time import perf_counter
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 from weakref import ref
 
 import numpy as np
@@ -19,58 +19,42 @@ from fastflower.draws.augment import Augment
 from fastflower.loading.backends.base import Backend, Setup, Work
 from fastflower.loading.backends.native import NativeRenderer
 from fastflower.loading.backends.opencv import OpencvRenderer
-from fastflower.loading.batch import Pixels, Stored, as_numpy, storage
+from fastflower.loading.batch import Stored, as_numpy
 from fastflower.loading.cache import PixelCache
 from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 
-_SPARE = 4  # batches whose memory waits to be used again
+_SPARE = 4  # free batches that wait to be reused
 
-Job = Any
-"""What a renderer does for a row: its own, but for the attribute `decode_scale`, the scale at which the image is decoded."""
-
-
-class Renderer(Protocol):
-    """Decoded images in, rows of the batch out. Thread-safe."""
-
-    def __init__(self, augment: Augment, dtype: torch.dtype) -> None: ...
-
-    def jobs(self, request: Request) -> list[Job]:
-        """What to do for each row."""
-        ...
-
-    def __call__(self, image: Pixels, job: Job, out: Stored, /) -> None:
-        """Write (height, width, 3) into `out`. image  (H, W, 3) uint8, decoded at job.decode_scale."""
-        ...
+Renderer = NativeRenderer | OpencvRenderer
 
 
 class _Memory:
-    """Memory of batches, used again when nobody holds them: the system's comes zeroed, which takes a sixth of the time.
+    """Lends memory for batches and reuses it once a batch is gone. Thread-safe.
 
-    Thread-safe.
+    New memory from the system is zeroed first, which takes a sixth of the time.
     """
 
     def __init__(self) -> None:
-        # Looked through for what is free again: called back then, Python would swallow a KeyboardInterrupt that came meanwhile.
-        self._lent: list[tuple[ref[Stored], NDArray[np.uint8]]] = []
+        # Polled for free memory, without callbacks: Python would swallow a KeyboardInterrupt in a weak reference's callback.
+        self._lent: list[tuple[ref[NDArray[np.uint8]], NDArray[np.uint8]]] = []
         self._free: deque[NDArray[np.uint8]] = deque(maxlen=_SPARE)
         self._lock = Lock()
 
-    def take(self, shape: tuple[int, ...], dtype: type[np.uint8 | np.float32 | np.uint16]) -> Stored:
-        """An array of whatever content."""
-        size = prod(shape) * np.dtype(dtype).itemsize
+    def take(self, size: int) -> NDArray[np.uint8]:
+        """Return `size` uninitialized bytes."""
         with self._lock:
             self._free.extend(memory for array, memory in self._lent if array() is None)
             self._lent = [entry for entry in self._lent if entry[0]() is not None]
             memory = self._free.popleft() if self._free else np.empty(0, np.uint8)
             if memory.nbytes < size:
-                memory = np.empty(size, np.uint8)  # by numpy, which asks the kernel for huge pages; torch does not
-            array = memory[:size].view(dtype).reshape(shape)
+                memory = np.empty(size, np.uint8)  # numpy asks the kernel for huge pages; torch does not
+            array = memory[:size]
             self._lent.append((ref(array), memory))
         return array
 
     def give_back(self) -> None:
-        """To the system, all of it; what is lent goes when nobody holds it."""
+        """Return all free memory to the system. Lent memory follows when its batch is gone."""
         with self._lock:
             self._free.clear()
             self._lent.clear()
@@ -81,14 +65,15 @@ class _Rendering(Work):
     images: Tensor
     """(N, H, W, 3)."""
     out: Stored
-    """The same memory."""
-    jobs: list[Job]
+    """View of `images`."""
+    jobs: list[Any]
+    """One job per row, from the renderer's `jobs`."""
 
 
 class ThreadBackend(Backend[_Rendering, PixelCache]):
-    """Threads prepare whole rows of a batch: decoded, rendered, erased.
+    """Decodes, renders and erases whole rows of a batch on threads.
 
-    For a GPU they render into pinned memory, from which it copies by itself.
+    For a GPU, threads render into pinned memory, which the GPU copies asynchronously.
     """
 
     renderer: ClassVar[type[Renderer]]
@@ -100,18 +85,15 @@ class ThreadBackend(Backend[_Rendering, PixelCache]):
         self._memory = _Memory()
 
     def begin(self, request: Request) -> _Rendering:
-        count = len(request.indices)
-        images = self._blank((count, *self.augment.output_size, 3))
-        jobs = self._render.jobs(request)
-        return _Rendering(request=request, rows=range(count), images=images, out=as_numpy(images), jobs=jobs)
-
-    def _blank(self, shape: tuple[int, ...]) -> Tensor:
-        """A batch of whatever content."""
         device, dtype = self.setup.device, self.setup.dtype
-        if device.type != "cuda":
-            return torch.as_tensor(self._memory.take(shape, storage(dtype))).view(dtype)
-        with torch.cuda.device(device):  # or pinning takes memory of another GPU, the current one
-            return torch.empty(shape, dtype=dtype, pin_memory=True)  # torch uses it again when no copy needs it
+        shape = (len(request.indices), *self.augment.output_size, 3)
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # else pinning takes memory of the current GPU
+                images = torch.empty(shape, dtype=dtype, pin_memory=True)  # torch reuses it after the copy
+        else:
+            images = torch.as_tensor(self._memory.take(prod(shape) * dtype.itemsize)).view(dtype).view(shape)
+        jobs = self._render.jobs(request)
+        return _Rendering(request=request, rows=range(len(jobs)), images=images, out=as_numpy(images), jobs=jobs)
 
     def prepare(self, work: _Rendering, row: int) -> None:
         job, out = work.jobs[row], work.out[row]
@@ -128,7 +110,7 @@ class ThreadBackend(Backend[_Rendering, PixelCache]):
 
     def render(self, works: Iterable[_Rendering], _pool: ThreadPoolExecutor, /) -> Generator[tuple[Request, Tensor]]:
         try:
-            # By map, which holds no batch while it waits for the next: its memory is used again.
+            # map holds no batch while it waits for the next one, so the memory can be reused.
             yield from map(self._finished, works)
         finally:
             self._memory.give_back()
@@ -138,12 +120,12 @@ class ThreadBackend(Backend[_Rendering, PixelCache]):
 
 
 class NativeBackend(ThreadBackend):
-    """By kernel.c."""
+    """Renders with kernel.c."""
 
     name, renderer = "native", NativeRenderer
 
 
 class OpencvBackend(ThreadBackend):
-    """By OpenCV."""
+    """Renders with OpenCV."""
 
     name, renderer = "opencv", OpencvRenderer

@@ -1,8 +1,8 @@
-"""Renders on a GPU by two Triton kernels, from images that lie decoded in its memory; threads decode what does not yet.
+"""Renders on a GPU with two Triton kernels, from decoded images in GPU memory; threads decode missing images.
 
-Copies and kernels run on a stream of their own, a batch ahead of the consumer. His stream waits for an event before he has a
-batch, and ours waits for what he has asked for so far before it writes the next one but one: he may run ahead of the GPU as
-far as he likes, and the memory of batches that he let go is used again without growing.
+Copies and kernels run on their own stream, one batch ahead of the consumer. The consumer's stream waits for an event
+before it uses a batch. Our stream waits for the work queued by the consumer before it writes a batch, whose memory may
+be reused. So the host may run ahead of the GPU, and the memory for batches does not grow.
 """
 
 from collections import deque
@@ -15,65 +15,61 @@ from functools import partial
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastflower.draws import color, geometry
 from fastflower.draws.augment import Augment
 from fastflower.loading.backends import triton_kernels as kernels
 from fastflower.loading.backends.base import Backend, Setup, Work, chunks
-from fastflower.loading.batch import Pixels
+from fastflower.loading.batch import Integers, Pixels
 from fastflower.loading.cache import Allowance
 from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 
-_SCALES = (1, 2, 4, 8)  # of decoding
-_WORD_BYTES = 4  # of a pixel
-BLOCK, WARPS = 512, 8  # output pixels a program; on compute capability 9.0 at most 48 registers a thread, no spills
+_SCALES = (1, 2, 4, 8)  # decode scales
+_WORD_BYTES = 4  # per pixel
+# Output pixels and warps per program: at most 48 registers per thread and no spills on compute capability 9.0.
+BLOCK, WARPS = 512, 8
 _ROW_BYTES = 8 * kernels.WHOLE + 4 * kernels.FRACTIONS
-_FACTORS = {
-    "brightness": kernels.BRIGHTNESS,
-    "contrast": kernels.CONTRAST,
-    "saturation": kernels.SATURATION,
-    "hue": kernels.HUE,
-}
-
-Integers = NDArray[np.int64]
 
 
 class DeviceImages:
-    """Decoded images in a device's memory, first come, while it is allowed to; a pixel takes a word of four bytes.
+    """Caches decoded images in device memory until the budget is used up; a pixel takes a word of four bytes.
 
-    Samples that come in one batch lie in one piece, and stay where they are.
+    The new images of a batch form one piece of memory. Images are never moved or evicted.
     """
 
     def __init__(self, num_samples: int, allowance: Allowance) -> None:
         self.device = allowance.device
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        """All that touches them runs on it."""
-        self._address = np.zeros((num_samples, len(_SCALES)), np.int64)  # 0: not here
+        """Stream of all work on these images."""
+        self._address = np.zeros((num_samples, len(_SCALES)), np.int64)  # 0 if not cached
         self._width = np.zeros((num_samples, len(_SCALES)), np.int64)
         self._allowance = allowance
         self._pieces: list[Tensor] = []
 
     def missing(self, indices_N: Integers, decode_scale_N: Integers) -> Integers:
-        """The rows of samples that are not here at their scale."""
+        """Return the rows of samples that are not cached at their decode scale."""
         return np.flatnonzero(self._address[indices_N, _level(decode_scale_N)] == 0)
 
     def find(self, indices_N: Integers, decode_scale_N: Integers) -> tuple[Integers, Integers]:
-        """(addresses (N,), widths (N,)) of samples at their scales; 0 of those that are not here."""
+        """Return the addresses (N,) and widths (N,) of samples at their decode scales, 0 for those not cached."""
         place = (indices_N, _level(decode_scale_N))
         return self._address[place], self._width[place]
 
     def add(
-        self, indices_M: Integers, reduce_M: Integers, images: Sequence[Pixels], pool: ThreadPoolExecutor
+        self, indices_M: Integers, decode_scale_M: Integers, images: Sequence[Pixels], pool: ThreadPoolExecutor
     ) -> tuple[Integers, Integers, Tensor]:
-        """Bring images (H, W, 3) to the device, and keep them if all that are new may stay.
+        """Copy images (H, W, 3) to the device, and cache the new ones if all of them fit in the budget.
 
-        Returns (addresses (M,), widths (M,), memory to hold on to until the kernel is launched).
+        Returns (addresses (M,), widths (M,), memory to keep alive until the kernel is launched).
         """
-        new = self._new(indices_M, reduce_M)
-        order = np.argsort(~new, kind="stable")  # those that stay come first, in one piece
+        level_M = _level(decode_scale_M)
+        # Not new: repeated in this batch, or cached by the previous batch, which was still being decoded.
+        new = np.zeros(len(level_M), np.bool_)
+        new[np.unique(indices_M * len(_SCALES) + level_M, return_index=True)[1]] = True
+        new &= self._address[indices_M, level_M] == 0
+        order = np.argsort(~new, kind="stable")  # cached images first, in one piece
         pixels_M = np.array([image.shape[0] * image.shape[1] for image in images])
         kept_pixels = int(pixels_M[new].sum())
         if not self._allowance.take(_WORD_BYTES * kept_pixels):
@@ -81,27 +77,20 @@ class DeviceImages:
         starts_M = np.empty_like(pixels_M)
         starts_M[order] = np.cumsum(pixels_M[order]) - pixels_M[order]
         staged = self._staged(images, starts_M, pixels_M, pool)
-        stay, go = (words.to(self.device, non_blocking=True) for words in (staged[:kept_pixels], staged[kept_pixels:]))
-        past = starts_M - kept_pixels  # of an image that goes: its start in that piece
-        address_M = np.where(past < 0, stay.data_ptr() + _WORD_BYTES * starts_M, go.data_ptr() + _WORD_BYTES * past)
+        kept, rest = (part.to(self.device, non_blocking=True) for part in (staged[:kept_pixels], staged[kept_pixels:]))
+        past = starts_M - kept_pixels  # start of an image in `rest`
+        address_M = np.where(past < 0, kept.data_ptr() + _WORD_BYTES * starts_M, rest.data_ptr() + _WORD_BYTES * past)
         width_M = np.array([image.shape[1] for image in images])
         if kept_pixels:
-            self._pieces.append(stay)
-            place = (indices_M[new], _level(reduce_M[new]))
+            self._pieces.append(kept)
+            place = (indices_M[new], level_M[new])
             self._address[place], self._width[place] = address_M[new], width_M[new]
-        return address_M, width_M, go
-
-    def _new(self, indices_M: Integers, reduce_M: Integers) -> NDArray[np.bool_]:
-        """Which come for the first time: neither twice in this batch, nor kept since by one that was under way."""
-        level = _level(reduce_M)
-        first = np.zeros(len(level), np.bool_)
-        first[np.unique(indices_M * len(_SCALES) + level, return_index=True)[1]] = True
-        return first & (self._address[indices_M, level] == 0)
+        return address_M, width_M, rest
 
     def _staged(
         self, images: Sequence[Pixels], starts_M: Integers, pixels_M: Integers, pool: ThreadPoolExecutor
     ) -> Tensor:
-        """Images as words, each from its start on, in memory that a GPU can copy from by itself."""
+        """Return images as words at their starts, in pinned memory that a GPU can copy asynchronously."""
         staged = torch.empty(int(pixels_M.sum()), dtype=torch.int32, pin_memory=self.device.type == "cuda")
         words = staged.numpy().view(np.uint8).reshape(-1, _WORD_BYTES)
 
@@ -116,26 +105,26 @@ class DeviceImages:
 
 
 def _level(decode_scale_N: Integers) -> Integers:
-    """The places in _SCALES."""
+    """Return the positions in _SCALES."""
     return np.log2(decode_scale_N).astype(np.int64)
 
 
 @dataclass(slots=True, kw_only=True)
 class _Decoding(Work):
     decode_scale: Integers
-    """(N,) the scales at which images are decoded."""
+    """(N,) decode scales."""
     images: dict[int, Pixels]
-    """By row, of those that are not on the device."""
+    """Decoded images by row, of those not cached on the device."""
 
 
 class TritonBackend(Backend[_Decoding, DeviceImages]):
-    """Threads decode what is not on the device yet; two kernels render.
+    """Decodes images that are not cached on the device on threads, and renders with two kernels.
 
-    On the CPU it runs in Triton's interpreter, for tests: TRITON_INTERPRET=1.
+    On the CPU it runs in Triton's interpreter, for tests (TRITON_INTERPRET=1).
     """
 
     name = "triton"
-    eager = True  # what waits lies decoded in RAM, and a sample that comes again is decoded again
+    eager = True  # a waiting batch takes RAM, and its samples would be decoded again if they recur meanwhile
 
     def __init__(self, augment: Augment, samples: SampleSource, setup: Setup, kept: DeviceImages) -> None:
         super().__init__(augment, samples, setup, kept)
@@ -159,7 +148,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
     def render(self, works: Iterable[_Decoding], pool: ThreadPoolExecutor, /) -> Generator[tuple[Request, Tensor]]:
         launched = deque[tuple[Request, Tensor, torch.Event | None]]()
         try:
-            # By map, which holds no batch's images while it waits for the next.
+            # map holds no batch's images while it waits for the next one.
             for batch in map(partial(self._launch, pool), works):
                 launched.append(batch)
                 if len(launched) > 1:
@@ -167,18 +156,18 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
             while launched:
                 yield self._handed_over(*launched.popleft())
         finally:
-            if self.stream:  # batches that nobody took are freed here, and may still be written to
+            if self.stream:  # unused batches are freed here, but may still be written to
                 torch.cuda.current_stream(self.kept.device).wait_stream(self.stream)
 
     def _launch(self, pool: ThreadPoolExecutor, work: _Decoding) -> tuple[Request, Tensor, torch.Event | None]:
-        """Copy what was decoded to the device, and render: (request, images, the event after which they are there)."""
+        """Copy decoded images to the device, launch rendering, and return (request, images, event at the end of it)."""
         request, device = work.request, self.kept.device
         shape = (len(request.indices), *self.augment.output_size, 3)
-        images = torch.empty(shape, dtype=self.setup.dtype, device=device)  # the consumer's stream owns it
+        images = torch.empty(shape, dtype=self.setup.dtype, device=device)  # allocated on the consumer's stream
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(device))
         with self._ours():
-            # Memory that is freed at the end of this block is used again by what comes later on the same stream.
+            # Later work on the same stream reuses memory that is freed at the end of this block.
             address, width = self.kept.find(request.indices, work.decode_scale)
             if work.images:
                 rows = np.array(work.rows)
@@ -190,7 +179,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
         return request, images.permute(0, 3, 1, 2), made
 
     def tables(self, request: Request, address: Integers, width: Integers) -> Tensor:
-        """Every number of the batch, as `triton_kernels` lays them out, in memory that a GPU can copy from by itself.
+        """Return all numbers of the batch in the layout of `triton_kernels`, in pinned memory.
 
         address, width  (N,) of the decoded images.
         """
@@ -214,17 +203,17 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
             numbers[:, kernels.FRAME : kernels.BLUR_DOWN] = frame.reshape(count, 6)
         numbers[:, kernels.BLUR_DOWN : kernels.BRIGHTNESS].reshape(count, 2, -1)[:, :, :-1] = kernel
         numbers[:, [kernels.BLUR_ACROSS - 1, kernels.BRIGHTNESS - 1]] = 0
-        for name, column in _FACTORS.items():
+        for column, name in enumerate(color.FACTORS, kernels.BRIGHTNESS):
             numbers[:, column] = getattr(request.draw, name)
         return memory
 
     def launch(self, memory: Tensor, out: Tensor, block: int = BLOCK, warps: int = WARPS) -> None:
-        """Have `tables` rendered into `out`, (N, H, W, 3). block  output pixels a program; warps  that carry it out."""
+        """Render the `tables` into `out`, (N, H, W, 3). block  output pixels per program; warps  per program."""
         augment, (count, height, width, _) = self.augment, out.shape
         memory = memory.to(self.kept.device, non_blocking=True)
         bytes_of_whole = count * kernels.WHOLE * 8
         whole, numbers = memory[:bytes_of_whole].view(torch.int64), memory[bytes_of_whole:].view(torch.float32)
-        if not self.stream:  # the interpreter takes its time for each program
+        if not self.stream:  # the interpreter is slow per program
             block = _power_of_two(height * width)
         blocks = -(-height * width // block)
         size = {"H": height, "W": width, "BLOCK": block, "num_warps": warps}
@@ -246,11 +235,11 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
             kernels.render[grid](whole, numbers, self._constants, out, **size, STEPS=steps)
 
     def _handed_over(self, request: Request, images: Tensor, made: torch.Event | None) -> tuple[Request, Tensor]:
-        """To the consumer's stream, which waits for them; the host does not."""
+        """Make the consumer's stream, not the host, wait for the images."""
         if made is not None:
             current = torch.cuda.current_stream(self.kept.device)
             current.wait_event(made)
-            images.record_stream(current)  # for whoever changes streams between two batches; else it does nothing
+            images.record_stream(current)  # only needed if the consumer changes streams between batches
         return request, images
 
     def _ours(self) -> AbstractContextManager[object]:
@@ -258,5 +247,5 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
 
 
 def _power_of_two(number: int) -> int:
-    """The next one that is not smaller."""
+    """Return the smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()

@@ -1,4 +1,4 @@
-"""What DALI's graph asks a GPU for, and which backend scores on one: as far as can be seen without a GPU."""
+"""DALI's graph, and the choice of the backend for evaluation, as far as they can be tested without a GPU."""
 
 import re
 from dataclasses import replace
@@ -18,9 +18,9 @@ EVERYTHING = replace(parity.CASES["everything"].augment, erase=0.5)
 
 @pytest.mark.dali
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32])
-def test_the_graph_asks_a_gpu_for_nothing_that_it_lacks(dtype: torch.dtype) -> None:
-    """No decoding of regions, which is reported to crash there, and nothing after the conversion to half precision, in which it
-    cannot erase.
+def test_the_graph_uses_only_what_works_on_a_gpu(dtype: torch.dtype) -> None:
+    """It decodes no regions, which is reported to crash, and erases before the conversion to half precision, where a
+    GPU cannot erase.
     """
     from fastflower.loading.backends import dali
 
@@ -34,15 +34,15 @@ def test_the_graph_asks_a_gpu_for_nothing_that_it_lacks(dtype: torch.dtype) -> N
 
 
 @pytest.mark.dali
-def test_workers_are_threads_in_all(shards: Path) -> None:
+def test_workers_is_the_total_number_of_threads(shards: Path) -> None:
     for workers in (1, 2, 17):
         backend: Any = Loader(shards, device="cpu", backend="dali", cache=None, workers=workers)._backend
         threads = backend.threads + backend.pipeline().num_threads
-        assert threads == max(2, workers), "one at least reads, one decodes"
+        assert threads == max(2, workers), "at least one reads and one decodes"
 
 
-def test_evaluate_takes_the_backend_of_training(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA the cache decides, which is "auto" in training: None would mean DALI."""
+def test_evaluate_uses_the_backend_of_training(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA the cache argument decides: training uses "auto", and None would choose DALI."""
     recipe = Recipe(weights=None, augment=Augment(size=32, resize=36), epochs=1, batch_size=24, lr=0.01)
     checkpoint = Checkpoint.load(train(shards, recipe, out=tmp_path / "run", device="cpu").checkpoint)
     asked: dict[str, Any] = {}

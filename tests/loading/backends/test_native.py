@@ -1,4 +1,4 @@
-"""The native kernel: there where it should be, equal to OpenCV's renderer, and within the memory it is given."""
+"""The native kernel: present on supported systems, equal to OpenCV's renderer, and within its memory."""
 
 import colorsys
 import ctypes
@@ -18,7 +18,7 @@ from fastflower.errors import ArgumentError
 from fastflower.loading.backends import native
 from fastflower.loading.backends.native import NativeRenderer, available
 from fastflower.loading.backends.opencv import OpencvRenderer
-from fastflower.loading.batch import as_numpy, storage
+from fastflower.loading.batch import as_numpy
 from fastflower.loading.request import Request
 
 DTYPES = [torch.uint8, torch.float32, torch.float16, torch.bfloat16]
@@ -31,16 +31,16 @@ def request(augment: Augment, images: list[NDArray[np.uint8]], seed: int = 0) ->
 
 
 def render(kind: Any, augment: Augment, images: list[NDArray[np.uint8]], dtype: torch.dtype) -> torch.Tensor:
-    """(N, H, W, 3) of `dtype`."""
+    """Render images to (N, H, W, 3) of `dtype`."""
     renderer = kind(augment, dtype)
-    out = np.empty((len(images), *augment.output_size, 3), storage(dtype))
-    for image, job, row in zip(images, renderer.jobs(request(augment, images)), out, strict=True):
+    out = torch.empty((len(images), *augment.output_size, 3), dtype=dtype)
+    for image, job, row in zip(images, renderer.jobs(request(augment, images)), as_numpy(out), strict=True):
         renderer(image, job, row)
-    return torch.from_numpy(out).view(dtype)
+    return out
 
 
 def smooth(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Colors that change slowly, as in images."""
+    """Return an image with smooth colors."""
     y, x = np.mgrid[:height, :width]
     waves = rng.uniform(0.01, 0.08, (3, 2))
     return np.stack([127 + 120 * np.sin(a * x + b * y) for a, b in waves], axis=2).astype(np.uint8)
@@ -54,14 +54,14 @@ def test_linux_on_x86_64_with_avx2_has_the_kernel() -> None:
     assert available(), "the package was built without kernel.so"
 
 
-def test_a_kernel_of_another_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_compiled_from_a_different_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Longer(native._Numbers):
         _fields_ = (("grayscale", ctypes.c_float),)
 
     native._kernel.cache_clear()
     monkeypatch.setattr(native, "_Numbers", Longer)
     with pytest.raises(
-        ImportError, match=r"kernel\.so: was compiled from another kernel\.c; run make install, or install"
+        ImportError, match=r"kernel\.so: was compiled from a different kernel\.c; run make install, or reinstall"
     ):
         NativeRenderer(Augment(), torch.uint8)
     assert native._kernel.cache_info().currsize == 0
@@ -69,8 +69,8 @@ def test_a_kernel_of_another_source_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(64, 64), (37, 50), (5, 3)])
-def test_it_makes_what_opencv_makes(size: tuple[int, int], dtype: torch.dtype, rng: np.random.Generator) -> None:
-    # Where nothing is uncovered, and no hue turned: OpenCV blurs the edge, and turns hues in 256 steps.
+def test_it_renders_what_opencv_renders(size: tuple[int, int], dtype: torch.dtype, rng: np.random.Generator) -> None:
+    # Without black areas and hue: OpenCV blurs the edge of black areas, and rotates hues in 256 steps.
     augment = Augment(size=size, crop=(0.2, 1.0), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4)
     images = [smooth(rng, *rng.integers(20, 300, 2)) for _ in range(24)]
     one, other = (render(kind, augment, images, dtype).float() for kind in (NativeRenderer, OpencvRenderer))
@@ -86,7 +86,7 @@ def test_halves_are_rounded_as_torch_rounds_them(rng: np.random.Generator) -> No
         assert torch.equal(render(NativeRenderer, augment, images, dtype), exact.to(dtype))
 
 
-def test_hue_is_turned_as_colorsys_turns_it(rng: np.random.Generator) -> None:
+def test_hue_is_rotated_as_by_colorsys(rng: np.random.Generator) -> None:
     image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
     image[0, :4] = [[0, 0, 0], [255, 255, 255], [128, 128, 128], [255, 0, 0]]
     augment = Augment(size=16, resize=16, hue=0.5)
@@ -116,7 +116,7 @@ def test_an_image_need_not_be_contiguous(rng: np.random.Generator) -> None:
     assert torch.equal(render(NativeRenderer, augment, [backwards], torch.uint8), expected)
 
 
-# The image ends where readable memory ends, and its output starts and ends at memory that must stay as it is.
+# The image and the output each end where accessible memory ends.
 GUARDED = """
 import ctypes, mmap, sys
 import numpy as np, torch
@@ -141,18 +141,18 @@ for seed, (height, width) in enumerate([(40, 50), (2, 2), (7, 33), (130, 90), (6
             out = guarded(size * size * 3 * np.dtype(kind).itemsize).view(kind).reshape(size, size, 3)
             renderer = NativeRenderer(augment, dtype)
             for draw in range(4):
-                renderer(image, renderer.jobs(request(augment, [photo], draw))[0], out)
+                renderer(image, renderer.jobs(request(augment, [image], draw))[0], out)
 print("within")
 """
 
 
-def test_nothing_behind_the_image_is_read_and_nothing_behind_the_output_is_written() -> None:
+def test_nothing_beyond_the_image_is_read_and_nothing_beyond_the_output_is_written() -> None:
     command = [sys.executable, "-c", GUARDED, str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "within\n"), done.stderr[-1000:]
 
 
-def test_without_the_kernel_opencv_takes_its_place(
+def test_without_the_kernel_opencv_is_the_default(
     shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     augment = Augment(size=32, resize=36, hue=0.1)
@@ -165,8 +165,8 @@ def test_without_the_kernel_opencv_takes_its_place(
         Loader(shards, backend="native", **options)
 
 
-def test_storage_is_the_same_memory() -> None:
+def test_as_numpy_shares_the_memory() -> None:
     for dtype in DTYPES:
         tensor = torch.arange(6).to(dtype)
-        assert as_numpy(tensor).dtype == storage(dtype)
+        assert as_numpy(tensor).dtype == {torch.uint8: np.uint8, torch.float32: np.float32}.get(dtype, np.uint16)
         assert as_numpy(tensor).__array_interface__["data"][0] == tensor.data_ptr()

@@ -1,4 +1,4 @@
-"""All backends against torchvision's functionals, given the same numbers."""
+"""All backends against torchvision's functionals, with the same drawn numbers."""
 
 import os
 import subprocess
@@ -30,12 +30,12 @@ LIMITS = [each for each in (("native", 1.0), ("dali", 2.0), ("triton", 1.0)) if 
 
 
 def enough(name: str, encoded: list[bytes]) -> list[bytes]:
-    """Fewer for the interpreter of Triton, which takes a third of a second for one."""
+    """Return fewer images for Triton's interpreter, which takes a third of a second for each."""
     return encoded[::7] if name == "triton" else encoded
 
 
 QUICK = ("validation view (resize 256, center 224)", "reduction by four", "hue 0.1", "everything")
-"""Of Triton's interpreter: its kernels have one way for all of geometry; "everything" takes all of their steps of color."""
+"""Cases for Triton's interpreter: the kernels have one path for all geometry, and "everything" takes all color steps."""
 PAIRS = [
     pytest.param(name, case, marks=[pytest.mark.soak] if name == "triton" and case not in QUICK else [])
     for name in parity.BACKENDS
@@ -43,8 +43,8 @@ PAIRS = [
 ]
 
 
-def test_all_that_can_be_drawn_is_compared(encoded: list[bytes]) -> None:
-    """In one case or another; erasing has a test of its own."""
+def test_the_cases_cover_everything_that_can_be_drawn(encoded: list[bytes]) -> None:
+    """Except erasing, which has its own test."""
     neutral = parity.request(Augment(), encoded).draw
     draws = [parity.request(case.augment, encoded).draw for case in parity.CASES.values()]
     for name in {field.name for field in fields(neutral)} - {"size", "erase"}:
@@ -52,7 +52,7 @@ def test_all_that_can_be_drawn_is_compared(encoded: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
-def test_a_backend_draws_what_torchvision_draws(name: str, case: str, encoded: list[bytes]) -> None:
+def test_a_backend_renders_what_torchvision_renders(name: str, case: str, encoded: list[bytes]) -> None:
     encoded = enough(name, encoded)
     found = parity.differences(case, name, encoded)
     worst = f"{case}, {name}: mean {found.mean():.2f}, worst image {found.max():.2f}"
@@ -63,7 +63,7 @@ def test_a_backend_draws_what_torchvision_draws(name: str, case: str, encoded: l
 
 @pytest.mark.parametrize("name", parity.BACKENDS)
 def test_a_reduction_without_a_prefilter_would_be_noticed(name: str, encoded: list[bytes]) -> None:
-    """The limit of the reduction by four is tight enough: plain bilinear sampling is several times over it."""
+    """The limit of "reduction by four" is tight: plain bilinear sampling exceeds it several times."""
     case, encoded = parity.CASES["reduction by four"], enough(name, encoded)
     draw = parity.request(case.augment, encoded).draw
     matrix = draw.matrix()
@@ -80,7 +80,7 @@ def test_a_reduction_without_a_prefilter_would_be_noticed(name: str, encoded: li
 
 
 def supersampled(image: NDArray[np.uint8], matrix: NDArray[np.float64], size: tuple[int, int], factor: int = 6) -> Any:
-    """The truth: the mean of factor x factor bilinear samples over each output pixel."""
+    """Return the ground truth: the mean of factor x factor bilinear samples over each output pixel."""
     fine = matrix.copy()
     fine[:, :2] /= factor
     fine[:, 2] += fine[:, :2].sum(axis=1) / 2 - 0.5
@@ -92,9 +92,8 @@ def supersampled(image: NDArray[np.uint8], matrix: NDArray[np.float64], size: tu
 
 @pytest.mark.parametrize("name", parity.BACKENDS)
 def test_one_resample_is_closer_to_the_truth_than_three(name: str, encoded: list[bytes]) -> None:
-    augment = Augment(
-        crop=(0.08, 1.0), rotate=10, translate=(0.1, 0.1), scale=(0.9, 1.1)
-    )  # torchvision resamples thrice
+    # torchvision resamples three times: for the crop, the rotation and the affine.
+    augment = Augment(crop=(0.08, 1.0), rotate=10, translate=(0.1, 0.1), scale=(0.9, 1.1))
     encoded = enough(name, encoded)
     draw = parity.request(augment, encoded).draw
     made = parity.render(name, augment, encoded)
@@ -131,10 +130,10 @@ def test_normalization_is_torchvisions(name: str, dtype: torch.dtype, encoded: l
 
 @pytest.mark.parametrize("name", parity.BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_erasing_blots_out_the_rectangle_drawn_and_nothing_else(
+def test_erasing_fills_the_drawn_rectangle_and_nothing_else(
     name: str, dtype: torch.dtype, encoded: list[bytes]
 ) -> None:
-    """Also by values that no image has."""
+    """Also with values that no image has."""
     augment, encoded = Augment(erase=1.0, erase_value=(0.0, 4.0, -3.0)), enough(name, encoded)[:16]
     draw = parity.request(augment, encoded).draw
     made, plain = (parity.render(name, view, encoded, dtype) for view in (augment, Augment()))
@@ -143,13 +142,13 @@ def test_erasing_blots_out_the_rectangle_drawn_and_nothing_else(
     for image, whole, (top, left, height, width) in zip(made, plain, draw.erase.tolist(), strict=True):
         chw = torch.from_numpy(whole).permute(2, 0, 1)
         wanted = F.erase(chw, top, left, height, width, value).permute(1, 2, 0).numpy()
-        # DALI erases before it normalizes, which rounds.
+        # DALI erases before normalization, which rounds.
         assert np.allclose(image, wanted, rtol=0, atol=5e-6 if name == "dali" else 0)
 
 
 @pytest.mark.parametrize("name", parity.BACKENDS)
 def test_a_pixel_goes_where_the_matrix_says(name: str) -> None:
-    """Settles the direction of both backends' warps, which DALI's documentation states both ways."""
+    """Pins the direction of the warp, which DALI's documentation states both ways."""
     image = np.zeros((224, 224, 3), np.uint8)
     image[60:63, 150:153] = 255
     encoded = [cv2.imencode(".png", image)[1].tobytes()]
@@ -165,7 +164,7 @@ def test_a_pixel_goes_where_the_matrix_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", parity.BACKENDS)
-def test_outside_the_crop_lies_black_or_the_image(name: str, encoded: list[bytes]) -> None:
+def test_outside_the_crop_is_black_or_the_image(name: str, encoded: list[bytes]) -> None:
     fields: dict[str, Any] = {"crop": (0.2, 0.4), "rotate": 45}
     drawn = parity.request(Augment(**fields), enough(name, encoded)[:32])
     warp = parity.request(Augment(**fields, fill="photo"), enough(name, encoded)[:32]).warp
@@ -173,15 +172,15 @@ def test_outside_the_crop_lies_black_or_the_image(name: str, encoded: list[bytes
     filled = parity.render(name, Augment(**fields, fill="photo"), enough(name, encoded)[:32])
     turned = np.abs(drawn.draw.rotate) > 20
     assert turned.sum() > 1
-    assert (black[turned][:, :3, :3].max(axis=(1, 2, 3)) <= 3).all(), "a corner that is turned out of the crop is black"
+    assert (black[turned][:, :3, :3].max(axis=(1, 2, 3)) <= 3).all(), "a corner rotated out of the crop is black"
     inside = turned & ~warp.masked
     assert inside.any()
     assert np.abs(black - filled)[:, 90:134, 90:134].max() <= 1, "inside the crop nothing changes"
-    assert filled[inside][:, :3, :3].mean() > 20, "with fill='photo' its corner shows the image"
+    assert filled[inside][:, :3, :3].mean() > 20, "with fill='photo' the corner shows the image"
 
 
 @pytest.mark.parametrize("name", parity.BACKENDS)
-def test_exif_orientation_is_obeyed_where_only_a_part_is_shown(name: str, encoded: list[bytes]) -> None:
+def test_exif_orientation_is_applied_when_only_a_part_is_visible(name: str, encoded: list[bytes]) -> None:
     turned = parity.turned(encoded[0])
     augment = Augment(size=150, crop=(0.1, 0.2))
     ours, theirs = (parity.render(backend, augment, turned) for backend in (name, "opencv"))
@@ -189,17 +188,17 @@ def test_exif_orientation_is_obeyed_where_only_a_part_is_shown(name: str, encode
 
 
 @pytest.mark.parametrize(("name", "limit"), LIMITS)
-def test_backends_make_the_same_batch(name: str, limit: float, encoded: list[bytes]) -> None:
+def test_backends_render_the_same_batch(name: str, limit: float, encoded: list[bytes]) -> None:
     augment, encoded = parity.CASES["everything"].augment, enough(name, encoded)
     one, other = (parity.render(backend, augment, encoded) for backend in ("opencv", name))
     assert np.abs(one - other).mean() < limit
 
 
-def test_the_table_needs_no_setting_of_the_environment(image_files: list[Path], tmp_path: Path) -> None:
-    """As `python tests/helpers/parity.py FOLDER`, for one case and one image."""
+def test_the_parity_table_needs_no_environment_variables(image_files: list[Path], tmp_path: Path) -> None:
+    """Like `python tests/helpers/parity.py FOLDER`, for one case and one image."""
     (tmp_path / "rose").mkdir()
     (tmp_path / "rose/1.jpg").write_bytes(image_files[0].read_bytes())
-    case = "left-right flip"
+    case = "rotation 30"
     program = f"import parity; parity.CASES = {{{case!r}: parity.CASES[{case!r}]}}; parity.main({str(tmp_path)!r})"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(HELPERS)))

@@ -1,6 +1,6 @@
-"""Rendering from a GPU's memory, in Triton's interpreter on the CPU, and what the compiler makes of it for real GPUs.
+"""The Triton backend in Triton's interpreter on the CPU, and its kernels compiled for real GPUs.
 
-Images are magnified where it does not matter: the interpreter takes its time for each weight of a blur.
+Most tests magnify the images, because the interpreter is slow for each weight of a blur.
 """
 
 import os
@@ -39,7 +39,7 @@ FEWER: dict[str, Any] = {**OPTIONS, "split": "val", "batch_size": 2, "shuffle": 
 
 @pytest.fixture(scope="module")
 def few(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 images, packed: 15 to train on."""
+    """20 packed images, 15 of them for training."""
     folder = tmp_path_factory.mktemp("few")
     for path in flowers.glob("*/000[0-3].jpg"):
         (folder / "flowers" / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def images_of(loader: Loader, epochs: int = 1) -> list[tuple[list[int], torch.Te
     return [(batch.index.tolist(), batch.images) for _ in range(epochs) for batch in loader]
 
 
-def test_batches_are_those_of_the_other_backends(few: Path) -> None:
+def test_batches_equal_those_of_other_backends(few: Path) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8):
         ours = images_of(Loader(few, backend="triton", dtype=dtype, **FEWER))
         theirs = images_of(Loader(few, backend="opencv", dtype=dtype, **FEWER))
@@ -65,28 +65,28 @@ def test_batches_are_those_of_the_other_backends(few: Path) -> None:
             assert (one.float() - other.float()).abs().mean().item() * scale < 1
 
 
-def test_whatever_is_kept_the_images_are_the_same_and_images_are_decoded_once(
+def test_the_cache_changes_no_image_and_cached_images_are_decoded_once(
     few: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: Counter[int] = Counter()
+    decoded: Counter[int] = Counter()
     real = SampleSource.decode
 
     def counting(self: SampleSource, index: int, decode_scale: int = 1) -> Any:
-        asked[index] += 1
+        decoded[index] += 1
         return real(self, index, decode_scale)
 
     monkeypatch.setattr(SampleSource, "decode", counting)
     kept = images_of(Loader(few, backend="triton", **FEWER), 2)
-    assert set(asked.values()) == {1}
-    asked.clear()
+    assert set(decoded.values()) == {1}
+    decoded.clear()
     for cache in (None, 1_500_000):
         found = images_of(Loader(few, backend="triton", cache=cache, **FEWER), 2)
         assert [index for index, _ in found] == [index for index, _ in kept]
         assert all(torch.equal(one, other) for (_, one), (_, other) in zip(found, kept, strict=True))
-    assert set(asked.values()) == {3, 4}, "nothing is kept, and then some"
+    assert set(decoded.values()) == {3, 4}, "twice without a cache, and once or twice with some cached"
 
 
-def test_images_stay_for_another_augment_and_are_kept_at_each_scale(few: Path) -> None:
+def test_cached_images_survive_set_augment_and_are_cached_per_decode_scale(few: Path) -> None:
     loader = Loader(few, backend="triton", **FEWER)
     images_of(loader)
     loader.set_epoch(0)
@@ -115,11 +115,11 @@ def test_a_damaged_sample_is_named_or_replaced(few: Path, tmp_path: Path) -> Non
         found = images_of(loader)
         assert [i for index, _ in found for i in index] == [0, 1, 2, 5, 5, *range(5, 14), 0]
         assert torch.equal(found[0][1][:3], whole[0][1][:3])
-        assert torch.equal(found[0][1][3], whole[1][1][0]), "of sample 5"
+        assert torch.equal(found[0][1][3], whole[1][1][0]), "row 3 is sample 5"
     assert sorted(loader.replaced) == [3, 4, 14]
 
 
-def test_it_resumes_travels_and_leaves_nothing_behind(few: Path) -> None:
+def test_it_resumes_pickles_and_leaves_no_thread_behind(few: Path) -> None:
     whole = images_of(Loader(few, backend="triton", **FEWER))
     first = Loader(few, backend="triton", **FEWER)
     iterator = iter(first)
@@ -134,7 +134,7 @@ def test_it_resumes_travels_and_leaves_nothing_behind(few: Path) -> None:
 
 
 @pytest.mark.soak
-def test_two_at_once_share_nothing(few: Path) -> None:
+def test_two_loaders_at_once_share_nothing(few: Path) -> None:
     one, other = (Loader(few, backend="triton", seed=seed, **FEWER) for seed in (0, 1))
     expected = [images_of(loader) for loader in (one, other)]
     for loader in (one, other):
@@ -144,7 +144,7 @@ def test_two_at_once_share_nothing(few: Path) -> None:
         assert torch.equal(right.images, alone[1][1])
 
 
-@pytest.mark.skipif(not available(), reason="compared with the native kernel, which this machine cannot run")
+@pytest.mark.skipif(not available(), reason="compares with the native kernel, which this machine cannot run")
 def test_images_of_one_pixel_and_images_of_one_row(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -157,8 +157,8 @@ def test_images_of_one_pixel_and_images_of_one_row(tmp_path: Path) -> None:
         assert np.abs(ours - theirs).max() <= 2
 
 
-def test_a_batch_that_is_decoded_is_rendered_whatever_threads_lack(few: Path) -> None:
-    """Else a machine of many cores would hold decoded images of many small batches."""
+def test_a_decoded_batch_is_rendered_even_if_threads_lack_work(few: Path) -> None:
+    """Otherwise a machine with many cores would hold the decoded images of many small batches."""
     loader = Loader(few, backend="triton", **{**FEWER, "batch_size": 1, "workers": 9, "augment": Augment(size=8)})
     begun = 0
 
@@ -167,7 +167,7 @@ def test_a_batch_that_is_decoded_is_rendered_whatever_threads_lack(few: Path) ->
         for request in loader.requests(0):
             begun += 1
             yield request
-            sleep(0.2)  # in which it is decoded
+            sleep(0.2)  # time to decode it
 
     ahead = [begun - number for number, _ in enumerate(loader._backend.run(counted()))]
     assert len(ahead) == 5
@@ -175,8 +175,8 @@ def test_a_batch_that_is_decoded_is_rendered_whatever_threads_lack(few: Path) ->
 
 
 @pytest.mark.parametrize("batch_size", [4, 8])
-def test_an_image_is_kept_once_where_a_padded_step_shows_it_again(few: Path, batch_size: int) -> None:
-    """In the batch before, which is still under way, or several times in its own."""
+def test_an_image_is_cached_once_even_if_a_padded_step_repeats_it(few: Path, batch_size: int) -> None:
+    """The copies are in the previous batch, which is still in preparation, or in the same batch."""
     augment = Augment(size=60, crop=(0.02, 0.03))
     options = {**FEWER, "augment": augment, "batch_size": batch_size, "tail": "pad", "cache": 1 << 40}
     loader, other = (Loader(few, backend=name, **options) for name in ("triton", "opencv"))
@@ -192,8 +192,8 @@ def test_an_image_is_kept_once_where_a_padded_step_shows_it_again(few: Path, bat
     assert sum(piece.nbytes for piece in kept_images._pieces) == 4 * kept
 
 
-def test_what_does_not_go_together_is_refused(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ArgumentError, match="cache must be None with backend='dali', which keeps nothing, got 1000"):
+def test_a_backend_that_does_not_fit_the_device_or_cache_is_refused(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArgumentError, match="cache must be None with backend='dali', which caches nothing, got 1000"):
         Loader(few, backend="dali", **{**OPTIONS, "cache": 1000})
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ArgumentError, match="backend='triton' needs device='cuda', got 'cpu'; leave backend out"):
@@ -203,7 +203,7 @@ def test_what_does_not_go_together_is_refused(few: Path, monkeypatch: pytest.Mon
         Loader(few, backend=wrong, **OPTIONS)
 
 
-def test_with_cuda_images_that_fit_are_kept_and_others_are_decoded_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_cuda_the_default_is_triton_if_the_images_fit_else_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
 
@@ -212,8 +212,8 @@ def test_with_cuda_images_that_fit_are_kept_and_others_are_decoded_there(monkeyp
         return found, allowance.left
 
     assert chosen(None, "auto", 300) == ("triton", 500)
-    assert chosen(None, "auto", 90) == ("triton", 240), "never more than there is to keep, at all scales"
-    assert chosen(None, "auto", 390) == ("dali", 0), "a pixel takes four bytes there"
+    assert chosen(None, "auto", 90) == ("triton", 240), "at most all images at all scales"
+    assert chosen(None, "auto", 390) == ("dali", 0), "a pixel takes four bytes on a GPU"
     assert chosen(None, None, 300) == ("dali", 0)
     assert chosen(None, 100, 300) == ("triton", 100)
     assert chosen("triton", "auto", 390) == ("triton", 0)
