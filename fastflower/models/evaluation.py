@@ -31,7 +31,7 @@ def evaluate(
 
     Args:
         checkpoint: A checkpoint written by `train`.
-        shards: The folder written by `pack`, or its URL, as for Loader.
+        shards: The folder written by `pack`, or its address, as for Loader.
         split: "train" or "val".
         tta: Test-time augmentation: average the probabilities of each image and its horizontal flip. None: as in the recipe.
         device: None uses CUDA if available, otherwise the CPU.

@@ -26,7 +26,7 @@ def preview(
     """Draw images as training will see them: one row per image, first the validation view, then views from several epochs.
 
     Args:
-        shards: The folder written by `pack`, or its URL, as for Loader.
+        shards: The folder written by `pack`, or its address, as for Loader.
         recipe: Its augmentation and sizes are shown exactly as in training, except that mixup and cutmix pair other images.
             The partner may be the larger part of a mixed image.
         images: Number of images, from the start of split "train".

@@ -52,7 +52,7 @@ def diagnose(
     """Find the bottleneck of training: time data loading alone, then training on one batch.
 
     Args:
-        shards: The folder written by `pack`, or its URL, as for Loader.
+        shards: The folder written by `pack`, or its address, as for Loader.
         recipe: The recipe to diagnose. Runs with random weights, which take the same time as pretrained ones.
         seconds: Length of each of the two measurements, after its first batch.
         device: None uses CUDA if available, otherwise the CPU.

@@ -33,7 +33,7 @@ def train(
     each batch.
 
     Args:
-        shards: The folder written by `pack`, or its URL, as for Loader.
+        shards: The folder written by `pack`, or its address, as for Loader.
         recipe: What to train, and how.
         out: The run's folder. None uses the first unused of runs/BACKBONE, runs/BACKBONE-2, ...
         resume: Continue the run in `out` from its last checkpoint, or start it if there is none.
