@@ -53,7 +53,7 @@ class Stats:
             "decoding": "cache decoded images (cache), pack smaller images (max_side), or add cores (workers)",
             "augmenting": "add cores (workers), or augment less: hue costs most",
         }[slowest]
-        return f"{waited}, most of it for {slowest}; {advice}."
+        return f"{waited}, mostly for {slowest}; {advice}."
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""Networks, and what is asked of trained ones.
+"""Networks, checkpoints, evaluation and prediction.
 
-In come shards or image files and a checkpoint; out go scores and predictions. Read `checkpoint` first, then `inference`.
+Takes shards or image files and a checkpoint; returns scores or predictions. Read `checkpoint` first, then `inference`.
 """

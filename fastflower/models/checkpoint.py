@@ -1,4 +1,4 @@
-"""A trained network and all that is needed to use it, or to go on training it, in one file."""
+"""A file with a trained network and everything needed to use it or to resume training."""
 
 import os
 from collections import Counter
@@ -15,90 +15,91 @@ from fastflower.models.backbone import build, load_file, not_finite
 from fastflower.recipes.recipe import Recipe
 
 FORMAT_VERSION = 2
-LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"  # in the folder of a run
+LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"  # in a run's folder
 
 
 class EpochSoFar(TypedDict, total=False):
-    """What the steps of an epoch under way came to, over all ranks; {} between epochs."""
+    """Totals of the current epoch's finished steps, over all ranks; {} between epochs."""
 
     losses: Tensor
-    """(steps,) float64, each step's mean."""
-    hits: int  # the number of correct predictions; the name is that of old files
+    """(steps,) float64, the mean loss of each step."""
+    hits: int
+    """Number of correct predictions; existing files use this key."""
     seconds: float
-    """That the steps took on this rank."""
+    """Seconds that the steps took on this rank."""
     waited: float
-    """Of these seconds, for data."""
+    """Seconds of these spent waiting for data."""
     trained: bool
-    """Whether the epoch's training is over, and a soup has its share of it; what is left is to validate."""
+    """Whether the epoch's training is finished and added to a model soup, so that only validation is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """The state after an epoch, or in the middle of one. The file loads with weights_only=True."""
+    """Training state after an epoch or in the middle of one. Its file loads with weights_only=True."""
 
     recipe: Recipe
     classes: tuple[str, ...]
     model: dict[str, Tensor]
-    """The network's state_dict; where the recipe averages weights, the average."""
+    """state_dict of the network to use; the averaged weights if the recipe averages weights."""
     epoch: int
-    """Epochs that are finished."""
+    """Number of finished epochs."""
     history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
-    """One row an epoch; see `Report`."""
+    """One row per epoch; see `Report`."""
     optimizer: dict[str, Any] = field(default_factory=dict[str, Any])
     scaler: dict[str, float] = field(default_factory=dict[str, float])
-    """Of float16's loss scaling."""
+    """State of the loss scaling for float16."""
     trained: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Where the recipe averages weights: those that training goes on with."""
+    """The weights being trained, if `model` is an average; training resumes from these."""
     soup: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Where the recipe says soup: the mean of the trainings that are finished."""
+    """Mean weights of the finished runs of a model soup."""
     tally: EpochSoFar = field(default_factory=EpochSoFar)
-    """In mid-epoch: of the steps so far."""
+    """Totals so far, if saved in the middle of an epoch."""
     feeding: dict[str, object] = field(default_factory=dict[str, object])
-    """The loader's `state_dict`, which says what it was fed from."""
+    """The loader's `state_dict`, which identifies its shards."""
     environment: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def step(self) -> int:
-        """Steps of the epoch under way that are done."""
+        """Number of finished steps of the current epoch."""
         return len(self.tally.get("losses", ()))
 
     def save(self, path: str | Path, *, twin: str | Path | None = None) -> None:
-        """Write the file so that it is seen whole or not at all.
+        """Write the file atomically. Raises CheckpointError if it cannot be written.
 
-        twin  A file that this checkpoint was just saved to: where there are hard links `path` becomes another name of it, at no
-              cost. Files are replaced and never written to, so that what is saved to one name later leaves the other as it is.
+        twin  A file that this checkpoint was just saved to. If possible, `path` becomes a hard link to it, at no cost. A later
+              save to either name leaves the other unchanged, because files are replaced and never modified.
         """
         path = Path(path)
         content: dict[str, object] = {"format": "fastflower", "version": FORMAT_VERSION}
         content |= {entry.name: getattr(self, entry.name) for entry in fields(self)}
         content["recipe"] = self.recipe.to_dict()
         try:
-            path.with_name(path.name + ".part").unlink(missing_ok=True)  # of an older fastflower that was killed
+            path.with_name(path.name + ".part").unlink(missing_ok=True)  # left by an older, killed fastflower
             with written(path) as part:
                 if twin is None or not _linked(Path(twin), part):
                     with part.open("wb") as file:
                         torch.save(content, file)
                         file.flush()
                         os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch's writer hides an OSError, such as a full disk, behind its own
+        except (OSError, RuntimeError) as error:  # torch's writer hides an OSError, for example of a full disk
             reason = error if isinstance(error, OSError) else error.__context__ or error
             blame_the_system(reason, path)
             raise CheckpointError(
-                f"{path}: could not be written ({reason}); what stood there before still does. Make room, and resume."
+                f"{path}: could not be written ({reason}); any previous file is unchanged. Free disk space, then resume."
             ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a checkpoint. Raises CheckpointError when the file is none, is damaged, is of another format, or is of no use."""
+        """Read a checkpoint. Raises CheckpointError if the file is not a usable checkpoint of this version."""
         content = load_file(Path(path))
         if content.get("format") != "fastflower":
             raise CheckpointError(
-                f"{path}: is not a fastflower checkpoint; pass a checkpoint-best.pt that train wrote."
+                f"{path}: is not a fastflower checkpoint; pass a checkpoint-best.pt written by train."
             )
         if content.get("version") != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: is checkpoint version {content.get('version')}, this fastflower reads version {FORMAT_VERSION}; "
-                f"train again, or use the one that wrote it."
+                f"{path}: has checkpoint version {content.get('version')}, but this fastflower reads {FORMAT_VERSION}; "
+                f"train again, or use the fastflower that wrote it."
             )
         try:
             recipe = Recipe.from_dict(content["recipe"])
@@ -108,38 +109,38 @@ class Checkpoint:
             raise
         except (KeyError, TypeError, FastflowerError) as error:
             raise CheckpointError(
-                f"{path}: is damaged, or from another version of fastflower ({error}); pass another."
+                f"{path}: is damaged or from another version of fastflower ({error}); pass another checkpoint."
             ) from error
 
     def network(self) -> nn.Module:
-        """The trained network in evaluation mode, on the CPU. Raises CheckpointError where the weights are none of it."""
+        """Build the trained network on the CPU, in evaluation mode. Raises CheckpointError if the weights cannot be used."""
         self._usable("checkpoint")
         model = build(self.recipe.backbone, len(self.classes), weights=None)
         try:
             model.load_state_dict(self.model)
         except RuntimeError as error:
             what = f"{self.recipe.backbone} with {len(self.classes)} classes"
-            raise CheckpointError(f"checkpoint: its weights do not fit {what} ({error}); pass another.") from None
+            raise CheckpointError(f"checkpoint: weights do not fit {what} ({error}); pass another one.") from None
         return model.eval()
 
     def _usable(self, name: str) -> Self:
-        """Itself; raises CheckpointError where nothing that its network says could be told or believed."""
+        """Return self. Raises CheckpointError if two classes share a name or the weights are not finite."""
         twice = [one for one, count in Counter(self.classes).items() if count > 1]
         if twice:
             raise CheckpointError(
-                f"{name}: two of its classes are called {twice[0]!r}, so that their probabilities cannot be told apart; pass "
-                f"another checkpoint, or train again on shards that name each class once."
+                f"{name}: two of its classes are named {twice[0]!r}, so their probabilities are ambiguous; pass another "
+                f"checkpoint, or train again on shards with unique class names."
             )
         if broken := not_finite(self.model):
             raise CheckpointError(
-                f"{name}: weights are not finite ({broken}), so that its network knows no class; pass another checkpoint, or "
-                f"train again with a lower lr."
+                f"{name}: weights are not finite ({broken}), so it cannot predict; pass another checkpoint, or train again "
+                f"with a lower lr."
             )
         return self
 
 
 def _linked(file: Path, name: Path) -> bool:
-    """Give a file another name; False where the file system has no hard links."""
+    """Hard-link a file to another name; return False if the file system has no hard links."""
     try:
         os.link(file, name)
     except OSError:

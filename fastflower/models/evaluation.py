@@ -1,4 +1,4 @@
-"""Scores of a trained network on a split."""
+"""Evaluation of a trained network on a split."""
 
 from math import isfinite
 from pathlib import Path
@@ -12,11 +12,11 @@ from fastflower.errors import CheckpointError
 from fastflower.loading.loader import Loader
 from fastflower.models.backbone import on_device
 from fastflower.models.checkpoint import Checkpoint
-from fastflower.models.inference import measure, no_class, view_of
+from fastflower.models.inference import measure, non_finite_outputs, view_of
 from fastflower.models.metrics import Scores
 from fastflower.shards.remote import Remote
 
-_BATCH_SIZE = 64  # of a pass without gradients: does not change the scores
+_BATCH_SIZE = 64  # does not change the scores
 
 
 def evaluate(
@@ -27,16 +27,17 @@ def evaluate(
     tta: bool | None = None,
     device: str | torch.device | None = None,
 ) -> Scores:
-    """Score a checkpoint on every sample of a split, exactly once; by index in the split, as `Scores` promises.
+    """Evaluate a checkpoint on every sample of a split, exactly once.
 
     Args:
-        checkpoint: A checkpoint that `train` wrote.
-        shards: The folder that `pack` wrote, or its address, as for Loader.
+        checkpoint: A checkpoint written by `train`.
+        shards: The folder written by `pack`, or its address, as for Loader.
         split: "train" or "val".
-        tta: Score the mean probabilities of each image and its mirror image; None does as the recipe says.
-        device: None means CUDA where there is one, else the CPU.
+        tta: Test-time augmentation: average the probabilities of each image and its horizontal flip. None: as in the recipe.
+        device: None uses CUDA if available, otherwise the CPU.
 
-    Raises CheckpointError when the checkpoint cannot be used or was trained on other classes than the shards hold.
+    Returns the scores; labels, probabilities and paths are in the order of the split. Raises CheckpointError if the
+    checkpoint cannot be used, or if the shards have other classes than the checkpoint.
     """
     name = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
     if not isinstance(checkpoint, Checkpoint):
@@ -49,20 +50,21 @@ def evaluate(
         augment=view_of(recipe),
         device=chosen,
         dtype=precision_of(recipe.precision, chosen),
-        # On CUDA the cache decides on the backend, which is to be that of training. RAM has no use for images that come once.
+        # On CUDA the cache also selects the backend, which must be the same as in training. On the CPU it would not help,
+        # because each image is used once.
         cache="auto" if chosen.type == "cuda" else None,
         shuffle=False,
     )
     if loader.manifest.classes != checkpoint.classes:
         raise CheckpointError(
-            f"{shards}: holds the classes {', '.join(loader.manifest.classes)}; "
-            f"the checkpoint was trained on {', '.join(checkpoint.classes)}."
+            f"{shards}: has the classes {', '.join(loader.manifest.classes)}, but the checkpoint was trained on "
+            f"{', '.join(checkpoint.classes)}; pass shards with these classes."
         )
     model = on_device(checkpoint.network(), chosen)
     with tqdm(loader, desc="evaluate", unit="batch", disable=None) as batches:
-        mirrored = recipe.tta if tta is None else tta
-        scores = measure(model, batches, checkpoint.classes, tta=mirrored, paths=loader.paths)
+        tta = recipe.tta if tta is None else tta
+        scores = measure(model, batches, checkpoint.classes, tta=tta, paths=loader.paths)
     if not isfinite(scores.loss):
         bad = np.flatnonzero(np.isnan(scores.probabilities[:, 0]))
-        raise no_class(name, scores.paths[int(bad[0])], len(bad))
+        raise non_finite_outputs(name, scores.paths[int(bad[0])], len(bad))
     return scores

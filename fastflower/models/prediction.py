@@ -1,4 +1,4 @@
-"""Classes of single image files."""
+"""Prediction for single image files."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ from fastflower.loading.samples import EncodedFiles, SampleSource
 from fastflower.machine import cores
 from fastflower.models.backbone import on_device
 from fastflower.models.checkpoint import Checkpoint
-from fastflower.models.inference import log_probabilities, no_class, view_of
+from fastflower.models.inference import log_probabilities, non_finite_outputs, view_of
 from fastflower.packing.folder import images_in
 from fastflower.packing.layout import EXTENSIONS
 from fastflower.shards.image import Prepared, prepare
@@ -39,15 +39,15 @@ _BATCH_SIZE = 32
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the network says of one image."""
+    """Predicted class and probabilities of one image."""
 
     path: Path
     class_name: str
     """The most probable class."""
     probability: float
-    """Of that class, in [0, 1]."""
+    """Probability of that class, in [0, 1]."""
     probabilities: dict[str, float]
-    """Of every class."""
+    """Probability of every class, by name."""
 
 
 def predict(
@@ -61,15 +61,15 @@ def predict(
     """Classify image files.
 
     Args:
-        checkpoint: A checkpoint that `train` wrote.
-        images: A path, or several; a folder stands for all images below it. What `pack` takes is predicted, as it packs it
-            without max_side and quality.
-        on_bad: "fail" stops at a file that is missing, is not an image, or is cut short; "skip" logs its name and goes on.
-        out: A table to write as well (CSV): path, class, its probability, and the probability of every class.
-        device: None means CUDA where there is one, else the CPU.
+        checkpoint: A checkpoint written by `train`.
+        images: Image files or folders, one path or several. A folder stands for all images below it. Accepts the files that
+            `pack` accepts, and prepares them as `pack` does without max_side and quality.
+        on_bad: Policy for missing, damaged or other unusable files. "fail" stops at the first one; "skip" logs and skips each.
+        out: A CSV file to write as well, with columns path, class, probability, and one for the probability of each class.
+        device: None uses CUDA if available, otherwise the CPU.
 
-    Returns one prediction an image, in order. Raises CheckpointError, ArgumentError for an argument outside its rule, and
-    SampleError naming a bad file.
+    Returns one prediction per image, in order. Raises CheckpointError if the checkpoint cannot be used, ArgumentError if an
+    argument is invalid, and SampleError if a file is bad.
 
     Example:
         >>> from fastflower import predict
@@ -78,12 +78,12 @@ def predict(
         30
         >>> predictions[0].path
         PosixPath('flowers/rose/...')
-        >>> len(predictions[0].probabilities)  # one for each class
+        >>> len(predictions[0].probabilities)  # one per class
         5
     """
     require(on_bad in ("fail", "skip"), "on_bad", "'fail' or 'skip'", on_bad)
-    if out is not None and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):  # now, not after hours
-        raise ArgumentError(f"out: {out} cannot be written; name a file in a folder that is there.")
+    if out is not None and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):  # fail early
+        raise ArgumentError(f"out: {out} cannot be written; choose a file in an existing folder.")
     name = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)
@@ -95,13 +95,12 @@ def predict(
     starts = range(0, len(paths), _BATCH_SIZE)
     with tqdm(starts, desc="predict", unit="batch", disable=None) as bar:
         for start in bar:
-            good = _prepared(paths[start : start + _BATCH_SIZE], skip=on_bad == "skip")
-            if good:
+            if good := _prepared(paths[start : start + _BATCH_SIZE], skip=on_bad == "skip"):
                 view = _view([image for _, image in good], checkpoint, precision).to(chosen)
                 rows = log_probabilities(model, view, tta=recipe.tta).exp().cpu().numpy()
                 batch = [_prediction(path, row, checkpoint.classes) for (path, _), row in zip(good, rows, strict=True)]
                 if broken := [prediction.path for prediction in batch if isnan(prediction.probability)]:
-                    raise no_class(name, str(broken[0]), len(broken))
+                    raise non_finite_outputs(name, str(broken[0]), len(broken))
                 predictions += batch
     if out is not None:
         write_out(Path(out), _table(predictions, checkpoint.classes))
@@ -111,17 +110,16 @@ def predict(
 def _files(images: Iterable[str | Path]) -> Iterable[Path]:
     for entry in map(Path, images):
         if entry.is_dir():
-            inside = images_in(entry)
-            if not inside:
+            if not (inside := images_in(entry)):
                 known = ", ".join(EXTENSIONS)
-                raise SampleError(f"{entry}: holds no images ({known}); name image files or another folder.")
+                raise SampleError(f"{entry}: holds no images ({known}); pass image files or another folder.")
             yield from inside
         else:
             yield entry
 
 
 def _prepared(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, Prepared]]:
-    """Files as `pack` would have them, in order, without the bad ones if they are to be skipped."""
+    """Prepare files as `pack` does, in order, dropping bad ones if `skip`."""
 
     def prepared(path: Path) -> Prepared | None:
         try:
@@ -130,8 +128,7 @@ def _prepared(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, Prepared
             blame_the_system(error, path)
             what = f"{path}: {(isinstance(error, OSError) and error.strerror) or error}"
             if not skip:
-                remedy = "name image files or folders of them, or pass on_bad='skip' (--on-bad skip)."
-                raise SampleError(f"{what}; {remedy}") from None
+                raise SampleError(f"{what}; pass image files or folders, or on_bad='skip' (--on-bad skip).") from None
             _log.warning("skipped %s", what)
             return None
 
@@ -140,7 +137,7 @@ def _prepared(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, Prepared
 
 
 def _view(images: Sequence[Prepared], checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
-    """The validation view of images, (N, 3, H, W)."""
+    """Render the validation view of images, (N, 3, H, W)."""
     augment, sizes = view_of(checkpoint.recipe), np.array([image.size for image in images])
     samples = SampleSource(EncodedFiles([image.encoded for image in images], sizes))
     backend = create(None, augment, samples, Setup(torch.device("cpu"), dtype, len(images), cores()))
@@ -161,4 +158,4 @@ def _table(predictions: Iterable[Prediction], classes: tuple[str, ...]) -> bytes
     writer.writerow(["path", "class", "probability", *classes])
     for one in predictions:
         writer.writerow([one.path, one.class_name, one.probability, *one.probabilities.values()])
-    return text.getvalue().encode("utf-8", "backslashreplace")  # the name of a file need not be UTF-8
+    return text.getvalue().encode("utf-8", "backslashreplace")  # a file name need not be UTF-8

@@ -1,4 +1,4 @@
-"""What a person looks at.
+"""Reports and previews for people to look at.
 
-In come a run's history and scores, or a recipe; out go history.csv, PNGs and one report.html. Read `report` first.
+Takes a run's history and scores, or a recipe; writes history.csv, PNGs and one report.html. Read `report` first.
 """

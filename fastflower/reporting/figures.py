@@ -1,6 +1,6 @@
-"""Pictures of a run as bytes: curves, the confusion matrix, thumbnails."""
+"""Figures of a run as bytes: curves, confusion matrix, thumbnails."""
 # pyright: standard
-# matplotlib's methods do not type their keywords.
+# matplotlib does not type its keyword arguments.
 
 import base64
 import io
@@ -12,25 +12,25 @@ from PIL import Image
 
 from fastflower.models.metrics import Scores
 
-_MOST_NAMES = 50  # at either side of the confusion matrix
+_MOST_NAMES = 50  # class names along each axis of the confusion matrix
 _THUMB = 160  # pixels
 
 
 def drawable(name: str) -> str:
-    """A class's name as matplotlib takes it: it need not be UTF-8."""
+    """Escape a class name for matplotlib; it need not be UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a file, 110 pixels an inch. All are written by it: most tests of training have it write none."""
+    """Render a figure as a PNG at 110 dpi. All figures go through here, so tests can turn drawing off."""
     data = io.BytesIO()
-    # Without the version of matplotlib inside, the same run gives the same bytes.
+    # Without matplotlib's version in the file, the same run gives the same bytes.
     figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
     return data.getvalue()
 
 
 def curves(history: list[dict[str, float]]) -> bytes:
-    """Loss and accuracy over the epochs, a PNG."""
+    """Plot loss and accuracy over the epochs as a PNG."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     epochs = [row["epoch"] for row in history]
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
@@ -45,7 +45,7 @@ def curves(history: list[dict[str, float]]) -> bytes:
 
 
 def confusion(scores: Scores) -> bytes:
-    """The confusion matrix, a PNG: shares as shades, and counts where they fit."""
+    """Draw the confusion matrix as a PNG: shades are fractions of the true class; counts are printed if they fit."""
     size = min(20, max(4.5, 0.45 * len(scores.classes)))
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
     axes = figure.subplots()
@@ -53,7 +53,7 @@ def confusion(scores: Scores) -> bytes:
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     ticks = range(0, len(scores.classes), -(-len(scores.classes) // _MOST_NAMES))
     names = [drawable(scores.classes[tick]) for tick in ticks]
-    axes.set_xticks(ticks, names, rotation=45, ha="right", parse_math=False)  # a $ is a $
+    axes.set_xticks(ticks, names, rotation=45, ha="right", parse_math=False)  # a $ starts no formula
     axes.set_yticks(ticks, names, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true")
     if len(scores.classes) <= 30:
@@ -64,7 +64,7 @@ def confusion(scores: Scores) -> bytes:
 
 
 def thumbnail(source: NDArray[np.uint8]) -> str:
-    """An image, (H, W, 3) uint8, as a small JPEG in base64."""
+    """Encode an image, (H, W, 3) uint8, as a small base64 JPEG."""
     image = Image.fromarray(source)
     image.thumbnail((_THUMB, _THUMB))
     data = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What a recipe makes of images: a picture of their validation view and of what epochs draw of them."""
+"""Preview of a recipe's augmentation: one figure of the validation view and random training views."""
 
 from pathlib import Path
 
@@ -23,17 +23,17 @@ def preview(
     draws: int = 6,
     out: str | Path = "preview.png",
 ) -> Path:
-    """Draw images as training will see them: a row for each, the validation view first, then epoch by epoch.
+    """Draw images as training will see them: one row per image, first the validation view, then views from several epochs.
 
     Args:
-        shards: The folder that `pack` wrote, or its address, as for Loader.
-        recipe: Whose draws and sizes are shown: those of training, but that mixup and cutmix pair other images, of
-            which the neighbor's may be the larger part.
-        images: How many, from the beginning of split "train".
-        draws: How many of each, by epochs spread over the recipe's.
+        shards: The folder written by `pack`, or its address, as for Loader.
+        recipe: Its augmentation and sizes are shown exactly as in training, except that mixup and cutmix pair other images.
+            The partner may be the larger part of a mixed image.
+        images: Number of images, from the start of split "train".
+        draws: Number of training views per image, from epochs spread over the recipe's epochs.
         out: The PNG to write.
 
-    Returns its path. Raises ArgumentError, and ShardError and SampleError as Loader does.
+    Returns the path of the PNG. Raises ArgumentError if an argument is invalid, ShardError and SampleError as Loader does.
     """
     out = Path(out)
     require(1 <= images <= 100, "images", "1 .. 100", images)
@@ -56,9 +56,9 @@ def preview(
 def views(
     shards: str | Path | Remote, recipe: Recipe, images: int, draws: int
 ) -> tuple[list[str], dict[str, NDArray[np.uint8]]]:
-    """(the N images' classes, {"validation" or "epoch K": their images (N, H, W, 3)})."""
+    """Return the classes of N images, and {"validation" or "epoch K": their views, (N, H, W, 3) uint8}."""
     view = view_of(recipe)
-    even = images + images % 2  # or mixup would leave one over
+    even = images + images % 2  # mixup needs pairs
     loader = Loader(shards, batch_size=even, augment=view, seed=recipe.seed, device="cpu", shuffle=False, tail="pad")
     augments = {"validation": (0, view)}
     for epoch in np.linspace(0, recipe.epochs - 1, draws).round().astype(int).tolist():

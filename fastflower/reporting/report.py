@@ -1,4 +1,4 @@
-"""The picture of a run: history.csv, figures (*.png) and one report.html that opens anywhere."""
+"""Report of a run: history.csv, figures (*.png), TensorBoard events and a self-contained report.html."""
 
 import base64
 import csv
@@ -23,29 +23,30 @@ _MISTAKES = 12  # images shown
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `train` returns."""
+    """Result of a run, as returned by `train`."""
 
     folder: Path
-    """Of the run: history.csv, checkpoint-best.pt, checkpoint-last.pt, report.html, its figures (*.png), and where the package
-    is installed tensorboard."""
+    """The run's folder: history.csv, checkpoint-best.pt, checkpoint-last.pt, report.html, figures (*.png), and tensorboard if
+    that package is installed."""
     history: list[dict[str, float]]
-    """A row an epoch: epoch, lr, size (pixels), train_loss, train_accuracy, images_per_second, train_seconds,
-    wait_seconds, and where there is a split "val" val_loss, val_accuracy and val_seconds."""
+    """One row per epoch: epoch, lr, size (pixels), train_loss, train_accuracy, images_per_second, train_seconds,
+    wait_seconds, and with a split "val" also val_loss, val_accuracy and val_seconds."""
     best_epoch: int
-    """Of the highest validation accuracy, of equals the lowest validation loss; counted from 1."""
+    """Epoch with the highest validation accuracy, counted from 1; ties go to the lowest validation loss."""
     scores: Scores | None
-    """Of the best epoch on split "val"."""
+    """Scores of the best epoch on split "val"; None without that split."""
 
     @property
     def checkpoint(self) -> Path:
-        """The network of the best epoch."""
+        """Path of the best epoch's checkpoint."""
         return self.folder / "checkpoint-best.pt"
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
-    """The epoch, counted from 1, of the highest validation accuracy, of equals that of the lowest loss, of equals the first.
+    """Return the epoch with the highest validation accuracy, counted from 1.
 
-    A small split gives many epochs the same accuracy. It is the last epoch where nothing was validated.
+    Ties, which are common with a small split, go to the lowest loss, then to the first epoch. Without validation it is the
+    last epoch.
     """
     if "val_accuracy" not in history[-1]:
         return len(history)
@@ -53,19 +54,19 @@ def best_epoch(history: list[dict[str, float]]) -> int:
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:
-    """A row of the history in words."""
+    """Format a row of the history for the log."""
     text = f"epoch {row['epoch']:.0f}/{epochs}: train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:.1%}"
     if "val_accuracy" in row:
         text += f", val loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.1%}"
     text += f", {row['size']:.0f} pixels, {row['images_per_second']:.0f} images/s"
-    return f"{text}, {row['wait_seconds']:.1f} of {row['train_seconds']:.1f} s waiting"
+    return f"{text}, waited for data {row['wait_seconds']:.1f} of {row['train_seconds']:.1f} s"
 
 
 @contextmanager
 def tensorboard(folder: Path) -> Generator[Callable[[dict[str, float]], None]]:
-    """Within, what is yielded writes a row of the history into the run's folder "tensorboard".
+    """Yield a function that writes a row of the history to the run's folder "tensorboard".
 
-    It does nothing where the package is not installed.
+    The function does nothing if the package tensorboard is not installed.
     """
     if find_spec("tensorboard") is None:
         yield lambda _: None
@@ -85,7 +86,7 @@ def tensorboard(folder: Path) -> Generator[Callable[[dict[str, float]], None]]:
 
 
 def write_history(folder: Path, history: list[dict[str, float]]) -> None:
-    """Write history.csv whole, after every epoch."""
+    """Write the whole history to history.csv."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(history[-1]), lineterminator="\n")
     writer.writeheader()
@@ -102,13 +103,13 @@ def write_report(
     scores: Scores | None,
     val: Loader | None,
 ) -> None:
-    """Draw the run and write it into its folder."""
-    pictures = {"curves": curves(history)}
+    """Write the figures and report.html into the run's folder."""
+    figures = {"curves": curves(history)}
     mistakes: list[dict[str, object]] = []
     if scores is not None and val is not None:
-        pictures["confusion"] = confusion(scores)
+        figures["confusion"] = confusion(scores)
         mistakes = _mistakes(scores, val)
-    for name, data in pictures.items():
+    for name, data in figures.items():
         write_atomically(folder / f"{name}.png", data)
     template = Environment(loader=PackageLoader("fastflower.reporting"), autoescape=True).get_template("report.html")
     html = template.render(
@@ -117,14 +118,14 @@ def write_report(
         history=history,
         best=history[best_epoch - 1],
         scores=scores,
-        pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
+        figures={name: base64.b64encode(data).decode() for name, data in figures.items()},
         mistakes=mistakes,
     )
     write_atomically(folder / "report.html", html.encode("utf-8", "backslashreplace"))
 
 
 def _mistakes(scores: Scores, val: Loader) -> list[dict[str, object]]:
-    """The images that were given to a wrong class with the highest probability."""
+    """Return the most confident mistakes on split "val"."""
     predicted = scores.predictions
     wrong = np.flatnonzero(predicted != scores.labels)
     worst = wrong[np.argsort(-scores.confidence[wrong], kind="stable")][:_MISTAKES]

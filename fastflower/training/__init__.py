@@ -1,4 +1,4 @@
-"""One straight loop, and what it needs.
+"""The training loop and its parts.
 
-In come shards and a `Recipe`; out go checkpoints, a history and a report. Read `trainer` first, then `run`.
+Takes shards and a `Recipe`; writes checkpoints, a history and a report. Read `trainer` first, then `run`.
 """

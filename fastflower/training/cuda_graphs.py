@@ -1,4 +1,4 @@
-"""Steps recorded once as graphs of CUDA kernels, and replayed."""
+"""Capture and replay of training steps as CUDA graphs."""
 
 import gc
 from collections.abc import Callable, Generator
@@ -14,21 +14,21 @@ from fastflower.training.averaging import tensors_of
 from fastflower.training.optimizer import state_of, zero_state
 
 Outcome = tuple[Tensor, Tensor]
-"""Of a step: mean loss and hits, (), on the device."""
+"""Mean loss and number of correct predictions of a step, both (), on the device."""
 Work = Callable[[], Outcome]
 """A step on a batch that always lies in the same tensors."""
 Capture = Callable[[Work], Work]
-"""Takes such a step, and gives what does its work again; may do it meanwhile."""
+"""Captures a step, possibly running it, and returns a function that replays it."""
 
-_WARM_UPS = 3  # as torch's notes on CUDA graphs have it: what is made at a first run is made before the recording
+_WARM_UPS = 3  # as in torch's notes on CUDA graphs, so that lazy initialization precedes the capture
 
 
 @contextmanager
 def unchanged(network: nn.Module, optimizer: Optimizer, generator: torch.Generator) -> Generator[None]:
-    """Steps within leave no trace: weights, batch norms, the optimizer's state and random numbers are put back, in place.
+    """Undo all steps inside the context: restore weights, batch norms, optimizer state and random numbers, in place.
 
-    State that the first of them made is set to zero, which is what torch's optimizers begin with: Adam's as it is made, SGD's
-    because its first momentum is the gradient, and so is momentum * 0 + gradient (dampening is 0 here).
+    Optimizer state created by these steps is set to zero. Adam starts with zeros. SGD starts with the gradient as momentum,
+    which equals momentum * 0 + gradient because dampening is 0.
     """
     tensors = [*tensors_of(network), *state_of(optimizer)]
     before, random = [tensor.detach().clone() for tensor in tensors], generator.get_state()
@@ -43,30 +43,30 @@ def unchanged(network: nn.Module, optimizer: Optimizer, generator: torch.Generat
 
 
 def graphs_of(recipe: Recipe, device: torch.device, precision: torch.dtype) -> Capture | None:
-    """What records a run's steps, or None where they are not all alike to the device.
+    """Return what captures a run's steps, or None if the recipe forbids it or steps differ from each other.
 
-    So it is on several ranks, with gradients that wait for the next batch's, and where float16's loss is scaled, which is decided
-    in Python; torch.compile makes graphs of its own.
+    Steps differ with several ranks, with gradient accumulation, and with float16, which decides in Python whether to skip an
+    update. torch.compile captures its own graphs.
     """
-    alike = distributed.world_size() == 1 and recipe.accumulate == 1 and precision != torch.float16
-    return Graphs(device) if recipe.graph and device.type == "cuda" and alike and not recipe.compile else None
+    same = distributed.world_size() == 1 and recipe.accumulate == 1 and precision != torch.float16
+    return Graphs(device) if recipe.graph and device.type == "cuda" and same and not recipe.compile else None
 
 
 class Graphs:
-    """Records functions as CUDA graphs.
+    """Captures functions as CUDA graphs that share one memory pool.
 
-    They share one pool of memory, so that a run takes that of its largest: no two are replayed at once, and none reads what
-    another left there.
+    Sharing is safe because no two graphs replay at once and none reads what another left in the pool. A run then needs only
+    the memory of its largest graph.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # One stream for all: cuBLAS keeps a workspace a stream, which the warm-up makes outside the pool.
+        # One stream for all graphs: cuBLAS allocates a workspace per stream, during the warm-up, outside the pool.
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:
-        """Do the work three times, record it, and give what replays the record; its outcome always lies in one place."""
+        """Run the work three times, capture it, and return a function that replays it into the same output tensors."""
         graph, stream = torch.cuda.CUDAGraph(), self._stream
         with torch.cuda.device(self._device):
             before = torch.cuda.current_stream()
@@ -76,14 +76,14 @@ class Graphs:
                     work()
             before.wait_stream(stream)
             try:
-                # thread_local: the loader's threads go on allocating and copying meanwhile, on other streams.
+                # thread_local: the loader's threads keep allocating and copying on other streams.
                 with _no_collection(), torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                     outcome = work()
             except RuntimeError:
-                self._mend_generator()
+                self._reset_generator()
                 raise
             finally:
-                torch.cuda.set_stream(before)  # where a recording fails, torch leaves its own
+                torch.cuda.set_stream(before)  # if the capture fails, torch does not restore it
 
         def replay() -> Outcome:
             graph.replay()
@@ -91,15 +91,15 @@ class Graphs:
 
         return replay
 
-    def _mend_generator(self) -> None:
-        """torch 2.11 leaves it as being recorded, which dropout refuses; another recording's end mends it."""
+    def _reset_generator(self) -> None:
+        """Run an empty capture: in torch 2.11, a failed one leaves the random generator unusable for dropout."""
         with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
             torch.zeros(1, device=self._device)
 
 
 @contextmanager
 def _no_collection() -> Generator[None]:
-    """Collect no garbage within: what is freed with it, such as a pipeline of DALI, would break a recording."""
+    """Disable garbage collection: freeing an object such as a DALI pipeline would break the capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Says what holds training back: the same loop as training, fed for some seconds, and the loader's clock."""
+"""Bottleneck diagnosis: times data loading alone and training alone for a few seconds each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,25 +19,25 @@ from fastflower.training.run import Run
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What was measured; its text says what to do."""
+    """Measured rates. Its text names the bottleneck and a remedy."""
 
     loading_rate: float
-    """Images/s of the loader alone, decoding each."""
+    """Images/s of data loading without training, decoding every image."""
     training_rate: float
-    """Images/s of forward, backward and step on one batch again and again."""
+    """Images/s of training steps on one batch, without data loading."""
     stats: Stats
-    """Of the loader alone."""
+    """Timing of the data loading."""
     device: str
 
     def __str__(self) -> str:
-        """A short table and a sentence."""
-        faster = self.loading_rate / self.training_rate
-        held = f"training holds the job back: it can be fed {faster:.1f} times as fast as it takes images."
+        """Format the rates and the loader's timing as a table, followed by a verdict."""
+        ratio = self.loading_rate / self.training_rate
+        verdict = f"training is the bottleneck: data loading alone is {ratio:.1f} times as fast."
         lines = (
-            f"feeding alone   {self.loading_rate:8.1f} images/s, decoding each",
+            f"loading alone   {self.loading_rate:8.1f} images/s, decoding every image",
             f"training alone  {self.training_rate:8.1f} images/s on {self.device}",
             str(self.stats).rpartition("\n")[0],
-            held if faster >= 1 else self.stats.verdict,
+            verdict if ratio >= 1 else self.stats.verdict,
         )
         return "\n".join(lines)
 
@@ -49,15 +49,15 @@ def diagnose(
     seconds: float = 5.0,
     device: str | torch.device | None = None,
 ) -> Diagnosis:
-    """Feed SHARDS for some seconds without training, then train on one batch for as long.
+    """Find the bottleneck of training: time data loading alone, then training on one batch.
 
     Args:
-        shards: The folder that `pack` wrote, or its address, as for Loader.
-        recipe: What is to be trained.
-        seconds: Of each measurement, after its first batch.
-        device: None means CUDA where there is one, else the CPU.
+        shards: The folder written by `pack`, or its address, as for Loader.
+        recipe: The recipe to diagnose. Runs with random weights, which take the same time as pretrained ones.
+        seconds: Length of each of the two measurements, after its first batch.
+        device: None uses CUDA if available, otherwise the CPU.
 
-    Raises ShardError, ArgumentError and DeviceError as Loader does.
+    Returns the rates; print them to see the bottleneck. Raises ShardError, ArgumentError and DeviceError as Loader does.
     """
     recipe = replace(recipe or Recipe(), weights=None)
     require(seconds > 0, "seconds", "above 0", seconds)
@@ -88,7 +88,7 @@ def diagnose(
 
 
 def _rate(work: Callable[[], int], seconds: float) -> float:
-    """Images/s of work that gives how many it dealt with, done again and again for so long."""
+    """Repeat work, which returns a number of images, for some seconds; return images/s."""
     images, start = 0, perf_counter()
     while perf_counter() - start < seconds:
         images += work()

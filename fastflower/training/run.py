@@ -1,4 +1,4 @@
-"""A run under way: one straight loop over epochs and steps."""
+"""The training loop: epochs, steps, validation, checkpoints and resuming."""
 
 import logging
 from collections.abc import Callable, Generator, Iterator
@@ -36,13 +36,13 @@ from fastflower.training.tally import Tally, first_not_finite
 
 _log = logging.getLogger("fastflower")
 
-_LONG = 10.0  # seconds of validation after which an epoch's training is saved
-_RECALIBRATION = 20  # batches; as many as a running mean of momentum 0.1 remembers
-_ADVICE = "train anew (another out) with a lower lr, warm-up (warmup_epochs) or clipped gradients (clip_norm)"
+_LONG = 10.0  # seconds of validation after which the finished training of the epoch is saved
+_RECALIBRATION = 20  # batches; roughly the memory of a running mean with momentum 0.1
+_ADVICE = "start a new run (another out) with a lower lr, warm-up (warmup_epochs) or gradient clipping (clip_norm)"
 
 
 class Run:
-    """A run under way: network, optimizer and loaders, as `train` uses them and benchmarks time them."""
+    """Network, optimizer and loaders of a run, as `train` uses them and benchmarks time them."""
 
     def __init__(
         self,
@@ -60,10 +60,10 @@ class Run:
         self._save_steps, self._stop = save_steps, stop
         self.loader, self.val = self._loaders(shards)
         self.classes = self.loader.manifest.classes
-        torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]  (torch does not type it)
-        # A resumed run has weights of its own, but each training of a soup begins with the recipe's.
+        torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]  (untyped in torch)
+        # A resumed run brings its own weights, but each run of a model soup starts from the recipe's.
         weights = None if start and recipe.soup == 1 else recipe.weights
-        classes, freeze = self.classes, recipe.freeze
+        freeze, classes = recipe.freeze, self.classes
         network = build(recipe.backbone, len(classes), weights=weights, freeze=freeze, classes=classes)
         self.network = on_device(network, self.device)
         self.optimizer = optimizer_of(self.network, recipe)
@@ -72,17 +72,17 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self.history: list[dict[str, float]] = []
         self._interrupted: EpochSoFar = {}
-        self._tally: Tally | None = None  # of the epoch under way
-        self._statistics: dict[str, Tensor] = {}  # of batch norms, while they are being computed anew
+        self._tally: Tally | None = None  # of the current epoch
+        self._statistics: dict[str, Tensor] = {}  # batch norm statistics to save during a recalibration
         if start:
             self._restore(start)
         train_mode(self.network, recipe.freeze)
         capture = graphs_of(recipe, self.device, self.precision)
-        # With weights and state as restored: a graph is of these very tensors.
+        # After restoring, because CUDA graphs refer to these tensors.
         self.stepper = Stepper(self.network, self.optimizer, self.scaler, recipe, self.device, self.precision, capture)
 
     def _loaders(self, shards: str | Path | Remote) -> tuple[Loader, Loader | None]:
-        """Of the splits "train" and "val", which may be missing."""
+        """Create the loaders of splits "train" and "val"; the latter is None if the split is missing or empty."""
         recipe, batch_size = self.recipe, distributed.share(self.recipe.batch_size)
         make = partial(Loader, shards, batch_size=batch_size, device=self.device, dtype=self.precision)
         shuffle = "balanced" if recipe.balanced else True
@@ -92,7 +92,7 @@ class Run:
             return train, make("val", augment=view_of(recipe))
         if distributed.rank() == 0:
             _log.warning(
-                "%s: has no images in split 'val', so nothing is validated: %s is of the last epoch", shards, BEST
+                "%s: split 'val' has no images, so nothing is validated; %s holds the last epoch", shards, BEST
             )
         return train, None
 
@@ -100,15 +100,15 @@ class Run:
         place = self.folder / LAST
         if start.classes != self.classes:
             theirs, ours = ", ".join(start.classes), ", ".join(self.classes)
-            raise CheckpointError(f"{place}: was trained on {theirs}, these shards have {ours}; resume on the same.")
+            raise CheckpointError(f"{place}: was trained on {theirs}, these shards have {ours}; resume on its shards.")
         try:
             self.loader.load_state_dict(start.feeding)
         except FastflowerError as error:
             reason = str(error)
             if start.feeding["shards"] != self.loader.state_dict()["shards"]:
-                reason = "was trained on other shards; resume on the same, or name another out, which may start from this file."
+                reason = "was trained on other shards; resume on those, or choose a new out with this file as weights."
             raise CheckpointError(f"{place}: {reason}") from None
-        val = self._feeding()["val"]
+        val = self._loader_state()["val"]
         if start.feeding.get("val", val) != val:
             raise CheckpointError(f"{place}: was validated on another split 'val'; resume on the same shards.")
         self.network.load_state_dict(start.trained or start.model)
@@ -119,25 +119,25 @@ class Run:
         self.history, self._interrupted = list(start.history), start.tally
         self._warn_of_changes(start.environment)
         if self._finished():
-            _log.info("%s: was finished after epoch %d", self.folder, start.epoch)
+            _log.info("%s: already finished after epoch %d", self.folder, start.epoch)
         else:
             _log.info("%s: resumed in epoch %d after %d steps", self.folder, start.epoch + 1, start.step)
 
     def _warn_of_changes(self, then: dict[str, str]) -> None:
-        """Warn of what changed in the environment since the checkpoint, and changes the numbers."""
+        """Warn of changes in the environment since the checkpoint that affect results."""
         now = environment(self.device, self.precision)
         for name in ("device", "precision", "threads", "torch", "ranks"):
-            follows = "the last bits will differ"
+            effect = "results will differ in the last bits"
             if name == "ranks" and not self.recipe.sync_batchnorm:
-                follows += ", and all where batch norms are trained, which see their rank's part of a batch only"
+                effect += ", or more if batch norms are trained, because they see only their rank's part of a batch"
             if then.get(name) != now[name] and distributed.rank() == 0:
-                _log.warning("%s: %s was %s, now %s: %s", self.folder / LAST, name, then.get(name), now[name], follows)
+                _log.warning("%s: %s was %s, now %s: %s", self.folder / LAST, name, then.get(name), now[name], effect)
 
     @property
     def scored(self) -> nn.Module:
-        """The network that is validated and saved.
+        """The network to validate and save.
 
-        That is the average of an EMA; of a soup the mean where a training of it has just ended; else the one in training.
+        This is the average for an EMA, the mean at the end of each run of a model soup, otherwise the network being trained.
         """
         if self.average is None:
             return self.network
@@ -149,15 +149,15 @@ class Run:
         return self.average.network if self._ends_training(epochs - 1) else self.network
 
     def _ends_training(self, epoch: int) -> bool:
-        """Whether an epoch, counted from 0, is the last of a training: of the run's only one, or of one of the soup."""
+        """Return whether an epoch, counted from 0, is the last of the training or of one run of a model soup."""
         return (epoch + 1) % self.recipe.epochs_per_training == 0
 
     def train(self) -> Report:
-        """Train the epochs that are left; validate, save and log after each; write the report at the end."""
+        """Train the remaining epochs; validate, save and log after each; write the report at the end."""
         first = distributed.rank() == 0
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.history:  # a kill may have come before its last row
+            if self.history:  # a killed run may lack the last row
                 write_history(self.folder, self.history)
         scores = None
         with tensorboard(self.folder) if first else nullcontext() as write_events:
@@ -175,17 +175,17 @@ class Run:
         best = best_epoch(self.history)
         if self.val and (scores is None or best != len(self.history)):
             kept = Checkpoint.load(self.folder / BEST)
-            best = kept.epoch  # of a run that an older version began: the first of equals
+            best = kept.epoch  # a run started by an older version resolves ties differently
             self.scored.load_state_dict(kept.model)
             scores = self._score(self.val)
         if first:
             write_report(self.folder, self.recipe, self.classes, self.history, best, scores, self.val)
         distributed.wait_for_all()
-        self._save_or_stop()  # also where nothing is left to do, or a SIGTERM of the last epoch would be lost
+        self._save_or_stop()  # SIGTERM may have come after the last epoch
         return Report(self.folder, self.history, best, scores)
 
     def epoch(self, epoch: int) -> tuple[dict[str, float], Scores | None]:
-        """Train and validate: a row of the history, and the scores where there is a split "val"."""
+        """Train and validate one epoch; return a row of the history, and the scores if there is a split "val"."""
         row = {"epoch": epoch + 1, **self.train_epoch(epoch)}
         start = perf_counter()
         if self.recipe.recalibrate and self._ends_training(epoch):
@@ -196,14 +196,14 @@ class Run:
         scores = self._score(self.val)
         if not isfinite(scores.loss):
             raise TrainingError(
-                f"{self.folder}: the validation loss is not finite after epoch {epoch + 1}; {_ADVICE}. {LAST}, if there "
-                f"is one, is from before."
+                f"{self.folder}: the validation loss is not finite after epoch {epoch + 1}; {_ADVICE}. {LAST}, if it "
+                f"exists, was saved earlier."
             )
         row |= {"val_loss": scores.loss, "val_accuracy": scores.accuracy, "val_seconds": perf_counter() - start}
         return row, scores
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the training split, or what an interruption left of it; its row of the history."""
+        """Train one epoch, or the rest of an interrupted one; return its part of the history row."""
         recipe, loader, steps, batch_size = self.recipe, self.loader, len(self.loader), self.loader.global_batch_size
         save_every = self._save_steps * recipe.accumulate if self._save_steps else steps + 1
         tally = self._begin_epoch(epoch)
@@ -216,9 +216,9 @@ class Run:
         )
         begun = perf_counter() - tally.seconds
         with fastest_convolutions(self.device), bar, _batches_of(loader) as batches:
-            waited = tally.waited - loader.stats().wait_seconds  # its clock stands while it waits for the GPU
+            waited = tally.waited - loader.stats().wait_seconds  # the loader's clock excludes its waits for the GPU
             for step, (images, labels, _) in enumerate(batches, start=tally.steps):
-                first = step - step % recipe.accumulate  # of the batches that share an update
+                first = step - step % recipe.accumulate  # of the batches in the same update
                 last = min(first + recipe.accumulate, steps) - 1
                 self._prepare(epoch * steps + step, steps)
                 tally.add(*self.step(images, labels, last + 1 - first, update=step == last))
@@ -247,7 +247,7 @@ class Run:
         }
 
     def _begin_epoch(self, epoch: int) -> Tally:
-        """Bring network, loader and tally to where the epoch goes on: at its first step, or where it was interrupted."""
+        """Prepare network, loader and tally to start an epoch, or to resume it after an interruption."""
         train_mode(self.network, self.recipe.freeze)
         tally = self._tally = Tally(len(self.loader), self.device, self._interrupted)
         self._interrupted = {}
@@ -261,26 +261,26 @@ class Run:
         return tally
 
     def step(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> tuple[Tensor, Tensor]:
-        """One batch, the gradients of `together` batches averaged before an update; (mean loss, hits), until the next step."""
+        """Train on one batch, see `Stepper`; the next step may overwrite the returned tensors."""
         return self.stepper(images, labels, together, update=update)
 
     def _prepare(self, step: int, steps_per_epoch: int) -> None:
-        """The rate of a step, counted over all epochs, and the random numbers of its dropout, which are functions of it."""
+        """Set the learning rate and the dropout seed of a step, counted over all epochs."""
         set_rate(self.optimizer, self.recipe.lr_at(step, steps_per_epoch))
         generator_of(self.device).manual_seed(stream_key(self.recipe.seed, step, distributed.rank()) >> 1)
 
     def _require_finite(self, step: int | None, epoch: int) -> None:
-        """Raise for the step whose loss is not finite, if there is one."""
+        """Raise TrainingError for a step with a non-finite loss; do nothing for None."""
         if step is None:
             return
         places = [self.loader.where(index) for index in self.loader.indices(epoch, step).tolist()]
         raise TrainingError(
-            f"{self.folder}: the loss is not finite in epoch {epoch + 1}, step {step + 1}; {_ADVICE}, and look at the batch. "
-            f"{LAST}, if there is one, is from before. The batch: {'; '.join(places)}"
+            f"{self.folder}: the loss is not finite in epoch {epoch + 1}, step {step + 1}; {_ADVICE}, and check the batch. "
+            f"{LAST}, if it exists, was saved earlier. Batch: {'; '.join(places)}"
         )
 
     def _recalibrate(self) -> None:
-        """Compute batch norms' statistics anew; what is saved meanwhile has the old ones."""
+        """Recompute batch norm statistics; a checkpoint saved meanwhile holds the old ones."""
         position = self.loader.state_dict()
         self.loader.set_augment(view_of(self.recipe))
         self._statistics = {name: value.clone() for name, value in self.scored.named_buffers()}
@@ -290,12 +290,12 @@ class Run:
         self.loader.load_state_dict(position)
 
     def _score(self, val: Loader) -> Scores:
-        steps = -(-val.num_samples // val.global_batch_size)  # of all ranks; one may have no part of the last
+        steps = -(-val.num_samples // val.global_batch_size)  # of all ranks; one may have no part of the last step
         batches = self._watched(val, steps)
         return measure(self.scored, batches, self.classes, tta=self.recipe.tta, paths=val.paths)
 
     def _watched(self, loader: Loader, steps: int) -> Iterator[Batch]:
-        """Batches that nothing is trained on. Before each SIGTERM is obeyed; where they take long, the training is saved once."""
+        """Yield batches without training, checking for SIGTERM before each. If they take long, save the epoch's training once."""
         ends = perf_counter() + _LONG
         with _batches_of(loader) as batches:
             for _ in range(steps):
@@ -310,7 +310,7 @@ class Run:
         return done >= self.recipe.epochs or stale
 
     def _save_or_stop(self, *, due: bool = False) -> None:
-        """Save an epoch under way where that is due, and save it and stop where a rank got SIGTERM."""
+        """Save the current epoch if due or if any rank got SIGTERM; raise StoppedError after a SIGTERM."""
         stop, tally = distributed.any_rank(self._stop()), self._tally
         if tally and (stop or due):
             self._save()
@@ -319,9 +319,10 @@ class Run:
             place = f"in epoch {epoch + 1}, step {tally.steps}" if tally else f"after epoch {epoch}"
             if tally and tally.trained:
                 place = f"in the validation of epoch {epoch + 1}"
-            raise StoppedError(f"{self.folder}: stopped by SIGTERM {place}, and saved; resume=True (--resume) goes on.")
+            remedy = "pass resume=True (--resume) to continue"
+            raise StoppedError(f"{self.folder}: stopped by SIGTERM {place}, and saved; {remedy}.")
 
-    def _feeding(self) -> dict[str, object]:
+    def _loader_state(self) -> dict[str, object]:
         return {**self.loader.state_dict(), "val": self.val.state_dict()["shards"] if self.val else None}
 
     def _save(self) -> None:
@@ -329,7 +330,7 @@ class Run:
         self._require_finite(first_not_finite(tally.get("losses", torch.zeros(0))), len(self.history))
         tensors = [*tensors_of(self.network), *tensors_of(self.scored)]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            raise TrainingError(f"{self.folder}: weights are not finite any more, and were not saved; {_ADVICE}.")
+            raise TrainingError(f"{self.folder}: weights are no longer finite and were not saved; {_ADVICE}.")
         if distributed.rank() > 0:
             return
         checkpoint = Checkpoint(
@@ -341,17 +342,17 @@ class Run:
             epoch=len(self.history),
             history=self.history,
             tally=tally,
-            feeding=self._feeding(),
+            feeding=self._loader_state(),
             optimizer=plain_state(self.optimizer),
             scaler=self.scaler.state_dict(),
             environment=environment(self.device, self.precision),
         )
         best = self.folder / BEST if not tally and best_epoch(self.history) == len(self.history) else None
         if best:
-            checkpoint.save(best)  # first: what is resumed from LAST finds it
+            checkpoint.save(best)  # first, so a run resumed from LAST finds it
         checkpoint.save(self.folder / LAST, twin=best)
 
 
 def _batches_of(loader: Loader) -> closing[Generator[Batch]]:
-    """As a context: its batches, whose threads end with it: an error's traceback would keep them until some collection."""
+    """Return a context manager for a loader's batches that ends its threads, even if an error's traceback holds the iterator."""
     return closing(cast("Generator[Batch]", iter(loader)))

@@ -1,4 +1,4 @@
-"""The folder of a run: which one it is, and that no two runs share it."""
+"""The folder of a run: choosing it, and locking out other runs."""
 
 import os
 from collections.abc import Generator
@@ -10,64 +10,61 @@ from fastflower.errors import ArgumentError, CheckpointError, HeldError
 from fastflower.files import PARTIAL, locked
 from fastflower.models.checkpoint import LAST
 
-_LOCK = ".lock"  # in the folder of a run
+_LOCK = ".lock"  # in a run's folder
+_REMEDY = "pass resume=True (--resume), or choose another out"
 
 
 def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
-    """Where a run goes: `out`, or the first of runs/BACKBONE, runs/BACKBONE-2, ... that is free; makes nothing.
+    """Return `out`, or the first unused of runs/BACKBONE, runs/BACKBONE-2, ..., without creating it.
 
-    Raises ArgumentError where it cannot be made.
+    Raises ArgumentError if the folder cannot be created, or if `resume` comes without `out`.
     """
     if out is None:
         if resume:
-            raise ArgumentError("resume: name the run's folder with out (--out).")
+            raise ArgumentError("resume: pass the run's folder as out (--out).")
         tries = (Path("runs", backbone + (f"-{number}" if number > 1 else "")) for number in range(1, 10**6))
         return next(folder for folder in tries if not folder.exists())
     folder = Path(out)
-    stands = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not (stands.is_dir() and os.access(stands, os.W_OK | os.X_OK)):
-        raise ArgumentError(
-            f"out: {folder} cannot be made, {stands} is no folder that can be written to; name another."
-        )
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise ArgumentError(f"out: cannot create {folder}: {above} is not a writable folder; choose another out.")
     return folder
 
 
 @contextmanager
 def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
-    """Make a run's folder and keep other runs out of it: rank 0 does, and where it cannot all ranks raise its error.
+    """Create and lock a run's folder on rank 0; if that fails, raise the same error on all ranks.
 
-    new  there must be none yet. A folder in which nothing was written does not stay.
+    new  The folder must not exist yet. If nothing is written to a created folder, it is removed at the end.
 
-    Raises CheckpointError where another run holds it, saying which, or where it holds a run that is not to be resumed; OSError.
+    Raises CheckpointError if another run uses the folder, or if it holds a run and `resume` is False. Raises OSError if
+    the folder cannot be created or locked.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    created = [place for place in (folder, *folder.parents) if not place.exists()]
     with ExitStack() as stack:
         failed: Exception | None = None
         if distributed.rank() == 0:
-            stack.callback(_clear, made)
+            stack.callback(_remove_empty, created)
             try:
                 folder.mkdir(parents=True, exist_ok=not new)
                 alone = stack.enter_context(locked(folder / _LOCK))
                 stack.callback((folder / _LOCK).unlink, missing_ok=True)
                 if not resume and (folder / LAST).exists():
-                    told = "holds a run already; pass resume=True (--resume), or name another out"
-                    failed = CheckpointError(f"{folder}: {told}.")
-                for left in folder.glob(PARTIAL) if alone else ():  # by a run that was killed
-                    left.unlink(missing_ok=True)
+                    failed = CheckpointError(f"{folder}: already holds a run; {_REMEDY}.")
+                for partial in folder.glob(PARTIAL) if alone else ():  # left by a killed run
+                    partial.unlink(missing_ok=True)
             except FileExistsError:
-                failed = CheckpointError(f"{folder}: another run took it meanwhile; start again, or name out.")
+                failed = CheckpointError(f"{folder}: another run just took this folder; start again, or pass out.")
             except HeldError as error:
-                wait = "wait for it and pass resume=True (--resume), or name another out"
-                failed = CheckpointError(f"{folder}: another run trains here ({error}); {wait}.")
+                failed = CheckpointError(f"{folder}: another run is training here ({error}); wait, then {_REMEDY}.")
             except OSError as error:
                 failed = error
-        failed = distributed.gathered(failed)[0]
-        if failed is not None:
+        if failed := distributed.gathered(failed)[0]:
             raise failed
         yield
 
 
-def _clear(folders: list[Path]) -> None:
+def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):  # not empty
             folder.rmdir()

@@ -1,4 +1,4 @@
-"""One step of training; on CUDA it is recorded once, as a graph of kernels, and replayed."""
+"""One training step; on CUDA it is captured as a CUDA graph and replayed."""
 
 import logging
 from collections.abc import Callable, Hashable
@@ -19,10 +19,10 @@ _log = logging.getLogger("fastflower")
 
 
 class Stepper:
-    """Forward, loss, backward, clipping, update and count of hits: a call a batch.
+    """Runs forward, loss, backward, clipping and update for one batch per call.
 
-    With `capture` the first batch of each shape is recorded, in the mode (training, frozen batch norms) that the network is in
-    then, and all are replayed; what a call gave is overwritten by the next. Without, each is carried out kernel by kernel.
+    With `capture`, the first batch of each shape is captured and all batches are replayed. The capture keeps the network's
+    current mode (training, frozen batch norms), and each call overwrites the last outcome. Without `capture`, steps run eagerly.
     """
 
     def __init__(
@@ -38,30 +38,32 @@ class Stepper:
         self._network, self._optimizer, self._scaler, self._recipe = network, optimizer, scaler, recipe
         self._device, self._precision = device, precision
         self._criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-        self._on_its_own: Callable[[], AbstractContextManager[object]] = nullcontext
+        self._no_sync: Callable[[], AbstractContextManager[object]] = nullcontext
         self._model: Callable[[Tensor], Tensor] = self._wrapped()
         self._capture = capture
         self._replays: dict[Hashable, Callable[[Tensor, Tensor], Outcome]] = {}
 
     def __call__(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> Outcome:
-        """One batch, the gradients of `together` batches averaged before an update; (mean loss, hits), detached.
+        """Train on one batch; return (mean loss, number of correct predictions), detached.
 
-        labels  (N,), or (N, K) of mixed images, of which the larger share counts as a hit.
+        labels    (N,), or (N, K) probabilities for mixed images, where the class with the larger part counts as correct.
+        together  Number of batches whose gradients are averaged before an update.
+        update    False only accumulates the gradients.
         """
         if self._capture is None or together > 1 or not update:
             return self._eager(images, labels, together, update=update)
         key = (images.shape, images.dtype, labels.shape, labels.dtype, self._network.training)
         if key not in self._replays:
-            self._replays[key] = self._recorded(self._capture, images, labels)
+            self._replays[key] = self._captured(self._capture, images, labels)
         return self._replays[key](images, labels)
 
     @property
     def replays(self) -> bool:
-        """Whether a step has been recorded, and is replayed."""
+        """Whether a step has been captured and is replayed."""
         return bool(self._replays)
 
     def _eager(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> Outcome:
-        with self._on_its_own() if not update else nullcontext():
+        with self._no_sync() if not update else nullcontext():
             with torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision != torch.float32):
                 logits = self._model(images)
                 loss: Tensor = self._criterion(logits, labels)
@@ -73,21 +75,21 @@ class Stepper:
                 nn.utils.clip_grad_norm_(self._network.parameters(), self._recipe.clip_norm)
             self._scaler.step(self._optimizer)
             self._scaler.update()
-            # To None: a recording's gradients lie in its own memory, which the next one of another shape uses again.
+            # None, because captured gradients lie in the graph's memory, which the graph of another shape reuses.
             self._optimizer.zero_grad(set_to_none=True)
         return loss.detach(), correct
 
-    def _recorded(self, capture: Capture, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Outcome]:
-        inputs = images.clone(), labels.clone()  # where every batch of this shape goes; channels-last stays
+    def _captured(self, capture: Capture, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Outcome]:
+        inputs = images.clone(), labels.clone()  # every batch of this shape is copied here; keeps channels-last
         try:
             with unchanged(self._network, self._optimizer, generator_of(self._device)):
                 replay = capture(lambda: self._eager(*inputs))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # another thread's cudaDeviceSynchronize, such as DALI's, spoils a recording
+        except RuntimeError as error:  # for example, DALI synchronized the device in another thread
             self._optimizer.zero_grad(set_to_none=True)
-            self._capture = None  # the next would fail, too: torch 2.11 leaves the pool as being recorded to
-            _log.warning("a step could not be recorded as a CUDA graph (%s); all go kernel by kernel", error)
+            self._capture = None  # the next one would fail too: torch 2.11 leaves the pool in capture mode
+            _log.warning("could not capture a step as a CUDA graph (%s); running all steps eagerly", error)
             return self._eager
 
         def step(images: Tensor, labels: Tensor) -> Outcome:
@@ -98,20 +100,20 @@ class Stepper:
         return step
 
     def _wrapped(self) -> Callable[[Tensor], Tensor]:
-        """The network as training calls it: on several ranks, and compiled where the recipe says so."""
+        """Wrap the network in DistributedDataParallel if there are several ranks, and compile it if the recipe asks for it."""
         model: nn.Module = self._network
         cuda = self._device.type == "cuda"
         if distributed.world_size() > 1:
             if self._recipe.sync_batchnorm and not cuda:
-                raise ArgumentError("sync_batchnorm: torch has SyncBatchNorm on CUDA only; leave it out on the CPU.")
+                raise ArgumentError(
+                    "sync_batchnorm: torch supports SyncBatchNorm only on CUDA; leave it out on the CPU."
+                )
             if self._recipe.sync_batchnorm:
                 model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
             model = DistributedDataParallel(
                 model, device_ids=[self._device] if cuda else None, gradient_as_bucket_view=True
             )
-            self._on_its_own = model.no_sync
-        # CUDA graphs overwrite gradients that wait for those of the next batch.
+            self._no_sync = model.no_sync
+        # CUDA graphs would overwrite accumulated gradients.
         graphs = cuda and self._recipe.accumulate == 1
-        if self._recipe.compile:
-            return torch.compile(model, mode="reduce-overhead" if graphs else None)
-        return model
+        return torch.compile(model, mode="reduce-overhead" if graphs else None) if self._recipe.compile else model

@@ -1,4 +1,4 @@
-"""What an epoch has come to so far: losses and hits that are read without waiting for the device, and when to stop."""
+"""Running totals of an epoch, kept without waiting for the device, and the SIGTERM handler."""
 
 import signal
 import threading
@@ -11,13 +11,14 @@ from torch import Tensor
 from fastflower import distributed
 from fastflower.models.checkpoint import EpochSoFar
 
-_LATEST = 64  # steps that are looked at: a loader lets a GPU lag behind by eight
+_LATEST = 64  # steps checked for finite losses; a GPU lags behind the host by at most eight batches
 
 
 class Tally:
-    """Losses and hits of one epoch on this rank; `state` is what an interrupted epoch left, the same on every rank, or {}.
+    """Losses and number of correct predictions of one epoch on this rank.
 
-    The losses of a CUDA device are copied into pinned memory as they come, so that nothing waits for the device before the end.
+    `state` restores an interrupted epoch and is the same on every rank; {} starts a new one. Losses of a CUDA device are copied
+    to pinned memory asynchronously, so nothing waits for the device before the end of the epoch.
     """
 
     def __init__(self, steps: int, device: torch.device, state: EpochSoFar) -> None:
@@ -26,32 +27,32 @@ class Tally:
         self.seconds = state.get("seconds", 0.0)
         self.waited = state.get("waited", 0.0)
         self.trained = state.get("trained", False)
-        """Whether the epoch's training is over, and a soup has its share of it; what is left is to validate."""
+        """Whether the epoch's training is finished and added to a model soup, so that only validation is left."""
         self._losses = torch.zeros(steps - len(self._before), pin_memory=device.type == "cuda")
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
         self._count = 0
 
     @property
     def steps(self) -> int:
-        """That are done."""
+        """Number of finished steps."""
         return len(self._before) + self._count
 
     def add(self, loss: Tensor, correct: Tensor) -> None:
-        """A step's mean loss and hits, (), on the device."""
+        """Add a step's mean loss and number of correct predictions, both (), on the device."""
         self._losses[self._count].copy_(loss, non_blocking=True)
         self._correct += correct
         self._count += 1
 
     def not_finite(self) -> int | None:
-        """The first step whose loss is not finite, of this rank's latest ones as far as they have arrived."""
+        """Return the first of this rank's latest steps with a non-finite loss, ignoring losses that are still being copied."""
         start = max(0, self._count - _LATEST)
         step = first_not_finite(self._losses[start : self._count])
         return None if step is None else len(self._before) + start + step
 
     def totals(self) -> tuple[Tensor, int]:
-        """Of all ranks together: each step's mean loss, (steps,) float64, and the hits.
+        """Return each step's mean loss, (steps,) float64, and the number of correct predictions, over all ranks.
 
-        Waits for the device; all ranks must ask at the same step.
+        Waits for the device. All ranks must call it at the same step.
         """
         if self._correct.is_cuda:
             torch.cuda.synchronize(self._correct.device)
@@ -60,21 +61,21 @@ class Tally:
         return torch.cat([self._before, losses]), self._before_correct + correct
 
     def state(self) -> EpochSoFar:
-        """The totals and this rank's seconds, for a checkpoint."""
+        """Return the totals and this rank's seconds, for a checkpoint."""
         losses, correct = self.totals()
         return EpochSoFar(losses=losses, hits=correct, seconds=self.seconds, waited=self.waited, trained=self.trained)
 
 
 def first_not_finite(losses: Tensor) -> int | None:
-    """The first of them, (steps,), that is infinite or no number."""
+    """Return the first step with an inf or NaN loss; losses is (steps,)."""
     steps = (~torch.isfinite(losses)).nonzero()
     return int(steps[0]) if len(steps) else None
 
 
 @contextmanager
 def preemption() -> Generator[Callable[[], bool]]:
-    """Within, SIGTERM ends nothing: what is yielded says whether it came. In threads other than the main one it never does."""
-    asked: list[int] = []  # not an Event: its lock would wait for ever when a second signal comes while it is set
+    """Catch SIGTERM; yield a function that tells whether it came. Outside the main thread, nothing is caught."""
+    asked: list[int] = []  # not an Event: a second signal during its set() would deadlock
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
@@ -82,4 +83,4 @@ def preemption() -> Generator[Callable[[], bool]]:
     try:
         yield lambda: bool(asked)
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler in C
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: the handler was set by C code

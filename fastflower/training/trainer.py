@@ -1,4 +1,4 @@
-"""Trains a recipe on shards."""
+"""Training of a recipe on shards."""
 
 from pathlib import Path
 
@@ -26,22 +26,23 @@ def train(
     save_steps: int | None = None,
     device: str | torch.device | None = None,
 ) -> Report:
-    """Train on split "train", score split "val" after every epoch, and write checkpoints, history and report.
+    """Train on split "train", validate on split "val" after every epoch, and write checkpoints, history and report.
 
-    On one machine, with the same number of threads, the same recipe and shards give the same history, also when training
-    was interrupted and resumed. SIGTERM saves after the step under way. Under torchrun the ranks share each batch.
+    On one machine with the same number of threads, the same recipe and shards give the same history, even if the run is
+    interrupted and resumed. SIGTERM saves a checkpoint after the current update and stops. Under torchrun, the ranks split
+    each batch.
 
     Args:
-        shards: The folder that `pack` wrote, or its address, as for Loader.
+        shards: The folder written by `pack`, or its address, as for Loader.
         recipe: What to train, and how.
-        out: The folder of the run; None takes the first of runs/BACKBONE, runs/BACKBONE-2, ... that is free.
-        resume: Go on where the run in `out` was saved last; a run without a checkpoint starts afresh.
-        save_steps: Also save after so many updates of an epoch, for epochs that take hours.
-        device: None means CUDA where there is one, else the CPU.
+        out: The run's folder. None uses the first unused of runs/BACKBONE, runs/BACKBONE-2, ...
+        resume: Continue the run in `out` from its last checkpoint, or start it if there is none.
+        save_steps: Also save after this many updates within an epoch, for epochs that take hours.
+        device: None uses CUDA if available, otherwise the CPU.
 
-    Raises ShardError, CheckpointError, ArgumentError or DeviceError before anything is written; later StoppedError after
-    SIGTERM, TrainingError for a loss that is not finite or a rank that is gone, DeviceError when memory runs out, and
-    CheckpointError or TrainingError when the disk is full.
+    Returns the report of the run. Raises ShardError, CheckpointError, ArgumentError or DeviceError before anything is written.
+    Raises StoppedError after SIGTERM, TrainingError if a loss is not finite or a rank fails, DeviceError if memory runs out,
+    and CheckpointError or TrainingError if the disk is full.
 
     Example:
         >>> from fastflower import Augment, Recipe, train
@@ -52,7 +53,7 @@ def train(
         >>> sorted(path.name for path in report.folder.glob("*.pt"))
         ['checkpoint-best.pt', 'checkpoint-last.pt']
     """
-    rule = "a Recipe, such as fastflower.recipes.presets.PRESETS['finetune']() makes one"
+    rule = "a Recipe, for example fastflower.recipes.presets.PRESETS['finetune']()"
     require(isinstance(recipe, Recipe), "recipe", rule, recipe)  # pyright: ignore[reportUnnecessaryIsInstance]
     require(save_steps is None or save_steps >= 1, "save_steps", "at least 1", save_steps)
     with (
@@ -67,8 +68,8 @@ def train(
                 start = _resumed(folder, recipe) if resume else None
                 if recipe.freeze and recipe.weights is None and start is None:
                     raise ArgumentError(
-                        f"freeze must be 0 where weights is None, got {recipe.freeze}: frozen stages would stay random; "
-                        f"pass --freeze 0 (freeze=0), or --weights FILE (weights=) to start from."
+                        f"freeze must be 0 when weights is None, got {recipe.freeze}: frozen stages would stay random; "
+                        f"pass --freeze 0 (freeze=0), or weights to start from (--weights FILE, weights=FILE)."
                     )
                 return Run(shards, recipe, folder, chosen, start, save_steps=save_steps, stop=stop).train()
         except (RuntimeError, MemoryError, OSError) as error:
@@ -78,15 +79,15 @@ def train(
 
 
 def _resumed(folder: Path, recipe: Recipe) -> Checkpoint | None:
-    """What a run goes on from, where it was saved. Raises CheckpointError where that is of another recipe."""
+    """Load the checkpoint to resume from, if there is one. Raises CheckpointError if it is from another recipe."""
     start = Checkpoint.load(folder / LAST) if (folder / LAST).exists() else None
     if len(set(distributed.gathered((start.epoch, start.step) if start else None))) > 1:
         raise CheckpointError(
-            f"{folder / LAST}: ranks found different ones; let out be a folder that all machines share."
+            f"{folder / LAST}: ranks found different checkpoints; set out to a folder that all machines share."
         )
     if start and start.recipe.resolved != recipe.resolved:
         raise CheckpointError(
-            f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that, or name "
-            f"another out, which may start from this file (weights)."
+            f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that recipe, or "
+            f"choose a new out and pass this file as weights."
         )
     return start

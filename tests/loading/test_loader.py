@@ -138,7 +138,7 @@ def test_the_verdict_names_the_bottleneck() -> None:
     spent = {"read_seconds": 1.0, "decode_seconds": 5.0, "augment_seconds": 2.0}
     slow = Stats(images=10, workers=2, replaced=0, wait_seconds=4.0, consume_seconds=4.0, **spent)
     assert slow.verdict.startswith(
-        "data loading is the bottleneck: the consumer waited 50% of the time, most of it for decoding; "
+        "data loading is the bottleneck: the consumer waited 50% of the time, mostly for decoding; "
     )
     assert str(slow).splitlines()[1] == "decode       5.00 s  500.000 ms per image"
     by_dali = replace(slow, decode_seconds=0.0, augment_seconds=0.0)

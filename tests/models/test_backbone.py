@@ -1,4 +1,4 @@
-"""Networks: the head is new, the first stages stay as they are, and weights that do not fit are refused."""
+"""Backbones: new heads, frozen stages, and loading of weights from files."""
 
 import copy
 import logging
@@ -15,7 +15,7 @@ from torchvision import models
 from fastflower.errors import ArgumentError, CheckpointError
 from fastflower.models.backbone import NAMES, build, frozen_modules, train_mode
 
-# The modules of every stage, and of the rest, by the prefix of their names.
+# Name prefixes of the modules of every stage, and of the head.
 STAGES = {
     "resnet18": [["conv1.", "bn1.", "layer1."], ["layer2."], ["layer3."], ["layer4."], ["fc."]],
     "densenet121": [
@@ -55,12 +55,12 @@ def head_of(network: nn.Module) -> nn.Linear:
 
 @pytest.fixture(scope="module")
 def resnet18() -> dict[str, torch.Tensor]:
-    """A ResNet-18 for ImageNet's 1,000 classes, every tensor different from a new network's."""
+    """A ResNet-18 for 1,000 classes with every tensor different from a new network's."""
     torch.manual_seed(1)
     state: dict[str, torch.Tensor] = models.resnet18(weights=None).state_dict()
     for value in state.values():
         if value.is_floating_point():
-            value.copy_(torch.rand_like(value).to(torch.float16))  # float16 stores them without a loss
+            value.copy_(torch.rand_like(value).to(torch.float16))  # so that float16 stores them exactly
         else:
             value.fill_(17)
     return state
@@ -91,7 +91,7 @@ def test_every_backbone_gets_a_head_of_the_size_asked_for(name: str) -> None:
     assert network.state_dict().keys() == original.state_dict().keys()
 
 
-def test_the_backbones_are_those_of_the_reports_and_their_kin() -> None:
+def test_backbones_are_resnets_densenets_and_vggs_only() -> None:
     assert {"resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121", "vgg11", "vgg16_bn"} <= set(
         NAMES
     )
@@ -108,7 +108,7 @@ def test_a_network_maps_images_to_finite_logits(name: str) -> None:
     assert not torch.equal(logits[0], logits[1])
 
 
-def test_the_first_resnets_halve_in_the_1x1_convolution_and_else_are_torchvisions() -> None:
+def test_resnet_v1_downsamples_in_the_1x1_convolution_and_otherwise_equals_torchvisions() -> None:
     torch.manual_seed(0)
     first = build("resnet50_v1", 5, weights=None).eval()
     theirs: Any = models.resnet50(num_classes=5).eval()
@@ -117,7 +117,7 @@ def test_the_first_resnets_halve_in_the_1x1_convolution_and_else_are_torchvision
     with torch.inference_mode():
         assert not torch.allclose(first(images), theirs(images))
         for stage in (theirs.layer2, theirs.layer3, theirs.layer4):
-            # At every second pixel of every second row a 1x1 convolution gives what it gives with a stride of two.
+            # Every second output of a 1x1 convolution equals its output with stride 2.
             stage[0].conv1.register_forward_hook(lambda _, __, output: output[:, :, ::2, ::2])
             stage[0].conv2.stride = (1, 1)
         torch.testing.assert_close(first(images), theirs(images))
@@ -138,13 +138,14 @@ def test_more_stages_than_there_are_cannot_be_frozen(name: str, stages: int) -> 
     with torch.device("meta"):
         build(name, 5, weights=None, freeze=stages)
         with pytest.raises(
-            ArgumentError, match=rf"^freeze must be at most {stages}, the stages of this backbone, got {stages + 1}\.$"
+            ArgumentError,
+            match=rf"^freeze must be at most {stages} \(the stages of this backbone\), got {stages + 1}\.$",
         ):
             build(name, 5, weights=None, freeze=stages + 1)
 
 
 @pytest.mark.parametrize(("name", "freeze"), [("resnet18", 2), ("densenet121", 1), ("vgg11_bn", 3), ("resnet18", 0)])
-def test_statistics_of_frozen_stages_stay_as_they_are(name: str, freeze: int) -> None:
+def test_frozen_stages_do_not_update_batch_norm_statistics(name: str, freeze: int) -> None:
     network = build(name, 5, weights=None, freeze=freeze)
     network.eval()
     train_mode(network, freeze)
@@ -167,7 +168,7 @@ def test_frozen_modules_hold_all_parameters_of_their_stages_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_weights_come_from_a_file_of_any_floating_dtype(
+def test_weights_load_from_a_file_of_any_floating_dtype(
     tmp_path: Path, resnet18: dict[str, torch.Tensor], dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = saved(
@@ -176,18 +177,18 @@ def test_weights_come_from_a_file_of_any_floating_dtype(
     with caplog.at_level(logging.INFO, "fastflower"):
         network = build("resnet18", 5, weights=path, freeze=1)
     assert_loaded(network, resnet18)
-    told = "its head of 1000 classes was replaced by a new one of 5"
+    told = "replaced its head for 1000 classes with a new one for 5 classes"
     assert caplog.messages == [f"{path}: loaded into resnet18; {told}"]
     assert not network.get_parameter("conv1.weight").requires_grad
 
 
 def test_weights_may_lack_the_head_and_the_counters(tmp_path: Path, resnet18: dict[str, torch.Tensor]) -> None:
-    """Files from before torch 0.4.1, torchvision's ResNets among them, do not count batches."""
+    """Files from before torch 0.4.1, such as torchvision's ResNets, have no batch counters."""
     state = {key: value for key, value in resnet18.items() if not key.startswith("fc.") and "num_batches" not in key}
     assert_loaded(build("resnet18", 5, weights=saved(tmp_path, state)), resnet18)
 
 
-def test_weights_of_densenet_may_be_spelled_as_torchvision_s_own_files(tmp_path: Path) -> None:
+def test_densenet_weights_may_use_the_key_names_of_torchvisions_files(tmp_path: Path) -> None:
     with torch.device("meta"):
         state = models.densenet121(weights=None).state_dict()
     state = {key: torch.rand(value.shape) for key, value in state.items() if "num_batches" not in key}
@@ -206,48 +207,48 @@ def test_a_relative_path_and_a_name_without_suffix_are_files(
     assert_loaded(build("resnet18", 5, weights="./DEFAULT"), resnet18)
 
 
-def test_an_unknown_backbone_is_refused_and_the_known_are_named() -> None:
+def test_an_unknown_backbone_is_refused_with_a_list_of_known_ones() -> None:
     with pytest.raises(
         ArgumentError, match=r"^backbone must be one of densenet121, .*vgg19_bn, .*_v1, got 'resnet19'\.$"
     ):
         build("resnet19", 5, weights=None)
 
 
-def test_weights_of_an_unknown_name_are_refused_and_the_known_are_named() -> None:
+def test_unknown_weights_are_refused_with_a_list_of_known_ones() -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"^weights='BEST': resnet50 has IMAGENET1K_V1, IMAGENET1K_V2; a file's path or None will do too\.$",
+        match=r"^weights='BEST': resnet50 has IMAGENET1K_V1, IMAGENET1K_V2; pass one of these, a path or None\.$",
     ):
         build("resnet50", 5, weights="BEST")
 
 
-def test_torchvision_has_no_weights_of_the_first_resnets() -> None:
+def test_torchvision_has_no_weights_for_resnet_v1() -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"^weights='DEFAULT': torchvision has none for resnet50_v1; pass the path of a file, None, or backbone "
+        match=r"^weights='DEFAULT': torchvision has no weights for resnet50_v1; pass a path or None, or use backbone "
         r"resnet50\.$",
     ):
         build("resnet50_v1", 5, weights="DEFAULT")
 
 
-def test_weights_that_cannot_be_downloaded_are_named_with_the_remedy(
+def test_a_failed_download_of_pretrained_weights_names_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise URLError("no route to host")
 
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing is cached there
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # an empty cache
     monkeypatch.setattr("torch.hub.urlopen", refuse)
     message = (
-        "weights='DEFAULT': resnet18's pretrained weights could not be downloaded (<urlopen error no route to host>). "
-        "Download them where there is a network, pass the file's path as weights, or train from scratch "
+        "weights='DEFAULT': pretrained weights for resnet18 could not be downloaded (<urlopen error no route to host>). "
+        "Download them on a machine with internet access and pass the path, or train from scratch "
         "(--recipe scratch; weights=None, freeze=0)."
     )
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         build("resnet18", 5, weights="DEFAULT")
 
 
-def test_a_missing_file_of_weights_is_refused(tmp_path: Path) -> None:
+def test_a_missing_weights_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "no.pth"
     with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: does not exist; check the path\\.$"):
         build("resnet18", 5, weights=str(path))
@@ -259,35 +260,35 @@ def test_a_file_that_torch_did_not_write_is_refused(tmp_path: Path, content: byt
     path.write_bytes(content)
     with pytest.raises(
         CheckpointError,
-        match=r"weights\.pth: is not a file that torch\.save wrote, is cut short, or holds more .*; pass another file\.$",
+        match=r"weights\.pth: was not written by torch\.save, is truncated, or holds more .*; pass another file\.$",
     ):
         build("resnet18", 5, weights=str(path))
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
-def test_a_file_of_weights_that_is_cut_short_is_refused(tmp_path: Path, share: float) -> None:
+def test_a_truncated_weights_file_is_refused(tmp_path: Path, share: float) -> None:
     path = Path(saved(tmp_path, {"conv1.weight": torch.rand(64, 3, 7, 7)}))
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(
         CheckpointError,
-        match=r"weights\.pth: is not a file that torch\.save wrote, is cut short, or holds more .*; pass another file\.$",
+        match=r"weights\.pth: was not written by torch\.save, is truncated, or holds more .*; pass another file\.$",
     ):
         build("resnet18", 5, weights=str(path))
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path, models.resnet18(weights=None))  # a pickled network: code, not weights
+    path = saved(tmp_path, models.resnet18(weights=None))  # a pickled network, which contains code
     with pytest.raises(
         CheckpointError,
-        match=r"weights\.pth: is not a file that torch\.save wrote, is cut short, or holds more .*; pass another",
+        match=r"weights\.pth: was not written by torch\.save, is truncated, or holds more .*; pass another",
     ):
         build("resnet18", 5, weights=path)
 
 
 def test_a_file_that_holds_a_list_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, [torch.zeros(3)])
-    with pytest.raises(CheckpointError, match=r"weights\.pth: holds a list, not a dictionary; pass another file\.$"):
+    with pytest.raises(CheckpointError, match=r"weights\.pth: holds a list, not a dict; pass another file\.$"):
         build("resnet18", 5, weights=path)
 
 
@@ -302,12 +303,12 @@ def test_a_file_that_holds_a_list_is_refused(tmp_path: Path) -> None:
         {"format": "fastflower", "model": 3},
     ],
 )
-def test_a_dictionary_that_is_no_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
+def test_a_dict_that_is_not_a_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
     path = saved(tmp_path, content)
     with pytest.raises(
         CheckpointError,
-        match=r"weights\.pth: is neither a state_dict nor a fastflower checkpoint; pass the path of a file that "
-        r"torch\.save\(model\.state_dict\(\), path\) or train wrote\.$",
+        match=r"weights\.pth: is neither a state_dict nor a fastflower checkpoint; pass a file written by "
+        r"torch\.save\(model\.state_dict\(\), path\) or by train\.$",
     ):
         build("resnet18", 5, weights=path)
 
@@ -317,7 +318,7 @@ def test_a_dictionary_that_is_no_state_dict_is_refused(tmp_path: Path, content: 
     [
         ("resnet18", "resnet34", "layer1.2.conv1.weight"),  # too few
         ("resnet34", "resnet18", "layer1.2.conv1.weight"),  # too many
-        ("resnet18", "resnet50", "layer1.0.conv1.weight"),  # of another shape
+        ("resnet18", "resnet50", "layer1.0.conv1.weight"),  # other shapes
         ("resnet18", "densenet121", "features.conv0.weight"),
     ],
 )
@@ -327,7 +328,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path, file: str, backb
     path = saved(tmp_path, {key: torch.zeros(()).expand(value.shape) for key, value in state.items()})
     with pytest.raises(
         CheckpointError,
-        match=rf"weights\.pth: does not fit {backbone}: \d+ tensors are missing, left over or of another shape "
+        match=rf"weights\.pth: does not fit {backbone}: \d+ tensors are missing, unexpected or have another shape "
         rf"\(first '{re.escape(first)}'\); pass the backbone that the file was saved from\.$",
     ):
         build(backbone, 5, weights=path)

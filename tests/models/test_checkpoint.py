@@ -1,4 +1,4 @@
-"""Checkpoints come back as they were saved, load without running code, and are seen whole or not at all."""
+"""Checkpoints: round trips, safe loading, atomic writes, and errors for unusable files."""
 
 import os
 import re
@@ -22,7 +22,7 @@ RECIPE = Recipe(weights=None, augment=Augment(size=64, resize=(70, 80), crop=(0.
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
-    """A ResNet-18 with statistics that a new one does not have."""
+    """A ResNet-18 with batch norm statistics that differ from a new one's."""
     torch.manual_seed(0)
     network = build("resnet18", len(CLASSES), weights=None)
     network(torch.rand(4, 3, 64, 64))
@@ -32,7 +32,8 @@ def network() -> nn.Module:
 @pytest.fixture(scope="module")
 def checkpoint(network: nn.Module) -> Checkpoint:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
-    network(torch.rand(4, 3, 64, 64)).square().mean().backward()  # of fewer values batch norms blow gradients up
+    # With fewer values, batch norms make gradients explode.
+    network(torch.rand(4, 3, 64, 64)).square().mean().backward()
     optimizer.step()
     return Checkpoint(
         recipe=RECIPE,
@@ -49,12 +50,12 @@ def checkpoint(network: nn.Module) -> Checkpoint:
 
 @pytest.fixture
 def small() -> Checkpoint:
-    """One that is written in no time."""
+    """A tiny checkpoint that is written quickly."""
     return Checkpoint(recipe=RECIPE, classes=CLASSES, model={"weight": torch.arange(3.0)}, epoch=1)
 
 
 def assert_equal(one: Any, other: Any) -> None:
-    """Equal values, of equal types, tensors bit by bit."""
+    """Assert equal values of equal types; tensors must be bitwise equal."""
     assert type(one) is type(other)
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype
@@ -71,7 +72,7 @@ def assert_equal(one: Any, other: Any) -> None:
         assert one == other
 
 
-def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_a_loaded_checkpoint_equals_the_saved_one(tmp_path: Path, checkpoint: Checkpoint) -> None:
     checkpoint.save(tmp_path / "checkpoint.pt")
     loaded = Checkpoint.load(tmp_path / "checkpoint.pt")
     assert loaded.recipe == checkpoint.recipe
@@ -83,7 +84,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path, checkpoint: Che
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_paths_may_be_strings_and_the_rest_may_be_left_out(tmp_path: Path, small: Checkpoint) -> None:
+def test_paths_may_be_strings_and_other_fields_are_optional(tmp_path: Path, small: Checkpoint) -> None:
     small.save(str(tmp_path / "checkpoint.pt"))
     loaded = Checkpoint.load(str(tmp_path / "checkpoint.pt"))
     assert (loaded.history, loaded.optimizer, loaded.step, loaded.environment) == ([], {}, 0, {})
@@ -97,9 +98,7 @@ def test_the_file_loads_without_running_code(tmp_path: Path, checkpoint: Checkpo
     assert content["recipe"] == RECIPE.to_dict()
 
 
-def test_the_network_gives_the_logits_of_the_one_that_was_saved(
-    tmp_path: Path, network: nn.Module, checkpoint: Checkpoint
-) -> None:
+def test_a_restored_network_gives_the_same_logits(tmp_path: Path, network: nn.Module, checkpoint: Checkpoint) -> None:
     checkpoint.save(tmp_path / "checkpoint.pt")
     images = torch.rand(2, 3, 32, 32)
     with torch.inference_mode():
@@ -111,17 +110,17 @@ def test_the_network_gives_the_logits_of_the_one_that_was_saved(
         assert not torch.allclose(build("resnet18", 3, weights=None).eval()(images), expected)
 
 
-def test_saving_replaces_what_stood_there(tmp_path: Path, small: Checkpoint) -> None:
+def test_saving_replaces_an_existing_file(tmp_path: Path, small: Checkpoint) -> None:
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"something else")
-    with path.open("rb") as reader:  # who reads the old file reads it to its end
+    with path.open("rb") as reader:  # a reader of the old file is not disturbed
         small.save(path)
         assert reader.read() == b"something else"
     assert Checkpoint.load(path).epoch == 1
 
 
-def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, small: Checkpoint) -> None:
-    resource = pytest.importorskip("resource")  # Unix has it
+def test_a_full_disk_leaves_the_old_file_unchanged(tmp_path: Path, small: Checkpoint) -> None:
+    resource = pytest.importorskip("resource")  # Unix only
     path = tmp_path / "checkpoint.pt"
     small.save(path)
     before = path.read_bytes()
@@ -131,8 +130,8 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, small: Checkpoint
     try:
         with pytest.raises(
             CheckpointError,
-            match=r"checkpoint\.pt: could not be written \(\[Errno 27\] File too large\); what stood there before still does\. "
-            r"Make room, and resume\.$",
+            match=r"checkpoint\.pt: could not be written \(\[Errno 27\] File too large\); any previous file is unchanged\. "
+            r"Free disk space, then resume\.$",
         ):
             large.save(path)
     finally:
@@ -141,7 +140,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, small: Checkpoint
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_write_that_fails_half_way_leaves_the_old_file_whole(
+def test_a_failed_write_leaves_the_old_file_unchanged(
     tmp_path: Path, small: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "checkpoint.pt"
@@ -154,14 +153,14 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_whole(
 
     monkeypatch.setattr("torch.save", fail)
     with pytest.raises(
-        CheckpointError, match=r"could not be written \(\[Errno 28\] No space left on device\); what stood"
+        CheckpointError, match=r"could not be written \(\[Errno 28\] No space left on device\); any previous"
     ):
         small.save(path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_folder_that_is_missing_is_named(tmp_path: Path, small: Checkpoint) -> None:
+def test_saving_to_a_missing_folder_names_the_path(tmp_path: Path, small: Checkpoint) -> None:
     with pytest.raises(
         CheckpointError, match=r"nowhere.checkpoint\.pt: could not be written \(.*No such file or directory"
     ):
@@ -175,11 +174,11 @@ def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [{"weight": torch.zeros(3)}, {}, {"format": "webdataset", "version": 1}])
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path, content: dict[str, Any]) -> None:
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(
         CheckpointError,
-        match=r"weights\.pth: is not a fastflower checkpoint; pass a checkpoint-best\.pt that train wrote\.$",
+        match=r"weights\.pth: is not a fastflower checkpoint; pass a checkpoint-best\.pt written by train\.$",
     ):
         Checkpoint.load(tmp_path / "weights.pth")
 
@@ -196,7 +195,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, small: Check
     torch.save(content, path)
     with pytest.raises(
         CheckpointError,
-        match=rf"checkpoint\.pt: is checkpoint version {version}, this fastflower reads version {FORMAT_VERSION}; train again",
+        match=rf"checkpoint\.pt: has checkpoint version {version}, but this fastflower reads {FORMAT_VERSION}; train again",
     ):
         Checkpoint.load(path)
 
@@ -226,26 +225,27 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, small: Checkpoint, dama
     torch.save(content, path)
     with pytest.raises(
         CheckpointError,
-        match=rf"checkpoint\.pt: is damaged, or from another version of fastflower \(.*{re.escape(reason)}.*\); pass another\.$",
+        match=r"checkpoint\.pt: is damaged or from another version of fastflower "
+        rf"\(.*{re.escape(reason)}.*\); pass another checkpoint\.$",
     ):
         Checkpoint.load(path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_checkpoint_that_is_cut_short_is_refused(tmp_path: Path, small: Checkpoint, share: float) -> None:
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path, small: Checkpoint, share: float) -> None:
     path = tmp_path / "checkpoint.pt"
     small.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(
         CheckpointError,
-        match=r"checkpoint\.pt: is not a file that torch\.save wrote, is cut short, or holds more .*; pass another file\.$",
+        match=r"checkpoint\.pt: was not written by torch\.save, is truncated, or holds more .*; pass another file\.$",
     ):
         Checkpoint.load(path)
 
 
 def test_two_names_of_one_checkpoint_are_written_once(tmp_path: Path, small: Checkpoint) -> None:
-    """And part as soon as something else is saved under either."""
+    """A later save to either name leaves the other file unchanged."""
     best, last = tmp_path / "best.pt", tmp_path / "last.pt"
     last.write_bytes(b"something else")
     small.save(best)
@@ -262,10 +262,10 @@ def test_two_names_of_one_checkpoint_are_written_once(tmp_path: Path, small: Che
     assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "last.pt"}
 
 
-def test_a_kill_between_two_names_does_not_let_the_next_save_write_to_both(tmp_path: Path, small: Checkpoint) -> None:
+def test_after_a_kill_between_two_names_the_next_save_writes_only_one(tmp_path: Path, small: Checkpoint) -> None:
     best, last = tmp_path / "best.pt", tmp_path / "last.pt"
     small.save(best)
-    last.with_name("last.pt.part").hardlink_to(best)  # what is left when it comes before the new name stands
+    last.with_name("last.pt.part").hardlink_to(best)  # left behind by a kill before the rename
     kept = best.read_bytes()
     replace(small, epoch=2).save(last)
     assert best.read_bytes() == kept
@@ -275,7 +275,7 @@ def test_a_kill_between_two_names_does_not_let_the_next_save_write_to_both(tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "last.pt"}
 
 
-def test_a_file_system_without_hard_links_holds_two_files(
+def test_without_hard_links_two_files_are_written(
     tmp_path: Path, small: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Scores against a hand-written loop, torch's cross-entropy and torchmetrics."""
+"""Scores, compared with a hand-written loop, torch's cross-entropy and torchmetrics."""
 
 from math import isnan
 
@@ -19,7 +19,7 @@ def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def sure_of(predicted: list[int]) -> NDArray[np.float32]:
-    """Logits that leave no doubt."""
+    """Return logits with probability 1 for the given classes."""
     return np.eye(len(CLASSES), dtype=np.float32)[predicted] * 100
 
 
@@ -42,13 +42,13 @@ def test_scores_equal_a_hand_written_loop(rng: np.random.Generator) -> None:
     assert scores.accuracy == pytest.approx(correct / 200)
     assert scores.loss == pytest.approx(loss, rel=1e-5)
     for number in range(4):
-        hit = confusion[number][number]
-        assert scores.recall[number] == pytest.approx(hit / sum(confusion[number]))
-        assert scores.precision[number] == pytest.approx(hit / sum(row[number] for row in confusion))
+        right = confusion[number][number]
+        assert scores.recall[number] == pytest.approx(right / sum(confusion[number]))
+        assert scores.precision[number] == pytest.approx(right / sum(row[number] for row in confusion))
     assert not np.allclose(scores.recall, scores.precision)
 
 
-def test_the_loss_is_torch_s_cross_entropy(rng: np.random.Generator) -> None:
+def test_the_loss_equals_torchs_cross_entropy(rng: np.random.Generator) -> None:
     labels = rng.integers(0, 4, 1000)
     logits = (5 * rng.normal(size=(1000, 4))).astype(np.float32)
     expected = functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
@@ -92,8 +92,8 @@ def test_classes_without_samples_or_predictions_score_nan() -> None:
 
 
 @pytest.mark.parametrize("num_samples", [1, 3, 10, 500])
-def test_macro_f1_is_torchmetrics_and_a_hand_written_loop_s(rng: np.random.Generator, num_samples: int) -> None:
-    """Ten classes: with few samples, some have no sample, no prediction, or neither."""
+def test_macro_f1_equals_torchmetrics_and_a_hand_written_loop(rng: np.random.Generator, num_samples: int) -> None:
+    """With few samples, some of the ten classes have no samples, no predictions, or neither."""
     classes = tuple(f"class {number}" for number in range(10))
     for _ in range(20):
         labels = rng.integers(0, 10, num_samples)
@@ -111,14 +111,16 @@ def test_macro_f1_is_torchmetrics_and_a_hand_written_loop_s(rng: np.random.Gener
         assert found == pytest.approx(theirs, rel=1e-5)
 
 
-def test_macro_f1_counts_a_class_that_is_only_predicted_and_leaves_out_one_that_is_not() -> None:
+def test_macro_f1_counts_a_class_that_is_only_predicted_and_skips_one_without_predictions_or_samples() -> None:
     scores = score(CLASSES, np.array([0, 0, 1]), log_probabilities(sure_of([0, 2, 1])))
     assert scores.macro_f1 == pytest.approx((2 / 3 + 1 + 0) / 3)
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 40])
 @pytest.mark.parametrize("sharpness", [0.1, 1, 5])
-def test_the_calibration_error_is_torchmetrics(rng: np.random.Generator, num_classes: int, sharpness: float) -> None:
+def test_the_calibration_error_equals_torchmetrics(
+    rng: np.random.Generator, num_classes: int, sharpness: float
+) -> None:
     labels = rng.integers(0, num_classes, 700)
     logits = (sharpness * rng.normal(size=(700, num_classes))).astype(np.float32)
     logits[np.arange(700), labels] += sharpness
@@ -129,14 +131,14 @@ def test_the_calibration_error_is_torchmetrics(rng: np.random.Generator, num_cla
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_calibration_error_of_certainty_is_the_share_that_is_wrong() -> None:
+def test_the_calibration_error_of_certain_predictions_is_the_error_rate() -> None:
     labels = np.array([0, 1, 2, 3])
     for predicted, expected in (([0, 1, 2, 3], 0), ([1, 2, 3, 0], 1), ([0, 1, 2, 0], 0.25)):
         found = score(CLASSES, labels, log_probabilities(sure_of(predicted))).calibration_error
         assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_probabilities_that_are_right_as_often_as_they_say_have_no_calibration_error() -> None:
+def test_calibrated_probabilities_have_no_calibration_error() -> None:
     probabilities = np.array([[0.5, 0.3, 0.2, 0.0]] * 10, np.float32)
     labels = np.array([0] * 5 + [1] * 3 + [2] * 2)
     found = score(CLASSES, labels, np.log(np.maximum(probabilities, 1e-30)))

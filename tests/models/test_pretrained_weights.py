@@ -1,4 +1,4 @@
-"""Where training starts: weights at an address, heads that are kept or replaced, checkpoints of other runs."""
+"""Initial weights: downloads, heads that are kept or replaced, and checkpoints of other runs."""
 
 import hashlib
 import logging
@@ -35,7 +35,7 @@ def file(state: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactor
 
 
 class Server(ThreadingHTTPServer):
-    """Gives the same answer to every request, and counts them."""
+    """Gives the same answer to every request and records the paths."""
 
     daemon_threads = True
 
@@ -82,7 +82,7 @@ def checksum(content: bytes) -> str:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where torch keeps weights, empty."""
+    """torch's folder for downloaded weights, empty."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     return Path(torch.hub.get_dir(), "checkpoints")
@@ -99,7 +99,7 @@ def assert_body(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
             assert torch.equal(own[key], value), key
 
 
-def test_weights_at_an_address_are_downloaded_once(
+def test_weights_at_a_url_are_downloaded_once(
     hub: Path, file: Path, state: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     content = file.read_bytes()
@@ -110,11 +110,11 @@ def test_weights_at_an_address_are_downloaded_once(
     assert server.requests == ["/some/where/mine.pth"]
     (path,) = kept(hub)
     assert path.read_bytes() == content
-    told = f"{path}: loaded into resnet18; its head of 7 classes was replaced by a new one of 5"
+    told = f"{path}: loaded into resnet18; replaced its head for 7 classes with a new one for 5 classes"
     assert [line for line in caplog.messages if "loaded" in line] == [told, told]
 
 
-def test_two_files_of_one_name_are_kept_apart(hub: Path, file: Path, tmp_path: Path) -> None:
+def test_two_downloads_with_the_same_file_name_do_not_collide(hub: Path, file: Path, tmp_path: Path) -> None:
     torch.save(models.resnet18(num_classes=3).state_dict(), tmp_path / "other.pth")
     for path in (file, tmp_path / "other.pth"):
         content = path.read_bytes()
@@ -124,7 +124,7 @@ def test_two_files_of_one_name_are_kept_apart(hub: Path, file: Path, tmp_path: P
     assert len(kept(hub)) == 2
 
 
-def test_training_starts_from_an_address(hub: Path, file: Path, shards: Path, tmp_path: Path) -> None:
+def test_training_starts_from_a_url(hub: Path, file: Path, shards: Path, tmp_path: Path) -> None:
     content = file.read_bytes()
     small = Augment(size=32, resize=36)
     with serving(found(content)) as server:
@@ -138,12 +138,12 @@ def test_training_starts_from_an_address(hub: Path, file: Path, shards: Path, tm
 
 
 @pytest.mark.parametrize("end", ["", "#", "#sha256=", "#sha256=abc", "#md5=" + 64 * "0", "#sha256=" + 65 * "0"])
-def test_an_address_without_a_checksum_is_refused_and_not_asked(hub: Path, end: str) -> None:
+def test_a_url_without_a_checksum_is_refused_without_a_request(hub: Path, end: str) -> None:
     with serving(found(b"")) as server:
         address = f"{server.url}/mine.pth"
         wanted = (
-            f"weights='{address}{end}': an address needs the file's checksum, {address}#sha256=CHECKSUM; "
-            f"sha256sum FILE prints it."
+            f"weights='{address}{end}': a URL must include the file's checksum; pass {address}#sha256=CHECKSUM "
+            f"(sha256sum FILE prints it)."
         )
         with pytest.raises(ArgumentError, match=f"^{re.escape(wanted)}$"):
             build("resnet18", 5, weights=address + end)
@@ -153,12 +153,12 @@ def test_an_address_without_a_checksum_is_refused_and_not_asked(hub: Path, end: 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_file_with_another_checksum_is_refused_and_not_kept(hub: Path, file: Path, share: float) -> None:
-    """Also one whose download was cut short."""
+    """A truncated download has another checksum, too."""
     whole = file.read_bytes()
     wanted = checksum(whole if share < 1 else b"another file")
     answer = found(whole)[: len(found(whole)) - int((1 - share) * len(whole))]
     with serving(answer) as server:
-        message = f"weights: what {server.url}/mine.pth holds has another SHA-256 than {wanted}; check both, nothing"
+        message = f"weights: the SHA-256 of {server.url}/mine.pth is not {wanted}; check the URL and the checksum."
         with pytest.raises(CheckpointError, match=re.escape(message)):
             build("resnet18", 5, weights=f"{server.url}/mine.pth#sha256={wanted}")
     assert kept(hub) == []
@@ -174,16 +174,18 @@ def test_a_file_with_another_checksum_is_refused_and_not_kept(hub: Path, file: P
     ],
     ids=["404", "500", "nothing", "no HTTP"],
 )
-def test_a_server_that_does_not_give_the_file_is_explained(hub: Path, answer: bytes, reason: str) -> None:
+def test_an_error_of_the_server_is_explained(hub: Path, answer: bytes, reason: str) -> None:
     with serving(answer) as server:
         url = f"{server.url}/mine.pth"
-        message = rf"^weights: {re.escape(url)} could not be downloaded \({reason}\); check the address, or pass a file's path\.$"
+        message = (
+            rf"^weights: {re.escape(url)} could not be downloaded \({reason}\); check the URL, or pass a file's path\.$"
+        )
         with pytest.raises(CheckpointError, match=message):
             build("resnet18", 5, weights=f"{url}#sha256={64 * '0'}")
     assert kept(hub) == []
 
 
-def test_a_server_that_is_not_there_is_explained(hub: Path) -> None:
+def test_an_unreachable_server_is_explained(hub: Path) -> None:
     with serving(b"") as server:
         url = f"{server.url}/mine.pth"
     with pytest.raises(CheckpointError, match=rf"^weights: {re.escape(url)} could not be downloaded \(.*refused.*\); "):
@@ -195,7 +197,9 @@ def test_a_head_of_another_size_is_replaced(file: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO, "fastflower"):
         network = build("resnet18", 5, weights=str(file))
     assert network.get_parameter("fc.weight").shape == (5, 512)
-    assert caplog.messages == [f"{file}: loaded into resnet18; its head of 7 classes was replaced by a new one of 5"]
+    assert caplog.messages == [
+        f"{file}: loaded into resnet18; replaced its head for 7 classes with a new one for 5 classes"
+    ]
 
 
 def test_a_head_of_the_same_size_is_kept(
@@ -205,7 +209,7 @@ def test_a_head_of_the_same_size_is_kept(
         network = build("resnet18", 7, weights=str(file))
     assert torch.equal(network.get_parameter("fc.weight"), state["fc.weight"])
     assert torch.equal(network.get_parameter("fc.bias"), state["fc.bias"])
-    assert caplog.messages == [f"{file}: loaded into resnet18; its head of 7 classes was kept"]
+    assert caplog.messages == [f"{file}: loaded into resnet18; kept its head for 7 classes"]
 
 
 @pytest.mark.parametrize("missing", [("fc.weight", "fc.bias"), ("fc.bias",)])
@@ -218,9 +222,7 @@ def test_a_file_without_a_head_gets_a_new_one(
         network = build("resnet18", 7, weights=str(path))
     assert_body(network, state)
     assert not torch.equal(network.get_parameter("fc.weight"), state["fc.weight"])
-    assert caplog.messages == [
-        f"{path}: loaded into resnet18; it has no head that fits, a new one of 7 classes was made"
-    ]
+    assert caplog.messages == [f"{path}: loaded into resnet18; found no head that fits, added a new one for 7 classes"]
 
 
 def test_a_head_for_another_width_is_not_kept(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -231,7 +233,7 @@ def test_a_head_for_another_width_is_not_kept(state: dict[str, torch.Tensor], tm
 
 
 @pytest.mark.parametrize(("name", "head"), [("vgg11", "classifier.6"), ("densenet121", "classifier")])
-def test_other_backbones_keep_their_heads_too(tmp_path: Path, name: str, head: str) -> None:
+def test_vgg_and_densenet_keep_their_heads_too(tmp_path: Path, name: str, head: str) -> None:
     with torch.device("meta"):
         shapes = models.get_model(name, num_classes=3).state_dict()
     torch.save({key: torch.tensor(0.5).expand(value.shape) for key, value in shapes.items()}, tmp_path / "mine.pth")
@@ -248,7 +250,7 @@ def test_a_checkpoint_as_weights_starts_from_its_network_bit_for_bit(shards: Pat
     again = build("resnet18", 5, weights=str(report.checkpoint)).eval()
     own = again.state_dict()
     for name, value in checkpoint.model.items():
-        if not name.endswith("num_batches_tracked"):  # which nothing reads
+        if not name.endswith("num_batches_tracked"):  # never read
             assert torch.equal(own[name], value), name
     images = torch.rand(2, 3, 32, 32)
     with torch.inference_mode():

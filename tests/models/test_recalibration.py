@@ -1,4 +1,4 @@
-"""Batch norms' statistics computed anew at the end of a training, against torch's own update_bn."""
+"""Recalibration of batch norm statistics at the end of training, compared with torch's update_bn."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -36,7 +36,7 @@ def statistics(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in network.named_buffers() if "running" in name}
 
 
-def test_statistics_are_those_of_torchs_update_bn() -> None:
+def test_recalibrated_statistics_equal_those_of_torchs_update_bn() -> None:
     network = build("resnet18", 5, weights=None, freeze=0)
     expected = deepcopy(network)
     given = batches(3)
@@ -50,7 +50,7 @@ def test_statistics_are_those_of_torchs_update_bn() -> None:
 
 
 class Reads(TorchDispatchMode):
-    """Counts what reads a tensor's value, for which the host would wait for a GPU."""
+    """Counts reads of a tensor's value, which would make the host wait for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,17 +61,17 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_reads_nothing_from_the_device() -> None:
+def test_recalibration_reads_nothing_from_the_device() -> None:
     network, given = build("resnet18", 5, weights=None, freeze=0), batches(3)
     with Reads() as reads:
         update_bn([batch.images for batch in given], deepcopy(network))
-    assert reads.count > 0, "torch's own does, at each batch norm"
+    assert reads.count > 0, "torch's update_bn reads the counter of each batch norm"
     with Reads() as reads:
         recalibrate(network, given, 0)
     assert reads.count == 0
 
 
-def test_frozen_stages_keep_their_statistics() -> None:
+def test_recalibration_skips_frozen_stages() -> None:
     network = build("resnet18", 5, weights=None, freeze=2)
     before = statistics(network)
     recalibrate(network, batches(2), 2)
@@ -79,7 +79,7 @@ def test_frozen_stages_keep_their_statistics() -> None:
     assert kept == {name for name in before if name.startswith(("bn1", "layer1", "layer2"))}
 
 
-def test_nothing_is_dropped_out() -> None:
+def test_recalibration_disables_dropout() -> None:
     network = build("resnet18", 5, weights=None, freeze=0)
     other = deepcopy(network)
     other.layer1 = nn.Sequential(nn.Dropout(0.5), *other.layer1)  # pyright: ignore
@@ -89,10 +89,10 @@ def test_nothing_is_dropped_out() -> None:
         assert torch.equal(left, right)
 
 
-def test_a_training_ends_with_the_statistics_of_its_last_weights_as_validation_views_images(
+def test_training_ends_with_the_statistics_of_its_last_weights_on_validation_views(
     shards: Path, tmp_path: Path
 ) -> None:
-    """And nothing else of it changes."""
+    """Recalibration changes nothing else."""
     plain = train(shards, replace(ANEW, recalibrate=False), out=tmp_path / "plain", device="cpu")
     anew = train(shards, ANEW, out=tmp_path / "anew", device="cpu")
     different = {
@@ -116,7 +116,7 @@ def test_a_training_ends_with_the_statistics_of_its_last_weights_as_validation_v
     assert scores.loss == pytest.approx(anew.history[-1]["val_loss"], rel=1e-5)
 
 
-def test_averaged_weights_have_statistics_of_their_own(shards: Path, tmp_path: Path) -> None:
+def test_averaged_weights_get_their_own_statistics(shards: Path, tmp_path: Path) -> None:
     report = train(shards, replace(ANEW, ema=0.9), out=tmp_path / "run", device="cpu")
     kept = Checkpoint.load(report.folder / LAST)
     assert not torch.equal(kept.model["bn1.running_mean"], kept.trained["bn1.running_mean"])
@@ -124,9 +124,11 @@ def test_averaged_weights_have_statistics_of_their_own(shards: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("call", [16, *(pytest.param(call, marks=pytest.mark.soak) for call in (13, 20, 21))])
-def test_a_soup_that_was_stopped_and_resumed_is_the_same(shards: Path, tmp_path: Path, call: int) -> None:
-    """Stopped before, at and after the end of its first training: a look after each of five steps, before each of five batches of
-    the recalibration and each of two of the validation, and after an epoch."""
+def test_a_stopped_and_resumed_model_soup_with_recalibration_equals_an_uninterrupted_one(
+    shards: Path, tmp_path: Path, call: int
+) -> None:
+    """Stop before, at and after the end of the first run. Training checks for a stop after each of five steps, before each of
+    five batches of recalibration and two of validation, and after an epoch."""
     recipe = replace(ANEW, epochs=4, soup=2)
     whole = train(shards, recipe, out=tmp_path / "whole", device="cpu")
     calls = iter(range(1, 1000))

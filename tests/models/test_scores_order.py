@@ -1,4 +1,4 @@
-"""The order of `Scores`: by index in the split, so that labels, probabilities and paths may be zipped."""
+"""Order of `Scores`: labels, probabilities and paths follow the index in the split, so they can be zipped."""
 
 import copy
 import pickle
@@ -26,7 +26,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 
 def agree(scores: Scores, shards: Path, flowers: Path, split: str) -> None:
-    """Each row is that of its index: as the loader, the source folder and `predict`, file by file, have it."""
+    """Assert that row i of paths and labels belongs to sample i of the split."""
     loader = Loader(shards, split, device="cpu", cache=None)
     assert len(scores.paths) == scores.num_samples == loader.num_samples
     assert list(scores.paths) == [loader.path_of(index) for index in range(loader.num_samples)]
@@ -38,7 +38,7 @@ def agree(scores: Scores, shards: Path, flowers: Path, split: str) -> None:
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
-def test_rows_are_by_index_in_the_split(run: Report, shards: Path, flowers: Path, split: str) -> None:
+def test_scores_follow_the_index_in_the_split(run: Report, shards: Path, flowers: Path, split: str) -> None:
     scores = evaluate(run.checkpoint, shards, split=split, device="cpu")
     agree(scores, shards, flowers, split)
     assert np.array_equal(scores.predictions, scores.probabilities.argmax(axis=1))
@@ -48,7 +48,7 @@ def test_rows_are_by_index_in_the_split(run: Report, shards: Path, flowers: Path
         assert list(one.probabilities.values()) == pytest.approx(scores.probabilities[index].tolist(), abs=1e-4)
 
 
-def test_scores_of_training_have_the_same_order(run: Report, shards: Path, flowers: Path) -> None:
+def test_scores_of_training_follow_the_same_order(run: Report, shards: Path, flowers: Path) -> None:
     assert run.scores is not None
     agree(run.scores, shards, flowers, "val")
     again = evaluate(run.checkpoint, shards, device="cpu")
@@ -57,7 +57,7 @@ def test_scores_of_training_have_the_same_order(run: Report, shards: Path, flowe
     assert list(run.scores.paths) == list(again.paths)
 
 
-def test_names_that_are_not_ascii_and_shards_at_an_address(
+def test_scores_have_the_paths_of_remote_shards_and_of_names_that_are_not_ascii(
     run: Report, source: Remote, server: BadServer, shards: Path, flowers: Path, tmp_path: Path
 ) -> None:
     del server
@@ -76,9 +76,7 @@ def test_names_that_are_not_ascii_and_shards_at_an_address(
     assert all((tmp_path / "data" / path).exists() for path in found.paths)
 
 
-def test_paths_are_a_sequence_that_is_read_when_asked_for(
-    run: Report, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_are_a_lazy_sequence(run: Report, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     path = ShardReader.path
 
@@ -103,5 +101,5 @@ def test_paths_are_a_sequence_that_is_read_when_asked_for(
         assert copied == tuple(paths)
 
 
-def test_scores_of_rows_alone_have_no_paths() -> None:
+def test_scores_computed_from_arrays_have_no_paths() -> None:
     assert score(("a", "b"), np.array([0, 1]), np.log(np.full((2, 2), 0.5, np.float32))).paths == ()

@@ -1,4 +1,4 @@
-"""Checkpoints that would name a class without knowing one: weights or outputs that are not finite, classes of one name."""
+"""Unusable checkpoints: weights or outputs that are not finite, and duplicate class names."""
 
 import math
 import re
@@ -37,7 +37,7 @@ def use(request: pytest.FixtureRequest, shards: Path, flowers: Path) -> Use:
 
 
 def changed(checkpoint: Checkpoint, **tensors: float) -> Checkpoint:
-    """With the first number of some tensors set to another."""
+    """Return a copy with the first value of some tensors changed."""
     model: dict[str, Tensor] = {name: value.clone() for name, value in checkpoint.model.items()}
     for name, value in tensors.items():
         tensor = model[name.replace("__", ".")]
@@ -48,35 +48,37 @@ def changed(checkpoint: Checkpoint, **tensors: float) -> Checkpoint:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["conv1__weight", "layer4__0__bn1__running_var", "fc__bias"])
 def test_weights_that_are_not_finite_are_refused_by_name(run: Report, tmp_path: Path, name: str, value: float) -> None:
-    """Also a statistic of a batch norm."""
+    """Batch norm statistics count as weights."""
     path = tmp_path / "broken.pt"
     changed(Checkpoint.load(run.checkpoint), **{name: value}).save(path)
     message = (
-        f"{path}: weights are not finite ({name.replace('__', '.')!r}), so that its network knows no class; pass another "
+        f"{path}: weights are not finite ({name.replace('__', '.')!r}), so it cannot predict; pass another "
         f"checkpoint, or train again with a lower lr."
     )
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         Checkpoint.load(path)
 
 
-def test_a_checkpoint_in_memory_is_not_believed_either(run: Report, use: Use) -> None:
+def test_a_checkpoint_in_memory_is_checked_too(run: Report, use: Use) -> None:
     broken = changed(Checkpoint.load(run.checkpoint), fc__weight=math.nan, fc__bias=math.nan)
     with pytest.raises(CheckpointError, match=r"^checkpoint: weights are not finite \('fc\.weight' and 1 more\)"):
         use(broken)
 
 
-def test_outputs_that_are_not_finite_name_no_class(run: Report, use: Use, tmp_path: Path) -> None:
-    """Finite weights can be large enough."""
+def test_outputs_that_are_not_finite_are_refused(run: Report, use: Use, tmp_path: Path) -> None:
+    """Large finite weights make outputs overflow."""
     checkpoint, path = Checkpoint.load(run.checkpoint), tmp_path / "large.pt"
     model = {**checkpoint.model, "fc.weight": torch.full_like(checkpoint.model["fc.weight"], 3e38)}
     replace(checkpoint, model=model).save(path)
-    message = r"its network's outputs for .*\.jpg.* are not finite, so that it names no class; pass another checkpoint, or train"
+    message = (
+        r"the network's outputs for .*\.jpg.* are not finite, so it cannot predict; pass another checkpoint, or train"
+    )
     with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: {message}"):
         use(path)
 
 
-def test_the_images_without_a_finite_output_are_counted(run: Report, shards: Path) -> None:
-    """An infinite logit for one class, far below those of the others, is not finite either."""
+def test_images_with_outputs_that_are_not_finite_are_counted(run: Report, shards: Path) -> None:
+    """An infinitely low logit of one class counts as well."""
     checkpoint = Checkpoint.load(run.checkpoint)
     first = Loader(shards, "val", device="cpu").path_of(0)
     for value in (3e38, -3e38):
@@ -87,29 +89,29 @@ def test_the_images_without_a_finite_output_are_counted(run: Report, shards: Pat
             evaluate(replace(checkpoint, model=model), shards, device="cpu")
 
 
-def test_classes_of_one_name_are_refused(run: Report, use: Use, tmp_path: Path) -> None:
-    """Their probabilities were told under one name, so that they did not sum to one."""
-    checkpoint, path = Checkpoint.load(run.checkpoint), tmp_path / "twins.pt"
+def test_duplicate_class_names_are_refused(run: Report, use: Use, tmp_path: Path) -> None:
+    """One name would hide a probability, so the probabilities would not sum to one."""
+    checkpoint, path = Checkpoint.load(run.checkpoint), tmp_path / "duplicates.pt"
     first, _, *rest = checkpoint.classes
-    twins = replace(checkpoint, classes=(first, first, *rest))
-    told = f"two of its classes are called {first!r}, so that their probabilities cannot be told apart; pass another checkpoint"
+    duplicates = replace(checkpoint, classes=(first, first, *rest))
+    told = f"two of its classes are named {first!r}, so their probabilities are ambiguous; pass another checkpoint"
     with pytest.raises(CheckpointError, match=f"^checkpoint: {re.escape(told)}"):
-        twins.network()
-    twins.save(path)
+        duplicates.network()
+    duplicates.save(path)
     with pytest.raises(CheckpointError, match=f"^{re.escape(f'{path}: {told}')}"):
         use(path)
 
 
-def test_classes_that_are_not_as_many_as_outputs_are_refused(run: Report) -> None:
+def test_a_wrong_number_of_classes_is_refused(run: Report) -> None:
     checkpoint = Checkpoint.load(run.checkpoint)
-    with pytest.raises(CheckpointError, match=r"^checkpoint: its weights do not fit resnet18 with 4 classes \("):
+    with pytest.raises(CheckpointError, match=r"^checkpoint: weights do not fit resnet18 with 4 classes \("):
         predict(replace(checkpoint, classes=checkpoint.classes[:4]), [], device="cpu")
 
 
-def test_resuming_and_starting_from_what_is_not_finite_is_refused(
+def test_training_does_not_start_or_resume_from_weights_that_are_not_finite(
     run: Report, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It was trained on until the first loss was not finite, and the rate was blamed."""
+    """Otherwise the first loss would not be finite, and the learning rate would get the blame."""
     out, weights = tmp_path / "run", tmp_path / "weights.pth"
     out.mkdir()
     changed(Checkpoint.load(run.checkpoint), conv1__weight=math.nan).save(out / LAST)
@@ -117,12 +119,12 @@ def test_resuming_and_starting_from_what_is_not_finite_is_refused(
     with pytest.raises(CheckpointError, match=rf"^{re.escape(str(out / LAST))}: weights are not finite"):
         train(shards, recipe, out=out, resume=True, device="cpu")
     assert main(["predict", str(out / LAST), "x.jpg"]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {out / LAST}: weights are not finite ('conv1.weight'), so that")
+    assert capsys.readouterr().err.startswith(f"error: {out / LAST}: weights are not finite ('conv1.weight'), so it")
     state = build("resnet18", 5, weights=None).state_dict()
     state["bn1.running_var"][3] = math.inf
     for dtype in (torch.float32, torch.float16):
         torch.save({name: value.to(dtype) for name, value in state.items()}, weights)
-        told = f"{weights}: weights are not finite ('bn1.running_var'), and nothing can be trained from them; pass another file."
+        told = f"{weights}: weights are not finite ('bn1.running_var'), so training cannot start; pass another."
         with pytest.raises(CheckpointError, match=f"^{re.escape(told)}$"):
             train(shards, replace(recipe, weights=str(weights)), out=tmp_path / "new", device="cpu")
     assert not (tmp_path / "new").exists()

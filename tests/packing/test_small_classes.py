@@ -96,7 +96,7 @@ def test_training_logs_once_that_it_validates_nothing(tmp_path: Path, caplog: py
         caplog.clear()
         report = train(shards, replace(RECIPE, batch_size=4), out=tmp_path / f"run {fraction}", device="cpu")
         message = (
-            f"{shards}: has no images in split 'val', so nothing is validated: checkpoint-best.pt is of the last epoch"
+            f"{shards}: split 'val' has no images, so nothing is validated; checkpoint-best.pt holds the last epoch"
         )
         assert caplog.messages.count(message) == (fraction == 0)
         assert (report.scores is None) == (fraction == 0)

@@ -1,4 +1,4 @@
-"""The picture of what a recipe draws: it is what training is fed."""
+"""The preview shows the images that training and validation get."""
 
 import os
 from dataclasses import replace
@@ -20,29 +20,29 @@ RECIPE = Recipe(augment=AUGMENT, epochs=5, sizes=(32, 48), seed=4)
 
 
 def levels(images: np.ndarray) -> np.ndarray:
-    """Normalized images (N, 3, H, W) as gray levels (N, H, W, 3)."""
+    """Convert normalized images (N, 3, H, W) to pixel values (N, H, W, 3)."""
     return np.rint(255 * np.clip(images.transpose(0, 2, 3, 1) * AUGMENT.std + AUGMENT.mean, 0, 1))
 
 
 @pytest.mark.parametrize("count", [3, 4])
-def test_its_columns_are_what_training_and_validation_are_fed(count: int, shards: Path) -> None:
+def test_columns_equal_the_images_that_training_and_validation_get(count: int, shards: Path) -> None:
     classes, columns = views(shards, RECIPE, count, 3)
     assert list(columns) == ["validation", "epoch 1", "epoch 3", "epoch 5"]
     for title, found in columns.items():
         epoch = 0 if title == "validation" else int(title.removeprefix("epoch ")) - 1
         augment = view_of(RECIPE) if title == "validation" else RECIPE.augment_at(epoch)
-        loader = Loader(shards, batch_size=8, augment=augment, seed=RECIPE.seed, device="cpu")  # as train's
+        loader = Loader(shards, batch_size=8, augment=augment, seed=RECIPE.seed, device="cpu")  # as in train
         loader.set_epoch(epoch)
-        fed: dict[int, Any] = {}
+        loaded: dict[int, Any] = {}
         for images, labels, indices in loader:
-            fed |= dict(zip(indices.tolist(), zip(images, labels, strict=True), strict=True))
-        expected = levels(np.stack([fed[index][0].numpy() for index in range(count)]))
+            loaded |= dict(zip(indices.tolist(), zip(images, labels, strict=True), strict=True))
+        expected = levels(np.stack([loaded[index][0].numpy() for index in range(count)]))
         assert found.dtype == np.uint8
-        assert np.abs(found - expected).max() <= 1  # rounded after a sum in another order
-        assert classes == [loader.manifest.classes[fed[index][1]] for index in range(count)]
+        assert np.abs(found - expected).max() <= 1  # sums in another order round differently
+        assert classes == [loader.manifest.classes[loaded[index][1]] for index in range(count)]
 
 
-def test_an_odd_number_of_images_is_mixed_too(shards: Path) -> None:
+def test_mixup_works_with_an_odd_number_of_images(shards: Path) -> None:
     recipe = replace(RECIPE, augment=replace(AUGMENT, mixup=0.4))
     _, mixed = views(shards, recipe, 5, 1)
     _, plain = views(shards, RECIPE, 5, 1)
@@ -58,7 +58,7 @@ def test_no_image_and_no_epoch_is_shown_twice(shards: Path) -> None:
     }  # fmt: skip
 
 
-def test_the_command_writes_a_picture_of_all(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_preview_command_writes_a_png(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "seen.png"
     flags = ["--images", "2", "--draws", "3", "--augment.size", "64", "--augment.hue", "0.2", "--out", str(out)]
     assert main(["preview", str(shards), "--recipe", "scratch", *flags]) == 0
@@ -66,7 +66,7 @@ def test_the_command_writes_a_picture_of_all(shards: Path, tmp_path: Path, capsy
     with Image.open(out) as image:
         assert image.format == "PNG"
         assert image.width / image.height == pytest.approx((4 * 1.6 + 0.4) / (2 * 1.6 + 0.3), rel=0.02)
-        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 1000  # images
+        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 1000  # not blank
     first = out.read_bytes()
     assert main(["preview", str(shards), "--recipe", "scratch", *flags]) == 0
     assert out.read_bytes() == first
@@ -84,7 +84,7 @@ def test_the_command_writes_a_picture_of_all(shards: Path, tmp_path: Path, capsy
         ),
     ],
 )
-def test_what_cannot_be_drawn_or_written_is_explained(
+def test_invalid_arguments_of_preview_are_explained(
     arguments: dict[str, Any], text: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""report.html and the pictures of a run."""
+"""report.html and the figures of a run."""
 
 import os
 import re
@@ -45,24 +45,23 @@ def test_names_in_the_report_are_escaped(flowers: Path, tmp_path: Path) -> None:
 
 
 def confusion(classes: list[str]) -> tuple[int, int]:
-    """(width, height) in pixels of the picture."""
+    """Return (width, height) of the figure in pixels."""
     count = len(classes)
     outputs = np.log(np.full((count, count), 1 / count))
     data = figures.confusion(score(tuple(classes), np.arange(count), outputs.astype(np.float32)))
     return struct.unpack(">II", data[16:24])
 
 
-def test_the_confusion_matrix_of_many_classes_is_a_picture_of_bounded_size() -> None:
+def test_the_figure_of_a_confusion_matrix_has_a_bounded_size() -> None:
     assert confusion(["a", "b"]) == (583, 495)
     assert max(confusion([f"class {number}" for number in range(300)])) <= 21 * 110
 
 
-def test_a_dollar_in_a_class_name_is_no_formula() -> None:
+def test_a_dollar_in_a_class_name_is_not_a_formula() -> None:
     assert confusion([r"a$\frac$", "5$ to 10$"]) == (583, 495)
 
 
-def test_names_that_are_no_utf8_are_drawn_and_reported(tmp_path: Path) -> None:
-    """Of a class and of files, as Linux and Python have them."""
+def test_class_and_file_names_that_are_not_utf8_are_drawn_and_reported(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     for name in (b"caf\xe9", b"tea"):
         (folder / os.fsdecode(name)).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Averaged weights: against torch's AveragedModel, and as training validates, keeps and resumes them."""
+"""EMA of weights: compared with torch's AveragedModel, and in validation, checkpoints and resumed runs."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -35,7 +35,7 @@ def network() -> nn.Module:
 
 
 @pytest.mark.parametrize("decay", [0.05, 0.5, 0.999])
-def test_an_average_is_torchs_with_batch_norms_and_their_counters(decay: float) -> None:
+def test_an_average_equals_torchs_averaged_model(decay: float) -> None:
     trained = network()
     optimizer = torch.optim.SGD(trained.parameters(), 0.1)
     ours = Average(trained, decay)
@@ -43,7 +43,7 @@ def test_an_average_is_torchs_with_batch_norms_and_their_counters(decay: float) 
     def mean(average: Tensor, current: Tensor, number: Any) -> Tensor:
         if not average.is_floating_point():
             return current
-        updates = int(number) - 1  # the first call copies the weights that training starts from
+        updates = int(number) - 1  # the first call copies the initial weights
         kept = min(decay, (1 + updates) / (10 + updates))
         return kept * average + (1 - kept) * current
 
@@ -76,7 +76,7 @@ def test_the_average_of_constant_weights_is_constant() -> None:
         assert torch.allclose(value, before[name], rtol=1e-6), name
 
 
-def test_averaging_leaves_the_weights_that_are_trained_alone() -> None:
+def test_an_update_of_the_average_does_not_change_the_trained_network() -> None:
     trained = network()
     average = Average(trained, 0.5)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     return train(shards, SMALL, out=tmp_path_factory.mktemp("runs") / "ema", device="cpu")
 
 
-def test_the_average_is_what_is_validated_and_kept(run: Report, shards: Path) -> None:
+def test_the_average_is_validated_and_saved(run: Report, shards: Path) -> None:
     for name, epoch in (("checkpoint-best.pt", run.best_epoch), ("checkpoint-last.pt", 2)):
         checkpoint = Checkpoint.load(run.folder / name)
         row = run.history[epoch - 1]
@@ -107,7 +107,7 @@ def test_the_average_is_what_is_validated_and_kept(run: Report, shards: Path) ->
         assert last_weights.loss != pytest.approx(row["val_loss"], rel=1e-3)
 
 
-def test_averaging_does_not_change_what_is_trained(run: Report, shards: Path, tmp_path: Path) -> None:
+def test_averaging_does_not_change_the_training(run: Report, shards: Path, tmp_path: Path) -> None:
     plain = train(shards, replace(SMALL, ema=None), out=tmp_path / "run", device="cpu")
     assert [row["train_loss"] for row in plain.history] == [row["train_loss"] for row in run.history]
     kept = Checkpoint.load(plain.folder / "checkpoint-last.pt")
@@ -116,7 +116,7 @@ def test_averaging_does_not_change_what_is_trained(run: Report, shards: Path, tm
     assert all(torch.equal(value, averaged.trained[name]) for name, value in kept.model.items())
 
 
-def test_a_resumed_run_goes_on_averaging(run: Report, shards: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_its_average(run: Report, shards: Path, tmp_path: Path) -> None:
     class KilledError(Exception):
         pass
 
@@ -136,7 +136,7 @@ def test_a_resumed_run_goes_on_averaging(run: Report, shards: Path, tmp_path: Pa
 
 
 def test_an_average_counts_updates_not_batches(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven batches an epoch make three updates, the last of one batch."""
+    """Seven batches per epoch make three updates; the last has one batch."""
     seen: list[int] = []
     monkeypatch.setattr(Average, "update", lambda _self, _network, updates: seen.append(updates))
     train(shards, replace(SMALL, epochs=2, batch_size=16, accumulate=3), out=tmp_path / "run", device="cpu")

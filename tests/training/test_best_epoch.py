@@ -1,4 +1,4 @@
-"""Which epoch is the best one, who is told, and that nobody is told another."""
+"""The best epoch: the same one in the report, in checkpoint-best.pt and for patience."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,14 +29,12 @@ def row(accuracy: float, loss: float) -> dict[str, float]:
         ([{}, {}], 2),
     ],
 )
-def test_of_epochs_of_equal_accuracy_the_one_of_the_lowest_loss_is_best(
-    history: list[dict[str, float]], expected: int
-) -> None:
+def test_among_epochs_of_equal_accuracy_the_lowest_loss_is_best(history: list[dict[str, float]], expected: int) -> None:
     assert best_epoch(history) == expected
 
 
-def test_a_tie_that_an_older_version_gave_to_the_first_is_told_as_it_was_kept(shards: Path, tmp_path: Path) -> None:
-    """Its checkpoint-best is the first epoch's: scores, report and best_epoch are of that one."""
+def test_a_tie_resolved_by_an_older_version_stays_as_it_is(shards: Path, tmp_path: Path) -> None:
+    """Its checkpoint-best.pt is from the first epoch, so best_epoch must be that one too."""
     report = train(shards, RECIPE, out=tmp_path / "run", device="cpu")
     last = Checkpoint.load(tmp_path / "run" / LAST)
     first, second = ({**entry, "val_accuracy": 0.5} for entry in last.history)
@@ -46,10 +44,10 @@ def test_a_tie_that_an_older_version_gave_to_the_first_is_told_as_it_was_kept(sh
     assert train(shards, RECIPE, out=tmp_path / "run", resume=True, device="cpu").best_epoch == 1
 
 
-def test_patience_and_the_best_checkpoint_follow_the_loss_where_accuracies_are_equal(
+def test_patience_and_the_best_checkpoint_follow_the_loss_when_accuracies_are_equal(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An equal accuracy at a lower loss is better, and begins the count again."""
+    """Equal accuracy with a lower loss is better and restarts the count."""
     losses = [2.0, 1.5, 1.6, 1.4, 1.4, 1.45, 0.1]
 
     class Scored(Run):

@@ -1,4 +1,4 @@
-"""What holds training back: measured on a real run, told in one sentence."""
+"""Diagnosis: the measured bottleneck, in one sentence."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +16,17 @@ from fastflower.training.run import Run
 SMALL = Recipe(weights=None, augment=Augment(size=32, resize=36, flip=0.5, hue=0.1), batch_size=16)
 
 
-def test_both_rates_are_measured_and_the_slower_is_named(shards: Path) -> None:
+def test_both_rates_are_measured_and_the_bottleneck_is_named(shards: Path) -> None:
     found = diagnose(shards, SMALL, seconds=0.3, device="cpu")
     assert found.stats.images > 0
     assert found.loading_rate > found.training_rate > 0
     table = str(found).splitlines()
-    assert table[0].startswith("feeding alone ")
+    assert table[0].startswith("loading alone ")
     assert table[1].endswith("images/s on cpu")
-    assert table[-1].startswith("training holds the job back: it can be fed ")
+    assert table[-1].startswith("training is the bottleneck: data loading alone is ")
 
 
-def test_where_feeding_is_slower_it_says_what_takes_the_time(shards: Path) -> None:
+def test_slow_loading_is_blamed_on_its_slowest_part(shards: Path) -> None:
     loader = Loader(shards, augment=SMALL.augment, batch_size=16, device="cpu", cache=None)
     list(loader)
     stats = loader.stats()
@@ -38,11 +38,11 @@ def test_where_feeding_is_slower_it_says_what_takes_the_time(shards: Path) -> No
     for what, changed in slow.items():
         sentence = str(Diagnosis(loading_rate=10, training_rate=20, stats=changed, device="cpu")).splitlines()[-1]
         assert sentence.startswith("data loading is the bottleneck: the consumer waited ")
-        assert f"most of it for {what}; " in sentence
+        assert f"mostly for {what}; " in sentence
 
 
-def test_it_feeds_by_the_backend_of_training(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where training keeps images in a GPU's memory and renders them there, the doctor does not measure DALI."""
+def test_the_diagnosis_loads_with_the_backend_of_training(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If training renders cached images on the GPU, the doctor must not measure DALI."""
     made: list[Loader] = []
     monkeypatch.setattr(diagnosis, "Loader", lambda *args, **how: made.append(Loader(*args, **how)) or made[-1])
 
@@ -56,12 +56,12 @@ def test_it_feeds_by_the_backend_of_training(shards: Path, monkeypatch: pytest.M
     assert [loader.backend for loader in made] == ["opencv"]
 
 
-def test_a_diagnosis_of_no_time_is_refused(shards: Path) -> None:
+def test_a_diagnosis_of_zero_seconds_is_refused(shards: Path) -> None:
     with pytest.raises(ArgumentError, match=r"^seconds must be above 0, got 0\.$"):
         diagnose(shards, SMALL, seconds=0)
 
 
-def test_the_doctor_is_on_the_command_line(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_command_prints_the_bottleneck(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--seconds", "0.2", "--device", "cpu", "--augment.size", "32", "--augment.resize", "36"]
     assert main(["doctor", str(shards), *arguments]) == 0
-    assert "holds the job back" in capsys.readouterr().out
+    assert "is the bottleneck: " in capsys.readouterr().out

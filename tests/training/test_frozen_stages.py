@@ -1,4 +1,4 @@
-"""Stages that are frozen need weights to start from: what is refused, and what goes on working."""
+"""Frozen stages need weights to start from."""
 
 import re
 from dataclasses import replace
@@ -25,16 +25,16 @@ def test_freezing_random_weights_is_refused_before_anything_is_written(
     shards: Path, tmp_path: Path, resume: bool
 ) -> None:
     message = (
-        "freeze must be 0 where weights is None, got 2: frozen stages would stay random; pass --freeze 0 (freeze=0), or "
-        "--weights FILE (weights=) to start from."
+        "freeze must be 0 when weights is None, got 2: frozen stages would stay random; pass --freeze 0 (freeze=0), or "
+        "weights to start from (--weights FILE, weights=FILE)."
     )
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
         train(shards, replace(PRESETS["finetune"](), weights=None), out=tmp_path / "run", resume=resume, device="cpu")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_froze_random_weights_goes_on(shards: Path, tmp_path: Path) -> None:
-    """Of an older version: its checkpoint is where it starts from. It can be scored, too."""
+def test_an_older_run_that_froze_random_weights_can_be_resumed_and_evaluated(shards: Path, tmp_path: Path) -> None:
+    """It starts from the weights in its checkpoint."""
     out = tmp_path / "run"
     train(shards, replace(RECIPE, epochs=1), out=out, device="cpu")
     last = Checkpoint.load(out / LAST)
@@ -50,7 +50,7 @@ def test_a_run_that_froze_random_weights_goes_on(shards: Path, tmp_path: Path) -
     )
 
 
-def test_on_the_command_line_a_preset_that_freezes_needs_weights(
+def test_on_the_command_line_a_preset_with_frozen_stages_needs_weights(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["--augment.size", "32", "--sizes", "32", "--epochs", "1", "--device", "cpu"]
@@ -66,11 +66,11 @@ def test_on_the_command_line_a_preset_that_freezes_needs_weights(
         *small,
     ]
     assert main(command) == 1
-    assert capsys.readouterr().err.startswith("error: freeze must be 0 where weights is None, got 2: ")
+    assert capsys.readouterr().err.startswith("error: freeze must be 0 when weights is None, got 2: ")
     assert not (tmp_path / "run").exists()
     assert main([*command, "--freeze", "0"]) == 0
 
 
-def test_what_trains_nothing_takes_such_a_recipe(shards: Path) -> None:
-    """The doctor measures with random weights, which cost the same."""
+def test_the_doctor_accepts_frozen_stages_without_weights(shards: Path) -> None:
+    """It measures with random weights, which take the same time."""
     assert diagnose(shards, replace(PRESETS["finetune"](), sizes=(32,)), seconds=0.01, device="cpu").training_rate > 0

@@ -1,4 +1,4 @@
-"""What needs CUDA: steps that are recorded as graphs, a host that never waits, memory that does not grow, resuming."""
+"""Training on CUDA: captured steps, a host that never waits, constant memory, and resuming."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -28,11 +28,11 @@ MIXED = Augment(size=32, resize=36, crop=(0.5, 1.0), mixup=0.4)
 
 
 def network(_backbone: str, classes: int, **_: Any) -> nn.Module:
-    """Of layers alone whose gradients are added up in one order on CUDA too; with batch norms and dropout."""
+    """Build a network with batch norms and dropout from layers with deterministic gradients on CUDA."""
     model, features = nn.Sequential(), nn.Sequential()
     for channels_in, channels in ((3, 16), (16, 32)):
         features.extend([nn.Conv2d(channels_in, channels, 3, stride=2), nn.BatchNorm2d(channels), nn.ReLU()])
-    features.extend([nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1)])  # to one pixel: a mean
+    features.extend([nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1)])  # to one pixel, a plain mean
     model.add_module("features", features)
     model.add_module("classifier", nn.Sequential(nn.Flatten(), nn.Linear(32, classes)))
     return model
@@ -40,7 +40,7 @@ def network(_backbone: str, classes: int, **_: Any) -> nn.Module:
 
 @pytest.fixture
 def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The same kernels in every run: no timing of convolutions, which may choose another each time."""
+    """Use the same kernels in every run: no benchmarking of convolutions, which may choose differently each time."""
     monkeypatch.setattr("fastflower.training.run.build", network)
     monkeypatch.setattr("fastflower.training.run.fastest_convolutions", lambda _: nullcontext())
     before = torch.backends.cudnn.deterministic
@@ -64,7 +64,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def assert_close(one: list[dict[str, float]], other: list[dict[str, float]], tolerance: float) -> None:
-    """Histories without what the clock says."""
+    """Compare histories without timings."""
     for row, expected in zip(timeless(one), timeless(other), strict=True):
         assert row == pytest.approx(expected, rel=tolerance)
 
@@ -75,10 +75,10 @@ def assert_close(one: list[dict[str, float]], other: list[dict[str, float]], tol
     ids=["sgd", "adamw, clipped, averaged", "progressive", "mixed images", "bfloat16"],
 )
 @pytest.mark.usefixtures("repeatable")
-def test_a_run_of_graphs_equals_one_of_kernels(
+def test_a_run_with_cuda_graphs_equals_an_eager_run(
     shards: Path, tmp_path: Path, replays: list[int], changes: dict[str, Any], graphs: int
 ) -> None:
-    """Were a mask of dropout another one, or a warm-up not undone, they would be far apart."""
+    """A different dropout mask, or a warm-up that is not undone, would give clearly different results."""
     recipe = replace(RECIPE, **changes)
     kernels = train(shards, replace(recipe, graph=False), out=tmp_path / "kernels", device="cuda")
     assert replays == []
@@ -90,8 +90,8 @@ def test_a_run_of_graphs_equals_one_of_kernels(
         assert torch.allclose(value, other.model[name], rtol=1e-3, atol=1e-4), name
 
 
-def test_a_resnet_of_graphs_learns_as_one_of_kernels(shards: Path, tmp_path: Path, replays: list[int]) -> None:
-    """The whole of it: a ResNet-18 in bfloat16, convolutions timed, and DALI's threads that go on during the recording."""
+def test_a_resnet_with_cuda_graphs_learns_like_an_eager_one(shards: Path, tmp_path: Path, replays: list[int]) -> None:
+    """Uses bfloat16, benchmarked convolutions, and DALI's threads running during the capture."""
     recipe = replace(RECIPE, augment=Augment(size=64, resize=72, flip=0.5), precision="bfloat16")
     kernels = train(shards, replace(recipe, graph=False), out=tmp_path / "kernels", device="cuda")
     found = train(shards, recipe, out=tmp_path / "graphs", device="cuda")
@@ -102,7 +102,7 @@ def test_a_resnet_of_graphs_learns_as_one_of_kernels(shards: Path, tmp_path: Pat
 
 
 def state_of(run: Run) -> dict[str, Tensor]:
-    """All that a step changes, copied to the CPU; state of an optimizer that made none yet is zero."""
+    """Copy everything that a step changes to the CPU, without optimizer state that is zero."""
     named = {**dict(run.network.named_parameters()), **dict(run.network.named_buffers())}
     for number, state in plain_state(run.optimizer)["state"].items():
         named |= {f"{number} {name}": value for name, value in state.items() if value.any()}
@@ -112,10 +112,10 @@ def state_of(run: Run) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("updates", [0, 2])
 @pytest.mark.parametrize("changes", [{}, ADAMW], ids=["sgd", "adamw"])
-def test_recording_leaves_everything_as_it_was(
+def test_a_capture_leaves_everything_unchanged(
     shards: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], updates: int
 ) -> None:
-    """Bit for bit, of a ResNet-18."""
+    """All state of a ResNet-18 is bitwise equal."""
     monkeypatch.setattr("fastflower.training.run.graphs_of", lambda *_: None)
     run = Run(shards, replace(RECIPE, **changes), Path("unused"), CUDA)
     torch.manual_seed(0)
@@ -125,11 +125,11 @@ def test_recording_leaves_everything_as_it_was(
         run.step(images, labels)
     graphs = Graphs(CUDA)
 
-    def record(function: Callable[[], Outcome]) -> Callable[[], Outcome]:
+    def capture(function: Callable[[], Outcome]) -> Callable[[], Outcome]:
         graphs(function)
         return lambda: (torch.zeros((), device=CUDA), torch.zeros((), device=CUDA, dtype=torch.int64))
 
-    parts = (run.network, run.optimizer, run.scaler, run.recipe, CUDA, torch.float32, record)
+    parts = (run.network, run.optimizer, run.scaler, run.recipe, CUDA, torch.float32, capture)
     before = state_of(run)
     Stepper(*parts)(images, labels)
     after = state_of(run)
@@ -144,7 +144,7 @@ def test_recording_leaves_everything_as_it_was(
 def test_the_host_never_waits_for_the_device_in_an_epoch(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: bool, changes: dict[str, Any]
 ) -> None:
-    """From the first step to the last, once images are decoded and graphs recorded: then torch raises where it waits."""
+    """After decoding and capturing, torch raises an error if any step of an epoch synchronizes."""
     run = Run(shards, replace(RECIPE, graph=graph, **changes), tmp_path, CUDA)
     for epoch in range(2):
         run.train_epoch(epoch)
@@ -168,10 +168,10 @@ def test_the_host_never_waits_for_the_device_in_an_epoch(
 
 
 def test_memory_does_not_grow_from_epoch_to_epoch(shards: Path, tmp_path: Path) -> None:
-    # At 128 pixels every image is drawn at its full scale: at fewer, epochs add smaller ones to those that are kept.
+    # At 128 pixels all images are decoded at full scale. At smaller sizes, epochs add more decode scales to the cache.
     augment = replace(RECIPE.augment, size=128, resize=146)
     run = Run(shards, replace(RECIPE, augment=augment, epochs=50), tmp_path, CUDA)
-    gc.collect()  # what tests before left in cycles
+    gc.collect()  # cycles left by earlier tests
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(CUDA)
     seen: dict[int, tuple[int, int]] = {}
@@ -182,13 +182,13 @@ def test_memory_does_not_grow_from_epoch_to_epoch(shards: Path, tmp_path: Path) 
         seen[epoch + 1] = torch.cuda.memory_allocated(CUDA), torch.cuda.max_memory_reserved(CUDA)
     (allocated, reserved), (before, reserved_before) = seen[50], seen[3]
     assert allocated == pytest.approx(before, rel=0.01), seen
-    assert reserved <= reserved_before + (24 << 20), seen  # the allocator's segments are of 20 MB
+    assert reserved <= reserved_before + (24 << 20), seen  # the allocator's segments have 20 MB
 
 
-def test_steps_are_recorded_beside_dali(
+def test_steps_are_captured_while_dali_loads(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its threads synchronize the device when they like, which may spoil a recording: then steps go kernel by kernel."""
+    """DALI's threads may synchronize the device and break a capture; then steps run eagerly."""
     monkeypatch.setattr(cache, "free_bytes", lambda _device: 0)
     with caplog.at_level("INFO", logger="fastflower"):
         report = train(shards, RECIPE, out=tmp_path / "run", device="cuda")
@@ -198,7 +198,7 @@ def test_steps_are_recorded_beside_dali(
 
 
 def killed_on(device: str, shards: Path, recipe: Recipe, out: Path, batch: int) -> None:
-    """Train, or go on, on a device, until this many batches came."""
+    """Train or resume on a device until it is killed before this batch."""
     with pytest.MonkeyPatch.context() as patch:
         before_call(Run, "step", batch, kill, patch)
         with pytest.raises(KilledError, match="killed"):
@@ -207,7 +207,7 @@ def killed_on(device: str, shards: Path, recipe: Recipe, out: Path, batch: int) 
 
 @pytest.mark.parametrize("changes", [{}, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.usefixtures("repeatable")
-def test_a_run_of_graphs_that_is_killed_goes_on_to_the_history_of_one_that_was_not(
+def test_a_killed_and_resumed_run_with_cuda_graphs_gives_the_history_of_an_uninterrupted_one(
     shards: Path, tmp_path: Path, replays: list[int], changes: dict[str, Any]
 ) -> None:
     recipe, out = replace(RECIPE, **changes), tmp_path / "run"
@@ -222,7 +222,7 @@ def test_a_run_of_graphs_that_is_killed_goes_on_to_the_history_of_one_that_was_n
 
 @pytest.mark.parametrize("changes", [{}, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.usefixtures("repeatable")
-def test_a_run_goes_from_the_gpu_to_the_cpu_and_back(shards: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_run_resumes_on_the_cpu_and_again_on_the_gpu(shards: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     recipe, out = replace(RECIPE, **changes), tmp_path / "run"
     killed_on("cuda", shards, recipe, out, 4)
     groups = Checkpoint.load(out / LAST).optimizer["param_groups"]
@@ -233,16 +233,16 @@ def test_a_run_goes_from_the_gpu_to_the_cpu_and_back(shards: Path, tmp_path: Pat
     assert all(row["train_loss"] > 0 for row in report.history)
 
 
-def test_a_recording_that_is_spoiled_leaves_dropout_and_other_recordings_alone() -> None:
+def test_a_failed_capture_does_not_break_dropout_and_other_captures() -> None:
     ones, zero = torch.ones(64, device=CUDA), torch.zeros((), device=CUDA)
 
-    def spoiled() -> Outcome:
+    def synchronizing() -> Outcome:
         if torch.cuda.is_current_stream_capturing():
             torch.cuda.synchronize()
         return zero, zero
 
     with pytest.raises(RuntimeError):
-        Graphs(CUDA)(spoiled)
+        Graphs(CUDA)(synchronizing)
     assert nn.functional.dropout(ones, 0.5).sum().item() > 0
     replay = Graphs(CUDA)(lambda: (nn.functional.dropout(ones, 0.5).sum(), zero))
-    assert len({replay()[0].item() for _ in range(8)}) > 1, "each replay draws anew"
+    assert len({replay()[0].item() for _ in range(8)}) > 1, "each replay draws a new mask"

@@ -1,4 +1,4 @@
-"""Training that is killed, stopped, out of room, memory or numbers: what is left goes on to what nobody interrupted."""
+"""Interrupted training: after a kill, SIGTERM, a full disk or an error, a resumed run equals an uninterrupted one."""
 
 import logging
 import math
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill loses nothing that was written, only a power cut does."""
+    """Only a power cut loses data without fsync; a kill does not."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -54,7 +54,7 @@ def _small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture(scope="module")
 def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of the small network that nobody interrupted."""
+    """An uninterrupted run of the small network."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastflower.training.run.build", small)
         return train(shards, RECIPE, out=tmp_path_factory.mktemp("whole") / "run", device="cpu").folder
@@ -62,7 +62,7 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def resnet(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe's own, a ResNet-18, for tests whose processes are not ours to patch."""
+    """An uninterrupted run of the recipe's ResNet-18, for child processes, which cannot be patched."""
     return train(shards, RECIPE, out=tmp_path_factory.mktemp("resnet") / "run", device="cpu").folder
 
 
@@ -91,10 +91,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_run_that_is_killed_again_and_again_equals_an_uninterrupted_one(
-    shards: Path, tmp_path: Path, name: str
-) -> None:
-    """In either epoch, and before it got on at all; its network has dropout, whose masks must be the same too."""
+def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_one(shards: Path, tmp_path: Path, name: str) -> None:
+    """It is killed in both epochs, and once before any progress. Dropout masks must be the same too."""
     recipe = replace(RECIPE, **VARIANTS[name])
     one, other = tmp_path / "one", tmp_path / "other"
     train(shards, recipe, out=one, device="cpu")
@@ -120,20 +118,20 @@ def test_a_run_that_is_killed_again_and_again_equals_an_uninterrupted_one(
 def test_a_run_that_is_killed_at_the_end_of_an_epoch_equals_an_uninterrupted_one(
     shards: Path, tmp_path: Path, whole: Path, moment: tuple[Any, str, int]
 ) -> None:
-    """The first checkpoint of all is that of the epoch's last step: what is resumed there has no step left."""
+    """The first checkpoint is from the last step of an epoch, so the resumed epoch has no step left."""
     killed(shards, RECIPE, tmp_path / "run", moment, save_steps=5)
     train(shards, RECIPE, out=tmp_path / "run", resume=True, device="cpu")
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_process_that_is_killed_and_stopped_goes_on_to_what_nobody_interrupted(
+def test_a_process_that_is_stopped_and_killed_equals_an_uninterrupted_one(
     shards: Path, tmp_path: Path, resnet: Path
 ) -> None:
-    """By SIGTERM in the second epoch, and then by SIGKILL while a checkpoint is half written."""
+    """It gets SIGTERM in the second epoch, then SIGKILL while a checkpoint is half written."""
     out = tmp_path / "run"
     done = child("SIGTERM", "step", "6", recipe=RECIPE, shards=shards, out=out)
     assert done.returncode == 143, done.stderr
-    said = f"{out}: stopped by SIGTERM in epoch 2, step 1, and saved; resume=True (--resume) goes on."
+    said = f"{out}: stopped by SIGTERM in epoch 2, step 1, and saved; pass resume=True (--resume) to continue."
     assert done.stderr.splitlines()[-1] == said
     assert done.stdout == ""
     assert place(out) == (1, 1)
@@ -158,7 +156,7 @@ def test_a_process_that_is_killed_and_stopped_goes_on_to_what_nobody_interrupted
         pytest.param((loop, "measure", 2), {}, "in the validation of epoch 2", id="last validation"),
     ],
 )
-def test_sigterm_stops_after_the_update_under_way_and_its_handler_does_not_stay(
+def test_sigterm_stops_after_the_current_update_and_the_old_handler_is_restored(
     shards: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -174,7 +172,9 @@ def test_sigterm_stops_after_the_update_under_way_and_its_handler_does_not_stay(
         handler = signal.getsignal(signal.SIGTERM)
         with monkeypatch.context() as patch:
             before_call(*moment, terminate, patch)
-            with pytest.raises(StoppedError, match=rf"run: stopped by SIGTERM {said}, and saved; resume=True \(--re"):
+            with pytest.raises(
+                StoppedError, match=rf"run: stopped by SIGTERM {said}, and saved; pass resume=True \(--re"
+            ):
                 train(shards, recipe, out=out, device="cpu")
         assert signal.getsignal(signal.SIGTERM) is handler
         assert ours == []
@@ -185,7 +185,7 @@ def test_sigterm_stops_after_the_update_under_way_and_its_handler_does_not_stay(
         assert_same_run(out, whole)
 
 
-def test_training_in_another_thread_leaves_signals_alone(shards: Path, tmp_path: Path, whole: Path) -> None:
+def test_training_in_another_thread_installs_no_signal_handler(shards: Path, tmp_path: Path, whole: Path) -> None:
     seen: set[Any] = set()
     handler = signal.getsignal(signal.SIGTERM)
 
@@ -204,7 +204,7 @@ def test_training_in_another_thread_leaves_signals_alone(shards: Path, tmp_path:
 
 @pytest.fixture
 def begun(shards: Path, tmp_path: Path) -> Path:
-    """A run that was stopped after the second epoch's fourth step."""
+    """A run that was stopped after the fourth step of the second epoch."""
     with pytest.MonkeyPatch.context() as patch:
         before_call(Run, "step", 9, terminate, patch)
         with pytest.raises(StoppedError, match="in epoch 2, step 4"):
@@ -212,7 +212,7 @@ def begun(shards: Path, tmp_path: Path) -> Path:
     return tmp_path / "begun"
 
 
-def test_a_checkpoint_of_mid_epoch_loads_without_running_code(begun: Path, whole: Path) -> None:
+def test_a_checkpoint_from_the_middle_of_an_epoch_loads_without_running_code(begun: Path, whole: Path) -> None:
     content = torch.load(begun / LAST, weights_only=True)
     last = Checkpoint.load(begun / LAST)
     assert (last.epoch, last.step) == (1, 4)
@@ -221,13 +221,13 @@ def test_a_checkpoint_of_mid_epoch_loads_without_running_code(begun: Path, whole
     assert (losses.shape, losses.dtype) == ((4,), torch.float64)
     assert losses.isfinite().all()
     row = written_history(whole)[1]
-    # The fifth step's loss is not there yet, and no batch has more than 24 hits.
+    # The fifth step is missing: its loss is below 10, and it has at most 24 correct predictions.
     assert 0 < 5 * row["train_loss"] - losses.sum().item() < 10
     assert 0 <= 120 * row["train_accuracy"] - content["tally"]["hits"] <= 24
     assert timeless(last.history) == timeless(written_history(whole))[:1]
 
 
-def test_resuming_with_other_threads_is_said(
+def test_resuming_with_another_number_of_threads_warns(
     shards: Path, begun: Path, whole: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     same = shutil.copytree(begun, begun.with_name("same"))
@@ -239,12 +239,12 @@ def test_resuming_with_other_threads_is_said(
             report = train(shards, RECIPE, out=begun, resume=True, device="cpu")
         finally:
             torch.set_num_threads(1)
-    assert caplog.messages == [f"{begun / LAST}: threads was 1, now 2: the last bits will differ"]
+    assert caplog.messages == [f"{begun / LAST}: threads was 1, now 2: results will differ in the last bits"]
     assert report.history[1]["train_loss"] == pytest.approx(written_history(whole)[1]["train_loss"], rel=1e-3)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(shards: Path, tmp_path: Path, resnet: Path) -> None:
-    resource = pytest.importorskip("resource")  # Unix has it
+def test_a_run_resumes_after_a_full_disk(shards: Path, tmp_path: Path, resnet: Path) -> None:
+    resource = pytest.importorskip("resource")  # Unix only
     out = tmp_path / "run"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -252,7 +252,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(shards: Path, tmp_
             full = (resource.RLIMIT_FSIZE, (1 << 20, hard))
             before_call(Run, "step", 4, lambda: resource.setrlimit(*full), patch)
             with pytest.raises(
-                CheckpointError, match=r"last\.pt: could not be written \(.*File too large\); what stood there before"
+                CheckpointError,
+                match=r"last\.pt: could not be written \(.*File too large\); any previous file is unchanged",
             ):
                 train(shards, RECIPE, out=out, save_steps=2, device="cpu")
     finally:
@@ -263,9 +264,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(shards: Path, tmp_
     assert_same_run(out, resnet)
 
 
-def test_a_disk_that_has_no_room_for_the_history_is_named_and_the_run_goes_on(
-    shards: Path, tmp_path: Path, whole: Path
-) -> None:
+def test_a_run_resumes_after_its_history_could_not_be_written(shards: Path, tmp_path: Path, whole: Path) -> None:
     def full() -> None:
         raise OSError(28, "No space left on device", "history.csv")
 
@@ -280,10 +279,10 @@ def test_a_disk_that_has_no_room_for_the_history_is_named_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("save_steps", [None, 1])
-def test_a_loss_that_is_not_finite_is_named_with_its_batch_and_never_saved(
+def test_a_loss_that_is_not_finite_stops_training_with_its_batch_named_and_is_never_saved(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int | None
 ) -> None:
-    """Also when the run is resumed and comes to the same batch."""
+    """A resumed run stops at the same batch."""
     out, step = tmp_path / "run", Run.step
     loader = Loader(shards, batch_size=24, seed=RECIPE.seed, augment=RECIPE.augment, device="cpu")
     poison = loader.indices(1, 2)
@@ -295,9 +294,9 @@ def test_a_loss_that_is_not_finite_is_named_with_its_batch_and_never_saved(
 
     monkeypatch.setattr(Run, "step", poisoned)
     advice = (
-        f"{out}: the loss is not finite in epoch 2, step 3; train anew (another out) with a lower lr, warm-up "
-        "(warmup_epochs) or clipped gradients (clip_norm), "
-        f"and look at the batch. {LAST}, if there is one, is from before. The batch: {keys}"
+        f"{out}: the loss is not finite in epoch 2, step 3; start a new run (another out) with a lower lr, "
+        "warm-up (warmup_epochs) or gradient clipping (clip_norm), "
+        f"and check the batch. {LAST}, if it exists, was saved earlier. Batch: {keys}"
     )
     for _ in range(2):
         with pytest.raises(TrainingError, match=f"^{re.escape(advice)}$"):
@@ -307,17 +306,17 @@ def test_a_loss_that_is_not_finite_is_named_with_its_batch_and_never_saved(
         assert all(value.isfinite().all() for value in last.model.values())
 
 
-def test_a_rate_that_is_far_too_high_is_named(shards: Path, tmp_path: Path) -> None:
+def test_a_far_too_high_learning_rate_stops_training(shards: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPE, lr=1e30, schedule="constant")
     with pytest.raises(
-        TrainingError, match=r"run: the loss is not finite in epoch 1, step [2-5]; train anew .* sample rose_"
+        TrainingError, match=r"run: the loss is not finite in epoch 1, step [2-5]; start a new run .* sample rose_"
     ):
         train(shards, recipe, out=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / LAST).exists()
 
 
 def gone() -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore that nobody reads.")
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nNot shown.")
 
 
 def too_much() -> None:
@@ -341,14 +340,14 @@ def test_memory_that_runs_out_is_explained(
 ) -> None:
     before_call(nn.CrossEntropyLoss, "forward", 1, cause, monkeypatch)
     message = (
-        rf"^batch_size 24 does not fit the memory of cpu \({said}\); halve batch_size and double "
+        rf"^batch_size 24 does not fit in the memory of cpu \({said}\); halve batch_size and double "
         r"accumulate for the same updates, or lower augment\.size\.$"
     )
     with pytest.raises(DeviceError, match=message):
         train(shards, RECIPE, out=tmp_path / "run", device="cpu")
 
 
-def test_another_error_of_torch_passes_through_as_it_is(
+def test_other_errors_of_torch_pass_through_unchanged(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -363,16 +362,16 @@ def test_another_error_of_torch_passes_through_as_it_is(
     assert error.__cause__ is None
 
 
-def test_save_steps_of_none_are_refused(shards: Path, tmp_path: Path) -> None:
+def test_save_steps_of_zero_is_refused(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"^save_steps must be at least 1, got 0\.$"):
         train(shards, RECIPE, out=tmp_path / "run", save_steps=0, device="cpu")
     assert not (tmp_path / "run").exists()
 
 
-def test_patience_ends_a_run_that_gets_no_better_and_it_stays_ended(
+def test_patience_ends_a_run_without_improvement_and_resuming_does_not_extend_it(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equal is no better; a better epoch begins the count again. Killed in between, the count goes on."""
+    """An equal epoch is no improvement; a better one restarts the count. The count survives a kill."""
     recipe = replace(RECIPE, patience=2, epochs=12)
     accuracies = [0.2, 0.1, 0.3, 0.3, 0.1, 0.9]
 

@@ -1,4 +1,4 @@
-"""A soup: trainings from the same weights whose mean is kept, against each training alone, and when it is resumed."""
+"""Model soup: the mean of several runs from the same weights, compared with each run alone, and resumed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 @pytest.fixture(scope="module")
 def members(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """Each training in a run of its own, which begins with that training's first epoch."""
+    """Final weights of each run of the model soup, trained separately."""
     found: list[dict[str, Any]] = []
     for first in (0, 2):
         with torch.random.fork_rng():
@@ -56,7 +56,7 @@ def members(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict
     return found
 
 
-def test_what_is_kept_is_the_mean_of_trainings_from_the_same_weights(
+def test_the_saved_weights_are_the_mean_of_runs_from_the_same_weights(
     run: Report, members: list[dict[str, Tensor]]
 ) -> None:
     kept = last(run.folder)
@@ -68,30 +68,32 @@ def test_what_is_kept_is_the_mean_of_trainings_from_the_same_weights(
             assert torch.allclose(value.double(), mean, rtol=1e-6, atol=1e-7), name
 
 
-def test_each_training_has_the_whole_schedule_and_all_sizes(run: Report) -> None:
+def test_each_run_of_a_model_soup_has_the_whole_schedule_and_all_sizes(run: Report) -> None:
     rows = [[row[name] for name in ("size", "lr")] for row in run.history]
     assert [size for size, _ in rows] == [32, 48, 32, 48]
     assert rows[:2] == rows[2:]
     alone = replace(SOUP, soup=1, epochs=2)
     assert [alone.augment_at(epoch) for epoch in (0, 1)] == [SOUP.augment_at(epoch) for epoch in (2, 3)]
-    assert rows[1][1] < rows[0][1]  # the rate of a last step is the least
+    assert rows[1][1] < rows[0][1]  # the last step has the lowest rate
 
 
-def test_what_is_validated_is_what_is_kept(run: Report, shards: Path) -> None:
+def test_the_validated_weights_are_the_saved_ones(run: Report, shards: Path) -> None:
     assert evaluate(last(run.folder), shards, device="cpu").loss == pytest.approx(run.history[3]["val_loss"], rel=1e-5)
     best = Checkpoint.load(run.checkpoint)
     row = run.history[run.best_epoch - 1]
     assert evaluate(best, shards, device="cpu").loss == pytest.approx(row["val_loss"], rel=1e-5)
 
 
-def test_the_first_training_is_that_of_a_recipe_without_soup(run: Report, shards: Path, tmp_path: Path) -> None:
+def test_the_first_run_of_a_model_soup_equals_a_run_without_soup(run: Report, shards: Path, tmp_path: Path) -> None:
     alone = train(shards, replace(SOUP, soup=1, epochs=2), out=tmp_path / "run", device="cpu")
     assert timeless(alone.history) == timeless(run.history[:2])
 
 
 @pytest.mark.parametrize("call", [11, *(pytest.param(call, marks=pytest.mark.soak) for call in (2, 12, 20))])
-def test_a_soup_that_was_stopped_and_resumed_is_the_same(run: Report, shards: Path, tmp_path: Path, call: int) -> None:
-    """Stopped after a step, in a validation or after it: a look after each of four steps, and one at either place."""
+def test_a_stopped_and_resumed_model_soup_equals_an_uninterrupted_one(
+    run: Report, shards: Path, tmp_path: Path, call: int
+) -> None:
+    """Stop after a step, during validation, or after it. Training checks for a stop after every step and at both other places."""
     calls = iter(range(1, 1000))
     with pytest.raises(StoppedError, match="stopped by SIGTERM"), torch.random.fork_rng():
         Run(shards, SOUP, tmp_path, CPU, stop=lambda: next(calls) == call).train()

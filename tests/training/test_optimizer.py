@@ -1,4 +1,4 @@
-"""What a recipe says of the optimizer, against torch's own; laws of accumulation and clipping."""
+"""Optimizers, compared with torch's; gradient accumulation and clipping."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +33,7 @@ THEIRS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_an_optimizer_is_torchs_with_decay_of_weights_alone(name: Any) -> None:
+def test_an_optimizer_equals_torchs_with_weight_decay_of_matrices_only(name: Any) -> None:
     recipe = replace(SMALL, optimizer=name, lr=0.01, weight_decay=0.1)
     ours, theirs = network(), network()
     named = dict(theirs.named_parameters())
@@ -52,7 +52,7 @@ def test_an_optimizer_is_torchs_with_decay_of_weights_alone(name: Any) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 40])
-def test_warm_up_is_linear_lr(steps: int) -> None:
+def test_warm_up_equals_torchs_linear_lr(steps: int) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
     scheduler = LinearLR(optimizer, start_factor=0.01, total_iters=steps)
     for step in range(steps + 3):
@@ -63,7 +63,7 @@ def test_warm_up_is_linear_lr(steps: int) -> None:
 
 
 def run(shards: Path, **changes: Any) -> Run:
-    """A run whose batch norms stand still, so that a batch's parts do not see each other."""
+    """Return a run in evaluation mode, so batch norms do not mix the samples of a batch."""
     made = Run(shards, replace(SMALL, **changes), Path("unused"), torch.device("cpu"), None)
     made.network.eval()
     return made
@@ -75,7 +75,7 @@ def batch(shards: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return images, labels
 
 
-def test_accumulated_batches_are_one_large_batch(shards: Path, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_accumulated_batches_equal_one_large_batch(shards: Path, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     images, labels = batch
     whole, parts = run(shards), run(shards, accumulate=4)
     before = [parameter.clone() for parameter in parts.network.parameters()]
@@ -89,7 +89,7 @@ def test_accumulated_batches_are_one_large_batch(shards: Path, batch: tuple[torc
         assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_an_epoch_updates_once_for_each_group_of_batches_and_for_what_is_left(shards: Path) -> None:
+def test_an_epoch_updates_once_per_group_of_batches_including_the_last_smaller_one(shards: Path) -> None:
     made = run(shards, accumulate=3)
     updates: list[float] = []
     step = made.optimizer.step
@@ -112,7 +112,7 @@ def test_an_epoch_updates_once_for_each_group_of_batches_and_for_what_is_left(sh
 def test_clipping_limits_the_update(
     shards: Path, batch: tuple[torch.Tensor, torch.Tensor], precision: Literal["float32", "float16"]
 ) -> None:
-    """Also where the loss is scaled: it is the gradients without the scale that are clipped."""
+    """With a scaled loss, clipping applies to the unscaled gradients."""
     images, labels = batch[0][:4].to(getattr(torch, precision)), batch[1][:4]
     common: dict[str, Any] = {"lr": 1.0, "momentum": 0.0, "precision": precision}
     free, clipped = run(shards, **common), run(shards, **common, clip_norm=1e-3)
@@ -139,6 +139,6 @@ def test_clipping_limits_the_update(
         ),
     ],
 )
-def test_what_an_optimizer_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_optimizer_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         replace(SMALL, **changes)

@@ -1,4 +1,4 @@
-"""Progressive resizing: what each epoch is trained at, and a loader that goes on with another augment."""
+"""Progressive resizing: the size of each epoch, and changing a loader's augment."""
 
 from dataclasses import replace
 from itertools import islice
@@ -32,13 +32,13 @@ BACKENDS = ["native", "opencv", "dali"]
 
 @pytest.fixture(scope="module")
 def small_shards(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images so small that they are decoded at one scale for each size here."""
+    """Shards of small images that have the same decode scale for every size used here."""
     folder = tmp_path_factory.mktemp("small") / "shards"
     pack(flowers, folder, max_side=96)
     return folder
 
 
-def test_the_first_half_is_trained_small_and_all_is_validated_large(
+def test_the_first_half_trains_at_the_small_size_and_validation_uses_the_large_one(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[tuple[int, ...]] = []
@@ -61,7 +61,7 @@ def test_the_first_half_is_trained_small_and_all_is_validated_large(
     assert [row["size"] for row in report.history] == [32, 32, 48, 48]
 
 
-def test_a_progressive_run_resumes_at_the_size_of_its_epoch(
+def test_a_resumed_run_uses_the_size_of_its_epoch(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(SMALL, epochs=2)
@@ -82,14 +82,16 @@ def test_a_progressive_run_resumes_at_the_size_of_its_epoch(
     assert [row["train_loss"] for row in rest.history] == [row["train_loss"] for row in whole.history]
 
 
-def test_without_sizes_every_epoch_is_trained_at_the_augments_size(shards: Path, tmp_path: Path) -> None:
+def test_without_sizes_every_epoch_uses_the_augments_size(shards: Path, tmp_path: Path) -> None:
     report = train(shards, replace(SMALL, sizes=(), epochs=1), out=tmp_path / "run", device="cpu")
     assert [row["size"] for row in report.history] == [48]
 
 
 @pytest.mark.parametrize("cache", ["auto", None])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_batches_after_a_change_are_those_of_a_new_loader(small_shards: Path, backend: Any, cache: Any) -> None:
+def test_batches_after_a_change_of_augment_equal_those_of_a_new_loader(
+    small_shards: Path, backend: Any, cache: Any
+) -> None:
     options: dict[str, Any] = {"batch_size": 16, "device": "cpu", "backend": backend, "seed": 3, "cache": cache}
     changed, new = Loader(small_shards, augment=BEFORE, **options), Loader(small_shards, augment=AFTER, **options)
     list(changed)
@@ -105,10 +107,9 @@ def test_batches_after_a_change_are_those_of_a_new_loader(small_shards: Path, ba
         assert torch.equal(one.index, other.index)
 
 
-@pytest.mark.parametrize(
-    "backend", ["native", "opencv"]
-)  # DALI keeps none; tests/loading/backends/test_triton.py has the other
-def test_images_that_are_kept_are_not_decoded_again(small_shards: Path, backend: Any) -> None:
+# DALI caches nothing; tests/loading/backends/test_triton.py tests the Triton backend.
+@pytest.mark.parametrize("backend", ["native", "opencv"])
+def test_cached_images_are_not_decoded_again_after_a_change_of_augment(small_shards: Path, backend: Any) -> None:
     loader = Loader(small_shards, augment=BEFORE, batch_size=40, device="cpu", backend=backend, cache="auto")
     list(loader)
     before = loader.stats()
@@ -121,8 +122,8 @@ def test_images_that_are_kept_are_not_decoded_again(small_shards: Path, backend:
     assert after.images == 240
 
 
-def test_large_images_are_decoded_once_for_the_new_size(shards: Path) -> None:
-    """At 32 pixels these are decoded at a quarter of their sides or half of them, at 48 more of them at half."""
+def test_large_images_are_decoded_once_more_for_the_new_size(shards: Path) -> None:
+    """At 32 pixels the decode scale is a quarter or a half; at 48 pixels more images need a half."""
     loader = Loader(shards, augment=Augment(size=32, resize=36), batch_size=40, device="cpu", cache="auto")
     list(loader)
     list(loader)
@@ -133,7 +134,7 @@ def test_large_images_are_decoded_once_for_the_new_size(shards: Path) -> None:
     assert loader.stats().decode_seconds == before
 
 
-def test_a_change_in_mid_epoch_waits_for_the_next(small_shards: Path) -> None:
+def test_a_change_of_augment_during_an_epoch_applies_to_the_next(small_shards: Path) -> None:
     options: dict[str, Any] = {"batch_size": 8, "device": "cpu", "workers": 1}
     changed, new = Loader(small_shards, augment=BEFORE, **options), Loader(small_shards, augment=BEFORE, **options)
     expected = list(new)
@@ -146,7 +147,7 @@ def test_a_change_in_mid_epoch_waits_for_the_next(small_shards: Path) -> None:
     assert next(iter(changed)).images.shape == (8, 3, 48, 48)
 
 
-def test_a_change_that_is_refused_leaves_the_loader_as_it_was(small_shards: Path) -> None:
+def test_a_refused_change_of_augment_leaves_the_loader_unchanged(small_shards: Path) -> None:
     loader = Loader(small_shards, augment=BEFORE, batch_size=15, device="cpu")
     with pytest.raises(ArgumentError, match=r"augment: mixup and cutmix mix pairs of a batch, .* got 15, 'drop'"):
         loader.set_augment(replace(AFTER, mixup=0.2))

@@ -1,4 +1,4 @@
-"""Steps that are recorded and replayed, by a stand-in for CUDA graphs, equal those that are not, bit for bit."""
+"""Captured and replayed steps, tested with a fake for CUDA graphs, equal eager steps bit for bit."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -26,14 +26,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small network; nothing for the eye."""
+    """Use the small network and write no report."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr("fastflower.training.run.build", small)
     monkeypatch.setattr("fastflower.training.run.write_report", lambda *_: None)
 
 
 class Recorder:
-    """Runs a function three times, as a warm-up does, and anew at each replay, whose outcome lies in one place."""
+    """Fake for CUDA graphs: runs a function three times as a warm-up, and at each replay writes to the same outputs."""
 
     def __init__(self) -> None:
         self.records = self.replays = 0
@@ -52,7 +52,7 @@ class Recorder:
 
 
 def with_rate_in_a_tensor(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """As on CUDA; in float64, so that no bit of it is lost."""
+    """Put the learning rate into a tensor, as on CUDA, but in float64 to keep it exact."""
     optimizer = optimizer_of(model, recipe)
     rate = torch.tensor(recipe.lr, dtype=torch.float64)
     for group in optimizer.param_groups:
@@ -62,7 +62,7 @@ def with_rate_in_a_tensor(model: nn.Module, recipe: Recipe) -> torch.optim.Optim
 
 @pytest.fixture
 def recorder() -> Iterator[Recorder]:
-    """Lets runs record their steps."""
+    """Make runs capture their steps."""
     with pytest.MonkeyPatch.context() as patch:
         found = Recorder()
         patch.setattr("fastflower.training.run.graphs_of", lambda *_: found)
@@ -72,7 +72,7 @@ def recorder() -> Iterator[Recorder]:
 
 @pytest.fixture(scope="module")
 def eager(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
-    """The finished run of a recipe whose steps nobody recorded; made once for each."""
+    """Return a function that trains a recipe eagerly, once per recipe."""
     made: dict[str, Path] = {}
 
     def run(recipe: Recipe) -> Path:
@@ -97,14 +97,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "progressive, averaged": ({"sizes": (24, 32), "ema": 0.9}, 2),
     "mixed images, bfloat16": ({"augment": MIXED, "precision": "bfloat16"}, 1),
 }
-"""Changes of the recipe, and how many graphs it takes."""
+"""Changes of the recipe, and the number of graphs."""
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_run_that_replays_equals_one_that_does_not(
+def test_a_run_with_captured_steps_equals_an_eager_run(
     shards: Path, tmp_path: Path, eager: Callable[[Recipe], Path], recorder: Recorder, name: str
 ) -> None:
-    """Losses, weights, averages, the optimizer's state; with dropout, whose masks must be the same."""
+    """Compares losses, weights, averages and optimizer state, with dropout."""
     changes, records = VARIANTS[name]
     recipe = replace(RECIPE, **changes)
     expected = eager(recipe)
@@ -115,10 +115,10 @@ def test_a_run_that_replays_equals_one_that_does_not(
 
 
 @pytest.mark.parametrize("changes", [{}, {**ADAMW, "ema": 0.9, "sizes": (24, 32)}], ids=["sgd", "adamw"])
-def test_a_run_that_replays_resumes_in_mid_epoch(
+def test_a_run_with_captured_steps_resumes_in_the_middle_of_an_epoch(
     shards: Path, tmp_path: Path, eager: Callable[[Recipe], Path], recorder: Recorder, changes: dict[str, Any]
 ) -> None:
-    """What it was saved with is the same without recordings, so that either goes on with the other's."""
+    """Checkpoints of captured and eager runs are interchangeable."""
     recipe, out = replace(RECIPE, **changes), tmp_path / "run"
     expected = eager(recipe)
     killed(shards, recipe, out, (Run, "step", 4), save_steps=2)
@@ -132,7 +132,7 @@ def test_a_run_that_replays_resumes_in_mid_epoch(
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    """All that a step changes, copied; an optimizer that made no state yet has zeros."""
+    """Copy everything that a step changes, without optimizer state that is zero."""
     named = {**dict(run.network.named_parameters()), **dict(run.network.named_buffers())}
     tensors = {name: value.detach().clone() for name, value in named.items()}
     updates = {
@@ -152,7 +152,7 @@ def batch(shards: Path) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("changes", [{}, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("updates", [0, 2])
-def test_warming_up_leaves_everything_as_it_was(
+def test_a_warm_up_leaves_everything_unchanged(
     shards: Path, batch: tuple[Tensor, Tensor], changes: dict[str, Any], updates: int
 ) -> None:
     run = Run(shards, replace(RECIPE, **changes), Path("unused"), CPU)
@@ -170,11 +170,11 @@ def test_warming_up_leaves_everything_as_it_was(
     assert all(parameter.grad is None for parameter in run.network.parameters())
     (warm,) = seen
     changed = {name for name, value in before["tensors"].items() if not torch.equal(value, warm["tensors"][name])}
-    assert changed == before["tensors"].keys(), "otherwise there was nothing to put back"
+    assert changed == before["tensors"].keys(), "otherwise there would be nothing to restore"
     assert not torch.equal(warm["random"], before["random"])
 
 
-def test_a_recording_that_fails_is_told_and_steps_go_on_without(
+def test_after_a_failed_capture_steps_run_eagerly_with_a_warning(
     shards: Path, batch: tuple[Tensor, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     recording, plain = (Run(shards, RECIPE, Path("unused"), CPU) for _ in range(2))
@@ -188,7 +188,7 @@ def test_a_recording_that_fails_is_told_and_steps_go_on_without(
     parts = (recording.network, recording.optimizer, recording.scaler, RECIPE, CPU, torch.float32)
     stepper, random = Stepper(*parts, spoiled), torch.get_rng_state()
     images, labels = batch
-    batches = [batch, batch, (images[:8], labels[:8])]  # another shape, which would be recorded too
+    batches = [batch, batch, (images[:8], labels[:8])]  # another shape, which would be captured too
     found = [stepper(*each) for each in batches]
     torch.set_rng_state(random)
     expected = [plain.step(*each) for each in batches]
@@ -196,11 +196,11 @@ def test_a_recording_that_fails_is_told_and_steps_go_on_without(
     assert_same(state_of(recording), state_of(plain))
     assert asked == [1]
     assert [line for line in caplog.messages if "CUDA graph" in line] == [
-        "a step could not be recorded as a CUDA graph (operation not permitted when stream is capturing); all go kernel by kernel"
+        "could not capture a step as a CUDA graph (operation not permitted when stream is capturing); running all steps eagerly"
     ]
 
 
-def test_memory_that_runs_out_in_a_recording_is_no_reason_to_go_on(shards: Path, batch: tuple[Tensor, Tensor]) -> None:
+def test_running_out_of_memory_during_a_capture_is_an_error(shards: Path, batch: tuple[Tensor, Tensor]) -> None:
     run = Run(shards, RECIPE, Path("unused"), CPU)
 
     def full(_function: Callable[[], Outcome]) -> Callable[[], Outcome]:
@@ -211,8 +211,8 @@ def test_memory_that_runs_out_in_a_recording_is_no_reason_to_go_on(shards: Path,
         Stepper(*parts, full)(*batch)
 
 
-def test_what_a_graph_would_hold_stays_where_it_lies(shards: Path, tmp_path: Path, recorder: Recorder) -> None:
-    """Graphs know addresses: of weights, statistics, the optimizer's state and the rate."""
+def test_tensors_used_by_a_graph_keep_their_addresses(shards: Path, tmp_path: Path, recorder: Recorder) -> None:
+    """A graph refers to the addresses of weights, statistics, optimizer state and learning rate."""
     run = Run(shards, replace(RECIPE, **ADAMW, ema=0.9), tmp_path, CPU)
 
     def addresses() -> list[int]:
@@ -229,7 +229,7 @@ def test_what_a_graph_would_hold_stays_where_it_lies(shards: Path, tmp_path: Pat
     assert run.optimizer.param_groups[0]["lr"].item() != rate
 
 
-def test_each_shape_and_mode_is_recorded_once(shards: Path, batch: tuple[Tensor, Tensor], recorder: Recorder) -> None:
+def test_each_shape_and_mode_is_captured_once(shards: Path, batch: tuple[Tensor, Tensor], recorder: Recorder) -> None:
     images, labels = batch
     shares = nn.functional.one_hot(labels, 5).float()
     run = Run(shards, RECIPE, Path("unused"), CPU)
@@ -244,7 +244,7 @@ def test_each_shape_and_mode_is_recorded_once(shards: Path, batch: tuple[Tensor,
     assert recorder.records == 5
 
 
-def test_batches_that_wait_for_others_are_not_recorded(
+def test_steps_that_accumulate_gradients_are_not_captured(
     shards: Path, batch: tuple[Tensor, Tensor], recorder: Recorder
 ) -> None:
     run = Run(shards, RECIPE, Path("unused"), CPU)
@@ -256,8 +256,8 @@ def test_batches_that_wait_for_others_are_not_recorded(
 
 
 @pytest.mark.usefixtures("recorder")
-def test_batches_are_copied_and_not_kept(shards: Path, batch: tuple[Tensor, Tensor]) -> None:
-    """Channels-last, as they came; a batch that is overwritten later has no part in a replay."""
+def test_batches_are_copied_for_the_replay(shards: Path, batch: tuple[Tensor, Tensor]) -> None:
+    """Copies stay channels-last. Overwriting a batch later does not affect a replay."""
     run = Run(shards, RECIPE, Path("unused"), CPU)
     images, labels = (tensor.clone() for tensor in batch)
     seen: list[Tensor] = []
@@ -271,7 +271,9 @@ def test_batches_are_copied_and_not_kept(shards: Path, batch: tuple[Tensor, Tens
     assert all(value.is_contiguous(memory_format=torch.channels_last) for value in seen)
 
 
-def test_a_step_gives_the_mean_loss_and_the_hits(shards: Path, batch: tuple[Tensor, Tensor]) -> None:
+def test_a_step_returns_the_mean_loss_and_the_number_of_correct_predictions(
+    shards: Path, batch: tuple[Tensor, Tensor]
+) -> None:
     images, labels = batch
     run = Run(shards, RECIPE, Path("unused"), CPU)
     torch.manual_seed(3)
@@ -300,7 +302,7 @@ def test_a_step_gives_the_mean_loss_and_the_hits(shards: Path, batch: tuple[Tens
         ({"compile": True}, "cuda:0", torch.bfloat16, False),
     ],
 )
-def test_graphs_are_where_all_steps_are_alike(
+def test_graphs_are_used_only_if_all_steps_are_the_same(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], device: str, precision: torch.dtype, recorded: bool
 ) -> None:
     monkeypatch.setattr(cuda_graphs, "Graphs", lambda device: ("graphs", device))
@@ -308,15 +310,15 @@ def test_graphs_are_where_all_steps_are_alike(
     assert found == (("graphs", torch.device(device)) if recorded else None)
 
 
-def test_several_ranks_record_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_ranks_use_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "Graphs", lambda device: ("graphs", device))
     monkeypatch.setattr(step.distributed, "world_size", lambda: 2)
     assert graphs_of(RECIPE, torch.device("cuda", 0), torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_the_state_of_an_optimizer_goes_from_device_to_device(name: Any) -> None:
-    """On CUDA the rate is a tensor, and Adam's updates can be recorded; neither is in what is saved, nor goes over."""
+def test_optimizer_state_moves_between_devices(name: Any) -> None:
+    """On CUDA the rate is a tensor and Adam is capturable; a saved state contains neither."""
     recipe = replace(RECIPE, optimizer=name, lr=0.25)
     torch.manual_seed(0)
     networks = [nn.Linear(3, 2) for _ in range(2)]
@@ -343,8 +345,8 @@ def test_the_state_of_an_optimizer_goes_from_device_to_device(name: Any) -> None
     assert [[group[way] for way in ways] for group in plain.param_groups] == before
 
 
-def test_momentum_of_zero_is_none_yet() -> None:
-    """What the state of torch's SGD is set to after a warm-up."""
+def test_sgd_with_zero_momentum_buffers_equals_new_sgd() -> None:
+    """A warm-up leaves buffers that are set to zero."""
     networks = [nn.Linear(50, 40) for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())
     batches = torch.randn(3, 8, 50)
@@ -364,7 +366,7 @@ def test_momentum_of_zero_is_none_yet() -> None:
     assert all(torch.equal(*pair) for pair in zip(networks[0].parameters(), networks[1].parameters(), strict=True))
 
 
-def test_convolutions_are_timed_during_training_on_cuda_only() -> None:
+def test_convolutions_are_benchmarked_only_during_training_on_cuda() -> None:
     cudnn = torch.backends.cudnn
     with fastest_convolutions(CPU):
         assert not cudnn.benchmark

@@ -1,4 +1,4 @@
-"""Training that ends in a validation: what the epoch was trained is kept, and the validation is what is gone on with."""
+"""Interrupted validation: the epoch's training is saved, and a resumed run continues with the validation."""
 
 import os
 from dataclasses import replace
@@ -18,7 +18,7 @@ from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
-# A validation has two batches; where statistics are computed anew at the end of a training, five come before them.
+# A validation has two batches; a recalibration has five and comes before it.
 VARIANTS: list[Any] = [
     ({}, [1, 2, 3]),
     ({"ema": 0.9, "accumulate": 2, "patience": 1, "epochs": 3}, [3]),
@@ -37,7 +37,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with each step of training."""
+    """List that grows by one with each training step."""
     done: list[int] = []
     step = Run.step
 
@@ -50,17 +50,17 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def trained(shards: Path, recipe: Recipe, out: Path, steps: list[int]) -> int:
-    """Go on to the end; the steps that this took."""
+    """Resume to the end; return the number of training steps."""
     steps.clear()
     train(shards, recipe, out=out, resume=True, device="cpu")
     return len(steps)
 
 
 @pytest.mark.parametrize(("changes", "numbers"), VARIANTS)
-def test_sigterm_in_a_validation_keeps_the_epochs_training_and_waits_for_no_more_batches(
+def test_sigterm_during_validation_saves_the_epochs_training_and_stops_before_the_next_batch(
     shards: Path, tmp_path: Path, steps: list[int], changes: dict[str, Any], numbers: list[int]
 ) -> None:
-    """At such a batch of all those that nothing is trained on."""
+    """`numbers` counts the batches of recalibration and validation."""
     recipe = replace(RECIPE, **changes)
     whole = train(shards, recipe, out=tmp_path / "whole", device="cpu")
     for number in numbers:
@@ -70,17 +70,17 @@ def test_sigterm_in_a_validation_keeps_the_epochs_training_and_waits_for_no_more
             before_call(inference, "log_probabilities", number + 1, lambda seen=seen: next(seen), patch)
             with pytest.raises(StoppedError) as stopped:
                 train(shards, recipe, out=out, device="cpu")
-        assert next(seen) == 0, "no batch after the one under way"
+        assert next(seen) == 0, "no batch after the current one"
         epochs, step = place(out)
         where = f"in the validation of epoch {epochs + 1}" if step else f"after epoch {epochs}"
-        assert f"run-{number}: stopped by SIGTERM {where}, and saved; resume=True" in str(stopped.value)
+        assert f"run-{number}: stopped by SIGTERM {where}, and saved; pass resume=True" in str(stopped.value)
         assert step in (0, 5)
         left = len(whole.history) - epochs - (1 if step else 0)
-        assert trained(shards, recipe, out, steps) == 5 * left, "a step that was done is not done again"
+        assert trained(shards, recipe, out, steps) == 5 * left, "finished steps are not repeated"
         assert_same_run(out, whole.folder)
 
 
-def test_sigterm_at_the_start_of_a_validation_is_obeyed_before_its_first_batch(
+def test_sigterm_at_the_start_of_validation_stops_before_its_first_batch(
     shards: Path, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -93,10 +93,10 @@ def test_sigterm_at_the_start_of_a_validation_is_obeyed_before_its_first_batch(
     assert trained(shards, RECIPE, tmp_path / "run", steps) == 0
 
 
-def test_a_kill_in_a_long_validation_does_not_lose_the_epochs_training(
+def test_a_kill_during_a_long_validation_does_not_lose_the_epochs_training(
     shards: Path, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After ten seconds of it, here none, it is saved once; a short one costs no checkpoint of its own."""
+    """A checkpoint is saved once after ten seconds of validation (zero here), and none for a short one."""
     saved: list[str] = []
     monkeypatch.setattr(Checkpoint, "save", spied(saved, Checkpoint.save))
     whole = train(shards, RECIPE, out=tmp_path / "whole", device="cpu")
@@ -120,10 +120,10 @@ def spied(saved: list[str], save: Any) -> Any:
     return spy
 
 
-def test_an_older_versions_checkpoint_of_an_epochs_last_step_goes_on(
+def test_an_older_versions_checkpoint_of_the_last_step_of_an_epoch_can_be_resumed(
     shards: Path, tmp_path: Path, steps: list[int]
 ) -> None:
-    """It does not say whether a soup has its share: it was saved before."""
+    """It lacks `trained`, and was saved before the epoch was added to the model soup."""
     recipe = replace(RECIPE, soup=2)
     whole = train(shards, recipe, out=tmp_path / "whole", device="cpu").folder
     killed(shards, recipe, tmp_path / "run", (loop, "measure", 1), save_steps=5)
@@ -134,7 +134,7 @@ def test_an_older_versions_checkpoint_of_an_epochs_last_step_goes_on(
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_sigterm_while_the_best_epoch_is_scored_again_ends_with_what_was_saved(
+def test_sigterm_while_the_best_epoch_is_scored_again_stops_without_losing_anything(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastflower.training.run.best_epoch", lambda _: 1)
@@ -147,10 +147,10 @@ def test_sigterm_while_the_best_epoch_is_scored_again_ends_with_what_was_saved(
 
 
 @pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"soup": 2}])
-def test_what_is_saved_while_statistics_are_computed_anew_has_those_of_training(
+def test_a_checkpoint_saved_during_recalibration_has_the_statistics_of_training(
     shards: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """And not half of the new ones, with which it would predict wrongly."""
+    """Partial new statistics would give wrong predictions."""
     recipe = replace(RECIPE, recalibrate=True, **changes)
     killed(
         shards,
@@ -159,7 +159,7 @@ def test_what_is_saved_while_statistics_are_computed_anew_has_those_of_training(
         (loop, "write_history", 1 if "soup" in changes else 2),
     )
     with pytest.MonkeyPatch.context() as patch:
-        batches = 3 if "soup" in changes else 5  # of an epoch's validation, then of the statistics
+        batches = 3 if "soup" in changes else 5  # the third of recalibration; without soup, after two of validation
         before_call(inference, "log_probabilities", batches, terminate, patch)
         with pytest.raises(StoppedError, match="in the validation of epoch"):
             train(shards, recipe, out=tmp_path / "run", device="cpu")

@@ -1,4 +1,4 @@
-"""Training under torchrun: two ranks are one process, and a rank that is killed holds nothing up."""
+"""Training under torchrun: two ranks equal one process, and a killed rank does not block the others."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def launch(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> tuple[Pat
 
 
 def found(launch: tuple[Path, str], name: str) -> list[dict[str, Any]]:
-    """What a training came to on each rank."""
+    """Read the result of a training on each rank."""
     out, said = launch
     paths = [out / f"{name} {rank}.json" for rank in range(2)]
     assert all(path.exists() for path in paths), said
@@ -60,7 +60,7 @@ def found(launch: tuple[Path, str], name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def restarted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run of `fastflower train` on two ranks of which one was killed in the second epoch, and both were started again."""
+    """A run of `fastflower train` on two ranks; one is killed in the second epoch, then torchrun restarts both."""
     out = tmp_path_factory.mktemp("restarted") / "run"
     done = torchrun(*KILL, *command(shards, out), restarts=1)
     assert done.returncode == 0, done.stderr
@@ -68,10 +68,10 @@ def restarted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 @pytest.mark.parametrize(("name", "updates"), [("frozen", 10), ("accumulated", 6), ("frozen soup", 10)])
-def test_two_ranks_train_as_one_process_does(
+def test_two_ranks_train_like_one_process(
     launch: tuple[Path, str], shards: Path, tmp_path: Path, name: str, updates: int
 ) -> None:
-    """Where batch norms do not see a rank's part of a batch in place of the whole."""
+    """Tested with frozen batch norms, because others would see only a rank's part of a batch."""
     alone = timeless(train(shards, recipes(launch[0])[name], out=tmp_path / "run", device="cpu").history)
     for rank in found(launch, name):
         assert (rank["steps"], rank["updates"]) == (10, updates)
@@ -93,7 +93,7 @@ def test_the_ranks_agree_on_the_history(launch: tuple[Path, str], name: str) -> 
 def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
     launch: tuple[Path, str], shards: Path, name: str
 ) -> None:
-    """Also where each rank's batch norms have seen other images."""
+    """Each rank's batch norms have seen different images."""
     out = launch[0] / name
     best = Checkpoint.load(out / BEST)
     row = written_history(out)[best.epoch - 1]
@@ -108,30 +108,30 @@ def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
         ("not divisible", "ArgumentError: batch_size 15 must be a multiple of the number of ranks (2)."),
         (
             "synchronous",
-            "ArgumentError: sync_batchnorm: torch has SyncBatchNorm on CUDA only; leave it out on the CPU.",
+            "ArgumentError: sync_batchnorm: torch supports SyncBatchNorm only on CUDA; leave it out on the CPU.",
         ),
         (
             "apart",
-            f"CheckpointError: run/{LAST}: ranks found different ones; let out be a folder that all machines share.",
+            f"CheckpointError: run/{LAST}: ranks found different checkpoints; set out to a folder that all machines share.",
         ),
     ],
 )
-def test_what_ranks_cannot_do_is_refused_by_each(launch: tuple[Path, str], name: str, message: str) -> None:
+def test_invalid_settings_are_refused_by_each_rank(launch: tuple[Path, str], name: str, message: str) -> None:
     assert found(launch, name) == [{"error": message}] * 2
     assert not (launch[0] / name).exists()
 
 
-def test_a_folder_that_another_run_holds_is_refused_by_all_ranks(launch: tuple[Path, str]) -> None:
+def test_a_folder_in_use_by_another_run_is_refused_by_all_ranks(launch: tuple[Path, str]) -> None:
     out = launch[0] / "held"
     (one,), (other,) = (entry.values() for entry in found(launch, "held"))
     assert one == other
     assert re.match(
-        rf"CheckpointError: {re.escape(str(out))}: another run trains here \(process \d+ on .*\); wait for it", one
+        rf"CheckpointError: {re.escape(str(out))}: another run is training here \(process \d+ on .*\); wait, then", one
     )
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
-def test_one_rank_writes_and_speaks(
+def test_only_one_rank_writes_files_and_logs(
     launch: tuple[Path, str], restarted: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     out, done = restarted
@@ -184,13 +184,13 @@ def test_torchrun_names_the_signal_that_killed_a_rank(shards: Path, tmp_path: Pa
     out = tmp_path / "run"
     done = torchrun(DIE, "SIGKILL", "step", "4", *command(shards, out))
     assert done.returncode != 0
-    assert "error: rank 0: another rank is gone" in done.stderr
+    assert "error: rank 0: another rank failed" in done.stderr
     assert "Signal 9 (SIGKILL)" in done.stderr
     assert "wrote" not in done.stdout
     assert place(out) == (0, 2)
 
 
-def test_a_rank_that_is_killed_is_started_again_and_the_run_equals_one_that_nobody_interrupted(
+def test_a_run_restarted_after_a_killed_rank_equals_an_uninterrupted_one(
     launch: tuple[Path, str], restarted: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     out, done = restarted
@@ -202,13 +202,15 @@ def test_a_rank_that_is_killed_is_started_again_and_the_run_equals_one_that_nobo
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch: tuple[Path, str]) -> None:
     out = launch[0] / "signalled"
-    said = f"{out}: stopped by SIGTERM in epoch 1, step 3, and saved; resume=True (--resume) goes on."
+    said = f"{out}: stopped by SIGTERM in epoch 1, step 3, and saved; pass resume=True (--resume) to continue."
     assert found(launch, "signalled") == [{"error": f"StoppedError: {said}"}] * 2
     assert place(out) == (0, 3)
 
 
 def test_a_signal_to_one_rank_stops_the_validation_of_all(launch: tuple[Path, str]) -> None:
     out = launch[0] / "validating"
-    said = f"{out}: stopped by SIGTERM in the validation of epoch 1, and saved; resume=True (--resume) goes on."
+    said = (
+        f"{out}: stopped by SIGTERM in the validation of epoch 1, and saved; pass resume=True (--resume) to continue."
+    )
     assert found(launch, "validating") == [{"error": f"StoppedError: {said}"}] * 2
     assert place(out) == (0, 30)

@@ -1,4 +1,4 @@
-"""The main job: train, resume, evaluate, predict, report."""
+"""`train`, `evaluate` and `predict` together."""
 
 import csv
 import os
@@ -39,7 +39,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     return train(shards, TINY, out=tmp_path_factory.mktemp("runs") / "tiny", device="cpu")
 
 
-def test_a_run_leaves_what_was_promised(run: Report) -> None:
+def test_a_run_writes_the_documented_files(run: Report) -> None:
     names = {path.name for path in run.folder.iterdir()}
     assert names == {
         "history.csv",
@@ -69,7 +69,7 @@ def test_the_same_seed_gives_the_same_history_and_another_does_not(run: Report, 
     assert other.history[0]["train_loss"] != run.history[0]["train_loss"]
 
 
-def test_training_leaves_the_callers_random_numbers_alone(shards: Path, tmp_path: Path) -> None:
+def test_training_does_not_change_the_callers_random_state(shards: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
@@ -98,7 +98,7 @@ def test_evaluation_agrees_with_a_plain_loop(run: Report, shards: Path) -> None:
     assert evaluate(checkpoint, shards, device="cpu").accuracy == correct / 30
 
 
-def test_evaluation_covers_the_training_split_too(run: Report, shards: Path) -> None:
+def test_evaluation_accepts_the_training_split(run: Report, shards: Path) -> None:
     assert evaluate(run.checkpoint, shards, split="train", device="cpu").num_samples == 120
 
 
@@ -113,14 +113,14 @@ def test_prediction_agrees_with_evaluation(run: Report, shards: Path, flowers: P
     assert all(prediction.probability == max(prediction.probabilities.values()) for prediction in found)
 
 
-def test_prediction_takes_a_file_or_a_folder(run: Report, flowers: Path) -> None:
+def test_prediction_accepts_a_file_or_a_folder(run: Report, flowers: Path) -> None:
     one = next((flowers / "rose").iterdir())
     assert [prediction.path for prediction in predict(run.checkpoint, one, device="cpu")] == [one]
     assert len(predict(run.checkpoint, flowers / "rose", device="cpu")) == 30
 
 
-def test_prediction_takes_what_packing_takes(run: Report, flowers: Path, tmp_path: Path) -> None:
-    """Linked folders, and any picture under an image's name; but no folders and pipes, which are called so."""
+def test_prediction_accepts_what_pack_accepts(run: Report, flowers: Path, tmp_path: Path) -> None:
+    """This includes linked folders and any image format under a known suffix, but not folders and pipes with such a name."""
     images = sorted((flowers / "rose").iterdir())[:3]
     (tmp_path / "all/sub.jpg").mkdir(parents=True)
     (tmp_path / "linked").mkdir()
@@ -138,17 +138,17 @@ def test_prediction_takes_what_packing_takes(run: Report, flowers: Path, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_prediction_refuses_more_pixels_than_packing(run: Report, tmp_path: Path) -> None:
+def test_prediction_has_the_pixel_limit_of_pack(run: Report, tmp_path: Path) -> None:
     Image.new("1", (14000, 14000)).save(tmp_path / "large.png")
     with pytest.raises(SampleError, match=r"large\.png: .* limit of 178956970 pixels"):
         predict(run.checkpoint, tmp_path / "large.png", device="cpu")
 
 
-def test_prediction_names_the_file_it_cannot_use(run: Report, flowers: Path, tmp_path: Path) -> None:
+def test_prediction_names_a_bad_file(run: Report, flowers: Path, tmp_path: Path) -> None:
     note, half = tmp_path / "note.jpg", tmp_path / "half.jpg"
     note.write_text("not an image")
     half.write_bytes(next((flowers / "rose").iterdir()).read_bytes()[:3000])
-    remedy = r"; name image files or folders of them, or pass on_bad='skip' \(--on-bad skip\)\.$"
+    remedy = r"; pass image files or folders, or on_bad='skip' \(--on-bad skip\)\.$"
     with pytest.raises(SampleError, match=r"note\.jpg: is not an image" + remedy):
         predict(run.checkpoint, note)
     with pytest.raises(SampleError, match=r"half\.jpg: .*truncated.*" + remedy):
@@ -156,7 +156,7 @@ def test_prediction_names_the_file_it_cannot_use(run: Report, flowers: Path, tmp
     with pytest.raises(SampleError, match=r"gone\.jpg: No such file or directory" + remedy):
         predict(run.checkpoint, tmp_path / "gone.jpg")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SampleError, match=r"empty: holds no images .*; name image files or another folder"):
+    with pytest.raises(SampleError, match=r"empty: holds no images .*; pass image files or another folder"):
         predict(run.checkpoint, tmp_path / "empty")
     rule = "on_bad must be 'fail' or 'skip', got 'drop'"
     with pytest.raises(ArgumentError, match=rule):
@@ -179,7 +179,7 @@ def test_prediction_skips_bad_files_and_names_each(
     assert predict(run.checkpoint, bad, on_bad="skip", device="cpu") == []
 
 
-def test_prediction_names_what_decodes_with_warnings(
+def test_prediction_logs_images_that_decode_with_warnings(
     run: Report, flowers: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = next((flowers / "rose").iterdir()).read_bytes()
@@ -189,7 +189,7 @@ def test_prediction_names_what_decodes_with_warnings(
     assert "JPEG" not in capfd.readouterr().err
 
 
-def test_predictions_are_also_a_table(run: Report, flowers: Path, tmp_path: Path) -> None:
+def test_predictions_are_written_as_csv(run: Report, flowers: Path, tmp_path: Path) -> None:
     odd = tmp_path / os.fsdecode(b'a,"\xff.jpg')
     shutil.copy(flowers / "rose/0001.jpg", odd)
     found = predict(run.checkpoint, [flowers / "tulip", odd], out=tmp_path / "found.csv", device="cpu")
@@ -203,8 +203,8 @@ def test_predictions_are_also_a_table(run: Report, flowers: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("out", ["", "no/found.csv"])
-def test_a_table_that_cannot_be_written_is_refused_first(run: Report, tmp_path: Path, out: str) -> None:
-    rule = f"out: {tmp_path / out} cannot be written; name a file in a folder that is there."
+def test_a_csv_file_that_cannot_be_written_is_refused_before_prediction(run: Report, tmp_path: Path, out: str) -> None:
+    rule = f"out: {tmp_path / out} cannot be written; choose a file in an existing folder."
     with pytest.raises(ArgumentError, match=re.escape(rule)):
         predict(run.checkpoint, tmp_path / "not.jpg", out=tmp_path / out)
 
@@ -221,7 +221,7 @@ def test_shards_without_a_validation_split_can_be_trained_on(flowers: Path, tmp_
 def test_lower_precision_stays_close(
     shards: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    narrow_resnets(monkeypatch)  # some processors only emulate them
+    narrow_resnets(monkeypatch)  # some CPUs emulate these dtypes
     tiny = replace(TINY, augment=replace(TINY.augment, size=32, resize=36), epochs=1)
     recipe = replace(tiny, precision=precision)  # pyright: ignore[reportArgumentType]
     low = train(shards, recipe, out=tmp_path / "run", device="cpu")
@@ -229,9 +229,9 @@ def test_lower_precision_stays_close(
     assert low.history[0]["train_loss"] == pytest.approx(high.history[0]["train_loss"], rel=0.05)
 
 
-def test_precision_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_precision_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    if (path := Path("/proc/cpuinfo")).exists():  # Linux's words; what oneDNN would emulate is left to float32
+    if (path := Path("/proc/cpuinfo")).exists():  # Linux's flag names; float32 if oneDNN would emulate bfloat16
         fast = {"avx512_bf16", "amx_bf16", "bf16"} & set(path.read_text().split())
         assert precision_of("auto", cpu) == (torch.bfloat16 if fast else torch.float32)
     for name, expected in (("avx512_bf16", torch.bfloat16), ("bf16", torch.bfloat16), ("avx512_bw", torch.float32)):
@@ -244,7 +244,7 @@ def test_precision_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> N
         assert precision_of("float32", cuda) == torch.float32
 
 
-def test_a_frozen_stage_stays_as_it_was(shards: Path, tmp_path: Path) -> None:
+def test_a_frozen_stage_does_not_change(shards: Path, tmp_path: Path) -> None:
     start = build("resnet18", 5, weights=None).state_dict()
     torch.save(start, tmp_path / "weights.pth")
     recipe = replace(TINY, epochs=1, freeze=1, weights=str(tmp_path / "weights.pth"))
@@ -255,22 +255,22 @@ def test_a_frozen_stage_stays_as_it_was(shards: Path, tmp_path: Path) -> None:
     assert not torch.equal(start["layer2.0.conv1.weight"], trained["layer2.0.conv1.weight"])
 
 
-def test_out_folders_are_free_or_refused(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_folders_are_new_or_refused(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = replace(TINY, epochs=1)
     assert train(shards, recipe, device="cpu").folder == Path("runs/resnet18")
     assert train(shards, recipe, device="cpu").folder == Path("runs/resnet18-2")
     with pytest.raises(
-        CheckpointError, match=r"resnet18: holds a run already; pass resume=True \(--resume\), or name another"
+        CheckpointError, match=r"resnet18: already holds a run; pass resume=True \(--resume\), or choose another"
     ):
         train(shards, recipe, out="runs/resnet18", device="cpu")
-    with pytest.raises(ArgumentError, match="resume: name the run's folder with out"):
+    with pytest.raises(ArgumentError, match="resume: pass the run's folder as out"):
         train(shards, recipe, resume=True, device="cpu")
     other = replace(recipe, lr=1.0, augment=replace(recipe.augment, flip=0.25))
     with pytest.raises(
         CheckpointError,
-        match=r"was trained with lr 0\.005 \(now 1\.0\), augment\.flip 0\.5 \(now 0\.25\); resume with that, or name another "
-        r"out, which may start from this file \(weights\)\.$",
+        match=r"was trained with lr 0\.005 \(now 1\.0\), augment\.flip 0\.5 \(now 0\.25\); resume with that recipe, or choose "
+        r"a new out and pass this file as weights\.$",
     ):
         train(shards, other, out="runs/resnet18", resume=True, device="cpu")
 
@@ -285,10 +285,10 @@ def test_resuming_on_other_classes_is_refused(shards: Path, flowers: Path, tmp_p
         )
     pack(other, tmp_path / "shards")
     with pytest.raises(
-        CheckpointError, match=r"was trained on daisy, .*, tulip, these shards have rose, tulip; resume on the same"
+        CheckpointError, match=r"was trained on daisy, .*, tulip, these shards have rose, tulip; resume on its shards"
     ):
         train(tmp_path / "shards", replace(TINY, epochs=1), out=tmp_path / "run", resume=True, device="cpu")
-    with pytest.raises(CheckpointError, match="holds the classes rose, tulip; the checkpoint was trained on daisy"):
+    with pytest.raises(CheckpointError, match="has the classes rose, tulip, but the checkpoint was trained on daisy"):
         evaluate(tmp_path / "run" / "checkpoint-best.pt", tmp_path / "shards", device="cpu")
 
 
@@ -298,15 +298,13 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
         train(shards, replace(TINY, backbone="resnet19"), out=out, device="cpu")
     with pytest.raises(
         ArgumentError,
-        match=r"recipe must be a Recipe, such as fastflower\.recipes\.presets\.PRESETS.* makes one, got 'scratch'",
+        match=r"recipe must be a Recipe, for example fastflower\.recipes\.presets\.PRESETS.*, got 'scratch'",
     ):
         train(shards, "scratch", out=out, device="cpu")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ArgumentError, match="device must be cpu, cuda or cuda:NUMBER, got 'gpu'; omit it to use CUDA"):
         train(shards, TINY, out=out, device="gpu")
     (tmp_path / "file").touch()
-    message = (
-        rf"out: {tmp_path}/file/run cannot be made, {tmp_path}/file is no folder that can be written to; name another"
-    )
+    message = rf"out: cannot create {tmp_path}/file/run: {tmp_path}/file is not a writable folder; choose another out"
     with pytest.raises(ArgumentError, match=message):
         train(shards, TINY, out=tmp_path / "file" / "run", device="cpu")
     with pytest.raises(CheckpointError, match=r"nowhere\.pth: does not exist; check the path"):
@@ -319,20 +317,20 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
     assert not out.exists()
 
 
-def test_evaluate_refuses_what_is_no_checkpoint(shards: Path, tmp_path: Path) -> None:
+def test_evaluate_refuses_other_files(shards: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.pt"
     text.write_text("hello")
-    with pytest.raises(CheckpointError, match=r"text\.pt: is not a file that torch\.save wrote, is cut short"):
+    with pytest.raises(CheckpointError, match=r"text\.pt: was not written by torch\.save, is truncated"):
         evaluate(text, shards)
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"other\.pt: is not a fastflower checkpoint; pass a checkpoint-best\.pt"):
         evaluate(tmp_path / "other.pt", shards)
 
 
-def test_a_compiled_network_trains_like_the_one_that_is_not(
+def test_a_compiled_network_trains_like_an_eager_one(
     run: Report, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced by torch.compile, but not turned into C++, which takes a minute."""
+    """Uses the eager backend of torch.compile, because generating C++ takes a minute."""
     compile_ = torch.compile
     modes: list[str | None] = []
 
@@ -350,10 +348,10 @@ def test_a_compiled_network_trains_like_the_one_that_is_not(
     )
 
 
-def test_a_run_goes_on_with_its_own_shards_only(flowers: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_only_on_its_own_shards(flowers: Path, shards: Path, tmp_path: Path) -> None:
     recipe = replace(TINY, epochs=1)
     train(shards, recipe, out=tmp_path / "run", device="cpu")
     pack(flowers, tmp_path / "others", seed=1)
-    rule = r"checkpoint-last\.pt: was trained on other shards; resume on the same, or name another out, which may start"
+    rule = r"checkpoint-last\.pt: was trained on other shards; resume on those, or choose a new out with this file as weights"
     with pytest.raises(CheckpointError, match=rule):
         train(tmp_path / "others", recipe, out=tmp_path / "run", resume=True, device="cpu")

@@ -1,4 +1,4 @@
-"""What users give and do that once cost a run: numpy's numbers, many classes, two runs at once, another validation split."""
+"""Unusual inputs of training: numpy numbers, two runs at once, another validation split, unreadable files."""
 
 import runpy
 import sys
@@ -26,7 +26,7 @@ from fastflower.training.run_folder import run_folder
 pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 
-def test_a_recipe_of_numpys_numbers_lists_and_paths_is_the_plain_one(shards: Path, tmp_path: Path) -> None:
+def test_a_recipe_converts_numpy_numbers_lists_and_paths_to_plain_values(shards: Path, tmp_path: Path) -> None:
     odd: dict[str, Any] = {"size": [32, np.int64(32)], "resize": np.int32(36), "crop": [0.5, np.float32(1.0)]}
     augment = Augment(**odd, flip=np.float64(0.5))  # pyright: ignore[reportArgumentType]
     given: dict[str, Any] = {"lr": np.float64(0.01), "batch_size": np.int64(24), "epochs": np.int8(1), "sizes": [32]}
@@ -44,7 +44,7 @@ def test_a_recipe_of_numpys_numbers_lists_and_paths_is_the_plain_one(shards: Pat
     assert train(shards, again, out=tmp_path / "next", device="cpu").checkpoint.exists()
 
 
-def test_of_two_runs_that_began_together_the_second_does_not_overwrite_the_first(
+def test_of_two_runs_started_together_the_second_does_not_overwrite_the_first(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -54,14 +54,14 @@ def test_of_two_runs_that_began_together_the_second_does_not_overwrite_the_first
     monkeypatch.setattr("fastflower.training.trainer.run_folder", lambda *_, **__: began)
     before = first.checkpoint.read_bytes()
     with pytest.raises(
-        CheckpointError, match=r"^runs/resnet18: another run took it meanwhile; start again, or name out\.$"
+        CheckpointError, match=r"^runs/resnet18: another run just took this folder; start again, or pass out\.$"
     ):
         train(shards, replace(RECIPE, seed=1), device="cpu")
     assert first.checkpoint.read_bytes() == before
 
 
 def packed(root: Path, out: Path, **splits: int) -> Path:
-    """A pack of 24 training images, the same each time, and other splits of images that begin at a number."""
+    """Pack the same 24 training images each time, and other splits with images drawn from a first seed."""
     for split, first in {"train": 0, **splits}.items():
         for name in ("a", "b"):
             (root / split / name).mkdir(parents=True)
@@ -71,7 +71,7 @@ def packed(root: Path, out: Path, **splits: int) -> Path:
     return out
 
 
-def test_a_run_goes_on_with_its_own_validation_split_only(tmp_path: Path) -> None:
+def test_a_run_resumes_only_with_its_own_validation_split(tmp_path: Path) -> None:
     first = packed(tmp_path / "1", tmp_path / "first", val=1000)
     same = packed(tmp_path / "2", tmp_path / "same", val=1000)
     other = packed(tmp_path / "3", tmp_path / "other", val=2000)
@@ -86,19 +86,21 @@ def test_a_run_goes_on_with_its_own_validation_split_only(tmp_path: Path) -> Non
     assert len(train(same, recipe, out=tmp_path / "run", resume=True, device="cpu").history) == recipe.epochs
 
 
-def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match=r": is a folder; name a file, such as a run's checkpoint-best\.pt\.$"):
+def test_an_unreadable_file_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match=r": is a folder; pass a file, such as a run's checkpoint-best\.pt\.$"):
         load_file(tmp_path)
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(torch, "load", refuse)
-    with pytest.raises(CheckpointError, match=r"a\.pt: cannot be read \(Permission denied\); fix that"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.pt: cannot be read \(Permission denied\); fix this, or pass another"
+    ):
         load_file(tmp_path / "a.pt")
 
 
-def test_ranks_take_the_gpus_of_their_numbers_and_not_all_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_refuse_a_numbered_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -107,9 +109,7 @@ def test_ranks_take_the_gpus_of_their_numbers_and_not_all_one(monkeypatch: pytes
         pass
 
 
-def test_the_diagnosis_steps_with_the_convolutions_that_training_has(
-    shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_diagnosis_benchmarks_convolutions_as_training_does(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inside: list[bool] = [False]
     seen: list[bool] = []
 
@@ -133,10 +133,10 @@ def test_the_diagnosis_steps_with_the_convolutions_that_training_has(
 
 
 @pytest.mark.parametrize("out", [".", "file"])
-def test_the_demo_clears_no_folder_of_others(
+def test_the_demo_does_not_clear_folders_it_did_not_create(
     tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Shards that the user packed there, or images in a folder called flowers."""
+    """A user's images in a folder called flowers must survive."""
     (tmp_path / "flowers" / "rose").mkdir(parents=True)
     (tmp_path / "flowers" / "rose" / "mine.jpg").touch()
     (tmp_path / "file").touch()

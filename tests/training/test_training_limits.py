@@ -1,4 +1,4 @@
-"""What must not be lost or saved when training stops: the clock, the best checkpoint, weights that are still numbers."""
+"""Stopped training: timings and the best checkpoint survive, and non-finite weights are never saved."""
 
 import re
 from dataclasses import replace
@@ -21,7 +21,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastflower.training.run.build", small)
 
 
-def test_the_seconds_of_an_interrupted_epoch_count(
+def test_the_seconds_before_an_interruption_count(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before_call(Run, "step", 3, terminate, monkeypatch)
@@ -37,7 +37,7 @@ def test_the_seconds_of_an_interrupted_epoch_count(
     assert first["images_per_second"] < 1
 
 
-def test_a_kill_between_the_checkpoints_of_the_best_epoch_does_not_lose_it(
+def test_a_kill_between_saving_best_and_last_does_not_lose_the_best_epoch(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastflower.training.run.best_epoch", lambda _: 1)
@@ -50,10 +50,10 @@ def test_a_kill_between_the_checkpoints_of_the_best_epoch_does_not_lose_it(
 
 
 @pytest.mark.parametrize("save_steps", [None, 1])
-def test_weights_that_are_no_numbers_are_never_saved(
+def test_weights_that_are_not_finite_are_never_saved(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int | None
 ) -> None:
-    """As when a gradient overflows in the last step of an epoch, whose loss still was finite."""
+    """For example, the last update of an epoch can overflow although its loss was finite."""
     step, done = Run.step, [0]
 
     def breaking(self: Run, *values: Any, **options: Any) -> Any:
@@ -65,11 +65,11 @@ def test_weights_that_are_no_numbers_are_never_saved(
         return found
 
     monkeypatch.setattr(Run, "step", breaking)
-    advice = "train anew (another out) with a lower lr, warm-up (warmup_epochs) or clipped gradients (clip_norm)"
+    advice = "start a new run (another out) with a lower lr, warm-up (warmup_epochs) or gradient clipping (clip_norm)"
     message = (
-        f"{tmp_path}: the validation loss is not finite after epoch 2; {advice}. {LAST}, if there is one, is from before."
+        f"{tmp_path}: the validation loss is not finite after epoch 2; {advice}. {LAST}, if it exists, was saved earlier."
         if save_steps is None
-        else f"{tmp_path}: weights are not finite any more, and were not saved; {advice}."
+        else f"{tmp_path}: weights are no longer finite and were not saved; {advice}."
     )
     with pytest.raises(TrainingError, match=f"^{re.escape(message)}$"):
         train(shards, RECIPE, out=tmp_path, save_steps=save_steps, device="cpu")
@@ -79,10 +79,10 @@ def test_weights_that_are_no_numbers_are_never_saved(
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
-def test_statistics_that_are_no_numbers_are_not_saved_either(
+def test_batch_norm_statistics_that_are_not_finite_are_never_saved(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float | None
 ) -> None:
-    """An infinite variance makes outputs 0, and the validation loss stays finite. Of an average only its own counts, too."""
+    """An infinite variance makes outputs 0, so the validation loss stays finite. An average is checked too."""
     step, done = Run.step, [0]
 
     def breaking(self: Run, *values: Any, **options: Any) -> Any:
@@ -92,12 +92,12 @@ def test_statistics_that_are_no_numbers_are_not_saved_either(
         return step(self, *values, **options)
 
     monkeypatch.setattr(Run, "step", breaking)
-    with pytest.raises(TrainingError, match=r": weights are not finite any more, and were not saved; train anew"):
+    with pytest.raises(TrainingError, match=r": weights are no longer finite and were not saved; start a new run"):
         train(shards, replace(RECIPE, ema=ema), out=tmp_path, device="cpu")
     assert Checkpoint.load(tmp_path / LAST).epoch == 1
 
 
-def test_two_signals_stop_training_as_one_does(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_signals_stop_training_like_one(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before_call(Run, "step", 2, lambda: (terminate(), terminate()), monkeypatch)
     with pytest.raises(StoppedError, match="stopped by SIGTERM in epoch 1, step 2, and saved"):
         train(shards, replace(RECIPE, epochs=1), out=tmp_path, device="cpu")

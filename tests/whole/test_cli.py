@@ -345,12 +345,12 @@ def test_evaluate_refuses_files_that_are_no_checkpoint_and_unknown_splits(
     checkpoint: Path, flowers: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = next(flowers.glob("rose/*.jpg"))
-    pattern = rf"{re.escape(str(image))}: is not a file that torch\.save wrote, is cut short, .*; pass another file\."
+    pattern = rf"{re.escape(str(image))}: was not written by torch\.save, is truncated, .*; pass another file\."
     assert re.fullmatch(pattern, error(capsys, "evaluate", image, shards))
     missing = tmp_path / "no.pt"
     assert error(capsys, "evaluate", missing, shards) == f"{missing}: does not exist; check the path."
     torch.save({"weight": torch.zeros(1)}, tmp_path / "state.pt")
-    text = f"{tmp_path / 'state.pt'}: is not a fastflower checkpoint; pass a checkpoint-best.pt that train wrote."
+    text = f"{tmp_path / 'state.pt'}: is not a fastflower checkpoint; pass a checkpoint-best.pt written by train."
     assert error(capsys, "evaluate", tmp_path / "state.pt", shards) == text
     text = f"{shards}: has no samples in split 'test'; choose from train, val."
     assert error(capsys, "evaluate", checkpoint, shards, "--split", "test") == text
@@ -372,8 +372,8 @@ def test_predict_names_a_missing_file_or_one_that_is_no_image(
     good, text, gone, empty = flowers / "rose/0001.jpg", tmp_path / "text.jpg", tmp_path / "no.jpg", tmp_path / "empty"
     text.write_text("no picture")
     empty.mkdir()
-    reason, remedy = "is not an image", "name image files or folders of them"
-    assert error(capsys, "predict", checkpoint, good, text).startswith(f"{text}: {reason}; {remedy}, or pass")
+    reason, remedy = "is not an image", "pass image files or folders"
+    assert error(capsys, "predict", checkpoint, good, text).startswith(f"{text}: {reason}; {remedy}, or on_bad=")
     assert error(capsys, "predict", checkpoint, gone).startswith(f"{gone}: No such file or directory; {remedy}")
     assert error(capsys, "predict", checkpoint, empty).startswith(f"{empty}: holds no images (")
     assert error(capsys, "predict", checkpoint) == "IMAGES must name at least one image file or folder, got none."

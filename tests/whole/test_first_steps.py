@@ -120,8 +120,8 @@ def test_the_head_of_a_checkpoint_with_other_classes_is_replaced(
     assert not torch.equal(new.fc.weight, model.fc.weight)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     assert torch.equal(new.conv1.weight, model.conv1.weight)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     assert [message.rpartition("; ")[2] for message in caplog.messages] == [
-        "its head of 5 classes was kept",
-        "its head of 5 classes was replaced by a new one of 5 others",
+        "kept its head for 5 classes",
+        "replaced its head for 5 classes with a new one for 5 other classes",
     ]
 
 
@@ -174,8 +174,10 @@ def test_resuming_on_another_number_of_ranks_warns(
     replace(checkpoint, recipe=recipe).save(tmp_path / "checkpoint-last.pt")
     caplog.clear()
     train(shards, recipe, out=tmp_path, resume=True, device="cpu")
-    parts = "" if together else ", and all where batch norms are trained, which see their rank's part of a batch only"
-    told = f"{tmp_path / 'checkpoint-last.pt'}: ranks was 2, now 1: the last bits will differ{parts}"
+    parts = (
+        "" if together else ", or more if batch norms are trained, because they see only their rank's part of a batch"
+    )
+    told = f"{tmp_path / 'checkpoint-last.pt'}: ranks was 2, now 1: results will differ in the last bits{parts}"
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [told]
 
 
