@@ -19,7 +19,7 @@ from fastflower.packing.folder import scan
 from fastflower.training.cuda_graphs import graphs_of
 from fastflower.training.run import Run
 
-FEEDING_IMAGES = 4096  # 16 batches of 256: what an epoch takes at its ends counts for as little as it does in earnest
+LOADING_IMAGES = 4096  # 16 batches of 256: what an epoch takes at its ends counts for as little as it does in earnest
 TRAINING_IMAGES = 2848  # of the five reports
 MAGNIFIED = Augment(size=32, resize=36, crop=(0.002, 0.0025), flip=0.5, contrast=0.2)
 """What Triton's interpreter is quick at, for trials without a GPU."""

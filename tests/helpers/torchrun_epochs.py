@@ -1,7 +1,7 @@
 """`torchrun_epochs.py SHARDS OUT`: four ranks load epochs, and then two, which also resume where the four stopped.
 
-Each rank writes the batches that it loaded into OUT. The ranks agree on the sum of what they were fed in every step of training,
-so a rank with a step more than another would wait for ever.
+Each rank writes the batches that it loaded into OUT. In every training step they sum the indices of all ranks, so a rank
+with an extra step would wait forever.
 """
 
 import json
@@ -20,7 +20,7 @@ from fastflower import Augment, Batch, Loader
 GLOBAL_BATCH = 28  # leaves 8 of 120 in train, and 2 of 30 in val, too few for every rank
 STOP = 2
 
-Fed = list[tuple[list[int], int]]
+Batches = list[tuple[list[int], int]]
 """For each batch, its indices and a checksum of its pixels."""
 
 
@@ -30,7 +30,7 @@ def make(shards: str | Path, split: str, ranks: int, **options: Any) -> Loader:
     return Loader(shards, split, batch_size=batch_size, augment=augment, device="cpu", workers=1, **options)
 
 
-def fed(batches: Iterable[Batch]) -> Fed:
+def batches_of(batches: Iterable[Batch]) -> Batches:
     return [(batch.index.tolist(), pixels(batch)) for batch in batches]
 
 
@@ -39,15 +39,15 @@ def pixels(batch: Batch) -> int:
     return sum(zlib.crc32(image.contiguous().numpy().tobytes()) for image in batch.images)
 
 
-def train(batches: Iterable[Batch]) -> tuple[Fed, list[int]]:
+def train(batches: Iterable[Batch]) -> tuple[Batches, list[int]]:
     """Return this rank's batches, and for each step the sum of all ranks' indices."""
-    found: Fed = []
+    found: Batches = []
     sums: list[int] = []
     for batch in batches:
         total = batch.index.sum()
         dist.all_reduce(total)
         sums.append(int(total))
-        found += fed([batch])
+        found += batches_of([batch])
     return found, sums
 
 
@@ -62,7 +62,7 @@ def rank(shards: str, out: str) -> None:
     report["broken"] = [train(islice(loader, STOP))]
     report["state"] = loader.state_dict()
     report["broken"].append(train(loader))
-    report["val"] = fed(make(shards, "val", world_size))
+    report["val"] = batches_of(make(shards, "val", world_size))
     if world_size == 2:
         loader = make(shards, "train", world_size)
         loader.load_state_dict(json.loads(Path(out, "0_of_4.json").read_text())["state"])

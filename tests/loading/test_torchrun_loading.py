@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from places import HELPERS
 from ranks import ENVIRONMENT
-from torchrun_epochs import STOP, Fed, fed, make
+from torchrun_epochs import STOP, Batches, batches_of, make
 
 from fastflower.draws.order import epoch_order
 
@@ -36,10 +36,10 @@ def reports(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Reports:
 
 
 @pytest.fixture(scope="module")
-def alone(shards: Path) -> dict[str, list[Fed]]:
+def alone(shards: Path) -> dict[str, list[Batches]]:
     """The same epochs in this process as the only rank."""
     loaders = {tail: make(shards, "train", 1, tail=tail, rank=0, world_size=1) for tail in ("drop", "pad")}
-    found = {tail: [fed(loader) for _ in range(2)] for tail, loader in loaders.items()}
+    found = {tail: [batches_of(loader) for _ in range(2)] for tail, loader in loaders.items()}
     for number in range(2):
         order = epoch_order(120, seed=0, epoch=number).tolist()
         assert samples(found["drop"][number]) == order[:112]
@@ -47,21 +47,21 @@ def alone(shards: Path) -> dict[str, list[Fed]]:
     return found
 
 
-def joined(parts: Iterable[Fed]) -> Fed:
+def joined(parts: Iterable[Batches]) -> Batches:
     """Join the batches of all ranks to global batches. Every rank must have the same number of steps."""
     steps = zip(*parts, strict=True)
     return [(list(chain.from_iterable(index for index, _ in step)), sum(sum_ for _, sum_ in step)) for step in steps]
 
 
-def samples(epoch: Fed) -> list[int]:
+def samples(epoch: Batches) -> list[int]:
     return list(chain.from_iterable(index for index, _ in epoch))
 
 
-def epochs(ranks: list[dict[str, Any]], name: str) -> list[Fed]:
+def epochs(ranks: list[dict[str, Any]], name: str) -> list[Batches]:
     """Return the epochs over all ranks, and check that every rank saw the sum over all ranks in every step."""
-    found: list[Fed] = []
+    found: list[Batches] = []
     for parts in zip(*(rank[name] for rank in ranks), strict=True):
-        found.append(joined(fed_ for fed_, _ in parts))
+        found.append(joined(batches_ for batches_, _ in parts))
         for _, sums in parts:
             assert sums == [sum(index) for index, _ in found[-1]]
     return found
@@ -70,7 +70,7 @@ def epochs(ranks: list[dict[str, Any]], name: str) -> list[Fed]:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("tail", ["drop", "pad"])
 def test_the_ranks_share_the_batches_of_one_process(
-    reports: Reports, alone: dict[str, list[Fed]], world_size: int, tail: str
+    reports: Reports, alone: dict[str, list[Batches]], world_size: int, tail: str
 ) -> None:
     assert epochs(reports[world_size], tail) == alone[tail]
 
@@ -97,7 +97,7 @@ def test_a_padded_tail_gives_every_sample_and_whole_batches_on_every_rank(report
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_the_ranks_validate_every_sample_once_and_never_an_empty_batch(reports: Reports, world_size: int) -> None:
-    parts: list[Fed] = [rank["val"] for rank in reports[world_size]]
+    parts: list[Batches] = [rank["val"] for rank in reports[world_size]]
     assert sorted(chain.from_iterable(map(samples, parts))) == list(range(30))
     assert all(index for part in parts for index, _ in part)
     # Two samples are left for the second step, so two of four ranks have one step less.
@@ -106,7 +106,7 @@ def test_the_ranks_validate_every_sample_once_and_never_an_empty_batch(reports: 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_a_break_on_all_ranks_is_followed_by_a_whole_new_epoch(
-    reports: Reports, alone: dict[str, list[Fed]], world_size: int
+    reports: Reports, alone: dict[str, list[Batches]], world_size: int
 ) -> None:
     begun, whole = epochs(reports[world_size], "broken")
     assert begun == alone["drop"][0][:STOP]
@@ -120,7 +120,7 @@ def test_every_rank_has_the_same_state(reports: Reports, world_size: int) -> Non
     assert others == [state] * (world_size - 1)
 
 
-def test_two_processes_resume_what_four_began(reports: Reports, alone: dict[str, list[Fed]]) -> None:
+def test_two_processes_resume_what_four_began(reports: Reports, alone: dict[str, list[Batches]]) -> None:
     rest, following = epochs(reports[2], "resumed")
     assert rest == alone["drop"][0][STOP:]
     assert following == alone["drop"][1]

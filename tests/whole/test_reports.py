@@ -104,7 +104,7 @@ def reports(loaded: Any, trained: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def no_pictures_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than a tiny run; another test looks at these pictures."""
+    """Drawing takes longer than a tiny run; another test looks at these figures."""
     monkeypatch.setattr(figures, "png", lambda _: b"")
 
 
