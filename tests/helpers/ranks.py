@@ -15,8 +15,11 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 """Environment of torchrun and of programs that call `launch`."""
 
 
-def launch(ranks: int, function: Callable[..., None], *arguments: str) -> list[int | None]:
-    """Call function(*arguments) on each rank. Return the ranks' exit codes."""
+def launch(ranks: int, function: Callable[..., None], *arguments: str, polls: float = 0.1) -> list[int | None]:
+    """Call function(*arguments) on each rank. Return the ranks' exit codes.
+
+    polls  Seconds between two looks at the ranks. When one has failed, the agent stops the others.
+    """
     started: list[Any] = []
     module: Any = multiprocessing
     start = module.start_processes
@@ -35,6 +38,7 @@ def launch(ranks: int, function: Callable[..., None], *arguments: str) -> list[i
         local_addr="localhost",
         max_restarts=0,
         start_method="fork",
+        monitor_interval=polls,
     )
     with patch.object(module, "start_processes", starting), suppress(ChildFailedError):
         elastic_launch(config, function)(*arguments)

@@ -112,8 +112,8 @@ def main(shards: str, place: str) -> None:
     out = Path(place)
     codes = {
         "trained": launch(2, train_all, shards, place),
-        "refused": launch(2, train_and_die.run, *command(shards, out / "refused"), "--batch-size", "15"),
-        "killed": launch(2, train_and_die.main, "SIGKILL", "step", "4", *command(shards, out / "killed")),
+        "refused": launch(2, train_and_die.run, *command(shards, out / "refused"), "--batch-size", "15", polls=2),
+        "killed": launch(2, train_and_die.main, "SIGKILL", "step", "4", *command(shards, out / "killed"), polls=2),
     }
     (out / "codes.json").write_text(json.dumps(codes))
 

@@ -147,7 +147,9 @@ def test_every_printed_line_is_readable(packed: Packed) -> None:
     *lines, last, _ = packed.printed.partition("VmHWM")[0].split("\n")
     assert last == f"wrote {packed.out}"
     assert packed.printed.count("\nskipped ") == 21  # the last one counts the rest
-    known = re.compile(r"(train|val|skipped|warning|identical|looks alike):? .*|\d+ images outside train look like .*")
+    known = re.compile(
+        r"(train|val|skipped|warning|identical|near-duplicate):? .*|near-duplicates of training images in other splits: .*"
+    )
     assert [line for line in lines if not line.isprintable() or not known.fullmatch(line)] == []
 
 

@@ -169,7 +169,7 @@ def test_verify_names_each_problem_and_repairs_it(shards: Path, tmp_path: Path) 
         (copy / name).unlink()
         names.append(name)
         done = command("verify", copy)
-        assert (done.returncode, done.stderr) == (1, f"error: {copy}: {count}, named above.\n")
+        assert (done.returncode, done.stderr) == (1, f"error: {copy}: {count}, listed above.\n")
         assert done.stdout == "".join(
             f"{copy / name}: is missing; rebuild it with fastflower verify {copy} --repair.\n" for name in names
         )

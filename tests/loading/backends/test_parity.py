@@ -34,7 +34,7 @@ def enough(name: str, encoded: list[bytes]) -> list[bytes]:
     return encoded[::7] if name == "triton" else encoded
 
 
-QUICK = ("validation view (resize 256, center 224)", "reduction by four", "hue 0.1", "everything")
+QUICK = ("validation view (resize 256, center 224)", "downscaling by 4", "hue 0.1", "everything")
 """Cases for Triton's interpreter: the kernels have one path for all geometry, and "everything" takes all color steps."""
 PAIRS = [
     pytest.param(name, case, marks=[pytest.mark.soak] if name == "triton" and case not in QUICK else [])
@@ -63,8 +63,8 @@ def test_a_backend_renders_what_torchvision_renders(name: str, case: str, encode
 
 @pytest.mark.parametrize("name", parity.BACKENDS)
 def test_a_reduction_without_a_prefilter_would_be_noticed(name: str, encoded: list[bytes]) -> None:
-    """The limit of "reduction by four" is tight: plain bilinear sampling exceeds it several times."""
-    case, encoded = parity.CASES["reduction by four"], enough(name, encoded)
+    """The limit of "downscaling by 4" is tight: plain bilinear sampling exceeds it several times."""
+    case, encoded = parity.CASES["downscaling by 4"], enough(name, encoded)
     draw = parity.request(case.augment, encoded).draw
     matrix = draw.matrix()
     matrix[:, :, 2] += matrix[:, :, :2].sum(axis=2) / 2 - 0.5
