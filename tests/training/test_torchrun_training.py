@@ -158,7 +158,7 @@ def codes(launched: tuple[Path, subprocess.CompletedProcess[str]], name: str) ->
 def test_every_rank_refuses_a_wrong_command_line(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     out, done = launched
     assert 1 in codes(launched, "refused")
-    assert done.stderr.splitlines().count(REFUSED) == 2
+    assert done.stderr.count(REFUSED) == 2  # ranks may write at once, into one line
     assert not (out / "refused").exists()
 
 
