@@ -1,5 +1,6 @@
 """The Python blocks of documentation pages run, page by page, in a folder with data, shards and a run."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,23 @@ def test_the_strides_of_a_backbone_without_fastflower_are_those_with_it(backbone
 
 def strides(model: torch.nn.Module) -> list[tuple[int, ...]]:
     return [module.stride for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+
+
+def said_by_the_library() -> str:
+    """Every string of the library; f-strings have a value's place between their parts."""
+    nodes = [node for path in (ROOT / "fastflower").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    return "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def test_the_page_of_messages_quotes_what_the_library_says() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/when-it-goes-wrong.md").read_text(), re.MULTILINE)
+    assert len(rows) > 10
+    said = said_by_the_library()
+    assert [row for row in rows if not all(part.strip() in said for part in row.split("…"))] == []
+
+
+def test_the_recipe_on_the_page_of_training_is_one() -> None:
+    names: dict[str, Any] = {}
+    (text,) = blocks("training.md")
+    exec(compile(text, "docs/training.md", "exec"), names)
+    assert (names["recipe"].epochs, names["recipe"].batch_size) == (8, 16)
