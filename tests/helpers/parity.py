@@ -71,7 +71,7 @@ CASES = {
     "saturation 0.4": Case({"saturation": 0.4}),
     "hue 0.1": Case({"hue": 0.1}, limit=2.0),
     "hue 0.5": Case({"hue": 0.5}, limit=2.0),
-    "the reports' chain": Case({**REPORTS, **JITTER}, limit=2.0, whole=True),
+    "augmentation of report A": Case({**REPORTS, **JITTER}, limit=2.0, whole=True),
     "everything": Case(
         {**REPORTS, **JITTER, "flip_vertical": 0.5, "scale": (0.9, 1.1), "shear": (5, 0)}, limit=2.0, whole=True
     ),
