@@ -72,7 +72,7 @@ class Augment:
     erase_value: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Normalized color (red, green, blue) of the erased rectangle. (0, 0, 0) is the mean color [RandomErasing]."""
     fill: Literal["black", "photo"] = "black"
-    """Fill for areas that rotation, shift or shear uncovers: "black" [torchvision],
+    """Fill for areas uncovered by rotation, shift, scale or shear: "black" [torchvision],
     or "photo" for the image's own pixels outside the crop."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean (red, green, blue) for normalization: (pixel / 255 - mean) / std [Normalize]."""
@@ -220,12 +220,12 @@ class Augment:
         if resized.ndim == 0:  # one number: the shorter side
             resized = resized * sizes_N2 // sizes_N2.min(axis=1, keepdims=True)
         factor = sizes_N2 / resized
-        # torchvision rounds the crop offset half to even, and adds an odd pixel of padding at the bottom and right.
+        # torchvision rounds the crop offset half to even, and puts the extra pixel of padding at the bottom and right.
         start = np.where(resized < size, -((size - resized) // 2), np.rint((resized - size) / 2))
         return np.concatenate([start * factor, size * factor], axis=1)
 
     def _random_crop(self, dice: Dice, sizes_N2: NDArray[np.int64], crop: tuple[float, float]) -> Floats:
-        """Draw like RandomResizedCrop.get_params: use the first of ten attempts that fits, else the largest center crop."""
+        """Draw like RandomResizedCrop.get_params: the first of ten attempts that fits, else the largest center crop."""
         sides_NA2 = dice.sides(crop, sizes_N2.prod(axis=1), self.crop_ratio, Slot.CROP)
         fits_NA2 = (sides_NA2 > 0) & (sides_NA2 <= sizes_N2[:, None, :])
         fits_N, crop_N4 = dice.first_fit(sides_NA2, fits_NA2, sizes_N2, Slot.CROP)
@@ -235,7 +235,7 @@ class Augment:
         return np.where(fits_N[:, None], crop_N4, largest_N4)
 
     def _erased(self, dice: Dice) -> NDArray[np.int64]:
-        """Draw like RandomErasing.get_params: use the first of ten attempts smaller than the output, else erase nothing."""
+        """Draw like RandomErasing.get_params: the first of ten attempts smaller than the output, else no rectangle."""
         if not self.erase:
             return np.zeros((len(dice.numbers_NS), 4), np.int64)
         size_12 = np.array([self.output_size], np.int64)

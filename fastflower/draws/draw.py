@@ -24,7 +24,7 @@ class Draw:
     roi: Floats
     """(N, 4) top, left, height, width of the crop in the source. The crop may extend beyond the image."""
     flip: NDArray[np.bool_]
-    """(N, 2) True to flip: horizontally, vertically."""
+    """(N, 2) True to flip horizontally; True to flip vertically."""
     rotate: Floats
     """(N,) counterclockwise angle, as in torchvision's `rotate`."""
     affine_rotate: Floats
@@ -63,7 +63,7 @@ class Draw:
         return matrix
 
     def warp(self, sizes_N2: ArrayLike, fill: str) -> geometry.Warp:
-        """Return the geometry in the form a backend needs, for images of heights and widths `sizes_N2`."""
+        """Return the geometry in the form a backend needs. `sizes_N2` holds the height and width of each image."""
         sizes = np.asarray(sizes_N2, np.float64).reshape(-1, 2)
         image = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
         visible = image if fill == "photo" else geometry.intersect(image, self.roi)

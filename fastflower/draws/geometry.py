@@ -148,7 +148,7 @@ def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness
     linear_N22, offset_N2 = matrix_N23[:, ::-1, :2], matrix_N23[:, ::-1, 2]
     footprint_N2 = np.square(linear_N22).sum(axis=2) * (1 + softness_N[:, None])
 
-    # In the source, the destination is a parallelogram: find its center and how far it extends from there.
+    # In the source, the destination is a parallelogram. Find its center and how far it extends from there.
     half_size = np.array([size[1] / 2, size[0] / 2])
     middle_N2 = (linear_N22 * half_size).sum(axis=2) + offset_N2
     reach_N2 = (np.abs(linear_N22) * half_size).sum(axis=2)
@@ -159,7 +159,7 @@ def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness
     # Tolerate rounding errors (one millionth) if the edges of crop and output coincide.
     masked_N = (np.maximum(past_start_N2, past_stop_N2) > 1e-6 * reach_N2).any(axis=1)
 
-    # A destination pixel is sqrt(footprint) source pixels wide. The filter reads that much farther, interpolation as well.
+    # A destination pixel is sqrt(footprint) source pixels wide. The filter reads that far beyond it, interpolation too.
     read_N2 = reach_N2 + (2 + 2 * np.sqrt(footprint_N2))
     read_N4 = intersect(visible_N4, np.concatenate([middle_N2 - read_N2, 2 * read_N2], axis=1))
     first_N2 = np.floor(read_N4[:, :2] + 1e-6)  # whole pixels, within rounding error

@@ -145,7 +145,7 @@ class Windows:
         return self._first_index[shards[turn]] + shuffled - starts[turn]
 
     def ahead(self, positions: ArrayLike, epoch: int) -> list[int]:
-        """Return the shards of the windows at `positions`, then those of the next window, which may be in the next epoch."""
+        """Return the shards in the windows of `positions`, then in the next window, which may be in the next epoch."""
         shards, _, ends = self._layout(epoch)
         windows = np.unique(np.searchsorted(ends, np.asarray(positions, np.int64), "right") // self._window)
         ahead: list[int] = []

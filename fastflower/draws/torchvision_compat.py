@@ -1,7 +1,7 @@
 """Converts a torchvision `Compose`, v1 or v2, to the fields of an `Augment`.
 
-Transforms are recognized by class name and read by attribute, so torchvision need not be imported. Small
-differences (bilinear instead of nearest, color after geometry) are allowed and logged, each once per call.
+Transforms are recognized by class name and read by attribute, so torchvision need not be imported. Differences that
+leave the distribution unchanged (bilinear instead of nearest, color after geometry) are logged, each once per call.
 """
 
 import logging
@@ -65,7 +65,7 @@ class _Step:
         return getattr(self.transform, attribute, None)
 
     def numbers(self, attribute: str, default: tuple[float, ...] = ()) -> tuple[float, ...]:
-        """Return an attribute as a tuple. It may be one number, multiple numbers, or missing (then returns `default`)."""
+        """Return an attribute as a tuple. It may be a number, multiple numbers, or missing (returns `default`)."""
         value = self.get(attribute)
         if isinstance(value, int | float):
             return (value,)
@@ -111,9 +111,7 @@ class _Reading:
         fields = self.fields
         if "size" not in fields:
             if "resize" in fields:
-                raise ArgumentError(
-                    "Resize with a single number gives images of different sizes; add CenterCrop(size)."
-                )
+                raise ArgumentError("Resize with one number gives images of different sizes; add CenterCrop(size).")
             raise ArgumentError("The transform sets no output size; start it with RandomResizedCrop(size).")
         if [name for name in self.seen if name in ("RandomErasing", "Normalize")] == ["RandomErasing", "Normalize"]:
             channels = zip(fields["erase_value"], fields["mean"], fields["std"], strict=True)
@@ -238,7 +236,7 @@ def _erasing(reading: _Reading, step: _Step) -> None:
     random = step.get("value") is None or isinstance(step.get("value"), str)
     step.require(not random, "with random values is not supported; use value=0")
     values = tuple(map(float, step.numbers("value")))
-    late = "with a nonzero value comes before the conversion to float, where pixel values go up to 255; erase after the conversion"
+    late = "with a nonzero value is applied to integer pixels (up to 255); erase after the conversion to float"
     step.require(reading.floating or not any(values), late)
     reading.fields |= {
         "erase": float(step.numbers("p")[0]),

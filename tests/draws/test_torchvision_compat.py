@@ -178,7 +178,7 @@ def test_a_value_may_be_erased_after_the_conversion_to_float() -> None:
     to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
     for steps in ([CROP, normalize, erasing], [CROP, v2.ToImage(), to_float, normalize, erasing], [CROP, erasing]):
         assert Augment.from_torchvision(v2.Compose(steps)).erase_value == (0.5, 0.5, 0.5)
-    with pytest.raises(ArgumentError, match="RandomErasing with a nonzero value comes before the conversion to float"):
+    with pytest.raises(ArgumentError, match="RandomErasing with a nonzero value is applied to integer pixels"):
         Augment.from_torchvision(v2.Compose([CROP, v2.ToImage(), erasing, to_float]))
 
 
@@ -285,7 +285,7 @@ REFUSED: list[tuple[list[Any], str]] = [
     ([CROP, v2.ToDtype(torch.float32)], "ToDtype with scale=False leaves pixel values in [0, 255]; pass scale=True."),
     ([CROP, v1.RandomApply([v1.ColorJitter(0.5)])], "RandomApply has no equivalent in Augment"),
     ([CROP, v1.RandomHorizontalFlip(), v1.RandomHorizontalFlip()], "RandomHorizontalFlip appears twice; keep one."),
-    ([v1.Resize(256)], "Resize with a single number gives images of different sizes; add CenterCrop(size)."),
+    ([v1.Resize(256)], "Resize with one number gives images of different sizes; add CenterCrop(size)."),
     ([v1.RandomHorizontalFlip()], "The transform sets no output size; start it with RandomResizedCrop(size)."),
     ([], "The transform sets no output size; start it with RandomResizedCrop(size)."),
     ([v1.RandomRotation(5), CROP], "RandomResizedCrop comes after RandomRotation; crop first."),
@@ -333,7 +333,7 @@ REFUSED: list[tuple[list[Any], str]] = [
     ([CROP, NORMALIZE, v1.RandomAffine(5)], "RandomAffine comes after Normalize; normalize later."),
     (
         [CROP, v2.ToImage(), v2.RandomErasing(value=255), v2.ToDtype(torch.float32, scale=True), NORMALIZE],
-        "RandomErasing with a nonzero value comes before the conversion to float, where pixel values go up to 255; erase after the conversion.",
+        "RandomErasing with a nonzero value is applied to integer pixels (up to 255); erase after the conversion to float.",
     ),
     ([CROP, v1.ColorJitter(contrast=(1.5, 2.0))], "ColorJitter with contrast (1.5, 2.0) is not symmetric"),
     ([CROP, v1.ColorJitter(saturation=(0.0, 0.5))], "ColorJitter with saturation (0.0, 0.5) is not symmetric"),
