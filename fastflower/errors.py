@@ -50,7 +50,7 @@ class FolderError(FastflowerError):
 
 
 class ShardError(FastflowerError):
-    """Raised if shards, manifest or index are missing, damaged or inconsistent. Restore or repair them, or pack again."""
+    """Raised if shards, manifest or index are missing, damaged or inconsistent. Restore or repair them, or repack."""
 
 
 class SampleError(FastflowerError):

@@ -84,7 +84,8 @@ def refusal(error: object, path: object) -> ResourceError | None:
     wanted = max(4096, 2 * limit)
     remedy = {
         errno.EMFILE: f"this process has reached its limit of {limit} open files; raise the limit (ulimit -n {wanted})",
-        errno.ENFILE: "the system has reached its limit of open files; close programs or raise the limit (sysctl fs.file-max)",
+        errno.ENFILE: "the system has reached its limit of open files; close programs or raise the limit "
+        "(sysctl fs.file-max)",
         errno.ENOMEM: "out of memory; close programs or use fewer workers",
     }.get(number or 0)
     return ResourceError(f"{path}: cannot be opened or read: {remedy}, and run again.") if remedy else None

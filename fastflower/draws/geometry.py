@@ -88,7 +88,7 @@ def corners(rectangle_N4: Floats) -> Floats:
 def intersect(one_N4: Floats, other_N4: Floats) -> Floats:
     """Return the intersection of rectangles (top, left, height, width).
 
-    Even without overlap, the result keeps at least one pixel of `one` in height and width, or all of `one` if smaller.
+    Even without overlap, the result is at least one pixel of `one` high and wide, or all of `one` if that is smaller.
     """
     one_stop, other_stop = one_N4[..., :2] + one_N4[..., 2:], other_N4[..., :2] + other_N4[..., 2:]
     least = np.minimum(one_N4[..., 2:], 1)
@@ -206,7 +206,7 @@ BLUR_TAPS = 5  # half the widest kernel, including the center: after shrink_fact
 
 
 def blur_kernels(variance_N2: Floats) -> Floats:
-    """Return one half of symmetric triangle kernels with sum 1 and these variances, center first: (N, 2, BLUR_TAPS).
+    """Return half of each symmetric triangle kernel with sum 1 and this variance, center first: (N, 2, BLUR_TAPS).
 
     For integer downscaling factors this is Pillow's triangle filter, for example [1, 2, 1] / 4 for a factor of 2;
     interpolation preserves it exactly. Let w be the half-width of the triangle, between integers m and m + 1. Tap j has

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a pure function of (seed, epoch, index, slot), whichever others are drawn.
+"""Counter-based random numbers: a pure function of (seed, epoch, index, slot), regardless of other draws.
 
 Uses SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014) with Stafford's
 constants ("Mix13"). Shape suffixes: N samples, A attempts, S slots.
