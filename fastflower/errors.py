@@ -77,7 +77,7 @@ class HeldError(FastflowerError):
 
 
 class ResourceError(FastflowerError):
-    """Raised when memory or file descriptors run out. The data is intact: free some of the resource and run again."""
+    """Raised when memory or file descriptors run out. The data is intact: free resources and run again."""
 
 
 class StoppedError(FastflowerError):

@@ -36,7 +36,7 @@ def cores() -> int:
 
 
 def available_bytes() -> int:
-    """Return the bytes of RAM available without swapping: the lowest of the kernel's and all cgroups' values."""
+    """Return the bytes of RAM available without swapping: the kernel's estimate, or less if a cgroup allows less."""
     kilobytes = _named_numbers(_MEMINFO).get("MemAvailable:")
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if kilobytes is None else kilobytes * 1024
     return max(0, min([free, *_bytes_allowed()]))
