@@ -1,4 +1,4 @@
-"""Train an image classifier from a folder of images, without the accelerator waiting for data.
+"""Train an image classifier from a folder of images without making the accelerator wait for data.
 
 Importing this package is cheap: each name below is imported on first use.
 """

@@ -20,12 +20,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastflower.errors import ArgumentError, FastflowerError, ShardError, StoppedError
 
-_MAX_LINES = 20  # of each kind; the manifest lists all
+_MAX_LINES = 20  # of each kind; manifest.json lists all
 
 _DASK = tyro.conf.arg(
     name="dask",
     metavar="ADDRESS",
-    help="Address of a Dask scheduler. Packs on its workers, which must see FOLDER and OUT at the same paths.",
+    help="Address of a Dask scheduler. Its workers do the packing and must see FOLDER and OUT at the same paths.",
 )
 _TYPES: dict[str, object] = {
     "folder": Path,
@@ -35,17 +35,17 @@ _TYPES: dict[str, object] = {
     "device": str | None,
     "executor": Annotated[str | None, _DASK],
 }
-"""Types on the command line of parameters that accept more types from Python."""
+"""Command-line types of parameters that accept more types from Python."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run `fastflower VERB ...`. Returns the exit status: 0, 1 for an explained error, 2 for wrong usage."""
+    """Run `fastflower VERB ...`. Returns the exit status: 0 for success, 1 for a FastflowerError, 2 for wrong usage."""
     try:
         status = _run(args)
         if sys.stdout:  # None if it was closed
             sys.stdout.flush()  # raises BrokenPipeError here, not at exit
     except BrokenPipeError:  # the reader of stdout is gone, for example `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains again at exit
         return 141  # 128 + SIGPIPE
     return status
 
@@ -58,13 +58,13 @@ def _run(args: Sequence[str] | None) -> int:
     if not args or args[0] not in _VERBS:
         asked = bool(args) and args[0] in ("-h", "--help")
         lines = [f"  {name:10}{text}" for name, (_, text) in _VERBS.items()]
-        usage = "usage: fastflower VERB ... (for its flags: fastflower VERB --help)"
+        usage = "usage: fastflower VERB ... (fastflower VERB --help lists its flags)"
         wrong = [f"unknown verb {args[0]!r}"] if args and not asked else []
         print(*wrong, usage, *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     if reconfigure := getattr(sys.stdout, "reconfigure", None):  # a replacement for stdout may lack it
         reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    warnings.filterwarnings("ignore", module="PIL")  # damaged metadata, large images; they do not name the file
+    warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata or large images, without naming the file
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fastflower").setLevel(logging.INFO)
     verb, _ = _VERBS[args[0]]
@@ -88,7 +88,7 @@ def _parse(
 ) -> dict[str, Any]:
     """Parse the command line into keyword arguments for `verb`.
 
-    note  text above the flags in the help. preset  default of `recipe`. types  types of parameters, as in _TYPES.
+    note  Text above the flags in the help. preset  Default of `recipe`. types  Types of parameters, as in _TYPES.
     """
     flags: list[tuple[str, object, object]] = []
     for name, parameter in inspect.signature(verb).parameters.items():
@@ -128,7 +128,7 @@ def _listed(what: str, lines: Iterable[str]) -> None:
     for line in lines[:_MAX_LINES]:  # file names may contain line breaks and terminal escapes
         print(what, "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line))
     if len(lines) > _MAX_LINES:
-        print(f"{what} {len(lines) - _MAX_LINES} more, in manifest.json")
+        print(f"{what} {len(lines) - _MAX_LINES} more; see manifest.json")
 
 
 @contextmanager
@@ -139,7 +139,7 @@ def _dask(address: str | None) -> Generator[Executor | None]:
     try:
         from distributed import Client
     except ImportError:
-        raise ArgumentError("--dask needs the package distributed: pip install 'fastflower[dask]'.") from None
+        raise ArgumentError("--dask needs the package distributed; run pip install 'fastflower[dask]'.") from None
     try:
         client = Client(address, timeout=10)
     except (OSError, ValueError) as error:
@@ -172,7 +172,7 @@ def _doctor(prog: str, args: Sequence[str]) -> None:
 def _preview(prog: str, args: Sequence[str]) -> None:
     from fastflower.reporting.preview import preview
 
-    args = [text.replace("--photographs", "--images") for text in args]  # the flag's former name
+    args = [text.replace("--photographs", "--images") for text in args]  # the flag's previous name
     print(f"wrote {preview(**_parse_recipe(prog, args, preview, out=Path, images=int))}")
 
 
@@ -234,8 +234,8 @@ def _predict(prog: str, args: Sequence[str]) -> None:
 _VERBS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
     "pack": (_pack, "convert a folder of class folders to shards"),
     "verify": (_verify, "check that every image decodes and that shards, indexes and manifest agree"),
-    "doctor": (_doctor, "find what limits training speed: reading, decoding, augmenting or the network"),
-    "preview": (_preview, "write a PNG of images as a recipe augments them"),
+    "doctor": (_doctor, "find what limits training speed: reading, decoding, augmentation or the neural network"),
+    "preview": (_preview, "write a PNG of images augmented by a recipe"),
     "train": (_train, "train a classifier on shards"),
     "evaluate": (_evaluate, "score a checkpoint on a split of shards"),
     "predict": (_predict, "classify image files"),

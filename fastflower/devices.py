@@ -16,9 +16,9 @@ _log = logging.getLogger("fastflower")
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Return the torch device. None means CUDA if available, else the CPU, and logs the choice.
+    """Return the torch device. If `device` is None, choose CUDA if available, else the CPU, and log the choice.
 
-    Raises DeviceError if CUDA is requested but not available, ArgumentError if `device` is not a device.
+    Raises DeviceError if CUDA is requested but not available, or ArgumentError if `device` is not a valid device.
     """
     available = torch.cuda.is_available()
     if device is None:
@@ -40,12 +40,12 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def precision_of(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype for autocast and for images on a device. precision  as in `Recipe`."""
+    """Return the dtype of autocast and images on a device. `precision` is as in `Recipe`."""
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    # Other CPUs emulate bfloat16: a ResNet-50 step took 2 times as long with AVX-512, 18 times without (docs/log.md).
+    # Other CPUs emulate bfloat16: a ResNet-50 step took 2x as long with AVX-512 and 18x without (docs/log.md).
     fast = any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16")))  # "bf16" is ARM's
     return torch.bfloat16 if fast else torch.float32
 
@@ -66,13 +66,13 @@ def environment(device: torch.device, precision: torch.dtype | None = None) -> d
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """Return the generator that a step on the device uses. A CUDA graph reads its seed again at each replay."""
+    """Return the random generator of a training step on the device. A CUDA graph rereads its seed at each replay."""
     return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
 
 @contextmanager
 def fastest_convolutions(device: torch.device) -> Generator[None]:
-    """Let cuDNN benchmark its algorithms for each new shape inside the block. This pays because shapes rarely change.
+    """Let cuDNN benchmark its algorithms for each new shape inside the block. It pays off: shapes rarely change.
 
     torch.backends.cudnn.flags would also reset cuDNN's other flags, such as TF32.
     """

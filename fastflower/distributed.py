@@ -1,4 +1,4 @@
-"""The process group that torchrun starts, and the few collective operations that training needs."""
+"""The process group under torchrun, and the few collective operations that training needs."""
 
 import os
 from collections.abc import Generator
@@ -16,10 +16,10 @@ _T = TypeVar("_T")
 
 @contextmanager
 def process_group(device: str | torch.device | None) -> Generator[None]:
-    """Join torchrun's process group for the block. Does nothing without torchrun or if already initialized.
+    """Join torchrun's process group inside the block. Does nothing without torchrun or if a group already exists.
 
-    Each rank uses the GPU of its local rank, unless `device` is the CPU. Raises DeviceError if there are more ranks
-    than GPUs.
+    Each rank uses the GPU of its local rank, unless `device` is the CPU. Raises DeviceError if a machine has more
+    ranks than GPUs.
     """
     if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
         yield
@@ -34,7 +34,8 @@ def process_group(device: str | torch.device | None) -> Generator[None]:
         here, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if here >= gpus:
             raise DeviceError(
-                f"local rank {here} has no GPU, this machine has {gpus}; start at most {gpus} ranks (--nproc-per-node)."
+                f"local rank {here} has no GPU: this machine has only {gpus}; "
+                f"start at most that many ranks per machine (--nproc-per-node {gpus})."
             )
         torch.cuda.set_device(here)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -45,17 +46,17 @@ def process_group(device: str | torch.device | None) -> Generator[None]:
 
 
 def rank() -> int:
-    """Return this process's rank: 0 if it is the only one."""
+    """Return this process's rank, or 0 without a process group."""
     return dist.get_rank() if _together() else 0
 
 
 def world_size() -> int:
-    """Return the number of ranks: 1 without a process group."""
+    """Return the number of ranks, or 1 without a process group."""
     return dist.get_world_size() if _together() else 1
 
 
 def share(batch_size: int) -> int:
-    """Return a rank's share of a global batch. Raises ArgumentError if the ranks cannot have equal shares."""
+    """Return the number of samples per rank in a global batch. Raises ArgumentError if it does not divide evenly."""
     count = world_size()
     if batch_size % count:
         raise ArgumentError(f"batch_size {batch_size} must be a multiple of the number of ranks ({count}).")
@@ -63,13 +64,13 @@ def share(batch_size: int) -> int:
 
 
 def place(asked_rank: int | None, asked_size: int | None) -> tuple[int, int]:
-    """Return the requested (rank, world size), or torch.distributed's if both are None. Raises ArgumentError."""
+    """Return the given (rank, world size), or torch.distributed's if both are None. Raises ArgumentError if invalid."""
     if asked_rank is None and asked_size is None:
         return rank(), world_size()
     if asked_rank is None or asked_size is None:
         raise ArgumentError("rank and world_size belong together; pass both or neither.")
     if not 0 <= asked_rank < asked_size:
-        raise ArgumentError(f"rank must be in 0 .. world_size-1 = {asked_size - 1}, got {asked_rank}.")
+        raise ArgumentError(f"rank must be from 0 to world_size - 1 = {asked_size - 1}, got {asked_rank}.")
     return asked_rank, asked_size
 
 
@@ -95,7 +96,7 @@ def gathered(value: _T) -> list[_T]:
 
 
 def share_buffers(network: nn.Module) -> None:
-    """Copy rank 0's batch norm statistics to all ranks. Each rank computed its own from its part of the batches."""
+    """Copy rank 0's batch norm statistics to all ranks. Each rank has computed its own from its part of each batch."""
     if _together():
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)

@@ -17,11 +17,11 @@ class FastflowerError(Exception):
 
 
 class ArgumentError(FastflowerError, ValueError):
-    """Raised if an argument, or a field of `Augment` or `Recipe`, breaks its rule. Change the value to fit the rule."""
+    """Raised if an argument, or a field of `Augment` or `Recipe`, is invalid. The message states the rule."""
 
 
 def require(holds: bool, name: str, rule: str, value: object) -> None:
-    """Raise ArgumentError, naming the argument, its rule and its value, unless `holds`."""
+    """Raise ArgumentError with the argument's name, rule and value unless `holds` is True."""
     if not holds:
         raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
 
@@ -36,7 +36,7 @@ def make_plain(instance: "DataclassInstance") -> None:
 
 
 def _plain(value: object) -> object:
-    import numpy as np  # a third of the time of `fastflower --help`, which builds no dataclass
+    import numpy as np  # takes a third of the time of `fastflower --help`, which does not need it
 
     if type(value) in (list, tuple):
         return tuple(map(_plain, cast("Sequence[object]", value)))
@@ -46,11 +46,11 @@ def _plain(value: object) -> object:
 
 
 class FolderError(FastflowerError):
-    """Raised if a folder of images cannot be packed. Fix the folder, or pass another option or `out`."""
+    """Raised if a folder of images cannot be packed. Fix the folder, or pass other options or another `out`."""
 
 
 class ShardError(FastflowerError):
-    """Raised if shards, manifest or index are missing, damaged or inconsistent. Restore, repair or pack them again."""
+    """Raised if shards, manifest or index are missing, damaged or inconsistent. Restore or repair them, or repack."""
 
 
 class SampleError(FastflowerError):
@@ -66,19 +66,19 @@ class DeviceError(FastflowerError):
 
 
 class TrainingError(FastflowerError):
-    """Raised if training cannot continue: a non-finite loss or weights, a lost rank, or a file that cannot be written.
+    """Raised if training cannot continue: non-finite loss or weights, a lost rank, or a file that cannot be written.
 
     Saved checkpoints stay valid. Fix the cause and resume, or train again with the changes that the message names.
     """
 
 
 class HeldError(FastflowerError):
-    """Raised if another process holds a lock; the message says which. Wait for it, or use another folder."""
+    """Raised if another process holds a lock. The message names the process. Wait for it, or use another folder."""
 
 
 class ResourceError(FastflowerError):
-    """Raised if the system refuses memory or another open file. The data is fine: free the resource and run again."""
+    """Raised when memory or file descriptors run out. The data is intact: free resources and run again."""
 
 
 class StoppedError(FastflowerError):
-    """Raised when SIGTERM stops training, after its state was saved. Pass `resume=True` to continue."""
+    """Raised when SIGTERM stops training, after its state is saved. Pass `resume=True` to continue."""

@@ -1,6 +1,6 @@
-"""Atomic writes and file locks, for files that several processes share.
+"""Atomic writes and file locks, for files that multiple processes share.
 
-The kernel holds the locks (flock), so a killed process leaves none behind. A forked child does not hold its parent's.
+The kernel holds the locks (flock), so a killed process leaves none behind. A forked child holds none of its parent's.
 """
 
 import errno
@@ -21,21 +21,21 @@ from fastflower.errors import ArgumentError, HeldError, ResourceError
 _log = logging.getLogger("fastflower")
 
 _POLL_SECONDS = 0.05  # between attempts to take a lock that another process holds
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # flock on a file system without locks
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # from flock on a file system without locks
 PARTIAL = f"*.{'[0-9a-f]' * 8}.part"
 """Glob pattern that matches the names from `partial_name`."""
 
 
 def partial_name(path: Path) -> Path:
-    """Return a unique temporary path beside `path`, for data that will be renamed to it."""
+    """Return a unique temporary path next to `path`. Write to it, then rename it to `path`."""
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
 
 
 @contextmanager
 def written(path: Path) -> Generator[Path]:
-    """Yield a temporary path to write and sync; rename it to `path` at the end, or remove it after an error.
+    """Yield a temporary path to write and sync. Rename it to `path` at the end, or remove it after an error.
 
-    Several processes may write the same file: the last one wins.
+    Multiple processes may write the same file: the last one wins.
     """
     part = partial_name(path)
     try:
@@ -47,7 +47,7 @@ def written(path: Path) -> Generator[Path]:
 
 
 def write_atomically(path: Path, *pieces: bytes | bytearray | memoryview) -> None:
-    """Write a file atomically: even after a power cut it is complete or absent."""
+    """Write a file atomically: even after a power failure, it is either complete or unchanged."""
     with written(path) as part, part.open("wb") as file:
         for piece in pieces:
             file.write(piece)
@@ -58,7 +58,7 @@ def write_atomically(path: Path, *pieces: bytes | bytearray | memoryview) -> Non
 def write_out(out: Path, data: bytes) -> None:
     """Write a file atomically to the path that a caller passed as `out`.
 
-    Raises ArgumentError if it cannot be written, or ResourceError if the system lacks files or memory.
+    Raises ArgumentError if it cannot be written, or ResourceError if the system is out of file descriptors or memory.
     """
     try:
         write_atomically(out, data)
@@ -78,30 +78,31 @@ def sync(folder: Path) -> None:
 
 
 def refusal(error: object, path: object) -> ResourceError | None:
-    """Return a ResourceError if `error` means that the system ran out of open files or memory, else None."""
+    """Return a ResourceError if `error` means that the system is out of file descriptors or memory, else None."""
     number = error.errno if isinstance(error, OSError) else None
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     wanted = max(4096, 2 * limit)
     remedy = {
-        errno.EMFILE: f"this process has reached its limit of {limit} open files; raise it (ulimit -n {wanted})",
-        errno.ENFILE: "the system has reached its limit of open files; close programs or raise it (sysctl fs.file-max)",
+        errno.EMFILE: f"this process has reached its limit of {limit} open files; raise the limit (ulimit -n {wanted})",
+        errno.ENFILE: "the system has reached its limit of open files; close programs or raise the limit "
+        "(sysctl fs.file-max)",
         errno.ENOMEM: "out of memory; close programs or use fewer workers",
     }.get(number or 0)
     return ResourceError(f"{path}: cannot be opened or read: {remedy}, and run again.") if remedy else None
 
 
 def blame_the_system(error: object, path: object) -> None:
-    """Raise the ResourceError of `refusal`, if any."""
+    """Raise the ResourceError that `refusal` returns, if any."""
     if refused := refusal(error, path):
         raise refused from None
 
 
 @contextmanager
 def locked(path: Path, given_up: Callable[[], bool] | None = None) -> Generator[bool]:
-    """Hold the lock of a file until the block or the process ends. Creates the file and its folder if missing.
+    """Hold the lock on a file until the block or the process ends. Creates the file and its folder if missing.
 
-    given_up  polled while another process holds the lock: if it returns True, raises CancelledError. None: does not
-    wait, but raises HeldError, which names the holder.
+    given_up  Function to poll while another process holds the lock. If it returns True, raises CancelledError.
+    None: raises HeldError, which names the holder, without waiting.
 
     Yields True, or False (after one warning) if the file system does not support locks.
     """
@@ -121,14 +122,14 @@ def locked(path: Path, given_up: Callable[[], bool] | None = None) -> Generator[
 
 
 class _Lock:
-    """A lock, held through an open file."""
+    """A file lock, held as long as the file is open."""
 
     def __init__(self, path: Path) -> None:
         self.exists = True
         self._path, self._number, self._signed = path, -1, False
 
     def acquire(self) -> bool:
-        """Try to take the lock. Returns False if another process holds it. Raises OSError."""
+        """Try to take the lock. Returns False if another process holds it. Raises OSError if locking fails."""
         while True:
             try:
                 if self._number < 0:
@@ -154,7 +155,7 @@ class _Lock:
             _open_locks.add(self)
 
     def _continue_without(self, error: OSError) -> None:
-        """Continue without a lock. Warns once for each file system."""
+        """Continue without a lock. Warns once per file system."""
         self.exists = False
         device = os.fstat(self._number).st_dev
         if device not in _lockless_devices:
@@ -173,7 +174,7 @@ class _Lock:
         return os.pread(self._number, 200, 0).decode(errors="replace") or "another process"
 
     def release(self) -> None:
-        """Release the lock. Does nothing in a child that was forked while it was held."""
+        """Release the lock. Does nothing in a child that was forked while the lock was held."""
         with _forking:
             if self._number >= 0:
                 with suppress(OSError):  # closing is not enough if a child forked by C code shares the open file

@@ -1,4 +1,4 @@
-"""Cores and memory available to this process within its affinity mask and control groups; package versions."""
+"""Cores and memory available to this process within its affinity mask and cgroups, and package versions."""
 
 import os
 import re
@@ -10,10 +10,10 @@ from pathlib import Path
 
 _GROUPS, _OWN_GROUPS, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
 
-# For cgroup v2, then v1: the files with the limits, the file with the usage, and the entries of memory.stat that the
-# kernel reclaims before it swaps or kills. These are page cache and slab caches, but not tmpfs files or locked pages
-# (Documentation/admin-guide/cgroup-v2.rst). MemAvailable in /proc/meminfo counts the same. Kubernetes' working set
-# excludes only inactive_file, so files that were read twice, as shards are, would count as used memory.
+# For cgroup v2, then v1: the limit files, the usage file, and the entries of memory.stat that the kernel reclaims
+# before it swaps or kills a process. These are page cache and slab caches, but not tmpfs files or locked pages
+# (Documentation/admin-guide/cgroup-v2.rst). MemAvailable in /proc/meminfo counts memory the same way. Kubernetes'
+# working set excludes only inactive_file, so it would count files that were read twice, such as shards, as used.
 _MEMORY_FILES = (
     (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file", "slab_reclaimable")),
     (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
@@ -21,22 +21,22 @@ _MEMORY_FILES = (
 
 
 def ranks_here() -> int:
-    """Return the number of ranks on this machine, as torchrun sets it."""
+    """Return the number of ranks on this machine, as set by torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def cores() -> int:
-    """Return the number of threads that this process can run at once. Ranks share the machine's cores and the quota.
+    """Return the number of threads that this process can run at once. Ranks on one machine divide its cores and quota.
 
-    An affinity mask (taskset, SLURM, Docker's --cpuset-cpus) lowers it further. A quota (Docker's --cpus, a Kubernetes
-    limit) is rounded up, because one thread cannot use one and a half cores.
+    An affinity mask (taskset, SLURM, Docker's --cpuset-cpus) limits it further. A quota (Docker's --cpus, a Kubernetes
+    limit) is rounded up, because using one and a half cores takes two threads.
     """
     whole = min([os.cpu_count() or 1, *map(ceil, _cores_allowed())])
     return max(1, min(len(os.sched_getaffinity(0)), whole // ranks_here()))
 
 
 def available_bytes() -> int:
-    """Return the bytes of RAM available without swapping: the minimum over the kernel and every cgroup."""
+    """Return the bytes of RAM available without swapping: the kernel's estimate, or less if a cgroup allows less."""
     kilobytes = _named_numbers(_MEMINFO).get("MemAvailable:")
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if kilobytes is None else kilobytes * 1024
     return max(0, min([free, *_bytes_allowed()]))
@@ -54,7 +54,7 @@ def _cores_allowed() -> Iterator[float]:
 
 
 def _bytes_allowed() -> Iterator[int]:
-    """Yield the bytes left in each cgroup that has a limit: the limit minus the usage that cannot be reclaimed."""
+    """Yield the bytes left in each cgroup that has a limit: the limit minus the memory that cannot be reclaimed."""
     for group in _groups("memory"):
         stat = _named_numbers(group / "memory.stat")
         above = stat.get("hierarchical_memory_limit")  # v1: includes ancestors that a container cannot see
@@ -66,8 +66,8 @@ def _bytes_allowed() -> Iterator[int]:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """Yield the v1 and v2 folders of this process's cgroups that may have a controller, and of all their ancestors."""
-    # Always try the root: inside a container it is the container's own group.
+    """Yield the v1 and v2 folders of all cgroups that contain this process and may have this controller."""
+    # Always try the root: inside a container, it is the container's own cgroup.
     lines = ["0::/", f"0:{controller}:/"]
     with suppress(OSError):
         lines += os.fsdecode(_OWN_GROUPS.read_bytes()).splitlines()
@@ -83,7 +83,7 @@ def _groups(controller: str) -> Iterator[Path]:
 
 
 def _group_folder(top: Path, path: str) -> Path:
-    """Return a cgroup's folder. A container may see only its own subtree, although `path` starts at the host's root."""
+    """Return a cgroup's folder. A container may see only its own subtree, but `path` starts at the host's root."""
     names = [name for name in path.split("/") if name not in ("", "..")]
     folders = (top.joinpath(*names[start:]) for start in range(len(names)))
     return next((folder for folder in folders if folder.is_dir()), top)
@@ -97,7 +97,7 @@ def _number(path: Path) -> int | None:
 
 
 def _named_numbers(path: Path) -> dict[str, int]:
-    """Return the lines of a file that have the form NAME NUMBER; empty if the file cannot be read."""
+    """Return the NAME NUMBER lines of a file as a dictionary, which is empty if the file cannot be read."""
     with suppress(OSError):
         lines = re.findall(r"^[ \t]*(\S+)[ \t]+(-?\d+)(?!\S)", os.fsdecode(path.read_bytes()), re.MULTILINE)
         return {name: int(value) for name, value in lines}
@@ -105,7 +105,7 @@ def _named_numbers(path: Path) -> dict[str, int]:
 
 
 def version_of(name: str) -> str:
-    """Return a distribution's version, or "not installed" if it has no metadata, as in a source tree on the path."""
+    """Return a package's version, or "not installed" without metadata, for example in a source tree on sys.path."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,6 +1,6 @@
-"""`Augment`: a distribution of augmentations. It draws a `Draw` for samples and a `Mix` for pairs of samples.
+"""`Augment`: a distribution of augmentations. It returns a `Draw` for samples and a `Mix` for pairs of samples.
 
-A sample's draw does not depend on batch size, worker, rank or which other augmentations are enabled.
+A sample's draw does not depend on the batch size, worker, rank or other enabled augmentations.
 Shape suffixes: N samples, A attempts, S slots.
 """
 
@@ -19,71 +19,78 @@ from fastflower.errors import make_plain, require
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augment:
-    """A distribution of augmentations. `Augment()` draws nothing random: it is the validation view.
+    """A distribution of augmentations. `Augment()` is deterministic: it is the validation view.
 
-    Each parameter has torchvision's distribution. Geometry is applied first, then brightness, contrast, saturation and
-    hue in this order, then normalization, erasing and mixing. Raises ArgumentError, which names the field and its rule.
+    Each field follows the distribution of the torchvision transform in brackets. Geometry is applied first, then
+    brightness, contrast, saturation and hue in this order, then normalization, erasing and mixing.
+    Raises ArgumentError with the field's name and rule if a value is invalid.
     """
 
     size: int | tuple[int, int] = 224
     """Output size in pixels: (height, width), or one number for a square."""
     resize: int | tuple[int, int] | None = None
-    """Without `crop`: resize to this shorter side, or to exactly (height, width), then center-crop `size`; in pixels.
+    """Resize before the center crop, in pixels: the shorter side, or exact (height, width). Ignored if `crop` is set.
     None: 8/7 of the longer side of `size`, for example 256 for 224 [torchvision]."""
     crop: tuple[float, float] | None = None
-    """Random crop: area as a fraction of the image, uniform in (min, max). None: center crop [RandomResizedCrop]."""
+    """Area of the random crop as a fraction of the image, uniform in (min, max).
+    None: center crop [RandomResizedCrop]."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect ratio of the random crop, width / height, log-uniform in (min, max) [RandomResizedCrop]."""
+    """Aspect ratio (width / height) of the random crop, log-uniform in (min, max) [RandomResizedCrop]."""
     flip: float = 0.0
-    """Probability of a horizontal flip. 0: never [RandomHorizontalFlip]."""
+    """Probability of a horizontal flip [RandomHorizontalFlip]."""
     flip_vertical: float = 0.0
-    """Probability of a vertical flip. 0: never [RandomVerticalFlip]."""
+    """Probability of a vertical flip [RandomVerticalFlip]."""
     rotate: float = 0.0
-    """Maximum rotation in degrees. The angle is uniform in [-rotate, rotate]. 0: none [RandomRotation]."""
+    """Maximum rotation in degrees. The angle is uniform in [-rotate, rotate]. 0 disables it [RandomRotation]."""
     affine_rotate: float = 0.0
-    """Maximum of a second rotation in degrees, uniform like `rotate` and applied after it. 0: none [RandomAffine]."""
+    """Maximum second rotation in degrees, drawn like `rotate` and applied after it. 0 disables it [RandomAffine]."""
     translate: tuple[float, float] = (0.0, 0.0)
-    """Maximum shift (x, y) in either direction, as a fraction of the output's width and height.
-    Uniform, rounded to whole pixels. 0 0: none [RandomAffine]."""
+    """Maximum shift (x, y) in either direction, as fractions of the output's width and height.
+    The shift is uniform and rounded to whole pixels. (0, 0) disables it [RandomAffine]."""
     scale: tuple[float, float] = (1.0, 1.0)
-    """Zoom factor, uniform in (min, max); above 1 magnifies. 1 1: none [RandomAffine]."""
+    """Zoom factor, uniform in (min, max); above 1 magnifies. (1, 1) disables it [RandomAffine]."""
     shear: tuple[float, float] = (0.0, 0.0)
-    """Maximum shear (x, y) in degrees, below 90; uniform in [-x, x] and [-y, y]. 0 0: none [RandomAffine]."""
+    """Maximum shear (x, y) in degrees, each below 90. The angles are uniform in [-x, x] and [-y, y].
+    (0, 0) disables it [RandomAffine]."""
     brightness: float = 0.0
-    """Brightness jitter: the factor is uniform in [max(0, 1 - brightness), 1 + brightness]. 0: none [ColorJitter]."""
+    """Brightness jitter. The factor is uniform in [max(0, 1 - brightness), 1 + brightness].
+    0 disables it [ColorJitter]."""
     contrast: float = 0.0
-    """Contrast jitter about the image's mean gray, with a factor drawn as for brightness. 0: none [ColorJitter]."""
+    """Contrast jitter around the image's mean gray. The factor is drawn as for `brightness`.
+    0 disables it [ColorJitter]."""
     saturation: float = 0.0
-    """Saturation jitter, with a factor drawn as for brightness. 0: none [ColorJitter]."""
+    """Saturation jitter. The factor is drawn as for `brightness`. 0 disables it [ColorJitter]."""
     hue: float = 0.0
-    """Maximum hue shift in turns of the color wheel, at most 0.5; uniform in [-hue, hue]. 0: none [ColorJitter]."""
+    """Maximum hue shift as a fraction of the color wheel, at most 0.5. The shift is uniform in [-hue, hue].
+    0 disables it [ColorJitter]."""
     erase: float = 0.0
-    """Probability of erasing a rectangle. 0: never [RandomErasing]."""
+    """Probability of erasing a rectangle [RandomErasing]."""
     erase_area: tuple[float, float] = (0.02, 0.33)
     """Area of the erased rectangle as a fraction of the output, uniform in (min, max) [RandomErasing]."""
     erase_ratio: tuple[float, float] = (0.3, 3.3)
-    """Aspect ratio of the erased rectangle, height / width, log-uniform in (min, max) [RandomErasing]."""
+    """Aspect ratio (height / width) of the erased rectangle, log-uniform in (min, max) [RandomErasing]."""
     erase_value: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Color of the erased rectangle (red, green, blue), in normalized units. 0 0 0: the mean color [RandomErasing]."""
+    """Normalized color (red, green, blue) of the erased rectangle. (0, 0, 0) is the mean color [RandomErasing]."""
     fill: Literal["black", "photo"] = "black"
-    """Fill for what rotation, shift or shear uncovers: "black" [torchvision] or "photo", the image beyond the crop."""
+    """Fill for areas uncovered by rotation, shift, scale or shear: "black" [torchvision],
+    or "photo" for the image's own pixels outside the crop."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean (red, green, blue) for normalization, for levels in 0 .. 1: (level / 255 - mean) / std [Normalize]."""
+    """Mean (red, green, blue) for normalization: (pixel / 255 - mean) / std [Normalize]."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """Standard deviation (red, green, blue) for normalization, for levels in 0 .. 1 [Normalize]."""
+    """Standard deviation (red, green, blue) for normalization, on the same scale as `mean` [Normalize]."""
     mixup: float = 0.0
-    """Blend each image and label with its neighbor's in the batch. The weight is drawn from Beta(mixup, mixup).
-    0: never [Zhang et al. 2018]."""
+    """Blend each image and label with its neighbor in the batch. The weight is drawn from Beta(mixup, mixup).
+    0 disables it [Zhang et al. 2018]."""
     cutmix: float = 0.0
     """Paste a rectangle from the neighbor and mix the labels by area. The area is drawn from Beta(cutmix, cutmix).
-    0: never. With mixup too, each pair gets one of the two with equal probability [Yun et al. 2019]."""
+    0 disables it. If mixup is enabled too, each pair gets one of the two with equal probability [Yun et al. 2019]."""
     fixed: bool = False
-    """Draw the same numbers for a sample in every epoch."""
+    """Use the same draw for a sample in every epoch."""
 
     def __post_init__(self) -> None:
         make_plain(self)
         for name in ("size", "resize"):
-            pair, rule = _pair(getattr(self, name)), "one or two integers, at least 1"
+            pair, rule = _pair(getattr(self, name)), "one or two integers, each at least 1"
             right = _are_numbers(pair, 2, int) and min(pair) >= 1
             _check(right or (name == "resize" and self.resize is None), name, rule, self)
         for name in ("flip", "flip_vertical", "erase"):
@@ -114,24 +121,24 @@ class Augment:
 
     @property
     def resized(self) -> int | tuple[int, int]:
-        """`resize`, with None resolved to its default."""
+        """`resize`, or its default if it is None."""
         return round(max(self.output_size) * 8 / 7) if self.resize is None else self.resize
 
     @property
     def moves(self) -> bool:
-        """True if rotation, shift, scale or shear is drawn."""
+        """True if rotation, shift, scale or shear is enabled."""
         affine = (self.rotate, self.affine_rotate, *self.translate, *self.shear, *(factor - 1 for factor in self.scale))
         return any(bound != 0 for bound in affine)
 
     @property
     def uncovers(self) -> bool:
-        """True if an output may show pixels outside the crop or the image."""
+        """True if the output may show areas outside the crop or the image."""
         small = any(side < out for side, out in zip(_pair(self.resized), self.output_size, strict=True))
         return self.moves or (self.crop is None and small)
 
     @property
     def erase_levels(self) -> tuple[float, ...]:
-        """`erase_value` as levels in 0 .. 255, clipped."""
+        """`erase_value` as pixel values, clipped to [0, 255]."""
         levels = 255 * (np.array(self.erase_value) * np.array(self.std) + np.array(self.mean))
         return tuple(float(level) for level in np.clip(levels, 0, 255))
 
@@ -146,7 +153,9 @@ class Augment:
         return cls(**fields_of(transform))
 
     def draw(self, seed: int, epoch: int, indices: ArrayLike, sizes: ArrayLike) -> Draw:
-        """Draw for samples with `indices`, (N,) integers, and image `sizes`, (N, 2) height and width in pixels.
+        """Return the draws of the samples at `indices`, (N,) integers.
+
+        sizes  Heights and widths of the images in pixels, (N, 2).
 
         Example:
             >>> from fastflower import Augment
@@ -158,7 +167,7 @@ class Augment:
             [[True, False], [False, False]]
             >>> draw.rotate.round(3).tolist()
             [1.552, 5.055]
-            >>> draw.matrix().shape  # the whole geometry as one matrix per sample
+            >>> draw.matrix().shape  # all geometry as one matrix per sample
             (2, 2, 3)
             >>> augment.draw(0, 0, [8], [[500, 375]]).roi.tolist()  # a draw does not depend on its batch
             [[61.0, 35.0, 334.0, 309.0]]
@@ -184,10 +193,10 @@ class Augment:
         )
 
     def mix(self, seed: int, epoch: int, indices: ArrayLike) -> Mix:
-        """Draw for the pairs (0, 1), (2, 3), ... of a batch of samples with `indices`, (N,), N even.
+        """Return the `Mix` of the pairs (0, 1), (2, 3), ... in a batch of the samples at `indices`, (N,) with N even.
 
-        mixup: Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018. cutmix: Yun et al., "CutMix", 2019,
-        section 3.1.
+        mixup: Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018.
+        CutMix: Yun et al., "CutMix", 2019, section 3.1.
         """
         first = np.asarray(indices, np.int64)[::2]
         size = np.array(self.output_size)
@@ -206,12 +215,12 @@ class Augment:
         return Mix(share, box, cut)
 
     def _center(self, sizes_N2: NDArray[np.int64]) -> Floats:
-        """Return torchvision's Resize and CenterCrop, including their rounding, as rectangles (N, 4) of the source."""
+        """Return the source rectangles (N, 4) of torchvision's Resize and CenterCrop, including their rounding."""
         size, resized = np.array(self.output_size), np.array(self.resized)
         if resized.ndim == 0:  # one number: the shorter side
             resized = resized * sizes_N2 // sizes_N2.min(axis=1, keepdims=True)
         factor = sizes_N2 / resized
-        # torchvision rounds the crop offset half to even, and pads the extra pixel at the bottom and right.
+        # torchvision rounds the crop offset half to even, and puts the extra pixel of padding at the bottom and right.
         start = np.where(resized < size, -((size - resized) // 2), np.rint((resized - size) / 2))
         return np.concatenate([start * factor, size * factor], axis=1)
 
@@ -226,7 +235,7 @@ class Augment:
         return np.where(fits_N[:, None], crop_N4, largest_N4)
 
     def _erased(self, dice: Dice) -> NDArray[np.int64]:
-        """Draw like RandomErasing.get_params: the first of ten attempts smaller than the output, else nothing."""
+        """Draw like RandomErasing.get_params: the first of ten attempts smaller than the output, else no rectangle."""
         if not self.erase:
             return np.zeros((len(dice.numbers_NS), 4), np.int64)
         size_12 = np.array([self.output_size], np.int64)
@@ -238,7 +247,7 @@ class Augment:
 
 
 def _are_numbers(value: object, count: int, kind: type[int] | type[float] = float) -> bool:
-    """Return True if a field is a tuple of `count` finite numbers. Integers count as floats."""
+    """Return True if `value` is a tuple of `count` finite numbers of type `kind`. Integers count as floats."""
     numbers = cast("tuple[object, ...]", value if isinstance(value, tuple) else ())
     right = all(isinstance(number, (int, kind)) and isfinite(number) for number in numbers)
     return right and len(numbers) == count

@@ -9,32 +9,32 @@ from numpy.typing import ArrayLike, NDArray
 from fastflower.draws import geometry
 from fastflower.draws.geometry import Floats
 
-# torchvision resamples again for a rotation and for an affine, each time adding a triangle filter's variance. Adding
-# half of it brings a chain to 1.5 gray levels from torchvision's instead of 1.8, and no further from the truth
-# (docs/augmentation.md).
+# torchvision resamples again for a rotation and for an affine transform, each time adding a triangle filter's variance.
+# With half of that variance, rotated crops differ from torchvision's by 1.3 instead of 1.7 gray levels (0 to 255), and
+# are no less accurate (docs/augmentation.md).
 SOFTNESS = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """Numbers drawn for N samples. Lengths are in pixels, angles in degrees. All arrays have N rows."""
+    """Drawn augmentation parameters of N samples. Lengths are in pixels, angles in degrees. All arrays have N rows."""
 
     size: tuple[int, int]
     """(height, width) of the output."""
     roi: Floats
-    """(N, 4) top, left, height, width of the crop in the source. A crop larger than the image extends beyond it."""
+    """(N, 4) top, left, height, width of the crop in the source. The crop may extend beyond the image."""
     flip: NDArray[np.bool_]
-    """(N, 2) horizontal, vertical."""
+    """(N, 2) True to flip horizontally; True to flip vertically."""
     rotate: Floats
-    """(N,) counterclockwise, as in torchvision's `rotate`."""
+    """(N,) counterclockwise angle, as in torchvision's `rotate`."""
     affine_rotate: Floats
-    """(N,) clockwise, as in torchvision's `affine`."""
+    """(N,) clockwise angle, as in torchvision's `affine`."""
     translate: Floats
-    """(N, 2) x, y in whole output pixels."""
+    """(N, 2) shift along x and y in whole output pixels."""
     scale: Floats
-    """(N,) factor; above 1 magnifies."""
+    """(N,) zoom factor; above 1 magnifies."""
     shear: Floats
-    """(N, 2) x, y in degrees."""
+    """(N, 2) shear along x and y in degrees."""
     brightness: Floats
     """(N,) factor; 1 changes nothing."""
     contrast: Floats
@@ -42,18 +42,18 @@ class Draw:
     saturation: Floats
     """(N,) factor; 1 changes nothing, 0 gives gray."""
     hue: Floats
-    """(N,) turns of the color wheel in [-0.5, 0.5]; 0 changes nothing."""
+    """(N,) shift as a fraction of the color wheel, in [-0.5, 0.5]; 0 changes nothing."""
     erase: NDArray[np.int64]
-    """(N, 4) top, left, height, width in the output; height 0 erases nothing."""
+    """(N, 4) top, left, height, width of the erased rectangle in the output; height 0 erases nothing."""
 
     def __len__(self) -> int:
         return len(self.roi)
 
     def matrix(self) -> Floats:
-        """Return the whole geometry as one matrix per sample, (N, 2, 3), from destination to source."""
+        """Return all geometry as one matrix per sample, (N, 2, 3), from destination to source."""
         matrix = geometry.compose(geometry.resized_crop(self.roi, self.size), geometry.flips(self.flip, self.size))
         still = np.zeros_like(self.shear)
-        # torchvision's rotate is counterclockwise, its affine clockwise.
+        # torchvision's rotate is counterclockwise, but its affine is clockwise.
         if self.rotate.any():
             rotation = geometry.affine(-self.rotate, still, np.ones_like(self.scale), still, self.size)
             matrix = geometry.compose(matrix, rotation)
@@ -63,7 +63,7 @@ class Draw:
         return matrix
 
     def warp(self, sizes_N2: ArrayLike, fill: str) -> geometry.Warp:
-        """Return the geometry as a backend needs it, for images of `sizes`, (N, 2) height and width."""
+        """Return the geometry in the form a backend needs. `sizes_N2` holds the height and width of each image."""
         sizes = np.asarray(sizes_N2, np.float64).reshape(-1, 2)
         image = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
         visible = image if fill == "photo" else geometry.intersect(image, self.roi)
@@ -78,11 +78,11 @@ class Draw:
 
 
 class Mix(NamedTuple):
-    """How the images of each of P pairs are mixed."""
+    """How to mix the images in each of P pairs."""
 
     share: Floats
-    """(P,) weight of an image's own label; its neighbor's label has the rest."""
+    """(P,) weight of an image's own label; its neighbor's label gets the rest."""
     box: NDArray[np.int64]
     """(P, 4) top, left, height, width of the rectangle pasted from the neighbor."""
     cut: NDArray[np.bool_]
-    """(P,) True if a rectangle is pasted (CutMix), False if whole images are blended (mixup)."""
+    """(P,) True if a rectangle is pasted (CutMix), False if the entire images are blended (mixup)."""

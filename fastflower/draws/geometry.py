@@ -1,9 +1,9 @@
 """Crop, flip, rotation, translation, scale and shear as one matrix.
 
-A warp matrix is 2x3 and maps destination points (x, y) to the source. Pixel i covers [i, i+1); its center is at +0.5.
-Rectangles are (top, left, height, width). They and other vertical/horizontal pairs are in (y, x) order, points and
-matrices in (x, y) order: `[:, ::-1]` converts between them. Angles are in degrees outside this module.
-Shape suffixes: N batch, 2/3 matrix rows and columns, 4 numbers of a rectangle, P points.
+A warp matrix is 2x3 and maps destination points (x, y) to the source. Pixel i covers [i, i + 1), with its center at
+i + 0.5. Rectangles are (top, left, height, width). They and other vertical/horizontal pairs are in (y, x) order; points
+and matrices are in (x, y) order. `[:, ::-1]` converts between the two. All functions take angles in degrees.
+Shape suffixes: N batch, 2 and 3 matrix rows and columns, 4 rectangle values, P points.
 """
 
 from dataclasses import dataclass, fields
@@ -13,33 +13,33 @@ from numpy.typing import NDArray
 
 from fastflower.draws.random import Floats
 
-# A smaller blur changes images by less than 0.1 gray levels, but would take a tenth of the time.
+# A smaller blur changes images by less than 0.1 gray levels (0 to 255), but would take a tenth of the time.
 MIN_VARIANCE = 0.02
 
 
 def compose(outer_N23: Floats, inner_N23: Floats) -> Floats:
     """Return the warp that applies `inner` to a destination point, then `outer` to the result: outer o inner."""
     outer, inner = np.moveaxis(outer_N23, (-2, -1), (0, 1)), np.moveaxis(inner_N23, (-2, -1), (0, 1))
-    # Row by row over all of N: matmul takes four times as long for such small matrices.
+    # Compute one row for all N at a time: matmul takes four times as long for matrices this small.
     out = np.stack([outer[:, 0] * inner[0, column] + outer[:, 1] * inner[1, column] for column in range(3)], axis=1)
     out[:, 2] += outer[:, 2]
     return np.moveaxis(out, (0, 1), (-2, -1))
 
 
 def invert(matrix_N23: Floats) -> Floats:
-    """Return the inverse warps: source to destination."""
+    """Return the inverse warps, from source to destination."""
     (a, b, x), (c, d, y) = np.moveaxis(matrix_N23, (-2, -1), (0, 1))
     rows = np.array([[d, -b, b * y - d * x], [-c, a, c * x - a * y]]) / (a * d - b * c)
     return np.moveaxis(rows, (0, 1), (-2, -1))
 
 
 def transform(matrix_N23: Floats, points_NP2: Floats) -> Floats:
-    """Map points (x, y), (N, P, 2), through warps."""
+    """Map points (x, y) of shape (N, P, 2) through the warps."""
     return points_NP2 @ np.swapaxes(matrix_N23[..., :2], -1, -2) + matrix_N23[..., None, :, 2]
 
 
 def resized_crop(roi_N4: Floats, size: tuple[int, int]) -> Floats:
-    """Return the warps that stretch a source ROI (top, left, height, width) over a destination of `size`."""
+    """Return the warps that stretch each source ROI (top, left, height, width) to a destination of `size`."""
     top, left, height, width = np.moveaxis(roi_N4, -1, 0)
     zero = np.zeros_like(top)
     rows = [[width / size[1], zero, left], [zero, height / size[0], top]]
@@ -57,10 +57,10 @@ def flips(flip_N2: NDArray[np.bool_], size: tuple[int, int]) -> Floats:
 def affine(angle_N: Floats, translate_N2: Floats, scale_N: Floats, shear_N2: Floats, size: tuple[int, int]) -> Floats:
     """Return the warps that rotate, scale and shear about the center of `size`, then translate.
 
-    angle  in degrees, clockwise. translate  (x, y) in pixels. shear  (x, y) in degrees.
+    angle  Clockwise rotation in degrees. translate  Shift (x, y) in pixels. shear  Shear (x, y) in degrees.
 
-    This is the inverse of T(translate) C R(angle) Shear(shear) Scale(scale) C^-1, in the closed form of torchvision's
-    `_get_inverse_affine_matrix` (torchvision/transforms/functional.py).
+    The result is the inverse of T(translate) C R(angle) Shear(shear) Scale(scale) C^-1. The closed form is the one in
+    torchvision's `_get_inverse_affine_matrix` (torchvision/transforms/functional.py).
     """
     rotation = np.radians(angle_N)
     # [[a, b], [c, d]] rotates and shears with determinant 1, so its inverse is [[d, -b], [-c, a]].
@@ -88,7 +88,7 @@ def corners(rectangle_N4: Floats) -> Floats:
 def intersect(one_N4: Floats, other_N4: Floats) -> Floats:
     """Return the intersection of rectangles (top, left, height, width).
 
-    The result is at least one pixel of `one` high and wide (or all of `one` if smaller), even if they do not overlap.
+    Even without overlap, the result is at least one pixel of `one` high and wide, or all of `one` if that is smaller.
     """
     one_stop, other_stop = one_N4[..., :2] + one_N4[..., 2:], other_N4[..., :2] + other_N4[..., 2:]
     least = np.minimum(one_N4[..., 2:], 1)
@@ -98,11 +98,11 @@ def intersect(one_N4: Floats, other_N4: Floats) -> Floats:
 
 
 def grow(quad_N42: Floats, distance: float) -> Floats:
-    """Move every edge of parallelograms outward by `distance` pixels."""
+    """Move every edge of the parallelograms outward by `distance` pixels."""
     half_across = (quad_N42[..., 1, :] - quad_N42[..., 0, :]) / 2
     half_down = (quad_N42[..., 3, :] - quad_N42[..., 0, :]) / 2
     area = np.abs(half_across[..., 0] * half_down[..., 1] - half_across[..., 1] * half_down[..., 0])
-    # Edges along `down` lie area / |half_down| from the center. Scale half_across so that this grows by `distance`.
+    # Edges parallel to half_down are area / |half_down| from the center. Scale half_across to add `distance` to that.
     across = half_across * (distance * np.linalg.norm(half_down, axis=-1) / area)[..., None]
     down = half_down * (distance * np.linalg.norm(half_across, axis=-1) / area)[..., None]
     steps = [-across - down, across - down, across + down, down - across]
@@ -111,18 +111,18 @@ def grow(quad_N42: Floats, distance: float) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Warp:
-    """Plain numbers that a backend needs to resample N images."""
+    """Arrays that a backend needs to resample N images."""
 
     matrix: Floats
     """(N, 2, 3) matrices from destination to `region`."""
     region: NDArray[np.int64]
-    """(N, 4) top, left, height, width of the part of the image that is read. Its edge pixels repeat beyond it."""
+    """(N, 4) top, left, height, width of the part of the image to read. Its edge pixels repeat outside it."""
     footprint: Floats
-    """(N, 2) vertical, horizontal: six times the variance of the antialiasing filter, in source pixels."""
+    """(N, 2) vertical, horizontal: six times the variance of the antialiasing filter, in squared source pixels."""
     masked: NDArray[np.bool_]
     """(N,) True if part of the destination lies outside `visible` and is black."""
     whole: Floats
-    """(N, 2, 3) matrices from destination to the whole image."""
+    """(N, 2, 3) matrices from destination to the entire image."""
     visible: Floats
     """(N, 4) top, left, height, width of the part of the image that may be shown."""
 
@@ -137,18 +137,18 @@ class Warp:
 
 
 def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness_N: Floats) -> Warp:
-    """Plan warps to a destination of `size` that show the parts `visible` (top, left, height, width) of the sources.
+    """Plan warps to a destination of `size` that show only the `visible` rectangles of the sources.
 
-    softness  (N,) fraction by which the footprint is enlarged.
+    visible  Rectangles (N, 4). softness  Fraction (N,) by which to enlarge the footprint.
 
-    The antialiased bilinear resize of Pillow and torchvision filters with a triangle, (1 - |t|) for |t| < 1 in
-    destination pixels, of variance 1/6. Under a linear map J its covariance is J J^T / 6. Only the diagonal is used.
+    Pillow's and torchvision's antialiased bilinear resize uses a triangle filter: 1 - |t| for |t| < 1 in destination
+    pixels, with variance 1/6. Under a linear map J, its covariance is J J^T / 6. Only the diagonal is used.
     """
-    # Rows: y, x of the source. Columns: x, y of the destination. The offset is the source of the destination's corner.
+    # Rows are source y, x; columns are destination x, y. The destination's corner (0, 0) maps to the offset.
     linear_N22, offset_N2 = matrix_N23[:, ::-1, :2], matrix_N23[:, ::-1, 2]
     footprint_N2 = np.square(linear_N22).sum(axis=2) * (1 + softness_N[:, None])
 
-    # The destination is a parallelogram in the source: its center, and how far it extends from there.
+    # In the source, the destination is a parallelogram. Find its center and how far it extends from there.
     half_size = np.array([size[1] / 2, size[0] / 2])
     middle_N2 = (linear_N22 * half_size).sum(axis=2) + offset_N2
     reach_N2 = (np.abs(linear_N22) * half_size).sum(axis=2)
@@ -156,13 +156,13 @@ def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness
     visible_start_N2, visible_size_N2 = visible_N4[:, :2], visible_N4[:, 2:]
     past_start_N2 = visible_start_N2 - (middle_N2 - reach_N2)
     past_stop_N2 = middle_N2 + reach_N2 - visible_start_N2 - visible_size_N2
-    # Tolerate rounding (a millionth) if the edges of crop and output coincide.
+    # Tolerate rounding errors (one millionth) if the edges of crop and output coincide.
     masked_N = (np.maximum(past_start_N2, past_stop_N2) > 1e-6 * reach_N2).any(axis=1)
 
-    # A destination pixel is sqrt(footprint) wide. The filter reads that much further, interpolation as much again.
+    # A destination pixel is sqrt(footprint) source pixels wide. The filter reads that far beyond it, interpolation too.
     read_N2 = reach_N2 + (2 + 2 * np.sqrt(footprint_N2))
     read_N4 = intersect(visible_N4, np.concatenate([middle_N2 - read_N2, 2 * read_N2], axis=1))
-    first_N2 = np.floor(read_N4[:, :2] + 1e-6)  # whole pixels, up to rounding
+    first_N2 = np.floor(read_N4[:, :2] + 1e-6)  # whole pixels, within rounding error
     end_N2 = np.ceil(read_N4[:, :2] + read_N4[:, 2:] - 1e-6)
     to_region_N23 = matrix_N23.copy()
     to_region_N23[:, :, 2] -= first_N2[:, ::-1]
@@ -177,40 +177,42 @@ def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness
 
 
 def decode_scales(footprint_N2: Floats) -> NDArray[np.int64]:
-    """Return decode scales (N,): 1, 2, 4 or 8, at most half of the reduction from image to destination."""
+    """Return decode scales (N,): the largest of 2, 4 and 8 that is at most half the downscaling factor, else 1."""
     least = np.sqrt(footprint_N2.min(axis=1))
     return np.where(least < 4, 1, np.where(least < 8, 2, np.where(least < 16, 4, 8)))
 
 
 def shrink_factors(footprint_N2: Floats) -> NDArray[np.int64]:
-    """Return integer factors (N, 2) for box-averaging a source before blur and warp: 1 for reductions below 4.
+    """Return integer factors (N, 2) for box-averaging a source before blur and warp: 1 for downscaling by less than 4.
 
-    A factor is about half of the reduction and a multiple of the decode scale. This leaves two to four shrunken pixels
-    per destination pixel. With one, images would differ from Pillow's triangle by 1.9 gray levels, with two by 0.8.
+    A factor is about half the downscaling factor and a multiple of the decode scale. This leaves two to four shrunken
+    pixels per destination pixel. Images differ from Pillow's triangle filter by 0.8 gray levels (0 to 255) with two
+    pixels, and would differ by 1.9 with one.
     """
     decoded = decode_scales(footprint_N2)[:, None]
     return decoded * np.maximum(1, np.sqrt(footprint_N2) // (2 * decoded)).astype(np.int64)
 
 
 def blur_variance(footprint_N2: Floats, shrink_N2: NDArray[np.int64]) -> Floats:
-    """Return the variance (N, 2), in shrunken pixels, of the blur that is still missing; 0 for magnified sources.
+    """Return the variance (N, 2), in squared shrunken pixels, that blurring must still add; 0 for magnified sources.
 
-    The target is footprint / 6. A box of k pixels contributes (k^2 - 1) / 12, interpolation between boxes k^2 / 6.
+    The target is footprint / 6. A box of k pixels contributes (k^2 - 1) / 12, and interpolation between boxes k^2 / 6.
     """
     missing = (footprint_N2 / 6 - (3 * shrink_N2**2 - 1) / 12) / shrink_N2**2
     return np.where(missing >= MIN_VARIANCE, missing, 0.0)
 
 
-BLUR_TAPS = 5  # half of the widest kernel, center included: after shrink_factors, reductions are below 4
+BLUR_TAPS = 5  # half the widest kernel, including the center: after shrink_factors, downscaling is below 4
 
 
 def blur_kernels(variance_N2: Floats) -> Floats:
-    """Return symmetric kernels of these variances, from the center outward, (N, 2, BLUR_TAPS): triangles of sum 1.
+    """Return half of each symmetric triangle kernel with sum 1 and this variance, center first: (N, 2, BLUR_TAPS).
 
-    For integer reductions this is Pillow's triangle, which interpolation preserves exactly: [1, 2, 1] / 4 for a
-    reduction by 2. For a half-width w between m and m + 1, the weights 1 - |j| / w for |j| <= m have the sum
-    2m + 1 - m(m+1) / w and the second moment m(m+1)(2m+1) / 3 - m^2 (m+1)^2 / 2w. Their ratio, the variance, is
-    solved for 1 / w. If the variance is 0, m is 0.
+    For integer downscaling factors this is Pillow's triangle filter, for example [1, 2, 1] / 4 for a factor of 2;
+    interpolation preserves it exactly. Let w be the half-width of the triangle, between integers m and m + 1. Tap j has
+    the weight 1 - |j| / w for |j| <= m. The weights have the sum 2m + 1 - m(m+1) / w and the second moment
+    m(m+1)(2m+1) / 3 - m^2 (m+1)^2 / 2w. The variance is their ratio; solving it for 1 / w gives the slope. A variance
+    of 0 gives m = 0.
     """
     m = np.sqrt(6 * variance_N2 + 1).astype(np.int64) * (variance_N2 > 0)
     pairs = m * (m + 1)
@@ -221,25 +223,25 @@ def blur_kernels(variance_N2: Floats) -> Floats:
 
 
 def whole_kernel(weights: Floats) -> Floats:
-    """Expand a symmetric kernel, given from its center outward, to both halves without outer zeros: (K,), K odd."""
+    """Expand one half of a symmetric kernel, center first, to the full kernel without outer zeros: (K,) with odd K."""
     weights = weights[: np.flatnonzero(weights)[-1] + 1]
     return np.concatenate([weights[:0:-1], weights])
 
 
 @dataclass(frozen=True, slots=True)
 class Resampling:
-    """A Warp for a backend that averages boxes, blurs the rest of the reduction, then interpolates."""
+    """A Warp for a backend that averages boxes, then blurs, then interpolates."""
 
     decode_scale: NDArray[np.int64]
-    """(N,) decode scale: factor by which the decoder reduces the image."""
+    """(N,) decode scale: factor by which the decoder downscales the image."""
     region: NDArray[np.int64]
-    """(N, 4) top, left, height, width of the part of the decoded image that is read: whole boxes."""
+    """(N, 4) top, left, height, width of the part of the decoded image to read, in whole boxes."""
     shrink: NDArray[np.int64]
-    """(N, 2) vertical, horizontal: sides of the boxes, in pixels of the decoded image."""
+    """(N, 2) vertical, horizontal: side lengths of the boxes, in pixels of the decoded image."""
     blur: Floats
-    """(N, 2) vertical, horizontal: variance of the blur, in boxes."""
+    """(N, 2) vertical, horizontal: variance of the blur, measured in boxes."""
     matrix: Floats
-    """(N, 2, 3) matrices from destination to boxes, both with centers at integers."""
+    """(N, 2, 3) matrices from destination to boxes. In both, centers are at integers."""
 
 
 def resampling(warp: Warp) -> Resampling:
@@ -247,7 +249,7 @@ def resampling(warp: Warp) -> Resampling:
     decode_scale_N, shrink_N2 = decode_scales(warp.footprint), shrink_factors(warp.footprint)
     decode_scale_N1 = decode_scale_N[:, None]
 
-    # Pixels of the reduced image that the region touches. `first` may lie before the start of the region.
+    # Pixels of the decoded image that the region touches. `first` may be before the start of the region.
     start_N2 = warp.region[:, :2]
     stop_N2 = start_N2 + warp.region[:, 2:]
     first_N2, end_N2 = start_N2 // decode_scale_N1, -(-stop_N2 // decode_scale_N1)
@@ -256,7 +258,7 @@ def resampling(warp: Warp) -> Resampling:
 
     size_N2 = end_N2 - first_N2
     box_N2 = np.minimum(shrink_N2 // decode_scale_N1, size_N2)
-    whole_boxes_N2 = size_N2 - size_N2 % box_N2  # at most one partial box at the far edge is replaced by its neighbor
+    whole_boxes_N2 = size_N2 - size_N2 % box_N2  # drop a partial box at the far edge; its neighbor repeats
     return Resampling(
         decode_scale=decode_scale_N,
         region=np.concatenate([first_N2, whole_boxes_N2], axis=1),
@@ -267,12 +269,12 @@ def resampling(warp: Warp) -> Resampling:
 
 
 def centered(matrix_N23: Floats) -> Floats:
-    """Convert warps to pixel centers at integers, OpenCV's convention."""
+    """Convert warps to OpenCV's convention, with pixel centers at integers."""
     moved = matrix_N23.copy()
     moved[:, :, 2] += moved[:, :, :2].sum(axis=2) / 2 - 0.5
     return moved
 
 
 def frame(warp: Warp, size: tuple[int, int]) -> Floats:
-    """Return matrices (N, 2, 3) from destination to `visible`, stretched over a frame of `size`."""
+    """Return matrices (N, 2, 3) from destination to a frame of `size`, to which `visible` is stretched."""
     return compose(invert(resized_crop(warp.visible, size)), warp.whole)

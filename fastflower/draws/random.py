@@ -1,7 +1,7 @@
-"""Counter-based random numbers: a pure function of (seed, epoch, index, slot), independent of which others are drawn.
+"""Counter-based random numbers: a pure function of (seed, epoch, index, slot), regardless of other draws.
 
-SplitMix64: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014, with Stafford's constants
-("Mix13"). Shape suffixes: N samples, A attempts, S slots.
+Uses SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014) with Stafford's
+constants ("Mix13"). Shape suffixes: N samples, A attempts, S slots.
 """
 
 from enum import IntEnum
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: SplitMix64's increment
-ATTEMPTS = 10  # before falling back, as in torchvision's RandomResizedCrop and RandomErasing
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, SplitMix64's increment
+ATTEMPTS = 10  # before the fallback, as in torchvision's RandomResizedCrop and RandomErasing
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -23,7 +23,7 @@ def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def stream_key(*words: int) -> int:
-    """Hash integers such as (seed, epoch) to a 64-bit key. Every word affects every bit."""
+    """Hash integers such as (seed, epoch) to a 64-bit key. Every input affects every bit of the key."""
     key = 0
     for word in words:
         key = int(mix64(np.array([(key + GOLDEN_GAMMA + word) % 2**64], np.uint64))[0])
@@ -31,7 +31,7 @@ def stream_key(*words: int) -> int:
 
 
 class Stream(IntEnum):
-    """Separates the keys of different uses of one seed. The order of an epoch uses none. Never renumber."""
+    """Constants that separate the uses of one seed in `stream_key`. The order of an epoch uses none. Never renumber."""
 
     DRAWS = 1
     MIXES = 2
@@ -56,7 +56,7 @@ class Slot(IntEnum):
     HUE = 11
     ERASE = 12
     AFFINE_ROTATE = 13
-    # Free: 14, 15, 38, 39, 62, 63.
+    # Unused: 14, 15, 38, 39, 62, 63.
     CROP = 16  # ATTEMPTS areas, ATTEMPTS ratios, then top and left
     ERASE_BOX = 40  # the same layout
 
@@ -65,9 +65,9 @@ _SLOTS = 64
 
 
 class Dice:
-    """Random numbers of a batch, (N, S), uniform in [0, 1): one for each sample and slot.
+    """Random numbers for a batch, (N, S), uniform in [0, 1): one per sample and slot.
 
-    A sample's stream starts at a hash of (seed, epoch, index). A slot is an offset into it.
+    A sample's stream starts at a hash of (seed, epoch, index). A slot is an offset into that stream.
     """
 
     def __init__(self, seed: int, epoch: int, indices_N: NDArray[np.int64]) -> None:
@@ -78,7 +78,7 @@ class Dice:
         self.numbers_NS: Floats = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def uniform(self, slot: int, count: int = 1) -> Floats:
-        """Return the numbers of `count` slots from `slot` on, (N, count), uniform in [0, 1)."""
+        """Return the numbers of `count` slots, starting at `slot`: (N, count), uniform in [0, 1)."""
         return self.numbers_NS[:, slot : slot + count]
 
     def between(self, least: float, most: float, slot: int, count: int | None = None) -> Floats:
@@ -89,7 +89,7 @@ class Dice:
     def sides(
         self, share: tuple[float, float], area_N: NDArray[np.int64], ratio: tuple[float, float], slot: int
     ) -> Floats:
-        """Draw ten rectangles with an area share and an aspect ratio (width / height): (N, A, 2) height, width."""
+        """Draw ten rectangles by area fraction and aspect ratio (width / height): heights and widths (N, A, 2)."""
         areas_NA = self.between(*share, slot, ATTEMPTS) * area_N[:, None]
         ratios_NA = np.exp(self.between(float(np.log(ratio[0])), float(np.log(ratio[1])), slot + ATTEMPTS, ATTEMPTS))
         return np.rint(np.sqrt(np.stack([areas_NA / ratios_NA, areas_NA * ratios_NA], axis=-1)))
@@ -97,7 +97,7 @@ class Dice:
     def first_fit(
         self, sides_NA2: Floats, fits_NA2: NDArray[np.bool_], sizes_N2: NDArray[np.int64], slot: int
     ) -> tuple[NDArray[np.bool_], Floats]:
-        """Return which samples have a fitting attempt, (N,), and the first one at a random place: (N, 4) rectangles."""
+        """Return which samples have an attempt that fits, (N,), and the first of each at a random position, (N, 4)."""
         fits_NA: NDArray[np.bool_] = np.logical_and(fits_NA2[..., 0], fits_NA2[..., 1])
         rows = np.arange(len(fits_NA))
         first = np.argmax(fits_NA, axis=1)

@@ -1,7 +1,7 @@
 """Converts a torchvision `Compose`, v1 or v2, to the fields of an `Augment`.
 
-Transforms are recognized by class name and read by attribute, so torchvision need not be imported. Differences that do
-not change the distribution (bilinear instead of nearest, color after geometry) are logged, each once per call.
+Transforms are recognized by class name and read by attribute, so torchvision need not be imported. Differences that
+leave the distribution unchanged (bilinear instead of nearest, color after geometry) are logged, each once per call.
 """
 
 import logging
@@ -31,7 +31,7 @@ _ALTERNATIVES = {
 def fields_of(transform: object) -> dict[str, Any]:
     """Return keyword arguments for `Augment` from a torchvision transform or a Compose of transforms.
 
-    Raises ArgumentError, which names the unsupported transform and the closest alternative, if any.
+    Raises ArgumentError if a transform is unsupported. The message names it and the closest alternative, if any.
     """
     reading = _Reading()
     for step in _steps(transform):
@@ -40,7 +40,7 @@ def fields_of(transform: object) -> dict[str, Any]:
             continue
         reader = _READERS.get(step.name)
         if reader is None:
-            closest = f" The closest is {_ALTERNATIVES[step.name]}." if step.name in _ALTERNATIVES else ""
+            closest = f" The closest alternative is {_ALTERNATIVES[step.name]}." if step.name in _ALTERNATIVES else ""
             raise ArgumentError(
                 f"{step.name} has no equivalent in Augment, which supports {', '.join(_READERS)}.{closest}"
             )
@@ -52,7 +52,7 @@ def fields_of(transform: object) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Step:
-    """A torchvision transform: its name, and its attributes as plain values."""
+    """A torchvision transform, with its name and its attributes as plain values."""
 
     transform: object
 
@@ -61,11 +61,11 @@ class _Step:
         return type(self.transform).__name__
 
     def get(self, attribute: str) -> object:
-        """Return an attribute, or None if missing: v1 and v2 have different ones."""
+        """Return an attribute, or None if missing: v1 and v2 transforms have different attributes."""
         return getattr(self.transform, attribute, None)
 
     def numbers(self, attribute: str, default: tuple[float, ...] = ()) -> tuple[float, ...]:
-        """Return an attribute that is one number, several, or nothing (then `default`) as a tuple."""
+        """Return an attribute as a tuple. It may be a number, multiple numbers, or missing (returns `default`)."""
         value = self.get(attribute)
         if isinstance(value, int | float):
             return (value,)
@@ -81,11 +81,11 @@ class _Step:
             raise ArgumentError(f"{self.name} {rule}.")
 
     def symmetric(self, what: str, low: float, high: float, about: float = 0.0) -> float:
-        """Return half the width of a range, which must be symmetric about `about`."""
+        """Return half the width of the range (low, high), which must be symmetric about `about`."""
         wanted = f"({about:g} - x, {about:g} + x)" if about else "(-x, x)"
         rule = f"with {what} ({low}, {high}) is not symmetric; use {wanted}"
         self.require(abs(low + high - 2 * about) < 1e-9, rule)
-        return round(float(high - about), 12)  # 1.2 - 1 is not quite 0.2
+        return round(float(high - about), 12)  # 1.2 - 1 is not exactly 0.2
 
 
 def _steps(transform: object) -> Iterator[_Step]:
@@ -98,20 +98,20 @@ def _steps(transform: object) -> Iterator[_Step]:
 
 @dataclass
 class _Reading:
-    """The fields of the Augment that the transforms so far give."""
+    """Fields of the Augment, collected from the transforms read so far."""
 
     fields: dict[str, Any] = field(default_factory=lambda: {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
     seen: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
     """Differences from torchvision, to log."""
     floating: bool = True
-    """True if levels are floats in 0 .. 1 at this point."""
+    """True if pixel values are floats in [0, 1] at this point."""
 
     def finish(self) -> dict[str, Any]:
         fields = self.fields
         if "size" not in fields:
             if "resize" in fields:
-                raise ArgumentError("Resize to one number gives images of different sizes; add CenterCrop(size).")
+                raise ArgumentError("Resize with one number gives images of different sizes; add CenterCrop(size).")
             raise ArgumentError("The transform sets no output size; start it with RandomResizedCrop(size).")
         if [name for name in self.seen if name in ("RandomErasing", "Normalize")] == ["RandomErasing", "Normalize"]:
             channels = zip(fields["erase_value"], fields["mean"], fields["std"], strict=True)
@@ -121,14 +121,14 @@ class _Reading:
         return fields
 
     def view_first(self, step: _Step) -> None:
-        """Check that a resize or crop comes before all that moves or erases pixels, except flips, which commute."""
+        """Check that a resize or crop comes before any transform that moves or erases pixels, except flips."""
         late = set(self.seen) & {"RandomRotation", "RandomAffine", "RandomErasing"}
         step.require(not late, f"comes after {', '.join(sorted(late))}; crop first")
         step.require("size" not in self.fields, "is a second crop; keep one")
         self.geometry_after_color(step)
 
     def must_precede(self, step: _Step, later: str, remedy: str) -> None:
-        """Check that a step comes before `later`. After it, the step would differ: black is not 0 once normalized."""
+        """Check that a step comes before `later`. Order matters: for example, black is not 0 after normalization."""
         step.require(later not in self.seen, f"comes after {later}; {remedy}")
 
     def geometry_after_color(self, step: _Step) -> None:
@@ -145,8 +145,8 @@ class _Reading:
             self.notes.append(f"{step.name} uses bilinear interpolation instead of {mode}")
 
     def moves(self, step: _Step) -> None:
-        """Check what rotations and affines have in common."""
-        self.must_precede(step, "Normalize", "normalize after it")
+        """Check the options that rotations and affine transforms share."""
+        self.must_precede(step, "Normalize", "normalize later")
         self.geometry_after_color(step)
         self.bilinear(step)
         step.require(step.get("center") is None, f"with center={step.get('center')!r} is not supported; omit center")
@@ -156,11 +156,11 @@ class _Reading:
 
 def _convert(reading: _Reading, step: _Step) -> None:
     dtype = step.get("dtype")
-    # v2 also accepts a dictionary from type of input to dtype.
+    # v2 also accepts a dictionary from input types to dtypes.
     dtypes = cast("dict[object, object]", dtype).values() if isinstance(dtype, dict) else [dtype]
     floating = step.name == "ToTensor" or any(getattr(one, "is_floating_point", False) for one in dtypes)
     unscaled = floating and not getattr(step.transform, "scale", True)
-    step.require(not unscaled, "with scale=False leaves levels at 0 .. 255; pass scale=True")
+    step.require(not unscaled, "with scale=False leaves pixel values in [0, 255]; pass scale=True")
     reading.floating = floating or (reading.floating and step.name not in ("ToImage", "PILToTensor"))
 
 
@@ -186,7 +186,7 @@ def _resized_crop(reading: _Reading, step: _Step) -> None:
     reading.view_first(step)
     reading.bilinear(step)
     if reading.fields.pop("resize", None):
-        share = "the crop takes the same share of the original image"
+        share = "the crop takes the same fraction of the original image"
         reading.notes.append(f"ignored Resize before {step.name}: {share}")
     reading.fields |= {"size": step.size(), "crop": step.numbers("scale"), "crop_ratio": step.numbers("ratio")}
 
@@ -216,7 +216,7 @@ def _affine(reading: _Reading, step: _Step) -> None:
 
 def _jitter(reading: _Reading, step: _Step) -> None:
     reading.must_precede(step, "RandomErasing", "erase last")
-    reading.must_precede(step, "Normalize", "normalize after it")
+    reading.must_precede(step, "Normalize", "normalize later")
     for what in ("brightness", "contrast", "saturation"):
         low, high = step.numbers(what, (1.0, 1.0))
         clipped = low == 0 and high >= 2  # torchvision clips 1 - strength at 0
@@ -229,14 +229,14 @@ def _jitter(reading: _Reading, step: _Step) -> None:
 def _normalize(reading: _Reading, step: _Step) -> None:
     for what in ("mean", "std"):
         values = tuple(map(float, step.numbers(what)))
-        reading.fields[what] = values * 3 if len(values) == 1 else values  # torchvision broadcasts one number
+        reading.fields[what] = values * 3 if len(values) == 1 else values  # torchvision broadcasts a single number
 
 
 def _erasing(reading: _Reading, step: _Step) -> None:
     random = step.get("value") is None or isinstance(step.get("value"), str)
     step.require(not random, "with random values is not supported; use value=0")
     values = tuple(map(float, step.numbers("value")))
-    late = "with a nonzero value comes before the conversion to float, where levels go up to 255; erase after it"
+    late = "with a nonzero value is applied to integer pixels (up to 255); erase after the conversion to float"
     step.require(reading.floating or not any(values), late)
     reading.fields |= {
         "erase": float(step.numbers("p")[0]),

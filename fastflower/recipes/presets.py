@@ -1,4 +1,4 @@
-"""Recipes by name, as functions: the experiments of the student reports, and our own."""
+"""Named recipes, as functions: the experiments of the student reports, and our own."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,54 +10,57 @@ from fastflower.recipes.recipe import Recipe
 
 
 def report_a() -> Recipe:
-    """The first student report: ResNet-18, 15 epochs, SGD 0.9, lr 0.001, StepLR(7, 0.1), batch size 32.
+    """Return the first student report's recipe: ResNet-18, 15 epochs, batch size 32.
 
-    Augmentations: resized crop, flip, rotation 10, jitter and affine. The report does not state the strength of jitter
-    and affine; this uses the second report's: 0.2, hue 0.1 and a shift of 10%.
+    SGD with momentum 0.9, lr 0.001, StepLR(7, 0.1). Augmentations: resized crop, flip, rotation by 10 degrees, jitter
+    and affine. The report does not state the strengths of jitter and affine; we use the second report's: jitter 0.2,
+    hue 0.1 and a shift of 10%.
     """
     augment = Augment(crop=(0.08, 1.0), flip=0.5, rotate=10, translate=(0.1, 0.1))
     return Recipe(augment=replace(augment, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1))
 
 
 def report_b(batch_size: int = 32, backbone: str = "resnet18") -> Recipe:
-    """The second student report, which compares batch sizes and networks: 20 epochs, SGD 0.9, lr 0.001, StepLR(7, 0.1).
+    """Return a recipe of the second student report, which compares batch sizes and architectures.
 
-    Augmentations: resized crop, flip with probability 0.1, rotation 30, jitter 0.2, hue 0.1 and a shift of 10%. The
-    report does not state the crop's area; this uses torchvision's 0.08 .. 1.
+    20 epochs, SGD with momentum 0.9, lr 0.001, StepLR(7, 0.1). Augmentations: resized crop, flip with probability 0.1,
+    rotation by 30 degrees, jitter 0.2, hue 0.1 and a shift of 10%. The report does not state the area of the crop; we
+    use torchvision's default, 0.08 to 1.
     """
     augment = replace(report_a().augment, flip=0.1, rotate=30)
     return Recipe(augment=augment, epochs=20, batch_size=batch_size, backbone=backbone)
 
 
 def report_c(batch_size: int = 32, backbone: str = "resnet18", freeze: int = 0) -> Recipe:
-    """The third student report: SGD with a decaying learning rate; resized crop, horizontal and vertical flips, jitter.
+    """Return a recipe of the third student report: SGD, resized crop, horizontal and vertical flips, jitter.
 
-    The report does not state the strength of jitter (here 0.2, hue 0.1), nor momentum, learning rate, schedule and
-    epochs (here the first report's). It does not state the batch size of its network comparison either: 128 here,
-    because its figure for ResNet-18 there is the one at batch size 128.
+    The learning rate decays. The report does not state the strength of jitter (here 0.2, hue 0.1), or the momentum,
+    learning rate, schedule and number of epochs (here the first report's). It does not state the batch size of its
+    architecture comparison either. We use 128, because its result for ResNet-18 matches the one at batch size 128.
     """
     augment = replace(report_a().augment, rotate=0.0, translate=(0.0, 0.0), flip_vertical=0.5)
     return Recipe(augment=augment, batch_size=batch_size, backbone=backbone, freeze=freeze)
 
 
 def report_d(epochs: int = 25) -> Recipe:
-    """The fourth student report: ResNet-18, Adam, lr 0.001, batch size 32, 25 epochs; or 50, the last 25 at lr 0.0001.
+    """Return a recipe of the fourth student report: ResNet-18, Adam, batch size 32, 25 epochs at lr 0.001.
 
-    Augmentations: resized crop, flip, rotation, jitter and affine. The report does not state the step of its "step
-    schedule" (here a factor of 0.1 after 25 epochs, as its two runs suggest), whether Adam's moments were reset after
-    25 epochs (here they are not), or the strength of rotation, jitter and affine (here the first report's).
+    With 50 epochs, the last 25 are at lr 0.0001. Augmentations: resized crop, flip, rotation, jitter and affine. The
+    report does not define its "step schedule" (here a factor of 0.1 after 25 epochs, as its two runs suggest). It does
+    not state whether Adam's moments were reset after 25 epochs (here they are not), or the strengths of rotation,
+    jitter and affine (here the first report's).
     """
     return replace(report_a(), optimizer="adam", epochs=epochs, step_epochs=25)
 
 
 def report_e(backbone: str = "resnet101", freeze: int = 2, *, fixed: bool = False) -> Recipe:
-    """The fifth student report: 10 epochs, Adam, the first 2 or 3 stages frozen; resized crop, flip and random erasing.
+    """Return a recipe of the fifth student report: 10 epochs, Adam, 2 or 3 frozen stages, random erasing.
 
-    fixed  True: the same draw for a sample in every epoch. False ("mixed"): a new draw in every epoch.
+    fixed  True: use the same draw for a sample in every epoch. False ("mixed"): use a new draw in every epoch.
 
-    The report does not state the learning rate (here 0.0001, common for Adam on pretrained weights), the batch size
-    (32), the batches per update (2), the schedule (here one epoch of linear warm-up, then constant), or the strength
-    of crop and erasing (torchvision's defaults).
+    Other augmentations: resized crop and flip. The report does not state the learning rate (here 0.0001, common for
+    Adam with pretrained weights), the batch size (here 32), the batches per update (here 2), the schedule (here one
+    epoch of linear warm-up, then constant), or the strengths of crop and erasing (here torchvision's defaults).
     """
     augment = Augment(crop=(0.08, 1.0), flip=0.5, erase=0.5, fixed=fixed)
     return Recipe(
@@ -74,23 +77,23 @@ def report_e(backbone: str = "resnet101", freeze: int = 2, *, fixed: bool = Fals
 
 
 def report_e_long() -> Recipe:
-    """The fifth report's ResNet-101 over 40 epochs: linear warm-up, exponential decay, then cosine.
+    """Return the fifth report's recipe for ResNet-101 over 40 epochs: linear warm-up, exponential decay, then cosine.
 
     The report prints this formula, without values for lr_init, lr_final, gamma and epoch_tot:
         epoch < 10          lr_init/lr_final + (1 - lr_init/lr_final) * epoch/10
         10 <= epoch <= 20   (lr_final/lr_init) * gamma^(epoch - 10)
         epoch > 20          (lr_final/lr_init) * cos(pi * (epoch - 20)/(epoch_tot - 20)) + lr_final
-    The first line is a fraction of lr_final, the others are multiples of lr_init. From 1e-6 to 1e-4 it would rise
-    from 0.01 to 1, then give 100 at epoch 10, 35 at epoch 20 (gamma 0.9), 100 right after, and -100 at the end. We
-    read it without the jumps: 10 epochs of linear warm-up to lr, decay by gamma per epoch until epoch 20, then half a
-    cosine down to 0 at epoch 40. The report does not state gamma (here 0.9), the start of the warm-up (here 1%), or
-    what `report_e` lists. Two stages are frozen.
+    The first line is a fraction of lr_final; the others are multiples of lr_init. With lr_init 1e-6 and lr_final 1e-4,
+    the formula would rise from 0.01 to 1, jump to 100 at epoch 10, decay to 35 at epoch 20 (gamma 0.9), jump to 100
+    again, and end at -100. We implement it without the jumps: 10 epochs of linear warm-up to lr, decay by gamma per
+    epoch until epoch 20, then half a cosine down to 0 at epoch 40. The report does not state gamma (here 0.9), the
+    start of the warm-up (here 1%), or the values that `report_e` lists. Two stages are frozen.
     """
     return replace(report_e(), epochs=40, schedule="exponential_cosine", warmup_epochs=10, gamma=0.9)
 
 
 def scratch() -> Recipe:
-    """Train ResNet-18 from random weights at 128 pixels: the demo's recipe, fast without a GPU."""
+    """Return the demo's recipe: ResNet-18 from random weights at 128 pixels, fast without a GPU."""
     augment = Augment(size=128, crop=(0.25, 1.0), flip=0.5, rotate=10, brightness=0.2, contrast=0.2, saturation=0.2)
     return Recipe(
         weights=None, augment=augment, epochs=10, lr=0.01, weight_decay=5e-4, schedule="one_cycle", label_smoothing=0.1
@@ -98,10 +101,11 @@ def scratch() -> Recipe:
 
 
 def finetune(freeze: int = 2) -> Recipe:
-    """Fine-tune ResNet-50, two stages frozen: five epochs of one-cycle SGD to 0.01, at growing sizes (half the pixels).
+    """Return our fine-tuning recipe: ResNet-50, frozen stages, five epochs of one-cycle SGD with peak lr 0.01.
 
-    The last epoch trains near the validation size, and batch norm statistics are recomputed at it: a network that only
-    saw sizes up to 160 is less confident at 224 (Touvron et al. 2019; measurements in docs/log.md).
+    Image sizes grow, which halves the number of pixels to process. The last epoch trains near the validation size, and
+    batch norm statistics are recomputed at the validation size: a network trained only at sizes up to 160 is less
+    confident at 224 (Touvron et al. 2019; measurements in docs/log.md).
     """
     return Recipe(
         backbone="resnet50",
@@ -118,7 +122,7 @@ def finetune(freeze: int = 2) -> Recipe:
 
 
 def finetune_long(freeze: int = 2) -> Recipe:
-    """Average two fine-tuning runs of ten epochs at larger sizes, with rotation, jitter, erasing and mixup."""
+    """Return a model soup of two ten-epoch runs at larger sizes, with rotation, jitter, erasing and mixup."""
     short = finetune(freeze)
     augment = replace(
         short.augment, rotate=15, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, erase=0.25, mixup=0.2
@@ -153,4 +157,4 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "finetune-long": finetune_long,
     "finetune-long-unfrozen": partial(finetune_long, freeze=0),
 }
-"""Recipes by their names on the command line (`--recipe NAME`)."""
+"""Recipes by name on the command line (`--recipe NAME`)."""

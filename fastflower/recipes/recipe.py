@@ -1,4 +1,4 @@
-"""`Recipe`: the hyperparameters of a training run. It is frozen; use `dataclasses.replace` to change one."""
+"""`Recipe`: the hyperparameters of a training run. A recipe is frozen; use `dataclasses.replace` to change a field."""
 
 from dataclasses import asdict, dataclass, field, replace
 from math import cos, pi
@@ -13,77 +13,81 @@ Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """Hyperparameters of a training run. Raises ArgumentError, which names the field and its rule."""
+    """Hyperparameters of a training run. Raises ArgumentError with the field's name and rule if a value is invalid."""
 
     backbone: str = "resnet18"
     """torchvision model: resnet18, 34, 50, 101, 152; densenet121, 161, 169, 201; vgg11, 13, 16, 19, also with _bn.
-    Or resnet50_v1, 101_v1, 152_v1 for Caffe or Keras weights: the stride is in 1x1 convolutions [He et al. 2016]."""
+    For Caffe or Keras weights: resnet50_v1, 101_v1, 152_v1, with the stride in 1x1 convolutions [He et al. 2016]."""
     weights: str | None = "DEFAULT"
-    """Initial weights: a torchvision name (downloaded), the path of a state_dict or checkpoint, or its URL
+    """Initial weights: a torchvision name (downloaded), or the path or URL of a state_dict or checkpoint
     (https://HOST/FILE#sha256=CHECKSUM). None: random weights."""
     freeze: int = 0
-    """Number of frozen stages, counted from the input: their weights and batch norms do not change.
-    The stem belongs to the first stage. Must be 0 without weights. 0: train all stages."""
+    """Number of frozen stages, counted from the input. Their weights and batch norm statistics do not change.
+    The stem belongs to the first stage. 0: train all stages; required if `weights` is None."""
     augment: Augment = field(default_factory=lambda: Augment(crop=(0.08, 1.0), flip=0.5))
     """Augmentation of training images. Validation uses only its size, resize and normalization."""
     sizes: tuple[int, ...] = ()
-    """Progressive resizing: heights of training images in pixels, each for an equal share of the epochs.
+    """Progressive resizing: heights of training images in pixels, each used for an equal share of the epochs.
     Empty: `augment.size` in all epochs."""
     epochs: int = 15
     """Number of passes over the training images, at least 1."""
     patience: int | None = None
-    """Stop after this many epochs without improvement: a higher validation accuracy, or an equal one with a lower loss.
-    None: train all epochs."""
+    """Stop after this many epochs without improvement. An improvement is a higher validation accuracy,
+    or the same accuracy with a lower loss. None: train all epochs."""
     batch_size: int = 32
     """Number of samples per step over all ranks."""
     balanced: bool = False
-    """Draw all classes equally often. Within an epoch, samples of rare classes repeat and some others are skipped."""
+    """Draw all classes equally often. Within an epoch, samples of rare classes repeat, and some others are skipped."""
     lr: float = 0.001
     """Peak learning rate of the schedule, above 0."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Optimizer of torch.optim: SGD with momentum, Adam or AdamW."""
+    """Optimizer from torch.optim: SGD with momentum, Adam or AdamW."""
     momentum: float = 0.9
     """Momentum of SGD, or beta1 of Adam and AdamW, in [0, 1)."""
     weight_decay: float = 0.0
-    """Weight decay; norms and biases are exempt. 0: none.
+    """Weight decay. Normalization layers and biases are exempt. 0 disables it.
     "adamw" decouples it from the gradient [Loshchilov and Hutter 2019]; the others add it to the gradient."""
     clip_norm: float | None = None
-    """Maximum gradient norm over all parameters; larger gradients are scaled down to it. None: no clipping."""
+    """Maximum gradient norm over all parameters. Larger gradients are scaled down to it. None disables clipping."""
     accumulate: int = 1
-    """Batches to average gradients over before each update. The last update of an epoch may use fewer. 1: none."""
+    """Number of batches to average gradients over before each update. The last update of an epoch may use fewer.
+    1 disables accumulation."""
     ema: float | None = None
     """Decay per step of an exponential moving average of the weights, in (0, 1). Early steps use a smaller decay.
-    The averaged weights are validated and saved. None: no averaging."""
+    The averaged weights are validated and saved. None disables averaging."""
     soup: int = 1
-    """Split the epochs into this many runs from the same weights and average their weights [Wortsman et al. 2022].
-    Must divide epochs. For pretrained weights only: runs from random weights have no useful mean. 1: a single run."""
+    """Split the epochs into this many runs from the same weights and average the results [Wortsman et al. 2022].
+    Must divide `epochs`. Use it only with pretrained weights: averages of runs from random weights are useless.
+    1: a single run."""
     recalibrate: bool = False
-    """Recompute batch norm statistics at the end of each run from 20 training batches in the validation view.
-    For sizes that end away from the validation size [Touvron et al. 2019], or ema or soup [Izmailov et al. 2018]."""
+    """Recompute the statistics of unfrozen batch norms at the end of each run, from 20 training batches
+    in the validation view. Use it if `sizes` ends far from the validation size [Touvron et al. 2019],
+    or with `ema` or `soup` [Izmailov et al. 2018]."""
     schedule: Schedule = "step"
-    """Learning rate schedule, see `Recipe.multiplier`. "three_phase" is only for resuming older runs of report E."""
+    """Learning rate schedule; see `Recipe.multiplier`. Use "three_phase" only to resume older runs of report E."""
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up, from 1% to 100% of the scheduled learning rate. 0: none; must be 0 with one_cycle."""
+    """Number of epochs of linear warm-up, from 1% to 100% of the scheduled learning rate.
+    0 disables it; must be 0 with "one_cycle"."""
     step_epochs: int = 7
-    """Epochs between two reductions of the learning rate, with schedule "step"."""
+    """Number of epochs between learning rate drops with schedule "step"."""
     gamma: float = 0.1
-    """Factor of each reduction with "step", or per epoch of decay with "exponential_cosine" and "three_phase"."""
+    """Factor of each drop with "step", or of each epoch's decay with "exponential_cosine" and "three_phase"."""
     label_smoothing: float = 0.0
-    """Probability to spread evenly over all classes, in [0, 1). 0: none [Szegedy et al. 2016]."""
+    """Target probability to spread evenly over all classes, in [0, 1). 0 disables it [Szegedy et al. 2016]."""
     precision: Precision = "auto"
-    """dtype of autocast. float16 also scales the loss, float32 turns autocast off.
+    """dtype of autocast. float16 also scales the loss; float32 disables autocast.
     "auto": bfloat16 if the device supports it natively, else float16 on CUDA and float32 on the CPU."""
     compile: bool = False
-    """Use torch.compile, on CUDA with CUDA graphs, for small batches. It was no faster on a two-core CPU."""
+    """Use torch.compile (with CUDA graphs on CUDA). Helps with small batches. It was no faster on a two-core CPU."""
     graph: bool = True
-    """Record a step once per image size as a CUDA graph and replay it.
-    Ignored on the CPU, with several ranks, and with accumulate, compile or float16."""
+    """Capture the training step as a CUDA graph, once per image size, and replay it.
+    Ignored on the CPU, with multiple ranks, and with accumulate, compile or float16."""
     sync_batchnorm: bool = False
-    """Compute batch norm statistics over all ranks [SyncBatchNorm]. CUDA only."""
+    """Compute batch norm statistics across all ranks [SyncBatchNorm]. CUDA only."""
     tta: bool = False
     """Test-time augmentation: average the probabilities of each image and its horizontal flip."""
     seed: int = 0
-    """Random seed of the classifier head, sample order, augmentation and dropout."""
+    """Random seed for the classifier head, sample order, augmentation and dropout."""
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -116,7 +120,7 @@ class Recipe:
 
     @property
     def epochs_per_training(self) -> int:
-        """Number of epochs of each run of the model soup. The schedule and `sizes` span these."""
+        """Number of epochs in each run of the model soup. `schedule` and `sizes` span one run."""
         return self.epochs // self.soup
 
     def augment_at(self, epoch: int) -> Augment:
@@ -131,22 +135,22 @@ class Recipe:
         return replace(self.augment, size=_scaled(self.augment.size, factor), resize=resize)
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """Return the learning rate of a step, counted from 0 over all epochs. With soup, every run restarts it."""
+        """Return the learning rate at a step, counted from 0 over all epochs. Each soup run restarts the schedule."""
         step %= self.epochs_per_training * steps_per_epoch
         scheduled = self.multiplier(step, steps_per_epoch)
         return self.lr * scheduled * warm_up(step, self.warmup_epochs * steps_per_epoch)
 
     def multiplier(self, step: int, steps_per_epoch: int) -> float:
-        """Return the factor of `lr` in a step of one run, counted from 0, without the warm-up.
+        """Return the factor of `lr` at a step, counted from 0 in its run, without the warm-up.
 
         "constant": 1.
         "step": gamma ** (epoch // step_epochs), torch's StepLR.
         "cosine": from 1 down to 0 over all steps, torch's CosineAnnealingLR.
         "one_cycle": up to 1 and down again, torch's OneCycleLR (cosine, two phases; Smith and Topin 2018).
-        "exponential_cosine": 1 during the warm-up, then gamma ** (fractional epochs since), torch's ExponentialLR by
-        steps, until half of the steps, then half a cosine down to 0.
-        "three_phase": the same, but the decay also counts the warm-up epochs, so it never reaches the peak. Only for
-        checkpoints that were trained with it.
+        "exponential_cosine": 1 during the warm-up, then gamma ** (fractional epochs since the warm-up), torch's
+        ExponentialLR per step, until halfway through the steps, then half a cosine down to 0.
+        "three_phase": the same, but the decay also counts the warm-up epochs, so the rate never reaches the peak.
+        Only for checkpoints that were trained with this schedule.
         """
         total_steps = self.epochs_per_training * steps_per_epoch
         if self.schedule == "constant":
@@ -167,7 +171,7 @@ class Recipe:
 
     @property
     def resolved(self) -> "Recipe":
-        """The recipe with its defaults resolved. Two recipes train the same if their resolved recipes are equal."""
+        """The recipe with its defaults resolved. Two recipes train identically if their resolved recipes are equal."""
         return replace(self, augment=replace(self.augment, resize=self.augment.resized))
 
     def differences(self, other: "Recipe") -> str:
@@ -184,7 +188,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build the recipe from a dictionary that `to_dict` returned. Lists, as in JSON, become tuples."""
+        """Build a recipe from a dictionary that `to_dict` returned. Lists (from JSON) become tuples."""
         others = {name: value for name, value in values.items() if name != "augment"}
         return cls(augment=Augment(**values["augment"]), **others)
 

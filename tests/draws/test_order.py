@@ -167,20 +167,18 @@ def test_memory_is_that_of_a_batch() -> None:
 
 @pytest.mark.parametrize("num_samples", [0, -1, MAX_SAMPLES + 1])
 def test_a_count_outside_the_range_is_refused(num_samples: int) -> None:
-    with pytest.raises(ArgumentError, match=rf"num_samples must be in 1 \.\. 2\*\*62, got {num_samples}\."):
+    with pytest.raises(ArgumentError, match=rf"num_samples must be from 1 to 2\*\*62, got {num_samples}\."):
         permute([0], num_samples, seed=0, epoch=0)
 
 
-@pytest.mark.parametrize(
-    ("positions", "range_"), [([10], r"10 \.\. 10"), ([3, 10], r"3 \.\. 10"), ([-1, 5], r"-1 \.\. 5")]
-)
+@pytest.mark.parametrize(("positions", "range_"), [([10], "10 to 10"), ([3, 10], "3 to 10"), ([-1, 5], "-1 to 5")])
 def test_positions_outside_the_epoch_are_refused(positions: list[int], range_: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"positions must be in 0 \.\. 9, got {range_}\."):
+    with pytest.raises(ArgumentError, match=rf"positions must be from 0 to 9, got {range_}\."):
         permute(positions, 10, seed=0, epoch=0)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(4, 4), (-1, 4), (1, 1)])
 def test_a_rank_outside_the_world_is_refused(rank: int, world_size: int) -> None:
-    rule = rf"rank must be in 0 \.\. world_size-1 = {world_size - 1}, got {rank}\."
+    rule = rf"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}\."
     with pytest.raises(ArgumentError, match=rule):
         step_positions(0, 103, 8, rank=rank, world_size=world_size)

@@ -149,7 +149,7 @@ def test_resize_before_a_resized_crop_is_ignored(version: Any, caplog: pytest.Lo
     augment = Augment.from_torchvision(version.Compose([version.Resize(256), version.RandomResizedCrop(224)]))
     assert augment == Augment(size=(224, 224), crop=(0.08, 1.0), **PLAIN)
     assert notes(caplog) == [
-        "ignored Resize before RandomResizedCrop: the crop takes the same share of the original image"
+        "ignored Resize before RandomResizedCrop: the crop takes the same fraction of the original image"
     ]
 
 
@@ -178,7 +178,7 @@ def test_a_value_may_be_erased_after_the_conversion_to_float() -> None:
     to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
     for steps in ([CROP, normalize, erasing], [CROP, v2.ToImage(), to_float, normalize, erasing], [CROP, erasing]):
         assert Augment.from_torchvision(v2.Compose(steps)).erase_value == (0.5, 0.5, 0.5)
-    with pytest.raises(ArgumentError, match="RandomErasing with a nonzero value comes before the conversion to float"):
+    with pytest.raises(ArgumentError, match="RandomErasing with a nonzero value is applied to integer pixels"):
         Augment.from_torchvision(v2.Compose([CROP, v2.ToImage(), erasing, to_float]))
 
 
@@ -264,28 +264,28 @@ NORMALIZE = v1.Normalize(MEAN, STD)
 REFUSED: list[tuple[list[Any], str]] = [
     ([CROP, v1.Pad(4)], "Pad has no equivalent in Augment, which supports RandomResizedCrop, Resize, CenterCrop, "),
     ([v1.Lambda(print)], "Lambda has no equivalent in Augment, which supports "),
-    ([v1.RandomCrop(64)], "RandomErasing. The closest is RandomResizedCrop(size, scale=(0.5, 1))."),
+    ([v1.RandomCrop(64)], "RandomErasing. The closest alternative is RandomResizedCrop(size, scale=(0.5, 1))."),
     ([v2.RandomCrop(64)], "RandomCrop has no equivalent in Augment"),
-    ([CROP, v1.RandomPerspective()], "The closest is RandomAffine(shear=...)."),
-    ([CROP, v1.Grayscale()], "The closest is ColorJitter(saturation=...)."),
+    ([CROP, v1.RandomPerspective()], "The closest alternative is RandomAffine(shear=...)."),
+    ([CROP, v1.Grayscale()], "The closest alternative is ColorJitter(saturation=...)."),
     (
         [CROP, v1.RandomGrayscale()],
-        "The closest is ColorJitter(saturation=1), which draws a random saturation.",
+        "The closest alternative is ColorJitter(saturation=1), which draws a random saturation.",
     ),
-    ([CROP, v1.TrivialAugmentWide()], "The closest is RandomRotation, ColorJitter and RandomAffine."),
+    ([CROP, v1.TrivialAugmentWide()], "The closest alternative is RandomRotation, ColorJitter and RandomAffine."),
     ([CROP, v1.RandAugment()], "RandAugment has no equivalent in Augment"),
     ([CROP, v1.AutoAugment()], "AutoAugment has no equivalent in Augment"),
     (
         [CROP, v2.MixUp(num_classes=5)],
-        "The closest is the field mixup=alpha, which mixes neighbors in a batch.",
+        "The closest alternative is the field mixup=alpha, which mixes neighbors in a batch.",
     ),
-    ([CROP, v2.CutMix(num_classes=5)], "The closest is the field cutmix=alpha, which mixes neighbors in"),
+    ([CROP, v2.CutMix(num_classes=5)], "The closest alternative is the field cutmix=alpha, which mixes neighbors in"),
     ([v2.RandomResizedCrop(64, antialias=False)], "RandomResizedCrop with antialias=False is not supported; omit"),
     ([v1.Resize((64, 64), antialias=False)], "Resize with antialias=False is not supported; omit antialias."),
-    ([CROP, v2.ToDtype(torch.float32)], "ToDtype with scale=False leaves levels at 0 .. 255; pass scale=True."),
+    ([CROP, v2.ToDtype(torch.float32)], "ToDtype with scale=False leaves pixel values in [0, 255]; pass scale=True."),
     ([CROP, v1.RandomApply([v1.ColorJitter(0.5)])], "RandomApply has no equivalent in Augment"),
     ([CROP, v1.RandomHorizontalFlip(), v1.RandomHorizontalFlip()], "RandomHorizontalFlip appears twice; keep one."),
-    ([v1.Resize(256)], "Resize to one number gives images of different sizes; add CenterCrop(size)."),
+    ([v1.Resize(256)], "Resize with one number gives images of different sizes; add CenterCrop(size)."),
     ([v1.RandomHorizontalFlip()], "The transform sets no output size; start it with RandomResizedCrop(size)."),
     ([], "The transform sets no output size; start it with RandomResizedCrop(size)."),
     ([v1.RandomRotation(5), CROP], "RandomResizedCrop comes after RandomRotation; crop first."),
@@ -328,12 +328,12 @@ REFUSED: list[tuple[list[Any], str]] = [
     ),
     ([CROP, v1.ColorJitter(brightness=(0, 1))], "ColorJitter with brightness (0.0, 1.0) is not symmetric"),
     ([CROP, v1.ColorJitter(saturation=(0, 1.5))], "ColorJitter with saturation (0.0, 1.5) is not symmetric"),
-    ([CROP, NORMALIZE, v1.ColorJitter(0.5)], "ColorJitter comes after Normalize; normalize after it."),
-    ([CROP, NORMALIZE, v1.RandomRotation(5)], "RandomRotation comes after Normalize; normalize after it."),
-    ([CROP, NORMALIZE, v1.RandomAffine(5)], "RandomAffine comes after Normalize; normalize after it."),
+    ([CROP, NORMALIZE, v1.ColorJitter(0.5)], "ColorJitter comes after Normalize; normalize later."),
+    ([CROP, NORMALIZE, v1.RandomRotation(5)], "RandomRotation comes after Normalize; normalize later."),
+    ([CROP, NORMALIZE, v1.RandomAffine(5)], "RandomAffine comes after Normalize; normalize later."),
     (
         [CROP, v2.ToImage(), v2.RandomErasing(value=255), v2.ToDtype(torch.float32, scale=True), NORMALIZE],
-        "RandomErasing with a nonzero value comes before the conversion to float, where levels go up to 255; erase after it.",
+        "RandomErasing with a nonzero value is applied to integer pixels (up to 255); erase after the conversion to float.",
     ),
     ([CROP, v1.ColorJitter(contrast=(1.5, 2.0))], "ColorJitter with contrast (1.5, 2.0) is not symmetric"),
     ([CROP, v1.ColorJitter(saturation=(0.0, 0.5))], "ColorJitter with saturation (0.0, 0.5) is not symmetric"),

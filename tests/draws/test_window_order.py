@@ -87,8 +87,8 @@ def test_windows_and_epochs_are_shuffled_differently() -> None:
 @pytest.mark.parametrize(
     ("positions", "window", "message"),
     [
-        ([0, 10], 1, "positions must be in 0 .. 9, got 0 .. 10."),
-        ([-1], 1, "positions must be in 0 .. 9, got -1 .. -1."),
+        ([0, 10], 1, "positions must be from 0 to 9, got 0 to 10."),
+        ([-1], 1, "positions must be from 0 to 9, got -1 to -1."),
         ([0], 0, "window must be at least 1 shard, got 0."),
     ],
 )

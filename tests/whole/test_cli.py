@@ -129,7 +129,7 @@ def test_long_lists_are_cut(mixed: Path, tmp_path: Path, capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["train: 20 images in 1 shards", "val: 0 images in 0 shards"]
     listed = [f"skipped a/text {number:02d}.jpg: is not an image" for number in range(20)]
-    assert lines[2:24] == [*listed, "skipped 2 more, in manifest.json", "identical: a/0.jpg, a/9.jpg"]
+    assert lines[2:24] == [*listed, "skipped 2 more; see manifest.json", "identical: a/0.jpg, a/9.jpg"]
 
 
 def test_near_duplicates_across_the_split_are_listed(
@@ -200,7 +200,7 @@ def test_a_missing_dask_is_explained(mixed: Path, tmp_path: Path) -> None:
     program = "import sys; sys.modules['distributed'] = None; from fastflower.cli import main; sys.exit(main())"
     done = python("-c", program, "pack", mixed, "--out", tmp_path / "out", "--dask", "tcp://127.0.0.1:9")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: --dask needs the package distributed: pip install 'fastflower[dask]'.\n"
+    assert done.stderr == "error: --dask needs the package distributed; run pip install 'fastflower[dask]'.\n"
 
 
 def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

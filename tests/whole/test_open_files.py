@@ -177,7 +177,7 @@ def test_thirty_loaders_fit_a_low_limit_of_open_files(many: Path, on_bad: str) -
 
 LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 REFUSED = {
-    errno.EMFILE: rf"this process has reached its limit of {LIMIT} open files; raise it \(ulimit -n \d+\), and run again",
+    errno.EMFILE: rf"this process has reached its limit of {LIMIT} open files; raise the limit \(ulimit -n \d+\), and run again",
     errno.ENFILE: r"the system has reached its limit of open files; .* \(sysctl fs.file-max\), and run again",
     errno.ENOMEM: r"out of memory; close programs or use fewer workers, and run again",
 }
