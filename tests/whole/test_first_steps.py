@@ -64,7 +64,7 @@ def test_skipped_files_and_classes_without_validation_images_are_logged(
     ]
     assert caplog.messages == [
         f"{tmp_path / 'out'}: skipped 2 files; see `skipped` in manifest.json for the reasons",
-        f"{tmp_path / 'out'}: split val has no images of 'b': these classes will not be evaluated",
+        f"{tmp_path / 'out'}: the val split has no images of 'b': these classes will not be evaluated",
     ]
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert verify(tmp_path / "out") == []
