@@ -1,4 +1,4 @@
-"""Finds the images of a folder: in class folders, as torchvision's ImageFolder reads them, in split folders or in lists.
+"""Finds the images of a folder in class folders (like torchvision's ImageFolder), in split folders or in lists.
 
 Stores files in arrays instead of objects, so that a million of them fit in memory.
 """

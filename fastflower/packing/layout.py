@@ -343,7 +343,7 @@ def _nested_splits(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, 
 
 
 def _subfolders_as_classes(root: Path, tops: Iterable[str], also: str = "") -> list[tuple[str, str]]:
-    """For each folder with more than one subfolder, return the reading that these subfolders are the classes."""
+    """For each folder with more than one subfolder, return the reading in which these are the classes."""
     several = [top for top in (_inner(root, top) for top in tops) if len(subfolders(root / top)) > 1]
     return [
         (f"use the folders in {top!r} as classes{also}", f"fastflower pack {_quoted(root / top)}")
@@ -359,13 +359,13 @@ def _hide_and_pack(root: Path, tops: Sequence[str]) -> str:
 
 
 def _to_label(root: Path, tops: Sequence[str]) -> tuple[str, str]:
-    """Return the reading that the user adds labels to unlabeled images."""
+    """Return the reading in which the user labels the unlabeled images."""
     remedy = f"put them into {root / tops[0]}/CLASS, or write {root / 'train.txt'} and val.txt with lines 'PATH LABEL'"
     return f"label the images in {_names(tops)}", remedy
 
 
 def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
-    """Return the reading that every folder is a class, regardless of its name. The command's list overrides the layout."""
+    """Return the reading in which every folder is a class, whatever its name. The command's list overrides the layout."""
     names = " ".join(map(_quoted, tops)) if len(tops) <= _MOST_NAMES else "*/"
     return f"use {_names(tops)} as classes", _list_and_pack(root, names)
 

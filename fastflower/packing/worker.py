@@ -178,7 +178,7 @@ def _is_complete(work: Path, name: str) -> bool:
 def key_of(path: str) -> str:
     """Return a sample's key, [0-9A-Za-z_-]+: a readable part of its path and a hash of the entire path.
 
-    DALI and webdataset silently lose samples if a key contains a dot or any other character. The hash has 64 bits: among
+    DALI and webdataset silently lose samples if a key contains other characters, such as dots. The hash has 64 bits: among
     a million keys that differ only in the hash, the probability of a collision is 3e-8.
     """
     slug = re.sub(r"[^0-9A-Za-z_-]+", "_", path.rpartition(".")[0])[-_MAX_SLUG:]

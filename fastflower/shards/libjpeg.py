@@ -35,7 +35,7 @@ class _WarningStream:
         os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        """Reset the state in a forked child. A parent's thread that the child lacks may have held the lock."""
+        """Reset the state in a forked child, where the lock may be held by a thread that exists only in the parent."""
         self._lock, self._listeners, self._stderr.value = threading.Lock(), 0, self._before
 
     def _written(self, _: int, address: int, size: int) -> int:

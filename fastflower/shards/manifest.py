@@ -171,7 +171,7 @@ class Manifest:
         return json.dumps({"splits": splits}, indent=1) + "\n"
 
     def split(self, name: str) -> Split:
-        """Return a split. If it has no samples, raises ShardError, which lists the available splits."""
+        """Return a split. Raises ShardError, which lists the available splits, if it is missing or empty."""
         split = self.splits.get(name)
         if split is None or not split.samples:
             full = [key for key, value in self.splits.items() if value.samples]
