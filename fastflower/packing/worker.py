@@ -41,7 +41,7 @@ class MadeShard:
     entry: Shard
     """The shard's entry in the manifest, but with its name in the workspace."""
     rows: NDArray[np.void]
-    """(N,) of INDEX_DTYPE, as if this were the split's first shard."""
+    """(N,) index rows of INDEX_DTYPE, as if this were the split's first shard."""
     numbers: NDArray[np.int64]
     """(N,) image numbers in the folder."""
     hashes: NDArray[np.uint64]

@@ -47,7 +47,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The shards of a split: "train", "val" or "test"."""
+    """The samples and shards of a split ("train", "val" or "test")."""
 
     samples: int
     class_counts: tuple[int, ...]
@@ -71,7 +71,7 @@ class Manifest:
     warnings: tuple[dict[str, str], ...] = ()
     """Files that were packed with a warning: {"path", "warning"}. May be absent in version 1."""
     duplicates: tuple[tuple[str, ...], ...] = ()
-    """Groups of files with identical bytes; each group is in one split."""
+    """Groups of files with identical bytes. All files of a group are in the same split."""
     label_conflicts: tuple[tuple[str, ...], ...] = ()
     """Groups of files with identical bytes under different labels."""
     near_duplicates: tuple[dict[str, Any], ...] = ()

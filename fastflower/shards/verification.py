@@ -54,7 +54,7 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     folder has no pack, an unfinished pack or a pack from a newer version, or if a rebuilt file cannot be written.
     """
     place = str(shards).removeprefix("file://")
-    require("://" not in place, "shards", "a local folder, not a URL; download the shards first", place)
+    require("://" not in place, "shards", "a local folder, not a URL (download the shards first)", place)
     folder = Path(place)
     manifest, distrust = _load_manifest(folder)
     trusted = None if distrust else manifest

@@ -102,7 +102,7 @@ def test_folders_that_are_no_pack_get_different_messages(
 
 
 def test_verify_takes_no_address(shards: Path) -> None:
-    rule = "shards must be a local folder, not a URL; download the shards first, got 's3://bucket/a'."
+    rule = "shards must be a local folder, not a URL (download the shards first), got 's3://bucket/a'."
     with pytest.raises(ArgumentError, match=exactly(rule)):
         verify("s3://bucket/a")
     assert verify(f"file://{shards}") == []
