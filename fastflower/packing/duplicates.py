@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 from fastflower.files import blame_the_system
 from fastflower.packing.folder import Folder
 
-_TAIL = 4096  # bytes: the end of a compressed image tells it from others of the same size without reading the rest
+_TAIL = 4096  # bytes; the end of a compressed image distinguishes it from others of the same size
 
-# Maximum distance of near-duplicates, in bits of 64. Among 2,848 flower images, 16 pairs are this close, and each pair
-# shows one image twice. Each of 712 images is found again after JPEG quality 30 or after downscaling to half.
+# Maximum distance of near-duplicates, in bits (of 64). Among 2,848 flower images, 16 pairs are this close, and each pair
+# shows the same image. Each of 712 images is still found after JPEG compression at quality 30 or downscaling to half size.
 NEAR_BITS = 6
 
-_CHUNK = 1 << 17  # pairs compared at a time: 7 MB
+_CHUNK = 1 << 17  # pairs compared at a time, which takes 7 MB
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class MapLike(Protocol):
-    """The builtin map, or one that uses many threads and keeps the order."""
+    """The builtin map, or a multithreaded map that preserves the order."""
 
     def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterable[Result]: ...
 
@@ -45,9 +45,9 @@ class Groups:
 
 
 def identical(folder: Folder, mapped: MapLike = map) -> Groups:
-    """Find groups of images with the same bytes. Each group is sorted; groups are in the order of their first image.
+    """Find groups of images with identical bytes. Each group is sorted; groups are in the order of their first image.
 
-    Reads only files of equal size, and in full only files whose ends are equal too.
+    Reads the ends of files that have the same size, and all of a file only if its end matches too.
     """
     numbers, _ = _group_equal(np.arange(len(folder), dtype=np.int64), folder.files["size"][:, None])
     for whole in (False, True):
@@ -61,7 +61,10 @@ def identical(folder: Folder, mapped: MapLike = map) -> Groups:
 
 
 def _digests(files: list[tuple[Path, str, bool]]) -> bytes:
-    """Return 16 bytes of the SHA-256 of each file (root, path, whole) or of its end; zeros for an unreadable file."""
+    """Return 16 bytes of the SHA-256 of each file, or of its end unless `whole`. An unreadable file gives zeros.
+
+    files  (root, path, whole) of each file.
+    """
     digests: list[bytes] = []
     for root, path, whole in files:
         try:
@@ -76,7 +79,7 @@ def _digests(files: list[tuple[Path, str, bool]]) -> bytes:
 
 
 def _group_equal(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Group numbers with equal rows of `keys`, without singles. Return the members in groups, and the groups' ends."""
+    """Group numbers with equal rows in `keys`, dropping groups of one. Return all members, and the end of each group."""
     if not len(numbers):
         return numbers, np.zeros(0, np.int64)
     order = np.lexsort((numbers, *keys.T))
@@ -96,10 +99,10 @@ def nearest(queries: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> tuple[ND
     hashes with an equal band are compared (Norouzi, Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index
     Hashing", 2012).
 
-    queries  (Q,). hashes  (N,); of equally close hashes, the first is taken. Returns two arrays (Q,).
+    queries  (Q,) hashes to find. hashes  (N,) hashes to search; the first wins a tie. Returns two (Q,) arrays.
     """
     hashes, first = np.unique(hashes, return_index=True)
-    # Distance in the upper 16 bits, position in the others: the minimum is the closest hash, and the first among ties.
+    # Distance in the upper 16 bits, position in the lower 48: the minimum is the closest hash, and the first among ties.
     best = np.full(len(queries), np.iinfo(np.uint64).max)
     edges: list[int] = np.linspace(0, 64, NEAR_BITS + 2).astype(int).tolist()
     for low, high in pairwise(edges):
@@ -129,7 +132,10 @@ def _band(hashes: NDArray[np.uint64], low: int, high: int) -> NDArray[np.uint16]
 
 
 def _runs(counts: NDArray[np.int64], most: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of runs with counts that add up to at most `most`. A larger count is a run of its own."""
+    """Split into consecutive runs whose counts sum to at most `most`; yield (start, stop) of each.
+
+    A count that exceeds `most` forms a run of its own.
+    """
     ends = np.cumsum(counts)
     start = before = 0
     while start < len(counts):

@@ -1,6 +1,6 @@
-"""Finds the images of a folder: in class folders as torchvision's ImageFolder reads them, in split folders or in lists.
+"""Finds the images of a folder in class folders (like torchvision's ImageFolder), in split folders or in lists.
 
-Files are kept in arrays instead of objects, so that a million of them fit in memory.
+Stores files in arrays instead of objects, so that a million of them fit in memory.
 """
 
 import logging
@@ -23,7 +23,7 @@ FILE_DTYPE = np.dtype(
     [
         ("path_end", "<u8"),  # in Folder.paths; the next path starts there
         ("label", "<i4"),
-        ("split", "<i4"),  # position in Folder.splits; 0 if there are none
+        ("split", "<i4"),  # position in Folder.splits; 0 if there are no splits
         ("size", "<u8"),  # bytes; 0 for a broken link
         ("mtime_ns", "<i8"),
     ]
@@ -35,25 +35,25 @@ class Folder:
     """Classes and images of a folder, in the order of ImageFolder or of the lists."""
 
     root: Path
-    """Folder to which paths are relative."""
+    """Folder that the paths are relative to."""
     classes: tuple[str, ...]
     splits: tuple[str, ...]
-    """Names of the folder's own splits ("train", "val", "test"), empty if the images are still to be split."""
+    """Names of the folder's own splits ("train", "val", "test"). Empty if the images are not yet split."""
     files: NDArray[np.void]
     """(N,) of FILE_DTYPE: files with an image extension, or listed files."""
     paths: NDArray[np.uint8]
-    """Paths of the files as bytes, one after another."""
+    """Paths of the files as concatenated bytes."""
     ignored: tuple[tuple[str, str], ...] = ()
-    """(path, reason) of everything else that was found."""
+    """(path, reason) of each ignored file or folder."""
 
     def path(self, number: int) -> str:
-        """Return the path of image 0 .. N-1, relative to the root, with forward slashes."""
+        """Return the path of image `number` (0 .. N-1), relative to the root, with forward slashes."""
         start = int(self.files["path_end"][number - 1]) if number else 0
         return os.fsdecode(self.paths[start : int(self.files["path_end"][number])].tobytes())
 
-    def image_at(self, place: int) -> int:
-        """Return the number of the image that owns byte `place` of `paths`."""
-        return int(np.searchsorted(self.files["path_end"], np.uint64(place), "right"))
+    def image_at(self, position: int) -> int:
+        """Return the number of the image whose path includes byte `position` of `paths`."""
+        return int(np.searchsorted(self.files["path_end"], np.uint64(position), "right"))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -64,7 +64,7 @@ _FILE = struct.Struct("<QiiQq")  # a row of FILE_DTYPE
 
 @dataclass(slots=True)
 class _Collector:
-    """Collects the images of a folder in 32 bytes plus the path for each."""
+    """Collects the images of a folder. Each takes 32 bytes plus its path."""
 
     root: Path
     files: bytearray = field(default_factory=bytearray)
@@ -72,7 +72,7 @@ class _Collector:
     ignored: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
     def add(self, path: str, label: int, split: int, named: bool = True) -> None:
-        """Add an image, or record why the file is ignored. A broken link is added, to be reported as unreadable."""
+        """Add an image, or record why a file is ignored. A broken link is added, so that it is later reported as unreadable."""
         try:
             status = os.stat(os.path.join(self.root, path))  # noqa: PTH116, PTH118  (pathlib takes three times as long)
         except OSError:
@@ -91,7 +91,7 @@ class _Collector:
         self.files += _FILE.pack(len(self.paths), label, split, size, mtime_ns)
 
     def add_class(self, name: str, label: int, split: int) -> bool:
-        """Add the files below root/name in ImageFolder's order: by folder, then name. Return whether it has images."""
+        """Add the files under root/name in ImageFolder's order: by folder, then name. Return whether there are any images."""
         before = len(self.files)
         for parent in self._folders(name):
             for file in sorted(os.listdir(self.root / parent)):  # noqa: PTH208  (names take less memory than paths)
@@ -99,12 +99,12 @@ class _Collector:
         return len(self.files) > before
 
     def _folders(self, name: str) -> list[str]:
-        """List root/name and all readable folders below it, sorted. Each appears once, so loops of links end."""
+        """Return root/name and all readable folders below it, sorted. Each appears once, even if links form a cycle."""
         seen: set[tuple[int, int]] = set()
         folders: list[str] = []
         pending, linked = [name], list[str]()
         while pending or linked:
-            path = pending.pop() if pending else linked.pop()  # links last: prefer a folder's real path
+            path = pending.pop() if pending else linked.pop()  # links last, to prefer a folder's real path
             try:
                 status = (self.root / path).stat()
                 if (status.st_dev, status.st_ino) in seen:
@@ -125,7 +125,7 @@ class _Collector:
         return sorted(folders)
 
     def ignore_unlabeled(self, top: str) -> None:
-        """Ignore the images of a split without class folders, and warn about them."""
+        """Record the images of a split without class folders as ignored, and warn about them."""
         before = len(self.ignored)
         for parent in self._folders(top):
             self.ignore_strays(parent)
@@ -136,7 +136,7 @@ class _Collector:
             self.ignored.append((top, "is a folder without images"))
 
     def ignore_strays(self, folder: str) -> None:
-        """Ignore images next to the class folders. Other files there are normal and not recorded."""
+        """Record images next to the class folders as ignored. Other files there are normal and not recorded."""
         for file in sorted(os.listdir(self.root / folder)):  # noqa: PTH208  (names take less memory than paths)
             path = os.path.normpath(f"{folder}/{file}")
             if file.lower().endswith(layout.EXTENSIONS) and not (self.root / path).is_dir():
@@ -145,7 +145,7 @@ class _Collector:
                 self.ignored.append((path, "is a system folder"))
 
     def folder(self, classes: list[str], splits: tuple[str, ...]) -> Folder:
-        """Return everything collected."""
+        """Return the collected images as a Folder."""
         files, paths = np.frombuffer(self.files, FILE_DTYPE), np.frombuffer(self.paths, np.uint8)
         return Folder(self.root, tuple(classes), splits, files, paths, tuple(self.ignored))
 
@@ -155,12 +155,12 @@ def scan(root: str | Path, *, resplit: bool = False) -> Folder:
 
     - `root`/CLASS/**, as ImageFolder reads it;
     - `root`/train/CLASS/**, next to folders named after other splits; a folder named after a split is never a class;
-    - lists `root`/meta/train.txt and val.txt with lines "PATH LABEL", and classes.txt; all in meta/ or in the root.
+    - the lists train.txt and val.txt with lines "PATH LABEL", and classes.txt; each is in `root`/meta or in `root`.
 
-    resplit  the caller draws a new split from all images, so split folders inside class folders are ordinary folders.
+    resplit  Whether the caller draws a new split from all images. If so, split folders in class folders are not special.
 
-    Raises FolderError, with file and line if possible, if the folder fits none or several of these layouts, or has only
-    one class, or has a class without images.
+    Raises FolderError, with file and line if possible, if the folder fits none or more than one of these layouts, has
+    only one class, or has a class without images.
     """
     root = Path(root)
     try:
@@ -210,7 +210,7 @@ def _scan_classes(root: Path, tops: list[str]) -> Folder:
 
 
 def _scan_splits(root: Path, named: dict[str, str], bases: dict[str, str]) -> Folder:
-    """Scan the splits. bases  parent of the class folders of each labeled split, training first."""
+    """Scan the splits. bases  Parent of the class folders of each labeled split, train first."""
     collector = _Collector(root)
     train, *_ = bases.values()
     classes = layout.subfolders(root / train)
@@ -236,7 +236,7 @@ def _no_images(folder: Path) -> FolderError:
 
 
 def images_in(root: Path) -> list[Path]:
-    """List the image files in a folder and all folders below it, in the order of a class folder's images."""
+    """Return the image files in a folder and all folders below it, in the same order as the images of a class folder."""
     collector = _Collector(root)
     collector.add_class(".", 0, 0)
     folder = collector.folder([], ())

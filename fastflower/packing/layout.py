@@ -1,7 +1,7 @@
-"""Decides which folders of a folder of images are classes and which are splits.
+"""Decides which subfolders of a folder of images are classes and which are splits.
 
-An ambiguous layout is an error that lists the possible readings, with the command for each. `folder.scan` looks for
-lists first, then for splits, then for class folders. Here, `tops` are the names of the folders directly in the root.
+An ambiguous layout raises an error that lists the possible readings, with a command for each. `folder.scan` looks for
+lists first, then for splits, then for class folders. In this module, `tops` are the names of the root's subfolders.
 """
 
 import os
@@ -26,14 +26,13 @@ _SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-# Words to ignore in the name of a split, and names of folders for unlabeled images.
-_FILLERS = {"", "image", "images", "img", "imgs", "split", "folder"}
-_UNLABELED = {"unknown", "unlabeled", "unlabelled", "all", "classes", "none"}
-_ANY = {"image", "images", "img", "imgs", "unlabeled", "unlabelled"}  # images of any class, next to labels or masks
+_FILLERS = {"", "image", "images", "img", "imgs", "split", "folder"}  # ignored in the name of a split
+_UNLABELED = {"unknown", "unlabeled", "unlabelled", "all", "classes", "none"}  # folders of unlabeled images
+_ANY = {"image", "images", "img", "imgs", "unlabeled", "unlabelled"}  # folders of any class, often next to masks
 _FOLDS = {"fold", "cv", "part", "batch"}
 
 _MOST_NAMES = 6  # per message
-_DEEPEST = 20  # levels to search for class folders
+_DEEPEST = 20  # folder levels to search for class folders
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -45,7 +44,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def subfolders(root: Path) -> list[str]:
-    """Return the sorted names of subfolders, without system folders and hidden ones (ImageFolder includes .git)."""
+    """Return the sorted names of subfolders, except system and hidden folders (ImageFolder would include .git)."""
     names = (entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and is_folder(entry))
     return sorted(name for name in names if name not in SYSTEM_FOLDERS)
 
@@ -81,13 +80,13 @@ def _words(name: str) -> list[str]:
 
 
 def _is_generic(name: str) -> bool:
-    """Return whether a folder's name suggests images of any class. Next to other folders, it is hardly a class."""
+    """Return whether a folder's name suggests images of any class. Next to other folders, it is unlikely to be a class."""
     words = re.findall(r"[^\W\d_]+", name.lower())
     return bool(words) and _ANY.issuperset(words)
 
 
 def _inner(root: Path, top: str) -> str:
-    """Descend from `top` while there is only one subfolder: data/flowers for data/flowers/CLASS."""
+    """Descend from `top` while there is only one subfolder. For data/flowers/CLASS, return data/flowers."""
     for _ in range(_DEEPEST):
         inside = subfolders(root / top)
         if len(inside) != 1 or _has_own_images(root / top):
@@ -99,7 +98,7 @@ def _inner(root: Path, top: str) -> str:
 
 
 def splits_named(names: Iterable[str]) -> dict[str, str]:
-    """Map names that stand for a split to that split, train first.
+    """Map each name that denotes a split to that split, train first.
 
     "train", "Validation", "test_set" and "train2017" always count. "flowers_train" counts only next to "flowers_val" or
     "flowers_test".
@@ -120,10 +119,10 @@ def splits_named(names: Iterable[str]) -> dict[str, str]:
 
 
 def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict[str, str]:
-    """Map each split folder that has class folders to the parent of those folders, train first.
+    """Map each split folder that has class folders to the parent of its class folders, train first.
 
-    Raises FolderError if other folders with images are next to the splits, or if train and another split do not both
-    have class folders. A test split may lack class folders: its images are unlabeled.
+    Raises FolderError if other folders with images are next to the splits, or unless train and at least one other split
+    have class folders. A test split needs no class folders: its images are then unlabeled.
     """
     others = [top for top in tops if top not in named and _holds_images(root / top)]
     if others:
@@ -146,7 +145,7 @@ def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> 
         only = len(bases) == 1
         what = f"has class folders only in {_names(bases)}" if only else f"has no class folders in {_names(bare)}"
         unlabeled = [top for top in full if top not in bases]
-        readings = _subfolders_as_classes(root, [train], " and draw split 'val' from them")
+        readings = _subfolders_as_classes(root, [train], " and draw the val split from them")
         if bare and len(bases) > 1:
             readings.append((f"skip {_names(bare)}", _hide_and_pack(root, bare)))
         if unlabeled:
@@ -160,14 +159,14 @@ def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> 
 
 
 def _class_parents(root: Path, tops: Iterable[str]) -> dict[str, str]:
-    """Map the folders that have class folders to the parent of those."""
+    """Map each folder that has class folders to the parent of its class folders."""
     return {top: base for top in tops if (base := _class_parent(root, top)) is not None}
 
 
 def _class_parent(root: Path, top: str) -> str | None:
-    """Find the parent of a split's class folders; None without class folders.
+    """Return the parent of a split's class folders, or None if there are none.
 
-    It is the split, or its only subfolder if that has the name of the split or a name like "images".
+    The parent is the split's folder, or its only subfolder if that has the same name or a name like "images".
     """
     base, inside = top, subfolders(root / top)
     while len(inside) == 1 and (inside[0].lower() == top.lower() or _is_no_class_name(inside[0])):
@@ -179,12 +178,12 @@ def _class_parent(root: Path, top: str) -> str | None:
 
 
 def _is_no_class_name(name: str) -> bool:
-    """Return whether a folder in a split has a name like "images", "unknown" or a split's. A number is a class."""
+    """Return whether a folder in a split is named like "images", "unknown" or a split. A number is a class name."""
     return re.search(r"[^\W\d_]", name) is not None and {*_SPLITS, *_UNLABELED}.issuperset(_words(name))
 
 
 def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
-    """Raise FolderError if class folders seem to contain classes or splits. resplit  splits inside them are allowed."""
+    """Raise FolderError if class folders seem to contain classes or splits. resplit  Whether to allow splits in them."""
     if len(tops) == 1:
         refuse_wrapper(root, tops[0])
         return
@@ -225,7 +224,7 @@ def _has_own_images(folder: Path) -> bool:
 
 
 def refuse_wrapper(root: Path, top: str) -> None:
-    """Raise FolderError if the only folder with images contains folders: it is a wrapper, not the only class."""
+    """Raise FolderError if the only folder with images has subfolders, because it is then a wrapper and not a class."""
     deepest = path = root / top
     for _ in range(_DEEPEST):
         inside = subfolders(path)
@@ -242,7 +241,7 @@ def refuse_wrapper(root: Path, top: str) -> None:
 
 
 def _ambiguous(root: Path, what: str, readings: Sequence[tuple[str, str]]) -> FolderError:
-    """Return an error that lists the possible readings of a folder, with the command for each."""
+    """Return an error that lists the possible readings of a folder, with a command for each."""
     lines = [
         f"{root}: {what}. This layout is ambiguous; choose one:",
         *(f"to {reading}: {command}" for reading, command in readings),
@@ -257,7 +256,7 @@ def _splits_beside_others(root: Path, named: dict[str, str], others: list[str]) 
     if _splits_fit(root, named, bases):
         readings.append((f"use {_names(bases)} as splits and skip {_names(others)}", _hide_and_pack(root, others)))
     if len(others) > 1:
-        with suppress(FolderError):  # they contain classes or splits, so they are not classes
+        with suppress(FolderError):  # raised if `others` contain classes or splits, and so are not classes
             check_classes(root, others, resplit=False)
             reading = f"use {_names(others)} as classes and skip {_names(named)}"
             readings.append((reading, _hide_and_pack(root, list(named))))
@@ -266,7 +265,7 @@ def _splits_beside_others(root: Path, named: dict[str, str], others: list[str]) 
 
 
 def _splits_fit(root: Path, named: dict[str, str], bases: dict[str, str]) -> bool:
-    """Return whether there is a training split with several classes, and no other split has a class that it lacks."""
+    """Return whether train has more than one class and includes every class of the other splits."""
     if len(bases) < 2 or named[next(iter(bases))] != "train":
         return False
     train, *others = [set(subfolders(root / base)) for base in bases.values()]
@@ -278,7 +277,7 @@ def _generic_folders(
 ) -> FolderError:
     """Return the error for folders that may hold images of any class.
 
-    base  parent of the generic folders and of all others, `tops`. places  the generic folders in every split.
+    base  Parent of all folders in `tops`, which include `generic`. places  Paths of the generic folders in all splits.
     """
     what = f"has other folders next to {_names(generic)}, which may hold images of any class"
     others = [top for top in tops if top not in generic and _holds_images(root / base / top)]
@@ -317,7 +316,7 @@ def _duplicate_split(root: Path, named: dict[str, str]) -> FolderError:
 
 
 def _nested_splits(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, str]]) -> FolderError:
-    """Return the error for split folders inside class folders. nested  (folder, split in it)."""
+    """Return the error for split folders inside class folders. nested  Pairs of (folder, split in it)."""
     readings: list[tuple[str, str]] = []
     for top in dict.fromkeys(top for top, _ in nested):
         named = splits_named(subfolders(root / top))
@@ -336,7 +335,7 @@ def _nested_splits(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, 
     try:
         check_classes(root, tops, resplit=True)
         readings.append(("draw a new split from all images", f"fastflower pack {_quoted(root)} --split-by class"))
-    except FolderError:  # they cannot be classes
+    except FolderError:  # `tops` cannot be classes
         readings.append(_as_classes(root, tops))
     (top, split), *_ = nested
     path, name = f"{top}/{split}", top.partition("/")[0]
@@ -344,7 +343,7 @@ def _nested_splits(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, 
 
 
 def _subfolders_as_classes(root: Path, tops: Iterable[str], also: str = "") -> list[tuple[str, str]]:
-    """Return the reading that the classes are the subfolders of a folder, for each folder with several."""
+    """For each folder with more than one subfolder, return the reading in which these are the classes."""
     several = [top for top in (_inner(root, top) for top in tops) if len(subfolders(root / top)) > 1]
     return [
         (f"use the folders in {top!r} as classes{also}", f"fastflower pack {_quoted(root / top)}")
@@ -353,26 +352,26 @@ def _subfolders_as_classes(root: Path, tops: Iterable[str], also: str = "") -> l
 
 
 def _hide_and_pack(root: Path, tops: Sequence[str]) -> str:
-    """Return the command that hides folders before it packs the rest."""
+    """Return the command that hides folders and then packs the rest."""
     places = [root / top for top in tops if (root / top).exists()]
     moves = [f"mv {_quoted(place)} {_quoted(place.with_name(f'.{place.name}'))}" for place in places]
     return " && ".join([*moves, f"fastflower pack {_quoted(root)}"])
 
 
 def _to_label(root: Path, tops: Sequence[str]) -> tuple[str, str]:
-    """Return the reading that unlabeled images have labels, which the user must add."""
+    """Return the reading in which the user labels the unlabeled images."""
     remedy = f"put them into {root / tops[0]}/CLASS, or write {root / 'train.txt'} and val.txt with lines 'PATH LABEL'"
     return f"label the images in {_names(tops)}", remedy
 
 
 def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
-    """Return the reading that every folder is a class, whatever its name. Its list overrides the layout."""
+    """Return the reading in which every folder is a class, whatever its name. The command's list overrides the layout."""
     names = " ".join(map(_quoted, tops)) if len(tops) <= _MOST_NAMES else "*/"
     return f"use {_names(tops)} as classes", _list_and_pack(root, names)
 
 
 def _list_and_pack(root: Path, names: str) -> str:
-    """Return the command that lists all files in the folders `names` before it packs them."""
+    """Return the command that lists all files in the folders `names` and then packs them."""
     listing = f"(cd {_quoted(root)} && find -L {names} -type f > train.txt)"
     return f"{listing} && fastflower pack {_quoted(root)} --split-by class"
 

@@ -9,18 +9,18 @@ from fastflower.errors import FolderError
 
 
 def lists_of(root: Path) -> dict[str, Path]:
-    """Find the lists of a folder, by split. Returns an empty dict if there is no train.txt."""
+    """Return the lists of a folder by split, or an empty dict if there is no train.txt."""
     lists = {split: path for split in ("train", "val", "test") if (path := _file(root, f"{split}.txt"))}
     return lists if "train" in lists else {}
 
 
 def _file(root: Path, name: str) -> Path | None:
-    """Find root/meta/NAME, else root/NAME."""
+    """Return root/meta/NAME or, if it does not exist, root/NAME. None if neither exists."""
     return next((path for path in (root / "meta" / name, root / name) if path.is_file()), None)
 
 
 def listed_classes(root: Path, lists: dict[str, Path]) -> list[str]:
-    """Return the classes in classes.txt, or without it the sorted top folders of the paths in train.txt."""
+    """Return the classes in classes.txt. Without that file, return the sorted top folders of the paths in train.txt."""
     file = _file(root, "classes.txt")
     if file is None:
         return sorted({path.partition("/")[0] for _, path, _ in _lines(lists["train"]) if "/" in path})
@@ -32,11 +32,11 @@ def listed_classes(root: Path, lists: dict[str, Path]) -> list[str]:
 
 
 def listed_files(root: Path, lists: dict[str, Path], classes: list[str]) -> Iterator[tuple[str, int, int]]:
-    """Yield (path, label, position of the split) for each line. Listed paths are below root/SPLIT or the root.
+    """Yield (path, label, position of the split) for each line. Listed paths are relative to root/SPLIT or the root.
 
     Raises FolderError, with file and line, if a line is invalid.
     """
-    ordered = _file(root, "classes.txt") is not None  # else labels are positions among the sorted class folders
+    ordered = _file(root, "classes.txt") is not None  # else labels are positions in the sorted class folders
     labels = {name: label for label, name in enumerate(classes)}
     seen: set[int] = set()  # 64-bit hashes: a million paths would take too much memory
     for number, (split, file) in enumerate(lists.items()):
@@ -53,7 +53,7 @@ def listed_files(root: Path, lists: dict[str, Path], classes: list[str]) -> Iter
             if not ordered and classes[label] != first:
                 what = f"label {label} is not the position of {first!r} among the sorted class folders"
                 raise FolderError(f"{where}: {what}; correct it, or add classes.txt.")
-            # Path.exists and Path.is_dir raise for a name that is too long.
+            # Path.exists and Path.is_dir raise if a name is too long.
             path = f"{split}/{listed}" if os.path.exists(root / split / listed) else listed  # noqa: PTH110
             if os.path.isdir(root / path):  # noqa: PTH112
                 raise FolderError(f"{where}: {path!r} is a folder; list its files.")

@@ -1,6 +1,6 @@
 """Packs a folder of images into shards.
 
-The bytes on disk are a function of (input, options, seed). OUT/.packing holds the plan, a lock and the finished shards,
+The bytes on disk depend only on input, options and seed. OUT/.packing holds the plan, a lock and the finished shards,
 so an interrupted pack can resume. At the end, the files are renamed into place, the manifest last.
 """
 
@@ -58,20 +58,21 @@ def pack(
             FOLDER/train/CLASS/** and FOLDER/val/CLASS/** (a folder named after a split is never a class); or the lists
             FOLDER/meta/train.txt, FOLDER/meta/val.txt and FOLDER/classes.txt.
         out: The folder to write. It must not be inside FOLDER or already contain packed shards.
-        split_by: "class" puts val_fraction of each class into split "val", but at least one image if the class has two
-            or more. "random" takes val_fraction of all images together. "folder" keeps the folder's own split. By
-            default "folder" if the folder has a split, else "class".
-        val_fraction: Fraction of the images for split "val", at least 0 and less than 1. Unused if split_by is "folder".
+        split_by: "class" puts val_fraction of each class into the val split, but at least one image if the class has two
+            or more. "random" takes val_fraction of all images together. "folder" keeps the folder's own split. The
+            default is "folder" if the folder has a split, else "class".
+        val_fraction: Fraction of images in the val split, at least 0 and less than 1. Unused if split_by is "folder".
         seed: Random seed for the split and for the order of the images in the shards.
-        shard_bytes: Target size of a shard in bytes, measured on the source images and exceeded by less than one image.
+        shard_bytes: Target size of a shard in bytes. The source images of a shard exceed it by less than one image.
             Transcoding can make the shard larger or smaller.
         max_side: Downscale images whose longer side exceeds this many pixels.
         quality: Transcode every image to JPEG with this quality, 1 to 95.
         on_bad: "skip" skips damaged images and lists them in the manifest, "fail" stops at the first one.
-        on_conflict: For identical images under different labels, "keep" packs and reports them, "drop" skips them.
+        on_conflict: What to do with identical images under different labels: "keep" packs and reports them, "drop" skips
+            them.
         lists: Also write classes.txt, meta/train.txt and meta/val.txt, with lines "PATH LABEL".
         workers: Number of threads; by default one per core.
-        executor: A concurrent.futures.Executor that makes the shards, one per task, instead of threads. Its workers
+        executor: A concurrent.futures.Executor that makes the shards instead of threads, one shard per task. Its workers
             must see FOLDER and OUT under the same paths.
 
     Returns the manifest. Raises FolderError if the folder cannot be packed as it is or OUT cannot be written, and
@@ -96,7 +97,7 @@ def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executo
         raise FolderError(f"{out}: {what}; choose another folder with --out.")
     folder = scan(root, resplit=asked.split_by in ("class", "random"))
     options = _resolved(asked, folder)
-    interrupted = os.path.exists(out / WORK)  # noqa: PTH110  (does not raise)
+    interrupted = os.path.exists(out / WORK)  # noqa: PTH110  (Path.exists can raise)
     with workspace(out) as work, ThreadPoolExecutor(threads) as pool:
         if (out / FILE).exists():
             manifest = Manifest.load(out)
@@ -108,7 +109,7 @@ def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executo
             (work / PLAN).unlink(missing_ok=True)  # the pack was killed before it removed the workspace
             return manifest
         plan = load_or_make_plan(folder, options, work, partial(_bounded_map, pool, 2 * threads))
-        del folder  # saves memory: the plan maps the same arrays from files
+        del folder  # saves memory: the plan memory-maps the same arrays
         try:
             unpublish(plan, work)
             _make_shards(plan, work, pool, threads, executor)
@@ -123,7 +124,7 @@ def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executo
 
 
 def _resolved(options: Options, folder: Folder) -> Options:
-    """Resolve the default of split_by for the folder. A folder's own split has no val_fraction."""
+    """Resolve the default of split_by for a folder. If the folder's own split is kept, set val_fraction to None."""
     split_by = options.split_by or ("folder" if folder.splits else "class")
     if split_by == "folder" and not folder.splits:
         what = f"because {folder.root} has no split of its own, got 'folder'."
@@ -137,7 +138,7 @@ def _resolved(options: Options, folder: Folder) -> Options:
 def _bounded_map(
     pool: ThreadPoolExecutor, depth: int, function: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[Result]:
-    """Map like pool.map, but with at most `depth` pending results, which bounds memory."""
+    """Map like pool.map, but with at most `depth` pending results, to bound memory."""
     pending: deque[Future[Result]] = deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -148,7 +149,7 @@ def _bounded_map(
 
 
 def _make_shards(plan: Plan, work: Path, pool: ThreadPoolExecutor, threads: int, executor: Executor | None) -> None:
-    """Make the shards; stop at the first error. All writing to the workspace has ended when this returns or raises."""
+    """Make the shards; stop at the first error. When this returns or raises, nothing writes to the workspace anymore."""
     (work / STOP).unlink(missing_ok=True)  # left by an interrupted pack
     tasks: list[Future[int]] = []
     # Two threads write shards: while one waits for the disk, the other keeps the pool busy.
@@ -156,7 +157,7 @@ def _make_shards(plan: Plan, work: Path, pool: ThreadPoolExecutor, threads: int,
         mapped, token = partial(_bounded_map, pool, threads + 2), os.urandom(8)
         try:
             for number in range(len(plan.shards)):
-                if executor:  # its workers may run in another current folder
+                if executor:  # its workers may have another working directory
                     task = executor.submit(make_shard_elsewhere, plan.folder.root, work.absolute(), number, token)
                 else:
                     task = writers.submit(make_shard, plan, work, number, mapped, bar.update)
@@ -168,9 +169,9 @@ def _make_shards(plan: Plan, work: Path, pool: ThreadPoolExecutor, threads: int,
         except BaseException:
             if executor:
                 (work / STOP).touch()
-            for running in (writers, pool):  # end soon
+            for running in (writers, pool):  # stop early
                 running.shutdown(wait=False, cancel_futures=True)
             raise
         finally:
             if executor:
-                wait(tasks)  # not cancelled: dask reports a task as cancelled while it is still running
+                wait(tasks)  # do not cancel: dask reports a task as cancelled while it is still running

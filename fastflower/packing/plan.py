@@ -75,7 +75,7 @@ class Plan:
     """Versions of the libraries that determine the bytes."""
     groups: Groups
     order: NDArray[np.int64]
-    """Image numbers, shard after shard."""
+    """Image numbers, shard by shard."""
     shards: tuple[PlannedShard, ...]
 
     @property
@@ -91,7 +91,7 @@ class Plan:
 def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped: MapLike = map) -> Plan:
     """Plan a pack. The result depends only on the folder and the options.
 
-    Raises FolderError if a class has no images for training.
+    Raises FolderError if a class has no training images.
     """
     plan = Plan(folder, options, versions, identical(folder, mapped), np.zeros(0, np.int64), ())
     kept = np.ones(len(folder), bool)
@@ -115,7 +115,7 @@ def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped
 
 
 def check_counts(classes: tuple[str, ...], counts: Sequence[int] | NDArray[np.int64], lost: int, why: str) -> None:
-    """Raise FolderError if a class has no training images. The message says that `lost` files were lost, and `why`."""
+    """Raise FolderError if a class has no training images. The message says how many files were `lost` and `why`."""
     for name, count in zip(classes, counts, strict=True):
         if not count:
             what = f"has no images left for training{f' (files {why} in total: {lost})' if lost else ''}"
@@ -123,7 +123,10 @@ def check_counts(classes: tuple[str, ...], counts: Sequence[int] | NDArray[np.in
 
 
 def _choose_validation(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Choose val_fraction of each class, or of all images, without dividing groups. Return a mask (N,) of split val."""
+    """Choose val_fraction of each class, or of all images, without dividing groups.
+
+    Return an (N,) boolean mask of the validation images.
+    """
     labels, seed = plan.folder.files["label"], plan.options.seed
     pools = labels if plan.options.split_by == "class" else np.zeros_like(labels)  # a share is taken from each pool
     sizes = np.bincount(pools[kept], minlength=1)
@@ -133,10 +136,10 @@ def _choose_validation(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.bool_]
     val = np.zeros(len(kept), bool)
     by_pool = np.flatnonzero(kept)[np.argsort(pools[kept], kind="stable")]
     for pool, (share, images) in enumerate(zip(shares, np.split(by_pool, np.cumsum(sizes)[:-1]), strict=True)):
-        taken = int(val[images].sum())  # together with identical images of other pools
+        taken = int(val[images].sum())  # taken along with identical images of other pools
         if taken >= share:
             continue
-        # Packing uses epochs -1, -2 and -3 of the order function, so its orders are never those of a training epoch.
+        # Packing uses epochs -1, -2 and -3 of the order function, so its orders never equal those of a training epoch.
         for image in images[epoch_order(len(images), seed=seed, epoch=-1)]:
             if val[image]:
                 continue
@@ -153,10 +156,10 @@ def _choose_validation(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.bool_]
 
 
 def _shares(counts: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
-    """Return the number of validation images per class: the fraction of its count, rounded.
+    """Return the number of validation images per class: its image count times the fraction, rounded.
 
-    A class with two or more images gives at least one and keeps at least one. If rounding makes the total wrong by more
-    than one image, the classes closest to the other integer are rounded to it. The seed breaks ties.
+    A class with two or more images contributes at least one and keeps at least one. If rounding makes the total wrong by
+    more than one image, the classes closest to the other integer are rounded to it instead. The seed breaks ties.
     """
     exact = np.where(counts > 1, counts * fraction, 0)
     most = np.maximum(counts - 1, 0)
@@ -173,14 +176,14 @@ def _shares(counts: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np
 
 
 def _cut(folder: Folder, images: NDArray[np.int64], options: Options) -> list[NDArray[np.int64]]:
-    """Shuffle images and cut them into as few shards of about equal size as `shard_bytes` allows."""
+    """Shuffle images and divide them into shards of about equal size, as few as `shard_bytes` allows."""
     if not len(images):
         return []
     shuffled = images[epoch_order(len(images), seed=options.seed, epoch=-2)]
     ends = np.cumsum(folder.files["size"][shuffled].astype(np.int64))
     total = int(ends[-1])
     count = max(1, -(-total // options.shard_bytes))
-    shard = np.maximum(ends - 1, 0) * count // max(1, total)  # of each image; empty files may come first
+    shard = np.maximum(ends - 1, 0) * count // max(1, total)  # shard of each image; empty files may come first
     return np.split(shuffled, np.flatnonzero(np.diff(shard)) + 1)
 
 
@@ -198,16 +201,16 @@ def save_plan(plan: Plan, work: Path) -> None:
         "splits": folder.splits,
         "options": asdict(plan.options),
         "versions": plan.versions,
-        "parts": plan.shards,  # the key that earlier versions wrote
+        "parts": plan.shards,  # the key that older versions use
     }
     write_atomically(work / _IGNORED, json.dumps(folder.ignored).encode())
     write_atomically(work / PLAN, json.dumps(content).encode())
 
 
 def load_plan(work: Path, root: Path, *, whole: bool = False) -> Plan:
-    """Load a plan with memory-mapped arrays, for a folder that may have moved.
+    """Load a plan with memory-mapped arrays, for a folder that may have moved to `root`.
 
-    whole  also load the ignored files, which no shard needs.
+    whole  Whether to also load the list of ignored files, which is not needed to make shards.
     """
     files, paths, order, members, ends = (np.load(work / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
     content = json.loads((work / PLAN).read_bytes())
@@ -223,7 +226,7 @@ def load_plan(work: Path, root: Path, *, whole: bool = False) -> Plan:
 
 
 def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str, str], work: Path) -> None:
-    """Raise FolderError, naming what differs, if an interrupted plan is not for this folder with these options."""
+    """Raise FolderError, naming the difference, if an interrupted plan has another folder, options or versions."""
     before, now = {**asdict(plan.options), **plan.versions}, {**asdict(options), **versions}
     for name in now:
         if before.get(name) != now[name]:
@@ -232,7 +235,9 @@ def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str,
             raise FolderError(f"{work}: {what}; {remedy}")
     if changed := _difference(plan.folder, folder):
         what = f"{changed[1]} since the pack into {work.parent} was interrupted"
-        raise FolderError(f"{folder.root / changed[0]}: {what}; undo this to resume, or remove {work} to start over.")
+        raise FolderError(
+            f"{folder.root / changed[0]}: {what}; undo this change to resume, or remove {work} to start over."
+        )
 
 
 def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:
@@ -251,9 +256,8 @@ def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:
         return old, "has been removed"
     if new is not None:
         return new, "has been added"
-    others = sorted(
-        {path for path, _ in before.ignored} ^ {path for path, _ in now.ignored}
-    )  # reasons may be worded anew
+    # Compare paths only, because another version may word the reasons differently.
+    others = sorted({path for path, _ in before.ignored} ^ {path for path, _ in now.ignored})
     if others:
         return others[0], "has been added or removed"
     if (before.classes, before.splits) != (now.classes, now.splits):

@@ -22,7 +22,7 @@ def unpublish(plan: Plan, work: Path) -> None:
     """Move files that a killed pack had already published back into the workspace."""
     try:
         moves = _moves(_with_images(plan, _made(plan, work)), work)
-    except OSError:  # a missing record: nothing is published yet; a damaged one: its shard is made again
+    except OSError:  # record missing: nothing is published yet; record damaged: its shard is made again
         return
     for source, target in moves:
         if target.exists() and not source.exists():
@@ -61,7 +61,7 @@ def _made(plan: Plan, work: Path) -> list[MadeShard]:
 
 
 def _with_images(plan: Plan, made: list[MadeShard]) -> Splits:
-    """Return the shards of each split without the empty ones, which DALI refuses to read."""
+    """Return the shards of each split, except empty shards, which DALI refuses to read."""
     splits: Splits = {split: [] for split in plan.splits}
     for planned, shard in zip(plan.shards, made, strict=True):
         if shard.entry.samples:
@@ -109,7 +109,7 @@ def _make_manifest(plan: Plan, out: Path, splits: Splits, made: list[MadeShard])
 
 
 def _near_duplicates(plan: Plan, splits: Splits) -> Iterator[dict[str, object]]:
-    """Yield the closest near-duplicate in "train" for each image in another split, in the folder's order."""
+    """For each image of another split, yield its closest near-duplicate in "train", if any, in the folder's order."""
     train_hashes = np.concatenate([shard.hashes for shard in splits["train"]])
     train_numbers = np.concatenate([shard.numbers for shard in splits["train"]])
     for split, shards in splits.items():
@@ -118,20 +118,20 @@ def _near_duplicates(plan: Plan, splits: Splits) -> Iterator[dict[str, object]]:
         numbers = np.concatenate([shard.numbers for shard in shards])
         positions, distances = nearest(np.concatenate([shard.hashes for shard in shards]), train_hashes)
         near = np.flatnonzero(distances >= 0)
-        for place in near[np.argsort(numbers[near])]:
+        for query in near[np.argsort(numbers[near])]:
             yield {
                 "split": split,
-                "path": plan.folder.path(int(numbers[place])),
-                "train_path": plan.folder.path(int(train_numbers[positions[place]])),
-                "distance": int(distances[place]),
+                "path": plan.folder.path(int(numbers[query])),
+                "train_path": plan.folder.path(int(train_numbers[positions[query]])),
+                "distance": int(distances[query]),
             }
 
 
 def _files(plan: Plan, manifest: Manifest, splits: Splits) -> Iterator[tuple[str, bytes | memoryview]]:
-    """Yield (name, content) of every other file, the manifest last."""
+    """Yield (name, content) of all remaining files, the manifest last."""
     for split, shards in splits.items():
         yield f"{split}.index.npy", npy(index_rows([shard.rows for shard in shards]))
-    if plan.options.lists:  # in the folder's order; `scan` can read them
+    if plan.options.lists:  # in the folder's order; `scan` can read these files
         folder, labels = plan.folder, plan.folder.files["label"]
         yield "classes.txt", "".join(f"{name}\n" for name in folder.classes).encode("utf-8", "surrogateescape")
         for split, shards in splits.items():

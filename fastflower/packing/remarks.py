@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from fastflower.shards.manifest import Manifest
 
-_MOST_NAMES = 10  # class names per line
-_TOLERANCE = 0.05  # of all images: no warning while split "val" exceeds val_fraction by at most this
+_MOST_NAMES = 10  # class names per warning
+_TOLERANCE = 0.05  # fraction of all images by which the val split may exceed val_fraction without a warning
 
 
 def remarks(manifest: Manifest) -> Iterator[str]:
@@ -20,7 +20,7 @@ def remarks(manifest: Manifest) -> Iterator[str]:
         absent = [label for label, count in zip(manifest.classes, split.class_counts, strict=True) if not count]
         if absent and split.samples:
             few = ", ".join(map(repr, absent[:_MOST_NAMES])) + (" and others" if len(absent) > _MOST_NAMES else "")
-            yield f"split {name} has no images of {few}: these classes will not be evaluated"
+            yield f"the {name} split has no images of {few}: these classes will not be evaluated"
 
 
 def _validation(manifest: Manifest) -> Iterator[str]:
@@ -34,9 +34,9 @@ def _validation(manifest: Manifest) -> Iterator[str]:
             remedy += " If an older version planned this pack, pack again"
         if fraction is None:
             remedy = "add a val folder next to train, or pack only the train folder to split it into train and val"
-        yield f"has no images in split 'val', so training on it validates nothing; {remedy}"
+        yield f"has no images in split 'val', so training on these shards has nothing to validate on; {remedy}"
     elif fraction is not None:
         share = val.samples / sum(split.samples for split in manifest.splits.values())
         if share > fraction + _TOLERANCE:
-            why = "each class with two or more images gives at least one, and copies stay together"
-            yield f"split val holds {share:.0%} of the images, more than val_fraction {fraction:g}: {why}"
+            why = "each class with two or more images contributes at least one, and copies stay together"
+            yield f"the val split holds {share:.0%} of the images, more than val_fraction {fraction:g}: {why}"

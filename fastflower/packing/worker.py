@@ -1,4 +1,4 @@
-"""Makes one shard of a plan in the workspace. Runs in any process that sees the folders."""
+"""Makes one shard of a plan in the workspace. Runs in any process with access to the folders."""
 
 import hashlib
 import io
@@ -25,11 +25,11 @@ from fastflower.shards.manifest import Shard
 from fastflower.shards.writer import Samples, ShardWriter
 
 STOP = "stop"  # a file in the workspace that tells workers to stop
-_MAX_SLUG = 64  # characters: with the hash and an extension, a key fits the 100 bytes of a name in a tar header
+_MAX_SLUG = 64  # characters; with the hash and an extension, a key fits the 100 bytes for a name in a tar header
 _CHUNK_BYTES = 1 << 20  # of images per task
-_MAX_BYTES = 1 << 30  # per image: a larger file is hardly an image, and a few at a time would exhaust memory
-_SMALL = 1 << 12  # bytes: the least that an image counts, because of its overhead in memory
-# np.load parses a file's header with Python's parser, which can raise SystemError in two threads at a time:
+_MAX_BYTES = 1 << 30  # per image; a larger file is unlikely to be an image, and a few at a time would exhaust memory
+_SMALL = 1 << 12  # bytes; smaller images count as this size, because of their overhead in memory
+# np.load parses a file's header with Python's parser, which can raise SystemError if two threads use it at once:
 # https://github.com/python/cpython/issues/106905, not fixed in 3.11.7.
 _LOADING = threading.Lock()
 
@@ -39,9 +39,9 @@ class MadeShard:
     """Record of a finished shard, saved in the workspace."""
 
     entry: Shard
-    """Its entry in the manifest, with its name in the workspace."""
+    """The shard's entry in the manifest, but with its name in the workspace."""
     rows: NDArray[np.void]
-    """(N,) of INDEX_DTYPE, as if this were the split's first shard."""
+    """(N,) index rows of INDEX_DTYPE, as if this were the split's first shard."""
     numbers: NDArray[np.int64]
     """(N,) image numbers in the folder."""
     hashes: NDArray[np.uint64]
@@ -74,10 +74,10 @@ def make_shard(
 ) -> int:
     """Make one shard unless it exists: its tar, its DALI index and, last, its record.
 
-    Any process that sees the folders can call this, even at the same time as another. It stops early if the workspace
-    contains STOP.
+    Any process with access to the folders can call this, even while another makes the same shard. Stops early if the
+    workspace contains STOP.
 
-    advance  called with the number of images just done. Returns the number of images, 0 if stopped.
+    advance  Called with the number of images just done. Returns the number of images, or 0 if stopped.
     """
     if (work / STOP).exists():
         return 0
@@ -115,10 +115,10 @@ def make_shard(
 
 
 def make_shard_elsewhere(root: Path, work: Path, number: int, token: bytes) -> int:
-    """Make one shard in a process of an executor, which loads the plan once per pack.
+    """Make one shard in a worker process of an executor. Each worker loads the plan once per pack.
 
-    token  unique per pack. Without it, a later pack into the same folder would get the cached plan, and dask would
-    return the cached results of equal calls.
+    token  Bytes that are unique to the pack. Without them, a later pack into the same folder would get the cached plan,
+    and dask would return the cached results of equal calls.
     """
     with _LOADING:
         plan = _load_plan_once(root, work, token)
@@ -132,7 +132,7 @@ def _load_plan_once(root: Path, work: Path, token: bytes) -> Plan:  # noqa: ARG0
 
 @dataclass(slots=True)
 class _Chunk:
-    """Samples of some images, with image numbers, perceptual hashes, skipped files and decoder warnings."""
+    """Samples of one task, with image numbers, perceptual hashes, skipped files and decoder warnings."""
 
     samples: Samples = field(default_factory=Samples)
     numbers: list[int] = field(default_factory=list[int])
@@ -166,7 +166,7 @@ def _prepare_chunk(plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
 
 
 def _is_complete(work: Path, name: str) -> bool:
-    """Return whether a shard exists and is undamaged. A power cut may have damaged it."""
+    """Return whether a shard exists and is undamaged. A power failure may have damaged it."""
     try:
         entry = MadeShard.load(work / f"{name}.npz").entry
         with (work / f"{name}.tar").open("rb") as tar:
@@ -176,10 +176,10 @@ def _is_complete(work: Path, name: str) -> bool:
 
 
 def key_of(path: str) -> str:
-    """Return a sample's key: the readable part of its path and a hash of the whole path, [0-9A-Za-z_-]+.
+    """Return a sample's key, [0-9A-Za-z_-]+: a readable part of its path and a hash of the entire path.
 
-    DALI and webdataset silently lose samples if a key contains other characters or a dot. The hash has 64 bits: among a
-    million keys that differ only in the hash, the probability of a collision is 3e-8.
+    DALI and webdataset silently lose samples if a key contains other characters, such as dots. The hash has 64 bits: among
+    a million keys that differ only in the hash, the probability of a collision is 3e-8.
     """
     slug = re.sub(r"[^0-9A-Za-z_-]+", "_", path.rpartition(".")[0])[-_MAX_SLUG:]
     return f"{slug}-{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"

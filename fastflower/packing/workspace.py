@@ -1,4 +1,4 @@
-"""OUT/.packing: the locked workspace of a pack, from which an interrupted pack resumes."""
+"""Manages OUT/.packing, the locked workspace from which an interrupted pack resumes."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ _ENDINGS = (".tar", ".idx", ".npy")
 
 @contextmanager
 def workspace(out: Path) -> Generator[Path]:
-    """Yield OUT/.packing, locked against a second pack. Remove it afterwards (and OUT if empty) unless a plan is left."""
+    """Yield OUT/.packing, locked against a second pack. Afterward remove it (and OUT if empty) unless a plan remains."""
     work = out / WORK
     try:
         with locked(work / "lock"):
@@ -31,13 +31,13 @@ def workspace(out: Path) -> Generator[Path]:
                 yield work
             finally:
                 if not (work / PLAN).exists():
-                    shutil.rmtree(work, ignore_errors=True)  # NFS keeps open files; without a plan they do no harm
+                    shutil.rmtree(work, ignore_errors=True)  # NFS keeps open files, which are harmless without a plan
                     with suppress(OSError):  # not empty, a link, or a mount point
                         out.rmdir()
     except HeldError as error:
-        what = f"another pack is writing here ({error}); wait for it, or choose another folder with --out."
+        what = f"another pack is writing here ({error}); wait for it to finish, or choose another folder with --out."
         raise FolderError(f"{out}: {what}") from None
-    except (OSError, BrokenExecutor, MemoryError) as error:  # never an unreadable image: those are skipped
+    except (OSError, BrokenExecutor, MemoryError) as error:  # never caused by an unreadable image, which is skipped
         blame_the_system(error, out)
         if isinstance(error, MemoryError):
             what = "packing ran out of memory; use fewer workers (--workers 1)."
@@ -45,13 +45,13 @@ def workspace(out: Path) -> Generator[Path]:
             what = f"cannot be written ({error.strerror or error}); free up space, or choose another folder with --out."
         else:
             what = f"a worker died ({error}); if it ran out of memory, use fewer workers."
-        resumable = os.path.exists(work / PLAN)  # noqa: PTH110  (Path.exists raises for a name that is too long)
+        resumable = os.path.exists(work / PLAN)  # noqa: PTH110  (Path.exists raises if a name is too long)
         again = " Run the same command again to resume." if resumable else ""
         raise FolderError(f"{out}: {what}{again}") from error
 
 
 def load_or_make_plan(folder: Folder, options: Options, work: Path, mapped: MapLike) -> Plan:
-    """Load the plan of the pack that was interrupted here, or make, save and load a new one."""
+    """Load the plan of a pack that was interrupted here. If there is none, make, save and load a new plan."""
     out = work.parent
     versions = {"fastflower": version_of("fastflower"), "pillow": PIL.__version__, "opencv": cv2.__version__}
     if not (work / PLAN).exists():

@@ -17,11 +17,11 @@ from fastflower.shards.levels import is_wide, to_eight_bits
 
 # Pillow raises DecompressionBombError above this, which is twice its warning threshold.
 MAX_PIXELS = 178_956_970
-_QUALITY = 95  # by default, with full chroma: the highest that Pillow recommends
-_MAX_SIDE = 65_500  # pixels: libjpeg's limit
-_NO_DATA = 128  # the gray level that libjpeg gives pixels without data
-_MIN_DATA = 0.05  # share of pixels with data: with less, the data belongs to another image than the header
-_MIN_CONTRAST = 17  # gray levels: 12-bit data in a 16-bit file that does not say so spans 16
+_QUALITY = 95  # the default, used with full chroma resolution; the highest quality that Pillow recommends
+_MAX_SIDE = 65_500  # pixels; libjpeg's limit
+_NO_DATA = 128  # the gray level that libjpeg assigns to pixels without data
+_MIN_DATA = 0.05  # minimum fraction of pixels with data; below it, header and data belong to different images
+_MIN_CONTRAST = 17  # gray levels; 12-bit data in a 16-bit file that does not state its range spans only 16
 _REDUCED = {  # IMREAD_REDUCED_COLOR_* includes IMREAD_COLOR, which means BGR
     factor: getattr(cv2, f"IMREAD_REDUCED_COLOR_{factor}") & ~cv2.IMREAD_COLOR for factor in (2, 4, 8)
 }
@@ -32,10 +32,10 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000
 def decode(encoded: bytes, decode_scale: int = 1) -> NDArray[np.uint8]:
     """Decode an image file to RGB, (H, W, 3) uint8, rotated upright by its EXIF orientation.
 
-    decode_scale  1, 2, 4 or 8: divides height and width, rounding up. For JPEG files this takes a fifth of the full decode's
-    time (a tenth at 8), because only the low frequencies of each block are used.
+    decode_scale  1, 2, 4 or 8. Height and width are divided by it and rounded up. JPEG files then take a fifth of the time
+    of a full decode (a tenth at 8), because only the low frequencies of each block are decoded.
 
-    Gives the same pixels as Pillow for JPEG files. Raises SampleError if the bytes are not an image or are truncated.
+    The pixels of JPEG files are identical to Pillow's. Raises SampleError if the data is not an image or is truncated.
     """
     if decode_scale == 1:
         return _imdecode(encoded, cv2.IMREAD_COLOR_RGB)
@@ -52,13 +52,13 @@ def _imdecode(encoded: bytes, flags: int) -> NDArray[np.uint8]:
     data = np.frombuffer(encoded, np.uint8)
     try:
         image = cv2.imdecode(data, flags) if data.size else None
-    except cv2.error as error:  # more pixels than OpenCV accepts; or no memory, which says nothing about the image
+    except cv2.error as error:  # too many pixels for OpenCV; or out of memory, which says nothing about the image
         if error.code == cv2.Error.StsNoMem:
             raise MemoryError(error.err) from None
         image = None
     if image is None:
         raise SampleError("cannot be decoded as an image or is truncated")
-    return np.asarray(image, np.uint8)  # for the type checker: it is uint8 already
+    return np.asarray(image, np.uint8)  # for the type checker; the dtype is already uint8
 
 
 class Prepared(NamedTuple):
@@ -67,20 +67,20 @@ class Prepared(NamedTuple):
     encoded: bytes
     """Bytes of a JPEG file."""
     size: tuple[int, int]
-    """(height, width) of the upright image, pixels."""
+    """(height, width) of the upright image, in pixels."""
     hash: int
-    """64-bit perceptual hash. Near-duplicates differ in few bits."""
+    """64-bit perceptual hash. The hashes of near-duplicates differ in only a few bits."""
 
 
 def prepare(
     data: bytes, *, max_side: int | None, quality: int | None, warn: Callable[[str], object] = lambda _: None
 ) -> Prepared:
-    """Return the JPEG file to pack for an image file, after a full decode has shown that it is intact.
+    """Fully decode an image file to check that it is intact, and return the JPEG file to pack.
 
-    Keeps a gray or RGB JPEG file that needs no change byte for byte. Transcodes everything else to RGB.
-    max_side  pixels: shrinks the longer side to this.  quality  1 .. 95: transcodes every image with it.
-    warn  called with a message if an image is packed despite damage that decoders only warn about, or despite low contrast.
-    Raises SampleError with the reason if the image does not decode or has more than MAX_PIXELS pixels.
+    Keeps the bytes of a gray or RGB JPEG file that needs no change. Transcodes every other file to an RGB JPEG.
+    max_side  Maximum length of the longer side in pixels.  quality  JPEG quality, 1 .. 95; if given, transcodes every image.
+    warn  Called with a message if an image is packed despite damage that decoders only warn about, or despite low contrast.
+    Raises SampleError with the reason if the image cannot be decoded or has more than MAX_PIXELS pixels.
     """
     size = _kept_jpeg_size(data) if quality is None else None
     if size is None or (max_side is not None and max(size) > max_side):
@@ -92,36 +92,34 @@ def prepare(
         jpeg, gray = data, _gray_if_intact(data, warn)
     low, high, *_ = cv2.minMaxLoc(gray)
     if high - low < _MIN_CONTRAST:
-        warn(f"has next to no contrast: its gray levels range from {low:.0f} to {high:.0f} (of 0 to 255)")
+        warn(f"has almost no contrast: its gray levels range from {low:.0f} to {high:.0f} (out of 0 to 255)")
     return Prepared(jpeg, (gray.shape[0], gray.shape[1]), perceptual_hash(gray))
 
 
 def _transcode(data: bytes, max_side: int | None, quality: int | None) -> tuple[bytes, NDArray[np.uint8]]:
-    """Return an image as a JPEG file, and its gray levels."""
+    """Transcode an image file to JPEG. Return the JPEG file and the gray levels."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_pixels(*image.size)
             upright = _upright_rgb(image)
-    except (SampleError, MemoryError):  # a lack of memory says nothing about the image
+    except (SampleError, MemoryError):  # running out of memory says nothing about the image
         raise
-    except Exception as error:  # Pillow's readers also let errors from struct and zlib through
+    except Exception as error:  # Pillow's readers also raise errors of struct and zlib
         raise SampleError(_message(error)) from None
     if max_side is not None:
         upright.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     if max(upright.size) > _MAX_SIDE:
         width, height = upright.size
-        raise SampleError(
-            f"has {width} x {height} pixels, but a JPEG file has at most {_MAX_SIDE} per side; set max_side"
-        )
+        raise SampleError(f"has {width} x {height} pixels, but JPEG allows at most {_MAX_SIDE} per side; set max_side")
     target = io.BytesIO()
     upright.save(target, "JPEG", quality=quality or _QUALITY, subsampling=0 if quality is None else "4:2:0")
     return target.getvalue(), np.asarray(upright.convert("L"))
 
 
 def _gray_if_intact(data: bytes, warn: Callable[[str], object]) -> NDArray[np.uint8]:
-    """Return the gray levels of a JPEG file that is kept unchanged. Raises SampleError if it is damaged.
+    """Return the gray levels of a JPEG file that is kept unchanged. Raises SampleError if the file is damaged.
 
-    Decoding to gray reads every code of the file and rejects what decoding to color rejects (1,701 of 3,960 damaged files).
+    Decoding to gray reads all the coded data and rejects the same files as decoding to color (1,701 of 3,960 damaged ones).
     It only skips the chroma transform and the color conversion, which cannot fail.
     """
     try:
@@ -136,10 +134,10 @@ def _gray_if_intact(data: bytes, warn: Callable[[str], object]) -> NDArray[np.ui
 
 
 def _forward_warnings(data: bytes, warn: Callable[[str], object]) -> None:
-    """Forward libjpeg's warnings about a JPEG file that is transcoded, if OpenCV can read it."""
+    """Forward libjpeg's warnings about a transcoded JPEG file, if OpenCV can read the file."""
     array = np.frombuffer(data, np.uint8)
     with libjpeg.warnings() as messages:
-        read = cv2.imdecode(array, cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None  # 1/8 scale takes half the time
+        read = cv2.imdecode(array, cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None  # 1/8 scale is twice as fast
         gray = cv2.imdecode(array, cv2.IMREAD_GRAYSCALE) if read and messages else None
     if gray is not None:
         _check_damage(np.asarray(gray, np.uint8), messages, warn)
@@ -156,12 +154,12 @@ def _check_damage(gray: NDArray[np.uint8], messages: bytearray, warn: Callable[[
 
 
 def _kept_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return (width, height) of a JPEG file that can be kept unchanged, else None.
+    """Return (width, height) of a JPEG file that can be kept unchanged, or None for any other file.
 
-    Such a file is Huffman-coded and has one or three components of 8 bits.
-    Stray bytes between the segments before the first scan give None: OpenCV skips them, but DALI rejects the file.
-    So does a last scan without an end-of-image marker: OpenCV does not look for it, but Pillow rejects some of these files.
-    Pillow takes four times as long for these checks, mostly holding the GIL. Markers: ITU-T T.81, annex B.
+    A file can be kept if it is Huffman-coded, has one or three components of 8 bits, and has neither of these defects:
+    - Stray bytes between the segments before the first scan. OpenCV skips them, but DALI rejects the file.
+    - No end-of-image marker after the last scan. OpenCV does not look for it, but Pillow rejects some of these files.
+    Pillow takes four times as long for these checks and mostly holds the GIL. ITU-T T.81, annex B, defines the markers.
     """
     position, size, orientations = 2, None, 0
     while data[:2] == b"\xff\xd8" and position + 10 <= len(data) and data[position] == 0xFF:
@@ -175,9 +173,9 @@ def _kept_jpeg_size(data: bytes) -> tuple[int, int] | None:
             return size if _scans_are_complete(data, position) else None
         if marker == 0xE1 and data[position + 4 : position + 8] == b"Exif":
             orientations += 1
-            if orientations > 1:  # DALI 2.4 crashes if they differ
+            if orientations > 1:  # DALI 2.4 crashes if the orientations differ
                 return None
-        if marker in (0xC0, 0xC1, 0xC2):  # a frame: baseline, extended, progressive
+        if marker in (0xC0, 0xC1, 0xC2):  # a frame: baseline, extended or progressive
             bits, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
             size = (width, height)
             if bits != 8 or not width or not height or components not in (1, 3):
@@ -190,7 +188,7 @@ def _kept_jpeg_size(data: bytes) -> tuple[int, int] | None:
 _NO_SEGMENT = {*range(0xC3, 0xD0), *range(0xD0, 0xDA)} - {0xC4, 0xCC}
 # Segments allowed between two scans: tables, the number of lines, application data, comments and the next scan.
 _BETWEEN = {0xC4, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE}
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # in a scan's data: not a stuffed byte, restart or fill byte
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # ends a scan's data; no stuffed byte, restart or fill byte
 
 
 def _scans_are_complete(data: bytes, position: int) -> bool:
@@ -216,14 +214,14 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def perceptual_hash(gray: NDArray[np.uint8]) -> int:
-    """Return the 64-bit perceptual hash of gray levels, (H, W) uint8.
+    """Return the 64-bit perceptual hash of a gray image, (H, W) uint8.
 
-    Each bit tells whether one of the 8 x 8 lowest frequencies of the image, resized to 32 x 32, is above their median.
+    Resizes the image to 32 x 32. Each bit says whether one of the 8 x 8 lowest frequencies is above their median.
     From Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010, section 3.2.1, but with the
     median over all 64 frequencies, as in the imagehash package.
     """
     image = gray
-    while min(image.shape) >= 96:  # halving first takes half the time
+    while min(image.shape) >= 96:  # halving the image first is twice as fast
         height, width = image.shape
         image = cv2.resize(image[: height & ~1, : width & ~1], (width // 2, height // 2), interpolation=cv2.INTER_AREA)
     small = cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
@@ -231,21 +229,21 @@ def perceptual_hash(gray: NDArray[np.uint8]) -> int:
     return int.from_bytes(np.packbits(frequencies > np.partition(frequencies, 31)[31]).tobytes(), "big")
 
 
-# The first 8 of 32 rows of the discrete cosine transform (DCT-II), unscaled.
+# The first 8 of the 32 rows of the discrete cosine transform (DCT-II), unscaled.
 _COSINES = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1)).astype(np.float32)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert like Pillow's convert("RGB"), but upright, and scale levels of more than 8 bits instead of clipping them."""
-    image.load()  # before EXIF is read, so that errors here are about the pixels
+    """Convert an image to upright RGB. Unlike Pillow's convert("RGB"), scale wide pixel values instead of clipping them."""
+    image.load()  # before reading EXIF, so that pixel errors are not mistaken for EXIF errors
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
-    except Exception:  # damaged EXIF: every reader ignores it
+    except Exception:  # damaged EXIF, which every reader ignores
         pass
     upright = Image.fromarray(to_eight_bits(image)) if is_wide(image) else image
-    upright.info.pop("transparency", None)  # alpha is always dropped; Pillow would warn about a palette's
+    upright.info.pop("transparency", None)  # alpha is always dropped; Pillow would warn about a palette's alpha
     return upright.convert("RGB")
 
 

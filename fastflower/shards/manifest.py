@@ -16,7 +16,7 @@ from fastflower.files import blame_the_system
 from fastflower.shards.image import MAX_PIXELS
 
 FORMAT_VERSION = 2
-_FIRST = 1  # the oldest supported version: without checksums of the manifest and indexes
+_FIRST = 1  # the oldest supported version; has no checksums of the manifest and indexes
 FILE = "manifest.json"
 WORK, PLAN = ".packing", "plan.json"  # exist only in an unfinished pack
 INFO = "_info.json"
@@ -25,11 +25,11 @@ _RESTORE = "restore it from a backup, or run fastflower pack again"
 INDEX_DTYPE = np.dtype(
     [
         ("shard", "<u4"),  # position in the split's list of shards
-        ("offset", "<u8"),  # of the image in the tar, bytes
-        ("size", "<u4"),  # of the image, bytes
+        ("offset", "<u8"),  # of the image in the tar, in bytes
+        ("size", "<u4"),  # of the image, in bytes
         ("crc32", "<u4"),  # of the image
         ("label", "<i4"),
-        ("width", "<u4"),  # pixels of the decoded, upright image
+        ("width", "<u4"),  # of the decoded, upright image, in pixels
         ("height", "<u4"),
     ]
 )
@@ -47,7 +47,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The shards of a split: "train", "val" or "test"."""
+    """The samples and shards of a split ("train", "val" or "test")."""
 
     samples: int
     class_counts: tuple[int, ...]
@@ -61,34 +61,34 @@ class Manifest:
     """The contents of `manifest.json`. It is written last, so a pack with a manifest is complete."""
 
     folder: Path
-    """Folder that it was read from or written to; not stored."""
+    """Folder that the manifest was read from or written to. Not stored."""
     classes: tuple[str, ...]
     splits: dict[str, Split]
     options: dict[str, Any]
-    """Options of pack: split_by, val_fraction, seed and the rest."""
+    """Options of `pack`: split_by, val_fraction, seed and so on."""
     skipped: tuple[dict[str, str], ...] = ()
     """Skipped files: {"path", "reason"}."""
     warnings: tuple[dict[str, str], ...] = ()
-    """Packed files that are odd in some way: {"path", "warning"}; may be absent in version 1."""
+    """Files that were packed with a warning: {"path", "warning"}. May be absent in version 1."""
     duplicates: tuple[tuple[str, ...], ...] = ()
-    """Groups of files with identical bytes; each group is in one split."""
+    """Groups of files with identical bytes. All files of a group are in the same split."""
     label_conflicts: tuple[tuple[str, ...], ...] = ()
     """Groups of files with identical bytes under different labels."""
     near_duplicates: tuple[dict[str, Any], ...] = ()
     """Near-duplicates across splits: {"split", "path", "train_path", "distance"}; distance is in bits of the perceptual hash."""
     source_bytes: int | None = None
-    """Size of the files that were packed; None if no longer known."""
+    """Total size of the packed source files in bytes. None if no longer known."""
     packed_bytes: int = 0
-    """Size of the images in the shards."""
+    """Total size of the images in the shards in bytes."""
     versions: dict[str, str] = field(default_factory=dict[str, str])
     version: int = FORMAT_VERSION
-    """Version of the format."""
+    """Format version."""
 
     @classmethod
     def load(cls, folder: str | Path, *, sealed: bool = True) -> Self:
-        """Read `folder`/manifest.json. Raises ShardError if it is missing, damaged or has another format.
+        """Read `folder`/manifest.json. Raises ShardError if it is missing, is damaged or has an unsupported format.
 
-        sealed  False also accepts a manifest with a wrong checksum.
+        sealed  Whether to reject a manifest with a wrong checksum.
         """
         folder = Path(str(folder).removeprefix("file://"))
         path = folder / FILE
@@ -145,7 +145,7 @@ class Manifest:
         )
 
     def to_json(self) -> str:
-        """Return the text of the file. Equal manifests give equal bytes."""
+        """Return the text of `manifest.json`. Equal manifests give identical bytes."""
         content: dict[str, Any] = {"format": "fastflower", "version": self.version, **asdict(self)}
         del content["folder"]
         if self.version == _FIRST:
@@ -158,7 +158,7 @@ class Manifest:
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     def to_info(self) -> str:
-        """Return the text of `_info.json`, for timm's reader of WebDataset shards."""
+        """Return the text of `_info.json`, which timm's WebDataset reader needs."""
         splits = {
             name: {
                 "name": name,
@@ -171,7 +171,7 @@ class Manifest:
         return json.dumps({"splits": splits}, indent=1) + "\n"
 
     def split(self, name: str) -> Split:
-        """Return a split with at least one sample. Raises ShardError that lists the available splits."""
+        """Return a split. Raises ShardError, which lists the available splits, if it is missing or empty."""
         split = self.splits.get(name)
         if split is None or not split.samples:
             full = [key for key, value in self.splits.items() if value.samples]
@@ -179,7 +179,7 @@ class Manifest:
         return split
 
     def index(self, name: str) -> NDArray[np.void]:
-        """Return a split's index, (samples,) of INDEX_DTYPE, memory-mapped. Raises ShardError if it changed or is invalid."""
+        """Return a split's memory-mapped index, (samples,) of INDEX_DTYPE. Raises ShardError if it has changed or is invalid."""
         split = self.split(name)
         path = self.folder / f"{name}.index.npy"
         repair = f"restore it from a backup, or rebuild it with fastflower verify {self.folder} --repair."
@@ -187,7 +187,7 @@ class Manifest:
             rows = np.load(path, mmap_mode="r")
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest() if split.index_sha256 else None
-        except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy evaluates the header
+        except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python
             blame_the_system(error, path)
             raise ShardError(f"{path}: cannot be read ({error}); {repair}") from None
         if rows.dtype != INDEX_DTYPE or rows.shape != (split.samples,):
@@ -204,24 +204,24 @@ class Manifest:
 def _check_version(path: Path, format_: object, version: object) -> None:
     if format_ != "fastflower" or not isinstance(version, int) or version < _FIRST:
         raise ShardError(
-            f"{path}: has format {format_} version {version}, but this fastflower reads format fastflower versions {_FIRST} to "
-            f"{FORMAT_VERSION}; {_RESTORE}."
+            f"{path}: has format {format_} version {version}, but this fastflower only reads format fastflower, versions "
+            f"{_FIRST} to {FORMAT_VERSION}; {_RESTORE}."
         )
     if version > FORMAT_VERSION:
         raise ShardError(
             f"{path}: has format version {version}, written by a newer fastflower, but this one reads versions {_FIRST} to "
-            f"{FORMAT_VERSION}; upgrade it (pip install --upgrade fastflower)."
+            f"{FORMAT_VERSION}; upgrade fastflower (pip install --upgrade fastflower)."
         )
 
 
 def _checksum(content: dict[str, object]) -> str:
-    """Return the SHA-256 of all values but itself, as JSON in ASCII without spaces and with sorted names."""
+    """Return the SHA-256 of all values except the checksum itself, as ASCII JSON without spaces and with sorted keys."""
     values = {name: value for name, value in content.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _find_problem(rows: NDArray[np.void], split: Split, classes: tuple[str, ...]) -> str:
-    """Return what is wrong with the rows of a split's index, or "" if nothing is."""
+    """Return the first problem with the rows of a split's index, or "" if there is none."""
     counts = [shard.samples for shard in split.shards]
     if sum(counts) != split.samples or (rows["shard"] != np.repeat(np.arange(len(counts)), counts)).any():
         return "disagrees with the manifest on the number of samples in each shard"
@@ -249,10 +249,10 @@ def _find_problem(rows: NDArray[np.void], split: Split, classes: tuple[str, ...]
         if count != expected:
             return f"has {count} samples of class {name!r}, but the manifest says {expected}"
     if len(split.class_counts) != len(classes):
-        return f"cannot be checked: the manifest counts samples of {len(split.class_counts)} classes, but lists {len(classes)}"
+        return f"cannot be checked: the manifest has counts for {len(split.class_counts)} classes, but lists {len(classes)}"
     return ""
 
 
 def shard_name(split: str, number: int) -> str:
-    """Return the name of a split's shard, without extension."""
+    """Return the name of a shard of a split, without extension."""
     return f"{split}-{number:06d}"

@@ -1,7 +1,7 @@
 """Caches remote shards in a local folder of limited size, and prefetches them.
 
-The cached shards of a pack are a folder like any that `pack` wrote, named by the hash of its manifest, but tars come and go.
-A tar gets its name only after its SHA-256 matches the manifest, so every process that finds it can use it.
+Each pack has its own cache folder, named after the hash of its manifest and laid out as `pack` wrote it, but tars come and go.
+A tar gets its final name only after its SHA-256 matches the manifest, so any process that finds it can use it.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _THREADS = 4
 
 
 class _Tar(NamedTuple):
-    """A tar in the cache. Sorts in the order of eviction."""
+    """A tar in the cache. Tars sort in the order of eviction."""
 
     priority: int
     used: float
@@ -40,7 +40,7 @@ class _Tar(NamedTuple):
 
 
 class Mirror:
-    """The local cache of one Remote; create it with `connect`. Safe to use from several threads and processes."""
+    """The local cache of one Remote; create it with `connect`. Safe to use from multiple threads and processes."""
 
     def __init__(self, source: Remote, manifest: Manifest) -> None:
         self.manifest, self.folder = manifest, manifest.folder
@@ -48,11 +48,11 @@ class Mirror:
         self._cache = manifest.folder.parent
         self._shards = {shard.name: shard for split in manifest.splits.values() for shard in split.shards}
         self._ahead: list[str] = []  # shards to read next, in order
-        self._wanted: set[str] = set()  # these and those of the previous call
+        self._wanted: set[str] = set()  # those, and the ones of the previous `prefetch` call
         self._begin_process()
 
     def _begin_process(self) -> None:
-        """Set up the state of one process. A forked child has none of the parent's threads, and its locks may be held."""
+        """Set up the state of this process. A forked child has no download threads, and its copy of the lock may be held."""
         self._process = os.getpid()
         self._files = RemoteFiles(self._source)
         self._users = 0
@@ -64,7 +64,7 @@ class Mirror:
     def connect(cls, source: Remote) -> "Mirror":
         """Download the manifest of a Remote and open its local cache.
 
-        Raises ArgumentError if the URL's file system is not installed, ShardError if the manifest cannot be read.
+        Raises ArgumentError if the URL's file system is not installed, or ShardError if the manifest cannot be read.
         """
         files = RemoteFiles(source)
         text = files.read(FILE)
@@ -77,7 +77,7 @@ class Mirror:
         return cls(source, manifest)
 
     def open_split(self, split: str, window: int) -> None:
-        """Download the split's index. Raises ArgumentError if the limit is smaller than three windows of shards."""
+        """Download a split's index. Raises ArgumentError if the cache cannot hold three windows of shards."""
         shards = self.manifest.split(split).shards
         path = self.folder / f"{split}.index.npy"
         try:
@@ -98,7 +98,7 @@ class Mirror:
         _log.info("%s: split %r: %s; %s", self._files.url, split, sizes, often)
 
     def begin_use(self) -> None:
-        """Count an iterator that uses the cache until `ending_use`."""
+        """Register an iterator, which uses the cache until `ending_use`."""
         if self._process != os.getpid():
             self._begin_process()
         with self._lock:
@@ -106,8 +106,8 @@ class Mirror:
 
     @contextmanager
     def ending_use(self) -> Generator[None]:
-        """End an iterator's use. If it was the last, all downloads are stopped inside the context, even awaited ones."""
-        # A forked child runs none of this; at interpreter shutdown, threads are frozen and may hold locks.
+        """Release an iterator. When the last one ends, cancel all downloads on entering the context, even awaited ones."""
+        # A forked child has nothing to release; at interpreter shutdown, threads are frozen and may hold locks.
         if self._process != os.getpid() or sys.is_finalizing():
             yield
             return
@@ -127,7 +127,7 @@ class Mirror:
                 self._files = RemoteFiles(self._source)
 
     def prefetch(self, names: list[str]) -> set[str]:
-        """Start to download these shards, in this order. Returns these names and those of the previous call, which are kept."""
+        """Start downloading shards in this order. Returns the names to keep: these and those of the previous call."""
         if names == self._ahead:
             return self._wanted
         self._wanted = {*names, *self._ahead}
@@ -136,16 +136,16 @@ class Mirror:
         with self._lock:
             self._queue = deque(missing)
             while len(self._threads) < min(_THREADS, len(missing)):
-                # Daemons, so that the interpreter does not wait for them at exit.
+                # Daemon threads, so that the interpreter does not wait for them at exit.
                 thread = threading.Thread(target=self._download_queue, name="fastflower-download", daemon=True)
                 self._threads.add(thread)
                 thread.start()
         return self._wanted
 
     def _mark_used(self, name: str) -> bool:
-        """Return whether a shard is cached. Update its modification time so that all processes evict others first."""
+        """Return whether a shard is cached. Update its modification time so that all processes evict other shards first."""
         path = self.folder / name
-        with suppress(OSError):  # another user's file, which keeps its time; or it is not cached
+        with suppress(OSError):  # the file belongs to another user or is not cached
             os.utime(path)
         return path.exists()
 
@@ -160,7 +160,7 @@ class Mirror:
                 self._download(name)
 
     def path(self, name: str) -> Path:
-        """Return the local file of a shard, after downloading it if needed. Raises ShardError if that fails."""
+        """Return the local file of a shard, downloading it first if needed. Raises ShardError if the download fails."""
         path = self.folder / name
         try:
             if not path.exists():
@@ -171,15 +171,15 @@ class Mirror:
         return path
 
     def _download(self, name: str, *, demanded: bool = False) -> None:
-        """Download a shard that is not cached. Of all threads and processes that want it, only one does.
+        """Download a shard unless it is cached. Only one thread of one process downloads a given shard.
 
-        demanded  a caller waits for it; otherwise it is skipped if it would evict a shard that is needed sooner.
+        demanded  Whether a caller waits for the shard. If not, it is skipped if it would evict a shard that is needed sooner.
         """
         shard, path = self._shards[name], self.folder / name
         with locked(path.with_name(f"{name}.lock"), self._files.stopped) as alone:
             if path.exists():
                 return
-            for left in self.folder.glob(f"{name}*.part") if alone else ():  # from a killed process
+            for left in self.folder.glob(f"{name}*.part") if alone else ():  # left by a killed process
                 left.unlink(missing_ok=True)
             part = partial_name(path)
             try:
@@ -190,14 +190,14 @@ class Mirror:
                         raise CancelledError
                     time.sleep(_POLL)
                 self._files.in_attempts(name, lambda: self._fill(part, shard))
-                # Locked, so that a process that adds up sizes sees it under one of its names.
+                # Rename under the lock, so that a process that adds up sizes counts the file exactly once.
                 with locked(self._cache / "room.lock", self._files.stopped):
                     part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
 
     def _fill(self, part: Path, shard: Shard) -> None:
-        """Download a whole shard into a file. Raises AttemptError if its checksum differs from the manifest."""
+        """Download an entire shard into a file. Raises AttemptError if its checksum does not match the manifest."""
         digest = hashlib.sha256()
         with part.open("r+b") as file:
             for piece in self._files.pieces(shard.name, shard.bytes):
@@ -208,10 +208,10 @@ class Mirror:
             raise AttemptError("its bytes do not match the manifest (checksum mismatch)")
 
     def _make_room(self, part: Path, shard: Shard, *, demanded: bool) -> bool:
-        """Reserve a shard's bytes for its partial file. Evicts the tars with the lowest priority to stay within the limit.
+        """Create the partial file of a shard at full size. Evict the tars with the lowest priority to stay within the limit.
 
-        Does nothing and returns False if other downloads take the room, or if a shard that is not demanded would evict one
-        that is needed sooner.
+        Does nothing and returns False if other downloads occupy the space, or if a shard that is not demanded would evict
+        one that is needed sooner.
         """
         with locked(self._cache / "room.lock", self._files.stopped):
             tars, downloading = self._tars()
@@ -228,17 +228,17 @@ class Mirror:
             if excess > 0 and downloading:
                 return False
             for path in evicted:
-                path.unlink(missing_ok=True)  # a process that has it open can still read it
+                path.unlink(missing_ok=True)  # a process that has the file open can still read it
             part.write_bytes(b"")
             os.truncate(part, shard.bytes)
             return True
 
     def _tars(self) -> tuple[list[_Tar], int]:
-        """Return the tars of all packs in the cache, and the bytes of unfinished downloads."""
+        """Return the tars of all packs in the cache, and the total size of unfinished downloads in bytes."""
         tars: list[_Tar] = []
         downloading = 0
         for path in (*self._cache.glob("*/*.tar"), *self._cache.glob("*/*.tar*.part")):
-            with suppress(FileNotFoundError):  # another process removed it
+            with suppress(FileNotFoundError):  # another process removed the file
                 status = path.stat()
                 if path.suffix == ".tar":
                     tars.append(_Tar(self._priority(path), status.st_mtime, status.st_size, path))
@@ -249,15 +249,15 @@ class Mirror:
         return tars, downloading
 
     def _priority(self, path: Path) -> int:
-        """Return 0 for tars that are not wanted, 1 for the previous window, and more the sooner a tar is read."""
-        ahead = self._ahead  # one read: the thread that requests batches replaces it
+        """Return 0 for a tar that is not needed, 1 for the previous window, and a higher value the sooner a tar is read."""
+        ahead = self._ahead  # read only once, because the thread that requests batches replaces it
         if path.parent != self.folder or path.name not in self._wanted:
             return 0
         return 1 + (len(ahead) - ahead.index(path.name) if path.name in ahead else 0)
 
 
 def _store(path: Path, data: bytes, url: str, load: Callable[[], _T]) -> _T:
-    """Write a file of the cache unless it already has this content, and load it. Delete it if it cannot be loaded."""
+    """Write a cache file unless it already has this content, then load it. Delete it if it cannot be loaded."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_bytes() != data:
@@ -277,7 +277,7 @@ def _unwritable(path: Path, error: OSError) -> FastflowerError:
 
 
 def _abandoned(part: Path) -> bool:
-    """Return whether no process writes to a partial file any more. Without locks, judge by the time of the last write."""
+    """Return whether no process writes to a partial file anymore. Without locks, judge by the time of the last write."""
     try:
         with locked(part.with_name(f"{part.name.partition('.tar')[0]}.tar.lock")) as exists:
             return exists or time.time() - part.stat().st_mtime > longest_silence()

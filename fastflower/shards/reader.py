@@ -1,4 +1,4 @@
-"""Reads single samples from WebDataset tar shards, by offset."""
+"""Reads individual samples from WebDataset tar shards by offset."""
 
 import errno
 import json
@@ -17,23 +17,23 @@ from fastflower.files import blame_the_system
 from fastflower.shards.manifest import Manifest
 from fastflower.shards.writer import BLOCK
 
-_MOST_OPEN = 256  # shards over all readers; systems allow a process 1,024 files, and other code needs some
+_MOST_OPEN = 256  # shards over all readers; systems often allow 1,024 open files per process, shared with other code
 _RESTORE = "restore the shard from a backup, or run fastflower pack again."
-_ATTEMPTS = 20  # to open a file, 10 ms apart: other threads may take the freed file handles
+_ATTEMPTS = 20  # to open a file, 10 ms apart; other threads may take the freed file descriptors
 
 
 class ShardReader:
     """Reads the samples of one split by index. Thread-safe.
 
-    Files are opened on first use. Their number over all readers is limited.
-    They are read, not mapped: a mapped file that is truncated kills the process, and its pages count as the process's memory.
+    Opens files on first use and limits the number of open files over all readers.
+    Reads files instead of memory-mapping them: truncating a mapped file kills the process, and mapped pages count as its memory.
 
-    strict  raise ShardError at construction if a shard is missing or its size differs from the manifest; otherwise only reading
-    a damaged sample raises SampleError.
-    fetch  called with a shard's name before its file is opened, to make sure that the file exists.
+    strict  Whether to raise ShardError at construction if a shard is missing or its size differs from the manifest. If not,
+    only reading a damaged sample raises SampleError.
+    fetch  Called with a shard's name before the file is opened, to ensure that the file exists.
     """
 
-    _open: ClassVar[dict[tuple[int, int], "_File"]] = {}  # by reader id and shard number
+    _open: ClassVar[dict[tuple[int, int], "_File"]] = {}  # keyed by reader id and shard number
 
     def __init__(
         self, manifest: Manifest, split: str, *, strict: bool = True, fetch: Callable[[str], object] | None = None
@@ -62,7 +62,7 @@ class ShardReader:
         return data
 
     def where(self, index: int) -> str:
-        """Return the shard, key and original path of a sample for messages, or its index if the shard cannot be read."""
+        """Describe a sample in messages: its shard, key and original path, or its index if the shard cannot be read."""
         row = self.index[index]
         shard, start = int(row["shard"]), int(row["offset"])
         place = str(self._paths[shard])
@@ -74,33 +74,33 @@ class ShardReader:
             return f"{place}: sample {index}"
 
     def path(self, index: int) -> str:
-        """Return the image's original path, relative to the packed folder, from the .json that follows the image."""
+        """Return the image's original path, relative to the packed folder, from the .json file that follows the image."""
         row = self.index[index]
         shard, header = int(row["shard"]), int(row["offset"]) + -(-int(row["size"]) // BLOCK) * BLOCK
         note = tarfile.TarInfo.frombuf(self._read(shard, header, BLOCK), "utf-8", "replace")
         return json.loads(self._read(shard, header + BLOCK, note.size))["filename"]
 
     def _read(self, shard: int, start: int, size: int) -> bytes:
-        """Read bytes of a shard. Returns fewer if the shard ends early."""
+        """Return `size` bytes of a shard from offset `start`, or fewer if the shard ends early."""
         key = (id(self), shard)
         file = ShardReader._open.get(key)
         if file is None:
             if len(ShardReader._open) >= min(_MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
                 ShardReader._open.clear()
-            file = ShardReader._open.setdefault(key, self._open_shard(shard))  # another thread may have been first
+            file = ShardReader._open.setdefault(key, self._open_shard(shard))  # another thread may have opened it
         return os.pread(file.number, size, start)
 
     def _open_shard(self, shard: int) -> "_File":
         path = self._paths[shard]
         while self._fetch is not None:
             self._fetch(path.name)
-            with suppress(FileNotFoundError):  # another process evicted it
+            with suppress(FileNotFoundError):  # another process evicted the shard
                 return self._open_in_attempts(path)
         return self._open_in_attempts(path)
 
     @classmethod
     def _open_in_attempts(cls, path: Path) -> "_File":
-        """Open a file. If the system refuses, close all open shards and try again."""
+        """Open a file. If no file descriptors are left, close all open shards and try again."""
         for _ in range(_ATTEMPTS - 1):
             try:
                 return _File(path)
@@ -112,7 +112,7 @@ class ShardReader:
         return _File(path)
 
     def close_all_but(self, names: Collection[str]) -> None:
-        """Close the files of all shards except these."""
+        """Close the files of all shards of this reader except these."""
         for key in list(ShardReader._open):
             if key[0] == id(self) and self._paths[key[1]].name not in names:
                 ShardReader._open.pop(key, None)
@@ -124,8 +124,8 @@ class ShardReader:
 class Paths(Sequence[str]):
     """The original path of every sample of a split, by index.
 
-    Each path is read from its shard when accessed. All paths of ten million samples would take a gigabyte, and minutes to read.
-    Pickling and `copy.deepcopy` give a tuple of all paths.
+    Each path is read from its shard on access: the paths of ten million samples would take a gigabyte, and minutes to read.
+    Pickling and `copy.deepcopy` produce a tuple of all paths.
     """
 
     def __init__(self, reader: ShardReader) -> None:
@@ -154,5 +154,5 @@ class _File:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        with suppress(AttributeError):  # opening it failed
+        with suppress(AttributeError):  # opening the file failed
             os.close(self.number)

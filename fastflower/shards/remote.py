@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 _PIECE = 4 << 20  # bytes per request; each piece is retried separately
 _TIMEOUT = 60.0  # seconds per piece
-_POLL = 0.05  # seconds between checks whether reading has been stopped
+_POLL = 0.05  # seconds between checks for `stop`
 _ATTEMPTS = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0  # seconds between attempts, doubling each time
 
@@ -40,10 +40,10 @@ class Remote:
     limit_bytes: int = 64 << 30
     """Cache limit in bytes.
 
-    Evicts the least recently used shards, never those of the previous, current and next window.
+    Evicts the least recently used shards, but never those of the previous, current or next window.
     """
     options: Mapping[str, object] = field(default_factory=dict[str, object])
-    """Arguments of the fsspec file system (storage_options), for example {"anon": True}."""
+    """Arguments for the fsspec file system (storage_options), for example {"anon": True}."""
 
 
 def remote(shards: str | Path | Remote) -> Remote | None:
@@ -55,7 +55,7 @@ def remote(shards: str | Path | Remote) -> Remote | None:
 
 
 def file_system(url: str, options: Mapping[str, object]) -> tuple[Any, str]:
-    """Return the fsspec file system (untyped) of a URL, and the path in it."""
+    """Return the fsspec file system (untyped) of a URL, and the URL's path in it."""
     from fsspec.core import url_to_fs  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 
     try:
@@ -68,11 +68,11 @@ def file_system(url: str, options: Mapping[str, object]) -> tuple[Any, str]:
 
 
 class AttemptError(Exception):
-    """An attempt to read failed, but another may succeed."""
+    """Raised if an attempt to read fails but another may succeed."""
 
 
 def longest_silence() -> float:
-    """Return the seconds after which a piece has arrived or all attempts have failed."""
+    """Return the maximum time in seconds until a piece has arrived or all attempts have failed."""
     return _ATTEMPTS * (_TIMEOUT + _LONGEST_PAUSE)
 
 
@@ -86,7 +86,7 @@ class RemoteFiles:
         self._stopped = False
 
     def stop(self) -> None:
-        """Stop all reading for good. Pending reads raise CancelledError."""
+        """Stop all reads permanently. Pending reads raise CancelledError."""
         self._stopped = True
         for request in tuple(self._requests):
             request.cancel()
@@ -96,7 +96,7 @@ class RemoteFiles:
         return self._stopped or getattr(threading, "_SHUTTING_DOWN", False)
 
     def read(self, name: str) -> bytes:
-        """Return a whole file. Raises ShardError if it cannot be read, CancelledError after `stop`."""
+        """Return the content of a file. Raises ShardError if it cannot be read, CancelledError after `stop`."""
         return self.in_attempts(name, lambda: self._attempt(name))
 
     def pieces(self, name: str, size: int) -> Iterator[bytes]:
@@ -105,9 +105,9 @@ class RemoteFiles:
             yield self.in_attempts(name, lambda start=start: self._attempt_piece(name, start, size))
 
     def in_attempts(self, name: str, attempt: Callable[[], _T]) -> _T:
-        """Return the result of `attempt`. Call it again, after a pause, while it raises AttemptError.
+        """Call `attempt` and return its result. If it raises AttemptError, pause and call it again.
 
-        name  the file, for messages. Raises ShardError after the last attempt, CancelledError after `stop`.
+        name  Name of the file, for messages. Raises ShardError after the last attempt, CancelledError after `stop`.
         """
         from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
@@ -138,14 +138,14 @@ class RemoteFiles:
         """Return the piece at `start` of a file of `size` bytes. Raises AttemptError if it is incomplete."""
         end = min(start + _PIECE, size)
         data = self._attempt(name, start, end)
-        if len(data) == size:  # the server does not support ranges
+        if len(data) == size:  # the server does not support range requests
             return data[start:end]
         if len(data) != end - start:
             raise AttemptError(f"received {len(data)} bytes instead of {end - start}")
         return data
 
     def _attempt(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Return bytes start .. end of a file. Raises AttemptError, or ShardError if another attempt would not help."""
+        """Return bytes start .. end-1 of a file. Raises AttemptError, or ShardError if retrying would not help."""
         try:
             return self._request(name, start, end)
         except FastflowerError:
@@ -158,10 +158,10 @@ class RemoteFiles:
             raise AttemptError(str(error) or type(error).__name__) from error
 
     def _request(self, name: str, start: int | None, end: int | None) -> bytes:
-        system, root = file_system(self.url, self._options)  # called each time: fsspec caches one per process
+        system, root = file_system(self.url, self._options)  # not stored: fsspec caches one file system per process
         if not system.async_impl:
             return system.cat_file(f"{root}/{name}", start=start, end=end)
-        timeout = _TIMEOUT if end is not None else 10 * _TIMEOUT  # a whole file
+        timeout = _TIMEOUT if end is not None else 10 * _TIMEOUT  # an entire file
         deadline = time.monotonic() + timeout
         coroutine = system._cat_file(f"{root}/{name}", start=start, end=end)
         request: Future[bytes] = asyncio.run_coroutine_threadsafe(coroutine, system.loop)
@@ -171,7 +171,7 @@ class RemoteFiles:
                 self._raise_if_stopped()
                 if time.monotonic() >= deadline:
                     raise OSError(f"timed out after {timeout:.0f} seconds")
-                with suppress(TimeoutError):  # no result yet; a client's own timeout is raised again below
+                with suppress(TimeoutError):  # no result yet; a timeout of the client is raised again below
                     request.result(_POLL)
             return request.result()
         finally:
@@ -179,7 +179,7 @@ class RemoteFiles:
             self._requests.discard(request)
 
     def _sleep(self, seconds: float) -> None:
-        """Sleep, or raise CancelledError after `stop`. Short naps, because nothing wakes a thread when the interpreter exits."""
+        """Sleep in short steps, because nothing wakes a thread at interpreter exit. Raises CancelledError after `stop`."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self._raise_if_stopped()

@@ -1,4 +1,4 @@
-"""Checks shards against their checksums and indexes, and rebuilds indexes and manifest from the tars."""
+"""Checks shards against their checksums and indexes, and rebuilds the indexes and the manifest from the tars."""
 
 import hashlib
 import json
@@ -43,18 +43,18 @@ class _Tar:
 
 
 def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
-    """Read every tar of a pack, decode every image, and compare with the manifest, checksums and indexes.
+    """Read every tar of a pack, decode every image, and check them against the manifest, checksums and indexes.
 
     Args:
-        shards: Folder that pack wrote.
-        repair: Rebuild indexes and manifest from intact tars. If the manifest is lost, its options and its lists of
-            skipped, duplicate and near-duplicate files cannot be rebuilt.
+        shards: Folder that `pack` wrote.
+        repair: Rebuild the indexes and the manifest from intact tars. If the manifest is lost, its options and its lists
+            of skipped, duplicate and near-duplicate files cannot be rebuilt.
 
-    Returns the problems that remain after the repair, one line each, beginning with the file. Raises ShardError if the
-    folder has no pack, an unfinished pack or a pack of a newer version, or if a rebuilt file cannot be written.
+    Returns the problems that remain after the repair, one line each, starting with the file. Raises ShardError if the
+    folder has no pack, an unfinished pack or a pack from a newer version, or if a rebuilt file cannot be written.
     """
     place = str(shards).removeprefix("file://")
-    require("://" not in place, "shards", "a local folder, not a URL; download the shards first", place)
+    require("://" not in place, "shards", "a local folder, not a URL (download the shards first)", place)
     folder = Path(place)
     manifest, distrust = _load_manifest(folder)
     trusted = None if distrust else manifest
@@ -63,7 +63,7 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
         raise ShardError(f"{folder}: has no shards; pass a folder that pack wrote (fastflower pack FOLDER).")
     read = _read_all([folder / name for group in names.values() for name in group])
     tars = {split: [read[name] for name in group] for split, group in names.items()}
-    files: dict[str, bytes | memoryview] = {}  # by name, the expected contents according to intact tars
+    files: dict[str, bytes | memoryview] = {}  # expected contents by name, from the intact tars
     for split, group in tars.items():
         _mark_changed(folder, trusted, split, group)
         intact = [tar for tar in group if not tar.problem]
@@ -76,7 +76,7 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     if not problems:
         try:
             derived = _derive_manifest(folder, manifest, tars, distrust)
-            if repair:  # also adds the checksums that the first version lacks
+            if repair:  # also adds the checksums that version 1 lacks
                 derived = replace(derived, version=FORMAT_VERSION)
             files[INFO] = derived.to_info().encode()
             files[FILE] = derived.to_json().encode("utf-8", "backslashreplace")
@@ -92,9 +92,9 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
 def _repair_or_report(
     folder: Path, files: dict[str, bytes | memoryview], manifest_problem: str, *, repair: bool
 ) -> list[str]:
-    """Rewrite each file with other contents than expected, or without `repair` return what is wrong with it.
+    """Rewrite each file that differs from its expected contents. Without `repair`, return the problems instead.
 
-    manifest_problem  what is wrong with the manifest, if its options and lists are kept all the same; else "".
+    manifest_problem  Problem of a damaged manifest that still supplies options and lists; otherwise "".
     """
     problems: list[str] = []
     for name, data in files.items():
@@ -112,12 +112,12 @@ def _repair_or_report(
             raise ShardError(f"{path}: {what}, then run fastflower verify {folder} --repair again.") from error
         _log.info("rebuilt %s", path)
         if kept:
-            _log.warning("%s: kept what the tars cannot confirm, such as options and skipped files", path)
+            _log.warning("%s: kept entries that the tars cannot confirm, such as options and skipped files", path)
     return problems
 
 
 def _load_manifest(folder: Path) -> tuple[Manifest | None, str]:
-    """Return the manifest, or None if it cannot be read, and why its list of shards cannot be trusted ("" if it can)."""
+    """Return the manifest (None if unreadable), and why its list of shards cannot be trusted ("" if it can be)."""
     path = folder / FILE
     try:
         manifest = Manifest.load(folder)
@@ -145,7 +145,7 @@ def _version(path: Path) -> int | None:
 
 
 def _tar_names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
-    """Return the names of the tars that should exist, by split: from the manifest, or from the existing files if it is None."""
+    """Return the names of the expected tars by split. Without a manifest, infer the names from the existing files."""
     if manifest:
         return {split: [shard.name for shard in described.shards] for split, described in manifest.splits.items()}
     try:
@@ -162,14 +162,14 @@ def _tar_names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
 
 
 def _read_all(paths: list[Path]) -> dict[str, _Tar]:
-    """Read the tars on one thread per core. Returns their contents by file name."""
-    with ThreadPoolExecutor(cores()) as pool:  # pool.map cancels queued reads when one raises
+    """Read the tars with one thread per core. Returns their contents by file name."""
+    with ThreadPoolExecutor(cores()) as pool:  # if a read raises, pool.map cancels the queued ones
         tars = tqdm(pool.map(_read, paths), total=len(paths), desc="verify", unit="shard", disable=None)
         return {tar.path.name: tar for tar in tars}
 
 
 def _read(path: Path) -> _Tar:
-    """Decode every sample and write it again to /dev/null. If the bytes are the same, the tar holds nothing else."""
+    """Decode every sample of a tar and rewrite it to /dev/null. If the bytes are identical, the tar contains nothing else."""
     tar = _Tar(path)
     key = "its first sample"
     try:
@@ -197,7 +197,7 @@ def _read(path: Path) -> _Tar:
 
 
 def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, int, bytes, str, str]]:
-    """Yield (key, label, image, original path, class) for each KEY.cls, KEY.jpg and KEY.json."""
+    """Yield (key, label, image, original path, class) for each sample (KEY.cls, KEY.jpg and KEY.json)."""
     members = iter(archive)
     for first in members:
         data: list[bytes] = []
@@ -208,16 +208,16 @@ def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, int, bytes, str, s
                 raise ValueError(f"{key}.{extension} is missing")
             data.append(file.read())
         if not data[0].isdigit():
-            raise ValueError(f"{key}.cls must hold a label, got {data[0][:20]!r}")
+            raise ValueError(f"{key}.cls must contain a label, got {data[0][:20]!r}")
         match json.loads(data[2]):
             case {"filename": str(source), "class": str(class_name)}:
                 yield key, int(data[0]), data[1], source, class_name
             case _:
-                raise ValueError(f"{key}.json must hold a filename and a class")
+                raise ValueError(f"{key}.json must contain a filename and a class")
 
 
 def _mark_changed(folder: Path, manifest: Manifest | None, split: str, group: list[_Tar]) -> None:
-    """Set each tar's problem if it differs from what was packed, according to the manifest or the stored index."""
+    """Set `problem` of each tar that has changed since it was packed, according to the manifest or the stored index."""
     stored = _stored_rows(folder, split)
     for number, tar in enumerate(group):
         if not tar.shard or tar.problem:
@@ -237,7 +237,7 @@ def _mark_changed(folder: Path, manifest: Manifest | None, split: str, group: li
 
 
 def _stored_rows(folder: Path, split: str) -> NDArray[np.void]:
-    """Return the rows of a split's index file, ignoring its header, or no rows if there is no file."""
+    """Return the rows of a split's index file, ignoring the header, or an empty array if there is no file."""
     empty = index_rows([])
     try:
         data = (folder / f"{split}.index.npy").read_bytes()[len(npy(empty)) :]
@@ -247,25 +247,25 @@ def _stored_rows(folder: Path, split: str) -> NDArray[np.void]:
 
 
 def _derive_manifest(folder: Path, manifest: Manifest | None, tars: dict[str, list[_Tar]], distrust: str) -> Manifest:
-    """Return the manifest that matches these tars. Raises ShardError if they do not determine it."""
+    """Return the manifest that matches these tars. Raises ShardError if the tars do not determine it."""
     old = manifest or Manifest(folder=folder, classes=(), splits={}, options={})
     labeled = sorted({pair for group in tars.values() for tar in group for pair in tar.classes})
     classes = list(old.classes)
     for label, name in labeled:
         if label > len(classes):
             raise ShardError(
-                f"{folder / FILE}: is lost, and no sample names class {len(classes)}; {_RESTORE_MANIFEST}."
+                f"{folder / FILE}: is lost, and no sample gives the name of class {len(classes)}; {_RESTORE_MANIFEST}."
             )
         classes[label : label + 1] = [name]
     if len(dict(labeled)) < len(labeled) or len(set(classes)) < len(classes):
         raise ShardError(
-            f"{folder / FILE}: is lost, and the tars disagree on which label is which class; {_RESTORE_MANIFEST}."
+            f"{folder / FILE}: is lost, and the tars disagree on the labels of the classes; {_RESTORE_MANIFEST}."
         )
     splits: dict[str, Split] = {}
     for split, group in tars.items():
         rows, stored = index_rows([tar.rows for tar in group]), _stored_rows(folder, split)
         if distrust and (len(stored) > len(rows) or (stored != rows[: len(stored)]).any()):
-            what = f"does not match the tars, and {FILE}, which could tell which is right, is lost"
+            what = f"does not match the tars, and {FILE}, which could show which of them is correct, is lost"
             raise ShardError(f"{folder / f'{split}.index.npy'}: {what}; {_RESTORE_MANIFEST}.")
         splits[split] = split_of([tar.shard for tar in group if tar.shard], rows, len(classes))
     packed = sum(int(tar.rows["size"].sum()) for group in tars.values() for tar in group)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from fastflower.shards.manifest import INDEX_DTYPE, Shard, Split
 
-BLOCK = 512  # bytes: tar's block size
-# A member's header without name and size. Owner 0, mode 644 and time 0 make the bytes depend on the contents alone.
+BLOCK = 512  # bytes; tar's block size
+# A member's header without name and size. With owner 0, mode 644 and time 0, the bytes depend only on the contents.
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 _REST_SUM = sum(_HEADER[156:])
 _ROW = struct.Struct("<IQIIiII")  # INDEX_DTYPE
@@ -24,7 +24,7 @@ _ROW = struct.Struct("<IQIIiII")  # INDEX_DTYPE
 class Samples:
     """Consecutive samples in tar format. Any thread can build them; ShardWriter.extend appends them.
 
-    Gives the bytes of Python's tarfile in USTAR format, which takes six times as long.
+    The bytes are the same as from Python's tarfile in USTAR format, which takes six times as long.
     """
 
     def __init__(self) -> None:
@@ -36,9 +36,9 @@ class Samples:
         self._bytes = 0
 
     def add(self, key: str, image: bytes, label: int, size: tuple[int, int], source: str, class_name: str) -> None:
-        """Add KEY.cls, KEY.jpg and KEY.json. size  (height, width) of the decoded image; source  its original path."""
+        """Add KEY.cls, KEY.jpg and KEY.json. size  (height, width) of the decoded image. source  Original path of the image."""
         # timm looks for the path under "filename".
-        # A name that is not UTF-8 has surrogates; backslashreplace writes them as JSON escapes.
+        # A name that is not valid UTF-8 contains surrogates; backslashreplace writes them as JSON escapes.
         note = json.dumps({"filename": source, "class": class_name}, ensure_ascii=False)
         files = (("cls", b"%d" % label), ("jpg", image), ("json", note.encode("utf-8", "backslashreplace")))
         members: list[tuple[str, int, int, str]] = []
@@ -68,19 +68,19 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:  # a tar ends with two empty blocks and fills records of twenty
+        if kind is None:  # a tar ends with two empty blocks and is padded to records of 20 blocks
             self._write(bytes(-(self._bytes + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK))
 
     def extend(self, samples: Samples) -> None:
-        """Append samples."""
+        """Append samples to the tar and its indexes."""
         start = self._bytes
         for offset, *row in samples.rows:
             self._rows += _ROW.pack(0, start + offset, *row)
         for members in samples.members:
-            # DALI's v1.2: extension, offset, size and name of each member (nvidia/dali/tools/wds2idx.py).
+            # DALI's index v1.2: extension, offset, size and name of each member (nvidia/dali/tools/wds2idx.py).
             line = [f"{extension} {start + offset} {size} {name}" for extension, offset, size, name in members]
             self._index += (" ".join(line) + "\n").encode()
-        self._write(b"".join(samples.pieces))  # in one piece, so that threads rarely wait for the GIL
+        self._write(b"".join(samples.pieces))  # in one call, so that threads rarely wait for the GIL
         self.samples += len(samples.rows)
 
     def _write(self, data: bytes) -> None:
@@ -94,11 +94,11 @@ class ShardWriter:
         return np.frombuffer(self._rows, INDEX_DTYPE)
 
     def dali_index_pieces(self) -> tuple[bytes, bytearray]:
-        """Return the content of the .idx file in two pieces. Joining them would double the memory for a million small files."""
+        """Return the content of the .idx file in two pieces. Joining these would double the memory for a million small files."""
         return b"v1.2 %d\n" % self.samples, self._index
 
     def shard(self, name: str) -> Shard:
-        """Return the manifest's entry for the finished tar, to be named `name`."""
+        """Return the manifest entry of the finished tar, which will be named `name`."""
         return Shard(name, self.samples, self._bytes, self._digest.hexdigest())
 
 
@@ -108,14 +108,14 @@ def _header(name: str, size: int) -> bytes:
 
 
 def index_rows(shards: Sequence[NDArray[np.void]]) -> NDArray[np.void]:
-    """Join the index rows of a split's shards, and number the shards from 0."""
+    """Concatenate the index rows of a split's shards, and number the shards from 0."""
     rows = np.concatenate([np.zeros(0, INDEX_DTYPE), *shards])
     rows["shard"] = np.repeat(np.arange(len(shards)), [len(shard) for shard in shards])
     return rows
 
 
 def split_of(shards: Sequence[Shard], rows: NDArray[np.void], num_classes: int) -> Split:
-    """Return the manifest's entry for a split with these shards and index rows."""
+    """Return the manifest entry of a split with these shards and index rows."""
     counts = np.bincount(rows["label"], minlength=num_classes).tolist()
     return Split(len(rows), tuple(counts), tuple(shards), hashlib.sha256(npy(rows)).hexdigest())
 

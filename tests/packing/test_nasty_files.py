@@ -140,7 +140,7 @@ def test_only_one_line_warnings_are_written_to_stderr(packed: Packed) -> None:
     warned = {item["path"] for item in Manifest.load(packed.out).warnings}
     assert warned >= ONLY_WARNED_OF
     assert odd == f"{packed.out}: decoded {len(warned)} images with warnings; see `warnings` in manifest.json"
-    assert re.fullmatch(r".*: skipped \d+ files; .*\n.*: split val has no images of .*", "\n".join(rest))
+    assert re.fullmatch(r".*: skipped \d+ files; .*\n.*: the val split has no images of .*", "\n".join(rest))
 
 
 def test_every_printed_line_is_readable(packed: Packed) -> None:

@@ -162,7 +162,7 @@ def test_a_second_pack_into_the_same_folder_is_refused(
         time.sleep(0.01)
     before = checksums(out)
     holder = rf"process {first.pid} on {re.escape(os.uname().nodename)}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
-    remedy = r"wait for it, or choose another folder with --out\."
+    remedy = r"wait for it to finish, or choose another folder with --out\."
     with pytest.raises(
         FolderError, match=rf"^{re.escape(str(out))}: another pack is writing here \({holder}\); {remedy}$"
     ):

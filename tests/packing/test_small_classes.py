@@ -71,7 +71,7 @@ def test_an_unusual_split_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
         pack(folder, tmp_path / f"out {folder.name} {options}", **options)
         return [message.rpartition("}: ")[2] for message in caplog.messages]
 
-    nothing = "has no images in split 'val', so training on it validates nothing; "
+    nothing = "has no images in split 'val', so training on these shards has nothing to validate on; "
     spare = "no class can spare an image: add images, or pack a folder with its own split"
     assert logged(drawn(tmp_path / "single", a=1, b=1)) == [nothing + spare]
     copies = drawn(tmp_path / "copies", a=1, b=1)
@@ -82,9 +82,9 @@ def test_an_unusual_split_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
     beside = "add a val folder next to train, or pack only the train folder to split it into train and val"
     splits = drawn(tmp_path / "splits", **{"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
     assert logged(splits) == [nothing + beside]
-    why = "each class with two or more images gives at least one, and copies stay together"
+    why = "each class with two or more images contributes at least one, and copies stay together"
     pairs = drawn(tmp_path / "pairs", a=2, b=2, c=2)
-    assert logged(pairs) == [f"split val holds 50% of the images, more than val_fraction 0.2: {why}"]
+    assert logged(pairs) == [f"the val split holds 50% of the images, more than val_fraction 0.2: {why}"]
     assert logged(pairs, val_fraction=0.5) == logged(pairs, val_fraction=0) == []
 
 

@@ -343,7 +343,7 @@ def test_a_decompression_bomb_is_rejected_before_it_is_decoded() -> None:
 def test_a_side_too_long_for_jpeg_is_rejected_unless_max_side_shrinks_it() -> None:
     data = encode(Image.new("RGB", (70_000, 2)), "PNG")
     with pytest.raises(
-        SampleError, match=r"^has 70000 x 2 pixels, but a JPEG file has at most 65500 per side; set max_side$"
+        SampleError, match=r"^has 70000 x 2 pixels, but JPEG allows at most 65500 per side; set max_side$"
     ):
         unchanged(data)
     assert prepare(data, max_side=1000, quality=None).size == (1, 1000)

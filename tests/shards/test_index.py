@@ -174,7 +174,7 @@ def test_counts_in_the_manifest_are_checked_too(old: Path, values: dict[str, Any
     (old / "manifest.json").write_text(replace(manifest, splits={**manifest.splits, "train": train}).to_json())
     messages = (
         r"has \d+ samples of class",
-        "cannot be checked: the manifest counts samples of 2 classes",
+        "cannot be checked: the manifest has counts for 2 classes",
         r"has shape \(22,\)",
     )
     with pytest.raises(ShardError, match=rf"train\.index\.npy: ({'|'.join(messages)})"):
@@ -276,7 +276,7 @@ def test_a_changed_manifest_is_reported_and_a_repair_keeps_its_options_and_lists
     caplog.clear()
     assert verify(out, repair=True) == verify(out) == []
     assert Manifest.load(out) == changed
-    kept = "kept what the tars cannot confirm, such as options and skipped files"
+    kept = "kept entries that the tars cannot confirm, such as options and skipped files"
     assert caplog.messages[-1] == f"{out / 'manifest.json'}: {kept}"
 
 

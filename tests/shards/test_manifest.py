@@ -118,7 +118,8 @@ def test_another_format_is_rejected(tmp_path: Path, key: str, value: Any) -> Non
     is_now = {"format": "fastflower", "version": 2, key: value}
     text = (
         f"{tmp_path / 'manifest.json'}: has format {is_now['format']} version {is_now['version']}, "
-        f"but this fastflower reads format fastflower versions 1 to 2; restore it from a backup, or run fastflower pack again."
+        f"but this fastflower only reads format fastflower, versions 1 to 2; "
+        f"restore it from a backup, or run fastflower pack again."
     )
     with pytest.raises(ShardError, match=exactly(text)):
         Manifest.load(write_changed(tmp_path, lambda values: values.update({key: value})))
@@ -127,7 +128,7 @@ def test_another_format_is_rejected(tmp_path: Path, key: str, value: Any) -> Non
 def test_a_newer_format_version_asks_for_a_newer_fastflower(tmp_path: Path) -> None:
     text = (
         f"{tmp_path / 'manifest.json'}: has format version 3, written by a newer fastflower, but this one reads versions 1 "
-        f"to 2; upgrade it (pip install --upgrade fastflower)."
+        f"to 2; upgrade fastflower (pip install --upgrade fastflower)."
     )
     with pytest.raises(ShardError, match=exactly(text)):
         Manifest.load(write_changed(tmp_path, lambda values: values.update(version=3)))

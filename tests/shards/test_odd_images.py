@@ -272,7 +272,7 @@ def test_images_with_next_to_no_contrast_get_a_warning(tmp_path: Path) -> None:
     (folder / "b/detector.png").write_bytes(encode(Image.fromarray((LEVELS * 16).astype(np.uint16)), "PNG"))
     (folder / "b/blank.png").write_bytes(encode(Image.new("RGB", (9, 9), (77, 77, 77)), "PNG"))
     (folder / "b/blank.jpg").write_bytes(encode(Image.new("L", (9, 9), 77), "JPEG"))
-    flat = "has next to no contrast: its gray levels range from {} (of 0 to 255)"
+    flat = "has almost no contrast: its gray levels range from {} (out of 0 to 255)"
     assert pack(folder, tmp_path / "out").warnings == (
         {"path": "a/microscopy.tif", "warning": flat.format("1 to 2")},
         {"path": "b/blank.jpg", "warning": flat.format("77 to 77")},

@@ -38,7 +38,7 @@ NO_MANIFEST = (
     f"has no {MANIFEST}, so it is not a finished pack; pass a folder that pack wrote (fastflower pack FOLDER)."
 )
 RESTORE_MANIFEST = "restore manifest.json from a backup, or run fastflower pack again."
-NO_TRUTH = f"does not match the tars, and manifest.json, which could tell which is right, is lost; {RESTORE_MANIFEST}"
+NO_TRUTH = f"does not match the tars, and manifest.json, which could show which of them is correct, is lost; {RESTORE_MANIFEST}"
 
 # Neither tars nor indexes contain this, so a manifest that is rebuilt without the old one lacks it.
 LISTS = ("skipped", "duplicates", "label_conflicts", "near_duplicates")
@@ -159,10 +159,10 @@ TAR_DAMAGE: dict[str, tuple[Change, str]] = {
     "not an image": (inside("0.jpg"), r"is damaged at or after {0} \(is not an image\); .*"),
     "a later file is not an image": (inside("2.jpg"), r"is damaged at or after {2} \(is not an image\); .*"),
     "another label": (inside("0.cls"), re.escape(WRONG_SHARD)),
-    "not a label": (inside("0.cls", bit=6), damaged_at(r"\S+\.cls must hold a label, got b'.'")),
+    "not a label": (inside("0.cls", bit=6), damaged_at(r"\S+\.cls must contain a label, got b'.'")),
     "the path in the .json": (inside("0.json", 15), re.escape(WRONG_SHARD)),
     "not JSON": (inside("0.json"), damaged_at("Expecting value: .*")),
-    "a key of the .json": (inside("0.json", 3), damaged_at(r"\S+\.json must hold a filename and a class")),
+    "a key of the .json": (inside("0.json", 3), damaged_at(r"\S+\.json must contain a filename and a class")),
     "the first header": (inside("0.cls", -512), damaged_at("bad checksum")),
     "an image's header": (inside("0.jpg", -512), damaged_at(r"\S+\.jpg is missing")),
     "the header of a later sample": (inside("1.cls", -512), re.escape(OUTSIDE)),
@@ -302,7 +302,7 @@ def test_a_lost_manifest_is_rebuilt_except_for_what_only_it_contains(few: Path, 
 
 
 CHANGED = f"the image of {{}} has changed since it was packed; {RESTORE}"
-AMBIGUOUS = f"{MANIFEST}: is lost, and the tars disagree on which label is which class; {RESTORE_MANIFEST}"
+AMBIGUOUS = f"{MANIFEST}: is lost, and the tars disagree on the labels of the classes; {RESTORE_MANIFEST}"
 MORE_DAMAGE: dict[str, tuple[str, Change, list[str]]] = {
     "an image": (FIRST, last_pixels(0), [f"{FIRST}: {CHANGED}", NO_MANIFEST]),
     "a tar": (FIRST, delete, [f"{FIRST}: {LOST_TAR}", NO_MANIFEST]),
@@ -338,7 +338,7 @@ def test_a_lost_manifest_needs_a_sample_of_every_class(data: Path, tmp_path: Pat
         samples.add(f"key-{label}", image, label, (24, 24), f"{label}/x.jpg", f"class {label}")
     with (tmp_path / FIRST).open("wb") as file, ShardWriter(file) as writer:
         writer.extend(samples)
-    text = f"{MANIFEST}: is lost, and no sample names class {unknown}; {RESTORE_MANIFEST}"
+    text = f"{MANIFEST}: is lost, and no sample gives the name of class {unknown}; {RESTORE_MANIFEST}"
     assert problems(tmp_path) == problems(tmp_path, repair=True) == [text]
     assert [path.name for path in tmp_path.iterdir()] == [FIRST]
 
@@ -352,7 +352,7 @@ def assert_rejected(folder: Path, text: str) -> None:
 def test_a_folder_without_a_repairable_pack_is_rejected_and_left_alone(copy: Path, tmp_path: Path) -> None:
     damage(copy / IDX, delete)
     damage(copy / MANIFEST, replaced(b'"version": 2', b'"version": 3'))
-    upgrade = "but this one reads versions 1 to 2; upgrade it (pip install --upgrade fastflower)."
+    upgrade = "but this one reads versions 1 to 2; upgrade fastflower (pip install --upgrade fastflower)."
     assert_rejected(copy, f"{copy / MANIFEST}: has format version 3, written by a newer fastflower, {upgrade}")
     damage(copy / MANIFEST, delete)
     (tmp_path / "copy/.packing").mkdir()  # the last tars may not be in place yet

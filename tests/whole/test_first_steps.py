@@ -64,7 +64,7 @@ def test_skipped_files_and_classes_without_validation_images_are_logged(
     ]
     assert caplog.messages == [
         f"{tmp_path / 'out'}: skipped 2 files; see `skipped` in manifest.json for the reasons",
-        f"{tmp_path / 'out'}: split val has no images of 'b': these classes will not be evaluated",
+        f"{tmp_path / 'out'}: the val split has no images of 'b': these classes will not be evaluated",
     ]
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert verify(tmp_path / "out") == []
@@ -102,7 +102,7 @@ def test_folders_that_are_no_pack_get_different_messages(
 
 
 def test_verify_takes_no_address(shards: Path) -> None:
-    rule = "shards must be a local folder, not a URL; download the shards first, got 's3://bucket/a'."
+    rule = "shards must be a local folder, not a URL (download the shards first), got 's3://bucket/a'."
     with pytest.raises(ArgumentError, match=exactly(rule)):
         verify("s3://bucket/a")
     assert verify(f"file://{shards}") == []
