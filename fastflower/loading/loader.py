@@ -60,7 +60,7 @@ class Loader(IterableDataset[Batch]):
         augment: Distribution of random augmentations. None (the default) means `Augment()`, the validation view.
         seed: Random seed for the order and the augmentation (default 0).
         device: Device for the batches. None (the default) means CUDA if it is available, otherwise the CPU.
-        dtype: Data type of the images: torch.float32 (the default), bfloat16, float16 or uint8. uint8 images are not
+        dtype: Data type of the images: torch.float32 (the default), bfloat16, float16 or uint8. Images in uint8 are not
             normalized.
         cache: Memory for decoded images. "auto" (the default) caches all images if they fit in half of the free RAM (with
             CUDA, half of the free GPU memory), otherwise none. A number of bytes caches as many images as fit. None

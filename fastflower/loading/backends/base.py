@@ -106,7 +106,7 @@ class Backend(ABC, Generic[AnyWork, Kept]):
             while started:
                 yield _waited_for(*started.popleft())
         finally:
-            started.clear()  # otherwise an error's traceback would keep other threads' errors alive
+            started.clear()  # otherwise an error's traceback would keep other threads' errors and all they refer to alive
 
     def _prepare(self, work: AnyWork, rows: Sequence[int]) -> None:
         # The manifest lists these warnings. libjpeg would repeat them every epoch, without file names.

@@ -154,7 +154,7 @@ class DaliBackend(Backend[_Reading, None]):
             for index in request.indices.tolist():  # raises an error that names the sample; DALI's may not
                 self.samples.decode(index)
             raise SampleError(
-                f"DALI failed on a batch, but all of its samples decode on the CPU; pass another backend: {error}"
+                f"DALI failed on a batch, but all of its samples decode on the CPU; pass another backend. DALI reports: {error}"
             ) from error
         return images.as_tensor()
 

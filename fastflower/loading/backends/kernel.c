@@ -68,7 +68,7 @@ static void blur(const Numbers *numbers, uint8_t *out, int16_t *row)
     for (int axis = 0; axis < 2; axis++) {
         reach[axis] = 0;
         for (int k = 0; k < TAPS; k++) {
-            weights[axis][k] = weight(numbers->blur[axis][k] * (k ? 2 : 1)); /* applied to the mean of two pixels, except at the center */
+            weights[axis][k] = weight(numbers->blur[axis][k] * (k ? 2 : 1)); /* for the mean of two pixels, except at the center */
             if (numbers->blur[axis][k] != 0) reach[axis] = k;
         }
     }
@@ -193,7 +193,8 @@ static inline Pixels interpolate(const Source source, __m256 x, __m256 y)
 /* Map column 0 of row i with one row of a matrix, then add `more`. */
 static inline __m256 start(const float *matrix, int i, float more) { return _mm256_set1_ps((float)((double)matrix[1] * i + matrix[2] + more)); }
 
-/* How much of each output pixel lies inside a frame of `size`: 1, falling to 0 over one pixel at the edges. `place` is the position plus 1. */
+/* How much of each output pixel lies inside a frame of `size`: 1, falling to 0 over one pixel at the edges.
+ * `place` is the position plus 1. */
 static inline __m256 inside(__m256 place, float size)
 {
     const __m256 nearer = _mm256_min_ps(place, _mm256_sub_ps(_mm256_set1_ps(size + 1), place));
@@ -205,7 +206,7 @@ static inline __m256 luma(Pixels p) /* ITU-R BT.601 */
     return _mm256_fmadd_ps(p.r, _mm256_set1_ps(0.299f), _mm256_fmadd_ps(p.g, _mm256_set1_ps(0.587f), _mm256_mul_ps(p.b, _mm256_set1_ps(0.114f))));
 }
 
-/* Warp and apply brightness into `planes`: eight R, eight G, eight B values at a time. Return the mean gray, used for contrast. */
+/* Warp and apply brightness into `planes`: eight R, eight G, eight B values at a time. Return the mean gray. */
 static float warp(const Numbers *numbers, const Output *output, const Source source, float *planes)
 {
     const int width = output->width;

@@ -51,7 +51,7 @@ def choose(
 def create(
     wanted: Name | None, augment: Augment, samples: SampleSource, setup: Setup, cache: Cache = None, *, seed: int = 0
 ) -> AnyBackend:
-    """Create the wanted backend, or if None, the one that suits the device and the cache.
+    """Create the wanted backend, or the one that suits the device and the cache if `wanted` is None.
 
     seed  Random seed of the draws, used to estimate the memory for decoded images. Raises ArgumentError like `choose`.
     """
