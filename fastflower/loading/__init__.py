@@ -1,4 +1,4 @@
-"""Data loading: from shards and an `Augment` to batches on the device, in the order of the epoch.
+"""Data loading: turns shards and an `Augment` into batches on the device, in epoch order.
 
 Start with `loader`, then `request`. The `backends` decode and render the images.
 """

@@ -1,4 +1,4 @@
-"""The cache of decoded images in RAM, and the memory budget of caches in RAM or on a GPU."""
+"""The RAM cache of decoded images, and the memory budgets of caches in RAM or on a GPU."""
 
 import gc
 import logging
@@ -20,7 +20,7 @@ _log = logging.getLogger("fastflower")
 
 Cache = Literal["auto"] | int | None
 
-_SHARE = 0.5  # of the memory that is free and not reserved by other loaders
+_SHARE = 0.5  # fraction of the memory that is free and not reserved by other loaders
 
 
 def free_bytes(device: torch.device) -> int:
@@ -29,26 +29,26 @@ def free_bytes(device: torch.device) -> int:
 
 
 class Decoded(NamedTuple):
-    """Memory for the decoded images of a split, in bytes at three bytes per pixel."""
+    """Memory needed for the decoded images of a split, at three bytes per pixel."""
 
     needed: int
-    """Bytes at the decode scales that are drawn."""
+    """Bytes if each image is kept at the decode scales that are drawn for it."""
     most: int
-    """Bytes at all decode scales."""
+    """Bytes if each image is kept at all decode scales."""
 
 
 def decoded_bytes(sizes_N2: Integers, augment: Augment, seed: int) -> Decoded:
-    """Return the memory for decoded images of these sizes.
+    """Return the memory needed for decoded images of these sizes.
 
-    If some are large enough to be decoded at reduced scale, `needed` is an estimate from four epochs of 256 images.
+    If some images are large enough to be decoded at a reduced scale, `needed` is estimated from four epochs of 256 images.
     """
     whole = 3 * int(sizes_N2.prod(axis=1).sum())
-    most = whole * 4 // 3  # a half, a quarter and an eighth of each side are less than a third more
+    most = whole * 4 // 3  # decode scales 2, 4 and 8 add less than a third: 1/4 + 1/16 + 1/64
     if int(sizes_N2.max()) < 4 * min(augment.output_size):  # always decoded at full scale
         return Decoded(whole, most)
     rows = np.linspace(0, len(sizes_N2) - 1, min(len(sizes_N2), 256)).astype(np.int64)
     areas = sizes_N2[rows].prod(axis=1)
-    kept = np.zeros((len(rows), 9))  # pixels by decode scale
+    kept = np.zeros((len(rows), 9))  # pixels per image and decode scale
     for epoch in range(4):
         draw = augment.draw(seed, epoch, rows, sizes_N2[rows])
         scale = decode_scales(draw.warp(sizes_N2[rows], augment.fill).footprint)
@@ -57,7 +57,7 @@ def decoded_bytes(sizes_N2: Integers, augment: Augment, seed: int) -> Decoded:
 
 
 class Allowance:
-    """Cache budget of one loader on a device. Bytes it has not used yet stay reserved for it. Thread-safe."""
+    """Cache budget of one loader on a device. Unused bytes stay reserved for the loader. Thread-safe."""
 
     _all: ClassVar[WeakSet["Allowance"]] = WeakSet()
 
@@ -68,7 +68,7 @@ class Allowance:
         Allowance._all.add(self)
 
     def take(self, count: int) -> bool:
-        """Use `count` bytes of the budget, and return whether they were available."""
+        """Take `count` bytes from the budget if available, and return whether they were."""
         with self._lock:
             if count > self.left:
                 return False
@@ -77,7 +77,7 @@ class Allowance:
 
     @staticmethod
     def reserved(device: torch.device) -> int:
-        """Return the bytes reserved on a device by all loaders of this process."""
+        """Return the number of bytes reserved on a device by all loaders of this process."""
         return sum(other.left for other in list(Allowance._all) if other.device == device)
 
 
@@ -89,8 +89,8 @@ def _unreserved(device: torch.device) -> int:
 def allow(cache: Cache, decoded: Decoded, device: torch.device) -> Allowance:
     """Return the cache budget of a loader on a device.
 
-    For "auto", that is half of the free memory that no other loader has reserved, or 0 if the images do not fit; the
-    choice is logged. Raises ArgumentError for an invalid `cache`.
+    With "auto", the budget is half of the free memory that no other loader has reserved, or 0 if the images do not fit;
+    the choice is logged. Raises ArgumentError if `cache` is invalid.
     """
     if cache is None or (isinstance(cache, int) and cache >= 0):
         return Allowance(device, min(cache or 0, decoded.most))
@@ -99,11 +99,11 @@ def allow(cache: Cache, decoded: Decoded, device: torch.device) -> Allowance:
     free = _unreserved(device)
     if decoded.needed > _SHARE * free:  # unused loaders may still reserve memory
         gc.collect()
-        torch.cuda.empty_cache()  # else torch keeps the memory of their images
+        torch.cuda.empty_cache()  # otherwise torch keeps the memory of their images
         free = _unreserved(device)
     fits = decoded.needed <= _SHARE * free
     _log.info(
-        "cache: %.2f GB decoded, %.1f GB of %s free: %s",
+        "cache: decoded images need %.2f GB, and %.1f GB of %s is free: %s",
         decoded.needed / 1e9,
         free / 1e9,
         "GPU memory" if device.type == "cuda" else "RAM",
@@ -121,7 +121,7 @@ class PixelCache:
         self._lock = Lock()
 
     def decode(self, index: int, decode_scale: int = 1) -> Pixels:
-        """Return an image as `SampleSource.decode` does, from the cache if possible. Do not write to it."""
+        """Return an image like `SampleSource.decode`, from the cache if possible. Do not modify the image."""
         key = (index, decode_scale)
         cached = self._cached.get(key)
         if cached is not None:

@@ -1,4 +1,4 @@
-"""The `Loader`, which yields batches: order, read, decode, warp, color."""
+"""The `Loader`: orders, reads, decodes and augments samples, and yields them in batches."""
 
 import hashlib
 import logging
@@ -39,51 +39,51 @@ from fastflower.shards.remote import Remote, remote
 
 _log = logging.getLogger("fastflower")
 
-_REMOTE_WINDOW = 8  # shards: half a gigabyte at the packer's 64 MB, about ten thousand images
-_DRAWN_TOGETHER = 1024  # samples: enough to outweigh the overhead of numpy's calls
+_REMOTE_WINDOW = 8  # shards: half a gigabyte at the packer's 64 MB per shard, or about ten thousand images
+_DRAWN_TOGETHER = 1024  # samples: enough to outweigh the overhead of numpy calls
 _BATCHES_AHEAD = 8  # batches that the host may run ahead of the GPU: about 30 ms at 4 ms per step
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
 class Loader(IterableDataset[Batch]):
-    """Iterates over batches of packed shards, one epoch per `for` loop.
+    """Iterates over packed shards in batches, one epoch per `for` loop.
 
     Each `for` starts the next epoch, even after a `break`. The order and the augmentation depend only on the seed and
-    the epoch. Unless it is padded or balanced, an epoch yields every sample at most once, and exactly once if the tail
-    is kept.
+    the epoch. Unless the tail is padded or the order is balanced, an epoch yields every sample at most once, and exactly
+    once if the tail is kept.
 
     Args:
-        shards: Folder written by `pack`, an address such as s3://bucket/shards, or a `fastflower.shards.remote.Remote`.
+        shards: Folder written by `pack`, a URL such as s3://bucket/shards, or a `fastflower.shards.remote.Remote`.
             Remote shards are prefetched into a bounded cache on disk.
         split: Split to read, for example "train" (the default) or "val".
-        batch_size: Samples per step on this rank (default 64). The global batch size is batch_size * world_size.
+        batch_size: Number of samples per step on this rank (default 64). The global batch size is batch_size * world_size.
         augment: Distribution of random augmentations. None (the default) means `Augment()`, the validation view.
-        seed: Random seed of the order and of the augmentation (default 0).
-        device: Device that holds the batches. None (the default) means CUDA if it is available, else the CPU.
-        dtype: Data type of the images: torch.float32 (the default), bfloat16, float16, or uint8, which is not
+        seed: Random seed for the order and the augmentation (default 0).
+        device: Device for the batches. None (the default) means CUDA if it is available, otherwise the CPU.
+        dtype: Data type of the images: torch.float32 (the default), bfloat16, float16 or uint8. Images in uint8 are not
             normalized.
-        cache: Memory for decoded images. "auto" (the default) caches all images if they fit in half of the free RAM, or
-            of the free GPU memory with CUDA, else none. A number of bytes caches as many images as fit. None disables
-            the cache.
-        rank, world_size: Rank of this process and number of ranks; pass both or neither. Default to those of
-            torch.distributed if it is initialized, else to 0 and 1.
+        cache: Memory for decoded images. "auto" (the default) caches all images if they fit in half of the free RAM (with
+            CUDA, half of the free GPU memory), otherwise none. A number of bytes caches as many images as fit. None
+            disables the cache.
+        rank, world_size: Rank of this process and number of ranks; pass both or neither. They default to the values of
+            torch.distributed if it is initialized, otherwise to 0 and 1.
         shuffle: Whether to shuffle the samples. None (the default) shuffles "train" only. "balanced" draws all classes
-            equally often; an epoch then repeats samples of small classes and skips samples of large ones.
+            equally often; each epoch then repeats samples of small classes and skips samples of large ones.
         window: Number of shards that a shuffled epoch reads at a time, shuffling their samples together. None (the
-            default) means all shards, or 8 if they are remote. Set it if storage is slow at random access, or if the
-            shards do not fit in the page cache.
-        tail: What to do with the samples that do not fill a global batch. "drop" (the default if shuffled) skips them.
-            "keep" (the default otherwise) splits them unevenly over the ranks; a rank without any has one step less.
-            "pad" fills the batch with the first samples of the epoch.
+            default) means all shards, or 8 if they are remote. Set a window if storage is slow at random access, or if
+            the shards do not fit in the page cache.
+        tail: What to do with the last samples if they do not fill a global batch. "drop" (the default if shuffled) skips
+            them. "keep" (the default otherwise) splits them unevenly over the ranks; a rank that gets none has one fewer
+            step. "pad" fills the batch with the first samples of the epoch.
         on_bad: What to do with a damaged sample. "fail" (the default) raises a SampleError. "skip" replaces it with the
-            next sample of the index, logs it once and adds it to `replaced`.
-        backend: What renders the batches. With CUDA, "triton" (the default if images are cached) renders from GPU
+            next sample in the index, logs the error once and adds it to `replaced`.
+        backend: Backend that renders the batches. With CUDA, "triton" (the default if images are cached) renders from GPU
             memory, and "dali" (the default otherwise) decodes on the GPU in every epoch. "native" and "opencv" render
-            on the CPU; without CUDA the default is "native" if the processor has AVX2, else "opencv". All backends draw
+            on the CPU; without CUDA, "native" is the default if the processor has AVX2, otherwise "opencv". All backends draw
             the same numbers; their pixels differ by one or two gray levels.
-        workers: Number of threads. Defaults to one more than the cores of this rank, so that no core is idle while a
-            thread waits for the GIL. Ranks on one machine share its cores.
-        executor: Deprecated name of `backend`.
+        workers: Number of threads. Defaults to the number of cores of this rank plus one, so that no core is idle while a
+            thread waits for the GIL. Ranks on the same machine share its cores.
+        executor: Deprecated alias for `backend`.
 
     Raises ShardError if shards are missing or damaged, ArgumentError if an argument is invalid, and DeviceError if CUDA
     is requested but not available.
@@ -125,7 +125,7 @@ class Loader(IterableDataset[Batch]):
         self.device, self.dtype = resolve_device(device), dtype or torch.float32
         self.cache, self.workers = cache, workers or cores() + 1
         backend = _backend_of(backend, executor)
-        # As passed, because None may resolve differently in the process that unpickles this loader.
+        # Kept as passed, because None may resolve differently in the process that unpickles this loader.
         self._passed = {"device": device, "workers": workers, "backend": backend}
         self.rank, self.world_size = distributed.place(rank, world_size)
         self.shuffle: Shuffle = split == "train" if shuffle is None else shuffle
@@ -147,13 +147,13 @@ class Loader(IterableDataset[Batch]):
         self._num_steps = num_steps(self.num_samples, self.global_batch_size, drop_tail=self.tail == "drop")
         self._check_steps()
         self.replaced = self._samples.replaced
-        """What is wrong with each damaged sample, by index."""
+        """Error message for each damaged sample, by index."""
         setup = Setup(self.device, self.dtype, batch_size, self.workers)
         self._backend = create(backend, self.augment, self._samples, setup, cache, seed=seed)
 
         self._images = 0
         self._next = (0, 0)  # (epoch, step) at which the next `for` starts
-        self._restored = False  # whether load_state_dict set it
+        self._restored = False  # whether load_state_dict set `_next`
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
 
     def _check(self, workers: int | None) -> None:
@@ -166,39 +166,40 @@ class Loader(IterableDataset[Batch]):
         require(self.dtype in _DTYPES, "dtype", f"one of {', '.join(map(str, _DTYPES))}", self.dtype)
         if self.shuffle == "balanced" and self.window is not None:
             raise ArgumentError(
-                "window must be None with shuffle='balanced', which reads all shards; leave it out, and pass a local folder."
+                "window must be None with shuffle='balanced', which reads all shards; leave window out, and pass a local folder."
             )
 
     def _check_mix(self, augment: Augment) -> None:
         mixes = augment.mixup or augment.cutmix
         if mixes and (self.batch_size % 2 or self.tail == "keep" or self.dtype == torch.uint8):
             raise ArgumentError(
-                "augment: mixup and cutmix mix pairs of a batch, so they need an even batch_size, tail 'drop' or 'pad', and "
-                f"a floating-point dtype; got {self.batch_size}, {self.tail!r} and {self.dtype}."
+                "augment: mixup and cutmix pair the samples within a batch, so they require an even batch_size, tail='drop' or "
+                f"'pad', and a floating-point dtype; got {self.batch_size}, {self.tail!r} and {self.dtype}."
             )
 
     def _check_steps(self) -> None:
         if not self._num_steps and self.tail == "drop":
             raise ArgumentError(
-                f"batch_size: {self.global_batch_size} over all ranks exceeds the {self.num_samples} samples of split "
-                f"{self.split!r}, so an epoch would have no steps; lower it (--batch-size), or pass tail='keep' to Loader."
+                f"batch_size: the global batch of {self.global_batch_size} samples exceeds the {self.num_samples} samples of "
+                f"split {self.split!r}, so an epoch would have no steps; lower batch_size (--batch-size), "
+                f"or pass tail='keep' to Loader."
             )
         if self.shuffle == "balanced":
             _log.info("shuffle: drawing all classes equally often; an epoch repeats some samples and skips others")
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle the arguments and the position; cached images stay behind."""
+        """Pickle the arguments and the position, but not the cached images."""
         names = signature(Loader.__init__).parameters.keys() - {"self", "executor"}
         arguments = {name: getattr(self, name) for name in names} | self._passed
         position = {"_next": self._next, "_position": self._position, "_restored": self._restored}
         return partial(type(self), **arguments), (), position
 
     def image(self, index: int) -> Pixels:
-        """Return the whole decoded image of a sample, (H, W, 3) RGB. Do not write to it."""
+        """Return the entire decoded image of a sample, (H, W, 3) RGB. Do not modify the image."""
         return self._samples.decode(index)
 
     def where(self, index: int) -> str:
-        """Return the shard, key and original path of a sample for messages."""
+        """Return the shard, key and original path of a sample, for use in messages."""
         return self._samples.where(index)
 
     def path_of(self, index: int) -> str:
@@ -207,7 +208,7 @@ class Loader(IterableDataset[Batch]):
 
     @property
     def paths(self) -> Paths:
-        """Original path of every sample, by index."""
+        """Original paths of all samples, by index."""
         return Paths(self._reader)
 
     @property
@@ -226,7 +227,7 @@ class Loader(IterableDataset[Batch]):
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        """Return the number of steps in an epoch: one less on a rank that gets no sample of a kept tail."""
+        """Return the number of steps per epoch: one fewer on a rank that gets no sample of a kept tail."""
         last_is_empty = self.tail == "keep" and not len(self._positions(self._num_steps - 1))
         return self._num_steps - last_is_empty
 
@@ -241,7 +242,7 @@ class Loader(IterableDataset[Batch]):
         return self._batches()
 
     def _batches(self) -> Iterator[Batch]:
-        # Not in __iter__, because torchdata and Lightning create iterators without taking a batch from them.
+        # Advance here and not in __iter__: torchdata and Lightning create iterators without taking a batch from them.
         epoch, start = self._position = self._next
         self._next, self._restored = (epoch + 1, 0), False
         if self._mirror:
@@ -262,17 +263,17 @@ class Loader(IterableDataset[Batch]):
                 self._pace(used)
                 waiting_since = perf_counter()
                 self._samples.clock.add("consume", waiting_since - yielded_at)
-            self._position = (epoch + 1, 0)  # also if this rank has no part of the last step
+            self._position = (epoch + 1, 0)  # even if this rank has no samples in the last step
         finally:
             with self._mirror.ending_use() if self._mirror else nullcontext():
                 rendered.close()
                 self._reader.close_all_but(())  # no file stays open between epochs
 
     def _pace(self, used: deque[torch.cuda.Event]) -> None:
-        """Bound how many batches the host runs ahead of the GPU, because each takes GPU memory."""
+        """Limit how many batches the host runs ahead of the GPU, because each batch takes GPU memory."""
         if self.device.type != "cuda":
             return
-        event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps
+        event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps instead of spinning
         event.record(torch.cuda.current_stream(self.device))
         used.append(event)
         if len(used) > _BATCHES_AHEAD:
@@ -286,14 +287,14 @@ class Loader(IterableDataset[Batch]):
         return mixed(batch, mix, len(self.manifest.classes), self._put)
 
     def stats(self) -> Stats:
-        """Return how the time of all epochs so far was spent."""
+        """Return how the loader spent its time over all epochs so far."""
         seconds = {f"{name}_seconds": self._samples.clock[name] for name in SPENT}
         return Stats(images=self._images, workers=self.workers, replaced=len(self.replaced), **seconds)
 
     def requests(self, epoch: int, start: int = 0) -> Iterator[Request]:
-        """Yield the requests of an epoch from step `start` on.
+        """Yield the requests of an epoch, starting at step `start`.
 
-        Steps after the first are drawn several at a time, which takes a third of the time.
+        After the first step, the numbers of multiple steps are drawn together, which is three times as fast.
         """
         augment = self.augment  # set_augment may change it during the epoch
         later = range(start + 1, len(self), max(1, _DRAWN_TOGETHER // self.batch_size))
@@ -308,14 +309,14 @@ class Loader(IterableDataset[Batch]):
                 row += count
 
     def _announced(self, requests: Iterator[Request]) -> Iterator[Request]:
-        """Yield the requests, each after the mirror was told which shards to prefetch for it."""
+        """Yield the requests. Before each one, tell the mirror which shards to prefetch."""
         for request in requests:
             if self._mirror:
                 self._reader.close_all_but(self._mirror.prefetch(self._shards_ahead(request.epoch, request.step)))
             yield request
 
     def _shards_ahead(self, epoch: int, step: int) -> list[str]:
-        """Return the names of the shards that a step reads, then those of the next window."""
+        """Return the names of the shards that a step reads, followed by the shards of the next window."""
         shards = self.manifest.split(self.split).shards
         return [shards[number].name for number in self._order.windows.ahead(self._positions(step), epoch)]
 
@@ -324,23 +325,23 @@ class Loader(IterableDataset[Batch]):
         return step_positions(step, self.num_samples, self.global_batch_size, **ranks, pad=self.tail == "pad")
 
     def indices(self, epoch: int, step: int) -> Integers:
-        """Return the samples of a step of an epoch on this rank, (N,)."""
+        """Return the indices (N,) of this rank's samples in one step of an epoch."""
         return self._order.indices(self._positions(step), epoch)
 
     def _put(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == self.device.type:
             return tensor
-        with torch.cuda.device(self.device):  # else pinning takes memory of the current GPU
+        with torch.cuda.device(self.device):  # otherwise pinning takes memory on the current GPU
             return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def set_augment(self, augment: Augment) -> None:
-        """Use another augmentation from the next `for` on. Cached images stay cached."""
+        """Change the augmentation, starting with the next `for`. Cached images are kept."""
         self._check_mix(augment)
         self.augment = augment
         self._backend = self._backend.with_augment(augment)
 
     def set_epoch(self, epoch: int) -> None:
-        """Start the next `for` with this epoch: at its first step, or at the loaded step right after `load_state_dict`."""
+        """Start the next `for` at this epoch's first step, or at the loaded step if `load_state_dict` restored this epoch."""
         if epoch != self._next[0] and self._restored:
             message = "set_epoch(%d): starting at the first step; discarded the loaded position, step %d of epoch %d"
             _log.warning(message, epoch, self._next[1], self._next[0])
@@ -348,27 +349,27 @@ class Loader(IterableDataset[Batch]):
         self._restored = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position as a few plain values. After k batches of an epoch, a restored loader starts with batch k."""
+        """Return the position as plain values. A loader restored after k batches of an epoch starts with batch k (zero-based)."""
         epoch, step = self._position
         return {"epoch": epoch, "step": step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Start the next `for` at the position of the state.
+        """Start the next `for` at the position in `state`.
 
         The world size may differ from the saved one if the global batch size is the same.
-        Raises ShardError if the state belongs to other shards, another split, order, seed or global batch size.
+        Raises ShardError if the state was saved with other shards, or a different split, order, seed or global batch size.
         """
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise ShardError(
-                    f"load_state_dict: the state has {name} {state.get(name)!r}, this loader has {value!r}; "
+                    f"load_state_dict: the state has {name} {state.get(name)!r}, but this loader has {value!r}; "
                     f"resume with the same shards, split, seed and batch_size * world_size."
                 )
         self._next = self._position = (int(state["epoch"]), int(state["step"]))
         self._restored = True
 
     def _identity(self) -> dict[str, object]:
-        """Return everything but the position that determines the order and the draws."""
+        """Return everything that determines the order and the draws, except the position."""
         checksums = "".join(shard.sha256 for shard in self.manifest.split(self.split).shards)
         return {
             "shards": hashlib.sha256(checksums.encode()).hexdigest()[:16],
@@ -385,6 +386,6 @@ def _backend_of(backend: Name | None, executor: Name | None) -> Name | None:
     if executor is None:
         return backend
     if backend is not None:
-        raise ArgumentError(f"executor is the deprecated name of backend; pass only backend={backend!r}.")
+        raise ArgumentError(f"executor is a deprecated alias for backend; pass only backend={backend!r}.")
     warnings.warn(f"Loader(executor=) is deprecated; pass backend={executor!r}.", FutureWarning, stacklevel=3)
     return executor

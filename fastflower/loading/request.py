@@ -1,4 +1,4 @@
-"""The `Request` for a batch, which a backend renders."""
+"""The `Request` for one batch, which a backend renders."""
 
 from dataclasses import dataclass, fields
 from typing import Self
@@ -18,31 +18,31 @@ class Request:
     epoch: int
     step: int
     indices: Integers
-    """(N,) samples."""
+    """(N,) indices of the samples."""
     draw: Draw
     warp: Warp
-    """Geometry of the draw for the sizes of these images."""
+    """Warps of the draw, computed for these image sizes."""
     augment: Augment
-    """Distribution of the draw."""
+    """Distribution from which the numbers were drawn."""
     seed: int
 
     @classmethod
     def drawn(cls, augment: Augment, indices: Integers, sizes: Integers, *, seed: int, epoch: int, step: int) -> Self:
-        """Draw for the samples `indices`, (N,), with images of `sizes`, (N, 2) height and width."""
+        """Return a request with numbers drawn for the samples at `indices` (N,). sizes  (N, 2) height and width of the images."""
         draw = augment.draw(seed, epoch, indices, sizes)
         return cls(epoch, step, indices, draw, draw.warp(sizes, augment.fill), augment, seed)
 
     def take(self, step: int, rows: slice) -> "Request":
-        """Return some of the samples as their own step. Its arrays are views of this request's arrays."""
+        """Return a request for the samples in `rows`, as step number `step`. Its arrays are views of this request's arrays."""
         draw, warp = self.draw.take(rows), self.warp.take(rows)
         return Request(self.epoch, step, self.indices[rows], draw, warp, self.augment, self.seed)
 
     def row(self, row: int) -> "Request":
-        """Return one of the samples, as `take` does."""
+        """Return a request for the sample in `row`, like `take`."""
         return self.take(self.step, slice(row, row + 1))
 
     def put(self, row: int, index: int, size: Integers) -> None:
-        """Replace the sample of a row, with its draw. size  (2,) height and width of the new sample's image."""
+        """Replace the sample in `row` with the one at `index`, and redraw. size  (2,) height and width of the new image."""
         indices = np.array([index])
         other = Request.drawn(self.augment, indices, size[None], seed=self.seed, epoch=self.epoch, step=self.step)
         self.indices[row] = index

@@ -1,4 +1,4 @@
-"""The samples of a split: their bytes, their pixels, where they are stored, and the replacement of damaged ones."""
+"""Reads and decodes the samples of a split, names them in messages, and replaces damaged ones."""
 
 import logging
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _log = logging.getLogger("fastflower")
 
 
 class EncodedFiles:
-    """Image files in memory, in place of a ShardReader. sizes  (N, 2) height and width of the decoded images."""
+    """Provides image files from memory, like a ShardReader. sizes  (N, 2) height and width of the decoded images."""
 
     def __init__(self, files: Sequence[bytes], sizes_N2: ArrayLike) -> None:
         self.index = np.zeros(len(files), INDEX_DTYPE)
@@ -27,11 +27,11 @@ class EncodedFiles:
         self._files = files
 
     def encoded(self, index: int) -> bytes:
-        """Return the bytes of a file."""
+        """Return the bytes of the file at `index`."""
         return self._files[index]
 
     def where(self, index: int) -> str:
-        """Return the name of an image for messages."""
+        """Return a name for the image, for use in messages."""
         return f"image {index}"
 
 
@@ -40,7 +40,7 @@ class SampleSource:
 
     Holds no reference to its loader, so an unused loader is freed at once, with its files and images.
 
-    replaces  replace a damaged sample with the next one of the index; if False, its error ends the epoch.
+    replaces  Whether to replace a damaged sample with the next one in the index. If False, its error ends the epoch.
     """
 
     def __init__(self, reader: ShardReader | EncodedFiles, *, replaces: bool = False) -> None:
@@ -49,17 +49,17 @@ class SampleSource:
         self.sizes = np.stack([index["height"], index["width"]], axis=1).astype(np.int64)
         """(N, 2) height and width of the decoded images."""
         self.labels = index["label"].astype(np.int64)
-        """(N,) labels."""
+        """(N,) class indices."""
         self.replaced: dict[int, str] = {}
-        """What is wrong with each damaged sample, by index."""
+        """Error message for each damaged sample, by index."""
         self._reader, self._replaces = reader, replaces
 
     def where(self, index: int) -> str:
-        """Return the shard, key and original path of a sample for messages."""
+        """Return the shard, key and original path of a sample, for use in messages."""
         return self._reader.where(index)
 
     def encoded(self, index: int) -> bytes:
-        """Return the bytes of a sample's image file. Raises SampleError if they have changed since packing."""
+        """Return the bytes of a sample's image file. Raises SampleError if the file has changed since it was packed."""
         start = perf_counter()
         try:
             return self._reader.encoded(index)
@@ -67,7 +67,7 @@ class SampleSource:
             self.clock.add("read", perf_counter() - start)
 
     def decode(self, index: int, decode_scale: int = 1) -> Pixels:
-        """Decode an image to (H, W, 3) RGB, its sides divided by `decode_scale`. Raises SampleError if it is damaged."""
+        """Decode a sample to (H, W, 3) RGB, with sides divided by `decode_scale`. Raises SampleError if it is damaged."""
         encoded = self.encoded(index)
         start = perf_counter()
         try:
@@ -86,13 +86,13 @@ class SampleSource:
         return image
 
     def replace(self, request: Request, row: int, error: SampleError) -> None:
-        """Replace the damaged sample of a row with the next one of the index, or raise its error."""
+        """Replace the damaged sample in `row` with the next one in the index, or raise `error`."""
         damaged, count = int(request.indices[row]), len(self.sizes)
         if self._replaces and damaged not in self.replaced:
             self.replaced[damaged] = str(error)
             _log.warning("replaced a damaged sample with the next one: %s", error)
         if not self._replaces or len(self.replaced) == count:
-            # A new exception, because references to the original one would keep its frames alive.
+            # Raise a new exception, because references to the original one would keep its frames alive.
             raise SampleError(str(error)) from error
         index = (damaged + 1) % count
         request.put(row, index, self.sizes[index])

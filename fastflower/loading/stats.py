@@ -1,31 +1,31 @@
-"""How a loader spends its time, and what the bottleneck is."""
+"""Measures how a loader spends its time, and names the bottleneck."""
 
 from dataclasses import dataclass
 from threading import Lock
 
 SPENT = ("read", "decode", "augment", "wait", "consume")
-"""What a loader spends time on, in the names of its clock."""
+"""Names of the activities that a loader's clock measures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Time spent by a loader. Reading, decoding and augmenting are sums over threads, without work in DALI or on a GPU."""
+    """Time spent by a loader. Read, decode and augment times are summed over threads, and exclude work in DALI or on a GPU."""
 
     images: int
     workers: int
     replaced: int
     """Number of damaged samples that were replaced."""
     read_seconds: float
-    """Time to read samples and verify their checksums."""
+    """Time spent reading samples and verifying their checksums."""
     decode_seconds: float
     augment_seconds: float
     wait_seconds: float
-    """Time that the consumer waited for a batch."""
+    """Time the consumer spent waiting for batches."""
     consume_seconds: float
-    """Time that the consumer used a batch while the loader prefetched."""
+    """Time the consumer spent using batches, while the loader prefetched."""
 
     def __str__(self) -> str:
-        """Return the sums, then the verdict."""
+        """Return a table of the times, followed by the verdict."""
         count = max(1, self.images)
         spent = {name: getattr(self, f"{name}_seconds") for name in SPENT}
         lines = [
@@ -51,20 +51,20 @@ class Stats:
         advice = {
             "reading": "put the shards on a faster disk or in RAM",
             "decoding": "cache decoded images (cache), pack smaller images (max_side), or add cores (workers)",
-            "augmenting": "add cores (workers), or augment less: hue costs most",
+            "augmenting": "add cores (workers), or use less augmentation (hue costs the most)",
         }[slowest]
         return f"{waited}, mostly for {slowest}; {advice}."
 
 
 class Clock:
-    """Sums up seconds by name. Thread-safe."""
+    """Adds up seconds by name. Thread-safe."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._lock = Lock()
 
     def add(self, what: str, seconds: float) -> None:
-        """Add to the seconds of a name."""
+        """Add `seconds` to the total for `what`."""
         with self._lock:
             self._seconds[what] = self._seconds.get(what, 0.0) + seconds
 

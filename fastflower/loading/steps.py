@@ -1,4 +1,4 @@
-"""The order in which the steps of an epoch go through the samples of a split."""
+"""The order in which an epoch visits the samples of a split."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,17 +16,17 @@ Tail = Literal["drop", "keep", "pad"]
 
 @dataclass(frozen=True)
 class Order:
-    """Order of the samples in each epoch, a function of (seed, epoch). See `Loader` for the arguments."""
+    """Order of the samples in each epoch, determined by (seed, epoch). See `Loader` for the arguments."""
 
     split: Split
     labels: Integers
-    """(N,) labels of the split's samples, in the order of the index."""
+    """(N,) labels of the split's samples, in index order."""
     seed: int
     shuffle: Shuffle
     window: int | None
 
     def indices(self, positions: Integers, epoch: int) -> Integers:
-        """Return the samples, (N,), at `positions`, (N,), in the order of `epoch`."""
+        """Return the indices (N,) of the samples at `positions` (N,) in the order of `epoch`."""
         if self.shuffle and self.window is not None:
             return self.windows.indices(positions, epoch)
         if self.shuffle == "balanced":
@@ -35,7 +35,7 @@ class Order:
 
     @cached_property
     def windows(self) -> Windows:
-        """Order of the shards, in windows of shards that are read together."""
+        """Order of the shards, grouped into windows of shards that are read together."""
         samples = [shard.samples for shard in self.split.shards]
         return Windows(samples, self.window or 1, seed=self.seed, shuffle=bool(self.shuffle))
 

@@ -115,7 +115,7 @@ def test_balanced_steps_are_the_same_at_any_world_size_and_after_a_resume(uneven
     assert [one + other for one, other in zip(*parts, strict=True)] == whole
     ranks[0].load_state_dict({**ranks[0].state_dict(), "epoch": 0, "step": 2})
     assert [batch.index.tolist() for batch in ranks[0]] == parts[0][2:]
-    with pytest.raises(Exception, match="the state has shuffle 'balanced', this loader has True"):
+    with pytest.raises(Exception, match="the state has shuffle 'balanced', but this loader has True"):
         Loader(uneven, batch_size=8, **SMALL).load_state_dict(
             Loader(uneven, batch_size=8, shuffle="balanced", **SMALL).state_dict()
         )

@@ -253,7 +253,7 @@ def test_threads_end_with_the_iterator(shards: Path, backend: Any) -> None:
         (
             {"batch_size": 121},
             ArgumentError,
-            r"batch_size: 121 over all ranks exceeds the 120 samples .* lower it \(--batch-size\)",
+            r"batch_size: the global batch of 121 samples exceeds the 120 samples .* lower batch_size \(--batch-size\)",
         ),
         ({"workers": 0}, ArgumentError, "workers must be at least 1"),
         ({"window": 0}, ArgumentError, "window must be at least 1 shard, got 0"),
@@ -325,6 +325,6 @@ def test_the_deprecated_executor_argument_chooses_the_backend(shards: Path) -> N
     assert (len(told), loader.backend) == (1, "opencv")
     assert [batch.index.tolist() for batch in pickle.loads(pickle.dumps(loader))] == indices(loader)
     with pytest.raises(
-        ArgumentError, match=r"^executor is the deprecated name of backend; pass only backend='native'\.$"
+        ArgumentError, match=r"^executor is a deprecated alias for backend; pass only backend='native'\.$"
     ):
         make(shards, executor="opencv", backend="native")

@@ -122,7 +122,8 @@ def test_a_mixed_batch_is_made_of_the_unmixed_images(shards: Path) -> None:
 )
 def test_batches_that_cannot_be_mixed_are_refused(shards: Path, options: dict[str, Any]) -> None:
     with pytest.raises(
-        ArgumentError, match=r"^augment: mixup and cutmix mix pairs of a batch, .* got \d+, '\w+' and torch\.\w+\.$"
+        ArgumentError,
+        match=r"^augment: mixup and cutmix pair the samples within a batch, .* got \d+, '\w+' and torch\.\w+\.$",
     ):
         make(shards, **options)
 

@@ -149,7 +149,9 @@ def test_a_change_of_augment_during_an_epoch_applies_to_the_next(small_shards: P
 
 def test_a_refused_change_of_augment_leaves_the_loader_unchanged(small_shards: Path) -> None:
     loader = Loader(small_shards, augment=BEFORE, batch_size=15, device="cpu")
-    with pytest.raises(ArgumentError, match=r"augment: mixup and cutmix mix pairs of a batch, .* got 15, 'drop'"):
+    with pytest.raises(
+        ArgumentError, match=r"augment: mixup and cutmix pair the samples within a batch, .* got 15, 'drop'"
+    ):
         loader.set_augment(replace(AFTER, mixup=0.2))
     assert loader.augment == BEFORE
     images, labels, _ = next(iter(loader))

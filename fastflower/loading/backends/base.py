@@ -1,4 +1,4 @@
-"""The base of all backends: threads prepare samples ahead of the consumer, and replace damaged ones."""
+"""The base class of all backends. Threads prepare samples ahead of the consumer, and replace damaged ones."""
 
 from abc import ABC, abstractmethod
 from collections import deque
@@ -27,7 +27,7 @@ _CHUNK = 8  # samples per task: enough to hide a task's overhead, few enough to 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Settings of a backend besides its augment."""
+    """Settings of a backend other than its augment."""
 
     device: torch.device
     """Device of the rendered images."""
@@ -39,11 +39,11 @@ class Setup:
 
 @dataclass(slots=True, kw_only=True)
 class Work:
-    """Batch in preparation; backends add their own fields."""
+    """A batch being prepared; backends add their own fields."""
 
     request: Request
     rows: Sequence[int]
-    """Rows that threads prepare."""
+    """Rows that the threads have to prepare."""
 
 
 AnyWork = TypeVar("AnyWork", bound=Work)
@@ -53,12 +53,12 @@ Kept = TypeVar("Kept")
 class Backend(ABC, Generic[AnyWork, Kept]):
     """Renders the images of requests. A subclass prepares each sample on a thread, then renders batches.
 
-    kept  cache of decoded images, shared by all epochs and augments.
+    kept  Cache of decoded images, shared across epochs and augments.
     """
 
     name: ClassVar[Name]
     eager: ClassVar[bool] = False
-    """Whether to render a batch as soon as it is prepared; by default it waits until the threads have enough other work."""
+    """Whether to render a batch as soon as it is prepared. By default, a batch waits until the threads have enough other work."""
 
     def __init__(self, augment: Augment, samples: SampleSource, setup: Setup, kept: Kept) -> None:
         self.augment, self.samples, self.setup, self.kept = augment, samples, setup, kept
@@ -66,26 +66,26 @@ class Backend(ABC, Generic[AnyWork, Kept]):
         """Number of threads that prepare samples."""
 
     def with_augment(self, augment: Augment) -> Self:
-        """Return a backend for another augment that shares the cached images."""
+        """Return a backend that uses another augment and shares the cached images."""
         return type(self)(augment, self.samples, self.setup, self.kept)
 
     @abstractmethod
     def begin(self, request: Request) -> AnyWork:
-        """Return the work for a batch."""
+        """Create the work for a request."""
 
     @abstractmethod
     def prepare(self, work: AnyWork, row: int) -> None:
-        """Read, and usually decode, the sample of a row. Runs on a thread. Raises SampleError if it is damaged."""
+        """Read and usually decode the sample in `row`. Runs on a worker thread. Raises SampleError if the sample is damaged."""
 
     def redraw(self, work: AnyWork, row: int) -> None:
-        """Update the work after the sample of a row was replaced in the request. Runs on a thread."""
+        """Update the work after the request's sample in `row` was replaced. Runs on a worker thread."""
 
     @abstractmethod
     def render(self, works: Iterable[AnyWork], pool: ThreadPoolExecutor, /) -> Generator[tuple[Request, Tensor]]:
-        """Render prepared batches, and yield them as `run` does."""
+        """Render prepared batches, and yield the same tuples as `run`."""
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
-        """Yield (request, images (N, 3, H, W) in channels-last memory) in order. Threads end with the iterator."""
+        """Yield (request, images) in order, with images (N, 3, H, W) in channels-last memory. Threads end with the iterator."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastflower")
         try:
             yield from self.render(self._prepared(requests, pool), pool)
@@ -101,15 +101,16 @@ class Backend(ABC, Generic[AnyWork, Kept]):
                 started.append((work, deque(pool.submit(self._prepare, work, rows) for rows in chunks(work.rows))))
                 waiting = sum(len(tasks) for _, tasks in started) - len(started[0][1])
                 done = self.eager and all(task.done() for task in started[0][1])
-                if done or waiting > 2 * self.threads:  # every thread has a task, and another one is queued
+                if done or waiting > 2 * self.threads:  # every thread has a task and another one queued
                     yield _waited_for(*started.popleft())
             while started:
                 yield _waited_for(*started.popleft())
         finally:
-            started.clear()  # else an error's traceback keeps other threads' errors alive, and all that they refer to
+            started.clear()  # otherwise an error's traceback would keep other threads' errors and all they refer to alive
 
     def _prepare(self, work: AnyWork, rows: Sequence[int]) -> None:
-        with libjpeg.warnings():  # the manifest lists these images; libjpeg would warn every epoch, without names
+        # The manifest lists these warnings. libjpeg would repeat them every epoch, without file names.
+        with libjpeg.warnings():
             for row in rows:
                 while True:
                     try:
@@ -120,7 +121,7 @@ class Backend(ABC, Generic[AnyWork, Kept]):
                         self.redraw(work, row)
 
     def erased(self) -> Floats:
-        """Return the color of erased boxes, (3,), in the units of the dtype."""
+        """Return the color (3,) of erased rectangles: in 0 .. 255 if the dtype is uint8, otherwise normalized."""
         levels = self.setup.dtype == torch.uint8
         return np.rint(self.augment.erase_levels) if levels else np.array(self.augment.erase_value, np.float64)
 
@@ -129,22 +130,22 @@ AnyBackend = Backend[Any, Any]
 
 
 def chunks(rows: Sequence[int]) -> list[Sequence[int]]:
-    """Split rows into tasks for threads."""
+    """Split rows into chunks, one per task."""
     return [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
 
 
 def _waited_for(work: AnyWork, tasks: deque[Future[None]]) -> AnyWork:
-    """Wait until all samples of a batch are prepared, and return it. Raises what a thread raised."""
+    """Wait until all samples of a batch are prepared, and return the batch. Re-raises exceptions from threads."""
     while tasks:
         tasks.popleft().result()  # a future left in `tasks` would keep this frame alive
     return work
 
 
 def _end(pool: ThreadPoolExecutor) -> None:
-    """Shut down a pool and wait until its threads are gone from the system.
+    """Shut down a pool, and wait until the operating system has removed its threads.
 
-    Before Python 3.13, joining a thread does not wait for libraries' cleanup at its end. OpenCV takes a lock there, and
-    a process forked at that moment would wait for it forever.
+    Before Python 3.13, joining a thread does not wait for the cleanup that libraries do when a thread exits. OpenCV takes
+    a lock there, and a process forked at that moment would wait for the lock forever.
     """
     threads = list(pool._threads)
     pool.shutdown(wait=True, cancel_futures=True)

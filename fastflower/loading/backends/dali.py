@@ -3,7 +3,7 @@
 The only file that imports nvidia.dali. Tests pin DALI's undocumented behavior.
 """
 # pyright: standard
-# DALI has no types.
+# DALI has no type annotations.
 
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -28,26 +28,26 @@ from fastflower.loading.batch import Integers
 from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 
-# DALI creates most of their attributes at run time.
+# DALI creates most attributes of these modules at run time.
 fn: Any = untyped_fn
 types: Any = untyped_types
 Node = Any
 """Output of a DALI operator."""
 
-# Share of a batch that the GPU's JPEG engine decodes; DALI's default is 0.65. On an H100, the engine of nvJPEG 12.3 to 13.2
-# may write before its stream's turn (pytorch/torchcodec pull request 1634). Keep 0 until benchmarks/gpu_check.py shows that
-# 0 and 1 give equal pixels on a busy GPU.
+# Fraction of a batch that the GPU's JPEG engine decodes; DALI's default is 0.65. On an H100 with nvJPEG 12.3 to 13.2, the
+# engine may write out of stream order (pytorch/torchcodec pull request 1634). Keep this at 0 until benchmarks/gpu_check.py
+# shows that 0 and 1 give equal pixels on a busy GPU.
 HW_DECODER_LOAD = 0.0
 
 _AHEAD = 2  # batches in the pipeline
-# DALI has no bfloat16. Converting from float16 moves 6 bytes per value, from float32 10.
+# DALI has no bfloat16. Converting from float16 moves 6 bytes per value; converting from float32 moves 10.
 _DTYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16, torch.bfloat16: types.FLOAT16}
 
 
 @dataclass(slots=True, kw_only=True)
 class _Reading(Work):
     files: list[NDArray[np.uint8]]
-    """Encoded image of each row."""
+    """Encoded images, one per row."""
 
 
 class DaliBackend(Backend[_Reading, None]):
@@ -61,7 +61,7 @@ class DaliBackend(Backend[_Reading, None]):
         self._pipe: Pipeline | None = None
 
     def pipeline(self) -> Pipeline:
-        """Return a pipeline for these batches, not yet built."""
+        """Return an unbuilt pipeline for these batches."""
         device = self.setup.device
         return _graph(
             self.augment,
@@ -81,7 +81,7 @@ class DaliBackend(Backend[_Reading, None]):
         work.files[row] = np.frombuffer(self.samples.encoded(int(work.request.indices[row])), np.uint8)
 
     def render(self, works: Iterable[_Reading], _pool: ThreadPoolExecutor, /) -> Generator[tuple[Request, Tensor]]:
-        # An error or an early end leaves batches in the pipeline, so it is reused only after it was drained.
+        # An error or an early exit leaves batches in the pipeline, so it is reused only if it was drained.
         pipe, self._pipe = self._pipe, None
         scheduled = deque[Request]()
         for work in works:
@@ -96,9 +96,9 @@ class DaliBackend(Backend[_Reading, None]):
         self._pipe = pipe
 
     def _primed(self, work: _Reading) -> Pipeline:
-        """Return a pipeline that takes one batch per run.
+        """Return a built pipeline that takes one batch per run.
 
-        DALI's first run takes as many batches as it prefetches, so it gets one image of this batch as each of them.
+        A pipeline's first run takes as many batches as it prefetches. Each contains only the first image of `work`.
         """
         pipe, request = self.pipeline(), work.request.row(0)
         pipe.build()
@@ -120,7 +120,7 @@ class DaliBackend(Backend[_Reading, None]):
             "sigma": sigma.astype(np.float32),
             "window": window.astype(np.int32),
         }
-        # DALI refuses inputs that the graph of this augment does not use.
+        # DALI rejects inputs that the graph of this augment does not use.
         if augment.uncovers:
             inputs["mask_matrix"] = np.ascontiguousarray(geometry.frame(warp, draw.size), np.float32)
         if augment.erase:
@@ -131,43 +131,45 @@ class DaliBackend(Backend[_Reading, None]):
                 inputs[name] = getattr(draw, name).astype(np.float32).reshape(-1, 1, 1, 1)
         pipe.feed_input("samples", files)
         for name, values in inputs.items():
-            # Whole arrays take 1.4 ms per batch of 256, lists of rows 15.9 ms.
+            # Passing arrays takes 1.4 ms per batch of 256; passing lists of rows takes 15.9 ms.
             pipe.feed_input(name, values)
 
     def _next(self, pipe: Pipeline, request: Request) -> tuple[Request, Tensor]:
-        # The tensor shares DALI's memory, which DALI reuses when the tensor is gone.
+        # The tensor shares DALI's memory, which DALI reuses once the tensor is freed.
         images = torch.from_dlpack(self._outputs(pipe, request))
         return request, images.to(self.setup.dtype).permute(0, 3, 1, 2)
 
     def _outputs(self, pipe: Pipeline, request: Request) -> Node:
-        """Return the next output of the pipeline, the images of `request`."""
+        """Return the pipeline's next output: the images of `request`."""
         device = self.setup.device
         try:
             if device.type == "cuda":
-                with torch.cuda.device(device):  # the default streams of all GPUs have the same number
+                with torch.cuda.device(device):  # the default streams of all GPUs have the same handle
                     (images,) = pipe.outputs(cuda_stream=torch.cuda.current_stream(device))
             else:
                 (images,) = pipe.outputs()
         except RuntimeError as error:
             if "out of memory" in str(error).lower():
                 raise
-            for index in request.indices.tolist():  # raises an error that names the sample, which DALI's may not
+            for index in request.indices.tolist():  # raises an error that names the sample; DALI's may not
                 self.samples.decode(index)
-            raise SampleError(f"DALI failed on a batch, but all its samples decode on the CPU: {error}") from error
+            raise SampleError(
+                f"DALI failed on a batch, but all of its samples decode on the CPU; pass another backend. DALI reports: {error}"
+            ) from error
         return images.as_tensor()
 
 
-_NO_BLUR = 0.05  # sigma so small that the Gaussian has one weight
+_NO_BLUR = 0.05  # sigma so small that the Gaussian has a single nonzero weight
 
 
 def _gaussians(footprint_N2: geometry.Floats) -> tuple[geometry.Floats, Integers]:
-    """Return (sigma, window), each (N, 2) down and across, of Gaussians with the variance that interpolation lacks.
+    """Return (sigma, window), each (N, 2) down and across, of Gaussians that supply the variance missing from interpolation.
 
-    Up to a reduction by two the window has three weights and equals `geometry.blur_kernels`. Beyond that, a Gaussian
-    of the same variance approximates the triangle.
+    For reductions up to a factor of two, the window has three weights and equals `geometry.blur_kernels`. For larger
+    ones, a Gaussian of the same variance approximates the triangle.
     """
     variance = geometry.blur_variance(footprint_N2, np.ones(footprint_N2.shape, np.int64))
-    outer = np.clip(variance / 2, 1e-12, 0.25)  # [a, 1 - 2a, a]
+    outer = np.clip(variance / 2, 1e-12, 0.25)  # weight a in [a, 1 - 2a, a]
     narrow = np.sqrt(-0.5 / np.log(outer / (1 - 2 * outer)))
     wide = variance >= 0.5
     sigma = np.where(wide, np.sqrt(variance), np.where(variance > 0, narrow, _NO_BLUR))
@@ -176,15 +178,15 @@ def _gaussians(footprint_N2: geometry.Floats) -> tuple[geometry.Floats, Integers
 
 @pipeline_def(enable_conditionals=True)
 def _graph(augment: Augment, dtype: torch.dtype, gpu: bool) -> Node:
-    """Decode and render.
+    """Define the graph that decodes and renders.
 
-    Images are decoded whole. Decoding a region on the GPU is reported to crash on Hopper (NVIDIA/nvImageCodec issue 55),
-    and nvJPEG before 13.2, which torchvision brings, refuses it for most images, so the CPU would decode them.
+    It decodes entire images. Decoding only a region on the GPU is reported to crash on Hopper (NVIDIA/nvImageCodec issue
+    55). nvJPEG before 13.2, as installed with torchvision, rejects regions of most images, so the CPU would decode them.
     """
     images = fn.decoders.image(
         _given("samples", types.UINT8, 1),
         device="mixed" if gpu else "cpu",
-        jpeg_fancy_upsampling=True,  # makes the GPU's chroma equal the CPU decoder's
+        jpeg_fancy_upsampling=True,  # makes the GPU's chroma equal to the CPU decoder's
         hw_decoder_load=HW_DECODER_LOAD,
     )
     return rendered(images, augment, dtype, gpu)
@@ -195,16 +197,16 @@ def _given(name: str, dtype: object, ndim: int) -> Node:
 
 
 def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> Node:
-    """Crop, blur, warp, black out, color, erase and normalize, without the steps that `augment` never draws.
+    """Crop, blur, warp, mask, color, erase and normalize, leaving out steps that `augment` never draws.
 
-    images  a DALI node of decoded images, (H, W, 3) uint8. The result has augment.output_size, and dtype or the nearest
-    dtype that DALI has.
+    images  DALI node of decoded images, (H, W, 3) uint8. The result has size augment.output_size, and `dtype` or the
+    nearest dtype that DALI supports.
     """
     images = fn.slice(images, _given("start", types.INT32, 1), _given("shape", types.INT32, 1), axes=(0, 1))
     sigma, window = _given("sigma", types.FLOAT, 1), _given("window", types.INT32, 1)
     if _given("blurred", types.BOOL, 0):
         images = fn.gaussian_blur(images, sigma=sigma, window_size=window)
-    # Without fill_value DALI repeats the border.
+    # Without fill_value, DALI repeats the edge pixels.
     images = fn.warp_affine(images, _given("matrix", types.FLOAT, 2), size=augment.output_size)
     images = fn.cast(images, dtype=types.FLOAT)
     if augment.uncovers:
@@ -218,7 +220,7 @@ def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> N
     mean, std = 255 * np.array(augment.mean), 255 * np.array(augment.std)
     images = fn.reshape(images, layout="HWC")
     if augment.erase:
-        images = fn.erase(  # before normalization, in float32, because the GPU operator lacks float16
+        images = fn.erase(  # before normalization, in float32, because the GPU operator does not support float16
             images,
             anchor=_given("erase_anchor", types.FLOAT, 1),
             shape=_given("erase_shape", types.FLOAT, 1),
@@ -235,7 +237,7 @@ def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> N
 
 
 def _color(images: Node, augment: Augment, factor: dict[str, Node]) -> Node:
-    """Apply torchvision's brightness, contrast, saturation and hue, each clipped, to (H, W, 3) float in 0 .. 255."""
+    """Apply torchvision's brightness, contrast, saturation and hue to (H, W, 3) floats, clipping each result to 0 .. 255."""
     luma = color.LUMA.astype(np.float32).reshape(1, 1, 3)
 
     def gray(pixels: Node) -> Node:
@@ -244,7 +246,7 @@ def _color(images: Node, augment: Augment, factor: dict[str, Node]) -> Node:
     if augment.brightness:
         images = math.clamp(images * factor["brightness"], 0.0, 255.0)
     if augment.contrast:
-        # As arithmetic, because GPU operators take no GPU tensor as a named argument such as contrast_center.
+        # Written as arithmetic: GPU operators do not accept GPU tensors as named arguments such as contrast_center.
         mean = fn.reductions.mean(gray(images), axes=[0, 1], keep_dims=True)
         images = math.clamp(mean + factor["contrast"] * (images - mean), 0.0, 255.0)
     if augment.saturation:
@@ -256,7 +258,7 @@ def _color(images: Node, augment: Augment, factor: dict[str, Node]) -> Node:
 def _turned(images: Node, turns: Node) -> Node:
     """Rotate the hue exactly: V - C * clamp(min(k, 4 - k), 0, 1), k = (n + hue / 60 degrees) mod 6, n = 5, 3, 1 for R, G, B.
 
-    The closed form of HSV to RGB ("HSL and HSV", Wikipedia, "HSV to RGB alternative"); fn.hsv rotates in YIQ, 16 levels off.
+    Closed form of HSV to RGB (Wikipedia, "HSL and HSV", "HSV to RGB alternative"). fn.hsv rotates in YIQ: 16 gray levels off.
     """
     red, green, blue = images[:, :, 0:1], images[:, :, 1:2], images[:, :, 2:3]
     value = math.max(red, math.max(green, blue))

@@ -1,40 +1,40 @@
 /* Renders one sample with AVX2: blur, warp, color and normalization in two passes over the output.
  *
- * Computes the same as opencv.py, without rounding in between. Parity tests compare both with torchvision.
- * hatch_build.py compiles it when the package is built. native.py calls `render` without the GIL, and declares
- * the same two structures.
+ * Performs the same steps as opencv.py, without intermediate rounding. Parity tests compare both with torchvision.
+ * hatch_build.py compiles this file when the package is built. native.py calls `render` without the GIL, and
+ * declares the same two structures.
  */
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
-#define TAPS 5    /* weights of a symmetric kernel from its middle outwards: geometry.blur_kernels */
+#define TAPS 5    /* weights of a symmetric kernel from its center outward, as in geometry.blur_kernels */
 #define LANES 8   /* pixels processed at a time */
 
 typedef struct {
     const uint8_t *source;         /* first pixel of the region, RGB */
-    const uint8_t *end;            /* one past the last byte of the image */
-    int64_t stride;                /* bytes from row to row */
-    int32_t height, width;         /* of the region in pixels, each at least 2 */
-    float warp[6];                 /* output to region; pixel centers are whole numbers */
-    float frame[6];                /* output to the visible part stretched over an output; outside is black */
-    int32_t masked;                /* whether anything lies outside */
+    const uint8_t *end;            /* one past the last byte of the region */
+    int64_t stride;                /* bytes from one row to the next */
+    int32_t height, width;         /* of the region, in pixels; each at least 2 */
+    float warp[6];                 /* maps output to region; pixel centers are at integers */
+    float frame[6];                /* maps output to the visible part, scaled to the output size; outside is black */
+    int32_t masked;                /* whether any output pixel lies outside the visible part */
     int32_t blurred;
-    float blur[2][TAPS];           /* weights down and across */
-    float brightness, contrast, saturation, hue; /* hue in turns */
+    float blur[2][TAPS];           /* vertical and horizontal weights */
+    float brightness, contrast, saturation, hue; /* hue in turns of the color wheel */
 } Numbers;
 
 typedef struct {
     int32_t height, width, kind;   /* kind: 0 uint8, 1 float32, 2 float16, 3 bfloat16 */
-    float multiply[3], add[3];     /* normalization of levels in 0 .. 255 */
+    float multiply[3], add[3];     /* normalization of pixel values in 0 .. 255 */
 } Output;
 
 static inline int clampi(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
 
-/* native.py compares this with its own structure to detect a kernel compiled from a different source. */
+/* native.py compares this with the size of its own structure, to detect a kernel compiled from a different source. */
 int64_t numbers_bytes(void) { return sizeof(Numbers); }
 
-/* Scratch memory: the blurred region, one row during the blur, and planes of the output; each a multiple of 64 bytes. */
+/* Scratch memory holds the blurred region, one row during the blur, and the output planes; each is a multiple of 64 bytes. */
 static inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 static inline int64_t region_bytes(int64_t height, int64_t width) { return whole_lines(height * width * 3 + 64); }
 static inline int64_t row_bytes(int64_t width) { return whole_lines((width + 2 * TAPS) * 3 * 2 + 128); }
@@ -47,7 +47,7 @@ int64_t scratch_bytes(int64_t region_height, int64_t region_width, int64_t heigh
 
 static inline __m256i weight(float value) { return _mm256_set1_epi16((int16_t)(value * 32768 > 32767 ? 32767 : value * 32768 + 0.5f)); }
 
-/* Load sixteen bytes as 16-bit levels with seven fractional bits; `pair` sums two with six. */
+/* Load sixteen bytes as 16-bit values with seven fractional bits. `pair` returns the mean of two such loads. */
 static inline __m256i level(const uint8_t *p)
 {
     return _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p)), 7);
@@ -58,7 +58,7 @@ static inline __m256i pair(const uint8_t *p, const uint8_t *q)
     return _mm256_slli_epi16(_mm256_add_epi16(a, _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)q))), 6);
 }
 
-/* Blur the region into `out`, rows of width * 3 bytes, repeating the edges. */
+/* Blur the region into `out`, in rows of width * 3 bytes, repeating the edge pixels. */
 static void blur(const Numbers *numbers, uint8_t *out, int16_t *row)
 {
     const int64_t stride = numbers->stride;
@@ -68,7 +68,7 @@ static void blur(const Numbers *numbers, uint8_t *out, int16_t *row)
     for (int axis = 0; axis < 2; axis++) {
         reach[axis] = 0;
         for (int k = 0; k < TAPS; k++) {
-            weights[axis][k] = weight(numbers->blur[axis][k] * (k ? 2 : 1)); /* applied to the mean of two, except in the middle */
+            weights[axis][k] = weight(numbers->blur[axis][k] * (k ? 2 : 1)); /* for the mean of two pixels, except at the center */
             if (numbers->blur[axis][k] != 0) reach[axis] = k;
         }
     }
@@ -104,7 +104,7 @@ static void blur(const Numbers *numbers, uint8_t *out, int16_t *row)
             }
         uint8_t *to = out + (int64_t)y * bytes;
         const __m256i half = _mm256_set1_epi16(64);
-        for (i = 0; i < bytes; i += 16) { /* may write up to 15 bytes into the next row, which is written later */
+        for (i = 0; i < bytes; i += 16) { /* may write up to 15 bytes into the next row, which is overwritten later */
             __m256i sum = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *)(middle + i)), weights[1][0]);
             for (int k = 1; k <= reach[1]; k++) {
                 __m256i left = _mm256_loadu_si256((const __m256i *)(middle + i - 3 * k));
@@ -129,7 +129,7 @@ typedef struct {
     __m256 r, g, b;
 } Pixels; /* eight pixels */
 
-/* Load two neighboring pixels, six bytes, at each of two points. `near`: eight bytes would exceed the source's end. */
+/* Load two neighboring pixels, six bytes, at each of two points. `near`: eight bytes may extend past the source's end. */
 static inline __m128i neighbors(const uint8_t *p, const uint8_t *q, int near)
 {
     if (!near) return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)), (const __m64 *)q));
@@ -139,7 +139,7 @@ static inline __m128i neighbors(const uint8_t *p, const uint8_t *q, int near)
     return _mm_loadu_si128((const __m128i *)bytes);
 }
 
-/* Blend the four neighbors of two points, one per lane: 32-bit [R, G, B, -] times 127 * 16384. */
+/* Blend the four neighbors of each of two points, one point per 128-bit lane: 32-bit [R, G, B, -] times 127 * 16384. */
 static inline __m256i blend(const uint8_t *p, const uint8_t *q, int64_t stride, __m256i down, __m256i across, int near)
 {
     const __m256i sides = _mm256_setr_epi8(0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, -1, -1, -1, -1, 0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, -1, -1, -1, -1);
@@ -148,7 +148,7 @@ static inline __m256i blend(const uint8_t *p, const uint8_t *q, int64_t stride, 
     return _mm256_madd_epi16(_mm256_shuffle_epi8(_mm256_maddubs_epi16(rows, down), sides), across);
 }
 
-/* Blend eight points, k and k + 4 together. */
+/* Blend eight points, pairing k with k + 4. */
 static inline void blend_eight(__m256i pixels[4], const Source source, const int32_t *offset, __m256i down, __m256i across, int near)
 {
 #define BLEND(k) pixels[k] = blend(source.first + offset[k], source.first + offset[k + 4], source.stride, \
@@ -159,7 +159,7 @@ static inline void blend_eight(__m256i pixels[4], const Source source, const int
 
 static inline __m256 clamp(__m256 value, __m256 low, __m256 high) { return _mm256_min_ps(_mm256_max_ps(value, low), high); }
 
-/* Interpolate the source at eight points, repeating the edges; levels times 127 * 16384. */
+/* Interpolate the source at eight points, repeating the edge pixels. The results are scaled by 127 * 16384. */
 static inline Pixels interpolate(const Source source, __m256 x, __m256 y)
 {
     x = clamp(x, _mm256_setzero_ps(), _mm256_set1_ps(source.width - 1));
@@ -168,7 +168,7 @@ static inline Pixels interpolate(const Source source, __m256 x, __m256 y)
     const __m256i y0 = _mm256_min_epi32(_mm256_cvttps_epi32(y), _mm256_set1_epi32(source.height - 2));
     __m256i across = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(x, _mm256_cvtepi32_ps(x0)), _mm256_set1_ps(16384)));
     __m256i down = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(y, _mm256_cvtepi32_ps(y0)), _mm256_set1_ps(127)));
-    /* (16384 - across, across) as 16-bit numbers, (127 - down, down) as bytes, twice */
+    /* weights: (16384 - across, across) as 16-bit numbers; (127 - down, down) as bytes, twice */
     across = _mm256_or_si256(_mm256_slli_epi32(across, 16), _mm256_sub_epi32(_mm256_set1_epi32(16384), across));
     down = _mm256_or_si256(_mm256_slli_epi32(down, 8), _mm256_sub_epi32(_mm256_set1_epi32(127), down));
     down = _mm256_or_si256(down, _mm256_slli_epi32(down, 16));
@@ -176,8 +176,8 @@ static inline Pixels interpolate(const Source source, __m256 x, __m256 y)
     const __m256i places = _mm256_add_epi32(_mm256_mullo_epi32(y0, line), _mm256_mullo_epi32(x0, _mm256_set1_epi32(3)));
     int32_t offset[LANES];
     _mm256_storeu_si256((__m256i *)offset, places);
-    __asm__("" : "+m"(offset)); /* through memory: eight loads are cheaper than extracting from a vector */
-    /* the last offset where eight bytes of two rows can be read */
+    __asm__("" : "+m"(offset)); /* go through memory: eight loads are cheaper than extracting from a vector */
+    /* the last offset at which eight bytes can be read from both rows */
     const __m256i last = _mm256_set1_epi32((int32_t)(source.end - source.first - source.stride - 8));
     __m256i pixels[4];
     if (__builtin_expect(_mm256_testz_si256(_mm256_cmpgt_epi32(places, last), _mm256_set1_epi32(-1)), 1))
@@ -190,10 +190,11 @@ static inline Pixels interpolate(const Source source, __m256 x, __m256 y)
                     _mm256_cvtepi32_ps(_mm256_unpacklo_epi64(b01, b23))};
 }
 
-/* Map column 0 of row i with one row of a matrix; `more` is added. */
+/* Map column 0 of row i with one row of a matrix, then add `more`. */
 static inline __m256 start(const float *matrix, int i, float more) { return _mm256_set1_ps((float)((double)matrix[1] * i + matrix[2] + more)); }
 
-/* Share of output pixels inside a frame of that size: 1, falling to 0 over a pixel at its edges. `place` is one more. */
+/* How much of each output pixel lies inside a frame of `size`: 1, falling to 0 over one pixel at the edges.
+ * `place` is the position plus 1. */
 static inline __m256 inside(__m256 place, float size)
 {
     const __m256 nearer = _mm256_min_ps(place, _mm256_sub_ps(_mm256_set1_ps(size + 1), place));
@@ -205,7 +206,7 @@ static inline __m256 luma(Pixels p) /* ITU-R BT.601 */
     return _mm256_fmadd_ps(p.r, _mm256_set1_ps(0.299f), _mm256_fmadd_ps(p.g, _mm256_set1_ps(0.587f), _mm256_mul_ps(p.b, _mm256_set1_ps(0.114f))));
 }
 
-/* Warp and brighten into planes, eight R, eight G, eight B; return the mean gray. */
+/* Warp and apply brightness into `planes`: eight R, eight G, eight B values at a time. Return the mean gray. */
 static float warp(const Numbers *numbers, const Output *output, const Source source, float *planes)
 {
     const int width = output->width;
@@ -243,7 +244,7 @@ static float warp(const Numbers *numbers, const Output *output, const Source sou
     return (float)(total / ((double)output->height * width));
 }
 
-/* clamp(|distance| - 1, 0, 1) or clamp(2 - |distance|, 0, 1): "HSL and HSV", Wikipedia, HSV to RGB. */
+/* Convert the hue to one channel: clamp(|distance| - 1, 0, 1) or clamp(2 - |distance|, 0, 1) (Wikipedia, "HSL and HSV"). */
 static inline __m256 ramp(__m256 hue, float center, float offset, float sign)
 {
     const __m256 distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(hue, _mm256_set1_ps(center)));
@@ -270,7 +271,7 @@ static inline __m128i narrow(__m256i wide) /* 32-bit to 16-bit numbers */
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0x88));
 }
 
-/* Store eight numbers in the output's dtype. */
+/* Store eight values in the output's dtype, and return the address after them. */
 static inline char *put(char *to, __m256 values, int kind)
 {
     if (kind == 1) {
@@ -348,7 +349,7 @@ static inline void color_as(const Numbers *numbers, const Output *output, const 
         }
 }
 
-/* Render one sample into `out`: (height, width, 3) of the output's dtype. */
+/* Render one sample into `out`, (height, width, 3) in the output's dtype. */
 void render(const Numbers *numbers, const Output *output, char *out, char *scratch)
 {
     scratch = (char *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
@@ -360,7 +361,7 @@ void render(const Numbers *numbers, const Output *output, char *out, char *scrat
         scratch += bytes + row_bytes(source.width);
         source.first = blurred, source.stride = source.width * 3;
         source.end = blurred + source.height * source.stride + 64;
-    } else /* prefetch: hardware cannot predict the warp's jumps between rows */
+    } else /* prefetch, because hardware cannot predict the warp's jumps between rows */
         for (int y = 0; y < source.height; y++)
             for (int x = 0; x < source.width * 3; x += 64)
                 _mm_prefetch((const char *)source.first + y * source.stride + x, _MM_HINT_T1);

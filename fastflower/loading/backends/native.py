@@ -1,4 +1,4 @@
-"""Renders with `kernel.c`: blur, warp, color and normalization in two passes, on processors with AVX2."""
+"""Renders with `kernel.c`, which blurs, warps, colors and normalizes in two passes. Requires AVX2."""
 
 import ctypes
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _LIBRARY = Path(__file__).with_name("kernel.so")
 _KINDS = {torch.uint8: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-# The two structures must have the same fields in the same order as Numbers and Output in kernel.c.
+# These two structures must have the same fields in the same order as Numbers and Output in kernel.c.
 class _Numbers(ctypes.Structure):
     _fields_ = (
         ("source", ctypes.c_void_p),
@@ -52,7 +52,7 @@ class _Output(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Draw of one sample, ready for the kernel except for the image."""
+    """Everything the kernel needs to render one sample, except the image."""
 
     decode_scale: int
     region: tuple[slice, slice]
@@ -75,7 +75,7 @@ def _kernel() -> ctypes.CDLL:
 
 
 def available() -> bool:
-    """Return whether the package contains the kernel and the processor has AVX2, which the kernel needs."""
+    """Return whether the package contains the kernel and the processor has AVX2, which the kernel requires."""
     return _LIBRARY.exists() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
@@ -90,7 +90,7 @@ class NativeRenderer:
         self._scratch = local()
 
     def jobs(self, request: Request) -> list[_Job]:
-        """Return one job per row of a batch."""
+        """Return one job per row of the request."""
         warp = request.warp
         resampling = geometry.resampling(warp)
         count = len(request.indices)
@@ -113,10 +113,10 @@ class NativeRenderer:
         ]
 
     def __call__(self, image: Pixels, job: _Job, out: Stored, /) -> None:
-        """Render into `out`, (height, width, 3). image  (H, W, 3) uint8, decoded at job.decode_scale."""
+        """Render `image`, (H, W, 3) uint8 decoded at job.decode_scale, into `out`, (height, width, 3)."""
         source = shrunken(image[job.region], job.shrink)
         height, width, _ = source.shape
-        if height < 2 or width < 2:  # the kernel blends two rows and two columns
+        if height < 2 or width < 2:  # the kernel always reads two rows and two columns
             source = np.pad(source, ((0, height < 2), (0, width < 2), (0, 0)), mode="edge")
             height, width, _ = source.shape
         if source.strides[1:] != (3, 1) or source.strides[0] * height >= 1 << 31:

@@ -14,15 +14,15 @@ from fastflower.loading.batch import Pixels, Stored, as_numpy
 from fastflower.loading.request import Request
 
 _WARP = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-_SUBPIXEL = 8  # fractional bits of the corners passed to fillPoly
-# fillPoly also paints the boundary, about a pixel wide. Moved outwards this far, it darkens 0.3 visible pixels per image; at
-# 0 it darkens 17.
+_SUBPIXEL = 8  # fractional bits of the corner coordinates passed to fillPoly
+# Outward shift of the edges, in pixels. fillPoly also paints the boundary, about a pixel wide, which darkens 0.3 visible
+# pixels per image with this shift, and 17 without it.
 _BOUNDARY = 0.75
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Draw of one sample, ready for OpenCV."""
+    """Everything OpenCV needs to render one sample, except the image."""
 
     decode_scale: int
     region: tuple[slice, slice]
@@ -30,12 +30,12 @@ class _Job:
     blur: NDArray[np.float64] | None
     matrix: NDArray[np.float64]
     shown: NDArray[np.float64] | None
-    """Corners (x, y), (4, 2), of the visible part; the rest is black."""
+    """(4, 2) corners (x, y) of the visible part; the rest is black. None if everything is visible."""
     brightness: float
     contrast: float
     saturation: float
     hue: int
-    """Turns of the color wheel in 256ths."""
+    """Hue shift in 1/256 turns of the color wheel."""
 
 
 class OpencvRenderer:
@@ -52,7 +52,7 @@ class OpencvRenderer:
         self._multiply, self._add = (np.tile(factor, width) for factor in (multiply, add))
 
     def jobs(self, request: Request) -> list[_Job]:
-        """Return one job per row of a batch."""
+        """Return one job per row of the request."""
         draw, warp = request.draw, request.warp
         resampling = geometry.resampling(warp)
         kernels = geometry.blur_kernels(resampling.blur)
@@ -78,13 +78,13 @@ class OpencvRenderer:
         return jobs
 
     def __call__(self, source: Pixels, job: _Job, out: Stored, /) -> None:
-        """Render into `out`, (height, width, 3). source  (H, W, 3) uint8, decoded at job.decode_scale."""
+        """Render `source`, (H, W, 3) uint8 decoded at job.decode_scale, into `out`, (height, width, 3)."""
         image = _toned(self._warped(source[job.region], job), job.brightness, job.contrast)
         if job.saturation != 1:
             image = cv2.transform(image, color.saturation_matrix(job.saturation))
         if job.hue:
             hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-            hsv[..., 0] += np.uint8(job.hue)  # wraps around, like the color wheel
+            hsv[..., 0] += np.uint8(job.hue)  # wraps around like the color wheel
             image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
         if self._dtype == torch.uint8:
             out[...] = image
@@ -110,7 +110,7 @@ class OpencvRenderer:
 
 
 def shrunken(source: MatLike, shrink: tuple[int, int]) -> MatLike:
-    """Average boxes of `shrink` (down, across) pixels. The sides of `source` are multiples of the box sides."""
+    """Average boxes of `shrink` (down, across) pixels. The sides of `source` must be multiples of the box sides."""
     if shrink == (1, 1):
         return source
     down, across = shrink
@@ -123,7 +123,7 @@ def _toned(image: MatLike, brightness: float, contrast: float) -> MatLike:
     if contrast == 1:
         return image if brightness == 1 else cv2.LUT(image, color.quantized(color.brightness_table(brightness)))
     levels = color.brightness_table(brightness)
-    if brightness > 1:  # clips, so the mean must be taken afterwards
+    if brightness > 1:  # brightening clips, so the mean must be taken afterwards
         image = cv2.LUT(image, color.quantized(levels))
         levels, brightness = color.brightness_table(1), 1
     mean = brightness * float(color.LUMA @ cv2.mean(image)[:3])

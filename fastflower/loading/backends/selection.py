@@ -1,4 +1,4 @@
-"""Chooses the backend of a loader and its cache budget."""
+"""Chooses a loader's backend and cache budget."""
 
 import os
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from fastflower.loading.backends.threads import NativeBackend, OpencvBackend
 from fastflower.loading.cache import Allowance, Cache, Decoded, PixelCache, allow, decoded_bytes
 from fastflower.loading.samples import SampleSource
 
-_WORD_BYTES = 4  # per pixel in GPU memory, RGB and padding; three in RAM
+_WORD_BYTES = 4  # bytes per pixel in GPU memory: RGB and padding; RAM takes three
 
 
 def choose(
     name: Name | None, device: torch.device, cache: Cache, decoded: Callable[[], Decoded]
 ) -> tuple[Name, Allowance]:
-    """Return the backend and its cache budget. decoded  returns the memory for the decoded images of the split.
+    """Return the backend's name and cache budget. decoded  Function that returns the memory needed for decoded images.
 
-    Raises ArgumentError if the backend does not fit the device or the cache.
+    Raises ArgumentError if the backend is unknown or unavailable, or does not support `device` or `cache`.
     """
     if name not in (*get_args(Name), None):
         raise ArgumentError(f"backend must be one of {', '.join(get_args(Name))}, got {name!r}.")
@@ -36,7 +36,7 @@ def choose(
         )
     if name == "dali" and isinstance(cache, int) and cache:
         raise ArgumentError(
-            f"cache must be None with backend='dali', which caches nothing, got {cache!r}; leave it out."
+            f"cache must be None with backend='dali', which caches nothing, got {cache!r}; leave cache out."
         )
     if name == "triton" or (name is None and cuda and cache is not None):
         words = Decoded(*(size // 3 * _WORD_BYTES for size in decoded()))
@@ -51,9 +51,9 @@ def choose(
 def create(
     wanted: Name | None, augment: Augment, samples: SampleSource, setup: Setup, cache: Cache = None, *, seed: int = 0
 ) -> AnyBackend:
-    """Create the wanted backend, or for None the one that suits the device and the cache.
+    """Create the wanted backend, or the one that suits the device and the cache if `wanted` is None.
 
-    seed  of the draws, to estimate the memory for decoded images. Raises ArgumentError as `choose` does.
+    seed  Random seed of the draws, used to estimate the memory for decoded images. Raises ArgumentError like `choose`.
     """
     name, allowance = choose(wanted, setup.device, cache, lambda: decoded_bytes(samples.sizes, augment, seed))
     if name == "dali":

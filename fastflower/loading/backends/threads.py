@@ -1,4 +1,4 @@
-"""Renders batches on the CPU: threads decode and render, and both release the GIL."""
+"""Renders batches on the CPU. Threads decode and render; both steps release the GIL."""
 
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -24,19 +24,19 @@ from fastflower.loading.cache import PixelCache
 from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 
-_SPARE = 4  # free batches that wait to be reused
+_SPARE = 4  # maximum number of free batches kept for reuse
 
 Renderer = NativeRenderer | OpencvRenderer
 
 
 class _Memory:
-    """Lends memory for batches and reuses it once a batch is gone. Thread-safe.
+    """Lends memory for batches, and reuses it once a batch is freed. Thread-safe.
 
-    New memory from the system is zeroed first, which takes a sixth of the time.
+    Without reuse, the system would zero new memory, which takes a sixth of the time.
     """
 
     def __init__(self) -> None:
-        # Polled for free memory, without callbacks: Python would swallow a KeyboardInterrupt in a weak reference's callback.
+        # Polled for freed memory instead of using callbacks: Python swallows a KeyboardInterrupt in a weak reference's callback.
         self._lent: list[tuple[ref[NDArray[np.uint8]], NDArray[np.uint8]]] = []
         self._free: deque[NDArray[np.uint8]] = deque(maxlen=_SPARE)
         self._lock = Lock()
@@ -54,7 +54,7 @@ class _Memory:
         return array
 
     def give_back(self) -> None:
-        """Return all free memory to the system. Lent memory follows when its batch is gone."""
+        """Return all free memory to the system. Lent memory follows once its batch is freed."""
         with self._lock:
             self._free.clear()
             self._lent.clear()
@@ -65,15 +65,15 @@ class _Rendering(Work):
     images: Tensor
     """(N, H, W, 3)."""
     out: Stored
-    """View of `images`."""
+    """Numpy view of `images`."""
     jobs: list[Any]
     """One job per row, from the renderer's `jobs`."""
 
 
 class ThreadBackend(Backend[_Rendering, PixelCache]):
-    """Decodes, renders and erases whole rows of a batch on threads.
+    """Decodes, renders and erases each row of a batch on one thread.
 
-    For a GPU, threads render into pinned memory, which the GPU copies asynchronously.
+    For a GPU, threads render into pinned memory, which is copied to the GPU asynchronously.
     """
 
     renderer: ClassVar[type[Renderer]]
@@ -88,7 +88,7 @@ class ThreadBackend(Backend[_Rendering, PixelCache]):
         device, dtype = self.setup.device, self.setup.dtype
         shape = (len(request.indices), *self.augment.output_size, 3)
         if device.type == "cuda":
-            with torch.cuda.device(device):  # else pinning takes memory of the current GPU
+            with torch.cuda.device(device):  # otherwise pinning takes memory on the current GPU
                 images = torch.empty(shape, dtype=dtype, pin_memory=True)  # torch reuses it after the copy
         else:
             images = torch.as_tensor(self._memory.take(prod(shape) * dtype.itemsize)).view(dtype).view(shape)
@@ -110,7 +110,7 @@ class ThreadBackend(Backend[_Rendering, PixelCache]):
 
     def render(self, works: Iterable[_Rendering], _pool: ThreadPoolExecutor, /) -> Generator[tuple[Request, Tensor]]:
         try:
-            # map holds no batch while it waits for the next one, so the memory can be reused.
+            # map keeps no reference to a batch while it waits for the next one, so its memory can be reused.
             yield from map(self._finished, works)
         finally:
             self._memory.give_back()

@@ -1,8 +1,8 @@
-"""Renders on a GPU with two Triton kernels, from decoded images in GPU memory; threads decode missing images.
+"""Renders on a GPU with Triton kernels, from decoded images in GPU memory. Threads decode images that are not cached.
 
 Copies and kernels run on their own stream, one batch ahead of the consumer. The consumer's stream waits for an event
-before it uses a batch. Our stream waits for the work queued by the consumer before it writes a batch, whose memory may
-be reused. So the host may run ahead of the GPU, and the memory for batches does not grow.
+before it uses a batch. Our stream waits for the work queued by the consumer before it writes a batch, because the
+memory may be reused. So the host can run ahead of the GPU, and the memory for batches does not grow.
 """
 
 from collections import deque
@@ -27,33 +27,33 @@ from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 
 _SCALES = (1, 2, 4, 8)  # decode scales
-_WORD_BYTES = 4  # per pixel
-# Output pixels and warps per program: at most 48 registers per thread and no spills on compute capability 9.0.
+_WORD_BYTES = 4  # bytes per pixel
+# Output pixels and warps per program, for at most 48 registers per thread and no spills on compute capability 9.0.
 BLOCK, WARPS = 512, 8
 _ROW_BYTES = 8 * kernels.WHOLE + 4 * kernels.FRACTIONS
 
 
 class DeviceImages:
-    """Caches decoded images in device memory until the budget is used up; a pixel takes a word of four bytes.
+    """Caches decoded images in device memory until the budget is used up. Each pixel takes one four-byte word.
 
-    The new images of a batch form one piece of memory. Images are never moved or evicted.
+    The new images of a batch share one block of memory. Images are never moved or evicted.
     """
 
     def __init__(self, num_samples: int, allowance: Allowance) -> None:
         self.device = allowance.device
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        """Stream of all work on these images."""
+        """CUDA stream for all work on these images; None on the CPU."""
         self._address = np.zeros((num_samples, len(_SCALES)), np.int64)  # 0 if not cached
         self._width = np.zeros((num_samples, len(_SCALES)), np.int64)
         self._allowance = allowance
         self._pieces: list[Tensor] = []
 
     def missing(self, indices_N: Integers, decode_scale_N: Integers) -> Integers:
-        """Return the rows of samples that are not cached at their decode scale."""
+        """Return the rows (M,) of the samples that are not cached at their decode scales."""
         return np.flatnonzero(self._address[indices_N, _level(decode_scale_N)] == 0)
 
     def find(self, indices_N: Integers, decode_scale_N: Integers) -> tuple[Integers, Integers]:
-        """Return the addresses (N,) and widths (N,) of samples at their decode scales, 0 for those not cached."""
+        """Return the addresses (N,) and widths (N,) of samples at their decode scales, or 0 if not cached."""
         place = (indices_N, _level(decode_scale_N))
         return self._address[place], self._width[place]
 
@@ -65,11 +65,11 @@ class DeviceImages:
         Returns (addresses (M,), widths (M,), memory to keep alive until the kernel is launched).
         """
         level_M = _level(decode_scale_M)
-        # Not new: repeated in this batch, or cached by the previous batch, which was still being decoded.
+        # Not new: repeats within this batch, and images that an earlier batch has cached since this batch began.
         new = np.zeros(len(level_M), np.bool_)
         new[np.unique(indices_M * len(_SCALES) + level_M, return_index=True)[1]] = True
         new &= self._address[indices_M, level_M] == 0
-        order = np.argsort(~new, kind="stable")  # cached images first, in one piece
+        order = np.argsort(~new, kind="stable")  # images to cache come first, in one block
         pixels_M = np.array([image.shape[0] * image.shape[1] for image in images])
         kept_pixels = int(pixels_M[new].sum())
         if not self._allowance.take(_WORD_BYTES * kept_pixels):
@@ -90,7 +90,7 @@ class DeviceImages:
     def _staged(
         self, images: Sequence[Pixels], starts_M: Integers, pixels_M: Integers, pool: ThreadPoolExecutor
     ) -> Tensor:
-        """Return images as words at their starts, in pinned memory that a GPU can copy asynchronously."""
+        """Return pinned memory with the images as words, each at its start, for asynchronous copies to a GPU."""
         staged = torch.empty(int(pixels_M.sum()), dtype=torch.int32, pin_memory=self.device.type == "cuda")
         words = staged.numpy().view(np.uint8).reshape(-1, _WORD_BYTES)
 
@@ -105,7 +105,7 @@ class DeviceImages:
 
 
 def _level(decode_scale_N: Integers) -> Integers:
-    """Return the positions in _SCALES."""
+    """Return the positions of decode scales in _SCALES."""
     return np.log2(decode_scale_N).astype(np.int64)
 
 
@@ -114,17 +114,17 @@ class _Decoding(Work):
     decode_scale: Integers
     """(N,) decode scales."""
     images: dict[int, Pixels]
-    """Decoded images by row, of those not cached on the device."""
+    """Decoded images that are not cached on the device, by row."""
 
 
 class TritonBackend(Backend[_Decoding, DeviceImages]):
-    """Decodes images that are not cached on the device on threads, and renders with two kernels.
+    """Decodes images that are not yet cached on the device, using threads, and renders with Triton kernels.
 
-    On the CPU it runs in Triton's interpreter, for tests (TRITON_INTERPRET=1).
+    On the CPU, it runs in Triton's interpreter, for tests (TRITON_INTERPRET=1).
     """
 
     name = "triton"
-    eager = True  # a waiting batch takes RAM, and its samples would be decoded again if they recur meanwhile
+    eager = True  # a waiting batch takes RAM, and samples that recur in the meantime would be decoded again
 
     def __init__(self, augment: Augment, samples: SampleSource, setup: Setup, kept: DeviceImages) -> None:
         super().__init__(augment, samples, setup, kept)
@@ -148,7 +148,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
     def render(self, works: Iterable[_Decoding], pool: ThreadPoolExecutor, /) -> Generator[tuple[Request, Tensor]]:
         launched = deque[tuple[Request, Tensor, torch.Event | None]]()
         try:
-            # map holds no batch's images while it waits for the next one.
+            # map keeps no reference to a batch's images while it waits for the next batch.
             for batch in map(partial(self._launch, pool), works):
                 launched.append(batch)
                 if len(launched) > 1:
@@ -156,18 +156,18 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
             while launched:
                 yield self._handed_over(*launched.popleft())
         finally:
-            if self.stream:  # unused batches are freed here, but may still be written to
+            if self.stream:  # unused batches are freed here, but kernels may still be writing to them
                 torch.cuda.current_stream(self.kept.device).wait_stream(self.stream)
 
     def _launch(self, pool: ThreadPoolExecutor, work: _Decoding) -> tuple[Request, Tensor, torch.Event | None]:
-        """Copy decoded images to the device, launch rendering, and return (request, images, event at the end of it)."""
+        """Copy decoded images to the device, launch the kernels, and return (request, images, event after the kernels)."""
         request, device = work.request, self.kept.device
         shape = (len(request.indices), *self.augment.output_size, 3)
         images = torch.empty(shape, dtype=self.setup.dtype, device=device)  # allocated on the consumer's stream
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(device))
         with self._ours():
-            # Later work on the same stream reuses memory that is freed at the end of this block.
+            # Memory freed at the end of this block is reused only by later work on the same stream.
             address, width = self.kept.find(request.indices, work.decode_scale)
             if work.images:
                 rows = np.array(work.rows)
@@ -181,7 +181,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
     def tables(self, request: Request, address: Integers, width: Integers) -> Tensor:
         """Return all numbers of the batch in the layout of `triton_kernels`, in pinned memory.
 
-        address, width  (N,) of the decoded images.
+        address, width  Addresses (N,) and widths (N,) of the decoded images.
         """
         count, resampling = len(address), geometry.resampling(request.warp)
         memory = torch.empty(count * _ROW_BYTES, dtype=torch.uint8, pin_memory=self.stream is not None)
@@ -208,12 +208,12 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
         return memory
 
     def launch(self, memory: Tensor, out: Tensor, block: int = BLOCK, warps: int = WARPS) -> None:
-        """Render the `tables` into `out`, (N, H, W, 3). block  output pixels per program; warps  per program."""
+        """Render into `out`, (N, H, W, 3). memory  From `tables`. block, warps  Output pixels and warps per program."""
         augment, (count, height, width, _) = self.augment, out.shape
         memory = memory.to(self.kept.device, non_blocking=True)
         bytes_of_whole = count * kernels.WHOLE * 8
         whole, numbers = memory[:bytes_of_whole].view(torch.int64), memory[bytes_of_whole:].view(torch.float32)
-        if not self.stream:  # the interpreter is slow per program
+        if not self.stream:  # the interpreter has a high overhead per program
             block = _power_of_two(height * width)
         blocks = -(-height * width // block)
         size = {"H": height, "W": width, "BLOCK": block, "num_warps": warps}
@@ -235,7 +235,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
             kernels.render[grid](whole, numbers, self._constants, out, **size, STEPS=steps)
 
     def _handed_over(self, request: Request, images: Tensor, made: torch.Event | None) -> tuple[Request, Tensor]:
-        """Make the consumer's stream, not the host, wait for the images."""
+        """Return the batch after making the consumer's stream, not the host, wait for the images."""
         if made is not None:
             current = torch.cuda.current_stream(self.kept.device)
             current.wait_event(made)

@@ -1,29 +1,29 @@
-"""Two Triton kernels that render a batch on a GPU: warp, then color. The only file that imports triton.
+"""Triton kernels that render a batch on a GPU: `warp`, then `color`; or `render` for both. No other file imports triton.
 
-They compute the same as `kernel.c`: boxes, blur, one bilinear interpolation, then brightness, contrast, saturation, hue
-and normalization, without rounding in between. Each sample has a row in two tables of numbers, with the columns below.
+They perform the same steps as `kernel.c`: box averaging, blur, bilinear interpolation, brightness, contrast, saturation,
+hue and normalization, without intermediate rounding. Two tables hold one row of numbers per sample; see their columns below.
 """
 # pyright: standard
-# Triton compiles kernels from their source, which has no annotations.
+# Triton compiles kernels from their source, which has no type annotations.
 
 from typing import Any
 
 import triton
 import triton.language as tl
 
-# Columns of the table of whole numbers, (N, WHOLE) int64. Heights and widths count boxes of BOX_* pixels.
-WHOLE = 14  # the last is padding: an even number keeps both tables aligned to 16 bytes for any N
+# Columns of the integer table, (N, WHOLE) int64. HEIGHT and WIDTH count boxes of BOX_DOWN x BOX_ACROSS pixels.
+WHOLE = 14  # the last column is padding: an even number keeps both tables aligned to 16 bytes for any N
 ADDRESS, STRIDE, HEIGHT, WIDTH, BOX_DOWN, BOX_ACROSS, REACH_DOWN, REACH_ACROSS, MASKED = range(9)
 ERASE = 9  # top, left, height, width
-# Columns of the table of fractions, (N, FRACTIONS) float32.
+# Columns of the float table, (N, FRACTIONS) float32.
 FRACTIONS = 28
-WARP, FRAME, BLUR_DOWN, BLUR_ACROSS = 0, 6, 12, 18  # six each; blur weights from the middle outwards, then a zero
+WARP, FRAME, BLUR_DOWN, BLUR_ACROSS = 0, 6, 12, 18  # six each; blur weights go from the center outward, then a zero
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(24, 28)  # in the order of color.FACTORS
-# Bits of the steps after the warp. Steps that the augment never draws are not compiled.
+# Bits that select the steps after the warp. Steps that the augment never draws are not compiled.
 SATURATES, TURNS, ERASES, NORMALIZES = 1, 2, 4, 8
 
 _c: Any = tl.constexpr
-_jit: Any = triton.jit  # its type stubs lack launching
+_jit: Any = triton.jit  # its type stubs do not cover kernel launches
 _WHOLE, _FRACTIONS = _c(WHOLE), _c(FRACTIONS)
 _ADDRESS, _STRIDE, _HEIGHT, _WIDTH, _MASKED, _ERASE = map(_c, (ADDRESS, STRIDE, HEIGHT, WIDTH, MASKED, ERASE))
 _BOX_DOWN, _BOX_ACROSS, _REACH_DOWN, _REACH_ACROSS = map(_c, (BOX_DOWN, BOX_ACROSS, REACH_DOWN, REACH_ACROSS))
@@ -39,7 +39,7 @@ def _clamp(value, low, high):
 
 @_jit
 def _luma(r, g, b):
-    """Return the luma by ITU-R BT.601, as color.LUMA."""
+    """Return the ITU-R BT.601 luma, with the weights of color.LUMA."""
     return 0.299 * r + 0.587 * g + 0.114 * b
 
 
@@ -50,14 +50,14 @@ def _rgb(word):
 
 @_jit
 def _pixels(BLOCK: tl.constexpr, W: tl.constexpr):
-    """Return what a program writes: (sample, pixels, their rows, their columns)."""
+    """Return the part of the output that a program writes: (sample, pixels, their rows, their columns)."""
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     return tl.program_id(1), pixel, pixel // W, pixel % W
 
 
 @_jit
 def _interpolated(image, stride, height, width, x, y):
-    """Interpolate the image at the points (x, y): r, g, b."""
+    """Return the bilinear interpolation (r, g, b) of the image at the points (x, y)."""
     x0 = x.to(tl.int32)
     y0 = y.to(tl.int32)
     across = x - x0
@@ -81,7 +81,7 @@ def _interpolated(image, stride, height, width, x, y):
 
 @_jit
 def _tap(weights, step, share):
-    """Return the weight of tap `step` of a blur followed by interpolation with `share` of the next pixel."""
+    """Return the weight of tap `step` in the filter formed by the blur and linear interpolation. share  Next pixel's weight."""
     near = tl.load(weights + tl.maximum(step, -step))
     far = tl.load(weights + tl.maximum(step - 1, 1 - step))
     return (1 - share) * near + share * far
@@ -89,7 +89,7 @@ def _tap(weights, step, share):
 
 @_jit
 def _filtered(image, stride, height, width, x, y, fractions, reach_down, reach_across, box_down, box_across):
-    """Average boxes, blur, and interpolate at the points (x, y), in units of boxes: r, g, b."""
+    """Average boxes and blur, then interpolate at the points (x, y), given in units of boxes. Return (r, g, b)."""
     x0 = x.to(tl.int32)
     y0 = y.to(tl.int32)
     across = x - x0
@@ -97,7 +97,7 @@ def _filtered(image, stride, height, width, x, y, fractions, reach_down, reach_a
     r = tl.zeros_like(x)
     g = tl.zeros_like(x)
     b = tl.zeros_like(x)
-    # `while` compiles to the same code as `for`, and Triton 3.6's interpreter has no range of tensors with numpy 2.5.
+    # `while` compiles to the same code as `for`. With numpy 2.5, range() rejects tensors in Triton 3.6's interpreter.
     i = -reach_down
     while i < reach_down + 2:
         weight_down = _tap(fractions + _BLUR_DOWN, i, down)
@@ -124,7 +124,7 @@ def _filtered(image, stride, height, width, x, y, fractions, reach_down, reach_a
 
 @_jit
 def _sampled(whole, fractions, row, column):
-    """Sample the image where the warp maps output pixels (row, column): r, g, b in 0 .. 255."""
+    """Sample the image where the warp maps output pixels (row, column), and return (r, g, b) in 0 .. 255."""
     image = tl.load(whole + _ADDRESS).to(tl.pointer_type(tl.int32))
     stride = tl.load(whole + _STRIDE)
     height = tl.load(whole + _HEIGHT).to(tl.int32)
@@ -147,13 +147,13 @@ def _sampled(whole, fractions, row, column):
 
 @_jit
 def _inside(place, size):
-    """Return the share of output pixels inside a frame of that size: 1, falling to 0 over a pixel at its edges."""
+    """Return how much of each output pixel lies inside a frame of `size`: 1, falling to 0 over one pixel at the edges."""
     return _clamp(tl.minimum(place + 1, size - place), 0.0, 1.0)
 
 
 @_jit
 def _warped(whole, fractions, row, column, H: tl.constexpr, W: tl.constexpr):
-    """Sample, black out what lies outside the visible part, and brighten."""
+    """Sample the image, black out everything outside the visible part, and apply brightness."""
     r, g, b = _sampled(whole, fractions, row, column)
     factor = tl.zeros_like(r) + tl.load(fractions + _BRIGHTNESS)
     if tl.load(whole + _MASKED) != 0:
@@ -166,7 +166,7 @@ def _warped(whole, fractions, row, column, H: tl.constexpr, W: tl.constexpr):
 
 @_jit
 def _ramp(hue, center, offset, sign):
-    """Return a channel of HSV to RGB: clamp(|distance| - 1, 0, 1) or clamp(2 - |distance|, 0, 1); "HSL and HSV", Wikipedia."""
+    """Convert the hue to one channel: clamp(|distance| - 1, 0, 1) or clamp(2 - |distance|, 0, 1) (Wikipedia, "HSL and HSV")."""
     return _clamp(tl.abs(hue - center) * sign + offset, 0.0, 1.0)
 
 
@@ -190,7 +190,7 @@ def _turned(r, g, b, turns):
 
 @_jit
 def _written(out, n, pixel, valid, r, g, b, H: tl.constexpr, W: tl.constexpr):
-    """Store the three channels of pixels, rounded to whole levels if the output is uint8."""
+    """Store the three channels of the pixels, rounded to integers if the output is uint8."""
     place = out + (n.to(tl.int64) * (H * W) + pixel) * 3
     if out.dtype.element_ty == tl.uint8:
         r = tl.floor(r + 0.5)
@@ -206,7 +206,7 @@ def _colored(
     whole, fractions, row, column, r, g, b, constants,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Apply saturation, hue, normalization and erasing. constants  three factors, three summands, three erase values."""
+    """Apply saturation, hue, normalization and erasing. constants  Three factors, three offsets, three erase values."""
     if _SATURATES & STEPS:
         saturation = tl.load(fractions + _SATURATION)
         gray = (1 - saturation) * _luma(r, g, b)
@@ -234,9 +234,9 @@ def _colored(
 def warp(
     whole, fractions, planes, grays, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Warp into `planes`, (N, 3, H, W) float16, and sum up the gray. The first of two kernels if contrast is drawn.
+    """Warp into `planes`, (N, 3, H, W) float16, and sum the gray values. The first of two kernels, used if contrast is drawn.
 
-    grays  (N, blocks) float32: a sum per block, so that the mean does not depend on the order of the blocks.
+    grays  (N, blocks) float32: one sum per block, so that the mean does not depend on the order of the blocks.
     """
     n, pixel, row, column = _pixels(BLOCK, W)
     valid = pixel < H * W
@@ -255,7 +255,7 @@ def color(
     H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Apply contrast about the mean gray and all later steps, into `out`, (N, H, W, 3). The second of two kernels."""
+    """Apply contrast about the mean gray, then the later steps, and write to `out`, (N, H, W, 3). The second of two kernels."""
     n, pixel, row, column = _pixels(BLOCK, W)
     valid = pixel < H * W
     place = planes + n.to(tl.int64) * (3 * H * W) + pixel
@@ -280,7 +280,7 @@ def render(
     H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Warp and color in one kernel, if no contrast is drawn."""
+    """Warp and color in one kernel, used if contrast is not drawn."""
     n, pixel, row, column = _pixels(BLOCK, W)
     valid = pixel < H * W
     r, g, b = _warped(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, H, W)
