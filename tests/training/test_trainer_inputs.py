@@ -79,7 +79,7 @@ def test_a_run_resumes_only_with_its_own_validation_split(tmp_path: Path) -> Non
     recipe = replace(RECIPE, batch_size=8)
     train(first, recipe, out=tmp_path / "run", device="cpu")
     train(none, recipe, out=tmp_path / "without", device="cpu")
-    message = r"checkpoint-last\.pt: was validated on another split 'val'; resume on the same shards\.$"
+    message = r"checkpoint-last\.pt: was validated on a different val split; resume with the original shards\.$"
     for shards, run in ((other, "run"), (none, "run"), (first, "without")):
         with pytest.raises(CheckpointError, match=message):
             train(shards, recipe, out=tmp_path / run, resume=True, device="cpu")
@@ -95,7 +95,7 @@ def test_an_unreadable_file_is_not_called_damaged(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(torch, "load", refuse)
     with pytest.raises(
-        CheckpointError, match=r"a\.pt: cannot be read \(Permission denied\); fix this, or pass another"
+        CheckpointError, match=r"a\.pt: cannot be read \(Permission denied\); make it readable, or pass another file"
     ):
         load_file(tmp_path / "a.pt")
 
