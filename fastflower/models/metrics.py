@@ -14,8 +14,8 @@ _CALIBRATION_BINS = 15
 class Scores:
     """Metrics and predictions, as returned by `evaluate`.
 
-    Row i of labels, probabilities and paths belongs to sample i of the split, the index that `Loader` yields. This holds for
-    any batch size and any number of ranks, so these arrays can be zipped.
+    Row i of labels, probabilities and paths belongs to sample i of the split, where i is the index that `Loader` yields. This
+    holds for any batch size and any number of ranks, so these arrays can be zipped.
     """
 
     classes: tuple[str, ...]

@@ -34,7 +34,7 @@ class Report:
     best_epoch: int
     """Epoch with the highest validation accuracy, counted from 1; ties go to the lowest validation loss."""
     scores: Scores | None
-    """Scores of the best epoch on the val split; None if there is none."""
+    """Scores of the best epoch on the val split; None if the shards have no val split."""
 
     @property
     def checkpoint(self) -> Path:

@@ -22,7 +22,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, network: nn.Module, updates: int) -> None:
-        """Add the network's current weights to the average, which has had `updates` updates."""
+        """Add the network's current weights to the average, after `updates` earlier updates."""
         decay = updates / (1 + updates) if self._decay is None else min(self._decay, (1 + updates) / (10 + updates))
         pairs = list(zip(tensors_of(self.network), tensors_of(network), strict=True))
         averages, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)

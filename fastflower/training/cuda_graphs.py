@@ -43,7 +43,7 @@ def unchanged(network: nn.Module, optimizer: Optimizer, generator: torch.Generat
 
 
 def graphs_of(recipe: Recipe, device: torch.device, precision: torch.dtype) -> Capture | None:
-    """Return a function that captures a run's steps, or None if recipe or device forbid it or steps differ from each other.
+    """Return a function that captures a run's steps, or None if the recipe or device rules it out, or steps differ.
 
     Steps differ with multiple ranks, with gradient accumulation, and with float16, because the loss scaler decides in Python
     whether to skip an update. torch.compile captures its own graphs.

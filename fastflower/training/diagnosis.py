@@ -19,7 +19,7 @@ from fastflower.training.run import Run
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Measured rates. Printing it shows the bottleneck and a remedy."""
+    """Measured rates; print them to see the bottleneck and a remedy."""
 
     loading_rate: float
     """Images/s of data loading without training, with every image decoded."""

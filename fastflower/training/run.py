@@ -157,7 +157,7 @@ class Run:
         return self.average.network if self._ends_training(epochs - 1) else self.network
 
     def _ends_training(self, epoch: int) -> bool:
-        """Return whether an epoch, counted from 0, is the last one of training or of a run of a model soup."""
+        """Return whether an epoch, counted from 0, ends the training or one run of a model soup."""
         return (epoch + 1) % self.recipe.epochs_per_training == 0
 
     def train(self) -> Report:

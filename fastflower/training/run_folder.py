@@ -35,7 +35,7 @@ def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
 def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
     """Create and lock a run's folder on rank 0; if that fails, raise the same error on all ranks.
 
-    new  Whether the folder must not exist yet.
+    new  Whether the folder must be new, that is, not exist yet.
 
     A folder created here is removed at the end if it is still empty.
 

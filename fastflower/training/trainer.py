@@ -37,7 +37,7 @@ def train(
         recipe: What to train, and how.
         out: The run's folder. None uses the first unused folder of runs/BACKBONE, runs/BACKBONE-2, ...
         resume: Continue the run in `out` from its last checkpoint, or start it if there is none.
-        save_steps: Also save a checkpoint every this many updates within an epoch, for epochs that take hours.
+        save_steps: Number of updates between extra checkpoints within an epoch, for epochs that take hours.
         device: None uses CUDA if available, otherwise the CPU.
 
     Returns the report of the run. Raises ShardError, CheckpointError, ArgumentError or DeviceError before anything is written.

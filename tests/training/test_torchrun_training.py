@@ -209,6 +209,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch: tuple[Path, str
 
 def test_a_signal_to_one_rank_stops_the_validation_of_all(launch: tuple[Path, str]) -> None:
     out = launch[0] / "validating"
-    said = f"{out}: stopped by SIGTERM in the validation of epoch 1, and saved a checkpoint; pass resume=True (--resume) to continue."
+    where = "in the validation of epoch 1"
+    said = f"{out}: stopped by SIGTERM {where}, and saved a checkpoint; pass resume=True (--resume) to continue."
     assert found(launch, "validating") == [{"error": f"StoppedError: {said}"}] * 2
     assert place(out) == (0, 30)
