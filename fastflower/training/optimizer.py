@@ -65,6 +65,6 @@ def state_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def zero_state(optimizer: Optimizer) -> None:
-    """Reset momentum and moments to zero, as before the first update. Works in place because CUDA graphs refer to these tensors."""
+    """Reset momentum and moments to zero, as before the first update. Works in place because CUDA graphs use these tensors."""
     for tensor in state_of(optimizer):
         tensor.zero_()
