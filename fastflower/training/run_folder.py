@@ -35,7 +35,7 @@ def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
 def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
     """Create and lock a run's folder on rank 0; if that fails, raise the same error on all ranks.
 
-    new  Whether the folder must be new, that is, not exist yet.
+    new  Whether to fail if the folder already exists.
 
     A folder created here is removed at the end if it is still empty.
 
@@ -56,7 +56,9 @@ def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
                 for partial in folder.glob(PARTIAL) if alone else ():  # left by a killed run
                     partial.unlink(missing_ok=True)
             except FileExistsError:
-                failed = CheckpointError(f"{folder}: another run just took this folder; start again, or pass out.")
+                failed = CheckpointError(
+                    f"{folder}: another run just took this folder; start again, or set out (--out) to another."
+                )
             except HeldError as error:
                 failed = CheckpointError(f"{folder}: another run is training here ({error}); wait, then {_REMEDY}.")
             except OSError as error:

@@ -54,7 +54,8 @@ def test_of_two_runs_started_together_the_second_does_not_overwrite_the_first(
     monkeypatch.setattr("fastflower.training.trainer.run_folder", lambda *_, **__: began)
     before = first.checkpoint.read_bytes()
     with pytest.raises(
-        CheckpointError, match=r"^runs/resnet18: another run just took this folder; start again, or pass out\.$"
+        CheckpointError,
+        match=r"^runs/resnet18: another run just took this folder; start again, or set out \(--out\) to another\.$",
     ):
         train(shards, replace(RECIPE, seed=1), device="cpu")
     assert first.checkpoint.read_bytes() == before
