@@ -57,7 +57,7 @@ def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
                     partial.unlink(missing_ok=True)
             except FileExistsError:
                 failed = CheckpointError(
-                    f"{folder}: another run just took this folder; start again, or set out (--out) to another."
+                    f"{folder}: another run just took this folder; start again, or choose an out (--out)."
                 )
             except HeldError as error:
                 failed = CheckpointError(f"{folder}: another run is training here ({error}); wait, then {_REMEDY}.")
