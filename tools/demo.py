@@ -1,6 +1,6 @@
-"""Run the main job from end to end: python tools/demo.py [--data FOLDER] [--weights FILE]. `make demo` runs this.
+"""Run the main workflow end to end: python tools/demo.py [--data FOLDER] [--weights FILE]. `make demo` runs this.
 
-Packs a folder of class folders (by default, drawn flowers), trains, evaluates, times epochs against torchvision's
+Packs a folder of class folders (by default, generated flowers), trains, evaluates, times epochs against torchvision's
 ImageFolder in the same run, and writes the report to runs/demo.
 """
 
@@ -29,14 +29,14 @@ _MARK = ".fastflower-demo"  # marks a folder that a demo may clear
 
 
 class Timed(TypedDict):
-    """One side of a comparison, as benchmarks/epoch_time.py writes it."""
+    """One side of a comparison, as written by benchmarks/epoch_time.py."""
 
     name: str
     images: int
     seconds: list[float]
     """Seconds of each round."""
     ratio: float
-    """Its rate relative to the baseline."""
+    """Throughput relative to the baseline."""
 
 
 def main(
@@ -46,14 +46,14 @@ def main(
     epochs: int | None = None,
     out: Path = Path("runs/demo"),
 ) -> None:
-    """Run the main job and print a short table.
+    """Run the main workflow and print a short table.
 
     Args:
-        data: Folder of class folders; by default, draws flowers.
+        data: Folder of class folders. By default, flowers are drawn.
         weights: A state_dict to start from. By default, torchvision's weights, or random weights if the download fails.
         backbone: By default, resnet18, or resnet50 with --weights.
         epochs: Overrides the recipe's number of epochs.
-        out: Folder of the run. Removes the output of an earlier demo; any other folder must be empty.
+        out: Folder of the run. The output of an earlier demo is removed from it; any other folder must be empty.
     """
     if data is not None and data.resolve().is_relative_to(out.resolve()):
         raise ArgumentError(f"--data {data}: is inside --out {out}, which is cleared first; choose another --out.")
@@ -104,7 +104,7 @@ def _clear(out: Path) -> None:
 
 
 def _trained(out: Path, weights: Path | None, backbone: str | None, epochs: int | None) -> Report:
-    """Train from the weights file if given, else from torchvision's weights, else from scratch."""
+    """Train from the weights file if given, otherwise from torchvision's weights, or from scratch if they are unavailable."""
     tries = [replace(PRESETS["finetune"](), weights=str(weights), backbone=backbone or "resnet50", epochs=3)]
     if weights is None:
         name = backbone or "resnet18"

@@ -1,6 +1,6 @@
 """Draw five kinds of flowers as JPEG files in class folders: python tools/draw_flowers.py OUT
 
-Deterministic, and uses no image files. The kinds differ in shape; their colors, sizes, numbers and backgrounds overlap,
+Deterministic; reads no image files. The kinds differ in shape; their colors, sizes, numbers and backgrounds overlap,
 so that a network has something to learn.
 """
 
@@ -34,7 +34,7 @@ REDS: list[Color] = [(190, 25, 45), (220, 90, 130), (160, 40, 110), (230, 120, 6
 def petal(
     image: Image, center: Point, angle: float, start: float, length: float, width: float, color: Color, tip: float
 ) -> None:
-    """Draw one petal that points away from the center. A tip of 0 is round, 1 is pointed."""
+    """Draw one petal that points away from the center. A tip of 0 is round; a tip of 1 is pointed."""
     along = np.linspace(0, 1, 12)
     half = width / 2 * np.sin(np.pi * along ** (0.7 + 0.5 * tip)) ** (0.6 + 0.6 * tip)
     distance = start + length * along
@@ -60,8 +60,8 @@ def tinted(color: Color, factor: float | NDArray[np.float64]) -> Color:
     return clipped(np.array(color) * factor)
 
 
-def clipped(levels: NDArray[np.float64]) -> Color:
-    red, green, blue = np.clip(levels, 0, 255).tolist()
+def clipped(values: NDArray[np.float64]) -> Color:
+    red, green, blue = np.clip(values, 0, 255).tolist()
     return red, green, blue
 
 
@@ -148,7 +148,7 @@ def draw(kind: str, rng: Generator) -> Image:
 
 
 def draw_flowers(out: Annotated[Path, tyro.conf.Positional], per_class: int = 160, seed: int = 0) -> None:
-    """Write OUT/KIND/NNNN.jpg, five kinds of drawn flowers.
+    """Write drawings of five kinds of flowers to OUT/KIND/NNNN.jpg.
 
     Args:
         out: Folder to write to.

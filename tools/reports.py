@@ -1,8 +1,8 @@
 """Repeat the experiments of the five student reports and compare the numbers: python tools/reports.py SHARDS
 
-Each experiment is a recipe, trained in OUT/RECIPE. An interrupted one is resumed; a finished one is read. Writes
-OUT/reports.md and a figure for each report. Our accuracy is that of the best epoch, chosen on the validation split as
-in the reports.
+Each experiment trains a recipe in OUT/RECIPE. Interrupted experiments are resumed; the results of finished ones are read.
+Writes OUT/reports.md and a figure for each report. Our accuracy is the best epoch's, chosen on the validation split as in
+the reports.
 """
 
 import logging
@@ -39,14 +39,14 @@ class Experiment:
 
 
 def _report_e(backbone: str, *accuracies: float) -> list[Experiment]:
-    """Pair a network's four figures with recipes in the order of the report, which does not say which figure is which."""
+    """Pair a network's four accuracies with recipes in the report's order. The report does not say which accuracy is which."""
     names = [f"report-e-{backbone}-freeze{freeze}-{kind}" for freeze in (2, 3) for kind in ("fixed", "mixed")]
     return [Experiment(name, accuracy) for name, accuracy in zip(names, accuracies, strict=True)]
 
 
 BATCH_128 = Experiment("report-c-batch128", 92.6)
 FROZEN = Experiment("report-c-resnet50-frozen", 94.5)
-# By report, then by title: the experiments that a comparison shows side by side.
+# The experiments to compare side by side, by report, then by title of the comparison.
 REPORTS: dict[Letter, dict[str, list[Experiment]]] = {
     "a": {"ResNet-18": [Experiment("report-a", 93.33, 19 * 60 + 35)]},
     "b": {
@@ -80,7 +80,7 @@ Histories = dict[str, list[dict[str, float]]]
 
 
 def history_of(shards: str, name: str, recipe: Recipe, out: Path, device: str | None) -> list[dict[str, float]]:
-    """Return the history of an experiment, and train it first if it is not finished."""
+    """Return the history of an experiment, training it first if it is not finished."""
     folder = out / name
     if (folder / "report.html").exists() and (folder / LAST).exists():
         kept = Checkpoint.load(folder / LAST)
@@ -97,7 +97,7 @@ def seconds_of(history: list[dict[str, float]]) -> float:
 
 
 def table(letters: Sequence[Letter], histories: Histories) -> str:
-    """Format the reported and our results as Markdown; a recipe that is compared twice has two rows."""
+    """Format the reported results and ours as Markdown; a recipe that is compared twice has two rows."""
     lines = [
         "| report | compared | recipe | reported | ours, best epoch | last epoch | reported s | ours s | epochs |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",
@@ -119,7 +119,7 @@ def table(letters: Sequence[Letter], histories: Histories) -> str:
 
 
 def draw(letter: Letter, histories: Histories, path: Path) -> None:
-    """Draw a row for each comparison: accuracy by epoch with reported figures dashed, and bars of both."""
+    """Draw a row for each comparison: accuracy by epoch with the reported accuracy dashed, and bars of both."""
     comparisons = REPORTS[letter]
     figure = Figure(figsize=(11, 3.4 * len(comparisons)), layout="constrained")
     grid = figure.subplots(len(comparisons), 2, squeeze=False)
@@ -158,13 +158,13 @@ def reports(
 
     Args:
         shards: Folder written by pack, or its URL.
-        report: Which reports: a to e.
+        report: Reports to repeat, a to e.
         out: Folder for the runs, the table and the figures.
-        weights: torchvision's name of the pretrained weights. None means random weights and no frozen stages.
+        weights: Name of pretrained torchvision weights. None uses random weights and freezes no stages.
         epochs: Overrides each recipe's number of epochs, for example to check that all experiments run.
-        device: None means CUDA if available, else the CPU.
+        device: None uses CUDA if available, otherwise the CPU.
     """
-    Loader(shards, "val", device="cpu", cache=None)  # fail now, not after a training, if there is no validation split
+    Loader(shards, "val", device="cpu", cache=None)  # fail now, not after training, if there is no validation split
     histories: Histories = {}
     for letter in report:
         for experiment in chain.from_iterable(REPORTS[letter].values()):
@@ -177,7 +177,7 @@ def reports(
         draw(letter, histories, out / f"report-{letter}.png")
     text = table(report, histories)
     text += "" if weights else "\nWith random weights no stage is frozen, whatever the recipe's name says.\n"
-    text += f"\nPretrained weights: {weights}; epochs: {epochs or 'as the reports say'}.\n"
+    text += f"\nPretrained weights: {weights}; epochs: {epochs or 'as in the reports'}.\n"
     write_atomically(out / "reports.md", text.encode())
     print(text, end="")
     print(f"wrote {out / 'reports.md'}")

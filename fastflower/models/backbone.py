@@ -16,8 +16,8 @@ from fastflower.files import blame_the_system
 
 _log = logging.getLogger("fastflower")
 
-# The original ResNets (He et al. 2015) downsample in a block's 1x1 convolution, torchvision's in the 3x3. Tensor shapes are
-# equal, but weights from Caffe or Keras lose accuracy in torchvision's variant. GluonCV calls the original "v1".
+# The original ResNets (He et al. 2015) downsample in a block's first 1x1 convolution, torchvision's in the 3x3 convolution.
+# The tensor shapes match, but Caffe or Keras weights lose accuracy in torchvision's variant. GluonCV calls the original "v1".
 _V1 = {f"resnet{depth}_v1": f"resnet{depth}" for depth in (50, 101, 152)}
 NAMES = (*(name for name in models.list_models(models) if re.match(r"(densenet|resnet|vgg)\d", name)), *_V1)
 
@@ -29,12 +29,12 @@ def build(
 ) -> nn.Module:
     """Build a network on the CPU that maps images (N, 3, H, W) to logits (N, num_classes).
 
-    weights  torchvision's name of pretrained weights, the path of a state_dict or checkpoint (any floating dtype), its URL as
-    https://HOST/FILE#sha256=CHECKSUM (downloaded once), or None. A head with `num_classes` outputs is kept, unless it comes
-    from a checkpoint for other `classes`; otherwise the head is new.
+    weights  The name of pretrained torchvision weights, the path of a state_dict or checkpoint (any floating-point dtype), the
+    URL of one as https://HOST/FILE#sha256=CHECKSUM (downloaded once), or None for random weights. A head with `num_classes`
+    outputs is kept, unless it comes from a checkpoint for other `classes`; otherwise the network gets a new head.
 
-    Raises ArgumentError if the name is unknown or `freeze` exceeds the number of stages, CheckpointError if the weights
-    cannot be used.
+    Raises ArgumentError if the backbone's name is unknown, `freeze` exceeds the number of stages, or a URL has no checksum.
+    Raises CheckpointError if the weights cannot be used.
     """
     if name not in NAMES:
         raise ArgumentError(f"backbone must be one of {', '.join(NAMES)}, got {name!r}.")
@@ -61,26 +61,28 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
 def frozen_modules(model: nn.Module, stages: int) -> list[nn.Module]:
     """Return the modules of the first `stages` stages.
 
-    The stem of a ResNet or DenseNet belongs to the first stage. A stage of a VGG ends with a max-pool.
+    The stem of a ResNet or DenseNet belongs to the first stage. Each stage of a VGG ends with a max-pool.
     """
     if isinstance(model, models.ResNet):
         known = [[model.conv1, model.bn1, model.layer1], [model.layer2], [model.layer3], [model.layer4]]
     else:
         known = _feature_stages(model.get_submodule("features"))  # DenseNet or VGG
     if stages > len(known):
-        raise ArgumentError(f"freeze must be at most {len(known)} (the stages of this backbone), got {stages}.")
+        raise ArgumentError(
+            f"freeze must be at most {len(known)} (the number of stages in this backbone), got {stages}."
+        )
     return [module for stage in known[:stages] for module in stage]
 
 
 def train_mode(model: nn.Module, freeze: int) -> None:
-    """Switch to training mode, but keep batch norms and dropout of frozen stages in evaluation mode."""
+    """Switch to training mode, but keep the batch norms and dropout of frozen stages in evaluation mode."""
     model.train()
     for module in frozen_modules(model, freeze):
         module.eval()
 
 
 def _feature_stages(features: nn.Module) -> list[list[nn.Module]]:
-    """Split into stages after each DenseNet transition or VGG max-pool, but not after pool0, which ends a DenseNet's stem."""
+    """Split layers into stages after each DenseNet transition or VGG max-pool, except pool0, which ends a DenseNet's stem."""
     stages: list[list[nn.Module]] = [[]]
     for name, module in features.named_children():
         stages[-1].append(module)
@@ -90,12 +92,12 @@ def _feature_stages(features: nn.Module) -> list[list[nn.Module]]:
 
 
 def _head_name(model: nn.Module) -> str:
-    """Return the name of the last linear layer, the last one with a weight matrix."""
+    """Return the name of the head: the last layer with a weight matrix."""
     return [name for name, weight in model.named_parameters() if weight.ndim == 2][-1].removesuffix(".weight")
 
 
 def _fit_head(model: nn.Module, num_classes: int, *, keep: bool = True) -> str:
-    """Replace the head if its number of outputs differs or `keep` is False; return a description for the log."""
+    """Replace the head if it does not have `num_classes` outputs or `keep` is False; return a description for the log."""
     name = _head_name(model)
     outputs, inputs = model.get_parameter(f"{name}.weight").shape
     if outputs == num_classes and keep:
@@ -132,7 +134,9 @@ def _downloaded(name: str, weights: str) -> nn.Module:
         ) from error
     except (KeyError, ValueError) as error:
         known = ", ".join(entry.name for entry in models.get_model_weights(name))  # pyright: ignore[reportUnknownMemberType]
-        raise CheckpointError(f"weights={weights!r}: {name} has {known}; pass one of these, a path or None.") from error
+        raise CheckpointError(
+            f"weights={weights!r}: the weights for {name} are {known}; pass one of these, a path or None."
+        ) from error
 
 
 def _fetched(address: str) -> Path:
@@ -160,24 +164,24 @@ def _fetched(address: str) -> Path:
 
 
 def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classes: Sequence[str]) -> str:
-    """Load a file's weights, and its head if it fits; return what happened to the head, for the log."""
+    """Load a file's weights, including its head if it fits; return a description of the head for the log."""
     state, file_classes = _read_weights(path)
     head, own = _head_name(model), model.state_dict()
-    # Other tools' files have no batch norm counters, or counters of shape (1,).
+    # Files from other tools have no batch norm counters, or counters of shape (1,).
     body = [key for key in own if not key.startswith(f"{head}.") and not key.endswith("num_batches_tracked")]
     wrong = [key for key in body if key not in state or state[key].shape != own[key].shape]
     wrong += [key for key in state if key not in own]  # ResNet-34 has every key of ResNet-18
     if wrong:
         raise CheckpointError(
-            f"{path}: does not fit {name}: {len(wrong)} tensors are missing, unexpected or have another shape "
-            f"(first {wrong[0]!r}); pass the backbone that the file was saved from."
+            f"{path}: does not fit {name}: {len(wrong)} tensors are missing, unexpected or differ in shape "
+            f"(first: {wrong[0]!r}); pass the backbone that the file was saved from."
         )
     model.load_state_dict(own | {key: state[key] for key in body})
     weight, bias = state.get(f"{head}.weight"), state.get(f"{head}.bias")
     inputs = own[f"{head}.weight"].shape[1]
     if weight is None or bias is None or weight.shape[1:] != (inputs,) or len(weight) != len(bias):
         _fit_head(model, num_classes)
-        return f"found no head that fits, added a new one for {num_classes} classes"
+        return f"found no head that fits, so added a new one for {num_classes} classes"
     layer = nn.Linear(inputs, len(weight))
     layer.load_state_dict({"weight": weight, "bias": bias})
     model.set_submodule(head, layer)
@@ -196,7 +200,9 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None
             f"torch.save(model.state_dict(), path) or by train."
         )
     if broken := not_finite(content):
-        raise CheckpointError(f"{path}: weights are not finite ({broken}), so training cannot start; pass another.")
+        raise CheckpointError(
+            f"{path}: weights are not finite ({broken}), so training cannot start; pass another file."
+        )
     # torchvision's DenseNet files spell norm1 as norm.1.
     return {_DOTTED.sub(r"\1", key): value for key, value in content.items()}, classes
 
@@ -209,13 +215,13 @@ def _is_state_dict(value: object) -> TypeGuard[dict[str, Tensor]]:
 
 
 def not_finite(state: dict[str, Tensor]) -> str:
-    """Describe which tensors of a state_dict hold inf or NaN; return "" if all are finite."""
+    """Describe which tensors of a state_dict contain inf or NaN; return "" if all are finite."""
     names = [key for key, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]
     return f"{names[0]!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''}" if names else ""
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """Load an untrusted file with torch.load, allowing only tensors and plain values. Raises CheckpointError."""
+    """Load an untrusted file with torch.load, allowing only tensors and plain values. Raises CheckpointError if that fails."""
     try:
         loaded: object = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -225,7 +231,9 @@ def load_file(path: Path) -> dict[str, Any]:
         if isinstance(error, IsADirectoryError):
             raise CheckpointError(f"{path}: is a folder; pass a file, such as a run's checkpoint-best.pt.") from None
         if isinstance(error, PermissionError):  # not OSError, which a truncated file raises too
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); fix this, or pass another.") from None
+            raise CheckpointError(
+                f"{path}: cannot be read ({error.strerror}); make it readable, or pass another file."
+            ) from None
         # Hide torch's message: it suggests weights_only=False, which would run any code in the file.
         raise CheckpointError(
             f"{path}: was not written by torch.save, is truncated, or holds more than tensors and plain values; "

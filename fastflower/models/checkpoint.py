@@ -1,4 +1,4 @@
-"""A file with a trained network and everything needed to use it or to resume training."""
+"""Checkpoint files: a trained network and everything needed to use it or to resume training."""
 
 import os
 from collections import Counter
@@ -19,37 +19,37 @@ LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"  # in a run's folder
 
 
 class EpochSoFar(TypedDict, total=False):
-    """Totals of the current epoch's finished steps, over all ranks; {} between epochs."""
+    """Totals over all ranks for the finished steps of the current epoch; {} between epochs."""
 
     losses: Tensor
     """(steps,) float64, the mean loss of each step."""
     hits: int
-    """Number of correct predictions; existing files use this key."""
+    """Number of correct predictions. The name is kept for existing files."""
     seconds: float
     """Seconds that the steps took on this rank."""
     waited: float
-    """Seconds of these spent waiting for data."""
+    """Part of `seconds` that was spent waiting for data."""
     trained: bool
-    """Whether the epoch's training is finished and added to a model soup, so that only validation is left."""
+    """Whether the epoch's training is finished, including any update of a model soup, so only validation is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Training state after an epoch or in the middle of one. Its file loads with weights_only=True."""
+    """Training state after an epoch or in the middle of one. The file can be loaded with weights_only=True."""
 
     recipe: Recipe
     classes: tuple[str, ...]
     model: dict[str, Tensor]
-    """state_dict of the network to use; the averaged weights if the recipe averages weights."""
+    """state_dict of the network to use. Holds the averaged weights if the recipe averages weights."""
     epoch: int
     """Number of finished epochs."""
     history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     """One row per epoch; see `Report`."""
     optimizer: dict[str, Any] = field(default_factory=dict[str, Any])
     scaler: dict[str, float] = field(default_factory=dict[str, float])
-    """State of the loss scaling for float16."""
+    """State of the loss scaler for float16."""
     trained: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """The weights being trained, if `model` is an average; training resumes from these."""
+    """The weights being trained, if `model` is an average; training resumes from them."""
     soup: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Mean weights of the finished runs of a model soup."""
     tally: EpochSoFar = field(default_factory=EpochSoFar)
@@ -60,28 +60,28 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Number of finished steps of the current epoch."""
+        """Number of finished steps in the current epoch."""
         return len(self.tally.get("losses", ()))
 
     def save(self, path: str | Path, *, twin: str | Path | None = None) -> None:
         """Write the file atomically. Raises CheckpointError if it cannot be written.
 
         twin  A file that this checkpoint was just saved to. If possible, `path` becomes a hard link to it, at no cost. A later
-              save to either name leaves the other unchanged, because files are replaced and never modified.
+              save to either path leaves the other unchanged, because files are replaced, never modified.
         """
         path = Path(path)
         content: dict[str, object] = {"format": "fastflower", "version": FORMAT_VERSION}
         content |= {entry.name: getattr(self, entry.name) for entry in fields(self)}
         content["recipe"] = self.recipe.to_dict()
         try:
-            path.with_name(path.name + ".part").unlink(missing_ok=True)  # left by an older, killed fastflower
+            path.with_name(path.name + ".part").unlink(missing_ok=True)  # left by a killed run of an older fastflower
             with written(path) as part:
                 if twin is None or not _linked(Path(twin), part):
                     with part.open("wb") as file:
                         torch.save(content, file)
                         file.flush()
                         os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch's writer hides an OSError, for example of a full disk
+        except (OSError, RuntimeError) as error:  # torch's writer hides an OSError, for example when the disk is full
             reason = error if isinstance(error, OSError) else error.__context__ or error
             blame_the_system(reason, path)
             raise CheckpointError(
@@ -98,8 +98,8 @@ class Checkpoint:
             )
         if content.get("version") != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: has checkpoint version {content.get('version')}, but this fastflower reads {FORMAT_VERSION}; "
-                f"train again, or use the fastflower that wrote it."
+                f"{path}: has checkpoint version {content.get('version')}, but this fastflower reads version "
+                f"{FORMAT_VERSION}; train again, or use the version of fastflower that wrote it."
             )
         try:
             recipe = Recipe.from_dict(content["recipe"])
@@ -120,7 +120,9 @@ class Checkpoint:
             model.load_state_dict(self.model)
         except RuntimeError as error:
             what = f"{self.recipe.backbone} with {len(self.classes)} classes"
-            raise CheckpointError(f"checkpoint: weights do not fit {what} ({error}); pass another one.") from None
+            raise CheckpointError(
+                f"checkpoint: weights do not fit {what} ({error}); pass another checkpoint."
+            ) from None
         return model.eval()
 
     def _usable(self, name: str) -> Self:

@@ -27,17 +27,17 @@ def evaluate(
     tta: bool | None = None,
     device: str | torch.device | None = None,
 ) -> Scores:
-    """Evaluate a checkpoint on every sample of a split, exactly once.
+    """Evaluate a checkpoint on every sample of a split exactly once.
 
     Args:
         checkpoint: A checkpoint written by `train`.
-        shards: The folder written by `pack`, or its address, as for Loader.
+        shards: The folder written by `pack`, or its URL, as for Loader.
         split: "train" or "val".
-        tta: Test-time augmentation: average the probabilities of each image and its horizontal flip. None: as in the recipe.
+        tta: Test-time augmentation: average the probabilities of each image and its horizontal flip. None uses the recipe's tta.
         device: None uses CUDA if available, otherwise the CPU.
 
-    Returns the scores; labels, probabilities and paths are in the order of the split. Raises CheckpointError if the
-    checkpoint cannot be used, or if the shards have other classes than the checkpoint.
+    Returns the scores, with labels, probabilities and paths in the order of the split. Raises CheckpointError if the
+    checkpoint cannot be used, or if its classes differ from the classes of the shards.
     """
     name = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
     if not isinstance(checkpoint, Checkpoint):
@@ -50,7 +50,7 @@ def evaluate(
         augment=view_of(recipe),
         device=chosen,
         dtype=precision_of(recipe.precision, chosen),
-        # On CUDA the cache also selects the backend, which must be the same as in training. On the CPU it would not help,
+        # On CUDA the cache also selects the backend, which must be the same as in training. On the CPU, a cache would not help,
         # because each image is used once.
         cache="auto" if chosen.type == "cuda" else None,
         shuffle=False,
@@ -58,7 +58,7 @@ def evaluate(
     if loader.manifest.classes != checkpoint.classes:
         raise CheckpointError(
             f"{shards}: has the classes {', '.join(loader.manifest.classes)}, but the checkpoint was trained on "
-            f"{', '.join(checkpoint.classes)}; pass shards with these classes."
+            f"{', '.join(checkpoint.classes)}; pass shards with the checkpoint's classes."
         )
     model = on_device(checkpoint.network(), chosen)
     with tqdm(loader, desc="evaluate", unit="batch", disable=None) as batches:

@@ -23,11 +23,11 @@ def view_of(recipe: Recipe) -> Augment:
 
 
 def log_probabilities(network: nn.Module, images: Tensor, *, tta: bool) -> Tensor:
-    """Return log-probabilities, (N, K) float32, of a network in evaluation mode for images (N, 3, H, W).
+    """Return the log-probabilities, (N, K) float32, that a network in evaluation mode predicts for images (N, 3, H, W).
 
     The dtype of the images selects the autocast precision. A row is all NaN if any of its outputs is not finite.
 
-    tta  Average the probabilities of each image and its horizontal flip.
+    tta  Whether to average the probabilities of each image and its horizontal flip.
     """
     precision = images.dtype
     views = [images, images.flip(3)] if tta else [images]
@@ -48,7 +48,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Batch], freeze: int) -> No
         norm.train().reset_running_stats()
     for count, batch in enumerate(batches, start=1):
         for norm in norms:
-            # A cumulative mean. momentum=None computes the same, but waits for the device to read its counter.
+            # A cumulative mean. momentum=None computes the same mean, but reads a counter and so waits for the device.
             norm.momentum = 1 / count
         log_probabilities(network, batch.images, tta=False)
     for norm, momentum in zip(norms, momenta, strict=True):
@@ -58,7 +58,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Batch], freeze: int) -> No
 def measure(
     network: nn.Module, batches: Iterable[Batch], classes: tuple[str, ...], *, tta: bool, paths: Sequence[str] = ()
 ) -> Scores:
-    """Score a network on the batches of all ranks; every rank returns the same. Waits for the device once, at the end.
+    """Score a network on the batches of all ranks; every rank returns the same scores. Waits for the device once, at the end.
 
     paths  Paths of the split's samples, by index.
     """

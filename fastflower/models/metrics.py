@@ -14,8 +14,8 @@ _CALIBRATION_BINS = 15
 class Scores:
     """Metrics and predictions, as returned by `evaluate`.
 
-    Row i of labels, probabilities and paths is sample i of the split, the index that `Loader` yields, for any batch size and
-    any number of ranks. So the rows can be zipped.
+    Row i of labels, probabilities and paths belongs to sample i of the split, where i is the index that `Loader` yields. This
+    holds for any batch size and any number of ranks, so these arrays can be zipped.
     """
 
     classes: tuple[str, ...]
@@ -24,7 +24,7 @@ class Scores:
     confusion: NDArray[np.int64]
     """(K, K) sample counts by true class (row) and predicted class (column)."""
     labels: NDArray[np.int64]
-    """(N,) true classes."""
+    """(N,) indices of the true classes."""
     probabilities: NDArray[np.float32]
     """(N, K) predicted probabilities."""
     paths: Sequence[str] = ()
@@ -32,7 +32,7 @@ class Scores:
 
     @property
     def predictions(self) -> NDArray[np.int64]:
-        """(N,) most probable classes."""
+        """(N,) indices of the most probable classes."""
         return self.probabilities.argmax(axis=1)
 
     @property
@@ -61,7 +61,7 @@ class Scores:
 
     @property
     def macro_f1(self) -> float:
-        """Mean F1 over classes, skipping classes without samples and predictions, as in scikit-learn."""
+        """Mean F1 over classes, skipping classes with neither samples nor predictions, as in scikit-learn."""
         correct, both = np.diag(self.confusion), self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
         return float(np.nanmean(_ratio(2 * correct, both)))
 
@@ -69,7 +69,7 @@ class Scores:
     def calibration_error(self) -> float:
         """Expected calibration error, in [0, 1]: mean gap between confidence and accuracy.
 
-        The mean of |accuracy - mean confidence| over 15 bins of equal width, weighted by samples (Guo et al. 2017).
+        The mean of |accuracy - mean confidence| over 15 bins of equal width, weighted by sample count (Guo et al. 2017).
         """
         confidence = self.confidence.astype(np.float64)
         gap = (self.predictions == self.labels) - confidence

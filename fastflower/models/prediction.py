@@ -62,14 +62,14 @@ def predict(
 
     Args:
         checkpoint: A checkpoint written by `train`.
-        images: Image files or folders, one path or several. A folder stands for all images below it. Accepts the files that
-            `pack` accepts, and prepares them as `pack` does without max_side and quality.
-        on_bad: Policy for missing, damaged or other unusable files. "fail" stops at the first one; "skip" logs and skips each.
-        out: A CSV file to write as well, with columns path, class, probability, and one for the probability of each class.
+        images: One or more image files or folders. A folder stands for all images in it and its subfolders. Accepts the same
+            files as `pack` and prepares them the same way, with max_side and quality unset.
+        on_bad: How to handle missing, damaged or otherwise unusable files: "fail" stops at the first, "skip" logs and skips them.
+        out: Also write a CSV file with columns path, class and probability, plus one probability column per class.
         device: None uses CUDA if available, otherwise the CPU.
 
     Returns one prediction per image, in order. Raises CheckpointError if the checkpoint cannot be used, ArgumentError if an
-    argument is invalid, and SampleError if a file is bad.
+    argument is invalid, and SampleError if a file is unusable.
 
     Example:
         >>> from fastflower import predict
@@ -82,7 +82,7 @@ def predict(
         5
     """
     require(on_bad in ("fail", "skip"), "on_bad", "'fail' or 'skip'", on_bad)
-    if out is not None and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):  # fail early
+    if out is not None and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):  # fail before predicting
         raise ArgumentError(f"out: {out} cannot be written; choose a file in an existing folder.")
     name = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
     if not isinstance(checkpoint, Checkpoint):
@@ -119,7 +119,7 @@ def _files(images: Iterable[str | Path]) -> Iterable[Path]:
 
 
 def _prepared(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, Prepared]]:
-    """Prepare files as `pack` does, in order, dropping bad ones if `skip`."""
+    """Prepare files as `pack` does, in order; drop unusable ones if `skip` is True."""
 
     def prepared(path: Path) -> Prepared | None:
         try:
@@ -137,7 +137,7 @@ def _prepared(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, Prepared
 
 
 def _view(images: Sequence[Prepared], checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
-    """Render the validation view of images, (N, 3, H, W)."""
+    """Render the validation views of images as (N, 3, H, W)."""
     augment, sizes = view_of(checkpoint.recipe), np.array([image.size for image in images])
     samples = SampleSource(EncodedFiles([image.encoded for image in images], sizes))
     backend = create(None, augment, samples, Setup(torch.device("cpu"), dtype, len(images), cores()))

@@ -1,4 +1,4 @@
-"""Figures of a run as bytes: curves, confusion matrix, thumbnails."""
+"""Figures of a run, encoded as images: curves, confusion matrix and thumbnails."""
 # pyright: standard
 # matplotlib does not type its keyword arguments.
 
@@ -12,17 +12,17 @@ from PIL import Image
 
 from fastflower.models.metrics import Scores
 
-_MOST_NAMES = 50  # class names along each axis of the confusion matrix
-_THUMB = 160  # pixels
+_MOST_NAMES = 50  # maximum number of class names along each axis of the confusion matrix
+_THUMB = 160  # pixels, the longer side
 
 
 def drawable(name: str) -> str:
-    """Escape a class name for matplotlib; it need not be UTF-8."""
+    """Escape a class name for matplotlib, because the name need not be UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def png(figure: Figure) -> bytes:
-    """Render a figure as a PNG at 110 dpi. All figures go through here, so tests can turn drawing off."""
+    """Render a figure as a PNG at 110 dpi. All figures go through here, so that tests can disable drawing."""
     data = io.BytesIO()
     # Without matplotlib's version in the file, the same run gives the same bytes.
     figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
@@ -30,7 +30,7 @@ def png(figure: Figure) -> bytes:
 
 
 def curves(history: list[dict[str, float]]) -> bytes:
-    """Plot loss and accuracy over the epochs as a PNG."""
+    """Plot loss and accuracy by epoch, as a PNG."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     epochs = [row["epoch"] for row in history]
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
@@ -45,7 +45,7 @@ def curves(history: list[dict[str, float]]) -> bytes:
 
 
 def confusion(scores: Scores) -> bytes:
-    """Draw the confusion matrix as a PNG: shades are fractions of the true class; counts are printed if they fit."""
+    """Draw the confusion matrix as a PNG. Shades show fractions of the true class; counts are printed if they fit."""
     size = min(20, max(4.5, 0.45 * len(scores.classes)))
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
     axes = figure.subplots()
@@ -53,7 +53,7 @@ def confusion(scores: Scores) -> bytes:
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     ticks = range(0, len(scores.classes), -(-len(scores.classes) // _MOST_NAMES))
     names = [drawable(scores.classes[tick]) for tick in ticks]
-    axes.set_xticks(ticks, names, rotation=45, ha="right", parse_math=False)  # a $ starts no formula
+    axes.set_xticks(ticks, names, rotation=45, ha="right", parse_math=False)  # a $ must not start a formula
     axes.set_yticks(ticks, names, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true")
     if len(scores.classes) <= 30:

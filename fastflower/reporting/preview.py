@@ -23,17 +23,17 @@ def preview(
     draws: int = 6,
     out: str | Path = "preview.png",
 ) -> Path:
-    """Draw images as training will see them: one row per image, first the validation view, then views from several epochs.
+    """Draw images as training will see them: one row per image, with the validation view first, then views from multiple epochs.
 
     Args:
-        shards: The folder written by `pack`, or its address, as for Loader.
-        recipe: Its augmentation and sizes are shown exactly as in training, except that mixup and cutmix pair other images.
-            The partner may be the larger part of a mixed image.
-        images: Number of images, from the start of split "train".
-        draws: Number of training views per image, from epochs spread over the recipe's epochs.
-        out: The PNG to write.
+        shards: The folder written by `pack`, or its URL, as for Loader.
+        recipe: The recipe to preview. Augmentation and sizes are exactly as in training, except that mixup and cutmix choose
+            other partners. The partner may be the larger part of a mixed image.
+        images: Number of images, from the start of the train split.
+        draws: Number of training views per image, spread evenly over the recipe's epochs.
+        out: The PNG file to write.
 
-    Returns the path of the PNG. Raises ArgumentError if an argument is invalid, ShardError and SampleError as Loader does.
+    Returns the path of the PNG. Raises ArgumentError if an argument is invalid, and ShardError or SampleError as Loader does.
     """
     out = Path(out)
     require(1 <= images <= 100, "images", "1 .. 100", images)

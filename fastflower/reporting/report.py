@@ -18,7 +18,7 @@ from fastflower.models.metrics import Scores
 from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.figures import confusion, curves, thumbnail
 
-_MISTAKES = 12  # images shown
+_MISTAKES = 12  # maximum number of images shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +26,15 @@ class Report:
     """Result of a run, as returned by `train`."""
 
     folder: Path
-    """The run's folder: history.csv, checkpoint-best.pt, checkpoint-last.pt, report.html, figures (*.png), and tensorboard if
-    that package is installed."""
+    """The run's folder. Contains history.csv, checkpoint-best.pt, checkpoint-last.pt, report.html, figures (*.png), and
+    tensorboard/ if that package is installed."""
     history: list[dict[str, float]]
     """One row per epoch: epoch, lr, size (pixels), train_loss, train_accuracy, images_per_second, train_seconds,
-    wait_seconds, and with a split "val" also val_loss, val_accuracy and val_seconds."""
+    wait_seconds, and, if there is a val split, val_loss, val_accuracy and val_seconds."""
     best_epoch: int
     """Epoch with the highest validation accuracy, counted from 1; ties go to the lowest validation loss."""
     scores: Scores | None
-    """Scores of the best epoch on split "val"; None without that split."""
+    """Scores of the best epoch on the val split; None if the shards have no val split."""
 
     @property
     def checkpoint(self) -> Path:
@@ -45,8 +45,8 @@ class Report:
 def best_epoch(history: list[dict[str, float]]) -> int:
     """Return the epoch with the highest validation accuracy, counted from 1.
 
-    Ties, which are common with a small split, go to the lowest loss, then to the first epoch. Without validation it is the
-    last epoch.
+    Ties, which are common with a small split, go to the lowest loss, then to the first epoch. Without validation, the last
+    epoch is the best.
     """
     if "val_accuracy" not in history[-1]:
         return len(history)
@@ -64,9 +64,9 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 
 @contextmanager
 def tensorboard(folder: Path) -> Generator[Callable[[dict[str, float]], None]]:
-    """Yield a function that writes a row of the history to the run's folder "tensorboard".
+    """Yield a function that writes a row of the history to the run's tensorboard folder.
 
-    The function does nothing if the package tensorboard is not installed.
+    The function does nothing if the tensorboard package is not installed.
     """
     if find_spec("tensorboard") is None:
         yield lambda _: None
@@ -86,7 +86,7 @@ def tensorboard(folder: Path) -> Generator[Callable[[dict[str, float]], None]]:
 
 
 def write_history(folder: Path, history: list[dict[str, float]]) -> None:
-    """Write the whole history to history.csv."""
+    """Write the entire history to history.csv."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(history[-1]), lineterminator="\n")
     writer.writeheader()
@@ -125,7 +125,7 @@ def write_report(
 
 
 def _mistakes(scores: Scores, val: Loader) -> list[dict[str, object]]:
-    """Return the most confident mistakes on split "val"."""
+    """Return the most confident mistakes on the val split."""
     predicted = scores.predictions
     wrong = np.flatnonzero(predicted != scores.labels)
     worst = wrong[np.argsort(-scores.confidence[wrong], kind="stable")][:_MISTAKES]

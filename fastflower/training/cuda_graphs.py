@@ -14,21 +14,21 @@ from fastflower.training.averaging import tensors_of
 from fastflower.training.optimizer import state_of, zero_state
 
 Outcome = tuple[Tensor, Tensor]
-"""Mean loss and number of correct predictions of a step, both (), on the device."""
+"""Mean loss and number of correct predictions of a step, both of shape (), on the device."""
 Work = Callable[[], Outcome]
-"""A step on a batch that always lies in the same tensors."""
+"""A step that always reads its batch from the same tensors."""
 Capture = Callable[[Work], Work]
-"""Captures a step, possibly running it, and returns a function that replays it."""
+"""Captures a step, possibly running it first, and returns a function that replays it."""
 
-_WARM_UPS = 3  # as in torch's notes on CUDA graphs, so that lazy initialization precedes the capture
+_WARM_UPS = 3  # as in torch's notes on CUDA graphs; lazy initialization must precede the capture
 
 
 @contextmanager
 def unchanged(network: nn.Module, optimizer: Optimizer, generator: torch.Generator) -> Generator[None]:
-    """Undo all steps inside the context: restore weights, batch norms, optimizer state and random numbers, in place.
+    """Undo all steps inside the context: restore weights, batch norms, optimizer state and random state, in place.
 
-    Optimizer state created by these steps is set to zero. Adam starts with zeros. SGD starts with the gradient as momentum,
-    which equals momentum * 0 + gradient because dampening is 0.
+    Optimizer state created by these steps is set to zero, which is equivalent to no state. Adam's state starts at zero. SGD's
+    first momentum is the gradient, which equals momentum * 0 + gradient because dampening is 0.
     """
     tensors = [*tensors_of(network), *state_of(optimizer)]
     before, random = [tensor.detach().clone() for tensor in tensors], generator.get_state()
@@ -43,10 +43,10 @@ def unchanged(network: nn.Module, optimizer: Optimizer, generator: torch.Generat
 
 
 def graphs_of(recipe: Recipe, device: torch.device, precision: torch.dtype) -> Capture | None:
-    """Return what captures a run's steps, or None if the recipe forbids it or steps differ from each other.
+    """Return a function that captures a run's steps, or None if the recipe or device rules it out, or steps differ.
 
-    Steps differ with several ranks, with gradient accumulation, and with float16, which decides in Python whether to skip an
-    update. torch.compile captures its own graphs.
+    Steps differ with multiple ranks, with gradient accumulation, and with float16, because the loss scaler decides in Python
+    whether to skip an update. torch.compile captures its own graphs.
     """
     same = distributed.world_size() == 1 and recipe.accumulate == 1 and precision != torch.float16
     return Graphs(device) if recipe.graph and device.type == "cuda" and same and not recipe.compile else None
@@ -61,12 +61,12 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # One stream for all graphs: cuBLAS allocates a workspace per stream, during the warm-up, outside the pool.
+        # All graphs use one stream, because cuBLAS allocates a workspace per stream, outside the pool, during the warm-up.
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:
-        """Run the work three times, capture it, and return a function that replays it into the same output tensors."""
+        """Run `work` three times, capture it, and return a function that replays it into the same output tensors."""
         graph, stream = torch.cuda.CUDAGraph(), self._stream
         with torch.cuda.device(self._device):
             before = torch.cuda.current_stream()
@@ -76,7 +76,7 @@ class Graphs:
                     work()
             before.wait_stream(stream)
             try:
-                # thread_local: the loader's threads keep allocating and copying on other streams.
+                # thread_local, because the loader's threads keep allocating and copying on other streams.
                 with _no_collection(), torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                     outcome = work()
             except RuntimeError:
@@ -92,7 +92,7 @@ class Graphs:
         return replay
 
     def _reset_generator(self) -> None:
-        """Run an empty capture: in torch 2.11, a failed one leaves the random generator unusable for dropout."""
+        """Run an empty capture, because in torch 2.11 a failed capture leaves the random generator unusable for dropout."""
         with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
             torch.zeros(1, device=self._device)
 

@@ -19,10 +19,10 @@ from fastflower.training.run import Run
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Measured rates. Its text names the bottleneck and a remedy."""
+    """Measured rates; print them to see the bottleneck and a remedy."""
 
     loading_rate: float
-    """Images/s of data loading without training, decoding every image."""
+    """Images/s of data loading without training, with every image decoded."""
     training_rate: float
     """Images/s of training steps on one batch, without data loading."""
     stats: Stats
@@ -52,12 +52,12 @@ def diagnose(
     """Find the bottleneck of training: time data loading alone, then training on one batch.
 
     Args:
-        shards: The folder written by `pack`, or its address, as for Loader.
-        recipe: The recipe to diagnose. Runs with random weights, which take the same time as pretrained ones.
-        seconds: Length of each of the two measurements, after its first batch.
+        shards: The folder written by `pack`, or its URL, as for Loader.
+        recipe: The recipe to diagnose, by default Recipe(). Uses random weights, which take the same time as pretrained ones.
+        seconds: Duration of each of the two measurements, not counting its first batch.
         device: None uses CUDA if available, otherwise the CPU.
 
-    Returns the rates; print them to see the bottleneck. Raises ShardError, ArgumentError and DeviceError as Loader does.
+    Returns the rates; print them to see the bottleneck. Raises ShardError, ArgumentError or DeviceError as Loader does.
     """
     recipe = replace(recipe or Recipe(), weights=None)
     require(seconds > 0, "seconds", "above 0", seconds)
@@ -88,7 +88,7 @@ def diagnose(
 
 
 def _rate(work: Callable[[], int], seconds: float) -> float:
-    """Repeat work, which returns a number of images, for some seconds; return images/s."""
+    """Repeat `work`, which returns its number of images, for `seconds`; return images/s."""
     images, start = 0, perf_counter()
     while perf_counter() - start < seconds:
         images += work()

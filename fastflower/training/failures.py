@@ -17,12 +17,13 @@ def explained(error: Exception, recipe: Recipe, device: torch.device) -> Fastflo
         return refused
     if isinstance(error, OSError) and error.strerror:
         return TrainingError(
-            f"{error.filename or 'disk'}: cannot be read or written ({error.strerror}); fix this, then resume (--resume)."
+            f"{error.filename or 'disk'}: cannot be read or written ({error.strerror}); fix this, "
+            f"then pass resume=True (--resume)."
         )
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in said for text in _NO_MEMORY):
         return DeviceError(
             f"batch_size {recipe.batch_size} does not fit in the memory of {device} ({said}); halve batch_size and double "
-            f"accumulate for the same updates, or lower augment.size."
+            f"accumulate to keep the same updates, or lower augment.size."
         )
     if distributed.world_size() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in said.lower()):
         return TrainingError(

@@ -37,12 +37,14 @@ from fastflower.training.tally import Tally, first_not_finite
 _log = logging.getLogger("fastflower")
 
 _LONG = 10.0  # seconds of validation after which the finished training of the epoch is saved
-_RECALIBRATION = 20  # batches; roughly the memory of a running mean with momentum 0.1
-_ADVICE = "start a new run (another out) with a lower lr, warm-up (warmup_epochs) or gradient clipping (clip_norm)"
+_RECALIBRATION = 20  # batches; a running mean with momentum 0.1 covers about as many
+_ADVICE = (
+    "start a new run (choose another out) with a lower lr, warm-up (warmup_epochs) or gradient clipping (clip_norm)"
+)
 
 
 class Run:
-    """Network, optimizer and loaders of a run, as `train` uses them and benchmarks time them."""
+    """Network, optimizer and loaders of a run, used by `train` and timed by benchmarks."""
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class Run:
         self.stepper = Stepper(self.network, self.optimizer, self.scaler, recipe, self.device, self.precision, capture)
 
     def _loaders(self, shards: str | Path | Remote) -> tuple[Loader, Loader | None]:
-        """Create the loaders of splits "train" and "val"; the latter is None if the split is missing or empty."""
+        """Create the train and val loaders; the val loader is None if the val split is missing or empty."""
         recipe, batch_size = self.recipe, distributed.share(self.recipe.batch_size)
         make = partial(Loader, shards, batch_size=batch_size, device=self.device, dtype=self.precision)
         shuffle = "balanced" if recipe.balanced else True
@@ -92,7 +94,7 @@ class Run:
             return train, make("val", augment=view_of(recipe))
         if distributed.rank() == 0:
             _log.warning(
-                "%s: split 'val' has no images, so nothing is validated; %s holds the last epoch", shards, BEST
+                "%s: the val split has no images, so nothing is validated; %s will hold the last epoch", shards, BEST
             )
         return train, None
 
@@ -100,17 +102,21 @@ class Run:
         place = self.folder / LAST
         if start.classes != self.classes:
             theirs, ours = ", ".join(start.classes), ", ".join(self.classes)
-            raise CheckpointError(f"{place}: was trained on {theirs}, these shards have {ours}; resume on its shards.")
+            raise CheckpointError(
+                f"{place}: was trained on classes {theirs}, but these shards have {ours}; resume with the original shards."
+            )
         try:
             self.loader.load_state_dict(start.feeding)
         except FastflowerError as error:
             reason = str(error)
             if start.feeding["shards"] != self.loader.state_dict()["shards"]:
-                reason = "was trained on other shards; resume on those, or choose a new out with this file as weights."
+                reason = (
+                    "was trained on other shards; resume with those, or choose a new out and pass this file as weights."
+                )
             raise CheckpointError(f"{place}: {reason}") from None
         val = self._loader_state()["val"]
         if start.feeding.get("val", val) != val:
-            raise CheckpointError(f"{place}: was validated on another split 'val'; resume on the same shards.")
+            raise CheckpointError(f"{place}: was validated on a different val split; resume with the original shards.")
         self.network.load_state_dict(start.trained or start.model)
         if self.average:
             self.average.network.load_state_dict(start.soup or start.model)
@@ -124,20 +130,22 @@ class Run:
             _log.info("%s: resumed in epoch %d after %d steps", self.folder, start.epoch + 1, start.step)
 
     def _warn_of_changes(self, then: dict[str, str]) -> None:
-        """Warn of changes in the environment since the checkpoint that affect results."""
+        """Warn about changes in the environment since the checkpoint that affect results."""
         now = environment(self.device, self.precision)
         for name in ("device", "precision", "threads", "torch", "ranks"):
             effect = "results will differ in the last bits"
             if name == "ranks" and not self.recipe.sync_batchnorm:
                 effect += ", or more if batch norms are trained, because they see only their rank's part of a batch"
             if then.get(name) != now[name] and distributed.rank() == 0:
-                _log.warning("%s: %s was %s, now %s: %s", self.folder / LAST, name, then.get(name), now[name], effect)
+                _log.warning(
+                    "%s: %s changed from %s to %s; %s", self.folder / LAST, name, then.get(name), now[name], effect
+                )
 
     @property
     def scored(self) -> nn.Module:
         """The network to validate and save.
 
-        This is the average for an EMA, the mean at the end of each run of a model soup, otherwise the network being trained.
+        This is the averaged network for an EMA and at the end of each run of a model soup, otherwise the network being trained.
         """
         if self.average is None:
             return self.network
@@ -149,15 +157,15 @@ class Run:
         return self.average.network if self._ends_training(epochs - 1) else self.network
 
     def _ends_training(self, epoch: int) -> bool:
-        """Return whether an epoch, counted from 0, is the last of the training or of one run of a model soup."""
+        """Return whether an epoch, counted from 0, ends the training or one run of a model soup."""
         return (epoch + 1) % self.recipe.epochs_per_training == 0
 
     def train(self) -> Report:
-        """Train the remaining epochs; validate, save and log after each; write the report at the end."""
+        """Train the remaining epochs; validate, save and log after each one; write the report at the end."""
         first = distributed.rank() == 0
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.history:  # a killed run may lack the last row
+            if self.history:  # a killed run may not have written the last row
                 write_history(self.folder, self.history)
         scores = None
         with tensorboard(self.folder) if first else nullcontext() as write_events:
@@ -166,7 +174,7 @@ class Run:
                 self.history.append(row)
                 self._tally = None
                 self._save()
-                if write_events:  # rank 0 has it
+                if write_events:  # only on rank 0
                     write_events(row)
                     write_history(self.folder, self.history)
                     _log.info("%s", epoch_line(row, self.recipe.epochs))
@@ -175,7 +183,7 @@ class Run:
         best = best_epoch(self.history)
         if self.val and (scores is None or best != len(self.history)):
             kept = Checkpoint.load(self.folder / BEST)
-            best = kept.epoch  # a run started by an older version resolves ties differently
+            best = kept.epoch  # an older version may have resolved ties differently
             self.scored.load_state_dict(kept.model)
             scores = self._score(self.val)
         if first:
@@ -185,7 +193,7 @@ class Run:
         return Report(self.folder, self.history, best, scores)
 
     def epoch(self, epoch: int) -> tuple[dict[str, float], Scores | None]:
-        """Train and validate one epoch; return a row of the history, and the scores if there is a split "val"."""
+        """Train and validate one epoch; return its row of the history, and its scores if there is a val split."""
         row = {"epoch": epoch + 1, **self.train_epoch(epoch)}
         start = perf_counter()
         if self.recipe.recalibrate and self._ends_training(epoch):
@@ -218,7 +226,7 @@ class Run:
         with fastest_convolutions(self.device), bar, _batches_of(loader) as batches:
             waited = tally.waited - loader.stats().wait_seconds  # the loader's clock excludes its waits for the GPU
             for step, (images, labels, _) in enumerate(batches, start=tally.steps):
-                first = step - step % recipe.accumulate  # of the batches in the same update
+                first = step - step % recipe.accumulate  # first batch of this update
                 last = min(first + recipe.accumulate, steps) - 1
                 self._prepare(epoch * steps + step, steps)
                 tally.add(*self.step(images, labels, last + 1 - first, update=step == last))
@@ -247,7 +255,7 @@ class Run:
         }
 
     def _begin_epoch(self, epoch: int) -> Tally:
-        """Prepare network, loader and tally to start an epoch, or to resume it after an interruption."""
+        """Prepare network, loader and tally to start an epoch or to resume an interrupted one."""
         train_mode(self.network, self.recipe.freeze)
         tally = self._tally = Tally(len(self.loader), self.device, self._interrupted)
         self._interrupted = {}
@@ -261,16 +269,16 @@ class Run:
         return tally
 
     def step(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> tuple[Tensor, Tensor]:
-        """Train on one batch, see `Stepper`; the next step may overwrite the returned tensors."""
+        """Train on one batch (see `Stepper`). The next step may overwrite the returned tensors."""
         return self.stepper(images, labels, together, update=update)
 
     def _prepare(self, step: int, steps_per_epoch: int) -> None:
-        """Set the learning rate and the dropout seed of a step, counted over all epochs."""
+        """Set the learning rate and the dropout seed for a step, counted over all epochs."""
         set_rate(self.optimizer, self.recipe.lr_at(step, steps_per_epoch))
         generator_of(self.device).manual_seed(stream_key(self.recipe.seed, step, distributed.rank()) >> 1)
 
     def _require_finite(self, step: int | None, epoch: int) -> None:
-        """Raise TrainingError for a step with a non-finite loss; do nothing for None."""
+        """Raise TrainingError if `step`, the first with a non-finite loss, is not None."""
         if step is None:
             return
         places = [self.loader.where(index) for index in self.loader.indices(epoch, step).tolist()]
@@ -280,7 +288,7 @@ class Run:
         )
 
     def _recalibrate(self) -> None:
-        """Recompute batch norm statistics; a checkpoint saved meanwhile holds the old ones."""
+        """Recompute batch norm statistics; a checkpoint saved in the meantime holds the old ones."""
         position = self.loader.state_dict()
         self.loader.set_augment(view_of(self.recipe))
         self._statistics = {name: value.clone() for name, value in self.scored.named_buffers()}
@@ -290,12 +298,12 @@ class Run:
         self.loader.load_state_dict(position)
 
     def _score(self, val: Loader) -> Scores:
-        steps = -(-val.num_samples // val.global_batch_size)  # of all ranks; one may have no part of the last step
+        steps = -(-val.num_samples // val.global_batch_size)  # over all ranks; some may have no images in the last step
         batches = self._watched(val, steps)
         return measure(self.scored, batches, self.classes, tta=self.recipe.tta, paths=val.paths)
 
     def _watched(self, loader: Loader, steps: int) -> Iterator[Batch]:
-        """Yield batches without training, checking for SIGTERM before each. If they take long, save the epoch's training once."""
+        """Yield batches that are not trained on; check for SIGTERM before each. If it takes long, save the trained epoch once."""
         ends = perf_counter() + _LONG
         with _batches_of(loader) as batches:
             for _ in range(steps):
@@ -310,7 +318,7 @@ class Run:
         return done >= self.recipe.epochs or stale
 
     def _save_or_stop(self, *, due: bool = False) -> None:
-        """Save the current epoch if due or if any rank got SIGTERM; raise StoppedError after a SIGTERM."""
+        """Save the current epoch if `due` or if any rank received SIGTERM; raise StoppedError after SIGTERM."""
         stop, tally = distributed.any_rank(self._stop()), self._tally
         if tally and (stop or due):
             self._save()
@@ -320,7 +328,7 @@ class Run:
             if tally and tally.trained:
                 place = f"in the validation of epoch {epoch + 1}"
             remedy = "pass resume=True (--resume) to continue"
-            raise StoppedError(f"{self.folder}: stopped by SIGTERM {place}, and saved; {remedy}.")
+            raise StoppedError(f"{self.folder}: stopped by SIGTERM {place}, and saved a checkpoint; {remedy}.")
 
     def _loader_state(self) -> dict[str, object]:
         return {**self.loader.state_dict(), "val": self.val.state_dict()["shards"] if self.val else None}
@@ -354,5 +362,5 @@ class Run:
 
 
 def _batches_of(loader: Loader) -> closing[Generator[Batch]]:
-    """Return a context manager for a loader's batches that ends its threads, even if an error's traceback holds the iterator."""
+    """Return a context that yields a loader's batches and ends its threads on exit, even if a traceback holds the iterator."""
     return closing(cast("Generator[Batch]", iter(loader)))

@@ -1,4 +1,4 @@
-"""The folder of a run: choosing it, and locking out other runs."""
+"""The folder of a run: choosing it and locking out other runs."""
 
 import os
 from collections.abc import Generator
@@ -15,9 +15,9 @@ _REMEDY = "pass resume=True (--resume), or choose another out"
 
 
 def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
-    """Return `out`, or the first unused of runs/BACKBONE, runs/BACKBONE-2, ..., without creating it.
+    """Return `out`, or the first unused folder of runs/BACKBONE, runs/BACKBONE-2, ..., without creating it.
 
-    Raises ArgumentError if the folder cannot be created, or if `resume` comes without `out`.
+    Raises ArgumentError if the folder cannot be created, or if `resume` is True and `out` is None.
     """
     if out is None:
         if resume:
@@ -35,7 +35,9 @@ def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
 def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
     """Create and lock a run's folder on rank 0; if that fails, raise the same error on all ranks.
 
-    new  The folder must not exist yet. If nothing is written to a created folder, it is removed at the end.
+    new  Whether to fail if the folder already exists.
+
+    A folder created here is removed at the end if it is still empty.
 
     Raises CheckpointError if another run uses the folder, or if it holds a run and `resume` is False. Raises OSError if
     the folder cannot be created or locked.
@@ -54,7 +56,9 @@ def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
                 for partial in folder.glob(PARTIAL) if alone else ():  # left by a killed run
                     partial.unlink(missing_ok=True)
             except FileExistsError:
-                failed = CheckpointError(f"{folder}: another run just took this folder; start again, or pass out.")
+                failed = CheckpointError(
+                    f"{folder}: another run just took this folder; start again, or choose an out (--out)."
+                )
             except HeldError as error:
                 failed = CheckpointError(f"{folder}: another run is training here ({error}); wait, then {_REMEDY}.")
             except OSError as error:

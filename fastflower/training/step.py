@@ -1,4 +1,4 @@
-"""One training step; on CUDA it is captured as a CUDA graph and replayed."""
+"""One training step. On CUDA, it can be captured as a CUDA graph and replayed."""
 
 import logging
 from collections.abc import Callable, Hashable
@@ -19,10 +19,11 @@ _log = logging.getLogger("fastflower")
 
 
 class Stepper:
-    """Runs forward, loss, backward, clipping and update for one batch per call.
+    """Runs the forward pass, loss, backward pass, gradient clipping and update for one batch per call.
 
-    With `capture`, the first batch of each shape is captured and all batches are replayed. The capture keeps the network's
-    current mode (training, frozen batch norms), and each call overwrites the last outcome. Without `capture`, steps run eagerly.
+    With `capture`, the step is captured on the first batch of each shape and replayed for every batch. The capture keeps the
+    network's current mode (training, frozen batch norms), and each call overwrites the previous outcome. Without `capture`,
+    steps run eagerly.
     """
 
     def __init__(
@@ -46,9 +47,9 @@ class Stepper:
     def __call__(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> Outcome:
         """Train on one batch; return (mean loss, number of correct predictions), detached.
 
-        labels    (N,), or (N, K) probabilities for mixed images, where the class with the larger part counts as correct.
-        together  Number of batches whose gradients are averaged before an update.
-        update    False only accumulates the gradients.
+        labels    (N,) classes, or (N, K) probabilities for mixed images; the class with the larger part counts as correct.
+        together  Number of batches to average the gradients over before an update.
+        update    Whether to update the weights; False only accumulates the gradients.
         """
         if self._capture is None or together > 1 or not update:
             return self._eager(images, labels, together, update=update)
@@ -75,12 +76,12 @@ class Stepper:
                 nn.utils.clip_grad_norm_(self._network.parameters(), self._recipe.clip_norm)
             self._scaler.step(self._optimizer)
             self._scaler.update()
-            # None, because captured gradients lie in the graph's memory, which the graph of another shape reuses.
+            # Set to None, because captured gradients lie in the graph's memory, which the graph for another shape reuses.
             self._optimizer.zero_grad(set_to_none=True)
         return loss.detach(), correct
 
     def _captured(self, capture: Capture, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Outcome]:
-        inputs = images.clone(), labels.clone()  # every batch of this shape is copied here; keeps channels-last
+        inputs = images.clone(), labels.clone()  # every batch of this shape is copied here; clone keeps channels-last
         try:
             with unchanged(self._network, self._optimizer, generator_of(self._device)):
                 replay = capture(lambda: self._eager(*inputs))
@@ -88,7 +89,7 @@ class Stepper:
             raise
         except RuntimeError as error:  # for example, DALI synchronized the device in another thread
             self._optimizer.zero_grad(set_to_none=True)
-            self._capture = None  # the next one would fail too: torch 2.11 leaves the pool in capture mode
+            self._capture = None  # the next capture would fail too: torch 2.11 leaves the pool in capture mode
             _log.warning("could not capture a step as a CUDA graph (%s); running all steps eagerly", error)
             return self._eager
 

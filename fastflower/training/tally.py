@@ -17,7 +17,7 @@ _LATEST = 64  # steps checked for finite losses; a GPU lags behind the host by a
 class Tally:
     """Losses and number of correct predictions of one epoch on this rank.
 
-    `state` restores an interrupted epoch and is the same on every rank; {} starts a new one. Losses of a CUDA device are copied
+    `state` restores an interrupted epoch and is the same on every rank; {} starts a new epoch. Losses on CUDA are copied
     to pinned memory asynchronously, so nothing waits for the device before the end of the epoch.
     """
 
@@ -27,7 +27,7 @@ class Tally:
         self.seconds = state.get("seconds", 0.0)
         self.waited = state.get("waited", 0.0)
         self.trained = state.get("trained", False)
-        """Whether the epoch's training is finished and added to a model soup, so that only validation is left."""
+        """Whether the epoch's training is finished, including any update of a model soup, so only validation is left."""
         self._losses = torch.zeros(steps - len(self._before), pin_memory=device.type == "cuda")
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
         self._count = 0
@@ -38,13 +38,13 @@ class Tally:
         return len(self._before) + self._count
 
     def add(self, loss: Tensor, correct: Tensor) -> None:
-        """Add a step's mean loss and number of correct predictions, both (), on the device."""
+        """Add a step's mean loss and number of correct predictions, both of shape (), on the device."""
         self._losses[self._count].copy_(loss, non_blocking=True)
         self._correct += correct
         self._count += 1
 
     def not_finite(self) -> int | None:
-        """Return the first of this rank's latest steps with a non-finite loss, ignoring losses that are still being copied."""
+        """Return the first of this rank's latest steps with a non-finite loss, if any. Ignores losses still being copied."""
         start = max(0, self._count - _LATEST)
         step = first_not_finite(self._losses[start : self._count])
         return None if step is None else len(self._before) + start + step
@@ -67,14 +67,14 @@ class Tally:
 
 
 def first_not_finite(losses: Tensor) -> int | None:
-    """Return the first step with an inf or NaN loss; losses is (steps,)."""
+    """Return the first step with an inf or NaN loss in losses (steps,), or None."""
     steps = (~torch.isfinite(losses)).nonzero()
     return int(steps[0]) if len(steps) else None
 
 
 @contextmanager
 def preemption() -> Generator[Callable[[], bool]]:
-    """Catch SIGTERM; yield a function that tells whether it came. Outside the main thread, nothing is caught."""
+    """Catch SIGTERM; yield a function that returns whether it was received. Outside the main thread, catches nothing."""
     asked: list[int] = []  # not an Event: a second signal during its set() would deadlock
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -83,4 +83,4 @@ def preemption() -> Generator[Callable[[], bool]]:
     try:
         yield lambda: bool(asked)
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: the handler was set by C code
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None if C code set the handler

@@ -26,18 +26,18 @@ def train(
     save_steps: int | None = None,
     device: str | torch.device | None = None,
 ) -> Report:
-    """Train on split "train", validate on split "val" after every epoch, and write checkpoints, history and report.
+    """Train on the train split, validate on the val split after every epoch, and write checkpoints, a history and a report.
 
     On one machine with the same number of threads, the same recipe and shards give the same history, even if the run is
-    interrupted and resumed. SIGTERM saves a checkpoint after the current update and stops. Under torchrun, the ranks split
-    each batch.
+    interrupted and resumed. After SIGTERM, the run finishes the current update, saves a checkpoint and stops. Under
+    torchrun, the ranks split each batch.
 
     Args:
-        shards: The folder written by `pack`, or its address, as for Loader.
+        shards: The folder written by `pack`, or its URL, as for Loader.
         recipe: What to train, and how.
-        out: The run's folder. None uses the first unused of runs/BACKBONE, runs/BACKBONE-2, ...
+        out: The run's folder. None uses the first unused folder of runs/BACKBONE, runs/BACKBONE-2, ...
         resume: Continue the run in `out` from its last checkpoint, or start it if there is none.
-        save_steps: Also save after this many updates within an epoch, for epochs that take hours.
+        save_steps: Number of updates between extra checkpoints within an epoch, for epochs that take hours.
         device: None uses CUDA if available, otherwise the CPU.
 
     Returns the report of the run. Raises ShardError, CheckpointError, ArgumentError or DeviceError before anything is written.
@@ -79,7 +79,7 @@ def train(
 
 
 def _resumed(folder: Path, recipe: Recipe) -> Checkpoint | None:
-    """Load the checkpoint to resume from, if there is one. Raises CheckpointError if it is from another recipe."""
+    """Load the checkpoint to resume from, if there is one. Raises CheckpointError if its recipe differs."""
     start = Checkpoint.load(folder / LAST) if (folder / LAST).exists() else None
     if len(set(distributed.gathered((start.epoch, start.step) if start else None))) > 1:
         raise CheckpointError(

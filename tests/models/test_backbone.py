@@ -139,7 +139,7 @@ def test_more_stages_than_there_are_cannot_be_frozen(name: str, stages: int) -> 
         build(name, 5, weights=None, freeze=stages)
         with pytest.raises(
             ArgumentError,
-            match=rf"^freeze must be at most {stages} \(the stages of this backbone\), got {stages + 1}\.$",
+            match=rf"^freeze must be at most {stages} \(the number of stages in this backbone\), got {stages + 1}\.$",
         ):
             build(name, 5, weights=None, freeze=stages + 1)
 
@@ -217,7 +217,7 @@ def test_an_unknown_backbone_is_refused_with_a_list_of_known_ones() -> None:
 def test_unknown_weights_are_refused_with_a_list_of_known_ones() -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"^weights='BEST': resnet50 has IMAGENET1K_V1, IMAGENET1K_V2; pass one of these, a path or None\.$",
+        match=r"^weights='BEST': the weights for resnet50 are IMAGENET1K_V1, IMAGENET1K_V2; pass one of these, a path or None\.$",
     ):
         build("resnet50", 5, weights="BEST")
 
@@ -328,7 +328,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path, file: str, backb
     path = saved(tmp_path, {key: torch.zeros(()).expand(value.shape) for key, value in state.items()})
     with pytest.raises(
         CheckpointError,
-        match=rf"weights\.pth: does not fit {backbone}: \d+ tensors are missing, unexpected or have another shape "
-        rf"\(first '{re.escape(first)}'\); pass the backbone that the file was saved from\.$",
+        match=rf"weights\.pth: does not fit {backbone}: \d+ tensors are missing, unexpected or differ in shape "
+        rf"\(first: '{re.escape(first)}'\); pass the backbone that the file was saved from\.$",
     ):
         build(backbone, 5, weights=path)

@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, small: Check
     torch.save(content, path)
     with pytest.raises(
         CheckpointError,
-        match=rf"checkpoint\.pt: has checkpoint version {version}, but this fastflower reads {FORMAT_VERSION}; train again",
+        match=rf"checkpoint\.pt: has checkpoint version {version}, but this fastflower reads version {FORMAT_VERSION}; train",
     ):
         Checkpoint.load(path)
 

@@ -222,7 +222,9 @@ def test_a_file_without_a_head_gets_a_new_one(
         network = build("resnet18", 7, weights=str(path))
     assert_body(network, state)
     assert not torch.equal(network.get_parameter("fc.weight"), state["fc.weight"])
-    assert caplog.messages == [f"{path}: loaded into resnet18; found no head that fits, added a new one for 7 classes"]
+    assert caplog.messages == [
+        f"{path}: loaded into resnet18; found no head that fits, so added a new one for 7 classes"
+    ]
 
 
 def test_a_head_for_another_width_is_not_kept(state: dict[str, torch.Tensor], tmp_path: Path) -> None:

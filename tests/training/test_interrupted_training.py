@@ -131,7 +131,7 @@ def test_a_process_that_is_stopped_and_killed_equals_an_uninterrupted_one(
     out = tmp_path / "run"
     done = child("SIGTERM", "step", "6", recipe=RECIPE, shards=shards, out=out)
     assert done.returncode == 143, done.stderr
-    said = f"{out}: stopped by SIGTERM in epoch 2, step 1, and saved; pass resume=True (--resume) to continue."
+    said = f"{out}: stopped by SIGTERM in epoch 2, step 1, and saved a checkpoint; pass resume=True (--resume) to continue."
     assert done.stderr.splitlines()[-1] == said
     assert done.stdout == ""
     assert place(out) == (1, 1)
@@ -173,7 +173,7 @@ def test_sigterm_stops_after_the_current_update_and_the_old_handler_is_restored(
         with monkeypatch.context() as patch:
             before_call(*moment, terminate, patch)
             with pytest.raises(
-                StoppedError, match=rf"run: stopped by SIGTERM {said}, and saved; pass resume=True \(--re"
+                StoppedError, match=rf"run: stopped by SIGTERM {said}, and saved a checkpoint; pass resume=True \(--re"
             ):
                 train(shards, recipe, out=out, device="cpu")
         assert signal.getsignal(signal.SIGTERM) is handler
@@ -239,7 +239,7 @@ def test_resuming_with_another_number_of_threads_warns(
             report = train(shards, RECIPE, out=begun, resume=True, device="cpu")
         finally:
             torch.set_num_threads(1)
-    assert caplog.messages == [f"{begun / LAST}: threads was 1, now 2: results will differ in the last bits"]
+    assert caplog.messages == [f"{begun / LAST}: threads changed from 1 to 2; results will differ in the last bits"]
     assert report.history[1]["train_loss"] == pytest.approx(written_history(whole)[1]["train_loss"], rel=1e-3)
 
 
@@ -294,7 +294,7 @@ def test_a_loss_that_is_not_finite_stops_training_with_its_batch_named_and_is_ne
 
     monkeypatch.setattr(Run, "step", poisoned)
     advice = (
-        f"{out}: the loss is not finite in epoch 2, step 3; start a new run (another out) with a lower lr, "
+        f"{out}: the loss is not finite in epoch 2, step 3; start a new run (choose another out) with a lower lr, "
         "warm-up (warmup_epochs) or gradient clipping (clip_norm), "
         f"and check the batch. {LAST}, if it exists, was saved earlier. Batch: {keys}"
     )
@@ -341,7 +341,7 @@ def test_memory_that_runs_out_is_explained(
     before_call(nn.CrossEntropyLoss, "forward", 1, cause, monkeypatch)
     message = (
         rf"^batch_size 24 does not fit in the memory of cpu \({said}\); halve batch_size and double "
-        r"accumulate for the same updates, or lower augment\.size\.$"
+        r"accumulate to keep the same updates, or lower augment\.size\.$"
     )
     with pytest.raises(DeviceError, match=message):
         train(shards, RECIPE, out=tmp_path / "run", device="cpu")

@@ -202,15 +202,14 @@ def test_a_run_restarted_after_a_killed_rank_equals_an_uninterrupted_one(
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch: tuple[Path, str]) -> None:
     out = launch[0] / "signalled"
-    said = f"{out}: stopped by SIGTERM in epoch 1, step 3, and saved; pass resume=True (--resume) to continue."
+    said = f"{out}: stopped by SIGTERM in epoch 1, step 3, and saved a checkpoint; pass resume=True (--resume) to continue."
     assert found(launch, "signalled") == [{"error": f"StoppedError: {said}"}] * 2
     assert place(out) == (0, 3)
 
 
 def test_a_signal_to_one_rank_stops_the_validation_of_all(launch: tuple[Path, str]) -> None:
     out = launch[0] / "validating"
-    said = (
-        f"{out}: stopped by SIGTERM in the validation of epoch 1, and saved; pass resume=True (--resume) to continue."
-    )
+    where = "in the validation of epoch 1"
+    said = f"{out}: stopped by SIGTERM {where}, and saved a checkpoint; pass resume=True (--resume) to continue."
     assert found(launch, "validating") == [{"error": f"StoppedError: {said}"}] * 2
     assert place(out) == (0, 30)

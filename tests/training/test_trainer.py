@@ -285,7 +285,8 @@ def test_resuming_on_other_classes_is_refused(shards: Path, flowers: Path, tmp_p
         )
     pack(other, tmp_path / "shards")
     with pytest.raises(
-        CheckpointError, match=r"was trained on daisy, .*, tulip, these shards have rose, tulip; resume on its shards"
+        CheckpointError,
+        match=r"was trained on classes daisy, .*, tulip, but these shards have rose, tulip; resume with the original",
     ):
         train(tmp_path / "shards", replace(TINY, epochs=1), out=tmp_path / "run", resume=True, device="cpu")
     with pytest.raises(CheckpointError, match="has the classes rose, tulip, but the checkpoint was trained on daisy"):
@@ -352,6 +353,8 @@ def test_a_run_resumes_only_on_its_own_shards(flowers: Path, shards: Path, tmp_p
     recipe = replace(TINY, epochs=1)
     train(shards, recipe, out=tmp_path / "run", device="cpu")
     pack(flowers, tmp_path / "others", seed=1)
-    rule = r"checkpoint-last\.pt: was trained on other shards; resume on those, or choose a new out with this file as weights"
+    rule = (
+        r"checkpoint-last\.pt: was trained on other shards; resume with those, or choose a new out and pass this file"
+    )
     with pytest.raises(CheckpointError, match=rule):
         train(tmp_path / "others", recipe, out=tmp_path / "run", resume=True, device="cpu")

@@ -54,7 +54,8 @@ def test_of_two_runs_started_together_the_second_does_not_overwrite_the_first(
     monkeypatch.setattr("fastflower.training.trainer.run_folder", lambda *_, **__: began)
     before = first.checkpoint.read_bytes()
     with pytest.raises(
-        CheckpointError, match=r"^runs/resnet18: another run just took this folder; start again, or pass out\.$"
+        CheckpointError,
+        match=r"^runs/resnet18: another run just took this folder; start again, or choose an out \(--out\)\.$",
     ):
         train(shards, replace(RECIPE, seed=1), device="cpu")
     assert first.checkpoint.read_bytes() == before
@@ -79,7 +80,7 @@ def test_a_run_resumes_only_with_its_own_validation_split(tmp_path: Path) -> Non
     recipe = replace(RECIPE, batch_size=8)
     train(first, recipe, out=tmp_path / "run", device="cpu")
     train(none, recipe, out=tmp_path / "without", device="cpu")
-    message = r"checkpoint-last\.pt: was validated on another split 'val'; resume on the same shards\.$"
+    message = r"checkpoint-last\.pt: was validated on a different val split; resume with the original shards\.$"
     for shards, run in ((other, "run"), (none, "run"), (first, "without")):
         with pytest.raises(CheckpointError, match=message):
             train(shards, recipe, out=tmp_path / run, resume=True, device="cpu")
@@ -95,7 +96,7 @@ def test_an_unreadable_file_is_not_called_damaged(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(torch, "load", refuse)
     with pytest.raises(
-        CheckpointError, match=r"a\.pt: cannot be read \(Permission denied\); fix this, or pass another"
+        CheckpointError, match=r"a\.pt: cannot be read \(Permission denied\); make it readable, or pass another file"
     ):
         load_file(tmp_path / "a.pt")
 

@@ -177,7 +177,7 @@ def test_resuming_on_another_number_of_ranks_warns(
     parts = (
         "" if together else ", or more if batch norms are trained, because they see only their rank's part of a batch"
     )
-    told = f"{tmp_path / 'checkpoint-last.pt'}: ranks was 2, now 1: results will differ in the last bits{parts}"
+    told = f"{tmp_path / 'checkpoint-last.pt'}: ranks changed from 2 to 1; results will differ in the last bits{parts}"
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [told]
 
 
