@@ -68,9 +68,7 @@ def frozen_modules(model: nn.Module, stages: int) -> list[nn.Module]:
     else:
         known = _feature_stages(model.get_submodule("features"))  # DenseNet or VGG
     if stages > len(known):
-        raise ArgumentError(
-            f"freeze must be at most {len(known)} (the number of stages in this backbone), got {stages}."
-        )
+        raise ArgumentError(f"freeze must be at most {len(known)} (the stages of this backbone), got {stages}.")
     return [module for stage in known[:stages] for module in stage]
 
 
@@ -200,9 +198,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None
             f"torch.save(model.state_dict(), path) or by train."
         )
     if broken := not_finite(content):
-        raise CheckpointError(
-            f"{path}: weights are not finite ({broken}), so training cannot start; pass another file."
-        )
+        raise CheckpointError(f"{path}: weights are not finite ({broken}); pass another file.")
     # torchvision's DenseNet files spell norm1 as norm.1.
     return {_DOTTED.sub(r"\1", key): value for key, value in content.items()}, classes
 

@@ -93,9 +93,7 @@ class Checkpoint:
         """Read a checkpoint. Raises CheckpointError if the file is not a usable checkpoint of this version."""
         content = load_file(Path(path))
         if content.get("format") != "fastflower":
-            raise CheckpointError(
-                f"{path}: is not a fastflower checkpoint; pass a checkpoint-best.pt written by train."
-            )
+            raise CheckpointError(f"{path}: is not a fastflower checkpoint; pass a checkpoint-best.pt from train.")
         if content.get("version") != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path}: has checkpoint version {content.get('version')}, but this fastflower reads version "
@@ -109,7 +107,7 @@ class Checkpoint:
             raise
         except (KeyError, TypeError, FastflowerError) as error:
             raise CheckpointError(
-                f"{path}: is damaged or from another version of fastflower ({error}); pass another checkpoint."
+                f"{path}: is damaged or from another version of fastflower ({error}); pass another one."
             ) from error
 
     def network(self) -> nn.Module:
@@ -120,9 +118,7 @@ class Checkpoint:
             model.load_state_dict(self.model)
         except RuntimeError as error:
             what = f"{self.recipe.backbone} with {len(self.classes)} classes"
-            raise CheckpointError(
-                f"checkpoint: weights do not fit {what} ({error}); pass another checkpoint."
-            ) from None
+            raise CheckpointError(f"checkpoint: weights do not fit {what} ({error}); pass another one.") from None
         return model.eval()
 
     def _usable(self, name: str) -> Self:

@@ -235,9 +235,7 @@ def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str,
             raise FolderError(f"{work}: {what}; {remedy}")
     if changed := _difference(plan.folder, folder):
         what = f"{changed[1]} since the pack into {work.parent} was interrupted"
-        raise FolderError(
-            f"{folder.root / changed[0]}: {what}; undo this change to resume, or remove {work} to start over."
-        )
+        raise FolderError(f"{folder.root / changed[0]}: {what}; undo this to resume, or remove {work} to start over.")
 
 
 def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:

@@ -38,9 +38,7 @@ _log = logging.getLogger("fastflower")
 
 _LONG = 10.0  # seconds of validation after which the finished training of the epoch is saved
 _RECALIBRATION = 20  # batches; a running mean with momentum 0.1 covers about as many
-_ADVICE = (
-    "start a new run (choose another out) with a lower lr, warm-up (warmup_epochs) or gradient clipping (clip_norm)"
-)
+_ADVICE = "start a new run (another out) with a lower lr, warm-up (warmup_epochs) or gradient clipping (clip_norm)"
 
 
 class Run:
@@ -110,9 +108,7 @@ class Run:
         except FastflowerError as error:
             reason = str(error)
             if start.feeding["shards"] != self.loader.state_dict()["shards"]:
-                reason = (
-                    "was trained on other shards; resume with those, or choose a new out and pass this file as weights."
-                )
+                reason = "was trained on other shards; use those, or choose a new out and pass this file as weights."
             raise CheckpointError(f"{place}: {reason}") from None
         val = self._loader_state()["val"]
         if start.feeding.get("val", val) != val:

@@ -56,9 +56,7 @@ def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
                 for partial in folder.glob(PARTIAL) if alone else ():  # left by a killed run
                     partial.unlink(missing_ok=True)
             except FileExistsError:
-                failed = CheckpointError(
-                    f"{folder}: another run just took this folder; start again, or choose an out (--out)."
-                )
+                failed = CheckpointError(f"{folder}: another run just took it; start again, or pass an out (--out).")
             except HeldError as error:
                 failed = CheckpointError(f"{folder}: another run is training here ({error}); wait, then {_REMEDY}.")
             except OSError as error:

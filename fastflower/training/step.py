@@ -106,9 +106,7 @@ class Stepper:
         cuda = self._device.type == "cuda"
         if distributed.world_size() > 1:
             if self._recipe.sync_batchnorm and not cuda:
-                raise ArgumentError(
-                    "sync_batchnorm: torch supports SyncBatchNorm only on CUDA; leave it out on the CPU."
-                )
+                raise ArgumentError("sync_batchnorm: torch supports SyncBatchNorm only on CUDA; omit it on the CPU.")
             if self._recipe.sync_batchnorm:
                 model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
             model = DistributedDataParallel(

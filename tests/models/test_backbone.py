@@ -139,7 +139,7 @@ def test_more_stages_than_there_are_cannot_be_frozen(name: str, stages: int) -> 
         build(name, 5, weights=None, freeze=stages)
         with pytest.raises(
             ArgumentError,
-            match=rf"^freeze must be at most {stages} \(the number of stages in this backbone\), got {stages + 1}\.$",
+            match=rf"^freeze must be at most {stages} \(the stages of this backbone\), got {stages + 1}\.$",
         ):
             build(name, 5, weights=None, freeze=stages + 1)
 

@@ -124,7 +124,7 @@ def test_training_does_not_start_or_resume_from_weights_that_are_not_finite(
     state["bn1.running_var"][3] = math.inf
     for dtype in (torch.float32, torch.float16):
         torch.save({name: value.to(dtype) for name, value in state.items()}, weights)
-        told = f"{weights}: weights are not finite ('bn1.running_var'), so training cannot start; pass another file."
+        told = f"{weights}: weights are not finite ('bn1.running_var'); pass another file."
         with pytest.raises(CheckpointError, match=f"^{re.escape(told)}$"):
             train(shards, replace(recipe, weights=str(weights)), out=tmp_path / "new", device="cpu")
     assert not (tmp_path / "new").exists()

@@ -108,11 +108,11 @@ def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
         ("not divisible", "ArgumentError: batch_size 15 must be a multiple of the number of ranks (2)."),
         (
             "synchronous",
-            "ArgumentError: sync_batchnorm: torch supports SyncBatchNorm only on CUDA; leave it out on the CPU.",
+            "ArgumentError: sync_batchnorm: torch supports SyncBatchNorm only on CUDA; omit it on the CPU.",
         ),
         (
             "apart",
-            f"CheckpointError: run/{LAST}: ranks found different checkpoints; set out to a folder that all machines share.",
+            f"CheckpointError: run/{LAST}: differs between ranks; choose an out that all machines share.",
         ),
     ],
 )

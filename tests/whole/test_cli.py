@@ -350,7 +350,7 @@ def test_evaluate_refuses_files_that_are_no_checkpoint_and_unknown_splits(
     missing = tmp_path / "no.pt"
     assert error(capsys, "evaluate", missing, shards) == f"{missing}: does not exist; check the path."
     torch.save({"weight": torch.zeros(1)}, tmp_path / "state.pt")
-    text = f"{tmp_path / 'state.pt'}: is not a fastflower checkpoint; pass a checkpoint-best.pt written by train."
+    text = f"{tmp_path / 'state.pt'}: is not a fastflower checkpoint; pass a checkpoint-best.pt from train."
     assert error(capsys, "evaluate", tmp_path / "state.pt", shards) == text
     text = f"{shards}: has no samples in split 'test'; choose from train, val."
     assert error(capsys, "evaluate", checkpoint, shards, "--split", "test") == text

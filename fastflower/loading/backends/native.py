@@ -68,9 +68,7 @@ def _kernel() -> ctypes.CDLL:
     kernel.scratch_bytes.argtypes = (ctypes.c_int64,) * 4
     kernel.scratch_bytes.restype = ctypes.c_int64
     if not hasattr(kernel, "numbers_bytes") or kernel.numbers_bytes() != ctypes.sizeof(_Numbers):
-        raise ImportError(
-            f"{_LIBRARY}: was compiled from a different kernel.c; run make install, or reinstall fastflower."
-        )
+        raise ImportError(f"{_LIBRARY}: was compiled from another kernel.c; run make install, or reinstall fastflower.")
     return kernel
 
 

@@ -35,9 +35,7 @@ def choose(
             "leave backend out, or pass backend='opencv'."
         )
     if name == "dali" and isinstance(cache, int) and cache:
-        raise ArgumentError(
-            f"cache must be None with backend='dali', which caches nothing, got {cache!r}; leave cache out."
-        )
+        raise ArgumentError(f"cache must be None with backend='dali', which caches nothing, got {cache!r}; omit it.")
     if name == "triton" or (name is None and cuda and cache is not None):
         words = Decoded(*(size // 3 * _WORD_BYTES for size in decoded()))
         allowance = allow(cache, words, device)

@@ -61,7 +61,7 @@ def test_a_kernel_compiled_from_a_different_source_is_refused(monkeypatch: pytes
     native._kernel.cache_clear()
     monkeypatch.setattr(native, "_Numbers", Longer)
     with pytest.raises(
-        ImportError, match=r"kernel\.so: was compiled from a different kernel\.c; run make install, or reinstall"
+        ImportError, match=r"kernel\.so: was compiled from another kernel\.c; run make install, or reinstall"
     ):
         NativeRenderer(Augment(), torch.uint8)
     assert native._kernel.cache_info().currsize == 0
