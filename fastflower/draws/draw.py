@@ -24,7 +24,7 @@ class Draw:
     roi: Floats
     """(N, 4) top, left, height, width of the crop in the source. The crop may extend beyond the image."""
     flip: NDArray[np.bool_]
-    """(N, 2) True to flip horizontally; True to flip vertically."""
+    """(N, 2) whether to flip: column 0 horizontally, column 1 vertically."""
     rotate: Floats
     """(N,) counterclockwise angle, as in torchvision's `rotate`."""
     affine_rotate: Floats

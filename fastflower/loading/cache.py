@@ -121,7 +121,7 @@ class PixelCache:
         self._lock = Lock()
 
     def decode(self, index: int, decode_scale: int = 1) -> Pixels:
-        """Return an image like `SampleSource.decode`, from the cache if possible. Do not modify the image."""
+        """Decode an image as `SampleSource.decode` does, or return it from the cache. Do not modify it."""
         key = (index, decode_scale)
         cached = self._cached.get(key)
         if cached is not None:

@@ -97,7 +97,7 @@ def prepare(
 
 
 def _transcode(data: bytes, max_side: int | None, quality: int | None) -> tuple[bytes, NDArray[np.uint8]]:
-    """Transcode an image file to JPEG. Return the JPEG file and the gray levels."""
+    """Transcode an image file to JPEG. Return the JPEG bytes and the image in grayscale, (H, W) uint8."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_pixels(*image.size)

@@ -173,7 +173,7 @@ class Mirror:
     def _download(self, name: str, *, demanded: bool = False) -> None:
         """Download a shard unless it is cached. Only one thread of one process downloads a given shard.
 
-        demanded  Whether a caller waits for the shard. If not, it is skipped if it would evict a shard that is needed sooner.
+        demanded  Whether a caller waits for the shard. Otherwise, it must not evict shards that are needed sooner.
         """
         shard, path = self._shards[name], self.folder / name
         with locked(path.with_name(f"{name}.lock"), self._files.stopped) as alone:

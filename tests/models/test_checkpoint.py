@@ -178,7 +178,7 @@ def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path, content: dic
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(
         CheckpointError,
-        match=r"weights\.pth: is not a fastflower checkpoint; pass a checkpoint-best\.pt written by train\.$",
+        match=r"weights\.pth: is not a fastflower checkpoint; pass a checkpoint-best\.pt from train\.$",
     ):
         Checkpoint.load(tmp_path / "weights.pth")
 

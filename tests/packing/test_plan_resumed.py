@@ -110,7 +110,7 @@ def test_changed_classes_or_splits_of_the_same_images_are_reported(tmp_path: Pat
     for changed in ({"classes.txt": b"one\nthree"}, {"val.txt": b""}):
         write(root, lists | changed)
         text = f"{root}: classes or splits have been changed since the pack into {work.parent} was interrupted; "
-        with pytest.raises(FolderError, match=f"^{re.escape(text)}undo this change"):
+        with pytest.raises(FolderError, match=f"^{re.escape(text)}undo this"):
             check_same(plan, scan(root), Options(**OPTIONS), VERSIONS, work)
 
 

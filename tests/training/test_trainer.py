@@ -353,8 +353,6 @@ def test_a_run_resumes_only_on_its_own_shards(flowers: Path, shards: Path, tmp_p
     recipe = replace(TINY, epochs=1)
     train(shards, recipe, out=tmp_path / "run", device="cpu")
     pack(flowers, tmp_path / "others", seed=1)
-    rule = (
-        r"checkpoint-last\.pt: was trained on other shards; resume with those, or choose a new out and pass this file"
-    )
+    rule = r"checkpoint-last\.pt: was trained on other shards; use those, or choose a new out and pass this file"
     with pytest.raises(CheckpointError, match=rule):
         train(tmp_path / "others", recipe, out=tmp_path / "run", resume=True, device="cpu")

@@ -71,7 +71,7 @@ class Backend(ABC, Generic[AnyWork, Kept]):
 
     @abstractmethod
     def begin(self, request: Request) -> AnyWork:
-        """Create the work for a request."""
+        """Create the state of a batch whose samples are about to be prepared."""
 
     @abstractmethod
     def prepare(self, work: AnyWork, row: int) -> None:
