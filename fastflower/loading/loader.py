@@ -166,7 +166,7 @@ class Loader(IterableDataset[Batch]):
         require(self.dtype in _DTYPES, "dtype", f"one of {', '.join(map(str, _DTYPES))}", self.dtype)
         if self.shuffle == "balanced" and self.window is not None:
             raise ArgumentError(
-                "window must be None with shuffle='balanced', which needs all shards on local disk; omit window, and pass a local folder."
+                "window must be None with shuffle='balanced', which needs all shards; omit window, and pass a local folder."
             )
 
     def _check_mix(self, augment: Augment) -> None:

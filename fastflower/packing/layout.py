@@ -80,7 +80,7 @@ def _words(name: str) -> list[str]:
 
 
 def _is_generic(name: str) -> bool:
-    """Return whether a folder's name is generic, such as "images". Next to other folders, such a folder is unlikely to be a class."""
+    """Return whether a name is generic, such as "images". Next to other folders, such a folder is unlikely to be a class."""
     words = re.findall(r"[^\W\d_]+", name.lower())
     return bool(words) and _ANY.issuperset(words)
 

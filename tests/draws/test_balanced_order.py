@@ -124,7 +124,7 @@ def test_balanced_steps_are_the_same_at_any_world_size_and_after_a_resume(uneven
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shuffle": "balanced", "window": 1}, "window must be None with shuffle='balanced', which reads all shards"),
+        ({"shuffle": "balanced", "window": 1}, "window must be None with shuffle='balanced', which needs all shards"),
         ({"shuffle": "often"}, "shuffle must be True, False or 'balanced', got 'often'"),
     ],
 )

@@ -163,7 +163,7 @@ _NO_BLUR = 0.05  # sigma so small that the Gaussian has a single nonzero weight
 
 
 def _gaussians(footprint_N2: geometry.Floats) -> tuple[geometry.Floats, Integers]:
-    """Return (sigma, window) of Gaussian blurs, each (N, 2), vertical and horizontal. Blur and interpolation have the right variance.
+    """Return (sigma, window) of Gaussian blurs that antialias, each (N, 2), vertical and horizontal.
 
     For reductions up to a factor of two, the window has three weights and equals `geometry.blur_kernels`. For larger
     ones, a Gaussian of the same variance approximates the triangle.
