@@ -28,8 +28,8 @@ def ranks_here() -> int:
 def cores() -> int:
     """Return the number of threads that this process can run at once. Ranks on one machine divide its cores and quota.
 
-    An affinity mask (taskset, SLURM, Docker's --cpuset-cpus) can lower the number. A quota (Docker's --cpus, a Kubernetes
-    limit) is rounded up, because using one and a half cores takes two threads.
+    An affinity mask (taskset, SLURM, Docker's --cpuset-cpus) can lower the number. A quota (Docker's --cpus, a
+    Kubernetes limit) is rounded up, because using one and a half cores takes two threads.
     """
     whole = min([os.cpu_count() or 1, *map(ceil, _cores_allowed())])
     return max(1, min(len(os.sched_getaffinity(0)), whole // ranks_here()))
