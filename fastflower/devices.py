@@ -45,7 +45,7 @@ def precision_of(precision: str, device: torch.device) -> torch.dtype:
         return getattr(torch, precision)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    # Without native bfloat16, CPUs emulate it: ResNet-50 steps took 2x as long with AVX-512 and 18x without (docs/log.md).
+    # CPUs without native bfloat16 emulate it: ResNet-50 took 2x as long with AVX-512 and 18x without (docs/log.md).
     fast = any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16")))  # "bf16" is ARM's
     return torch.bfloat16 if fast else torch.float32
 
