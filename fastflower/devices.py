@@ -16,7 +16,7 @@ _log = logging.getLogger("fastflower")
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Return the torch device. If `device` is None, choose CUDA if available, else the CPU, and log the choice.
+    """Return `device` as a torch.device. If it is None, choose CUDA if available, else the CPU, and log the choice.
 
     Raises DeviceError if CUDA is requested but not available, or ArgumentError if `device` is not a valid device.
     """
@@ -45,7 +45,7 @@ def precision_of(precision: str, device: torch.device) -> torch.dtype:
         return getattr(torch, precision)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    # Other CPUs emulate bfloat16: a ResNet-50 step took 2x as long with AVX-512 and 18x without (docs/log.md).
+    # CPUs without native bfloat16 emulate it: ResNet-50 took 2x as long with AVX-512 and 18x without (docs/log.md).
     fast = any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16")))  # "bf16" is ARM's
     return torch.bfloat16 if fast else torch.float32
 
@@ -66,13 +66,13 @@ def environment(device: torch.device, precision: torch.dtype | None = None) -> d
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """Return the random generator of a training step on the device. A CUDA graph rereads its seed at each replay."""
+    """Return the random generator that training uses on a device. CUDA graphs reread its seed at each replay."""
     return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
 
 @contextmanager
 def fastest_convolutions(device: torch.device) -> Generator[None]:
-    """Let cuDNN benchmark its algorithms for each new shape inside the block. It pays off: shapes rarely change.
+    """Let cuDNN benchmark its algorithms for each new shape inside the block. Shapes rarely change, so it pays off.
 
     torch.backends.cudnn.flags would also reset cuDNN's other flags, such as TF32.
     """

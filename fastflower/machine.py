@@ -28,8 +28,8 @@ def ranks_here() -> int:
 def cores() -> int:
     """Return the number of threads that this process can run at once. Ranks on one machine divide its cores and quota.
 
-    An affinity mask (taskset, SLURM, Docker's --cpuset-cpus) limits it further. A quota (Docker's --cpus, a Kubernetes
-    limit) is rounded up, because using one and a half cores takes two threads.
+    An affinity mask (taskset, SLURM, Docker's --cpuset-cpus) can lower the number. A quota (Docker's --cpus, a
+    Kubernetes limit) is rounded up, because using one and a half cores takes two threads.
     """
     whole = min([os.cpu_count() or 1, *map(ceil, _cores_allowed())])
     return max(1, min(len(os.sched_getaffinity(0)), whole // ranks_here()))
@@ -105,7 +105,7 @@ def _named_numbers(path: Path) -> dict[str, int]:
 
 
 def version_of(name: str) -> str:
-    """Return a package's version, or "not installed" without metadata, for example in a source tree on sys.path."""
+    """Return a package's version, or "not installed" if it has no metadata (for example, a source tree on sys.path)."""
     try:
         return version(name)
     except PackageNotFoundError:

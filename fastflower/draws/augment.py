@@ -1,6 +1,6 @@
 """`Augment`: a distribution of augmentations. It returns a `Draw` for samples and a `Mix` for pairs of samples.
 
-A sample's draw does not depend on the batch size, worker, rank or other enabled augmentations.
+A sample's draw does not depend on the batch size, the worker, the rank or which other augmentations are enabled.
 Shape suffixes: N samples, A attempts, S slots.
 """
 
@@ -193,7 +193,7 @@ class Augment:
         )
 
     def mix(self, seed: int, epoch: int, indices: ArrayLike) -> Mix:
-        """Return the `Mix` of the pairs (0, 1), (2, 3), ... in a batch of the samples at `indices`, (N,) with N even.
+        """Return the `Mix` of the pairs (0, 1), (2, 3), ... in a batch. `indices` lists its samples, (N,) with N even.
 
         mixup: Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018.
         CutMix: Yun et al., "CutMix", 2019, section 3.1.
@@ -215,7 +215,7 @@ class Augment:
         return Mix(share, box, cut)
 
     def _center(self, sizes_N2: NDArray[np.int64]) -> Floats:
-        """Return the source rectangles (N, 4) of torchvision's Resize and CenterCrop, including their rounding."""
+        """Return the source rectangles (N, 4) that Resize and CenterCrop would show, rounded as in torchvision."""
         size, resized = np.array(self.output_size), np.array(self.resized)
         if resized.ndim == 0:  # one number: the shorter side
             resized = resized * sizes_N2 // sizes_N2.min(axis=1, keepdims=True)
@@ -235,7 +235,7 @@ class Augment:
         return np.where(fits_N[:, None], crop_N4, largest_N4)
 
     def _erased(self, dice: Dice) -> NDArray[np.int64]:
-        """Draw like RandomErasing.get_params: the first of ten attempts smaller than the output, else no rectangle."""
+        """Draw like RandomErasing.get_params: the first of ten attempts that is smaller than the output, else none."""
         if not self.erase:
             return np.zeros((len(dice.numbers_NS), 4), np.int64)
         size_12 = np.array([self.output_size], np.int64)

@@ -25,7 +25,7 @@ def brightness_table(factor: float) -> Floats:
 
 
 def contrast_table(levels_K: Floats, factor: float, mean: float) -> Floats:
-    """Apply contrast to a table: clip(mean + factor * (value - mean)). `mean` is the image's mean gray before this."""
+    """Apply contrast to a table: clip(mean + factor * (value - mean)). `mean` is the mean gray before contrast."""
     return np.clip(mean + factor * (levels_K - mean), 0, 255).astype(np.float32)
 
 

@@ -10,8 +10,8 @@ from fastflower.draws import geometry
 from fastflower.draws.geometry import Floats
 
 # torchvision resamples again for a rotation and for an affine transform, each time adding a triangle filter's variance.
-# With half of that variance, rotated crops differ from torchvision's by 1.3 instead of 1.7 gray levels (0 to 255), and
-# are no less accurate (docs/augmentation.md).
+# We add half of that variance. Rotated crops then differ from torchvision's by 1.3 instead of 1.7 gray levels (0 to
+# 255), and are no less accurate (docs/augmentation.md).
 SOFTNESS = 0.5
 
 

@@ -1,8 +1,8 @@
 """Crop, flip, rotation, translation, scale and shear as one matrix.
 
 A warp matrix is 2x3 and maps destination points (x, y) to the source. Pixel i covers [i, i + 1), with its center at
-i + 0.5. Rectangles are (top, left, height, width). They and other vertical/horizontal pairs are in (y, x) order; points
-and matrices are in (x, y) order. `[:, ::-1]` converts between the two. All functions take angles in degrees.
+i + 0.5. Rectangles are (top, left, height, width). All vertical/horizontal pairs are in (y, x) order; points and
+matrices are in (x, y) order. `[:, ::-1]` converts between the two. All functions take angles in degrees.
 Shape suffixes: N batch, 2 and 3 matrix rows and columns, 4 rectangle values, P points.
 """
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastflower.draws.random import Floats
 
-# A smaller blur changes images by less than 0.1 gray levels (0 to 255), but would take a tenth of the time.
+# Blurring by less than this would take a tenth of the time, but change images by less than 0.1 gray levels (0 to 255).
 MIN_VARIANCE = 0.02
 
 
@@ -59,8 +59,8 @@ def affine(angle_N: Floats, translate_N2: Floats, scale_N: Floats, shear_N2: Flo
 
     angle  Clockwise rotation in degrees. translate  Shift (x, y) in pixels. shear  Shear (x, y) in degrees.
 
-    The result is the inverse of T(translate) C R(angle) Shear(shear) Scale(scale) C^-1. The closed form is the one in
-    torchvision's `_get_inverse_affine_matrix` (torchvision/transforms/functional.py).
+    The result is the inverse of T(translate) C R(angle) Shear(shear) Scale(scale) C^-1. C moves the origin to the
+    center. The closed form is torchvision's `_get_inverse_affine_matrix` (torchvision/transforms/functional.py).
     """
     rotation = np.radians(angle_N)
     # [[a, b], [c, d]] rotates and shears with determinant 1, so its inverse is [[d, -b], [-c, a]].
@@ -116,7 +116,7 @@ class Warp:
     matrix: Floats
     """(N, 2, 3) matrices from destination to `region`."""
     region: NDArray[np.int64]
-    """(N, 4) top, left, height, width of the part of the image to read. Its edge pixels repeat outside it."""
+    """(N, 4) top, left, height, width of the part of the image to read. Edge pixels repeat outside the region."""
     footprint: Floats
     """(N, 2) vertical, horizontal: six times the variance of the antialiasing filter, in squared source pixels."""
     masked: NDArray[np.bool_]
@@ -159,7 +159,7 @@ def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness
     # Tolerate rounding errors (one millionth) if the edges of crop and output coincide.
     masked_N = (np.maximum(past_start_N2, past_stop_N2) > 1e-6 * reach_N2).any(axis=1)
 
-    # A destination pixel is sqrt(footprint) source pixels wide. The filter reads that far beyond it, interpolation too.
+    # A destination pixel is sqrt(footprint) source pixels wide. The filter and interpolation each read that far beyond.
     read_N2 = reach_N2 + (2 + 2 * np.sqrt(footprint_N2))
     read_N4 = intersect(visible_N4, np.concatenate([middle_N2 - read_N2, 2 * read_N2], axis=1))
     first_N2 = np.floor(read_N4[:, :2] + 1e-6)  # whole pixels, within rounding error
@@ -183,11 +183,11 @@ def decode_scales(footprint_N2: Floats) -> NDArray[np.int64]:
 
 
 def shrink_factors(footprint_N2: Floats) -> NDArray[np.int64]:
-    """Return integer factors (N, 2) for box-averaging a source before blur and warp: 1 for downscaling by less than 4.
+    """Return integer factors (N, 2) for box-averaging sources before blur and warp: 1 if downscaled by less than 4.
 
     A factor is about half the downscaling factor and a multiple of the decode scale. This leaves two to four shrunken
-    pixels per destination pixel. Images differ from Pillow's triangle filter by 0.8 gray levels (0 to 255) with two
-    pixels, and would differ by 1.9 with one.
+    pixels per destination pixel. Images differ from Pillow's by 0.8 gray levels (0 to 255) with two pixels, and
+    would differ by 1.9 with one.
     """
     decoded = decode_scales(footprint_N2)[:, None]
     return decoded * np.maximum(1, np.sqrt(footprint_N2) // (2 * decoded)).astype(np.int64)
@@ -196,7 +196,7 @@ def shrink_factors(footprint_N2: Floats) -> NDArray[np.int64]:
 def blur_variance(footprint_N2: Floats, shrink_N2: NDArray[np.int64]) -> Floats:
     """Return the variance (N, 2), in squared shrunken pixels, that blurring must still add; 0 for magnified sources.
 
-    The target is footprint / 6. A box of k pixels contributes (k^2 - 1) / 12, and interpolation between boxes k^2 / 6.
+    The target is footprint / 6. A box of k pixels adds (k^2 - 1) / 12. Interpolation between boxes adds k^2 / 6.
     """
     missing = (footprint_N2 / 6 - (3 * shrink_N2**2 - 1) / 12) / shrink_N2**2
     return np.where(missing >= MIN_VARIANCE, missing, 0.0)
@@ -206,13 +206,13 @@ BLUR_TAPS = 5  # half the widest kernel, including the center: after shrink_fact
 
 
 def blur_kernels(variance_N2: Floats) -> Floats:
-    """Return half of each symmetric triangle kernel with sum 1 and this variance, center first: (N, 2, BLUR_TAPS).
+    """Return one half of each symmetric triangle kernel, center first: (N, 2, BLUR_TAPS).
 
-    For integer downscaling factors this is Pillow's triangle filter, for example [1, 2, 1] / 4 for a factor of 2;
-    interpolation preserves it exactly. Let w be the half-width of the triangle, between integers m and m + 1. Tap j has
-    the weight 1 - |j| / w for |j| <= m. The weights have the sum 2m + 1 - m(m+1) / w and the second moment
-    m(m+1)(2m+1) / 3 - m^2 (m+1)^2 / 2w. The variance is their ratio; solving it for 1 / w gives the slope. A variance
-    of 0 gives m = 0.
+    Each full kernel has sum 1 and the given variance. For integer downscaling factors it is Pillow's triangle filter,
+    for example [1, 2, 1] / 4 for a factor of 2; interpolation preserves it exactly. Let w be the half-width of the
+    triangle, between integers m and m + 1. Tap j has the weight 1 - |j| / w for |j| <= m. The weights have the sum
+    2m + 1 - m(m+1) / w and the second moment m(m+1)(2m+1) / 3 - m^2 (m+1)^2 / 2w. The variance is the second moment
+    divided by the sum; solving for 1 / w gives the slope. A variance of 0 gives m = 0.
     """
     m = np.sqrt(6 * variance_N2 + 1).astype(np.int64) * (variance_N2 > 0)
     pairs = m * (m + 1)
@@ -241,7 +241,7 @@ class Resampling:
     blur: Floats
     """(N, 2) vertical, horizontal: variance of the blur, measured in boxes."""
     matrix: Floats
-    """(N, 2, 3) matrices from destination to boxes. In both, centers are at integers."""
+    """(N, 2, 3) matrices from destination to boxes. In both, centers have integer coordinates."""
 
 
 def resampling(warp: Warp) -> Resampling:
@@ -276,5 +276,5 @@ def centered(matrix_N23: Floats) -> Floats:
 
 
 def frame(warp: Warp, size: tuple[int, int]) -> Floats:
-    """Return matrices (N, 2, 3) from destination to a frame of `size`, to which `visible` is stretched."""
+    """Return matrices (N, 2, 3) from destination to a frame: `visible`, stretched to `size`."""
     return compose(invert(resized_crop(warp.visible, size)), warp.whole)

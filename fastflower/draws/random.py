@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a pure function of (seed, epoch, index, slot), regardless of other draws.
+"""Counter-based random numbers: each is a pure function of (seed, epoch, index, slot).
 
 Uses SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014) with Stafford's
 constants ("Mix13"). Shape suffixes: N samples, A attempts, S slots.
@@ -89,7 +89,7 @@ class Dice:
     def sides(
         self, share: tuple[float, float], area_N: NDArray[np.int64], ratio: tuple[float, float], slot: int
     ) -> Floats:
-        """Draw ten rectangles by area fraction and aspect ratio (width / height): heights and widths (N, A, 2)."""
+        """Draw ten rectangles per sample by area fraction and width / height. Returns heights and widths (N, A, 2)."""
         areas_NA = self.between(*share, slot, ATTEMPTS) * area_N[:, None]
         ratios_NA = np.exp(self.between(float(np.log(ratio[0])), float(np.log(ratio[1])), slot + ATTEMPTS, ATTEMPTS))
         return np.rint(np.sqrt(np.stack([areas_NA / ratios_NA, areas_NA * ratios_NA], axis=-1)))
@@ -97,7 +97,7 @@ class Dice:
     def first_fit(
         self, sides_NA2: Floats, fits_NA2: NDArray[np.bool_], sizes_N2: NDArray[np.int64], slot: int
     ) -> tuple[NDArray[np.bool_], Floats]:
-        """Return which samples have an attempt that fits, (N,), and the first of each at a random position, (N, 4)."""
+        """Return whether any attempt fits, (N,), and the rectangle of the first that fits, randomly placed, (N, 4)."""
         fits_NA: NDArray[np.bool_] = np.logical_and(fits_NA2[..., 0], fits_NA2[..., 1])
         rows = np.arange(len(fits_NA))
         first = np.argmax(fits_NA, axis=1)

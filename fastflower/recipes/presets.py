@@ -122,7 +122,7 @@ def finetune(freeze: int = 2) -> Recipe:
 
 
 def finetune_long(freeze: int = 2) -> Recipe:
-    """Return a model soup of two ten-epoch runs at larger sizes, with rotation, jitter, erasing and mixup."""
+    """Return our long recipe: a model soup of two ten-epoch runs, larger sizes, rotation, jitter, erasing and mixup."""
     short = finetune(freeze)
     augment = replace(
         short.augment, rotate=15, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, erase=0.25, mixup=0.2

@@ -147,8 +147,8 @@ class Recipe:
         "step": gamma ** (epoch // step_epochs), torch's StepLR.
         "cosine": from 1 down to 0 over all steps, torch's CosineAnnealingLR.
         "one_cycle": up to 1 and down again, torch's OneCycleLR (cosine, two phases; Smith and Topin 2018).
-        "exponential_cosine": 1 during the warm-up, then gamma ** (fractional epochs since the warm-up), torch's
-        ExponentialLR per step, until halfway through the steps, then half a cosine down to 0.
+        "exponential_cosine": 1 during the warm-up. Then gamma ** (fractional epochs since the warm-up), like torch's
+        ExponentialLR but per step, until half of all steps are done. Then half a cosine down to 0.
         "three_phase": the same, but the decay also counts the warm-up epochs, so the rate never reaches the peak.
         Only for checkpoints that were trained with this schedule.
         """
