@@ -47,7 +47,7 @@ class Groups:
 def identical(folder: Folder, mapped: MapLike = map) -> Groups:
     """Find groups of images with identical bytes. Each group is sorted; groups are in the order of their first image.
 
-    Reads the ends of files that have the same size, and all of a file only if its end matches too.
+    Reads the ends of files only if their sizes match, and entire files only if their ends match too.
     """
     numbers, _ = _group_equal(np.arange(len(folder), dtype=np.int64), folder.files["size"][:, None])
     for whole in (False, True):
@@ -93,7 +93,7 @@ def _group_equal(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> tuple[
 
 
 def nearest(queries: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Find the position of the closest hash for each query, and its distance in bits; -1 if none is within NEAR_BITS.
+    """Find the closest hash for each query: its position and its distance in bits, both -1 if none is within NEAR_BITS.
 
     Two hashes that differ in at most NEAR_BITS bits are equal in at least one of NEAR_BITS + 1 bands of bits, so only
     hashes with an equal band are compared (Norouzi, Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index
@@ -132,7 +132,7 @@ def _band(hashes: NDArray[np.uint64], low: int, high: int) -> NDArray[np.uint16]
 
 
 def _runs(counts: NDArray[np.int64], most: int) -> Iterator[tuple[int, int]]:
-    """Split into consecutive runs whose counts sum to at most `most`; yield (start, stop) of each.
+    """Split the counts into consecutive runs that each sum to at most `most`; yield the (start, stop) of each run.
 
     A count that exceeds `most` forms a run of its own.
     """

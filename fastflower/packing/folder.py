@@ -157,9 +157,9 @@ def scan(root: str | Path, *, resplit: bool = False) -> Folder:
     - `root`/train/CLASS/**, next to folders named after other splits; a folder named after a split is never a class;
     - the lists train.txt and val.txt with lines "PATH LABEL", and classes.txt; each is in `root`/meta or in `root`.
 
-    resplit  Whether the caller draws a new split from all images. If so, split folders in class folders are not special.
+    resplit  Whether the caller draws a new split from all images. If so, class folders may contain split folders.
 
-    Raises FolderError, with file and line if possible, if the folder fits none or more than one of these layouts, has
+    Raises FolderError, with file and line if possible, if the folder fits none of these layouts or more than one, has
     only one class, or has a class without images.
     """
     root = Path(root)

@@ -28,7 +28,7 @@ _SPLITS = {
 }
 _FILLERS = {"", "image", "images", "img", "imgs", "split", "folder"}  # ignored in the name of a split
 _UNLABELED = {"unknown", "unlabeled", "unlabelled", "all", "classes", "none"}  # folders of unlabeled images
-_ANY = {"image", "images", "img", "imgs", "unlabeled", "unlabelled"}  # folders of any class, often next to masks
+_ANY = {"image", "images", "img", "imgs", "unlabeled", "unlabelled"}  # for any class, often next to masks
 _FOLDS = {"fold", "cv", "part", "batch"}
 
 _MOST_NAMES = 6  # per message
@@ -121,8 +121,8 @@ def splits_named(names: Iterable[str]) -> dict[str, str]:
 def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict[str, str]:
     """Map each split folder that has class folders to the parent of its class folders, train first.
 
-    Raises FolderError if other folders with images are next to the splits, or unless train and at least one other split
-    have class folders. A test split needs no class folders: its images are then unlabeled.
+    Raises FolderError if other folders with images are next to the splits, or if class folders are missing from train or
+    from every other split. A test split needs no class folders: its images are then unlabeled.
     """
     others = [top for top in tops if top not in named and _holds_images(root / top)]
     if others:
@@ -316,7 +316,7 @@ def _duplicate_split(root: Path, named: dict[str, str]) -> FolderError:
 
 
 def _nested_splits(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, str]]) -> FolderError:
-    """Return the error for split folders inside class folders. nested  Pairs of (folder, split in it)."""
+    """Return the error for split folders inside class folders. nested  Pairs of (class folder, split folder in it)."""
     readings: list[tuple[str, str]] = []
     for top in dict.fromkeys(top for top, _ in nested):
         named = splits_named(subfolders(root / top))
@@ -343,7 +343,7 @@ def _nested_splits(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, 
 
 
 def _subfolders_as_classes(root: Path, tops: Iterable[str], also: str = "") -> list[tuple[str, str]]:
-    """For each folder with more than one subfolder, return the reading in which these are the classes."""
+    """For each folder with more than one subfolder, return the reading in which its subfolders are the classes."""
     several = [top for top in (_inner(root, top) for top in tops) if len(subfolders(root / top)) > 1]
     return [
         (f"use the folders in {top!r} as classes{also}", f"fastflower pack {_quoted(root / top)}")
@@ -365,7 +365,7 @@ def _to_label(root: Path, tops: Sequence[str]) -> tuple[str, str]:
 
 
 def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
-    """Return the reading in which every folder is a class, whatever its name. The command's list overrides the layout."""
+    """Return the reading in which every folder is a class. The command writes a list, which overrides the layout."""
     names = " ".join(map(_quoted, tops)) if len(tops) <= _MOST_NAMES else "*/"
     return f"use {_names(tops)} as classes", _list_and_pack(root, names)
 

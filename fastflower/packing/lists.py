@@ -15,7 +15,7 @@ def lists_of(root: Path) -> dict[str, Path]:
 
 
 def _file(root: Path, name: str) -> Path | None:
-    """Return root/meta/NAME or, if it does not exist, root/NAME. None if neither exists."""
+    """Return root/meta/NAME if it exists, else root/NAME, or None if neither exists."""
     return next((path for path in (root / "meta" / name, root / name) if path.is_file()), None)
 
 

@@ -63,7 +63,7 @@ def pack(
             default is "folder" if the folder has a split, else "class".
         val_fraction: Fraction of images in the val split, at least 0 and less than 1. Unused if split_by is "folder".
         seed: Random seed for the split and for the order of the images in the shards.
-        shard_bytes: Target size of a shard in bytes. The source images of a shard exceed it by less than one image.
+        shard_bytes: Target size of a shard in bytes. A shard's source images exceed it in total by less than one image.
             Transcoding can make the shard larger or smaller.
         max_side: Downscale images whose longer side exceeds this many pixels.
         quality: Transcode every image to JPEG with this quality, 1 to 95.

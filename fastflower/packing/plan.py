@@ -156,10 +156,10 @@ def _choose_validation(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.bool_]
 
 
 def _shares(counts: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
-    """Return the number of validation images per class: its image count times the fraction, rounded.
+    """Return the number of validation images per class: the class's image count times the fraction, rounded.
 
-    A class with two or more images contributes at least one and keeps at least one. If rounding makes the total wrong by
-    more than one image, the classes closest to the other integer are rounded to it instead. The seed breaks ties.
+    A class with two or more images contributes at least one and keeps at least one. If the rounded total is off by
+    more than one image, the numbers closest to .5 are rounded the other way. The seed breaks ties.
     """
     exact = np.where(counts > 1, counts * fraction, 0)
     most = np.maximum(counts - 1, 0)
@@ -226,7 +226,7 @@ def load_plan(work: Path, root: Path, *, whole: bool = False) -> Plan:
 
 
 def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str, str], work: Path) -> None:
-    """Raise FolderError, naming the difference, if an interrupted plan has another folder, options or versions."""
+    """Raise FolderError, naming the difference, if files, options or versions have changed since the pack was interrupted."""
     before, now = {**asdict(plan.options), **plan.versions}, {**asdict(options), **versions}
     for name in now:
         if before.get(name) != now[name]:
@@ -239,7 +239,7 @@ def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str,
 
 
 def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:
-    """Return the first file that differs, and how it differs."""
+    """Return the first file that differs and how it differs, or None if nothing differs."""
     count = min(len(before), len(now))
     rows = np.flatnonzero(before.files[:count] != now.files[:count])
     path_bytes = np.flatnonzero(before.paths[: len(now.paths)] != now.paths[: len(before.paths)])

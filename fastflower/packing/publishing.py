@@ -109,7 +109,7 @@ def _make_manifest(plan: Plan, out: Path, splits: Splits, made: list[MadeShard])
 
 
 def _near_duplicates(plan: Plan, splits: Splits) -> Iterator[dict[str, object]]:
-    """For each image of another split, yield its closest near-duplicate in "train", if any, in the folder's order."""
+    """For each image outside "train", yield its closest near-duplicate in "train", if any, in the folder's order."""
     train_hashes = np.concatenate([shard.hashes for shard in splits["train"]])
     train_numbers = np.concatenate([shard.numbers for shard in splits["train"]])
     for split, shards in splits.items():

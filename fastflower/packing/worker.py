@@ -74,10 +74,10 @@ def make_shard(
 ) -> int:
     """Make one shard unless it exists: its tar, its DALI index and, last, its record.
 
-    Any process with access to the folders can call this, even while another makes the same shard. Stops early if the
-    workspace contains STOP.
+    Any process with access to the folders can call this, even while another process makes the same shard. Returns the
+    number of images, or 0 if stopped early because the workspace contains STOP.
 
-    advance  Called with the number of images just done. Returns the number of images, or 0 if stopped.
+    advance  Called with the number of images just done.
     """
     if (work / STOP).exists():
         return 0

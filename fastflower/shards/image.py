@@ -21,7 +21,7 @@ _QUALITY = 95  # the default, used with full chroma resolution; the highest qual
 _MAX_SIDE = 65_500  # pixels; libjpeg's limit
 _NO_DATA = 128  # the gray level that libjpeg assigns to pixels without data
 _MIN_DATA = 0.05  # minimum fraction of pixels with data; below it, header and data belong to different images
-_MIN_CONTRAST = 17  # gray levels; 12-bit data in a 16-bit file that does not state its range spans only 16
+_MIN_CONTRAST = 17  # gray levels; 12-bit data in a 16-bit file without a stated range spans only 16
 _REDUCED = {  # IMREAD_REDUCED_COLOR_* includes IMREAD_COLOR, which means BGR
     factor: getattr(cv2, f"IMREAD_REDUCED_COLOR_{factor}") & ~cv2.IMREAD_COLOR for factor in (2, 4, 8)
 }
@@ -32,8 +32,8 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000
 def decode(encoded: bytes, decode_scale: int = 1) -> NDArray[np.uint8]:
     """Decode an image file to RGB, (H, W, 3) uint8, rotated upright by its EXIF orientation.
 
-    decode_scale  1, 2, 4 or 8. Height and width are divided by it and rounded up. JPEG files then take a fifth of the time
-    of a full decode (a tenth at 8), because only the low frequencies of each block are decoded.
+    decode_scale  1, 2, 4 or 8. Height and width are divided by it and rounded up. Above 1, JPEG files take a fifth of the
+    time of a full decode (a tenth at 8), because only the low frequencies of each block are decoded.
 
     The pixels of JPEG files are identical to Pillow's. Raises SampleError if the data is not an image or is truncated.
     """
@@ -117,7 +117,7 @@ def _transcode(data: bytes, max_side: int | None, quality: int | None) -> tuple[
 
 
 def _gray_if_intact(data: bytes, warn: Callable[[str], object]) -> NDArray[np.uint8]:
-    """Return the gray levels of a JPEG file that is kept unchanged. Raises SampleError if the file is damaged.
+    """Decode an untranscoded JPEG file to grayscale, (H, W) uint8. Raises SampleError if the file is damaged.
 
     Decoding to gray reads all the coded data and rejects the same files as decoding to color (1,701 of 3,960 damaged ones).
     It only skips the chroma transform and the color conversion, which cannot fail.
@@ -188,7 +188,7 @@ def _kept_jpeg_size(data: bytes) -> tuple[int, int] | None:
 _NO_SEGMENT = {*range(0xC3, 0xD0), *range(0xD0, 0xDA)} - {0xC4, 0xCC}
 # Segments allowed between two scans: tables, the number of lines, application data, comments and the next scan.
 _BETWEEN = {0xC4, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE}
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # ends a scan's data; no stuffed byte, restart or fill byte
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # ends a scan's data; excludes stuffed bytes, restarts, fill bytes
 
 
 def _scans_are_complete(data: bytes, position: int) -> bool:

@@ -15,7 +15,7 @@ _Value = float | str | bytes | tuple[float, ...]  # of a TIFF tag
 
 
 def is_wide(image: Image.Image) -> bool:
-    """Return whether the pixel values must be scaled to bytes: Pillow's modes "I;16", "I" and "F", or signed bytes."""
+    """Return whether pixel values must be scaled to 8 bits: Pillow's modes "I;16", "I" and "F", and signed bytes."""
     return image.mode == "F" or image.mode.startswith("I") or _is_signed_bytes(image)
 
 
@@ -67,7 +67,7 @@ def _tags(image: Image.Image) -> Mapping[int, _Value]:
 
 
 def _first(tags: Mapping[int, _Value], tag: int) -> float | None:
-    """Return a tag's number, the first one if there are several, or None."""
+    """Return a tag's first number, or None if it has none."""
     value = tags.get(tag)
     first = value[0] if isinstance(value, tuple) and value else value
     return float(first) if isinstance(first, (int, float)) else None

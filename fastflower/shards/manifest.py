@@ -171,7 +171,7 @@ class Manifest:
         return json.dumps({"splits": splits}, indent=1) + "\n"
 
     def split(self, name: str) -> Split:
-        """Return a split. Raises ShardError, which lists the available splits, if it is missing or empty."""
+        """Return a split. If it is missing or empty, raises ShardError, which lists the available splits."""
         split = self.splits.get(name)
         if split is None or not split.samples:
             full = [key for key, value in self.splits.items() if value.samples]

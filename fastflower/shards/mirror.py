@@ -48,7 +48,7 @@ class Mirror:
         self._cache = manifest.folder.parent
         self._shards = {shard.name: shard for split in manifest.splits.values() for shard in split.shards}
         self._ahead: list[str] = []  # shards to read next, in order
-        self._wanted: set[str] = set()  # those, and the ones of the previous `prefetch` call
+        self._wanted: set[str] = set()  # shards of the last two `prefetch` calls
         self._begin_process()
 
     def _begin_process(self) -> None:
@@ -106,7 +106,7 @@ class Mirror:
 
     @contextmanager
     def ending_use(self) -> Generator[None]:
-        """Release an iterator. When the last one ends, cancel all downloads on entering the context, even awaited ones."""
+        """Release an iterator. For the last iterator, entering the context cancels all downloads, even awaited ones."""
         # A forked child has nothing to release; at interpreter shutdown, threads are frozen and may hold locks.
         if self._process != os.getpid() or sys.is_finalizing():
             yield
@@ -173,7 +173,7 @@ class Mirror:
     def _download(self, name: str, *, demanded: bool = False) -> None:
         """Download a shard unless it is cached. Only one thread of one process downloads a given shard.
 
-        demanded  Whether a caller waits for the shard. Otherwise, it must not evict shards that are needed sooner.
+        demanded  Whether a caller waits for the shard. Otherwise, the download must not evict shards that are needed sooner.
         """
         shard, path = self._shards[name], self.folder / name
         with locked(path.with_name(f"{name}.lock"), self._files.stopped) as alone:
@@ -190,7 +190,7 @@ class Mirror:
                         raise CancelledError
                     time.sleep(_POLL)
                 self._files.in_attempts(name, lambda: self._fill(part, shard))
-                # Rename under the lock, so that a process that adds up sizes counts the file exactly once.
+                # Rename under the lock, so that other processes count the file exactly once when they add up sizes.
                 with locked(self._cache / "room.lock", self._files.stopped):
                     part.replace(path)
             finally:
@@ -210,8 +210,8 @@ class Mirror:
     def _make_room(self, part: Path, shard: Shard, *, demanded: bool) -> bool:
         """Create the partial file of a shard at full size. Evict the tars with the lowest priority to stay within the limit.
 
-        Does nothing and returns False if other downloads occupy the space, or if a shard that is not demanded would evict
-        one that is needed sooner.
+        Does nothing and returns False if other downloads occupy the space, or if a prefetch would evict a shard that is
+        needed sooner.
         """
         with locked(self._cache / "room.lock", self._files.stopped):
             tars, downloading = self._tars()
@@ -249,7 +249,7 @@ class Mirror:
         return tars, downloading
 
     def _priority(self, path: Path) -> int:
-        """Return 0 for a tar that is not needed, 1 for the previous window, and a higher value the sooner a tar is read."""
+        """Return a tar's priority: 0 if it is not needed, 1 in the previous window, and higher the sooner it will be read."""
         ahead = self._ahead  # read only once, because the thread that requests batches replaces it
         if path.parent != self.folder or path.name not in self._wanted:
             return 0
@@ -277,7 +277,7 @@ def _unwritable(path: Path, error: OSError) -> FastflowerError:
 
 
 def _abandoned(part: Path) -> bool:
-    """Return whether no process writes to a partial file anymore. Without locks, judge by the time of the last write."""
+    """Return whether no process writes to a partial file anymore. If locks are unsupported, judge by its last write time."""
     try:
         with locked(part.with_name(f"{part.name.partition('.tar')[0]}.tar.lock")) as exists:
             return exists or time.time() - part.stat().st_mtime > longest_silence()

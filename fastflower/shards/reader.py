@@ -29,7 +29,7 @@ class ShardReader:
     Reads files instead of memory-mapping them: truncating a mapped file kills the process, and mapped pages count as its memory.
 
     strict  Whether to raise ShardError at construction if a shard is missing or its size differs from the manifest. If not,
-    only reading a damaged sample raises SampleError.
+    a damaged sample raises SampleError when it is read.
     fetch  Called with a shard's name before the file is opened, to ensure that the file exists.
     """
 
@@ -62,7 +62,7 @@ class ShardReader:
         return data
 
     def where(self, index: int) -> str:
-        """Describe a sample in messages: its shard, key and original path, or its index if the shard cannot be read."""
+        """Describe a sample for messages: its shard, key and original path, or its index if the shard cannot be read."""
         row = self.index[index]
         shard, start = int(row["shard"]), int(row["offset"])
         place = str(self._paths[shard])

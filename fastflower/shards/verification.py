@@ -94,7 +94,7 @@ def _repair_or_report(
 ) -> list[str]:
     """Rewrite each file that differs from its expected contents. Without `repair`, return the problems instead.
 
-    manifest_problem  Problem of a damaged manifest that still supplies options and lists; otherwise "".
+    manifest_problem  Problem with the manifest if it is damaged but still supplies options and lists, else "".
     """
     problems: list[str] = []
     for name, data in files.items():
@@ -117,7 +117,7 @@ def _repair_or_report(
 
 
 def _load_manifest(folder: Path) -> tuple[Manifest | None, str]:
-    """Return the manifest (None if unreadable), and why its list of shards cannot be trusted ("" if it can be)."""
+    """Return the manifest (None if unreadable), and why its list of shards cannot be trusted ("" if it can)."""
     path = folder / FILE
     try:
         manifest = Manifest.load(folder)
@@ -169,7 +169,7 @@ def _read_all(paths: list[Path]) -> dict[str, _Tar]:
 
 
 def _read(path: Path) -> _Tar:
-    """Decode every sample of a tar and rewrite it to /dev/null. If the bytes are identical, the tar contains nothing else."""
+    """Decode every sample of a tar and rewrite it to /dev/null. If the bytes are identical, the tar contains only samples."""
     tar = _Tar(path)
     key = "its first sample"
     try:

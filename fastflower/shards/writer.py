@@ -94,7 +94,7 @@ class ShardWriter:
         return np.frombuffer(self._rows, INDEX_DTYPE)
 
     def dali_index_pieces(self) -> tuple[bytes, bytearray]:
-        """Return the content of the .idx file in two pieces. Joining these would double the memory for a million small files."""
+        """Return the content of the .idx file in two pieces. Joining them would double the memory for a million small files."""
         return b"v1.2 %d\n" % self.samples, self._index
 
     def shard(self, name: str) -> Shard:
