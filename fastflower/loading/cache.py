@@ -20,7 +20,7 @@ _log = logging.getLogger("fastflower")
 
 Cache = Literal["auto"] | int | None
 
-_SHARE = 0.5  # fraction of the memory that is free and not reserved by other loaders
+_SHARE = 0.5  # fraction that "auto" may use of the memory that is free and not reserved by other loaders
 
 
 def free_bytes(device: torch.device) -> int:
@@ -68,7 +68,7 @@ class Allowance:
         Allowance._all.add(self)
 
     def take(self, count: int) -> bool:
-        """Take `count` bytes from the budget if available, and return whether they were."""
+        """Take `count` bytes from the budget and return True, or return False if fewer are left."""
         with self._lock:
             if count > self.left:
                 return False

@@ -227,7 +227,7 @@ class Loader(IterableDataset[Batch]):
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        """Return the number of steps per epoch: one fewer on a rank that gets no sample of a kept tail."""
+        """Return the number of steps per epoch. A rank that gets no sample of a kept tail has one fewer step."""
         last_is_empty = self.tail == "keep" and not len(self._positions(self._num_steps - 1))
         return self._num_steps - last_is_empty
 
@@ -349,7 +349,7 @@ class Loader(IterableDataset[Batch]):
         self._restored = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position as plain values. A loader restored after k batches of an epoch starts with batch k (zero-based)."""
+        """Return the position as plain values. After k batches of an epoch, the position is batch k (zero-based)."""
         epoch, step = self._position
         return {"epoch": epoch, "step": step, **self._identity()}
 

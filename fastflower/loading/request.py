@@ -21,7 +21,7 @@ class Request:
     """(N,) indices of the samples."""
     draw: Draw
     warp: Warp
-    """Warps of the draw, computed for these image sizes."""
+    """Warps computed from the draw and the sizes of the images."""
     augment: Augment
     """Distribution from which the numbers were drawn."""
     seed: int
@@ -33,7 +33,7 @@ class Request:
         return cls(epoch, step, indices, draw, draw.warp(sizes, augment.fill), augment, seed)
 
     def take(self, step: int, rows: slice) -> "Request":
-        """Return a request for the samples in `rows`, as step number `step`. Its arrays are views of this request's arrays."""
+        """Return a request for the samples in `rows`, with step number `step`. Its arrays are views of this request's arrays."""
         draw, warp = self.draw.take(rows), self.warp.take(rows)
         return Request(self.epoch, step, self.indices[rows], draw, warp, self.augment, self.seed)
 

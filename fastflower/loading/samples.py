@@ -19,7 +19,7 @@ _log = logging.getLogger("fastflower")
 
 
 class EncodedFiles:
-    """Provides image files from memory, like a ShardReader. sizes  (N, 2) height and width of the decoded images."""
+    """Image files in memory, with the interface of a ShardReader. sizes_N2  (N, 2) height and width of the decoded images."""
 
     def __init__(self, files: Sequence[bytes], sizes_N2: ArrayLike) -> None:
         self.index = np.zeros(len(files), INDEX_DTYPE)
@@ -40,7 +40,7 @@ class SampleSource:
 
     Holds no reference to its loader, so an unused loader is freed at once, with its files and images.
 
-    replaces  Whether to replace a damaged sample with the next one in the index. If False, its error ends the epoch.
+    replaces  Whether to replace a damaged sample with the next one in the index. If False, the error ends the epoch.
     """
 
     def __init__(self, reader: ShardReader | EncodedFiles, *, replaces: bool = False) -> None:

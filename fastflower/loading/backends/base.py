@@ -78,14 +78,14 @@ class Backend(ABC, Generic[AnyWork, Kept]):
         """Read and usually decode the sample in `row`. Runs on a worker thread. Raises SampleError if the sample is damaged."""
 
     def redraw(self, work: AnyWork, row: int) -> None:
-        """Update the work after the request's sample in `row` was replaced. Runs on a worker thread."""
+        """Update `work` after the sample in `row` of its request was replaced. Runs on a worker thread."""
 
     @abstractmethod
     def render(self, works: Iterable[AnyWork], pool: ThreadPoolExecutor, /) -> Generator[tuple[Request, Tensor]]:
         """Render prepared batches, and yield the same tuples as `run`."""
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Tensor]]:
-        """Yield (request, images) in order, with images (N, 3, H, W) in channels-last memory. Threads end with the iterator."""
+        """Yield (request, images) in order: images (N, 3, H, W), channels-last. The threads stop when the iterator ends."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastflower")
         try:
             yield from self.render(self._prepared(requests, pool), pool)
@@ -106,7 +106,7 @@ class Backend(ABC, Generic[AnyWork, Kept]):
             while started:
                 yield _waited_for(*started.popleft())
         finally:
-            started.clear()  # otherwise an error's traceback would keep other threads' errors and all they refer to alive
+            started.clear()  # an error's traceback would keep the other threads' errors alive, with all they refer to
 
     def _prepare(self, work: AnyWork, rows: Sequence[int]) -> None:
         # The manifest lists these warnings. libjpeg would repeat them every epoch, without file names.

@@ -61,7 +61,7 @@ class DaliBackend(Backend[_Reading, None]):
         self._pipe: Pipeline | None = None
 
     def pipeline(self) -> Pipeline:
-        """Return an unbuilt pipeline for these batches."""
+        """Return an unbuilt pipeline for the backend's augment, dtype, device and batch size."""
         device = self.setup.device
         return _graph(
             self.augment,
@@ -98,7 +98,7 @@ class DaliBackend(Backend[_Reading, None]):
     def _primed(self, work: _Reading) -> Pipeline:
         """Return a built pipeline that takes one batch per run.
 
-        A pipeline's first run takes as many batches as it prefetches. Each contains only the first image of `work`.
+        A pipeline's first run takes as many batches as it prefetches. Each of these contains only the first image of `work`.
         """
         pipe, request = self.pipeline(), work.request.row(0)
         pipe.build()
@@ -165,8 +165,8 @@ _NO_BLUR = 0.05  # sigma so small that the Gaussian has a single nonzero weight
 def _gaussians(footprint_N2: geometry.Floats) -> tuple[geometry.Floats, Integers]:
     """Return (sigma, window) of Gaussian blurs that antialias, each (N, 2), vertical and horizontal.
 
-    For reductions up to a factor of two, the window has three weights and equals `geometry.blur_kernels`. For larger
-    ones, a Gaussian of the same variance approximates the triangle.
+    Their variance is `geometry.blur_variance`. For reductions up to a factor of two, the blur has three weights, the same as
+    in `geometry.blur_kernels`. For larger reductions, a Gaussian approximates the triangle.
     """
     variance = geometry.blur_variance(footprint_N2, np.ones(footprint_N2.shape, np.int64))
     outer = np.clip(variance / 2, 1e-12, 0.25)  # weight a in [a, 1 - 2a, a]
@@ -197,7 +197,7 @@ def _given(name: str, dtype: object, ndim: int) -> Node:
 
 
 def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> Node:
-    """Crop, blur, warp, mask, color, erase and normalize, leaving out steps that `augment` never draws.
+    """Crop, blur, warp, mask, color, erase and normalize, skipping steps that `augment` never draws.
 
     images  DALI node of decoded images, (H, W, 3) uint8. The result has size augment.output_size, and `dtype` or the
     nearest dtype that DALI supports.
@@ -258,7 +258,7 @@ def _color(images: Node, augment: Augment, factor: dict[str, Node]) -> Node:
 def _turned(images: Node, turns: Node) -> Node:
     """Rotate the hue exactly: V - C * clamp(min(k, 4 - k), 0, 1), k = (n + hue / 60 degrees) mod 6, n = 5, 3, 1 for R, G, B.
 
-    Closed form of HSV to RGB (Wikipedia, "HSL and HSV", "HSV to RGB alternative"). fn.hsv rotates in YIQ: 16 gray levels off.
+    Closed form of HSV to RGB: Wikipedia, "HSL and HSV", "HSV to RGB alternative". fn.hsv, in YIQ, is 16 gray levels off.
     """
     red, green, blue = images[:, :, 0:1], images[:, :, 1:2], images[:, :, 2:3]
     value = math.max(red, math.max(green, blue))

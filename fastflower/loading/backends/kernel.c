@@ -68,7 +68,7 @@ static void blur(const Numbers *numbers, uint8_t *out, int16_t *row)
     for (int axis = 0; axis < 2; axis++) {
         reach[axis] = 0;
         for (int k = 0; k < TAPS; k++) {
-            weights[axis][k] = weight(numbers->blur[axis][k] * (k ? 2 : 1)); /* for the mean of two pixels, except at the center */
+            weights[axis][k] = weight(numbers->blur[axis][k] * (k ? 2 : 1)); /* doubled off-center, where it applies to the mean of two pixels */
             if (numbers->blur[axis][k] != 0) reach[axis] = k;
         }
     }
@@ -129,7 +129,7 @@ typedef struct {
     __m256 r, g, b;
 } Pixels; /* eight pixels */
 
-/* Load two neighboring pixels, six bytes, at each of two points. `near`: eight bytes may extend past the source's end. */
+/* Load two neighboring pixels (six bytes) at each of two points. `near`: a read of eight bytes may pass the source's end. */
 static inline __m128i neighbors(const uint8_t *p, const uint8_t *q, int near)
 {
     if (!near) return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)), (const __m64 *)q));
@@ -139,7 +139,7 @@ static inline __m128i neighbors(const uint8_t *p, const uint8_t *q, int near)
     return _mm_loadu_si128((const __m128i *)bytes);
 }
 
-/* Blend the four neighbors of each of two points, one point per 128-bit lane: 32-bit [R, G, B, -] times 127 * 16384. */
+/* Blend the four neighbors of each of two points. Each 128-bit lane holds one result: 32-bit [R, G, B, -] times 127 * 16384. */
 static inline __m256i blend(const uint8_t *p, const uint8_t *q, int64_t stride, __m256i down, __m256i across, int near)
 {
     const __m256i sides = _mm256_setr_epi8(0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, -1, -1, -1, -1, 0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, -1, -1, -1, -1);
@@ -148,7 +148,7 @@ static inline __m256i blend(const uint8_t *p, const uint8_t *q, int64_t stride, 
     return _mm256_madd_epi16(_mm256_shuffle_epi8(_mm256_maddubs_epi16(rows, down), sides), across);
 }
 
-/* Blend eight points, pairing k with k + 4. */
+/* Blend eight points, in pairs of points k and k + 4. */
 static inline void blend_eight(__m256i pixels[4], const Source source, const int32_t *offset, __m256i down, __m256i across, int near)
 {
 #define BLEND(k) pixels[k] = blend(source.first + offset[k], source.first + offset[k + 4], source.stride, \
@@ -190,10 +190,10 @@ static inline Pixels interpolate(const Source source, __m256 x, __m256 y)
                     _mm256_cvtepi32_ps(_mm256_unpacklo_epi64(b01, b23))};
 }
 
-/* Map column 0 of row i with one row of a matrix, then add `more`. */
+/* Apply one row of a matrix to the output pixel in row i, column 0, and add `more`. */
 static inline __m256 start(const float *matrix, int i, float more) { return _mm256_set1_ps((float)((double)matrix[1] * i + matrix[2] + more)); }
 
-/* How much of each output pixel lies inside a frame of `size`: 1, falling to 0 over one pixel at the edges.
+/* Return how much of each output pixel lies inside a frame of `size`: 1, falling to 0 over one pixel at the edges.
  * `place` is the position plus 1. */
 static inline __m256 inside(__m256 place, float size)
 {
@@ -206,7 +206,7 @@ static inline __m256 luma(Pixels p) /* ITU-R BT.601 */
     return _mm256_fmadd_ps(p.r, _mm256_set1_ps(0.299f), _mm256_fmadd_ps(p.g, _mm256_set1_ps(0.587f), _mm256_mul_ps(p.b, _mm256_set1_ps(0.114f))));
 }
 
-/* Warp and apply brightness into `planes`: eight R, eight G, eight B values at a time. Return the mean gray. */
+/* Warp, apply brightness and store in `planes`: eight R, eight G, then eight B values, and so on. Return the mean gray. */
 static float warp(const Numbers *numbers, const Output *output, const Source source, float *planes)
 {
     const int width = output->width;

@@ -14,7 +14,7 @@ from fastflower.loading.backends.threads import NativeBackend, OpencvBackend
 from fastflower.loading.cache import Allowance, Cache, Decoded, PixelCache, allow, decoded_bytes
 from fastflower.loading.samples import SampleSource
 
-_WORD_BYTES = 4  # bytes per pixel in GPU memory: RGB and padding; RAM takes three
+_WORD_BYTES = 4  # bytes per pixel in GPU memory (RGB and padding), compared with three in RAM
 
 
 def choose(

@@ -24,7 +24,7 @@ from fastflower.loading.cache import PixelCache
 from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 
-_SPARE = 4  # maximum number of free batches kept for reuse
+_SPARE = 4  # maximum number of free memory blocks kept for reuse
 
 Renderer = NativeRenderer | OpencvRenderer
 
@@ -32,11 +32,11 @@ Renderer = NativeRenderer | OpencvRenderer
 class _Memory:
     """Lends memory for batches, and reuses it once a batch is freed. Thread-safe.
 
-    Without reuse, the system would zero new memory, which takes a sixth of the time.
+    Without reuse, the system would zero new memory, which takes a sixth of the time when loading from RAM.
     """
 
     def __init__(self) -> None:
-        # Polled for freed memory instead of using callbacks: Python swallows a KeyboardInterrupt in a weak reference's callback.
+        # `take` polls for freed memory, because Python swallows a KeyboardInterrupt in a weak reference's callback.
         self._lent: list[tuple[ref[NDArray[np.uint8]], NDArray[np.uint8]]] = []
         self._free: deque[NDArray[np.uint8]] = deque(maxlen=_SPARE)
         self._lock = Lock()
@@ -71,7 +71,7 @@ class _Rendering(Work):
 
 
 class ThreadBackend(Backend[_Rendering, PixelCache]):
-    """Decodes, renders and erases each row of a batch on one thread.
+    """Decodes and renders each row of a batch, including its erased rectangle, on one thread.
 
     For a GPU, threads render into pinned memory, which is copied to the GPU asynchronously.
     """

@@ -28,7 +28,7 @@ from fastflower.loading.samples import SampleSource
 
 _SCALES = (1, 2, 4, 8)  # decode scales
 _WORD_BYTES = 4  # bytes per pixel
-# Output pixels and warps per program, for at most 48 registers per thread and no spills on compute capability 9.0.
+# Output pixels and warps per program. On compute capability 9.0, threads then use at most 48 registers and spill none.
 BLOCK, WARPS = 512, 8
 _ROW_BYTES = 8 * kernels.WHOLE + 4 * kernels.FRACTIONS
 
@@ -90,7 +90,7 @@ class DeviceImages:
     def _staged(
         self, images: Sequence[Pixels], starts_M: Integers, pixels_M: Integers, pool: ThreadPoolExecutor
     ) -> Tensor:
-        """Return pinned memory with the images as words, each at its start, for asynchronous copies to a GPU."""
+        """Return the images as words in pinned memory, for asynchronous copies to a GPU. Image i starts at word starts_M[i]."""
         staged = torch.empty(int(pixels_M.sum()), dtype=torch.int32, pin_memory=self.device.type == "cuda")
         words = staged.numpy().view(np.uint8).reshape(-1, _WORD_BYTES)
 
@@ -208,7 +208,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
         return memory
 
     def launch(self, memory: Tensor, out: Tensor, block: int = BLOCK, warps: int = WARPS) -> None:
-        """Render into `out`, (N, H, W, 3). memory  From `tables`. block, warps  Output pixels and warps per program."""
+        """Render into `out`, (N, H, W, 3). memory  Result of `tables`. block, warps  Output pixels and warps per program."""
         augment, (count, height, width, _) = self.augment, out.shape
         memory = memory.to(self.kept.device, non_blocking=True)
         bytes_of_whole = count * kernels.WHOLE * 8
@@ -235,7 +235,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
             kernels.render[grid](whole, numbers, self._constants, out, **size, STEPS=steps)
 
     def _handed_over(self, request: Request, images: Tensor, made: torch.Event | None) -> tuple[Request, Tensor]:
-        """Return the batch after making the consumer's stream, not the host, wait for the images."""
+        """Make the consumer's stream, not the host, wait for the images. Return the batch."""
         if made is not None:
             current = torch.cuda.current_stream(self.kept.device)
             current.wait_event(made)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 # Columns of the integer table, (N, WHOLE) int64. HEIGHT and WIDTH count boxes of BOX_DOWN x BOX_ACROSS pixels.
-WHOLE = 14  # the last column is padding: an even number keeps both tables aligned to 16 bytes for any N
+WHOLE = 14  # the last column is padding: an even number of columns keeps both tables 16-byte aligned for any N
 ADDRESS, STRIDE, HEIGHT, WIDTH, BOX_DOWN, BOX_ACROSS, REACH_DOWN, REACH_ACROSS, MASKED = range(9)
 ERASE = 9  # top, left, height, width
 # Columns of the float table, (N, FRACTIONS) float32.
@@ -81,7 +81,7 @@ def _interpolated(image, stride, height, width, x, y):
 
 @_jit
 def _tap(weights, step, share):
-    """Return the weight of tap `step` in the filter formed by the blur and linear interpolation. share  Next pixel's weight."""
+    """Return tap `step` of the combined blur and interpolation filter. share  Interpolation weight of the next pixel."""
     near = tl.load(weights + tl.maximum(step, -step))
     far = tl.load(weights + tl.maximum(step - 1, 1 - step))
     return (1 - share) * near + share * far
