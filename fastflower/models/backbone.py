@@ -29,9 +29,9 @@ def build(
 ) -> nn.Module:
     """Build a network on the CPU that maps images (N, 3, H, W) to logits (N, num_classes).
 
-    weights  The name of pretrained torchvision weights, the path of a state_dict or checkpoint (any floating-point dtype), the
-    URL of one as https://HOST/FILE#sha256=CHECKSUM (downloaded once), or None for random weights. A head with `num_classes`
-    outputs is kept, unless it comes from a checkpoint for other `classes`; otherwise the network gets a new head.
+    weights  The name of pretrained torchvision weights; the path of a state_dict or checkpoint (any floating-point dtype), or
+    its URL as https://HOST/FILE#sha256=CHECKSUM (downloaded once); or None for random weights. The head is replaced if it does
+    not have `num_classes` outputs or comes from a checkpoint for other `classes`.
 
     Raises ArgumentError if the backbone's name is unknown, `freeze` exceeds the number of stages, or a URL has no checksum.
     Raises CheckpointError if the weights cannot be used.
@@ -80,7 +80,7 @@ def train_mode(model: nn.Module, freeze: int) -> None:
 
 
 def _feature_stages(features: nn.Module) -> list[list[nn.Module]]:
-    """Split layers into stages after each DenseNet transition or VGG max-pool, except pool0, which ends a DenseNet's stem."""
+    """Split layers into stages after each DenseNet transition or VGG max-pool, but not after pool0 in a DenseNet's stem."""
     stages: list[list[nn.Module]] = [[]]
     for name, module in features.named_children():
         stages[-1].append(module)
@@ -138,7 +138,7 @@ def _downloaded(name: str, weights: str) -> nn.Module:
 
 
 def _fetched(address: str) -> Path:
-    """Return the path of the file at https://HOST/FILE#sha256=CHECKSUM, downloading it into torch's hub folder if needed."""
+    """Return the local path of https://HOST/FILE#sha256=CHECKSUM, downloading it into torch's hub folder if needed."""
     url, _, checksum = address.partition("#sha256=")
     if not re.fullmatch("[0-9a-f]{64}", checksum):
         raise ArgumentError(
@@ -187,7 +187,7 @@ def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classe
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
-    """Return (state_dict, classes) of a file; classes is None unless the file is a fastflower checkpoint."""
+    """Return (state_dict, classes) from a file; classes is None unless the file is a fastflower checkpoint."""
     content: object = load_file(path)
     classes = None
     if content.get("format") == "fastflower":

@@ -24,13 +24,13 @@ class EpochSoFar(TypedDict, total=False):
     losses: Tensor
     """(steps,) float64, the mean loss of each step."""
     hits: int
-    """Number of correct predictions. The name is kept for existing files."""
+    """Number of correct predictions. The name is kept so that existing files still load."""
     seconds: float
     """Seconds that the steps took on this rank."""
     waited: float
     """Part of `seconds` that was spent waiting for data."""
     trained: bool
-    """Whether the epoch's training is finished, including any update of a model soup, so only validation is left."""
+    """Whether training for the epoch, including any model soup update, is finished and only validation is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Checkpoint:
     recipe: Recipe
     classes: tuple[str, ...]
     model: dict[str, Tensor]
-    """state_dict of the network to use. Holds the averaged weights if the recipe averages weights."""
+    """state_dict of the network for evaluation and prediction. Holds the averaged weights if the recipe averages weights."""
     epoch: int
     """Number of finished epochs."""
     history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
@@ -138,7 +138,7 @@ class Checkpoint:
 
 
 def _linked(file: Path, name: Path) -> bool:
-    """Hard-link a file to another name; return False if the file system has no hard links."""
+    """Create `name` as a hard link to `file`; return False if the file system does not support hard links."""
     try:
         os.link(file, name)
     except OSError:

@@ -50,8 +50,8 @@ def evaluate(
         augment=view_of(recipe),
         device=chosen,
         dtype=precision_of(recipe.precision, chosen),
-        # On CUDA the cache also selects the backend, which must be the same as in training. On the CPU, a cache would not help,
-        # because each image is used once.
+        # On CUDA, `cache` also selects the backend, which must be the same as in training. On the CPU, a cache would not help,
+        # because each image is used only once.
         cache="auto" if chosen.type == "cuda" else None,
         shuffle=False,
     )

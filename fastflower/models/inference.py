@@ -38,7 +38,7 @@ def log_probabilities(network: nn.Module, images: Tensor, *, tta: bool) -> Tenso
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Batch], freeze: int) -> None:
-    """Set the batch norm statistics to their means over batches, except in frozen stages."""
+    """Set the batch norm statistics to their means over `batches`, except in frozen stages."""
     train_mode(network, freeze)
     kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
     norms = [module for module in network.modules() if isinstance(module, kinds) and module.training]

@@ -28,7 +28,7 @@ class Scores:
     probabilities: NDArray[np.float32]
     """(N, K) predicted probabilities."""
     paths: Sequence[str] = ()
-    """(N,) image paths relative to the packed folder, read from the shards on access."""
+    """(N,) image paths relative to the packed folder, read from the shards when accessed."""
 
     @property
     def predictions(self) -> NDArray[np.int64]:

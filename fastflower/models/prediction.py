@@ -64,7 +64,7 @@ def predict(
         checkpoint: A checkpoint written by `train`.
         images: One or more image files or folders. A folder stands for all images in it and its subfolders. Accepts the same
             files as `pack` and prepares them the same way, with max_side and quality unset.
-        on_bad: How to handle missing, damaged or otherwise unusable files: "fail" stops at the first, "skip" logs and skips them.
+        on_bad: How to handle missing, damaged or otherwise unusable files: "fail" stops at the first one; "skip" logs and skips.
         out: Also write a CSV file with columns path, class and probability, plus one probability column per class.
         device: None uses CUDA if available, otherwise the CPU.
 

@@ -17,14 +17,14 @@ _THUMB = 160  # pixels, the longer side
 
 
 def drawable(name: str) -> str:
-    """Escape a class name for matplotlib, because the name need not be UTF-8."""
+    """Escape a class name for matplotlib, because the name may not be valid UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def png(figure: Figure) -> bytes:
     """Render a figure as a PNG at 110 dpi. All figures go through here, so that tests can disable drawing."""
     data = io.BytesIO()
-    # Without matplotlib's version in the file, the same run gives the same bytes.
+    # Omit matplotlib's version, so that the same run gives the same bytes.
     figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
     return data.getvalue()
 
@@ -45,7 +45,7 @@ def curves(history: list[dict[str, float]]) -> bytes:
 
 
 def confusion(scores: Scores) -> bytes:
-    """Draw the confusion matrix as a PNG. Shades show fractions of the true class; counts are printed if they fit."""
+    """Draw the confusion matrix as a PNG. Shades show fractions of each true class; counts are printed if they fit."""
     size = min(20, max(4.5, 0.45 * len(scores.classes)))
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
     axes = figure.subplots()

@@ -28,7 +28,7 @@ def preview(
     Args:
         shards: The folder written by `pack`, or its URL, as for Loader.
         recipe: The recipe to preview. Augmentation and sizes are exactly as in training, except that mixup and cutmix choose
-            other partners. The partner may be the larger part of a mixed image.
+            different partners. The partner may make up the larger part of a mixed image.
         images: Number of images, from the start of the train split.
         draws: Number of training views per image, spread evenly over the recipe's epochs.
         out: The PNG file to write.
@@ -56,7 +56,7 @@ def preview(
 def views(
     shards: str | Path | Remote, recipe: Recipe, images: int, draws: int
 ) -> tuple[list[str], dict[str, NDArray[np.uint8]]]:
-    """Return the classes of N images, and {"validation" or "epoch K": their views, (N, H, W, 3) uint8}."""
+    """Return the classes of N images, and their views by title: {"validation" or "epoch K": (N, H, W, 3) uint8}."""
     view = view_of(recipe)
     even = images + images % 2  # mixup needs pairs
     loader = Loader(shards, batch_size=even, augment=view, seed=recipe.seed, device="cpu", shuffle=False, tail="pad")

@@ -125,7 +125,7 @@ def write_report(
 
 
 def _mistakes(scores: Scores, val: Loader) -> list[dict[str, object]]:
-    """Return the most confident mistakes on the val split."""
+    """Return the most confident mistakes on the val split, as dicts for the template of report.html."""
     predicted = scores.predictions
     wrong = np.flatnonzero(predicted != scores.labels)
     worst = wrong[np.argsort(-scores.confidence[wrong], kind="stable")][:_MISTAKES]

@@ -11,7 +11,7 @@ class Average:
     """Average of a network's weights and batch norm statistics: an EMA, or a uniform mean if decay is None.
 
     After n updates the EMA decay is at most (1 + n) / (10 + n), so the first weights fade quickly, as in TensorFlow's
-    ExponentialMovingAverage with num_updates. A uniform average uses decay n / (1 + n).
+    ExponentialMovingAverage with num_updates. The uniform mean uses decay n / (1 + n).
 
     torch's AveragedModel is not used because it reads its counter at each update, which waits for the device.
     """
@@ -22,7 +22,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, network: nn.Module, updates: int) -> None:
-        """Add the network's current weights to the average, after `updates` earlier updates."""
+        """Add the network's current weights to the average. `updates` is the number of earlier updates."""
         decay = updates / (1 + updates) if self._decay is None else min(self._decay, (1 + updates) / (10 + updates))
         pairs = list(zip(tensors_of(self.network), tensors_of(network), strict=True))
         averages, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)

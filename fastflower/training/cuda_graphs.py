@@ -25,7 +25,7 @@ _WARM_UPS = 3  # as in torch's notes on CUDA graphs; lazy initialization must pr
 
 @contextmanager
 def unchanged(network: nn.Module, optimizer: Optimizer, generator: torch.Generator) -> Generator[None]:
-    """Undo all steps inside the context: restore weights, batch norms, optimizer state and random state, in place.
+    """Undo all steps inside the context: restore weights, batch norm buffers, optimizer state and random state, in place.
 
     Optimizer state created by these steps is set to zero, which is equivalent to no state. Adam's state starts at zero. SGD's
     first momentum is the gradient, which equals momentum * 0 + gradient because dampening is 0.
@@ -43,10 +43,10 @@ def unchanged(network: nn.Module, optimizer: Optimizer, generator: torch.Generat
 
 
 def graphs_of(recipe: Recipe, device: torch.device, precision: torch.dtype) -> Capture | None:
-    """Return a function that captures a run's steps, or None if the recipe or device rules it out, or steps differ.
+    """Return a function that captures a run's steps, or None if the recipe, the device or differing steps prevent capture.
 
-    Steps differ with multiple ranks, with gradient accumulation, and with float16, because the loss scaler decides in Python
-    whether to skip an update. torch.compile captures its own graphs.
+    Steps differ with multiple ranks, with gradient accumulation, and with float16 (the loss scaler decides in Python whether
+    to skip an update). With torch.compile, returns None because torch.compile captures its own graphs.
     """
     same = distributed.world_size() == 1 and recipe.accumulate == 1 and precision != torch.float16
     return Graphs(device) if recipe.graph and device.type == "cuda" and same and not recipe.compile else None
@@ -83,7 +83,7 @@ class Graphs:
                 self._reset_generator()
                 raise
             finally:
-                torch.cuda.set_stream(before)  # if the capture fails, torch does not restore it
+                torch.cuda.set_stream(before)  # if the capture fails, torch does not restore the stream
 
         def replay() -> Outcome:
             graph.replay()

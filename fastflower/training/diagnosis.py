@@ -54,7 +54,7 @@ def diagnose(
     Args:
         shards: The folder written by `pack`, or its URL, as for Loader.
         recipe: The recipe to diagnose, by default Recipe(). Uses random weights, which take the same time as pretrained ones.
-        seconds: Duration of each of the two measurements, not counting its first batch.
+        seconds: Duration of each of the two measurements, not counting the first batch.
         device: None uses CUDA if available, otherwise the CPU.
 
     Returns the rates; print them to see the bottleneck. Raises ShardError, ArgumentError or DeviceError as Loader does.
@@ -88,7 +88,7 @@ def diagnose(
 
 
 def _rate(work: Callable[[], int], seconds: float) -> float:
-    """Repeat `work`, which returns its number of images, for `seconds`; return images/s."""
+    """Call `work` repeatedly for `seconds`; return images/s. Each call returns its number of images."""
     images, start = 0, perf_counter()
     while perf_counter() - start < seconds:
         images += work()

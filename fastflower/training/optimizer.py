@@ -23,10 +23,10 @@ def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:
     # A tensor on the device, so each replay of a CUDA graph reads the current rate; float32 because torch's kernels expect it.
     rate = torch.tensor(recipe.lr, dtype=torch.float32, device=trained[0].device) if cuda else recipe.lr
     if recipe.optimizer == "sgd":
-        # For a ResNet-50 on the CPU, SGD took 17 ms fused and 12 ms in torch's loop; Adam took 16 ms fused and 46 ms in the loop.
+        # For ResNet-50 on the CPU, SGD took 17 ms fused and 12 ms in a for-loop; Adam took 16 ms fused and 46 ms in a for-loop.
         optimizer = SGD(groups, rate, momentum=recipe.momentum, fused=True if cuda else None)
         for parameter in trained if cuda and recipe.momentum else ():
-            # Zeros give the same first step (dampening is 0). torch's own buffers stay uninitialized if float16 skips it.
+            # Zeros give the same first step (dampening is 0). torch's own buffers stay uninitialized if float16 skips that step.
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     kind = Adam if recipe.optimizer == "adam" else AdamW

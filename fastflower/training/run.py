@@ -36,7 +36,7 @@ from fastflower.training.tally import Tally, first_not_finite
 
 _log = logging.getLogger("fastflower")
 
-_LONG = 10.0  # seconds of validation after which the finished training of the epoch is saved
+_LONG = 10.0  # seconds of validation after which a checkpoint of the trained epoch is saved
 _RECALIBRATION = 20  # batches; a running mean with momentum 0.1 covers about as many
 _ADVICE = "start a new run (another out) with a lower lr, warm-up (warmup_epochs) or gradient clipping (clip_norm)"
 
@@ -61,7 +61,7 @@ class Run:
         self.loader, self.val = self._loaders(shards)
         self.classes = self.loader.manifest.classes
         torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]  (untyped in torch)
-        # A resumed run brings its own weights, but each run of a model soup starts from the recipe's.
+        # A resumed run takes its weights from the checkpoint, but each run of a model soup starts from the recipe's weights.
         weights = None if start and recipe.soup == 1 else recipe.weights
         freeze, classes = recipe.freeze, self.classes
         network = build(recipe.backbone, len(classes), weights=weights, freeze=freeze, classes=classes)
@@ -73,12 +73,12 @@ class Run:
         self.history: list[dict[str, float]] = []
         self._interrupted: EpochSoFar = {}
         self._tally: Tally | None = None  # of the current epoch
-        self._statistics: dict[str, Tensor] = {}  # batch norm statistics to save during a recalibration
+        self._statistics: dict[str, Tensor] = {}  # old batch norm statistics, to save during a recalibration
         if start:
             self._restore(start)
         train_mode(self.network, recipe.freeze)
         capture = graphs_of(recipe, self.device, self.precision)
-        # After restoring, because CUDA graphs refer to these tensors.
+        # Created after restoring, because CUDA graphs refer to the restored tensors.
         self.stepper = Stepper(self.network, self.optimizer, self.scaler, recipe, self.device, self.precision, capture)
 
     def _loaders(self, shards: str | Path | Remote) -> tuple[Loader, Loader | None]:
@@ -269,12 +269,12 @@ class Run:
         return self.stepper(images, labels, together, update=update)
 
     def _prepare(self, step: int, steps_per_epoch: int) -> None:
-        """Set the learning rate and the dropout seed for a step, counted over all epochs."""
+        """Set the learning rate and the dropout seed for `step`, which is counted over all epochs."""
         set_rate(self.optimizer, self.recipe.lr_at(step, steps_per_epoch))
         generator_of(self.device).manual_seed(stream_key(self.recipe.seed, step, distributed.rank()) >> 1)
 
     def _require_finite(self, step: int | None, epoch: int) -> None:
-        """Raise TrainingError if `step`, the first with a non-finite loss, is not None."""
+        """Raise TrainingError if `step`, the first step with a non-finite loss, is not None."""
         if step is None:
             return
         places = [self.loader.where(index) for index in self.loader.indices(epoch, step).tolist()]
@@ -294,12 +294,12 @@ class Run:
         self.loader.load_state_dict(position)
 
     def _score(self, val: Loader) -> Scores:
-        steps = -(-val.num_samples // val.global_batch_size)  # over all ranks; some may have no images in the last step
+        steps = -(-val.num_samples // val.global_batch_size)  # same on all ranks; the last may be empty on some
         batches = self._watched(val, steps)
         return measure(self.scored, batches, self.classes, tta=self.recipe.tta, paths=val.paths)
 
     def _watched(self, loader: Loader, steps: int) -> Iterator[Batch]:
-        """Yield batches that are not trained on; check for SIGTERM before each. If it takes long, save the trained epoch once."""
+        """Yield val or recalibration batches. Check for SIGTERM before each; save the trained epoch once after _LONG seconds."""
         ends = perf_counter() + _LONG
         with _batches_of(loader) as batches:
             for _ in range(steps):
@@ -353,10 +353,10 @@ class Run:
         )
         best = self.folder / BEST if not tally and best_epoch(self.history) == len(self.history) else None
         if best:
-            checkpoint.save(best)  # first, so a run resumed from LAST finds it
+            checkpoint.save(best)  # before LAST, so that a run resumed from LAST finds BEST
         checkpoint.save(self.folder / LAST, twin=best)
 
 
 def _batches_of(loader: Loader) -> closing[Generator[Batch]]:
-    """Return a context that yields a loader's batches and ends its threads on exit, even if a traceback holds the iterator."""
+    """Return a context manager for a loader's batches. On exit it ends the threads, even if a traceback holds the iterator."""
     return closing(cast("Generator[Batch]", iter(loader)))

@@ -47,8 +47,8 @@ class Stepper:
     def __call__(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> Outcome:
         """Train on one batch; return (mean loss, number of correct predictions), detached.
 
-        labels    (N,) classes, or (N, K) probabilities for mixed images; the class with the larger part counts as correct.
-        together  Number of batches to average the gradients over before an update.
+        labels    (N,) classes, or (N, K) probabilities for mixed images; the most probable class counts as correct.
+        together  Number of batches per update. Their gradients are averaged.
         update    Whether to update the weights; False only accumulates the gradients.
         """
         if self._capture is None or together > 1 or not update:
@@ -101,7 +101,7 @@ class Stepper:
         return step
 
     def _wrapped(self) -> Callable[[Tensor], Tensor]:
-        """Wrap the network in DistributedDataParallel if there are several ranks, and compile it if the recipe asks for it."""
+        """Wrap the network in DistributedDataParallel if there are multiple ranks; compile it if the recipe says so."""
         model: nn.Module = self._network
         cuda = self._device.type == "cuda"
         if distributed.world_size() > 1:

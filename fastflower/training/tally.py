@@ -27,7 +27,7 @@ class Tally:
         self.seconds = state.get("seconds", 0.0)
         self.waited = state.get("waited", 0.0)
         self.trained = state.get("trained", False)
-        """Whether the epoch's training is finished, including any update of a model soup, so only validation is left."""
+        """Whether training for the epoch, including any model soup update, is finished and only validation is left."""
         self._losses = torch.zeros(steps - len(self._before), pin_memory=device.type == "cuda")
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
         self._count = 0
@@ -44,7 +44,7 @@ class Tally:
         self._count += 1
 
     def not_finite(self) -> int | None:
-        """Return the first of this rank's latest steps with a non-finite loss, if any. Ignores losses still being copied."""
+        """Return the first of this rank's latest steps that has a non-finite loss, or None. Ignores losses still being copied."""
         start = max(0, self._count - _LATEST)
         step = first_not_finite(self._losses[start : self._count])
         return None if step is None else len(self._before) + start + step
@@ -52,7 +52,7 @@ class Tally:
     def totals(self) -> tuple[Tensor, int]:
         """Return each step's mean loss, (steps,) float64, and the number of correct predictions, over all ranks.
 
-        Waits for the device. All ranks must call it at the same step.
+        Waits for the device. All ranks must call this at the same step.
         """
         if self._correct.is_cuda:
             torch.cuda.synchronize(self._correct.device)
