@@ -1,4 +1,4 @@
-"""Run the command line as a module: `python -m fastflower VERB ...` or `torchrun -m fastflower VERB ...`."""
+"""Run the command line as a module: `python -m fastflower COMMAND ...` or `torchrun -m fastflower COMMAND ...`."""
 
 import sys
 

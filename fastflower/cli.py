@@ -1,4 +1,4 @@
-"""The command line: one verb for each public function, with flags generated from its signature and docstring."""
+"""The command line: one subcommand for each public function, with flags generated from its signature and docstring."""
 
 import inspect
 import logging
@@ -39,7 +39,7 @@ _TYPES: dict[str, object] = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run `fastflower VERB ...`. Returns the exit status: 0 for success, 1 for a FastflowerError, 2 for wrong usage."""
+    """Run `fastflower COMMAND ...`. Returns the exit status: 0 for success, 1 for a FastflowerError, 2 for wrong usage."""
     try:
         status = _run(args)
         if sys.stdout:  # None if it was closed
@@ -55,11 +55,11 @@ def _run(args: Sequence[str] | None) -> int:
     if args == ["--version"]:
         print("fastflower", version("fastflower"))
         return 0
-    if not args or args[0] not in _VERBS:
+    if not args or args[0] not in _COMMANDS:
         asked = bool(args) and args[0] in ("-h", "--help")
-        lines = [f"  {name:10}{text}" for name, (_, text) in _VERBS.items()]
-        usage = "usage: fastflower VERB ... (fastflower VERB --help lists its flags)"
-        wrong = [f"unknown verb {args[0]!r}"] if args and not asked else []
+        lines = [f"  {name:10}{text}" for name, (_, text) in _COMMANDS.items()]
+        usage = "usage: fastflower COMMAND ... (fastflower COMMAND --help lists its flags)"
+        wrong = [f"unknown command {args[0]!r}"] if args and not asked else []
         print(*wrong, usage, *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     if reconfigure := getattr(sys.stdout, "reconfigure", None):  # a replacement for stdout may lack it
@@ -67,10 +67,10 @@ def _run(args: Sequence[str] | None) -> int:
     warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata or large images, without naming the file
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fastflower").setLevel(logging.INFO)
-    verb, _ = _VERBS[args[0]]
+    run, _ = _COMMANDS[args[0]]
     try:
         with logging_redirect_tqdm():
-            verb(f"fastflower {args[0]}", args[1:])
+            run(f"fastflower {args[0]}", args[1:])
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return 143  # 128 + SIGTERM, as shells report it
@@ -84,21 +84,21 @@ def _run(args: Sequence[str] | None) -> int:
 
 
 def _parse(
-    prog: str, args: Sequence[str], verb: Callable[..., object], note: str = "", preset: object = None, **types: object
+    prog: str, args: Sequence[str], call: Callable[..., object], note: str = "", preset: object = None, **types: object
 ) -> dict[str, Any]:
-    """Parse the command line into keyword arguments for `verb`.
+    """Parse the command line into keyword arguments for `call`.
 
     note  Text above the flags in the help. preset  Default of `recipe`. types  Types of parameters, as in _TYPES.
     """
     flags: list[tuple[str, object, object]] = []
-    for name, parameter in inspect.signature(verb).parameters.items():
+    for name, parameter in inspect.signature(call).parameters.items():
         annotation = {**_TYPES, **types}.get(name, parameter.annotation)
         default: Any = preset if name == "recipe" else parameter.default
         if default is parameter.empty:
             flags.append((name, Annotated[annotation, tyro.conf.arg(metavar=name.upper())], field()))
         else:
             flags.append((name, annotation, field(default=Path(default) if annotation is Path else default)))
-    text = inspect.cleandoc(verb.__doc__ or "").replace("Args:", f"{note}\n\nArgs:", 1)
+    text = inspect.cleandoc(call.__doc__ or "").replace("Args:", f"{note}\n\nArgs:", 1)
     arguments: type[object] = make_dataclass("Arguments", flags, kw_only=True, namespace={"__doc__": text})
     return vars(tyro.cli(arguments, prog=prog, args=args, config=(tyro.conf.PositionalRequiredArgs,)))
 
@@ -191,8 +191,8 @@ def _train(prog: str, args: Sequence[str]) -> None:
     print(f"wrote {report.folder / 'report.html'}")
 
 
-def _parse_recipe(prog: str, args: Sequence[str], verb: Callable[..., object], **types: object) -> dict[str, Any]:
-    """Parse the command line for a verb that takes a recipe. Each field of the recipe is a flag."""
+def _parse_recipe(prog: str, args: Sequence[str], call: Callable[..., object], **types: object) -> dict[str, Any]:
+    """Parse the command line for a subcommand that takes a recipe. Each field of the recipe is a flag."""
     from fastflower.recipes.presets import PRESETS
     from fastflower.recipes.recipe import Recipe
 
@@ -206,7 +206,7 @@ def _parse_recipe(prog: str, args: Sequence[str], verb: Callable[..., object], *
         raise ArgumentError(f"--recipe must be one of {', '.join(PRESETS)}, got {name!r}.{meant}")
     note = f"--recipe NAME sets the defaults of the flags below. NAME is one of: {', '.join(PRESETS)}."
     recipe = Annotated[Recipe, tyro.conf.arg(name="")]
-    return _parse(prog, rest, verb, note, PRESETS[name](), recipe=recipe, **types)
+    return _parse(prog, rest, call, note, PRESETS[name](), recipe=recipe, **types)
 
 
 def _evaluate(prog: str, args: Sequence[str]) -> None:
@@ -231,7 +231,7 @@ def _predict(prog: str, args: Sequence[str]) -> None:
         print(f"{prediction.path}: {prediction.class_name} ({prediction.probability:.1%})")
 
 
-_VERBS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
+_COMMANDS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
     "pack": (_pack, "convert a folder of class folders to shards"),
     "verify": (_verify, "check that every image decodes and that shards, indexes and manifest agree"),
     "doctor": (_doctor, "find what limits training speed: reading, decoding, augmentation or the neural network"),

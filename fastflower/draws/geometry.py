@@ -194,7 +194,7 @@ def shrink_factors(footprint_N2: Floats) -> NDArray[np.int64]:
 
 
 def blur_variance(footprint_N2: Floats, shrink_N2: NDArray[np.int64]) -> Floats:
-    """Return the variance (N, 2), in squared shrunken pixels, that blurring must still add; 0 for magnified sources.
+    """Return the variance (N, 2) that a blur must still add, in squared pixels of the shrunken image; 0 for magnified sources.
 
     The target is footprint / 6. A box of k pixels adds (k^2 - 1) / 12. Interpolation between boxes adds k^2 / 6.
     """

@@ -34,7 +34,7 @@ class Decoded(NamedTuple):
     needed: int
     """Bytes if each image is kept at the decode scales that are drawn for it."""
     most: int
-    """Bytes if each image is kept at all decode scales."""
+    """Bytes needed to keep every image at all decode scales."""
 
 
 def decoded_bytes(sizes_N2: Integers, augment: Augment, seed: int) -> Decoded:

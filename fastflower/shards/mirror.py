@@ -106,7 +106,7 @@ class Mirror:
 
     @contextmanager
     def ending_use(self) -> Generator[None]:
-        """Release an iterator. For the last iterator, entering the context cancels all downloads, even awaited ones."""
+        """A context manager that releases an iterator. For the last one, entering it cancels all downloads."""
         # A forked child has nothing to release; at interpreter shutdown, threads are frozen and may hold locks.
         if self._process != os.getpid() or sys.is_finalizing():
             yield

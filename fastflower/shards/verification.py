@@ -254,18 +254,18 @@ def _derive_manifest(folder: Path, manifest: Manifest | None, tars: dict[str, li
     for label, name in labeled:
         if label > len(classes):
             raise ShardError(
-                f"{folder / FILE}: is lost, and no sample gives the name of class {len(classes)}; {_RESTORE_MANIFEST}."
+                f"{folder / FILE}: is missing, and no sample gives the name of class {len(classes)}; {_RESTORE_MANIFEST}."
             )
         classes[label : label + 1] = [name]
     if len(dict(labeled)) < len(labeled) or len(set(classes)) < len(classes):
         raise ShardError(
-            f"{folder / FILE}: is lost, and the tars disagree on the labels of the classes; {_RESTORE_MANIFEST}."
+            f"{folder / FILE}: is missing, and the tars disagree about the label of a class; {_RESTORE_MANIFEST}."
         )
     splits: dict[str, Split] = {}
     for split, group in tars.items():
         rows, stored = index_rows([tar.rows for tar in group]), _stored_rows(folder, split)
         if distrust and (len(stored) > len(rows) or (stored != rows[: len(stored)]).any()):
-            what = f"does not match the tars, and {FILE}, which could show which of them is correct, is lost"
+            what = f"does not match the tars, and {FILE}, which could show which one is correct, is missing"
             raise ShardError(f"{folder / f'{split}.index.npy'}: {what}; {_RESTORE_MANIFEST}.")
         splits[split] = split_of([tar.shard for tar in group if tar.shard], rows, len(classes))
     packed = sum(int(tar.rows["size"].sum()) for group in tars.values() for tar in group)

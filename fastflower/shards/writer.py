@@ -24,7 +24,7 @@ _ROW = struct.Struct("<IQIIiII")  # INDEX_DTYPE
 class Samples:
     """Consecutive samples in tar format. Any thread can build them; ShardWriter.extend appends them.
 
-    The bytes are the same as from Python's tarfile in USTAR format, which takes six times as long.
+    The bytes equal those of Python's tarfile in USTAR format, but tarfile takes six times as long.
     """
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ def unchanged(network: nn.Module, optimizer: Optimizer, generator: torch.Generat
     """Undo all steps inside the context: restore weights, batch norm buffers, optimizer state and random state, in place.
 
     Optimizer state created by these steps is set to zero, which is equivalent to no state. Adam's state starts at zero. SGD's
-    first momentum is the gradient, which equals momentum * 0 + gradient because dampening is 0.
+    first momentum buffer is the gradient. A zero buffer gives the same: momentum * 0 + gradient, because dampening is 0.
     """
     tensors = [*tensors_of(network), *state_of(optimizer)]
     before, random = [tensor.detach().clone() for tensor in tensors], generator.get_state()

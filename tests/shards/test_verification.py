@@ -38,7 +38,9 @@ NO_MANIFEST = (
     f"has no {MANIFEST}, so it is not a finished pack; pass a folder that pack wrote (fastflower pack FOLDER)."
 )
 RESTORE_MANIFEST = "restore manifest.json from a backup, or run fastflower pack again."
-NO_TRUTH = f"does not match the tars, and manifest.json, which could show which of them is correct, is lost; {RESTORE_MANIFEST}"
+NO_TRUTH = (
+    f"does not match the tars, and manifest.json, which could show which one is correct, is missing; {RESTORE_MANIFEST}"
+)
 
 # Neither tars nor indexes contain this, so a manifest that is rebuilt without the old one lacks it.
 LISTS = ("skipped", "duplicates", "label_conflicts", "near_duplicates")
@@ -302,7 +304,7 @@ def test_a_lost_manifest_is_rebuilt_except_for_what_only_it_contains(few: Path, 
 
 
 CHANGED = f"the image of {{}} has changed since it was packed; {RESTORE}"
-AMBIGUOUS = f"{MANIFEST}: is lost, and the tars disagree on the labels of the classes; {RESTORE_MANIFEST}"
+AMBIGUOUS = f"{MANIFEST}: is missing, and the tars disagree about the label of a class; {RESTORE_MANIFEST}"
 MORE_DAMAGE: dict[str, tuple[str, Change, list[str]]] = {
     "an image": (FIRST, last_pixels(0), [f"{FIRST}: {CHANGED}", NO_MANIFEST]),
     "a tar": (FIRST, delete, [f"{FIRST}: {LOST_TAR}", NO_MANIFEST]),
@@ -338,7 +340,7 @@ def test_a_lost_manifest_needs_a_sample_of_every_class(data: Path, tmp_path: Pat
         samples.add(f"key-{label}", image, label, (24, 24), f"{label}/x.jpg", f"class {label}")
     with (tmp_path / FIRST).open("wb") as file, ShardWriter(file) as writer:
         writer.extend(samples)
-    text = f"{MANIFEST}: is lost, and no sample gives the name of class {unknown}; {RESTORE_MANIFEST}"
+    text = f"{MANIFEST}: is missing, and no sample gives the name of class {unknown}; {RESTORE_MANIFEST}"
     assert problems(tmp_path) == problems(tmp_path, repair=True) == [text]
     assert [path.name for path in tmp_path.iterdir()] == [FIRST]
 

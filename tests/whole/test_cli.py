@@ -26,7 +26,7 @@ from fastflower.reporting.preview import preview
 from fastflower.shards.verification import verify
 from fastflower.training.diagnosis import diagnose
 
-VERBS: dict[str, Callable[..., Any]] = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "pack": pack, "verify": verify, "doctor": diagnose, "preview": preview, "train": train, "evaluate": evaluate,
     "predict": predict,
 }  # fmt: skip
@@ -220,38 +220,38 @@ def test_an_unknown_verb_is_a_usage_error_that_lists_the_verbs(
     assert main(args) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    told, usage = printed.err.split("usage: fastflower VERB")
-    assert told == (f"unknown verb {args[0]!r}\n" if args else "")
-    assert [line.split()[0] for line in usage.splitlines()[1:]] == list(VERBS)
+    told, usage = printed.err.split("usage: fastflower COMMAND")
+    assert told == (f"unknown command {args[0]!r}\n" if args else "")
+    assert [line.split()[0] for line in usage.splitlines()[1:]] == list(COMMANDS)
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_without_a_verb_lists_the_verbs(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([flag]) == 0
     out, err = capsys.readouterr()
-    assert (err, [line.split()[0] for line in out.splitlines()[1:]]) == ("", list(VERBS))
+    assert (err, [line.split()[0] for line in out.splitlines()[1:]]) == ("", list(COMMANDS))
 
 
-@pytest.mark.parametrize("args", [*(f"{verb} x y --no-such-flag 1" for verb in VERBS), "pack x --seed many"])
+@pytest.mark.parametrize("args", [*(f"{name} x y --no-such-flag 1" for name in COMMANDS), "pack x --seed many"])
 def test_an_unknown_flag_or_value_is_a_usage_error_that_names_it(args: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
         main(args.split())
     assert args.split()[-2] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_missing_argument_is_a_usage_error_that_names_it(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    first = next(iter(inspect.signature(VERBS[verb]).parameters))
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_missing_argument_is_a_usage_error_that_names_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first = next(iter(inspect.signature(COMMANDS[name]).parameters))
     with pytest.raises(SystemExit, match=r"^2$"):
-        main([verb])
+        main([name])
     assert first.upper() in capsys.readouterr().err
 
 
-def flags_of(verb: str) -> tuple[set[str], set[str]]:
+def flags_of(subcommand: str) -> tuple[set[str], set[str]]:
     """Return (flags, positional arguments) that the signature requires."""
     flags: set[str] = set()
     required: set[str] = set()
-    for name, parameter in inspect.signature(VERBS[verb]).parameters.items():
+    for name, parameter in inspect.signature(COMMANDS[subcommand]).parameters.items():
         if parameter.default is parameter.empty:
             required.add(name.upper())
         elif name == "recipe":
@@ -259,37 +259,37 @@ def flags_of(verb: str) -> tuple[set[str], set[str]]:
             flags |= {f"augment.{field.name}" for field in fields(Augment)}
         else:
             flags.add(name)
-    if verb == "pack":  # an executor is an object, which a command line cannot pass
+    if subcommand == "pack":  # an executor is an object, which a command line cannot pass
         flags = flags - {"executor"} | {"dask"}
     return {f"--{name.replace('_', '-')}" for name in flags}, required
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_shows_each_parameter_of_the_signature(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flags, required = flags_of(verb)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_each_parameter_of_the_signature(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags, required = flags_of(name)
     with pytest.raises(SystemExit, match=r"^0$"):
-        main([verb, "--help"])
+        main([name, "--help"])
     text = capsys.readouterr().out
     shown = set(re.findall(r"--[a-z][\w.-]*", text))
     assert flags <= shown
     # --no-resume and the like; --recipe, which chooses a preset; --help itself.
     pairs = {re.sub(r"^--(.*\.)?", r"--\1no-", flag) for flag in flags}
-    assert shown - flags - pairs - {"--help"} == ({"--recipe"} if verb in ("doctor", "preview", "train") else set())
+    assert shown - flags - pairs - {"--help"} == ({"--recipe"} if name in ("doctor", "preview", "train") else set())
     assert all(re.search(rf"^\W*{name}\b", text, re.MULTILINE) for name in required)
 
 
-def test_tools_pack_is_the_pack_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tools_pack_is_the_pack_subcommand(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["tools/pack.py", "--help"])
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(ROOT / "tools" / "pack.py"), run_name="__main__")
     assert capsys.readouterr().out.startswith("usage: fastflower pack ")
 
 
-@pytest.mark.parametrize("verb", ["pack", "verify"])
-def test_help_of_a_verb_that_needs_no_torch_does_not_import_it(verb: str) -> None:
+@pytest.mark.parametrize("name", ["pack", "verify"])
+def test_help_of_a_verb_that_needs_no_torch_does_not_import_it(name: str) -> None:
     program = (
         "import runpy, sys\n"
-        f"sys.argv = ['fastflower', {verb!r}, '--help']\n"
+        f"sys.argv = ['fastflower', {name!r}, '--help']\n"
         "try:\n    runpy.run_module('fastflower', run_name='__main__')\n"
         "except SystemExit as end:\n    status = end.code\n"
         "print('status', status, 'heavy', sorted({'torch', 'torchvision', 'nvidia', 'matplotlib'} & set(sys.modules)))\n"
@@ -301,10 +301,10 @@ def test_help_of_a_verb_that_needs_no_torch_does_not_import_it(verb: str) -> Non
 @pytest.mark.parametrize("args", ["--recipe best", "--recipe=best", "--lr 0.1 --recipe best", "--recipe"])
 def test_an_unknown_recipe_is_an_error_that_lists_the_recipes(args: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = f"--recipe must be one of {', '.join(PRESETS)}, got {'best' * args.count('best')!r}."
-    for verb in ("doctor", "train"):
-        assert error(capsys, verb, "shards", *args.split()) == text
+    for name in ("doctor", "train"):
+        assert error(capsys, name, "shards", *args.split()) == text
         misspelled = text.split(", got ")[0] + ", got 'fine-tune'. Did you mean finetune?"
-        assert error(capsys, verb, "shards", "--recipe", "fine-tune") == misspelled
+        assert error(capsys, name, "shards", "--recipe", "fine-tune") == misspelled
 
 
 @pytest.mark.parametrize(("name", "style"), [*((name, "{} {}") for name in PRESETS), ("finetune", "{}={}")])

@@ -182,18 +182,18 @@ def test_resuming_on_another_number_of_ranks_warns(
 
 
 @pytest.mark.parametrize("closed", [True, False])
-@pytest.mark.parametrize("verb", [["verify"], ["--version"]])
-def test_a_closed_output_causes_no_traceback(verb: list[str], closed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [["verify"], ["--version"]])
+def test_a_closed_output_causes_no_traceback(arguments: list[str], closed: bool, tmp_path: Path) -> None:
     """A closed output causes no traceback, even if shards are damaged or the output was closed from the start."""
     pack(drawn(tmp_path / "data", a=2, b=2), tmp_path / "out")
     (tmp_path / "out" / "_info.json").unlink()
-    command = [sys.executable, "-c", "import sys; from fastflower.cli import main; sys.exit(main())", *verb]
-    command += [str(tmp_path / "out")] * (verb == ["verify"])
+    command = [sys.executable, "-c", "import sys; from fastflower.cli import main; sys.exit(main())", *arguments]
+    command += [str(tmp_path / "out")] * (arguments == ["verify"])
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as gone:
         before = (lambda: os.close(1)) if closed else None
         done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True, preexec_fn=before, check=False)
-    assert done.returncode == (141 if not closed else 1 if verb == ["verify"] else 0)
+    assert done.returncode == (141 if not closed else 1 if arguments == ["verify"] else 0)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
