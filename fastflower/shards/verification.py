@@ -265,7 +265,7 @@ def _derive_manifest(folder: Path, manifest: Manifest | None, tars: dict[str, li
     for split, group in tars.items():
         rows, stored = index_rows([tar.rows for tar in group]), _stored_rows(folder, split)
         if distrust and (len(stored) > len(rows) or (stored != rows[: len(stored)]).any()):
-            what = f"does not match the tars, and {FILE}, which could show which one is correct, is missing"
+            what = f"does not match the tars, and {FILE}, which says which is correct, is missing"
             raise ShardError(f"{folder / f'{split}.index.npy'}: {what}; {_RESTORE_MANIFEST}.")
         splits[split] = split_of([tar.shard for tar in group if tar.shard], rows, len(classes))
     packed = sum(int(tar.rows["size"].sum()) for group in tars.values() for tar in group)
