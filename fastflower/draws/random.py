@@ -89,7 +89,7 @@ class Dice:
     def sides(
         self, share: tuple[float, float], area_N: NDArray[np.int64], ratio: tuple[float, float], slot: int
     ) -> Floats:
-        """Draw ten rectangles per sample by area fraction and width / height. Returns heights and widths (N, A, 2)."""
+        """Draw ten rectangles per sample from their area fraction and aspect ratio. Returns heights and widths (N, 10, 2)."""
         areas_NA = self.between(*share, slot, ATTEMPTS) * area_N[:, None]
         ratios_NA = np.exp(self.between(float(np.log(ratio[0])), float(np.log(ratio[1])), slot + ATTEMPTS, ATTEMPTS))
         return np.rint(np.sqrt(np.stack([areas_NA / ratios_NA, areas_NA * ratios_NA], axis=-1)))

@@ -61,7 +61,7 @@ def identical(folder: Folder, mapped: MapLike = map) -> Groups:
 
 
 def _digests(files: list[tuple[Path, str, bool]]) -> bytes:
-    """Return 16 bytes of the SHA-256 of each file, or of its end unless `whole`. An unreadable file gives zeros.
+    """Return 16 bytes of the SHA-256 of each file. Without `whole`, hash only its end. An unreadable file gives zeros.
 
     files  (root, path, whole) of each file.
     """

@@ -19,7 +19,7 @@ Splits = dict[str, list[MadeShard]]
 
 
 def unpublish(plan: Plan, work: Path) -> None:
-    """Move files that a killed pack had already published back into the workspace."""
+    """Move back into the workspace any files that a killed pack had already published."""
     try:
         moves = _moves(_with_images(plan, _made(plan, work)), work)
     except OSError:  # record missing: nothing is published yet; record damaged: its shard is made again

@@ -142,7 +142,7 @@ class _Chunk:
 
 
 def _prepare_chunk(plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
-    """Read and check images. Raises FolderError at a damaged image if on_bad is "fail"."""
+    """Read and check images. Raises FolderError if an image is damaged and on_bad is "fail"."""
     folder, options, chunk = plan.folder, plan.options, _Chunk()
     for number in numbers.tolist():
         path, warnings = folder.path(number), list[str]()

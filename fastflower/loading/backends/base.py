@@ -58,7 +58,7 @@ class Backend(ABC, Generic[AnyWork, Kept]):
 
     name: ClassVar[Name]
     eager: ClassVar[bool] = False
-    """Whether to render a batch as soon as it is prepared. By default, a batch waits until the threads have enough other work."""
+    """Whether to render a batch as soon as it is prepared. By default, first queue enough work for the threads."""
 
     def __init__(self, augment: Augment, samples: SampleSource, setup: Setup, kept: Kept) -> None:
         self.augment, self.samples, self.setup, self.kept = augment, samples, setup, kept

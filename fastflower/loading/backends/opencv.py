@@ -110,7 +110,7 @@ class OpencvRenderer:
 
 
 def shrunken(source: MatLike, shrink: tuple[int, int]) -> MatLike:
-    """Average boxes of `shrink` (down, across) pixels. The sides of `source` must be multiples of the box sides."""
+    """Average over boxes of `shrink` (height, width) pixels. The sides of `source` must be multiples of the box sides."""
     if shrink == (1, 1):
         return source
     down, across = shrink

@@ -280,7 +280,7 @@ def render(
     H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Warp and color in one kernel, used if contrast is not drawn."""
+    """Apply warp and color in one kernel. Used if there is no contrast jitter."""
     n, pixel, row, column = _pixels(BLOCK, W)
     valid = pixel < H * W
     r, g, b = _warped(whole + n * _WHOLE, fractions + n * _FRACTIONS, row, column, H, W)
