@@ -32,7 +32,7 @@ class Decoded(NamedTuple):
     """Memory needed for the decoded images of a split, at three bytes per pixel."""
 
     needed: int
-    """Bytes if each image is kept at the decode scales that are drawn for it."""
+    """Bytes needed to keep every image at the decode scales that are drawn for it."""
     most: int
     """Bytes needed to keep every image at all decode scales."""
 

@@ -43,7 +43,7 @@ class MadeShard:
     rows: NDArray[np.void]
     """(N,) index rows of INDEX_DTYPE, as if this were the split's first shard."""
     numbers: NDArray[np.int64]
-    """(N,) image numbers in the folder."""
+    """(N,) indices of the images in the folder."""
     hashes: NDArray[np.uint64]
     """(N,) perceptual hashes."""
     skipped: list[dict[str, str]]

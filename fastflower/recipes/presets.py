@@ -46,8 +46,8 @@ def report_d(epochs: int = 25) -> Recipe:
     """Return a recipe of the fourth student report: ResNet-18, Adam, batch size 32, 25 epochs at lr 0.001.
 
     With 50 epochs, the last 25 are at lr 0.0001. Augmentations: resized crop, flip, rotation, jitter and affine. The
-    report does not define its "step schedule" (here a factor of 0.1 after 25 epochs, as its two runs suggest). It does
-    not state whether Adam's moments were reset after 25 epochs (here they are not), or the strengths of rotation,
+    report does not define its "step schedule" (here a factor of 0.1 after 25 epochs, as its two runs suggest). Nor does it
+    say if Adam's moments were reset after 25 epochs (here they are not). Not stated either: the strengths of rotation,
     jitter and affine (here the first report's).
     """
     return replace(report_a(), optimizer="adam", epochs=epochs, step_epochs=25)

@@ -40,7 +40,7 @@ def to_eight_bits(image: Image.Image) -> NDArray[np.uint8]:
 def _range(image: Image.Image, values: NDArray[np.float32]) -> tuple[float, float]:
     """Return the pixel values of black and white, from the file's tags, its description or its number of bits.
 
-    Floats, 32-bit integers and signed pixel values wider than one byte never use the full range of their type. If the file
+    For floats, 32-bit integers and signed values wider than one byte, never assume the full range of the type. If the file
     states no range, use the smallest conventional range that contains the values, symmetric about zero if any is negative.
     """
     tags = _tags(image)

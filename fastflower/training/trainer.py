@@ -1,4 +1,4 @@
-"""Training of a recipe on shards."""
+"""Trains a network on shards, as a recipe describes."""
 
 from pathlib import Path
 
