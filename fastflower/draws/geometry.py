@@ -239,7 +239,7 @@ class Resampling:
     shrink: NDArray[np.int64]
     """(N, 2) vertical, horizontal: side lengths of the boxes, in pixels of the decoded image."""
     blur: Floats
-    """(N, 2) vertical, horizontal: variance of the blur, in squared pixels of the box-averaged image."""
+    """(N, 2) vertical and horizontal variance of the blur, in squared pixels of the box-averaged image."""
     matrix: Floats
     """(N, 2, 3) matrices from destination to boxes. In both, centers have integer coordinates."""
 

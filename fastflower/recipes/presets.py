@@ -47,8 +47,8 @@ def report_d(epochs: int = 25) -> Recipe:
 
     With 50 epochs, the last 25 are at lr 0.0001. Augmentations: resized crop, flip, rotation, jitter and affine. The
     report does not define its "step schedule" (here a factor of 0.1 after 25 epochs, as its two runs suggest). Nor does it
-    say if Adam's moments were reset after 25 epochs (here they are not). Not stated either: the strengths of rotation,
-    jitter and affine (here the first report's).
+    say if Adam's moments were reset after 25 epochs (here they are not). The strengths of
+    rotation, jitter and affine are not stated either (here the first report's).
     """
     return replace(report_a(), optimizer="adam", epochs=epochs, step_epochs=25)
 

@@ -277,7 +277,7 @@ def _unwritable(path: Path, error: OSError) -> FastflowerError:
 
 
 def _abandoned(part: Path) -> bool:
-    """Return whether a partial file is abandoned: no process writes to it. Without locks, judge by its last write time."""
+    """Return whether no process is still writing to a partial file. Without locks, judge by its last write time."""
     try:
         with locked(part.with_name(f"{part.name.partition('.tar')[0]}.tar.lock")) as exists:
             return exists or time.time() - part.stat().st_mtime > longest_silence()

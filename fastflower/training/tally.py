@@ -44,7 +44,7 @@ class Tally:
         self._count += 1
 
     def not_finite(self) -> int | None:
-        """Return the earliest recent step of this rank with a non-finite loss, or None. Ignores losses still being copied."""
+        """Return this rank's first recent step with a non-finite loss, or None. Ignores losses still being copied."""
         start = max(0, self._count - _LATEST)
         step = first_not_finite(self._losses[start : self._count])
         return None if step is None else len(self._before) + start + step

@@ -234,7 +234,7 @@ def _colored(
 def warp(
     whole, fractions, planes, grays, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Warp into `planes`, (N, 3, H, W) float16, and sum the gray values. The first of two kernels, for contrast jitter.
+    """Warp into `planes`, (N, 3, H, W) float16, and sum the gray values. Used with `color` if there is contrast jitter.
 
     grays  (N, blocks) float32: one sum per block, so that the mean does not depend on the order of the blocks.
     """
