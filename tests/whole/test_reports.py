@@ -103,14 +103,14 @@ def reports(loaded: Any, trained: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def no_pictures_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_run_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than a tiny run; another test looks at these figures."""
     monkeypatch.setattr(figures, "png", lambda _: b"")
 
 
 @pytest.fixture
-def no_pictures(no_pictures_of_runs: None, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
-    """The program draws none either."""
+def no_figures(no_run_figures: None, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001  (is set up first)
+    """Nor does the program draw any."""
     monkeypatch.setattr(loaded, "png", lambda _: b"")
 
 
@@ -121,7 +121,7 @@ def rows(out: Path) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:] if line.startswith("|")]
 
 
-@pytest.mark.usefixtures("no_pictures_of_runs")
+@pytest.mark.usefixtures("no_run_figures")
 def test_reports_trains_each_recipe_once_and_compares(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,7 +154,7 @@ def test_reports_trains_each_recipe_once_and_compares(
     assert (tmp_path / "reports.md").read_text() == text
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_figures")
 def test_reports_goes_on_where_it_was_interrupted(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +187,7 @@ def test_reports_goes_on_where_it_was_interrupted(
     assert [(row[2], row[8]) for row in rows(tmp_path)] == [("one", "2"), ("two", "2"), ("two", "2")]
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_figures")
 def test_reports_finishes_a_run_without_a_report_and_does_not_mix_runs_of_other_recipes(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path
 ) -> None:
