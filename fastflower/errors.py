@@ -46,7 +46,7 @@ def _plain(value: object) -> object:
 
 
 class FolderError(FastflowerError):
-    """Raised if a folder of images cannot be packed. Fix the folder, or pass other options or another `out`."""
+    """Raised if a folder of images cannot be packed. Fix the folder, or pass other options or a different `out`."""
 
 
 class ShardError(FastflowerError):
@@ -58,7 +58,7 @@ class SampleError(FastflowerError):
 
 
 class CheckpointError(FastflowerError):
-    """Raised if a checkpoint or weights file cannot be read, used or written. Pass another file or another `out`."""
+    """Raised if a checkpoint or weights file cannot be read, used or written. Pass another file or a different `out`."""
 
 
 class DeviceError(FastflowerError):

@@ -1,6 +1,6 @@
 """Atomic writes and file locks, for files that multiple processes share.
 
-The kernel holds the locks (flock), so a killed process leaves none behind. A forked child holds none of its parent's.
+The kernel holds the locks (flock), so a killed process leaves none behind. A forked child does not inherit locks.
 """
 
 import errno

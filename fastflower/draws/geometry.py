@@ -1,8 +1,8 @@
 """Crop, flip, rotation, translation, scale and shear as one matrix.
 
 A warp matrix is 2x3 and maps destination points (x, y) to the source. Pixel i covers [i, i + 1), with its center at
-i + 0.5. Rectangles are (top, left, height, width). All vertical/horizontal pairs are in (y, x) order; points and
-matrices are in (x, y) order. `[:, ::-1]` converts between the two. All functions take angles in degrees.
+i + 0.5. Rectangles are (top, left, height, width). Points and matrices are in (x, y) order; sizes and other pairs are in
+(y, x) order unless stated otherwise. `[:, ::-1]` converts between the two. All functions take angles in degrees.
 Shape suffixes: N batch, 2 and 3 matrix rows and columns, 4 rectangle values, P points.
 """
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastflower.draws.random import Floats
 
-# Blurring by less than this would take a tenth of the time, but change images by less than 0.1 gray levels (0 to 255).
+# Smaller blurs are skipped: they take a tenth of the rendering time, but change images by less than 0.1 gray levels.
 MIN_VARIANCE = 0.02
 
 
@@ -88,7 +88,8 @@ def corners(rectangle_N4: Floats) -> Floats:
 def intersect(one_N4: Floats, other_N4: Floats) -> Floats:
     """Return the intersection of rectangles (top, left, height, width).
 
-    Even without overlap, the result is at least one pixel of `one` high and wide, or all of `one` if that is smaller.
+    The result is never empty. Even without overlap, it lies in `one`, and each side is at least one pixel long, or as long
+    as the side of `one` if that is shorter.
     """
     one_stop, other_stop = one_N4[..., :2] + one_N4[..., 2:], other_N4[..., :2] + other_N4[..., 2:]
     least = np.minimum(one_N4[..., 2:], 1)
@@ -102,7 +103,7 @@ def grow(quad_N42: Floats, distance: float) -> Floats:
     half_across = (quad_N42[..., 1, :] - quad_N42[..., 0, :]) / 2
     half_down = (quad_N42[..., 3, :] - quad_N42[..., 0, :]) / 2
     area = np.abs(half_across[..., 0] * half_down[..., 1] - half_across[..., 1] * half_down[..., 0])
-    # Edges parallel to half_down are area / |half_down| from the center. Scale half_across to add `distance` to that.
+    # Edges parallel to half_down are area / |half_down| from the center. To move them by `distance`, scale half_across.
     across = half_across * (distance * np.linalg.norm(half_down, axis=-1) / area)[..., None]
     down = half_down * (distance * np.linalg.norm(half_across, axis=-1) / area)[..., None]
     steps = [-across - down, across - down, across + down, down - across]
@@ -122,7 +123,7 @@ class Warp:
     masked: NDArray[np.bool_]
     """(N,) True if part of the destination lies outside `visible` and is black."""
     whole: Floats
-    """(N, 2, 3) matrices from destination to the entire image."""
+    """(N, 2, 3) matrices from destination to the entire source image."""
     visible: Floats
     """(N, 4) top, left, height, width of the part of the image that may be shown."""
 
@@ -141,8 +142,9 @@ def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness
 
     visible  Rectangles (N, 4). softness  Fraction (N,) by which to enlarge the footprint.
 
-    Pillow's and torchvision's antialiased bilinear resize uses a triangle filter: 1 - |t| for |t| < 1 in destination
-    pixels, with variance 1/6. Under a linear map J, its covariance is J J^T / 6. Only the diagonal is used.
+    The footprint describes the triangle filter of antialiased bilinear resizing in Pillow and torchvision. In destination
+    pixels, the filter is 1 - |t| for |t| < 1, and its variance is 1/6. Let J be the linear part of a warp. In source
+    pixels, the filter's covariance is then J J^T / 6. Only the diagonal is used.
     """
     # Rows are source y, x; columns are destination x, y. The destination's corner (0, 0) maps to the offset.
     linear_N22, offset_N2 = matrix_N23[:, ::-1, :2], matrix_N23[:, ::-1, 2]
@@ -159,7 +161,7 @@ def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness
     # Tolerate rounding errors (one millionth) if the edges of crop and output coincide.
     masked_N = (np.maximum(past_start_N2, past_stop_N2) > 1e-6 * reach_N2).any(axis=1)
 
-    # A destination pixel is sqrt(footprint) source pixels wide. The filter and interpolation each read that far beyond.
+    # A destination pixel is sqrt(footprint) source pixels wide. Filter and interpolation each read that far past the edge.
     read_N2 = reach_N2 + (2 + 2 * np.sqrt(footprint_N2))
     read_N4 = intersect(visible_N4, np.concatenate([middle_N2 - read_N2, 2 * read_N2], axis=1))
     first_N2 = np.floor(read_N4[:, :2] + 1e-6)  # whole pixels, within rounding error
@@ -183,34 +185,34 @@ def decode_scales(footprint_N2: Floats) -> NDArray[np.int64]:
 
 
 def shrink_factors(footprint_N2: Floats) -> NDArray[np.int64]:
-    """Return integer factors (N, 2) for box-averaging sources before blur and warp: 1 if downscaled by less than 4.
+    """Return the sides (N, 2) of the boxes to average before blur and warp: 1 when downscaling by less than 4.
 
-    A factor is about half the downscaling factor and a multiple of the decode scale. This leaves two to four shrunken
-    pixels per destination pixel. Images differ from Pillow's by 0.8 gray levels (0 to 255) with two pixels, and
-    would differ by 1.9 with one.
+    A side is about half the downscaling factor and a multiple of the decode scale. This leaves two to four boxes per
+    destination pixel. With two boxes, images differ from Pillow's by 0.8 gray levels (0 to 255). With one, they would
+    differ by 1.9.
     """
     decoded = decode_scales(footprint_N2)[:, None]
     return decoded * np.maximum(1, np.sqrt(footprint_N2) // (2 * decoded)).astype(np.int64)
 
 
 def blur_variance(footprint_N2: Floats, shrink_N2: NDArray[np.int64]) -> Floats:
-    """Return the variance (N, 2) that a blur must still add, in squared pixels of the shrunken image; 0 for magnified sources.
+    """Return the variance (N, 2) of the blur after box averaging, in squared boxes. It is 0 for magnified sources.
 
-    The target is footprint / 6. A box of k pixels adds (k^2 - 1) / 12. Interpolation between boxes adds k^2 / 6.
+    The total variance should be footprint / 6. A box of k pixels adds (k^2 - 1) / 12, interpolation between boxes k^2 / 6.
     """
     missing = (footprint_N2 / 6 - (3 * shrink_N2**2 - 1) / 12) / shrink_N2**2
     return np.where(missing >= MIN_VARIANCE, missing, 0.0)
 
 
-BLUR_TAPS = 5  # half the widest kernel, including the center: after shrink_factors, downscaling is below 4
+BLUR_TAPS = 5  # half the widest kernel, including the center: after box averaging, downscaling is below 4
 
 
 def blur_kernels(variance_N2: Floats) -> Floats:
     """Return one half of each symmetric triangle kernel, center first: (N, 2, BLUR_TAPS).
 
-    Each full kernel has sum 1 and the given variance. For integer downscaling factors it is Pillow's triangle filter,
-    for example [1, 2, 1] / 4 for a factor of 2; interpolation preserves it exactly. Let w be the half-width of the
-    triangle, between integers m and m + 1. Tap j has the weight 1 - |j| / w for |j| <= m. The weights have the sum
+    Each full kernel has sum 1 and the given variance. When downscaling by exactly 2 or 3, kernel and interpolation
+    together are Pillow's triangle filter; for 2, the kernel is [1, 2, 1] / 4. Let w be the half-width of the triangle,
+    between integers m and m + 1. Tap j has the weight 1 - |j| / w for |j| <= m. The weights have the sum
     2m + 1 - m(m+1) / w and the second moment m(m+1)(2m+1) / 3 - m^2 (m+1)^2 / 2w. The variance is the second moment
     divided by the sum; solving for 1 / w gives the slope. A variance of 0 gives m = 0.
     """
@@ -223,7 +225,7 @@ def blur_kernels(variance_N2: Floats) -> Floats:
 
 
 def whole_kernel(weights: Floats) -> Floats:
-    """Expand one half of a symmetric kernel, center first, to the full kernel without outer zeros: (K,) with odd K."""
+    """Expand half a symmetric kernel, center first, to the full kernel (K,), and drop its outer zeros. K is odd."""
     weights = weights[: np.flatnonzero(weights)[-1] + 1]
     return np.concatenate([weights[:0:-1], weights])
 
@@ -235,13 +237,13 @@ class Resampling:
     decode_scale: NDArray[np.int64]
     """(N,) decode scale: factor by which the decoder downscales the image."""
     region: NDArray[np.int64]
-    """(N, 4) top, left, height, width of the part of the decoded image to read, in whole boxes."""
+    """(N, 4) top, left, height, width of the part of the decoded image to read. Consists of whole boxes."""
     shrink: NDArray[np.int64]
     """(N, 2) vertical, horizontal: side lengths of the boxes, in pixels of the decoded image."""
     blur: Floats
-    """(N, 2) vertical and horizontal variance of the blur, in squared pixels of the box-averaged image."""
+    """(N, 2) vertical and horizontal variance of the blur, in squared boxes."""
     matrix: Floats
-    """(N, 2, 3) matrices from destination to boxes. In both, centers have integer coordinates."""
+    """(N, 2, 3) matrices from destination pixels to boxes. The centers of both have integer coordinates."""
 
 
 def resampling(warp: Warp) -> Resampling:
@@ -258,7 +260,7 @@ def resampling(warp: Warp) -> Resampling:
 
     size_N2 = end_N2 - first_N2
     box_N2 = np.minimum(shrink_N2 // decode_scale_N1, size_N2)
-    whole_boxes_N2 = size_N2 - size_N2 % box_N2  # drop a partial box at the far edge; its neighbor repeats
+    whole_boxes_N2 = size_N2 - size_N2 % box_N2  # a partial box at the far edge is replaced by its neighbor
     return Resampling(
         decode_scale=decode_scale_N,
         region=np.concatenate([first_N2, whole_boxes_N2], axis=1),
@@ -276,5 +278,5 @@ def centered(matrix_N23: Floats) -> Floats:
 
 
 def frame(warp: Warp, size: tuple[int, int]) -> Floats:
-    """Return matrices (N, 2, 3) from destination to a frame: `visible`, stretched to `size`."""
+    """Return matrices (N, 2, 3) from the destination to the `visible` rectangle stretched to `size`."""
     return compose(invert(resized_crop(warp.visible, size)), warp.whole)

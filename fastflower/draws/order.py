@@ -75,8 +75,8 @@ def _network(values: NDArray[np.uint64], rows: int, columns: int, keys: NDArray[
 def _shift(half: NDArray[np.uint64], noise: NDArray[np.uint64], modulus: int) -> NDArray[np.uint64]:
     """Return (offset + half) or (offset - half) modulo `modulus`, with the offset and sign taken from noise.
 
-    If the modulus is odd, additions alone are even permutations and would reach only half the orders of seven samples.
-    Multiplying scales the upper 32 bits of noise to [0, modulus), which is cheaper than a division.
+    With an odd modulus, every addition is an even permutation. Additions alone would reach only half the orders of seven
+    samples. A multiplication scales the upper 32 bits of noise to [0, modulus), which is cheaper than a division.
     """
     size = np.uint64(modulus)
     offset = ((noise >> np.uint64(32)) * size) >> np.uint64(32)

@@ -89,7 +89,7 @@ class Dice:
     def sides(
         self, share: tuple[float, float], area_N: NDArray[np.int64], ratio: tuple[float, float], slot: int
     ) -> Floats:
-        """Draw ten rectangles per sample from their area fraction and aspect ratio. Returns heights and widths (N, 10, 2)."""
+        """Draw ten rectangles per sample, with area fraction and aspect ratio in these ranges. Return their sides (N, 10, 2)."""
         areas_NA = self.between(*share, slot, ATTEMPTS) * area_N[:, None]
         ratios_NA = np.exp(self.between(float(np.log(ratio[0])), float(np.log(ratio[1])), slot + ATTEMPTS, ATTEMPTS))
         return np.rint(np.sqrt(np.stack([areas_NA / ratios_NA, areas_NA * ratios_NA], axis=-1)))
@@ -97,7 +97,7 @@ class Dice:
     def first_fit(
         self, sides_NA2: Floats, fits_NA2: NDArray[np.bool_], sizes_N2: NDArray[np.int64], slot: int
     ) -> tuple[NDArray[np.bool_], Floats]:
-        """Return whether any attempt fits, (N,), and the rectangle of the first that fits, randomly placed, (N, 4)."""
+        """Return whether any attempt fits, (N,), and the first rectangle that fits, at a random position, (N, 4)."""
         fits_NA: NDArray[np.bool_] = np.logical_and(fits_NA2[..., 0], fits_NA2[..., 1])
         rows = np.arange(len(fits_NA))
         first = np.argmax(fits_NA, axis=1)

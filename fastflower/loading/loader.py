@@ -49,8 +49,8 @@ class Loader(IterableDataset[Batch]):
     """Iterates over packed shards in batches, one epoch per `for` loop.
 
     Each `for` starts the next epoch, even after a `break`. The order and the augmentation depend only on the seed and
-    the epoch. Unless the tail is padded or the order is balanced, an epoch yields every sample at most once, and exactly
-    once if the tail is kept.
+    the epoch. An epoch yields every sample at most once, and exactly once with tail="keep". Samples repeat only in a
+    padded tail or a balanced order.
 
     Args:
         shards: Folder written by `pack`, a URL such as s3://bucket/shards, or a `fastflower.shards.remote.Remote`.
@@ -73,8 +73,8 @@ class Loader(IterableDataset[Batch]):
             default) means all shards, or 8 if they are remote. Set a window if storage is slow at random access, or if
             the shards do not fit in the page cache.
         tail: What to do with the last samples if they do not fill a global batch. "drop" (the default if shuffled) skips
-            them. "keep" (the default otherwise) splits them unevenly over the ranks; a rank that gets none has one fewer
-            step. "pad" fills the batch with the first samples of the epoch.
+            them. "keep" (the default otherwise) splits them over the ranks; a rank that gets none has one fewer step.
+            "pad" fills the batch with the first samples of the epoch.
         on_bad: What to do with a damaged sample. "fail" (the default) raises a SampleError. "skip" replaces it with the
             next sample in the index, logs the error once and adds it to `replaced`.
         backend: Backend that renders the batches. With CUDA, "triton" (the default if images are cached) renders from GPU

@@ -12,9 +12,9 @@ from fastflower.recipes.recipe import Recipe
 def report_a() -> Recipe:
     """Return the first student report's recipe: ResNet-18, 15 epochs, batch size 32.
 
-    SGD with momentum 0.9, lr 0.001, StepLR(7, 0.1). Augmentations: resized crop, flip, rotation by 10 degrees, jitter
-    and affine. The report does not state the strengths of jitter and affine; we use the second report's: jitter 0.2,
-    hue 0.1 and a shift of 10%.
+    SGD with momentum 0.9, lr 0.001, StepLR(7, 0.1). Augmentations: resized crop, flip, rotation by 10 degrees, color
+    jitter and an affine transform. The report does not state the strengths of the last two. We use the second report's:
+    jitter 0.2, hue 0.1 and a shift of 10%.
     """
     augment = Augment(crop=(0.08, 1.0), flip=0.5, rotate=10, translate=(0.1, 0.1))
     return Recipe(augment=replace(augment, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1))
@@ -24,7 +24,7 @@ def report_b(batch_size: int = 32, backbone: str = "resnet18") -> Recipe:
     """Return a recipe of the second student report, which compares batch sizes and architectures.
 
     20 epochs, SGD with momentum 0.9, lr 0.001, StepLR(7, 0.1). Augmentations: resized crop, flip with probability 0.1,
-    rotation by 30 degrees, jitter 0.2, hue 0.1 and a shift of 10%. The report does not state the area of the crop; we
+    rotation by 30 degrees, jitter 0.2, hue 0.1 and a shift of 10%. The report does not state the area of the crop. We
     use torchvision's default, 0.08 to 1.
     """
     augment = replace(report_a().augment, flip=0.1, rotate=30)
@@ -36,7 +36,7 @@ def report_c(batch_size: int = 32, backbone: str = "resnet18", freeze: int = 0) 
 
     The learning rate decays. The report does not state the strength of jitter (here 0.2, hue 0.1), or the momentum,
     learning rate, schedule and number of epochs (here the first report's). It does not state the batch size of its
-    architecture comparison either. We use 128, because its result for ResNet-18 matches the one at batch size 128.
+    architecture comparison either. We use 128, because there ResNet-18 is as accurate as in its run at batch size 128.
     """
     augment = replace(report_a().augment, rotate=0.0, translate=(0.0, 0.0), flip_vertical=0.5)
     return Recipe(augment=augment, batch_size=batch_size, backbone=backbone, freeze=freeze)
@@ -45,10 +45,10 @@ def report_c(batch_size: int = 32, backbone: str = "resnet18", freeze: int = 0) 
 def report_d(epochs: int = 25) -> Recipe:
     """Return a recipe of the fourth student report: ResNet-18, Adam, batch size 32, 25 epochs at lr 0.001.
 
-    With 50 epochs, the last 25 are at lr 0.0001. Augmentations: resized crop, flip, rotation, jitter and affine. The
-    report does not define its "step schedule" (here a factor of 0.1 after 25 epochs, as its two runs suggest). Nor does it
-    say if Adam's moments were reset after 25 epochs (here they are not). The strengths of
-    rotation, jitter and affine are not stated either (here the first report's).
+    With 50 epochs, the last 25 are at lr 0.0001. Augmentations: resized crop, flip, rotation, color jitter and an affine
+    transform. The report does not define its "step schedule" (here a factor of 0.1 after 25 epochs, as its two runs
+    suggest). It does not say whether Adam's moments were reset after 25 epochs (here they are not), and it does not state
+    the strengths of rotation, jitter and affine transform (here the first report's).
     """
     return replace(report_a(), optimizer="adam", epochs=epochs, step_epochs=25)
 
@@ -104,8 +104,8 @@ def finetune(freeze: int = 2) -> Recipe:
     """Return our fine-tuning recipe: ResNet-50, frozen stages, five epochs of one-cycle SGD with peak lr 0.01.
 
     Image sizes grow, which halves the number of pixels to process. The last epoch trains near the validation size, and
-    batch norm statistics are recomputed at the validation size: a network trained only at sizes up to 160 is less
-    confident at 224 (Touvron et al. 2019; measurements in docs/log.md).
+    batch norm statistics are recomputed at that size. Otherwise, a network trained only at up to 160 pixels would be
+    less confident at 224 (Touvron et al. 2019; measurements in docs/log.md).
     """
     return Recipe(
         backbone="resnet50",

@@ -141,7 +141,7 @@ class Recipe:
         return self.lr * scheduled * warm_up(step, self.warmup_epochs * steps_per_epoch)
 
     def multiplier(self, step: int, steps_per_epoch: int) -> float:
-        """Return the factor of `lr` at a step, counted from 0 in its run, without the warm-up.
+        """Return the factor by which the schedule multiplies `lr`, without the warm-up. Steps count from 0 in each run.
 
         "constant": 1.
         "step": gamma ** (epoch // step_epochs), torch's StepLR.

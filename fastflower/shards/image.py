@@ -119,8 +119,8 @@ def _transcode(data: bytes, max_side: int | None, quality: int | None) -> tuple[
 def _gray_if_intact(data: bytes, warn: Callable[[str], object]) -> NDArray[np.uint8]:
     """Decode an untranscoded JPEG file to grayscale, (H, W) uint8. Raises SampleError if the file is damaged.
 
-    Decoding to gray reads all the coded data and rejects the same files as decoding to color (1,701 of 3,960 damaged ones).
-    It only skips the chroma transform and the color conversion, which cannot fail.
+    Decoding to gray reads all the coded data. It skips only the chroma transform and the color conversion, which cannot
+    fail. In a test with 3,960 damaged files, it rejected the same 1,701 files as decoding to color.
     """
     try:
         with libjpeg.warnings() as messages:

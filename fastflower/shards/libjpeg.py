@@ -66,7 +66,7 @@ _stream = cache(_WarningStream)  # one instance, created when first needed
 
 
 def warnings() -> AbstractContextManager[bytearray]:
-    """Return a context manager that captures libjpeg's warnings on this thread, one line of text per decode that warns."""
+    """Return a context manager that captures libjpeg's warnings on this thread: one line of text per decode with warnings."""
     with _creating:
         stream = _stream()
     return stream.listening()

@@ -1,6 +1,6 @@
 """Caches remote shards in a local folder of limited size, and prefetches them.
 
-Each pack has its own cache folder, named after the hash of its manifest and laid out as `pack` wrote it, but tars come and go.
+Each pack has its own cache folder, named after the hash of its manifest. Files have the names that `pack` gave them.
 A tar gets its final name only after its SHA-256 matches the manifest, so any process that finds it can use it.
 """
 
@@ -98,7 +98,7 @@ class Mirror:
         _log.info("%s: split %r: %s; %s", self._files.url, split, sizes, often)
 
     def begin_use(self) -> None:
-        """Register an iterator, which uses the cache until `ending_use`."""
+        """Register an iterator that uses the cache until it enters `ending_use`."""
         if self._process != os.getpid():
             self._begin_process()
         with self._lock:
@@ -106,7 +106,7 @@ class Mirror:
 
     @contextmanager
     def ending_use(self) -> Generator[None]:
-        """A context manager that releases an iterator. For the last one, entering it cancels all downloads."""
+        """Unregister an iterator. For the last one, cancel all downloads on entry, and wait for their threads on exit."""
         # A forked child has nothing to release; at interpreter shutdown, threads are frozen and may hold locks.
         if self._process != os.getpid() or sys.is_finalizing():
             yield
@@ -171,9 +171,9 @@ class Mirror:
         return path
 
     def _download(self, name: str, *, demanded: bool = False) -> None:
-        """Download a shard unless it is cached. Only one thread of one process downloads a given shard.
+        """Download a shard unless it is cached. While one thread of any process downloads a shard, the others wait for it.
 
-        demanded  Whether a caller waits for the shard. Otherwise, the download must not evict shards that are needed sooner.
+        demanded  Whether a caller waits for the shard. If not, the download must not evict shards that are needed sooner.
         """
         shard, path = self._shards[name], self.folder / name
         with locked(path.with_name(f"{name}.lock"), self._files.stopped) as alone:
@@ -249,8 +249,8 @@ class Mirror:
         return tars, downloading
 
     def _priority(self, path: Path) -> int:
-        """Return a tar's priority: 0 if it is not needed, 1 in the previous window, and higher the sooner it will be read."""
-        ahead = self._ahead  # read only once, because the thread that requests batches replaces it
+        """Return a tar's priority: 0 if not needed, 1 if only the previous window needs it, and more the sooner it is needed."""
+        ahead = self._ahead  # read only once, because another thread may replace the list
         if path.parent != self.folder or path.name not in self._wanted:
             return 0
         return 1 + (len(ahead) - ahead.index(path.name) if path.name in ahead else 0)
@@ -277,7 +277,7 @@ def _unwritable(path: Path, error: OSError) -> FastflowerError:
 
 
 def _abandoned(part: Path) -> bool:
-    """Return whether no process is still writing to a partial file. Without locks, judge by its last write time."""
+    """Return True if no process is writing to a partial file any more. Without locks, judge by its last write time."""
     try:
         with locked(part.with_name(f"{part.name.partition('.tar')[0]}.tar.lock")) as exists:
             return exists or time.time() - part.stat().st_mtime > longest_silence()

@@ -94,7 +94,7 @@ def _repair_or_report(
 ) -> list[str]:
     """Rewrite each file that differs from its expected contents. Without `repair`, return the problems instead.
 
-    manifest_problem  Problem with the manifest if it is damaged but still supplies options and lists, else "".
+    manifest_problem  What is wrong with a manifest that is damaged but still supplies options and lists, else "".
     """
     problems: list[str] = []
     for name, data in files.items():
@@ -169,7 +169,7 @@ def _read_all(paths: list[Path]) -> dict[str, _Tar]:
 
 
 def _read(path: Path) -> _Tar:
-    """Decode every sample of a tar and rewrite it to /dev/null. If the bytes are identical, the tar contains only samples."""
+    """Decode every sample of a tar. To find damage between the samples, build the tar again from them and compare checksums."""
     tar = _Tar(path)
     key = "its first sample"
     try:
@@ -265,7 +265,7 @@ def _derive_manifest(folder: Path, manifest: Manifest | None, tars: dict[str, li
     for split, group in tars.items():
         rows, stored = index_rows([tar.rows for tar in group]), _stored_rows(folder, split)
         if distrust and (len(stored) > len(rows) or (stored != rows[: len(stored)]).any()):
-            what = f"does not match the tars, and {FILE}, which says which is correct, is missing"
+            what = f"does not match the tars, and {FILE} is missing, so nothing says which of them is correct"
             raise ShardError(f"{folder / f'{split}.index.npy'}: {what}; {_RESTORE_MANIFEST}.")
         splits[split] = split_of([tar.shard for tar in group if tar.shard], rows, len(classes))
     packed = sum(int(tar.rows["size"].sum()) for group in tars.values() for tar in group)

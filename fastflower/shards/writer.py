@@ -90,7 +90,7 @@ class ShardWriter:
 
     @property
     def rows(self) -> NDArray[np.void]:
-        """Index rows, (samples,) of INDEX_DTYPE, with shard number 0."""
+        """Rows of the index, (samples,) of INDEX_DTYPE. Their shard number is 0 until `index_rows` sets it."""
         return np.frombuffer(self._rows, INDEX_DTYPE)
 
     def dali_index_pieces(self) -> tuple[bytes, bytearray]:

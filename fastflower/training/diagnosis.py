@@ -19,7 +19,7 @@ from fastflower.training.run import Run
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Measured rates; print them to see the bottleneck and a remedy."""
+    """Measured throughput; print it to see the bottleneck and a remedy."""
 
     loading_rate: float
     """Images/s of data loading without training, with every image decoded."""
@@ -57,7 +57,7 @@ def diagnose(
         seconds: Duration of each of the two measurements, not counting the first batch.
         device: None uses CUDA if available, otherwise the CPU.
 
-    Returns the rates; print them to see the bottleneck. Raises ShardError, ArgumentError or DeviceError as Loader does.
+    Returns a Diagnosis; print it to see the bottleneck. Raises ShardError, ArgumentError or DeviceError as Loader does.
     """
     recipe = replace(recipe or Recipe(), weights=None)
     require(seconds > 0, "seconds", "above 0", seconds)

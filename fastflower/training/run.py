@@ -38,7 +38,10 @@ _log = logging.getLogger("fastflower")
 
 _LONG = 10.0  # seconds of validation after which a checkpoint of the trained epoch is saved
 _RECALIBRATION = 20  # batches; a running mean with momentum 0.1 covers about as many
-_ADVICE = "start a new run (another out) with a lower lr, warm-up (warmup_epochs) or gradient clipping (clip_norm)"
+_ADVICE = (
+    "start a new run in a different folder (out) with a lower lr, warm-up (warmup_epochs) "
+    "or gradient clipping (clip_norm)"
+)
 
 
 class Run:
@@ -108,7 +111,8 @@ class Run:
         except FastflowerError as error:
             reason = str(error)
             if start.feeding["shards"] != self.loader.state_dict()["shards"]:
-                reason = "was trained on other shards; use those, or choose a new out and pass this file as weights."
+                remedy = "resume with those, or pass a different folder as out and this file as weights"
+                reason = f"was trained on other shards; {remedy}."
             raise CheckpointError(f"{place}: {reason}") from None
         val = self._loader_state()["val"]
         if start.feeding.get("val", val) != val:
@@ -200,8 +204,8 @@ class Run:
         scores = self._score(self.val)
         if not isfinite(scores.loss):
             raise TrainingError(
-                f"{self.folder}: the validation loss is not finite after epoch {epoch + 1}; {_ADVICE}. {LAST}, if it "
-                f"exists, was saved earlier."
+                f"{self.folder}: the validation loss is not finite after epoch {epoch + 1}; {_ADVICE}. If {LAST} exists, "
+                f"it was saved before this happened."
             )
         row |= {"val_loss": scores.loss, "val_accuracy": scores.accuracy, "val_seconds": perf_counter() - start}
         return row, scores
@@ -280,7 +284,7 @@ class Run:
         places = [self.loader.where(index) for index in self.loader.indices(epoch, step).tolist()]
         raise TrainingError(
             f"{self.folder}: the loss is not finite in epoch {epoch + 1}, step {step + 1}; {_ADVICE}, and check the batch. "
-            f"{LAST}, if it exists, was saved earlier. Batch: {'; '.join(places)}"
+            f"If {LAST} exists, it was saved before this happened. Batch: {'; '.join(places)}"
         )
 
     def _recalibrate(self) -> None:
@@ -358,5 +362,5 @@ class Run:
 
 
 def _batches_of(loader: Loader) -> closing[Generator[Batch]]:
-    """Return a context manager for a loader's batches. On exit it ends the threads, even if a traceback holds the iterator."""
+    """Return a context manager for a loader's batches. On exit, the threads end even if a traceback holds the iterator."""
     return closing(cast("Generator[Batch]", iter(loader)))

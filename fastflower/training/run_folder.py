@@ -11,7 +11,7 @@ from fastflower.files import PARTIAL, locked
 from fastflower.models.checkpoint import LAST
 
 _LOCK = ".lock"  # in a run's folder
-_REMEDY = "pass resume=True (--resume), or choose another out"
+_REMEDY = "pass resume=True (--resume), or pass a different folder as out"
 
 
 def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
@@ -27,7 +27,9 @@ def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
     folder = Path(out)
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-        raise ArgumentError(f"out: cannot create {folder}: {above} is not a writable folder; choose another out.")
+        raise ArgumentError(
+            f"out: cannot create {folder}: {above} is not a writable folder; pass a different folder as out."
+        )
     return folder
 
 
@@ -56,7 +58,9 @@ def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
                 for partial in folder.glob(PARTIAL) if alone else ():  # left by a killed run
                     partial.unlink(missing_ok=True)
             except FileExistsError:
-                failed = CheckpointError(f"{folder}: another run just took it; start again, or pass an out (--out).")
+                failed = CheckpointError(
+                    f"{folder}: another run just took it; run again, or pass a folder as out (--out)."
+                )
             except HeldError as error:
                 failed = CheckpointError(f"{folder}: another run is training here ({error}); wait, then {_REMEDY}.")
             except OSError as error:

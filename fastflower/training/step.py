@@ -60,7 +60,7 @@ class Stepper:
 
     @property
     def replays(self) -> bool:
-        """Whether a step has been captured and is replayed."""
+        """Whether at least one step has been captured, for replay."""
         return bool(self._replays)
 
     def _eager(self, images: Tensor, labels: Tensor, together: int = 1, *, update: bool = True) -> Outcome:

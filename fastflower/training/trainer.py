@@ -82,10 +82,10 @@ def _resumed(folder: Path, recipe: Recipe) -> Checkpoint | None:
     """Load the checkpoint to resume from, if there is one. Raises CheckpointError if its recipe differs."""
     start = Checkpoint.load(folder / LAST) if (folder / LAST).exists() else None
     if len(set(distributed.gathered((start.epoch, start.step) if start else None))) > 1:
-        raise CheckpointError(f"{folder / LAST}: differs between ranks; choose an out that all machines share.")
+        raise CheckpointError(f"{folder / LAST}: differs between ranks; set out to a folder that all machines share.")
     if start and start.recipe.resolved != recipe.resolved:
         raise CheckpointError(
             f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that recipe, or "
-            f"choose a new out and pass this file as weights."
+            f"pass a different folder as out and this file as weights."
         )
     return start

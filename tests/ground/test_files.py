@@ -177,7 +177,7 @@ def test_two_writers_of_a_file_have_separate_temporary_files(tmp_path: Path) -> 
 
 
 def held(out: Path) -> str:
-    wait = r"wait, then pass resume=True \(--resume\), or choose another out\."
+    wait = r"wait, then pass resume=True \(--resume\), or pass a different folder as out\."
     return rf"^{re.escape(str(out))}: another run is training here \({HOLDER}\); {wait}$"
 
 

@@ -38,7 +38,7 @@ NO_MANIFEST = (
     f"has no {MANIFEST}, so it is not a finished pack; pass a folder that pack wrote (fastflower pack FOLDER)."
 )
 RESTORE_MANIFEST = "restore manifest.json from a backup, or run fastflower pack again."
-NO_TRUTH = f"does not match the tars, and manifest.json, which says which is correct, is missing; {RESTORE_MANIFEST}"
+NO_TRUTH = f"does not match the tars, and manifest.json is missing, so nothing says which of them is correct; {RESTORE_MANIFEST}"
 
 # Neither tars nor indexes contain this, so a manifest that is rebuilt without the old one lacks it.
 LISTS = ("skipped", "duplicates", "label_conflicts", "near_duplicates")

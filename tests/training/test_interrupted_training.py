@@ -294,9 +294,9 @@ def test_a_loss_that_is_not_finite_stops_training_with_its_batch_named_and_is_ne
 
     monkeypatch.setattr(Run, "step", poisoned)
     advice = (
-        f"{out}: the loss is not finite in epoch 2, step 3; start a new run (another out) with a lower lr, "
+        f"{out}: the loss is not finite in epoch 2, step 3; start a new run in a different folder (out) with a lower lr, "
         "warm-up (warmup_epochs) or gradient clipping (clip_norm), "
-        f"and check the batch. {LAST}, if it exists, was saved earlier. Batch: {keys}"
+        f"and check the batch. If {LAST} exists, it was saved before this happened. Batch: {keys}"
     )
     for _ in range(2):
         with pytest.raises(TrainingError, match=f"^{re.escape(advice)}$"):

@@ -112,7 +112,7 @@ def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
         ),
         (
             "apart",
-            f"CheckpointError: run/{LAST}: differs between ranks; choose an out that all machines share.",
+            f"CheckpointError: run/{LAST}: differs between ranks; set out to a folder that all machines share.",
         ),
     ],
 )

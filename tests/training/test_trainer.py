@@ -261,7 +261,8 @@ def test_out_folders_are_new_or_refused(shards: Path, tmp_path: Path, monkeypatc
     assert train(shards, recipe, device="cpu").folder == Path("runs/resnet18")
     assert train(shards, recipe, device="cpu").folder == Path("runs/resnet18-2")
     with pytest.raises(
-        CheckpointError, match=r"resnet18: already holds a run; pass resume=True \(--resume\), or choose another"
+        CheckpointError,
+        match=r"resnet18: already holds a run; pass resume=True \(--resume\), or pass a different folder as out",
     ):
         train(shards, recipe, out="runs/resnet18", device="cpu")
     with pytest.raises(ArgumentError, match="resume: pass the run's folder as out"):
@@ -269,8 +270,8 @@ def test_out_folders_are_new_or_refused(shards: Path, tmp_path: Path, monkeypatc
     other = replace(recipe, lr=1.0, augment=replace(recipe.augment, flip=0.25))
     with pytest.raises(
         CheckpointError,
-        match=r"was trained with lr 0\.005 \(now 1\.0\), augment\.flip 0\.5 \(now 0\.25\); resume with that recipe, or choose "
-        r"a new out and pass this file as weights\.$",
+        match=r"was trained with lr 0\.005 \(now 1\.0\), augment\.flip 0\.5 \(now 0\.25\); resume with that recipe, or "
+        r"pass a different folder as out and this file as weights\.$",
     ):
         train(shards, other, out="runs/resnet18", resume=True, device="cpu")
 
@@ -305,7 +306,7 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
     with pytest.raises(ArgumentError, match="device must be cpu, cuda or cuda:NUMBER, got 'gpu'; omit it to use CUDA"):
         train(shards, TINY, out=out, device="gpu")
     (tmp_path / "file").touch()
-    message = rf"out: cannot create {tmp_path}/file/run: {tmp_path}/file is not a writable folder; choose another out"
+    message = rf"out: cannot create {tmp_path}/file/run: {tmp_path}/file is not a writable folder; pass a different folder as out"
     with pytest.raises(ArgumentError, match=message):
         train(shards, TINY, out=tmp_path / "file" / "run", device="cpu")
     with pytest.raises(CheckpointError, match=r"nowhere\.pth: does not exist; check the path"):
@@ -353,6 +354,6 @@ def test_a_run_resumes_only_on_its_own_shards(flowers: Path, shards: Path, tmp_p
     recipe = replace(TINY, epochs=1)
     train(shards, recipe, out=tmp_path / "run", device="cpu")
     pack(flowers, tmp_path / "others", seed=1)
-    rule = r"checkpoint-last\.pt: was trained on other shards; use those, or choose a new out and pass this file"
+    rule = r"checkpoint-last\.pt: was trained on other shards; resume with those, or pass a different folder as out and this file"
     with pytest.raises(CheckpointError, match=rule):
         train(tmp_path / "others", recipe, out=tmp_path / "run", resume=True, device="cpu")

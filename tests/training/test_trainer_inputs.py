@@ -55,7 +55,7 @@ def test_of_two_runs_started_together_the_second_does_not_overwrite_the_first(
     before = first.checkpoint.read_bytes()
     with pytest.raises(
         CheckpointError,
-        match=r"^runs/resnet18: another run just took it; start again, or pass an out \(--out\)\.$",
+        match=r"^runs/resnet18: another run just took it; run again, or pass a folder as out \(--out\)\.$",
     ):
         train(shards, replace(RECIPE, seed=1), device="cpu")
     assert first.checkpoint.read_bytes() == before

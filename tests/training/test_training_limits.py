@@ -65,9 +65,13 @@ def test_weights_that_are_not_finite_are_never_saved(
         return found
 
     monkeypatch.setattr(Run, "step", breaking)
-    advice = "start a new run (another out) with a lower lr, warm-up (warmup_epochs) or gradient clipping (clip_norm)"
+    advice = (
+        "start a new run in a different folder (out) with a lower lr, warm-up (warmup_epochs) "
+        "or gradient clipping (clip_norm)"
+    )
     message = (
-        f"{tmp_path}: the validation loss is not finite after epoch 2; {advice}. {LAST}, if it exists, was saved earlier."
+        f"{tmp_path}: the validation loss is not finite after epoch 2; {advice}. "
+        f"If {LAST} exists, it was saved before this happened."
         if save_steps is None
         else f"{tmp_path}: weights are no longer finite and were not saved; {advice}."
     )

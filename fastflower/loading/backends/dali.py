@@ -35,7 +35,7 @@ Node = Any
 """Output of a DALI operator."""
 
 # Fraction of a batch that the GPU's JPEG engine decodes; DALI's default is 0.65. On an H100 with nvJPEG 12.3 to 13.2, the
-# engine may write out of stream order (pytorch/torchcodec pull request 1634). Keep this at 0 until benchmarks/gpu_check.py
+# engine may write pixels out of stream order (pytorch/torchcodec pull request 1634). Keep this at 0 until benchmarks/gpu_check.py
 # shows that 0 and 1 give equal pixels on a busy GPU.
 HW_DECODER_LOAD = 0.0
 
@@ -163,10 +163,10 @@ _NO_BLUR = 0.05  # sigma so small that the Gaussian has a single nonzero weight
 
 
 def _gaussians(footprint_N2: geometry.Floats) -> tuple[geometry.Floats, Integers]:
-    """Return (sigma, window) of Gaussian blurs that antialias, each (N, 2), vertical and horizontal.
+    """Return the (sigma, window) of antialiasing Gaussian blurs, each (N, 2), vertical and horizontal.
 
-    Their variance is `geometry.blur_variance`. For reductions up to a factor of two, the blur has three weights, the same as
-    in `geometry.blur_kernels`. For larger reductions, a Gaussian approximates the triangle.
+    Their variance is `geometry.blur_variance`. When downscaling by at most 2, the blur has three weights, the same as in
+    `geometry.blur_kernels`. When downscaling by more, a Gaussian approximates the triangle filter.
     """
     variance = geometry.blur_variance(footprint_N2, np.ones(footprint_N2.shape, np.int64))
     outer = np.clip(variance / 2, 1e-12, 0.25)  # weight a in [a, 1 - 2a, a]

@@ -15,8 +15,8 @@ from fastflower.loading.request import Request
 
 _WARP = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 _SUBPIXEL = 8  # fractional bits of the corner coordinates passed to fillPoly
-# Outward shift of the visible part's edges, in pixels. fillPoly also paints the boundary, about a pixel wide, and
-# so darkens 0.3 visible pixels per image with the shift, and 17 without it.
+# Outward shift of the visible part's edges, in pixels. fillPoly also paints the boundary, which is about a pixel wide.
+# It darkens 0.3 visible pixels per image with the shift, and 17 without it.
 _BOUNDARY = 0.75
 
 

@@ -32,7 +32,7 @@ Renderer = NativeRenderer | OpencvRenderer
 class _Memory:
     """Lends memory for batches, and reuses it once a batch is freed. Thread-safe.
 
-    Without reuse, the system would zero new memory, which takes a sixth of the time when loading from RAM.
+    Without reuse, the system would zero new memory. That would take a sixth of the time when loading from RAM.
     """
 
     def __init__(self) -> None:

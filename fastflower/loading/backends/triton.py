@@ -118,7 +118,7 @@ class _Decoding(Work):
 
 
 class TritonBackend(Backend[_Decoding, DeviceImages]):
-    """Decodes images that are not yet cached on the device, using threads, and renders with Triton kernels.
+    """Decodes images on threads unless they are cached on the device, and renders them with Triton kernels.
 
     On the CPU, it runs in Triton's interpreter, for tests (TRITON_INTERPRET=1).
     """
@@ -179,7 +179,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
         return request, images.permute(0, 3, 1, 2), made
 
     def tables(self, request: Request, address: Integers, width: Integers) -> Tensor:
-        """Return all numbers of the batch in the layout of `triton_kernels`, in pinned memory.
+        """Return both tables of the batch, with the columns that `triton_kernels` defines, in pinned memory.
 
         address, width  Addresses (N,) and widths (N,) of the decoded images.
         """

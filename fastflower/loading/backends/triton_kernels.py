@@ -1,7 +1,7 @@
-"""Triton kernels that render a batch on a GPU: `warp`, then `color`; or `render` for both. No other file imports triton.
+"""Triton kernels that render a batch on a GPU: `warp` and then `color`, or `render` alone. No other file imports triton.
 
 They perform the same steps as `kernel.c`: box averaging, blur, bilinear interpolation, brightness, contrast, saturation,
-hue and normalization, without intermediate rounding. Two tables hold one row of numbers per sample; see their columns below.
+hue and normalization, but without intermediate rounding. Their parameters come in two tables with one row per sample.
 """
 # pyright: standard
 # Triton compiles kernels from their source, which has no type annotations.
@@ -19,7 +19,7 @@ ERASE = 9  # top, left, height, width
 FRACTIONS = 28
 WARP, FRAME, BLUR_DOWN, BLUR_ACROSS = 0, 6, 12, 18  # six each; blur weights go from the center outward, then a zero
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(24, 28)  # in the order of color.FACTORS
-# Bits that select the steps after the warp. Steps that the augment never draws are not compiled.
+# Bits that select the steps after the warp. Steps that the augmentation never uses are not compiled.
 SATURATES, TURNS, ERASES, NORMALIZES = 1, 2, 4, 8
 
 _c: Any = tl.constexpr
@@ -50,7 +50,7 @@ def _rgb(word):
 
 @_jit
 def _pixels(BLOCK: tl.constexpr, W: tl.constexpr):
-    """Return the part of the output that a program writes: (sample, pixels, their rows, their columns)."""
+    """Return the output pixels that this program writes, as (sample, pixel numbers, rows, columns)."""
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     return tl.program_id(1), pixel, pixel // W, pixel % W
 
@@ -81,7 +81,7 @@ def _interpolated(image, stride, height, width, x, y):
 
 @_jit
 def _tap(weights, step, share):
-    """Return tap `step` of the combined blur and interpolation filter. share  Interpolation weight of the next pixel."""
+    """Return tap `step` of the combined filter for blur and interpolation. share  Interpolation weight of the next pixel."""
     near = tl.load(weights + tl.maximum(step, -step))
     far = tl.load(weights + tl.maximum(step - 1, 1 - step))
     return (1 - share) * near + share * far
@@ -147,7 +147,7 @@ def _sampled(whole, fractions, row, column):
 
 @_jit
 def _inside(place, size):
-    """Return how much of each output pixel lies inside a frame of `size`: 1, falling to 0 over one pixel at the edges."""
+    """Return the share of each output pixel inside a frame of `size`. It falls from 1 to 0 over one pixel at the edges."""
     return _clamp(tl.minimum(place + 1, size - place), 0.0, 1.0)
 
 
@@ -166,7 +166,7 @@ def _warped(whole, fractions, row, column, H: tl.constexpr, W: tl.constexpr):
 
 @_jit
 def _ramp(hue, center, offset, sign):
-    """Convert the hue to one channel: clamp(|distance| - 1, 0, 1) or clamp(2 - |distance|, 0, 1) (Wikipedia, "HSL and HSV")."""
+    """Return one channel of a hue: clamp(d - 1, 0, 1) or clamp(2 - d, 0, 1), d = |hue - center| (Wikipedia, "HSL and HSV")."""
     return _clamp(tl.abs(hue - center) * sign + offset, 0.0, 1.0)
 
 
@@ -234,9 +234,9 @@ def _colored(
 def warp(
     whole, fractions, planes, grays, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Warp into `planes`, (N, 3, H, W) float16, and sum the gray values. Used with `color` if there is contrast jitter.
+    """Warp images into `planes`, (N, 3, H, W) float16, and sum their gray values. Used with `color` for contrast jitter.
 
-    grays  (N, blocks) float32: one sum per block, so that the mean does not depend on the order of the blocks.
+    grays  (N, blocks) float32: one sum per block, so that the mean does not depend on which block runs first.
     """
     n, pixel, row, column = _pixels(BLOCK, W)
     valid = pixel < H * W
@@ -255,7 +255,7 @@ def color(
     H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Apply contrast about the mean gray, then the later steps, and write to `out`, (N, H, W, 3). The second of two kernels."""
+    """Apply contrast about the mean gray, then the later steps, and write to `out`, (N, H, W, 3). Runs after `warp`."""
     n, pixel, row, column = _pixels(BLOCK, W)
     valid = pixel < H * W
     place = planes + n.to(tl.int64) * (3 * H * W) + pixel
