@@ -54,7 +54,7 @@ def world_size() -> int:
 
 
 def share(batch_size: int) -> int:
-    """Return the number of samples per rank in a global batch. Raises ArgumentError if it does not divide evenly."""
+    """Return the number of samples per rank in a global batch. Raises ArgumentError if the batch does not divide evenly."""
     count = world_size()
     if batch_size % count:
         raise ArgumentError(f"batch_size {batch_size} must be a multiple of the number of ranks ({count}).")

@@ -88,8 +88,8 @@ def corners(rectangle_N4: Floats) -> Floats:
 def intersect(one_N4: Floats, other_N4: Floats) -> Floats:
     """Return the intersection of rectangles (top, left, height, width).
 
-    The result is never empty. Even without overlap, it lies in `one`, and each side is at least one pixel long, or as long
-    as the side of `one` if that is shorter.
+    The result always lies in `one`, even without overlap. Its sides are at least one pixel long, unless those of `one` are
+    shorter.
     """
     one_stop, other_stop = one_N4[..., :2] + one_N4[..., 2:], other_N4[..., :2] + other_N4[..., 2:]
     least = np.minimum(one_N4[..., 2:], 1)

@@ -31,7 +31,7 @@ def stream_key(*words: int) -> int:
 
 
 class Stream(IntEnum):
-    """Constants that separate the uses of one seed in `stream_key`. The order of an epoch uses none. Never renumber."""
+    """Constants that give each use of a seed its own `stream_key`. The order of an epoch uses none. Never renumber."""
 
     DRAWS = 1
     MIXES = 2

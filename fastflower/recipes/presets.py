@@ -36,7 +36,7 @@ def report_c(batch_size: int = 32, backbone: str = "resnet18", freeze: int = 0) 
 
     The learning rate decays. The report does not state the strength of jitter (here 0.2, hue 0.1), or the momentum,
     learning rate, schedule and number of epochs (here the first report's). It does not state the batch size of its
-    architecture comparison either. We use 128, because there ResNet-18 is as accurate as in its run at batch size 128.
+    architecture comparison either. We use 128: in that comparison, ResNet-18 is as accurate as in the run at batch size 128.
     """
     augment = replace(report_a().augment, rotate=0.0, translate=(0.0, 0.0), flip_vertical=0.5)
     return Recipe(augment=augment, batch_size=batch_size, backbone=backbone, freeze=freeze)
@@ -59,7 +59,7 @@ def report_e(backbone: str = "resnet101", freeze: int = 2, *, fixed: bool = Fals
     fixed  True: use the same draw for a sample in every epoch. False ("mixed"): use a new draw in every epoch.
 
     Other augmentations: resized crop and flip. The report does not state the learning rate (here 0.0001, common for
-    Adam with pretrained weights), the batch size (here 32), the batches per update (here 2), the schedule (here one
+    Adam with pretrained weights), the batch size (here 32), batches per update (here 2), the schedule (here one
     epoch of linear warm-up, then constant), or the strengths of crop and erasing (here torchvision's defaults).
     """
     augment = Augment(crop=(0.08, 1.0), flip=0.5, erase=0.5, fixed=fixed)

@@ -234,7 +234,7 @@ _COSINES = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1)).as
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to upright RGB. Unlike Pillow's convert("RGB"), scale wide pixel values instead of clipping them."""
+    """Convert an image to upright RGB. Unlike Pillow's convert("RGB"), scale values of more than 8 bits instead of clipping."""
     image.load()  # before reading EXIF, so that pixel errors are not mistaken for EXIF errors
     try:
         ImageOps.exif_transpose(image, in_place=True)

@@ -43,7 +43,7 @@ class _Tar:
 
 
 def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
-    """Read every tar of a pack, decode every image, and check them against the manifest, checksums and indexes.
+    """Read every tar of a pack, decode every image, and check both against the manifest, checksums and indexes.
 
     Args:
         shards: Folder that `pack` wrote.
@@ -169,7 +169,7 @@ def _read_all(paths: list[Path]) -> dict[str, _Tar]:
 
 
 def _read(path: Path) -> _Tar:
-    """Decode every sample of a tar. To find damage between the samples, build the tar again from them and compare checksums."""
+    """Decode every sample of a tar. To find damage elsewhere in it, rebuild the tar from the samples and compare checksums."""
     tar = _Tar(path)
     key = "its first sample"
     try:

@@ -13,7 +13,7 @@ class Average:
     After n updates the EMA decay is at most (1 + n) / (10 + n), so the first weights fade quickly, as in TensorFlow's
     ExponentialMovingAverage with num_updates. The uniform mean uses decay n / (1 + n).
 
-    torch's AveragedModel is not used because it reads its counter at each update, which waits for the device.
+    torch's AveragedModel is not used: it reads its counter at each update, and thereby waits for the device.
     """
 
     def __init__(self, network: nn.Module, decay: float | None) -> None:

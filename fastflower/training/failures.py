@@ -1,4 +1,4 @@
-"""Translation of torch and system errors during training into fastflower errors."""
+"""Translates torch and system errors that occur during training into fastflower errors."""
 
 import torch
 

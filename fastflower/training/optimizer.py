@@ -10,7 +10,7 @@ from fastflower.recipes.recipe import Recipe
 
 
 def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """Create the recipe's optimizer for the trainable parameters. Norms and biases (one-dimensional) get no weight decay."""
+    """Create the recipe's optimizer for the trainable parameters. One-dimensional ones (norms, biases) get no weight decay."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decaying = [parameter for parameter in trained if parameter.ndim > 1]
     plain = [parameter for parameter in trained if parameter.ndim <= 1]

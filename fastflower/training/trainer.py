@@ -1,4 +1,4 @@
-"""Trains a network on shards, as a recipe describes."""
+"""Trains a network on shards according to a recipe."""
 
 from pathlib import Path
 

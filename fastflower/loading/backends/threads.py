@@ -54,7 +54,7 @@ class _Memory:
         return array
 
     def give_back(self) -> None:
-        """Return all free memory to the system. Memory still in use by a batch follows when the batch is freed."""
+        """Return all free memory to the system. Memory that a batch still uses is returned when the batch is freed."""
         with self._lock:
             self._free.clear()
             self._lent.clear()
