@@ -65,7 +65,7 @@ class _Step:
         return getattr(self.transform, attribute, None)
 
     def numbers(self, attribute: str, default: tuple[float, ...] = ()) -> tuple[float, ...]:
-        """Return an attribute as a tuple. It may be a number, multiple numbers, or missing (returns `default`)."""
+        """Return an attribute, which may be one number or more, as a tuple. Returns `default` if it is missing."""
         value = self.get(attribute)
         if isinstance(value, int | float):
             return (value,)

@@ -193,7 +193,7 @@ static inline Pixels interpolate(const Source source, __m256 x, __m256 y)
 /* Apply one row of a matrix to the output pixel in row i, column 0, and add `more`. */
 static inline __m256 start(const float *matrix, int i, float more) { return _mm256_set1_ps((float)((double)matrix[1] * i + matrix[2] + more)); }
 
-/* Return how much of each output pixel lies inside a frame of `size`: 1, falling to 0 over one pixel at the edges.
+/* Return the share of each output pixel inside a frame of `size`. It falls from 1 to 0 over one pixel at the edges.
  * `place` is the position plus 1. */
 static inline __m256 inside(__m256 place, float size)
 {
@@ -244,7 +244,7 @@ static float warp(const Numbers *numbers, const Output *output, const Source sou
     return (float)(total / ((double)output->height * width));
 }
 
-/* Convert the hue to one channel: clamp(|distance| - 1, 0, 1) or clamp(2 - |distance|, 0, 1) (Wikipedia, "HSL and HSV"). */
+/* Return one channel of a hue: clamp(d - 1, 0, 1) or clamp(2 - d, 0, 1), d = |hue - center| (Wikipedia, "HSL and HSV"). */
 static inline __m256 ramp(__m256 hue, float center, float offset, float sign)
 {
     const __m256 distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(hue, _mm256_set1_ps(center)));

@@ -89,7 +89,7 @@ def _tap(weights, step, share):
 
 @_jit
 def _filtered(image, stride, height, width, x, y, fractions, reach_down, reach_across, box_down, box_across):
-    """Average boxes and blur, then interpolate at the points (x, y), given in units of boxes. Return (r, g, b)."""
+    """Average over boxes, blur, and interpolate at the points (x, y), given in units of boxes. Return (r, g, b)."""
     x0 = x.to(tl.int32)
     y0 = y.to(tl.int32)
     across = x - x0
