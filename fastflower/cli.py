@@ -112,7 +112,6 @@ def _pack(prog: str, args: Sequence[str]) -> None:
     for name, split in manifest.splits.items():
         print(f"{name}: {split.samples} images in {len(split.shards)} shards")
     identical = [group for group in manifest.duplicates if group not in manifest.label_conflicts]
-    _listed("skipped", [f"{item['path']}: {item['reason']}" for item in manifest.skipped])
     _listed("warning", [f"{item['path']}: {item['warning']}" for item in manifest.warnings])
     _listed("the same image under two labels:", map(", ".join, manifest.label_conflicts))
     _listed("identical:", map(", ".join, identical))
@@ -124,9 +123,11 @@ def _pack(prog: str, args: Sequence[str]) -> None:
 
 
 def _listed(what: str, lines: Iterable[str]) -> None:
+    from fastflower.packing.remarks import printable
+
     lines = list(lines)
-    for line in lines[:_MAX_LINES]:  # file names may contain line breaks and terminal escapes
-        print(what, "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line))
+    for line in lines[:_MAX_LINES]:
+        print(what, printable(line))
     if len(lines) > _MAX_LINES:
         print(f"{what} {len(lines) - _MAX_LINES} more; see manifest.json")
 

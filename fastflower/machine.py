@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 from pathlib import Path
 
+NOT_INSTALLED = "not installed"
 _GROUPS, _OWN_GROUPS, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
 
 # For cgroup v2, then v1: the limit files, the usage file, and the entries of memory.stat that the kernel reclaims
@@ -109,4 +110,4 @@ def version_of(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED

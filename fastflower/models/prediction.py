@@ -28,6 +28,7 @@ from fastflower.machine import cores
 from fastflower.models.backbone import on_device
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.inference import log_probabilities, non_finite_outputs, view_of
+from fastflower.packing.containers import instead_of_images
 from fastflower.packing.folder import images_in
 from fastflower.packing.layout import EXTENSIONS
 from fastflower.shards.image import Prepared, prepare
@@ -112,7 +113,8 @@ def _files(images: Iterable[str | Path]) -> Iterable[Path]:
         if entry.is_dir():
             if not (inside := images_in(entry)):
                 known = ", ".join(EXTENSIONS)
-                raise SampleError(f"{entry}: holds no images ({known}); pass image files or another folder.")
+                what = f"{entry}: holds no images ({known}); pass image files or another folder."
+                raise SampleError(instead_of_images(entry) or what)
             yield from inside
         else:
             yield entry
@@ -123,7 +125,13 @@ def _prepared(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, Prepared
 
     def prepared(path: Path) -> Prepared | None:
         try:
-            return prepare(path.read_bytes(), max_side=None, quality=None, warn=partial(_log.warning, "%s: %s", path))
+            return prepare(
+                path.read_bytes(),
+                max_side=None,
+                quality=None,
+                warn=partial(_log.warning, "%s: %s", path),
+                name=path.name,
+            )
         except (OSError, SampleError) as error:
             blame_the_system(error, path)
             what = f"{path}: {(isinstance(error, OSError) and error.strerror) or error}"

@@ -5,8 +5,10 @@ Stores files in arrays instead of objects, so that a million of them fit in memo
 
 import logging
 import os
+import re
 import stat
 import struct
+import sys
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
 from fastflower.packing import layout
+from fastflower.packing.containers import instead_of_images
 from fastflower.packing.lists import listed_classes, listed_files, lists_of
 
 FILE_DTYPE = np.dtype(
@@ -85,7 +88,10 @@ class _Collector:
                 return
             size, mtime_ns = status.st_size, status.st_mtime_ns
         if not named:
-            self.ignored.append((path, "has no image extension"))
+            suffix = re.search(r"\.\w{1,12}$", path, re.ASCII)
+            self.ignored.append(
+                (path, sys.intern(f"has no image extension{f' ({suffix[0].lower()})' if suffix else ''}"))
+            )
             return
         self.paths += os.fsencode(path)
         self.files += _FILE.pack(len(self.paths), label, split, size, mtime_ns)
@@ -168,6 +174,10 @@ def scan(root: str | Path, *, resplit: bool = False) -> Folder:
     except OSError as error:
         blame_the_system(error, error.filename or root)
         raise FolderError(f"{error.filename or root}: cannot be read ({error.strerror}); make it readable.") from error
+    except FolderError as error:
+        if instead := instead_of_images(root):
+            raise FolderError(instead) from error
+        raise
     if len(folder.classes) == 1:
         only = folder.classes[0]
         raise FolderError(f"{root}: has one class, {only!r}; a classifier needs at least two class folders.")

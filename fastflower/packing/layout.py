@@ -14,8 +14,11 @@ from pathlib import Path
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
 
-# ImageFolder's IMG_EXTENSIONS (torchvision/datasets/folder.py).
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),  # ImageFolder's IMG_EXTENSIONS
+    *(".jfif", ".jpe", ".gif", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".pbm", ".pnm", ".dib"),
+    *(".mpo", ".tga", ".pcx"),  # all others that `prepare` reads, except .ico: web pages and file managers leave icons
+)
 
 # Added by archive tools, file systems and operating systems.
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}

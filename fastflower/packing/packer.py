@@ -114,7 +114,7 @@ def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executo
             unpublish(plan, work)
             _make_shards(plan, work, pool, threads, executor)
             manifest = publish(plan, work)
-            for remark in remarks(manifest):
+            for remark in remarks(manifest, {reason for _, reason in plan.folder.ignored}):
                 _log.warning("%s: %s", manifest.folder, remark)
         except FolderError:  # the images are at fault, so resuming would not help
             (work / PLAN).unlink()

@@ -228,9 +228,9 @@ def load_plan(work: Path, root: Path, *, whole: bool = False) -> Plan:
 def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str, str], work: Path) -> None:
     """Raise FolderError, naming the difference, if files, options or versions have changed since the pack was interrupted."""
     before, now = {**asdict(plan.options), **plan.versions}, {**asdict(options), **versions}
-    for name in now:
-        if before.get(name) != now[name]:
-            what = f"holds an interrupted pack with {name} {before.get(name)!r}, not {now[name]!r}"
+    for name in before | now:
+        if before.get(name) != now.get(name):
+            what = f"holds an interrupted pack with {name} {before.get(name)!r}, not {now.get(name)!r}"
             remedy = f"use {name} {before.get(name)!r} to resume, or remove {work} to start over."
             raise FolderError(f"{work}: {what}; {remedy}")
     if changed := _difference(plan.folder, folder):

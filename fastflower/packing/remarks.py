@@ -1,26 +1,59 @@
 """Warnings about a finished pack: skipped files, missing classes and unusual splits."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 
 from fastflower.shards.manifest import Manifest
 
 _MOST_NAMES = 10  # class names per warning
+_MOST_REASONS, _MOST_FILES = 20, 3  # named for skipped files
 _TOLERANCE = 0.05  # fraction of all images by which the val split may exceed val_fraction without a warning
 
 
-def remarks(manifest: Manifest) -> Iterator[str]:
-    """Yield one line per warning, without the folder's name."""
-    odd, skipped = len({item["path"] for item in manifest.warnings}), len(manifest.skipped)
+def remarks(manifest: Manifest, ignored: Collection[str] = ()) -> Iterator[str]:
+    """Yield each warning, without the folder's name.
+
+    ignored  Reasons for which files were skipped without reading them.
+    """
+    odd = len({item["path"] for item in manifest.warnings})
     if odd:
         yield f"decoded {odd} image{'s' if odd > 1 else ''} with warnings; see `warnings` in manifest.json"
-    if skipped:
-        yield f"skipped {skipped} file{'s' if skipped > 1 else ''}; see `skipped` in manifest.json for the reasons"
+    if manifest.skipped:
+        yield "\n  ".join(_skipped(manifest, ignored))
     yield from _validation(manifest)
     for name, split in manifest.splits.items():
         absent = [label for label, count in zip(manifest.classes, split.class_counts, strict=True) if not count]
         if absent and split.samples:
             few = ", ".join(map(repr, absent[:_MOST_NAMES])) + (" and others" if len(absent) > _MOST_NAMES else "")
             yield f"the {name} split has no images of {few}: these classes will not be evaluated"
+
+
+def _skipped(manifest: Manifest, ignored: Collection[str]) -> Iterator[str]:
+    """Yield a line for each reason, damaged files first, then the most frequent. Reasons that differ in numbers are one."""
+    groups: dict[str, list[dict[str, str]]] = {}
+    for item in manifest.skipped:
+        groups.setdefault(re.sub(r"\b\d[\d.,]*\b", "N", item["reason"]), []).append(item)
+    unread = {key for key, items in groups.items() if items[0]["reason"] in ignored and "cannot be read" not in key}
+    ordered = sorted(groups, key=lambda key: (key in unread, -len(groups[key])))
+    yield f"skipped {_counted(len(manifest.skipped), 'file')}; `skipped` in manifest.json lists all:"
+    for key in ordered[:_MOST_REASONS]:
+        items = groups[key]
+        reason = items[0]["reason"] if len({item["reason"] for item in items}) == 1 else key
+        names = ", ".join(item["path"] for item in items[:_MOST_FILES])
+        if len(items) > _MOST_FILES:
+            names = f"{len(items)} files ({names} and {_counted(len(items) - _MOST_FILES, 'other')})"
+        yield printable(f"{reason}: {names}")
+    if rest := ordered[_MOST_REASONS:]:
+        yield f"{_counted(sum(len(groups[key]) for key in rest), 'file')} for {_counted(len(rest), 'other reason')}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    """Escape what would not print, because file names may contain line breaks and terminal escapes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _validation(manifest: Manifest) -> Iterator[str]:

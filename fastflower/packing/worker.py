@@ -150,7 +150,9 @@ def _prepare_chunk(plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
         try:
             if size > _MAX_BYTES:
                 raise SampleError(f"has {size} bytes, more than the limit of {_MAX_BYTES}")
-            image = prepare(file.read_bytes(), max_side=options.max_side, quality=options.quality, warn=warnings.append)
+            image = prepare(
+                file.read_bytes(), max_side=options.max_side, quality=options.quality, warn=warnings.append, name=path
+            )
         except (OSError, SampleError) as error:
             blame_the_system(error, file)
             reason = str((isinstance(error, OSError) and error.strerror) or error)

@@ -12,7 +12,7 @@ import PIL
 
 from fastflower.errors import FolderError, HeldError
 from fastflower.files import blame_the_system, locked
-from fastflower.machine import version_of
+from fastflower.machine import NOT_INSTALLED, version_of
 from fastflower.packing.duplicates import MapLike
 from fastflower.packing.folder import Folder
 from fastflower.packing.plan import Options, Plan, check_same, load_plan, make_plan, save_plan
@@ -54,6 +54,8 @@ def load_or_make_plan(folder: Folder, options: Options, work: Path, mapped: MapL
     """Load the plan of a pack that was interrupted here. If there is none, make, save and load a new plan."""
     out = work.parent
     versions = {"fastflower": version_of("fastflower"), "pillow": PIL.__version__, "opencv": cv2.__version__}
+    if (heif := version_of("pillow-heif")) != NOT_INSTALLED:  # decodes HEIC if it is installed
+        versions["pillow-heif"] = heif
     if not (work / PLAN).exists():
         names = [INFO, "classes.txt", "meta"] if options.lists else [INFO]
         taken = [path.name for path in sorted(out.iterdir()) if path.name in names or path.suffix in _ENDINGS]

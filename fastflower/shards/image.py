@@ -3,6 +3,7 @@
 import io
 import re
 import struct
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fastflower.errors import SampleError
-from fastflower.shards import libjpeg
+from fastflower.shards import kinds, libjpeg
 from fastflower.shards.levels import is_wide, to_eight_bits
 
 # Pillow raises DecompressionBombError above this, which is twice its warning threshold.
@@ -27,6 +28,8 @@ _REDUCED = {  # IMREAD_REDUCED_COLOR_* includes IMREAD_COLOR, which means BGR
 }
 # Bitmap formats only: some of Pillow's other readers start programs, for example Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "ICO", "PCX", "TGA")
+_HEIF_LICENSES = "its libheif and libde265 are LGPL, its x265 is GPL"
+_REGISTERING = threading.Lock()
 
 
 def decode(encoded: bytes, decode_scale: int = 1) -> NDArray[np.uint8]:
@@ -73,18 +76,24 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    data: bytes, *, max_side: int | None, quality: int | None, warn: Callable[[str], object] = lambda _: None
+    data: bytes,
+    *,
+    max_side: int | None,
+    quality: int | None,
+    warn: Callable[[str], object] = lambda _: None,
+    name: str = "",
 ) -> Prepared:
     """Fully decode an image file to check that it is intact, and return the JPEG file to pack.
 
     Keeps the bytes of a gray or RGB JPEG file that needs no change. Transcodes every other file to an RGB JPEG.
     max_side  Maximum length of the longer side in pixels.  quality  JPEG quality, 1 .. 95; if given, transcodes every image.
     warn  Called with a message if an image is packed despite damage that decoders only warn about, or despite low contrast.
+    name  The file's name. If the file is no image, the reason says what it is and how it is named.
     Raises SampleError with the reason if the image cannot be decoded or has more than MAX_PIXELS pixels.
     """
     size = _kept_jpeg_size(data) if quality is None else None
     if size is None or (max_side is not None and max(size) > max_side):
-        jpeg, gray = _transcode(data, max_side, quality)
+        jpeg, gray = _transcode(data, max_side, quality, name)
         if data[:2] == b"\xff\xd8":  # Pillow hides libjpeg's warnings
             _forward_warnings(data, warn)
     else:
@@ -96,16 +105,16 @@ def prepare(
     return Prepared(jpeg, (gray.shape[0], gray.shape[1]), perceptual_hash(gray))
 
 
-def _transcode(data: bytes, max_side: int | None, quality: int | None) -> tuple[bytes, NDArray[np.uint8]]:
+def _transcode(data: bytes, max_side: int | None, quality: int | None, name: str) -> tuple[bytes, NDArray[np.uint8]]:
     """Transcode an image file to JPEG. Return the JPEG bytes and the image in grayscale, (H, W) uint8."""
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_formats(data)) as image:
             _check_pixels(*image.size)
             upright = _upright_rgb(image)
     except (SampleError, MemoryError):  # running out of memory says nothing about the image
         raise
     except Exception as error:  # Pillow's readers also raise errors of struct and zlib
-        raise SampleError(_message(error)) from None
+        raise SampleError(kinds.reason(data, name) or _message(error, data)) from None
     if max_side is not None:
         upright.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     if max(upright.size) > _MAX_SIDE:
@@ -114,6 +123,19 @@ def _transcode(data: bytes, max_side: int | None, quality: int | None) -> tuple[
     target = io.BytesIO()
     upright.save(target, "JPEG", quality=quality or _QUALITY, subsampling=0 if quality is None else "4:2:0")
     return target.getvalue(), np.asarray(upright.convert("L"))
+
+
+def _formats(data: bytes) -> tuple[str, ...]:
+    """Return the formats to try. HEIF needs the package pillow-heif, which is imported when the first such file is met."""
+    if not kinds.is_heif(data):
+        return _FORMATS
+    try:
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
+    except ImportError:
+        raise SampleError(f"is HEIC, which needs pip install pillow-heif ({_HEIF_LICENSES})") from None
+    with _REGISTERING:
+        register_heif_opener()
+    return ("HEIF",)
 
 
 def _gray_if_intact(data: bytes, warn: Callable[[str], object]) -> NDArray[np.uint8]:
@@ -255,9 +277,11 @@ def _pillow_error(data: bytes) -> str | None:
     except MemoryError:
         raise
     except Exception as error:
-        return _message(error)
+        return _message(error, data)
     return None
 
 
-def _message(error: BaseException) -> str:
-    return "is not an image" if "cannot identify" in str(error) else str(error) or type(error).__name__
+def _message(error: BaseException, data: bytes) -> str:
+    if "cannot identify" in str(error):
+        return kinds.damaged(data) or "is not an image"
+    return str(error) or type(error).__name__

@@ -35,8 +35,7 @@ NO_UTF8 = b"caf\xe9".decode("utf-8", "surrogateescape")
 
 
 def main() -> int:
-    for path, expectation in make(Path(sys.argv[1])).items():
-        print(f"{expectation:10} {path!a}")
+    print("\n".join(f"{expectation:10} {path!a}" for path, expectation in make(Path(sys.argv[1])).items()))
     return 0
 
 
@@ -135,6 +134,7 @@ def jpegs() -> Files:
         "several pictures.jpg": encode(smooth(12), "MPO", save_all=True, append_images=[smooth(13)]),
         "JPEG named png.png": encode(smooth(22), "JPEG"),
         "JPEG named tiff.TIFF": encode(smooth(23), "JPEG"),
+        **{f"other name.{end}": encode(smooth(24 + n), "JPEG") for n, end in enumerate(("jfif", "jpe", "gif"))},
     }  # fmt: skip
 
 
@@ -156,11 +156,10 @@ def exifs() -> Files:
         "orientation far away": tiff("<", [(0x0112, 3, 1 << 30, 1 << 30)]),
         "a thumbnail": tiff("<", [(*orientation, 8), (0x0201, 4, 1, 50), (0x0202, 4, 1, len(thumbnail))], thumbnail),
     }
-    files = {
+    return {
         f"exif, {name}.jpg": with_segments(encode(smooth(40 + number), "JPEG"), segment(0xE1, b"Exif\0\0" + data))
         for number, (name, data) in enumerate(made.items())
     }
-    return files
 
 
 def formats() -> Files:
@@ -186,10 +185,11 @@ def formats() -> Files:
         "8 bits.bmp": encode(color.quantize(64), "BMP"),
         "1 bit.bmp": encode(blocks().convert("1"), "BMP"),
         "32 bits.bmp": by_opencv(".bmp", np.asarray(clear)),
-        "gif.png": encode(color.quantize(64), "GIF"),
+        **dict.fromkeys(("gif.png", "plain.gif"), encode(color.quantize(64), "GIF")),
+        **{f"plain.{kind}": encode(color, kind) for kind in ("avif", "pcx", "tga")},
         "animated gif.jpg": encode(color.quantize(64), "GIF", save_all=True, append_images=[other.quantize(64)]),
         "clear gif.png": encode(color.quantize(64), "GIF", transparency=3),
-        "jpeg 2000.jpg": encode(color, "JPEG2000"),
+        **dict.fromkeys(("jpeg 2000.jpg", "plain.jp2"), encode(color, "JPEG2000")),
         "avif.jpg": encode(color, "AVIF"),
         "icon.png": encode(color, "ICO"),
         "targa.bmp": encode(color, "TGA", rle=True),
@@ -346,8 +346,8 @@ def bombs() -> Files:
 
 def not_images() -> Files:
     """Return other files with image names, and images with other names."""
-    archive, image = io.BytesIO(), encode(smooth(97), "JPEG")
-    with zipfile.ZipFile(archive, "w") as opened:
+    image = encode(smooth(97), "JPEG")
+    with zipfile.ZipFile(archive := io.BytesIO(), "w") as opened:
         opened.writestr("photo.jpg", image)
     return {
         "empty.jpg": b"",
@@ -356,7 +356,7 @@ def not_images() -> Files:
         "svg.png": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>',
         "pdf.jpg": b"%PDF-1.4\n%%EOF\n",
         **dict.fromkeys(("notes.txt", "Thumbs.db", ".DS_Store"), b"notes"),
-        **dict.fromkeys((f"photo.{end}" for end in ("jfif", "jpe", "gif", "jpg~", "jpg.txt", "jpg ")), image),
+        **dict.fromkeys((f"photo.{end}" for end in ("ico", "jpg~", "jpg.txt", "jpg ")), image),
         "heic.jpg": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100),
         "zip.jpg": archive.getvalue(),
         "noise.jpg": np.random.default_rng(2).bytes(100_000),

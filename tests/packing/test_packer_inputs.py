@@ -163,9 +163,9 @@ def test_bad_files_are_skipped_with_a_reason_and_the_others_packed(small: Path, 
     assert list(reasons) == sorted(reasons)
     assert "runcated" in reasons.pop("a/half.jpg")
     assert reasons == {
-        "b/text.jpg": "is not an image",
-        "b/empty.png": "is not an image",
-        "c/notes.txt": "has no image extension",
+        "b/text.jpg": "is plain text, named .jpg",
+        "b/empty.png": "is empty",
+        "c/notes.txt": "has no image extension (.txt)",
         "c/gone.jpg": "No such file or directory",
     }
     assert paths(tmp_path / "out", "train") | paths(tmp_path / "out", "val") == good
@@ -219,7 +219,7 @@ def test_shards_without_a_good_image_are_not_written(small: Path, tmp_path: Path
 
 def one_bad(folder: Path) -> str:
     (folder / "b/004.jpg").write_bytes(b"text")
-    return f"{folder / 'b/004.jpg'}: is not an image; remove or replace it, or pack with --on-bad skip."
+    return f"{folder / 'b/004.jpg'}: is plain text, named .jpg; remove or replace it, or pack with --on-bad skip."
 
 
 def one_gone(folder: Path) -> str:
@@ -349,4 +349,4 @@ def test_a_file_of_more_than_a_gigabyte_is_not_read(small: Path, tmp_path: Path)
 
 def test_formats_that_start_external_programs_are_not_images(small: Path, tmp_path: Path) -> None:
     draw_image(1).save(small / "a/script.jpg", "EPS")
-    assert pack(small, tmp_path / "out").skipped == ({"path": "a/script.jpg", "reason": "is not an image"},)
+    assert pack(small, tmp_path / "out").skipped == ({"path": "a/script.jpg", "reason": "is PostScript, named .jpg"},)

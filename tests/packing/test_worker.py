@@ -100,8 +100,8 @@ def test_the_record_describes_the_shard(small: Path, work: Path) -> None:
     assert made.hashes.shape == (6,)
     assert len(set(made.hashes.tolist())) == 6
     assert sorted(made.skipped, key=lambda item: item["path"]) == [
-        {"path": "a/001.jpg", "reason": "is not an image"},
-        {"path": "b/000.jpg", "reason": "is not an image"},
+        {"path": "a/001.jpg", "reason": "is plain text, named .jpg"},
+        {"path": "b/000.jpg", "reason": "is plain text, named .jpg"},
         {"path": "b/004.jpg", "reason": "No such file or directory"},
     ]
 
@@ -295,7 +295,7 @@ def test_chunks_are_small_and_consecutive(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("a/001.jpg", "is not an image"), ("b/004.jpg", "No such file or directory")]
+    ("name", "reason"), [("a/001.jpg", "is plain text, named .jpg"), ("b/004.jpg", "No such file or directory")]
 )
 def test_a_bad_image_stops_the_shard_if_on_bad_is_fail(small: Path, tmp_path: Path, name: str, reason: str) -> None:
     for other in {"a/001.jpg", "b/000.jpg", "b/004.jpg"} - {name}:

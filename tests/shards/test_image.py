@@ -277,8 +277,8 @@ def test_truncated_files_of_other_formats_are_rejected(name: str) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"not an image", b"\xff\xd8", bytes(1000), b"<html></html>", b"\x89PNG\r\n\x1a\n"]
 )
-def test_data_that_is_not_an_image_is_rejected(data: bytes) -> None:
-    with pytest.raises(SampleError, match=r"^is not an image$"):
+def test_data_that_is_not_an_image_is_rejected(data: bytes) -> None:  # test_kinds.py has the reasons
+    with pytest.raises(SampleError, match=r"^(is|contains) "):
         unchanged(data)
     with pytest.raises(SampleError, match=r"^cannot be decoded as an image or is truncated$"):
         decode(data)

@@ -149,7 +149,7 @@ def test_prediction_names_a_bad_file(run: Report, flowers: Path, tmp_path: Path)
     note.write_text("not an image")
     half.write_bytes(next((flowers / "rose").iterdir()).read_bytes()[:3000])
     remedy = r"; pass image files or folders, or on_bad='skip' \(--on-bad skip\)\.$"
-    with pytest.raises(SampleError, match=r"note\.jpg: is not an image" + remedy):
+    with pytest.raises(SampleError, match=r"note\.jpg: is plain text, named \.jpg" + remedy):
         predict(run.checkpoint, note)
     with pytest.raises(SampleError, match=r"half\.jpg: .*truncated.*" + remedy):
         predict(run.checkpoint, half)
@@ -174,7 +174,7 @@ def test_prediction_skips_bad_files_and_names_each(
     assert found == predict(run.checkpoint, [good[0], good[1], good[0]], device="cpu")
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert told[0] == f"skipped {bad[0]}: No such file or directory"
-    reason = "is not an image"
+    reason = "is plain text, named .jpg"
     assert sorted(told[1:]) == sorted(f"skipped {path}: {reason}" for path in [*bad[1:], bad[1]])
     assert predict(run.checkpoint, bad, on_bad="skip", device="cpu") == []
 

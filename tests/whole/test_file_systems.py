@@ -104,7 +104,9 @@ def test_an_empty_folder_that_cannot_be_removed_hides_no_error(
             raise OSError(errno.EBUSY, "Device or resource busy", str(path))
 
         monkeypatch.setattr(Path, "rmdir", busy)
-    with pytest.raises(FolderError, match=re.escape(f"{data}/a/text.jpg: is not an image; remove or replace it")):
+    with pytest.raises(
+        FolderError, match=re.escape(f"{data}/a/text.jpg: is plain text, named .jpg; remove or replace it")
+    ):
         pack(data, out, on_bad="fail")
     assert out.exists() == (kind != "folder")
     assert not out.exists() or list(out.iterdir()) == []

@@ -59,11 +59,12 @@ def test_skipped_files_and_classes_without_validation_images_are_logged(
     (folder / "notes.txt").touch()
     manifest = pack(folder, tmp_path / "out")
     assert [(item["path"], item["reason"]) for item in manifest.skipped] == [
-        ("a/bad.jpg", "is not an image"),
+        ("a/bad.jpg", "is plain text, named .jpg"),
         ("stray.jpg", "is not in a class folder"),
     ]
     assert caplog.messages == [
-        f"{tmp_path / 'out'}: skipped 2 files; see `skipped` in manifest.json for the reasons",
+        f"{tmp_path / 'out'}: skipped 2 files; `skipped` in manifest.json lists all:"
+        "\n  is plain text, named .jpg: a/bad.jpg\n  is not in a class folder: stray.jpg",
         f"{tmp_path / 'out'}: the val split has no images of 'b': these classes will not be evaluated",
     ]
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
