@@ -80,7 +80,7 @@ def reason(data: bytes, name: str) -> str | None:
     if not data:
         return "is empty"
     if not data.strip(b"\0"):
-        return "contains only zero bytes, as after a failed download or copy"
+        return "contains only zero bytes"
     kind = kind_of(data)
     if kind is None or ":" in kind:  # a remedy follows
         return kind

@@ -92,7 +92,7 @@ def test_the_images_error_is_raised_and_no_cached_result_is_reused(tmp_path: Pat
     bad = folder / next(iter(paths(tmp_path / "expected", "val")))
     whole, times = bad.read_bytes(), (bad.stat().st_atime_ns, bad.stat().st_mtime_ns)
     bad.write_bytes(bytes(len(whole)))
-    text = f"{bad}: is plain text, named .jpg; remove or replace it, or pack with --on-bad skip."
+    text = f"{bad}: contains only zero bytes; remove or replace it, or pack with --on-bad skip."
     with pytest.raises(FolderError, match=exactly(text)) as held:
         pack(folder, out, shard_bytes=2000, on_bad="fail", executor=executor)
     assert not out.exists()

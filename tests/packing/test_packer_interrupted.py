@@ -261,7 +261,7 @@ def test_an_error_soon_stops_all_other_shards(tmp_path: Path, elsewhere: bool, m
     monkeypatch.setattr(worker, "prepare", slowly)
     monkeypatch.setattr(worker, "_CHUNK_BYTES", 1 << 12)
     executor = LikeDask()
-    text = f"{bad}: is plain text, named .jpg; remove or replace it, or pack with --on-bad skip."
+    text = f"{bad}: contains only zero bytes; remove or replace it, or pack with --on-bad skip."
     with pytest.raises(FolderError, match=exactly(text)):
         pack(folder, tmp_path / "out", executor=executor if elsewhere else None, **options)
     assert executor.running == 0

@@ -230,7 +230,7 @@ def test_an_error_in_the_images_of_a_resumed_pack_removes_it(small: Path, tmp_pa
     bad.write_bytes(bytes(bad.stat().st_size))  # the size stays the same, so it is again in the third shard
     options = changed("on_bad")
     out = interrupted(small, tmp_path / "out", shards=2, **options)
-    reason = "contains only zero bytes, as after a failed download or copy"
+    reason = "contains only zero bytes"
     text = f"{bad}: {reason}; remove or replace it, or pack with --on-bad skip."
     with pytest.raises(FolderError, match=exactly(text)):
         pack(small, out, **options)

@@ -56,7 +56,7 @@ TFRECORD = bytes.fromhex("0500000000000000eab2043e") + b"hello"
 
 FILES = {
     "is empty": [b""],
-    "contains only zero bytes, as after a failed download or copy": [bytes(1), bytes(5000)],
+    "contains only zero bytes": [bytes(1), bytes(5000)],
     "is HTML, a web page, named .jpg": [
         b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
         b"\xef\xbb\xbf\n<!-- a --> <!-- b -->\n<HTML lang=en>",
