@@ -101,7 +101,7 @@ def test_the_record_describes_the_shard(small: Path, work: Path) -> None:
     assert len(set(made.hashes.tolist())) == 6
     assert sorted(made.skipped, key=lambda item: item["path"]) == [
         {"path": "a/001.jpg", "reason": "is plain text, named .jpg"},
-        {"path": "b/000.jpg", "reason": "is plain text, named .jpg"},
+        {"path": "b/000.jpg", "reason": "is empty"},
         {"path": "b/004.jpg", "reason": "No such file or directory"},
     ]
 
