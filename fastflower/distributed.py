@@ -27,7 +27,9 @@ def process_group(device: str | torch.device | None) -> Generator[None]:
     asked = str(device or "cuda")
     cuda = torch.cuda.is_available() and asked.startswith("cuda")
     if cuda and ":" in asked:
-        raise ArgumentError(f"device must be cuda under torchrun, got {asked!r}: each rank uses its local rank's GPU.")
+        raise ArgumentError(
+            f"device must be cuda under torchrun, got {asked!r}: each rank uses the GPU whose number is its local rank."
+        )
     if cuda:
         here, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if here >= gpus:

@@ -176,8 +176,8 @@ def balanced(
 
     by_class  Indices of all samples, (N,), grouped by class in ascending order.
     class_samples  Number of samples in each class, (K,).
-    An epoch still has N samples. The class counts differ by at most one, and so do the counts of samples within a
-    class. Each epoch draws different samples from a large class.
+    An epoch still has N samples. All classes appear equally often, to within one. Within a class, so do all samples.
+    Each epoch draws different samples from a large class.
     """
     counts = np.asarray(class_samples, np.int64)
     classes = np.flatnonzero(counts)

@@ -105,7 +105,9 @@ def test_ranks_refuse_a_numbered_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    message = r"^device must be cuda under torchrun, got 'cuda:0': each rank uses its local rank's GPU\.$"
+    message = (
+        r"^device must be cuda under torchrun, got 'cuda:0': each rank uses the GPU whose number is its local rank\.$"
+    )
     with pytest.raises(ArgumentError, match=message), distributed.process_group("cuda:0"):
         pass
 
