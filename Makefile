@@ -9,6 +9,9 @@ DATA ?=
 WEIGHTS ?=
 BACKBONE ?=
 
+# Where it is set, each of the processes that the tests start compiles the library again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test soak format clean
 
 install: .venv/installed

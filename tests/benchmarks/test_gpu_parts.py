@@ -227,7 +227,10 @@ def test_the_gpu_is_idle_when_no_kernel_runs() -> None:
 
 
 @pytest.mark.dali
-def test_each_way_to_decode_is_probed_in_its_own_process(place: Place, part: Part) -> None:
+def test_each_way_to_decode_is_probed_in_its_own_process(
+    place: Place, part: Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_dali, "_LIMIT", 120.0)  # other programs may be using the cores
     run("probe", part, place)
     found = left(part)
     assert len(gpu_dali.WAYS) == 16

@@ -42,11 +42,15 @@ def geometry_chain(image: torch.Tensor, draw: Draw, row: int, augment: Augment) 
 
 
 def color_chain(image: torch.Tensor, draw: Draw, row: int) -> torch.Tensor:
-    """Apply brightness, contrast, saturation and hue to a (3, H, W) float32 image in 0..1."""
-    image = F.adjust_brightness(image, float(draw.brightness[row]))
-    image = F.adjust_contrast(image, float(draw.contrast[row]))
-    image = F.adjust_saturation(image, float(draw.saturation[row]))
-    return F.adjust_hue(image, float(draw.hue[row]))
+    """Apply brightness, contrast, saturation and hue to a (3, H, W) float32 image in 0..1, except steps that change nothing."""
+    for adjust, factor, neutral in (
+        (F.adjust_brightness, draw.brightness[row], 1),
+        (F.adjust_contrast, draw.contrast[row], 1),
+        (F.adjust_saturation, draw.saturation[row], 1),
+        (F.adjust_hue, draw.hue[row], 0),
+    ):
+        image = image if factor == neutral else adjust(image, float(factor))
+    return image
 
 
 def render(

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,11 @@ CASES = {
 }
 
 
+@lru_cache(64)
+def decoded(encoded: bytes) -> NDArray[np.uint8]:
+    return decode(encoded)
+
+
 @cache
 def stretched(encoded: bytes) -> bytes:
     """Return an image stretched to 224 x 224, as PNG."""
@@ -101,7 +106,7 @@ def backend(
     name: Any, augment: Augment, dtype: torch.dtype, encoded: Sequence[bytes], device: str = "cpu"
 ) -> AnyBackend:
     """Return a backend over image files in memory."""
-    samples = SampleSource(EncodedFiles(encoded, [decode(data).shape[:2] for data in encoded]))
+    samples = SampleSource(EncodedFiles(encoded, [decoded(data).shape[:2] for data in encoded]))
     setup = Setup(resolve_device(device), dtype, batch_size=len(encoded), workers=2)
     return create(name, augment, samples, setup, None if name == "dali" else 1 << 30)
 
@@ -109,7 +114,7 @@ def backend(
 def request(augment: Augment, encoded: Sequence[bytes], seed: int = 0) -> Request:
     """Return the request of all images as one batch."""
     indices = np.arange(len(encoded))
-    sizes = np.array([decode(data).shape[:2] for data in encoded])
+    sizes = np.array([decoded(data).shape[:2] for data in encoded])
     return Request.drawn(augment, indices, sizes, seed=seed, epoch=0, step=0)
 
 
@@ -124,7 +129,7 @@ def render(
 @cache
 def expected(case: str, encoded: tuple[bytes, ...]) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
     """Return torchvision's images, each with the mask of the pixels to compare."""
-    augment, images = CASES[case].augment, [decode(data) for data in encoded]
+    augment, images = CASES[case].augment, [decoded(data) for data in encoded]
     draw: Draw = request(augment, encoded).draw
     return [oracle.render(image, draw, row, augment) for row, image in enumerate(images)]
 

@@ -11,14 +11,22 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 # One thread each, and names that need no network: torchrun would look up the machine's own name.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+# Else torch 2.15 gives restarted ranks the store of those before, where they may find addresses of processes that are gone.
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 """Environment of torchrun and of programs that call `launch`."""
 
 
-def launch(ranks: int, function: Callable[..., None], *arguments: str, polls: float = 0.1) -> list[int | None]:
-    """Call function(*arguments) on each rank. Return the ranks' exit codes.
+def launch(
+    ranks: int, function: Callable[..., None], *arguments: str, polls: float = 0.1, restarts: int = 0
+) -> list[int | None]:
+    """Call function(*arguments) on each rank. Return the ranks' exit codes, those of restarted ranks last.
 
-    polls  Seconds between two looks at the ranks. When one has failed, the agent stops the others.
+    polls     Seconds between two looks at the ranks. When one has failed, the agent stops the others.
+    restarts  How often it then starts all ranks again.
     """
     started: list[Any] = []
     module: Any = multiprocessing
@@ -36,7 +44,7 @@ def launch(ranks: int, function: Callable[..., None], *arguments: str, polls: fl
         rdzv_endpoint="localhost:0",
         rdzv_backend="c10d",
         local_addr="localhost",
-        max_restarts=0,
+        max_restarts=restarts,
         start_method="fork",
         monitor_interval=polls,
     )

@@ -1,7 +1,8 @@
 """`torchrun_trainings.py SHARDS OUT`: two ranks train several recipes one after the other, and then by the command line.
 
 Each rank writes into OUT what each recipe came to: a history and the number of steps, or the message of an error. Of the command
-lines the first is refused, and in the second a rank is killed: OUT/codes.json has the ranks' exit codes.
+lines the first is refused, and in the others a rank is killed; the last ones' ranks are restarted, and their output is in
+OUT/restarted.out and .err. OUT/codes.json has the ranks' exit codes.
 """
 
 import json
@@ -108,12 +109,23 @@ def train_all(shards: str, place: str) -> None:
     dist.destroy_process_group()
 
 
+def redirected(place: str, *arguments: str) -> None:
+    """One rank, with its output in files, without figures."""
+    figures.png = lambda _: b""
+    for number, suffix in ((1, "out"), (2, "err")):
+        with Path(place, f"restarted.{suffix}").open("ab") as file:
+            os.dup2(file.fileno(), number)
+    train_and_die.main(*arguments)
+
+
 def main(shards: str, place: str) -> None:
     out = Path(place)
+    restarted = ["SIGKILL", "step", "8", *command(shards, out / "restarted")]  # the second epoch's third step
     codes = {
         "trained": launch(2, train_all, shards, place),
         "refused": launch(2, train_and_die.run, *command(shards, out / "refused"), "--batch-size", "15", polls=2),
         "killed": launch(2, train_and_die.main, "SIGKILL", "step", "4", *command(shards, out / "killed"), polls=2),
+        "restarted": launch(2, redirected, place, *restarted, restarts=1),
     }
     (out / "codes.json").write_text(json.dumps(codes))
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import multiprocessing
+import os
 import pickle
 import signal
 import subprocess
@@ -75,26 +76,47 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_loader_ends import AUGMENT, OPTIONS, Loader
-loader = Loader(Path(sys.argv[2]), **OPTIONS)
-while True:
-    for batch in loader:
-        print("batch", flush=True)
+from test_loader_ends import load_forever
+load_forever(Path(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_process_that_is_killed_ends_at_once_and_leaves_nothing(number: signal.Signals, shards: Path) -> None:
+def load_forever(shards: Path) -> None:
+    loader = Loader(shards, **OPTIONS)
+    while True:
+        for _batch in loader:
+            os.write(1, b"batch\n")
+
+
+def test_a_process_that_is_interrupted_ends_at_once_and_leaves_nothing(shards: Path) -> None:
+    """The interpreter shuts down, so the process is no fork."""
     before = left()
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(shards)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "batch\n"
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert children == []
-    process.send_signal(number)
+    assert psutil.Process(process.pid).children(recursive=True) == []
+    process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    assert process.returncode in (-number, 1)
+    assert process.returncode in (-signal.SIGINT, 1)
+    assert left() == before
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.usefixtures("nothing_to_collect")
+def test_a_process_that_is_killed_ends_at_once_and_leaves_nothing(shards: Path) -> None:
+    before = left()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(writer, 1)
+        load_forever(shards)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        assert said.readline() == "batch\n"
+        assert psutil.Process(child).children(recursive=True) == []
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0) == (child, signal.SIGKILL)
     assert left() == before
 
 

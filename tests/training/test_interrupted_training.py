@@ -19,6 +19,7 @@ from training_runs import (
     BEST,
     LAST,
     RECIPE,
+    arguments,
     assert_same,
     assert_same_run,
     before_call,
@@ -33,6 +34,7 @@ from training_runs import (
 )
 
 from fastflower import Augment, Checkpoint, Loader, train
+from fastflower.cli import main
 from fastflower.errors import ArgumentError, CheckpointError, DeviceError, StoppedError, TrainingError
 from fastflower.training import run as loop
 from fastflower.training.run import Run
@@ -124,16 +126,18 @@ def test_a_run_that_is_killed_at_the_end_of_an_epoch_equals_an_uninterrupted_one
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_process_that_is_stopped_and_killed_equals_an_uninterrupted_one(
-    shards: Path, tmp_path: Path, resnet: Path
+def test_a_command_that_is_stopped_and_killed_equals_an_uninterrupted_one(
+    shards: Path, tmp_path: Path, resnet: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It gets SIGTERM in the second epoch, then SIGKILL while a checkpoint is half written."""
+    """It gets SIGTERM in the second epoch, then, in a process of its own, SIGKILL while a checkpoint is half written."""
     out = tmp_path / "run"
-    done = child("SIGTERM", "step", "6", recipe=RECIPE, shards=shards, out=out)
-    assert done.returncode == 143, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        before_call(Run, "step", 6, terminate, patch)
+        assert main(arguments(RECIPE, shards, out)) == 143
+    printed = capsys.readouterr()
     said = f"{out}: stopped by SIGTERM in epoch 2, step 1, and saved a checkpoint; pass resume=True (--resume) to continue."
-    assert done.stderr.splitlines()[-1] == said
-    assert done.stdout == ""
+    assert printed.err.splitlines()[-1] == said
+    assert printed.out == ""
     assert place(out) == (1, 1)
     done = child("SIGKILL", "write", "2", recipe=RECIPE, shards=shards, out=out)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -20,17 +20,13 @@ from fastflower.models.backbone import build
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
-KILL = [DIE, "SIGKILL", "step", "8"]  # the second epoch's third step
-
 
 def torchrun(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     """Run `torchrun` on two ranks."""
-    # Else torch 2.15 gives restarted ranks the store of those before, where they may find addresses of processes that are gone.
-    environment = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     options = ["--standalone", "--local-addr", "localhost", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     command = [sys.executable, "-m", "torch.distributed.run", *options, *arguments]
     # The limit only ends a hang; a launch takes seconds.
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=150, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +54,19 @@ def found(launch: tuple[Path, str], name: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-@pytest.fixture(scope="module")
-def restarted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run of `fastflower train` on two ranks; one is killed in the second epoch, then torchrun restarts both."""
-    out = tmp_path_factory.mktemp("restarted") / "run"
-    done = torchrun(*KILL, *command(shards, out), restarts=1)
+def codes(launched: tuple[Path, subprocess.CompletedProcess[str]], name: str) -> list[int]:
+    """The exit codes of the ranks of one of the program's launches."""
+    out, done = launched
     assert done.returncode == 0, done.stderr
-    return out, done
+    return json.loads((out / "codes.json").read_text())[name]
+
+
+@pytest.fixture(scope="module")
+def restarted(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> tuple[Path, str, str]:
+    """The folder and output of `fastflower train` on two ranks; one is killed in the second epoch, then both are restarted."""
+    assert codes(launched, "restarted") == [1, -signal.SIGKILL, 0, 0]
+    out = launched[0] / "restarted"
+    return out, out.with_suffix(".out").read_text(), out.with_suffix(".err").read_text()
 
 
 @pytest.mark.parametrize(("name", "updates"), [("frozen", 10), ("accumulated", 6), ("frozen soup", 10)])
@@ -131,28 +133,19 @@ def test_a_folder_in_use_by_another_run_is_refused_by_all_ranks(launch: tuple[Pa
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
-def test_only_one_rank_writes_files_and_logs(
-    launch: tuple[Path, str], restarted: tuple[Path, subprocess.CompletedProcess[str]]
-) -> None:
-    out, done = restarted
-    best, wrote = done.stdout.splitlines()
+def test_only_one_rank_writes_files_and_logs(launch: tuple[Path, str], restarted: tuple[Path, str, str]) -> None:
+    out, printed, told = restarted
+    best, wrote = printed.splitlines()
     assert best.startswith("best: epoch ")
     assert wrote == f"wrote {out / 'report.html'}"
     assert [row["epoch"] for row in written_history(out)] == [1, 2]
     assert len((out / "history.csv").read_text().splitlines()) == 3
-    assert done.stderr.count("epoch 1/2: train loss") == 1
+    assert told.count("epoch 1/2: train loss") == 1
     assert {path.name for path in out.glob("*checkpoint*")} == {LAST, BEST}
     assert len(list((launch[0] / "averaged" / "tensorboard").iterdir())) == 1
 
 
 REFUSED = "error: batch_size 15 must be a multiple of the number of ranks (2)."
-
-
-def codes(launched: tuple[Path, subprocess.CompletedProcess[str]], name: str) -> list[int]:
-    """The exit codes of the ranks of one of the program's launches."""
-    out, done = launched
-    assert done.returncode == 0, done.stderr
-    return json.loads((out / "codes.json").read_text())[name]
 
 
 def test_every_rank_refuses_a_wrong_command_line(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -191,9 +184,19 @@ def test_torchrun_names_the_signal_that_killed_a_rank(shards: Path, tmp_path: Pa
 
 
 def test_a_run_restarted_after_a_killed_rank_equals_an_uninterrupted_one(
-    launch: tuple[Path, str], restarted: tuple[Path, subprocess.CompletedProcess[str]]
+    launch: tuple[Path, str], restarted: tuple[Path, str, str]
 ) -> None:
-    out, done = restarted
+    out, printed, told = restarted
+    assert f"{out}: resumed in epoch 2 after 2 steps" in told
+    assert printed.count("wrote ") == 1
+    assert_same_run(out, launch[0] / "averaged")
+
+
+@pytest.mark.soak
+def test_torchrun_restarts_a_run_after_a_killed_rank(launch: tuple[Path, str], shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = torchrun(DIE, "SIGKILL", "step", "8", *command(shards, out), restarts=1)
+    assert done.returncode == 0, done.stderr
     assert f"{out}: resumed in epoch 2 after 2 steps" in done.stderr
     assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
     assert done.stdout.count("wrote ") == 1

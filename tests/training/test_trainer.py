@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import narrow_resnets, timeless
+from training_runs import timeless
 
 from fastflower import Augment, Checkpoint, Recipe, Report, evaluate, pack, predict, train
 from fastflower.devices import precision_of
@@ -219,10 +219,7 @@ def test_shards_without_a_validation_split_can_be_trained_on(flowers: Path, tmp_
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_lower_precision_stays_close(
-    shards: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    narrow_resnets(monkeypatch)  # some CPUs emulate these dtypes
+def test_lower_precision_stays_close(shards: Path, tmp_path: Path, precision: str) -> None:
     tiny = replace(TINY, augment=replace(TINY.augment, size=32, resize=36), epochs=1)
     recipe = replace(tiny, precision=precision)  # pyright: ignore[reportArgumentType]
     low = train(shards, recipe, out=tmp_path / "run", device="cpu")

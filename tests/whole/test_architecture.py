@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -32,6 +33,7 @@ PUBLIC = {
 }  # fmt: skip
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -46,6 +48,7 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@cache
 def tops(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in imports(path)}
 
@@ -55,6 +58,7 @@ def dotted(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
+@cache
 def files_imported(path: Path) -> set[str]:
     """Return the dotted names of the fastflower files that a file imports; an imported package gives its own name."""
     found: set[str] = set()

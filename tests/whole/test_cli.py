@@ -30,6 +30,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "pack": pack, "verify": verify, "doctor": diagnose, "preview": preview, "train": train, "evaluate": evaluate,
     "predict": predict,
 }  # fmt: skip
+pytestmark = pytest.mark.usefixtures("narrow")
 CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
 
 
@@ -44,7 +45,7 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Pop
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(narrow: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001  (is set up first)
     """An untrained network for small images."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("run") / "checkpoint-best.pt"

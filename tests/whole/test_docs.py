@@ -13,6 +13,8 @@ from torchvision import models
 from fastflower import Augment, Batch, Loader, Recipe, predict, train
 from fastflower.models.backbone import build
 
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
+
 PAGES = ("coming-from-dataloader.md", "using-a-trained-network.md")
 # The same path in seconds: small images, and no worker processes, which would be forked from a process with threads.
 SHORTER = {

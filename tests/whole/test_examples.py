@@ -11,6 +11,8 @@ from places import ROOT
 
 from fastflower import Augment, Recipe, train
 
+pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
+
 PACKAGE = ROOT / "fastflower"
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 

@@ -1,7 +1,7 @@
 """TensorBoard events of a run, and tools/reports.py, which repeats the reports' experiments."""
 
 import importlib.util
-import subprocess
+import runpy
 import sys
 import threading
 from collections.abc import Iterator
@@ -123,7 +123,12 @@ def rows(out: Path) -> list[list[str]]:
 
 @pytest.mark.usefixtures("no_run_figures")
 def test_reports_trains_each_recipe_once_and_compares(
-    reports: Any, trained: list[str], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    reports: Any,
+    trained: list[str],
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reports.reports(str(shards), ("a", "b"), tmp_path, None, 1, "cpu")
     assert trained == ["one", "two", "three"]
@@ -149,6 +154,7 @@ def test_reports_trains_each_recipe_once_and_compares(
     assert capsys.readouterr().out == f"{text}wrote {tmp_path / 'reports.md'}\n"
 
     trained.clear()
+    monkeypatch.setattr(reports, "png", lambda _: b"")
     reports.reports(str(shards), ("a", "b"), tmp_path, None, 1, "cpu")
     assert trained == []
     assert (tmp_path / "reports.md").read_text() == text
@@ -239,19 +245,23 @@ def test_exactly_the_report_presets_are_compared(loaded: Any) -> None:
     assert list(loaded.REPORTS) == ["a", "b", "c", "d", "e"]
 
 
-def test_reports_runs_as_a_program(flowers: Path, tmp_path: Path) -> None:
+def test_reports_runs_as_a_program(
+    flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a narrow network, so in this process."""
     for path in flowers.glob("*/000*.jpg"):  # 50: one step of training
         (tmp_path / "few" / path.parent.name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "few" / path.parent.name / path.name).symlink_to(path)
     pack(tmp_path / "few", tmp_path / "shards")
     command = [PROGRAM, tmp_path / "shards", "--report", "a", "--weights", "None", "--epochs", "1", "--out", tmp_path]
     device = ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
-    done = subprocess.run([sys.executable, *command, *device], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", [*map(str, command), *device])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(PROGRAM), run_name="__main__")
     ((letter, title, recipe, reported, *_),) = rows(tmp_path)
     assert (letter, title, recipe, reported) == ("A", "ResNet-18", "report-a", "93.3%")
     assert (tmp_path / "report-a" / "report.html").exists()
     for name in ("report-a.png", "report-a/curves.png", "report-a/confusion.png"):
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 300
-    assert done.stdout == (tmp_path / "reports.md").read_text() + f"wrote {tmp_path / 'reports.md'}\n"
+    assert capsys.readouterr().out == (tmp_path / "reports.md").read_text() + f"wrote {tmp_path / 'reports.md'}\n"
