@@ -34,6 +34,7 @@ _TYPES: dict[str, object] = {
     "images": list[Path],
     "device": str | None,
     "executor": Annotated[str | None, _DASK],
+    "ignore": Annotated[tuple[str, ...], tyro.conf.UseAppendAction],
 }
 """Command-line types of parameters that accept more types from Python."""
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from fastflower.errors import ArgumentError, HeldError, ResourceError
 
@@ -22,6 +23,7 @@ _log = logging.getLogger("fastflower")
 
 _POLL_SECONDS = 0.05  # between attempts to take a lock that another process holds
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # from flock on a file system without locks
+_NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # from fsync on FUSE, SMB or 9p
 PARTIAL = f"*.{'[0-9a-f]' * 8}.part"
 """Glob pattern that matches the names from `partial_name`."""
 
@@ -51,8 +53,7 @@ def write_atomically(path: Path, *pieces: bytes | bytearray | memoryview) -> Non
     with written(path) as part, part.open("wb") as file:
         for piece in pieces:
             file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
 
 
 def write_out(out: Path, data: bytes) -> None:
@@ -64,17 +65,52 @@ def write_out(out: Path, data: bytes) -> None:
         write_atomically(out, data)
     except OSError as error:
         blame_the_system(error, out)
-        what = f"{out} cannot be written ({error.strerror})"
-        raise ArgumentError(f"out: {what}; choose a file in an existing folder.") from None
+        remedy = remedy_for(error, "choose a file in an existing, writable folder (--out)")
+        raise ArgumentError(f"out: {out} cannot be written ({error.strerror}); {remedy}.") from None
+
+
+def is_full(error: object) -> bool:
+    """Return whether `error` means that the disk or a quota is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def remedy_for(error: object, elsewhere: str) -> str:
+    """Return the remedy for a file that cannot be written: `elsewhere`, or to free up space if that helps."""
+    return f"free up space, or {elsewhere}" if is_full(error) else elsewhere
+
+
+def flush(file: BinaryIO) -> None:
+    """Flush a file to disk."""
+    file.flush()
+    _fsync(file.fileno(), Path(file.name).parent)
 
 
 def sync(folder: Path) -> None:
     """Flush a folder's entries to disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        _fsync(handle, folder)
     finally:
         os.close(handle)
+
+
+def _fsync(number: int, folder: Path) -> None:
+    """Call fsync. On a file system that does not support it, warn and continue."""
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        what = "its file system cannot flush everything to disk, so a power failure may damage what was just written"
+        _warn_once(number, folder, what, error)
+
+
+def _warn_once(number: int, folder: Path, what: str, error: OSError) -> None:
+    """Warn about what the file system of an open file lacks, once per file system."""
+    lack = os.fstat(number).st_dev, what
+    if lack not in _lacks:
+        _lacks.add(lack)
+        _log.warning("%s: %s (%s)", folder, what, error.strerror)
 
 
 def refusal(error: object, path: object) -> ResourceError | None:
@@ -155,13 +191,10 @@ class _Lock:
             _open_locks.add(self)
 
     def _continue_without(self, error: OSError) -> None:
-        """Continue without a lock. Warns once per file system."""
+        """Continue without a lock, after a warning."""
         self.exists = False
-        device = os.fstat(self._number).st_dev
-        if device not in _lockless_devices:
-            _lockless_devices.add(device)
-            what = "its file system does not support locks, so run only one process at a time here"
-            _log.warning("%s: %s (%s)", self._path.parent, what, error.strerror)
+        what = "its file system does not support locks, so run only one process at a time here"
+        _warn_once(self._number, self._path.parent, what, error)
 
     def write_holder(self) -> None:
         self._signed = True
@@ -191,7 +224,7 @@ class _Lock:
 
 
 _open_locks: set[_Lock] = set()
-_lockless_devices: set[int] = set()  # already warned about
+_lacks: set[tuple[int, str]] = set()  # (device, what it lacks) already warned about
 _forking = threading.Lock()  # held during a fork and while `_open_locks` changes
 
 

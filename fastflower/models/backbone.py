@@ -1,5 +1,6 @@
 """torchvision classifiers with a new head, optional pretrained weights and optional frozen stages."""
 
+import errno
 import logging
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torchvision import models  # pyright: ignore[reportMissingTypeStubs]
 
 from fastflower.errors import ArgumentError, CheckpointError
-from fastflower.files import blame_the_system
+from fastflower.files import blame_the_system, is_full, remedy_for
 
 _log = logging.getLogger("fastflower")
 
@@ -126,6 +127,7 @@ def _downloaded(name: str, weights: str) -> nn.Module:
     try:
         return models.get_model(name, weights=weights)
     except OSError as error:  # urllib's errors are OSErrors
+        _blame_the_cache(weights, error)
         raise CheckpointError(
             f"weights={weights!r}: pretrained weights for {name} could not be downloaded ({error}). Download them on a machine "
             f"with internet access and pass the path, or train from scratch (--recipe scratch; weights=None, freeze=0)."
@@ -147,18 +149,28 @@ def _fetched(address: str) -> Path:
         )
     path = Path(torch.hub.get_dir(), "checkpoints", f"{checksum[:16]}-{Path(url).name}")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), checksum, progress=False)
         except RuntimeError:
             raise CheckpointError(
                 f"weights: the SHA-256 of {url} is not {checksum}; check the URL and the checksum. The download was deleted."
             ) from None
         except (OSError, HTTPException, ValueError) as error:
+            _blame_the_cache(address, error)
             raise CheckpointError(
                 f"weights: {url} could not be downloaded ({str(error).strip()}); check the URL, or pass a file's path."
             ) from None
     return path
+
+
+def _blame_the_cache(weights: str, error: Exception) -> None:
+    """Raise CheckpointError if `error` means that torch's cache of downloaded weights cannot be written."""
+    unwritable = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    if unwritable or is_full(error):
+        what = f"cannot be downloaded to {torch.hub.get_dir()} ({getattr(error, 'strerror', None)})"
+        remedy = remedy_for(error, "set TORCH_HOME to a writable folder, or pass a file (--weights PATH)")
+        raise CheckpointError(f"weights={weights!r}: {what}; {remedy}.") from None
 
 
 def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classes: Sequence[str]) -> str:

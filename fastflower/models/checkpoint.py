@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflower.errors import CheckpointError, FastflowerError
-from fastflower.files import blame_the_system, written
+from fastflower.files import blame_the_system, flush, is_full, written
 from fastflower.models.backbone import build, load_file, not_finite
 from fastflower.recipes.recipe import Recipe
 
@@ -79,13 +79,13 @@ class Checkpoint:
                 if twin is None or not _linked(Path(twin), part):
                     with part.open("wb") as file:
                         torch.save(content, file)
-                        file.flush()
-                        os.fsync(file.fileno())
+                        flush(file)
         except (OSError, RuntimeError) as error:  # torch's writer hides an OSError, for example when the disk is full
             reason = error if isinstance(error, OSError) else error.__context__ or error
             blame_the_system(reason, path)
+            remedy = "Free up space" if is_full(reason) else f"Make {path.parent} writable"
             raise CheckpointError(
-                f"{path}: could not be written ({reason}); any previous file is unchanged. Free disk space, then resume."
+                f"{path}: could not be written ({reason}); any previous file is unchanged. {remedy}, then resume."
             ) from error
 
     @classmethod

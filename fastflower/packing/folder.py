@@ -9,6 +9,7 @@ import re
 import stat
 import struct
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -20,6 +21,7 @@ from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
 from fastflower.packing import layout
 from fastflower.packing.containers import instead_of_images
+from fastflower.packing.hidden import entries, ignoring, is_hidden, is_ignored
 from fastflower.packing.lists import listed_classes, listed_files, lists_of
 
 FILE_DTYPE = np.dtype(
@@ -76,6 +78,8 @@ class _Collector:
 
     def add(self, path: str, label: int, split: int, named: bool = True) -> None:
         """Add an image, or record why a file is ignored. A broken link is added, so that it is later reported as unreadable."""
+        if is_ignored(f"{self.root}/{path}"):
+            return
         try:
             status = os.stat(os.path.join(self.root, path))  # noqa: PTH116, PTH118  (pathlib takes three times as long)
         except OSError:
@@ -100,8 +104,15 @@ class _Collector:
         """Add the files under root/name in ImageFolder's order: by folder, then name. Return whether there are any images."""
         before = len(self.files)
         for parent in self._folders(name):
+            hidden = 0
             for file in sorted(os.listdir(self.root / parent)):  # noqa: PTH208  (names take less memory than paths)
-                self.add(f"{parent}/{file}", label, split, named=file.lower().endswith(layout.EXTENSIONS))
+                named = file.lower().endswith(layout.EXTENSIONS)
+                if not is_hidden(file):
+                    self.add(f"{parent}/{file}", label, split, named=named)
+                elif not is_ignored(f"{self.root}/{parent}/{file}"):
+                    hidden += named and not file.startswith("._")  # macOS adds such a file to each file
+            if hidden:
+                self.ignored.append((parent, f"holds {hidden} hidden image{'s' if hidden > 1 else ''}"))
         return len(self.files) > before
 
     def _folders(self, name: str) -> list[str]:
@@ -116,18 +127,15 @@ class _Collector:
                 if (status.st_dev, status.st_ino) in seen:
                     self.ignored.append((path, "links to a folder that was already read"))
                     continue
-                entries = [entry for entry in os.scandir(self.root / path) if layout.is_folder(entry)]
+                below = [entry for entry in entries(self.root / path) if layout.is_folder(entry)]
             except OSError as error:
                 blame_the_system(error, self.root / path)
                 self.ignored.append((path, f"is a folder that cannot be read ({error.strerror})"))
                 continue
             seen.add((status.st_dev, status.st_ino))
             folders.append(path)
-            for entry in sorted(entries, key=attrgetter("name"), reverse=True):
-                if entry.name in layout.SYSTEM_FOLDERS:
-                    self.ignored.append((f"{path}/{entry.name}", "is a system folder"))
-                else:
-                    (linked if entry.is_symlink() else pending).append(f"{path}/{entry.name}")
+            for entry in sorted(below, key=attrgetter("name"), reverse=True):
+                (linked if entry.is_symlink() else pending).append(f"{path}/{entry.name}")
         return sorted(folders)
 
     def ignore_unlabeled(self, top: str) -> None:
@@ -143,12 +151,10 @@ class _Collector:
 
     def ignore_strays(self, folder: str) -> None:
         """Record images next to the class folders as ignored. Other files there are normal and not recorded."""
-        for file in sorted(os.listdir(self.root / folder)):  # noqa: PTH208  (names take less memory than paths)
+        for file in sorted(entry.name for entry in entries(self.root / folder)):
             path = os.path.normpath(f"{folder}/{file}")
             if file.lower().endswith(layout.EXTENSIONS) and not (self.root / path).is_dir():
                 self.ignored.append((path, "is not in a class folder"))
-            elif file in layout.SYSTEM_FOLDERS:
-                self.ignored.append((path, "is a system folder"))
 
     def folder(self, classes: list[str], splits: tuple[str, ...]) -> Folder:
         """Return the collected images as a Folder."""
@@ -156,7 +162,7 @@ class _Collector:
         return Folder(self.root, tuple(classes), splits, files, paths, tuple(self.ignored))
 
 
-def scan(root: str | Path, *, resplit: bool = False) -> Folder:
+def scan(root: str | Path, *, resplit: bool = False, ignore: Sequence[str] = ()) -> Folder:
     """Find the images of a folder by name, without reading them. The folder has one of three layouts:
 
     - `root`/CLASS/**, as ImageFolder reads it;
@@ -164,13 +170,15 @@ def scan(root: str | Path, *, resplit: bool = False) -> Folder:
     - the lists train.txt and val.txt with lines "PATH LABEL", and classes.txt; each is in `root`/meta or in `root`.
 
     resplit  Whether the caller draws a new split from all images. If so, class folders may contain split folders.
+    ignore  Patterns of files and folders to leave out, as for `pack`. Hidden and system names are images only in a list.
 
     Raises FolderError, with file and line if possible, if the folder fits none of these layouts or more than one, has
     only one class, or has a class without images.
     """
     root = Path(root)
     try:
-        folder = _scan(root, resplit)
+        with ignoring(root, ignore):
+            folder = _scan(root, resplit)
     except OSError as error:
         blame_the_system(error, error.filename or root)
         raise FolderError(f"{error.filename or root}: cannot be read ({error.strerror}); make it readable.") from error

@@ -4,6 +4,7 @@ An ambiguous layout raises an error that lists the possible readings, with a com
 lists first, then for splits, then for class folders. In this module, `tops` are the names of the root's subfolders.
 """
 
+import glob
 import os
 import re
 import shlex
@@ -13,15 +14,13 @@ from pathlib import Path
 
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
+from fastflower.packing.hidden import entries, patterns_ignored
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),  # ImageFolder's IMG_EXTENSIONS
     *(".jfif", ".jpe", ".gif", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".pbm", ".pnm", ".dib"),
     *(".mpo", ".tga", ".pcx"),  # all others that `prepare` reads, except .ico: web pages and file managers leave icons
 )
-
-# Added by archive tools, file systems and operating systems.
-SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 
 # Split names that Hugging Face's imagefolder accepts, train first.
 _SPLITS = {
@@ -47,9 +46,8 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def subfolders(root: Path) -> list[str]:
-    """Return the sorted names of subfolders, except system and hidden folders (ImageFolder would include .git)."""
-    names = (entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and is_folder(entry))
-    return sorted(name for name in names if name not in SYSTEM_FOLDERS)
+    """Return the sorted names of subfolders that are neither hidden nor ignored (ImageFolder would include .git)."""
+    return sorted(entry.name for entry in entries(root) if is_folder(entry))
 
 
 def _holds_images(folder: Path) -> bool:
@@ -63,12 +61,11 @@ def _holds_images(folder: Path) -> bool:
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if is_folder(entry):
-                        pending.append(path / entry.name)
-                    elif entry.name.lower().endswith(EXTENSIONS):
-                        return True
+            for entry in entries(path):
+                if is_folder(entry):
+                    pending.append(path / entry.name)
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    return True
         except OSError as error:
             blame_the_system(error, path)
             if path == folder:
@@ -150,7 +147,7 @@ def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> 
         unlabeled = [top for top in full if top not in bases]
         readings = _subfolders_as_classes(root, [train], " and draw the val split from them")
         if bare and len(bases) > 1:
-            readings.append((f"skip {_names(bare)}", _hide_and_pack(root, bare)))
+            readings.append((f"skip {_names(bare)}", _skip_and_pack(root, bare)))
         if unlabeled:
             readings.append(_to_label(root, unlabeled))
         raise _ambiguous(root, what, readings)
@@ -204,7 +201,7 @@ def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
         again = [other for other in rest if other in beside]
         if len(again) > 1 and 4 * len(again) >= 3 * len(rest):
             what = f"has the same folders in {top!r} as next to it ({_names(again)})"
-            reading = f"use {_names(rest)} as classes and skip {top!r}", _hide_and_pack(root, [top])
+            reading = f"use {_names(rest)} as classes and skip {top!r}", _skip_and_pack(root, [top])
             raise _ambiguous(root, what, [*_subfolders_as_classes(root, [top]), reading, _as_classes(root, tops)])
     shared = sorted(set[str].intersection(*map(set, inside.values())) - {name for _, name in nested})
     generic = [name for name in shared if _is_generic(name)]
@@ -223,7 +220,7 @@ def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
 
 
 def _has_own_images(folder: Path) -> bool:
-    return any(name.lower().endswith(EXTENSIONS) for name in os.listdir(folder))  # noqa: PTH208  (names suffice)
+    return any(entry.name.lower().endswith(EXTENSIONS) for entry in entries(folder))
 
 
 def refuse_wrapper(root: Path, top: str) -> None:
@@ -257,12 +254,12 @@ def _splits_beside_others(root: Path, named: dict[str, str], others: list[str]) 
     readings: list[tuple[str, str]] = []
     bases = _class_parents(root, named)
     if _splits_fit(root, named, bases):
-        readings.append((f"use {_names(bases)} as splits and skip {_names(others)}", _hide_and_pack(root, others)))
+        readings.append((f"use {_names(bases)} as splits and skip {_names(others)}", _skip_and_pack(root, others)))
     if len(others) > 1:
         with suppress(FolderError):  # raised if `others` contain classes or splits, and so are not classes
             check_classes(root, others, resplit=False)
             reading = f"use {_names(others)} as classes and skip {_names(named)}"
-            readings.append((reading, _hide_and_pack(root, list(named))))
+            readings.append((reading, _skip_and_pack(root, list(named))))
     readings += _subfolders_as_classes(root, [*named, *others])
     return _ambiguous(root, what, [*readings, _as_classes(root, [*named, *others])])
 
@@ -286,7 +283,7 @@ def _generic_folders(
     others = [top for top in tops if top not in generic and _holds_images(root / base / top)]
     readings = _subfolders_as_classes(root, [os.path.normpath(f"{base}/{top}") for top in generic])
     if len(others) > 1:
-        readings.append((f"use {_names(others)} as classes and skip {_names(generic)}", _hide_and_pack(root, places)))
+        readings.append((f"use {_names(others)} as classes and skip {_names(generic)}", _skip_and_pack(root, places)))
     return _ambiguous(root / base, what, [*readings, _to_label(root / base, generic), _as_classes(root / base, tops)])
 
 
@@ -297,7 +294,7 @@ def _duplicate_split(root: Path, named: dict[str, str]) -> FolderError:
     if len({named[top] for top in twice}) == 1:
         for top in twice:
             rest = [other for other in twice if other != top]
-            readings.append((f"use {top!r} as the split and skip {_names(rest)}", _hide_and_pack(root, rest)))
+            readings.append((f"use {top!r} as the split and skip {_names(rest)}", _skip_and_pack(root, rest)))
     kinds = {top: [word for word in _words(top) if word not in _SPLITS] for top in named}
     for kind in dict.fromkeys(map(tuple, kinds.values())):
         tops, rest = ([top for top in named if (tuple(kinds[top]) == kind) == same] for same in (True, False))
@@ -306,7 +303,7 @@ def _duplicate_split(root: Path, named: dict[str, str]) -> FolderError:
             and len({named[top] for top in tops}) == len(tops)
             and _splits_fit(root, named, _class_parents(root, tops))
         ):
-            readings.append((f"use {_names(tops)} as splits and skip {_names(rest)}", _hide_and_pack(root, rest)))
+            readings.append((f"use {_names(tops)} as splits and skip {_names(rest)}", _skip_and_pack(root, rest)))
     places = {top: f"{split}/{'-'.join(kinds[top])}" for top, split in named.items()}
     if len(set(places.values())) == len(named) and not any(place.endswith("/") for place in places.values()):
         by_split = Path(f"{root.absolute()}-by-split")
@@ -337,7 +334,7 @@ def _nested_splits(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, 
         readings.append(("keep the splits inside each class", command))
     try:
         check_classes(root, tops, resplit=True)
-        readings.append(("draw a new split from all images", f"fastflower pack {_quoted(root)} --split-by class"))
+        readings.append(("draw a new split from all images", f"{_pack(root)} --split-by class"))
     except FolderError:  # `tops` cannot be classes
         readings.append(_as_classes(root, tops))
     (top, split), *_ = nested
@@ -354,11 +351,15 @@ def _subfolders_as_classes(root: Path, tops: Iterable[str], also: str = "") -> l
     ]
 
 
-def _hide_and_pack(root: Path, tops: Sequence[str]) -> str:
-    """Return the command that hides folders and then packs the rest."""
-    places = [root / top for top in tops if (root / top).exists()]
-    moves = [f"mv {_quoted(place)} {_quoted(place.with_name(f'.{place.name}'))}" for place in places]
-    return " && ".join([*moves, f"fastflower pack {_quoted(root)}"])
+def _skip_and_pack(root: Path, tops: Sequence[str]) -> str:
+    """Return the command that packs the rest of a folder."""
+    return _pack(root, [top for top in tops if (root / top).exists()])
+
+
+def _pack(root: Path, skipped: Sequence[str] = ()) -> str:
+    """Return the command that packs a folder without `skipped` and without what is ignored already."""
+    patterns = [*patterns_ignored(), *(f"/{glob.escape(top)}" for top in skipped)]
+    return " ".join(["fastflower pack", _quoted(root), *(f"--ignore {_quoted(pattern)}" for pattern in patterns)])
 
 
 def _to_label(root: Path, tops: Sequence[str]) -> tuple[str, str]:
@@ -375,8 +376,8 @@ def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
 
 def _list_and_pack(root: Path, names: str) -> str:
     """Return the command that lists all files in the folders `names` and then packs them."""
-    listing = f"(cd {_quoted(root)} && find -L {names} -type f > train.txt)"
-    return f"{listing} && fastflower pack {_quoted(root)} --split-by class"
+    hidden = "-not -path '*/.*' -not -path '*/@eaDir/*'"  # a list could name them
+    return f"(cd {_quoted(root)} && find -L {names} -type f {hidden} > train.txt) && {_pack(root)} --split-by class"
 
 
 def _quoted(path: Path | str) -> str:

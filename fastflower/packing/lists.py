@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastflower.errors import FolderError
+from fastflower.packing.hidden import is_ignored
 
 
 def lists_of(root: Path) -> dict[str, Path]:
@@ -16,7 +17,9 @@ def lists_of(root: Path) -> dict[str, Path]:
 
 def _file(root: Path, name: str) -> Path | None:
     """Return root/meta/NAME if it exists, else root/NAME, or None if neither exists."""
-    return next((path for path in (root / "meta" / name, root / name) if path.is_file()), None)
+    return next(
+        (path for path in (root / "meta" / name, root / name) if path.is_file() and not is_ignored(str(path))), None
+    )
 
 
 def listed_classes(root: Path, lists: dict[str, Path]) -> list[str]:

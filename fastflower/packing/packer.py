@@ -8,9 +8,9 @@ import logging
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -44,6 +44,7 @@ def pack(
     on_bad: Literal["skip", "fail"] = "skip",
     on_conflict: Literal["keep", "drop"] = "keep",
     lists: bool = False,
+    ignore: Sequence[str] = (),
     workers: int | None = None,
     executor: Executor | None = None,
 ) -> Manifest:
@@ -71,6 +72,9 @@ def pack(
         on_conflict: What to do with identical images under different labels: "keep" packs and reports them, "drop" skips
             them.
         lists: Also write classes.txt, meta/train.txt and meta/val.txt, with lines "PATH LABEL".
+        ignore: Patterns of files and folders to leave out, as in .gitignore: "raw" and "*_mask.png" match names at every
+            depth, "train/raw" and "/raw" match paths relative to FOLDER, "raw/" matches only folders. Names that begin
+            with a dot and names that systems add, such as Thumbs.db and @eaDir, are left out unless a list names them.
         workers: Number of threads; by default one per core.
         executor: A concurrent.futures.Executor that makes the shards instead of threads, one shard per task. Its workers
             must see FOLDER and OUT under the same paths.
@@ -86,7 +90,9 @@ def pack(
         {'train': 135, 'val': 15}
     """
     require(0 <= val_fraction < 1, "val_fraction", "at least 0 and less than 1", val_fraction)
-    options = Options(split_by, float(val_fraction), seed, shard_bytes, max_side, quality, on_bad, on_conflict, lists)
+    options = Options(
+        split_by, float(val_fraction), seed, shard_bytes, max_side, quality, on_bad, on_conflict, lists, ignore
+    )
     require(workers is None or workers >= 1, "workers", "at least 1", workers)
     return _pack(Path(folder), Path(out), options, workers or cores(), executor)
 
@@ -95,14 +101,14 @@ def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executo
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):  # Path.resolve raises for a link to itself
         what = f"is inside the folder to pack ({root}) and would become part of it"
         raise FolderError(f"{out}: {what}; choose another folder with --out.")
-    folder = scan(root, resplit=asked.split_by in ("class", "random"))
+    folder = scan(root, resplit=asked.split_by in ("class", "random"), ignore=asked.ignore)
     options = _resolved(asked, folder)
     interrupted = os.path.exists(out / WORK)  # noqa: PTH110  (Path.exists can raise)
     with workspace(out) as work, ThreadPoolExecutor(threads) as pool:
         if (out / FILE).exists():
             manifest = Manifest.load(out)
             files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
-            same = manifest.options == asdict(options) and manifest.classes == folder.classes
+            same = {"ignore": [], **manifest.options} == options.recorded() and manifest.classes == folder.classes
             if not interrupted or not same or files != len(folder) + len(folder.ignored):
                 what = "already contains packed shards; choose another folder with --out, or remove this one."
                 raise FolderError(f"{out}: {what}")

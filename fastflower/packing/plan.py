@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ class Options:
     on_bad: Literal["skip", "fail"]
     on_conflict: Literal["keep", "drop"]
     lists: bool
+    ignore: Sequence[str] = ()  # not an option of older versions
 
     def __post_init__(self) -> None:
         splits = (None, "class", "random", "folder")
@@ -52,7 +53,17 @@ class Options:
         require(self.quality is None or 1 <= self.quality <= 95, "quality", "between 1 and 95", self.quality)
         require(self.on_bad in ("skip", "fail"), "on_bad", "'skip' or 'fail'", self.on_bad)
         require(self.on_conflict in ("keep", "drop"), "on_conflict", "'keep' or 'drop'", self.on_conflict)
+        patterns = cast("Sequence[object]", self.ignore)
+        listed = isinstance(patterns, list | tuple) and all(isinstance(pattern, str) for pattern in patterns)
+        require(listed, "ignore", "a list of patterns", self.ignore)
+        for pattern in self.ignore:
+            named = bool(pattern.strip("./")) and not pattern.startswith("!")
+            require(named, "ignore", "names or paths without a leading !", pattern)
         make_plain(self)  # JSON cannot store numpy's numbers
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options as JSON holds them."""
+        return json.loads(json.dumps(asdict(self)))
 
 
 class PlannedShard(NamedTuple):

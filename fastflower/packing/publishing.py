@@ -1,7 +1,7 @@
 """Publishes a finished pack: writes its files, then renames them into place, the manifest last."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def _make_manifest(plan: Plan, out: Path, splits: Splits, made: list[MadeShard])
         folder=out,
         classes=folder.classes,
         splits=described,
-        options=asdict(plan.options),
+        options=plan.options.recorded(),
         skipped=tuple(sorted(skipped, key=itemgetter("path"))),
         warnings=tuple(sorted((item for shard in made for item in shard.warnings), key=itemgetter("path"))),
         duplicates=tuple(tuple(folder.path(number) for number in group) for group in plan.groups),

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.errors import FolderError, SampleError
-from fastflower.files import blame_the_system, write_atomically
+from fastflower.files import blame_the_system, flush, write_atomically
 from fastflower.packing.duplicates import MapLike
 from fastflower.packing.plan import Plan, load_plan
 from fastflower.shards.image import prepare
@@ -103,8 +103,7 @@ def make_shard(
                     skipped += chunk.skipped
                     warnings += chunk.warnings
                     advance(len(planned))
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         attempt.replace(work / f"{name}.tar")
     finally:
         attempt.unlink(missing_ok=True)

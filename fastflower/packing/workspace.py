@@ -11,7 +11,7 @@ import cv2
 import PIL
 
 from fastflower.errors import FolderError, HeldError
-from fastflower.files import blame_the_system, locked
+from fastflower.files import blame_the_system, locked, remedy_for
 from fastflower.machine import NOT_INSTALLED, version_of
 from fastflower.packing.duplicates import MapLike
 from fastflower.packing.folder import Folder
@@ -42,7 +42,8 @@ def workspace(out: Path) -> Generator[Path]:
         if isinstance(error, MemoryError):
             what = "packing ran out of memory; use fewer workers (--workers 1)."
         elif isinstance(error, OSError):
-            what = f"cannot be written ({error.strerror or error}); free up space, or choose another folder with --out."
+            remedy = remedy_for(error, "choose another folder with --out")
+            what = f"cannot be written ({error.strerror or error}); {remedy}."
         else:
             what = f"a worker died ({error}); if it ran out of memory, use fewer workers."
         resumable = os.path.exists(work / PLAN)  # noqa: PTH110  (Path.exists raises if a name is too long)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from fastflower.errors import ArgumentError, FastflowerError, HeldError, ShardError
-from fastflower.files import locked, partial_name, refusal, write_atomically
+from fastflower.files import flush, locked, partial_name, refusal, remedy_for, write_atomically
 from fastflower.shards.manifest import FILE, Manifest, Shard
-from fastflower.shards.remote import AttemptError, Remote, RemoteFiles, longest_silence
+from fastflower.shards.remote import CHOOSE_CACHE, AttemptError, Remote, RemoteFiles, expanded, longest_silence
 
 _log = logging.getLogger("fastflower")
 
@@ -68,7 +68,7 @@ class Mirror:
         """
         files = RemoteFiles(source)
         text = files.read(FILE)
-        folder = Path(source.folder).expanduser() / hashlib.sha256(text).hexdigest()[:16]
+        folder = expanded(Path(source.folder)) / hashlib.sha256(text).hexdigest()[:16]
         manifest = _store(folder / FILE, text, files.url, lambda: Manifest.load(folder))
         for name in (shard.name for split in manifest.splits.values() for shard in split.shards):
             if Path(name).name != name:
@@ -203,7 +203,7 @@ class Mirror:
             for piece in self._files.pieces(shard.name, shard.bytes):
                 file.write(piece)
                 digest.update(piece)
-            os.fsync(file.fileno())
+            flush(file)
         if digest.hexdigest() != shard.sha256:
             raise AttemptError("its bytes do not match the manifest (checksum mismatch)")
 
@@ -272,7 +272,7 @@ def _store(path: Path, data: bytes, url: str, load: Callable[[], _T]) -> _T:
 
 
 def _unwritable(path: Path, error: OSError) -> FastflowerError:
-    remedy = "free disk space, or choose another folder with Remote(folder=...)"
+    remedy = remedy_for(error, CHOOSE_CACHE)
     return refusal(error, path) or ShardError(f"{path}: cannot be written ({error.strerror}); {remedy}.")
 
 

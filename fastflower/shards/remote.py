@@ -26,6 +26,8 @@ _POLL = 0.05  # seconds between checks for `stop`
 _ATTEMPTS = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0  # seconds between attempts, doubling each time
 
+CHOOSE_CACHE = "set XDG_CACHE_HOME to a writable folder, or pass Remote(folder=...) from Python"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remote:
@@ -34,9 +36,10 @@ class Remote:
     url: str
     """URL of the folder that `pack` wrote."""
     folder: str | Path = field(
-        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastflower"
+        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastflower")
     )
-    """Local cache of shards, shared by all processes of a machine. By default ~/.cache/fastflower."""
+    """Local cache of shards, shared by all processes of a machine. By default ~/.cache/fastflower, or fastflower in the
+    environment variable XDG_CACHE_HOME."""
     limit_bytes: int = 64 << 30
     """Cache limit in bytes.
 
@@ -44,6 +47,14 @@ class Remote:
     """
     options: Mapping[str, object] = field(default_factory=dict[str, object])
     """Arguments for the fsspec file system (storage_options), for example {"anon": True}."""
+
+
+def expanded(folder: Path) -> Path:
+    """Return a cache folder without ~. Raises ArgumentError if there is no home directory."""
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise ArgumentError(f"{folder}: cannot hold remote shards ({error}); {CHOOSE_CACHE}.") from None
 
 
 def remote(shards: str | Path | Remote) -> Remote | None:

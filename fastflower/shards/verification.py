@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastflower.errors import SampleError, ShardError, require
-from fastflower.files import blame_the_system, write_atomically
+from fastflower.files import blame_the_system, remedy_for, write_atomically
 from fastflower.machine import cores
 from fastflower.shards.image import prepare
 from fastflower.shards.manifest import FILE, FORMAT_VERSION, INFO, PLAN, WORK, Manifest, Shard, Split, shard_name
@@ -108,7 +108,8 @@ def _repair_or_report(
         try:
             write_atomically(path, data)
         except OSError as error:
-            what = f"cannot be written ({error.strerror or error}); free disk space or check what is at this path"
+            remedy = remedy_for(error, "check what is at this path and that its folder is writable")
+            what = f"cannot be written ({error.strerror or error}); {remedy}"
             raise ShardError(f"{path}: {what}, then run fastflower verify {folder} --repair again.") from error
         _log.info("rebuilt %s", path)
         if kept:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastflower import distributed
 from fastflower.errors import ArgumentError, CheckpointError, HeldError
-from fastflower.files import PARTIAL, locked
+from fastflower.files import PARTIAL, locked, refusal, remedy_for
 from fastflower.models.checkpoint import LAST
 
 _LOCK = ".lock"  # in a run's folder
@@ -23,12 +23,12 @@ def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
         if resume:
             raise ArgumentError("resume: pass the run's folder as out (--out).")
         tries = (Path("runs", backbone + (f"-{number}" if number > 1 else "")) for number in range(1, 10**6))
-        return next(folder for folder in tries if not folder.exists())
+        out = next(folder for folder in tries if not folder.exists())
     folder = Path(out)
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
         raise ArgumentError(
-            f"out: cannot create {folder}: {above} is not a writable folder; pass a different folder as out."
+            f"out: cannot create {folder}: {above} is not a writable folder; pass a different folder as out (--out)."
         )
     return folder
 
@@ -41,8 +41,8 @@ def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
 
     A folder created here is removed at the end if it is still empty.
 
-    Raises CheckpointError if another run uses the folder, or if it holds a run and `resume` is False. Raises OSError if
-    the folder cannot be created or locked.
+    Raises CheckpointError if another run uses the folder, or if it holds a run and `resume` is False. Raises ArgumentError
+    if the folder cannot be created or locked.
     """
     created = [place for place in (folder, *folder.parents) if not place.exists()]
     with ExitStack() as stack:
@@ -64,7 +64,9 @@ def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
             except HeldError as error:
                 failed = CheckpointError(f"{folder}: another run is training here ({error}); wait, then {_REMEDY}.")
             except OSError as error:
-                failed = error
+                remedy = remedy_for(error, "pass a different folder as out (--out)")
+                what = f"out: {folder} cannot be written ({error.strerror or error}); {remedy}."
+                failed = refusal(error, folder) or ArgumentError(what)
         if failed := distributed.gathered(failed)[0]:
             raise failed
         yield

@@ -147,7 +147,7 @@ def test_without_file_locks_work_continues_after_one_warning(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(files, "_lockless_devices", set[int]())
+    monkeypatch.setattr(files, "_lacks", set[tuple[int, str]]())
     for path in (tmp_path / "a/lock", tmp_path / "b/lock"):
         with locked(path) as exists, locked(path, lambda: False) as again:
             assert (exists, again) == (False, False)

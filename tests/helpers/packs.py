@@ -24,7 +24,7 @@ from fastflower.packing.folder import Folder
 
 # File stems. No reader may lose one; DALI and webdataset do if a key contains such characters.
 NASTY = [
-    "with space", "two.dots.here", ".dot", "..", "-dash", "ümläut", "日本語", "🌻", "quote'\"", "new\nline", "tab\there",
+    "with space", "two.dots.here", "dot.", "two..", "-dash", "ümläut", "日本語", "🌻", "quote'\"", "new\nline", "tab\there",
     "a" * 251, "é" * 125, "semi;colon&", "%41", "back\\slash", "UPPER", "upper", "__key__", "x.cls", "x.json", "*?[]",
     b"caf\xe9".decode("utf-8", "surrogateescape"),
 ]  # fmt: skip

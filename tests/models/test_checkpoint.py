@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_the_old_file_unchanged(tmp_path: Path, small: Checkp
         with pytest.raises(
             CheckpointError,
             match=r"checkpoint\.pt: could not be written \(\[Errno 27\] File too large\); any previous file is unchanged\. "
-            r"Free disk space, then resume\.$",
+            rf"Make {tmp_path} writable, then resume\.$",
         ):
             large.save(path)
     finally:

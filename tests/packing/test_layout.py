@@ -1,7 +1,9 @@
 """Which folders are classes and which are splits, in common layouts. Errors for ambiguous ones offer commands that work."""
 
+import os
 import re
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,14 @@ def run_command(command: str, root: Path) -> Folder:
     """Run a command with a fake `fastflower` that prints its arguments, and scan the folder that it would pack."""
     program = root.parent / "bin/fastflower"
     program.parent.mkdir(exist_ok=True)
-    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
     program.chmod(0o755)
     shell = ["bash", "-c", f"PATH={program.parent}:$PATH; {command}"]
-    verb, folder, *rest = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.splitlines()
+    printed = subprocess.run(shell, capture_output=True, check=True).stdout
+    verb, folder, *rest = map(os.fsdecode, printed.split(b"\0")[:-1])
     assert verb == "pack"
-    return scan(folder, resplit="--split-by" in rest)
+    ignore = [value for flag, value in pairwise(rest) if flag == "--ignore"]
+    return scan(folder, resplit="--split-by" in rest, ignore=ignore)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +108,7 @@ def test_an_unambiguous_layout_is_accepted(tmp_path: Path, name: str, caplog: py
     assert (found.splits, len(found)) == (splits, count)
     assert set(found.classes) == ({"a", "b", "c"} if count == 6 else {"a", "b"})
     assert caplog.messages == []
-    assert ("__MACOSX", "is a system folder") in found.ignored or "macOS" not in name
+    assert not [path for path, _ in found.ignored if "__MACOSX" in path or "@eaDir" in path]
 
 
 @pytest.mark.parametrize(
@@ -325,10 +329,10 @@ def test_the_text_of_an_ambiguous_layout(tmp_path: Path) -> None:
     lines = [
         f"{tmp_path}: has folders named after splits ('train', 'val') next to other folders of images ('images'). "
         f"This layout is ambiguous; choose one:",
-        f"to use 'train', 'val' as splits and skip 'images': mv {tmp_path}/images {tmp_path}/.images && {pack}",
+        f"to use 'train', 'val' as splits and skip 'images': {pack} --ignore /images",
         f"to use the folders in 'train' as classes: {pack}/train",
-        f"to use 'train', 'val', 'images' as classes: (cd {tmp_path} && find -L train val images -type f > train.txt) && "
-        f"{pack} --split-by class",
+        f"to use 'train', 'val', 'images' as classes: (cd {tmp_path} && find -L train val images -type f "
+        f"-not -path '*/.*' -not -path '*/@eaDir/*' > train.txt) && {pack} --split-by class",
     ]
     with pytest.raises(FolderError, match=exactly("\n  ".join(lines))):
         scan(root)

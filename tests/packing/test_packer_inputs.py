@@ -108,7 +108,8 @@ def lists_of(out: Path, folder: Path) -> None:
 def test_lists_written_by_pack_give_the_same_split_again(tmp_path: Path, options: dict[str, Any]) -> None:
     """The names contain spaces, end in numbers or are not UTF-8. Skipped images are not listed."""
     folder = drawn(tmp_path / "data", **{"a b": 9, "é 2": 8})
-    for number, name in enumerate(name for name in NASTY if "\n" not in name and len(name) < 100):
+    names = [name for name in NASTY if "\n" not in name and len(name) < 100 and name[0] != "."]
+    for number, name in enumerate(names):
         draw_image(5000 + number).save(folder / f"é 2/{name} 7.jpg", "JPEG")
     (folder / "a b/bad 1.jpg").write_bytes(b"text")
     shutil.copy(folder / "a b/000.jpg", folder / "é 2/conflict.jpg")
@@ -302,7 +303,7 @@ def test_out_that_cannot_be_created_is_explained(small: Path, tmp_path: Path) ->
         (tmp_path / "loop", "Too many levels of symbolic links"),
         (tmp_path / ("long" * 100), "File name too long"),
     ):
-        text = f"{out}: cannot be written ({reason}); free up space, or choose another folder with --out."
+        text = f"{out}: cannot be written ({reason}); choose another folder with --out."
         with pytest.raises(FolderError, match=exactly(text)):
             pack(small, out)
 

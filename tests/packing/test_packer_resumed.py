@@ -56,6 +56,7 @@ CHANGED: dict[str, Any] = {
     "on_bad": "fail",
     "on_conflict": "drop",
     "lists": False,
+    "ignore": ("b/000.jpg",),
 }
 
 

@@ -80,7 +80,7 @@ def test_the_preview_command_writes_a_png(shards: Path, tmp_path: Path, capsys: 
         ({"out": "seen.jpg"}, "out must be a .png file, got 'seen.jpg'."),
         (
             {"out": "no/seen.png"},
-            f"out: no/seen.png cannot be written ({os.strerror(2)}); choose a file in an existing folder.",
+            f"out: no/seen.png cannot be written ({os.strerror(2)}); choose a file in an existing, writable folder (--out).",
         ),
     ],
 )

@@ -328,7 +328,7 @@ def test_an_unwritable_cache_stops_the_epoch_even_with_on_bad_skip(source: Remot
     for name in names_of(loader._mirror):
         (loader._mirror.folder / f"{name}.lock").mkdir()
     with pytest.raises(
-        ShardError, match=r"cannot be written \(Is a directory\); free disk space, or choose another folder"
+        ShardError, match=r"cannot be written \(Is a directory\); set XDG_CACHE_HOME to a writable folder, or pass"
     ):
         list(loader)
     assert not loader.replaced

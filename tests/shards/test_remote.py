@@ -270,7 +270,7 @@ def test_a_cache_that_cannot_be_written_is_reported(server: BadServer, tmp_path:
     (tmp_path / "file").write_text("")
     with pytest.raises(
         ShardError,
-        match=r"cannot be written \(.*\); free disk space, or choose another folder with Remote\(folder=...\)",
+        match=r"cannot be written \(.*\); set XDG_CACHE_HOME to a writable folder, or pass Remote\(folder=...\) from Python\.$",
     ):
         Loader(Remote(url=server.url, folder=tmp_path / "file"), **OPTIONS)
 

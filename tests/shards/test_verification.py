@@ -376,8 +376,8 @@ def test_a_repair_that_cannot_be_written_leaves_the_old_files(copy: Path, monkey
         written(path, data)
 
     monkeypatch.setattr(verification, "write_atomically", full)
-    what = "cannot be written (No space left on device); free disk space or check what is at this path"
-    text = f"{copy / INDEX}: {what}, then run fastflower verify {copy} --repair again."
+    what = "cannot be written (No space left on device); free up space, or check what is at this path"
+    text = f"{copy / INDEX}: {what} and that its folder is writable, then run fastflower verify {copy} --repair again."
     with pytest.raises(ShardError, match=exactly(text)):
         verify(copy, repair=True)
     assert {name for name, text in contents(copy).items() if text != before[name]} == {IDX}

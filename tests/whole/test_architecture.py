@@ -245,12 +245,12 @@ def branching() -> dict[str, int]:
 
 
 def test_functions_signatures_and_branching_keep_their_limits() -> None:
-    """At most 60 lines and a complexity of 15; at most 12 parameters, unless they are keyword-only and documented.
+    """At most 60 lines without docstring and a complexity of 15; at most 12 parameters, unless keyword-only and documented.
 
     `pytest -s -k limits` prints the library's statistics.
     """
     lengths = {
-        name: (node.end_lineno or 0) - node.lineno + 1
+        name: (node.end_lineno or 0) - node.lineno + 1 - len((ast.get_docstring(node) or "").splitlines())
         for name, node in DEFINITIONS
         if isinstance(node, ast.FunctionDef)
     }

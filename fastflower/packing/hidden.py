@@ -1,0 +1,90 @@
+"""Which files and folders are never images or classes: hidden ones, those that systems add, and those to ignore."""
+
+import logging
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+# Added by archive tools, file systems, network storage and operating systems. Lower case.
+_SYSTEM = {
+    *("__macosx", "icon\r"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *("lost+found", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
+}
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a name begins with a dot or is one that systems add, such as Thumbs.db, @eaDir or lost+found."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+@dataclass(slots=True)
+class _Ignoring:
+    root: str
+    patterns: Sequence[str]
+    matched: set[str] = field(default_factory=set[str])
+
+    def matches(self, path: str) -> bool:
+        """Return whether a pattern matches the path or a folder above it."""
+        parts = os.path.relpath(path, self.root).split("/")
+        for pattern in self.patterns:
+            wanted = [part for part in pattern.split("/") if part not in ("", ".")]
+            if "/" not in pattern.rstrip("/"):
+                wanted = ["**", *wanted]
+            ends = [end for end in range(1, len(parts) + 1) if _fits(parts[:end], wanted)]
+            if ends and not (pattern.endswith("/") and ends[0] == len(parts) and not os.path.isdir(path)):  # noqa: PTH112
+                self.matched.add(pattern)
+                return True
+        return False
+
+
+# Every function that reads a folder asks for the patterns, so they are not passed through all of them.
+_ignoring: ContextVar[_Ignoring | None] = ContextVar("ignoring", default=None)
+
+
+def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Return whether the parts of a path fit those of a pattern, in which ** stands for any number of folders."""
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        return any(_fits(parts[start:], wanted[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], wanted[0]) and _fits(parts[1:], wanted[1:])
+
+
+@contextmanager
+def ignoring(root: Path, patterns: Sequence[str]) -> Generator[None]:
+    """Ignore what the patterns match under `root` until the end of the block. Then warn about patterns without a match."""
+    state = _Ignoring(str(root), patterns)
+    token = _ignoring.set(state if patterns else None)
+    try:
+        yield
+    finally:
+        _ignoring.reset(token)
+    for pattern in patterns:
+        if pattern not in state.matched:
+            what = f"nothing matches --ignore {pattern!r}; write a name, or a path relative to this folder"
+            logging.getLogger("fastflower").warning("%s: %s", root, what)
+
+
+def patterns_ignored() -> Sequence[str]:
+    """Return the patterns of the current `ignoring` block."""
+    state = _ignoring.get()
+    return state.patterns if state else ()
+
+
+def is_ignored(path: str) -> bool:
+    """Return whether a pattern of the current `ignoring` block matches a path, which includes the root."""
+    state = _ignoring.get()
+    return state is not None and state.matches(path)
+
+
+def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield the entries of a folder that are neither hidden nor ignored."""
+    with os.scandir(folder) as found:
+        for entry in found:
+            if not is_ignored(entry.path) and not is_hidden(entry.name):
+                yield entry
