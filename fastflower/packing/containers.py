@@ -4,6 +4,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from fastflower.packing.archives import advice
+from fastflower.packing.hidden import is_hidden
 from fastflower.packing.layout import EXTENSIONS
 from fastflower.shards.kinds import kind_of
 
@@ -16,8 +18,10 @@ def instead_of_images(root: Path) -> str | None:
     found: dict[str, list[str]] = {}
     read = 0
     for parent, folders, files in os.walk(root):
-        folders.sort()
+        folders[:] = sorted(folder for folder in folders if not is_hidden(folder))
         for file in sorted(files):
+            if is_hidden(file):
+                continue
             if file.lower().endswith(EXTENSIONS):
                 return None
             path = Path(parent, file)
@@ -32,7 +36,10 @@ def instead_of_images(root: Path) -> str | None:
         return None
     kind, paths = max(found.items(), key=lambda item: len(item[1]))
     others = {1: "", 2: ", as is 1 other file"}.get(len(paths), f", as are {len(paths) - 1} other files")
+    unread = ", which fastflower does not read"
     remedy = 'save the images as files, one folder per class ("Images inside other files" in docs/format.md shows how)'
     if "archive" in kind and "NumPy" not in kind:
-        remedy = "unpack it, and pass the folder that has one folder of images per class"
-    return f"{root}: has no images: {paths[0]!r} {kind}{others}, which fastflower does not read; {remedy}."
+        advised = advice(root / paths[0])
+        unread = "" if advised else unread
+        remedy = f"{advised or 'unpack it'}, and pass the folder that has one folder of images per class"
+    return f"{root}: has no images: {paths[0]!r} {kind}{others}{unread}; {remedy}."

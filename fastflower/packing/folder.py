@@ -112,7 +112,7 @@ class _Collector:
                 elif not is_ignored(f"{self.root}/{parent}/{file}"):
                     hidden += named and not file.startswith("._")  # macOS adds such a file to each file
             if hidden:
-                self.ignored.append((parent, f"holds {hidden} hidden image{'s' if hidden > 1 else ''}"))
+                self.ignored.append((parent, f"holds hidden images ({hidden})"))
         return len(self.files) > before
 
     def _folders(self, name: str) -> list[str]:
@@ -195,7 +195,8 @@ def scan(root: str | Path, *, resplit: bool = False, ignore: Sequence[str] = ())
 def _scan(root: Path, resplit: bool) -> Folder:
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
-        raise FolderError(f"{root}: {what}; pass a folder that contains one folder of images per class.")
+        rule = "pass a folder that contains one folder of images per class, or a zip or tar archive of one"
+        raise FolderError(f"{root}: {what}; {rule}.")
     if lists := lists_of(root):
         return _scan_lists(root, lists)
     tops = layout.subfolders(root)
@@ -250,7 +251,8 @@ def _scan_splits(root: Path, named: dict[str, str], bases: dict[str, str]) -> Fo
 
 def _no_images(folder: Path) -> FolderError:
     named = ", ".join(layout.EXTENSIONS)
-    return FolderError(f"{folder}: has no images ({named}); add some, or remove the class folder.")
+    what = f"{folder}: has no images ({named}); add some, or remove the class folder."
+    return FolderError(instead_of_images(folder) or what)
 
 
 def images_in(root: Path) -> list[Path]:

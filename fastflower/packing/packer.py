@@ -10,6 +10,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from fastflower.errors import ArgumentError, FolderError, require
 from fastflower.machine import cores
+from fastflower.packing.archives import is_archive, unpacked
 from fastflower.packing.duplicates import Item, Result
 from fastflower.packing.folder import Folder, scan
 from fastflower.packing.plan import Options, Plan
@@ -57,7 +59,8 @@ def pack(
     Args:
         folder: The images, in one of three layouts: FOLDER/CLASS/** as torchvision's ImageFolder reads it;
             FOLDER/train/CLASS/** and FOLDER/val/CLASS/** (a folder named after a split is never a class); or the lists
-            FOLDER/meta/train.txt, FOLDER/meta/val.txt and FOLDER/classes.txt.
+            FOLDER/meta/train.txt, FOLDER/meta/val.txt and FOLDER/classes.txt. Or a zip or tar archive of such a folder,
+            which is unpacked in OUT while packing.
         out: The folder to write. It must not be inside FOLDER or already contain packed shards.
         split_by: "class" puts val_fraction of each class into the val split, but at least one image if the class has two
             or more. "random" takes val_fraction of all images together. "folder" keeps the folder's own split. The
@@ -101,17 +104,23 @@ def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executo
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):  # Path.resolve raises for a link to itself
         what = f"is inside the folder to pack ({root}) and would become part of it"
         raise FolderError(f"{out}: {what}; choose another folder with --out.")
-    folder = scan(root, resplit=asked.split_by in ("class", "random"), ignore=asked.ignore)
-    options = _resolved(asked, folder)
+    find = partial(scan, resplit=asked.split_by in ("class", "random"), ignore=asked.ignore)
+    folder = None if is_archive(root) else find(root)
+    options = _resolved(asked, folder) if folder else asked
     interrupted = os.path.exists(out / WORK)  # noqa: PTH110  (Path.exists can raise)
-    with workspace(out) as work, ThreadPoolExecutor(threads) as pool:
-        if (out / FILE).exists():
+    with workspace(out) as work, ThreadPoolExecutor(threads) as pool, ExitStack() as stack:
+        packed = (out / FILE).exists()
+        if packed and not interrupted:
+            raise _already_packed(out)
+        if folder is None:
+            folder = find(stack.enter_context(unpacked(root, work)))
+            options = _resolved(asked, folder)
+        if packed:
             manifest = Manifest.load(out)
             files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
             same = {"ignore": [], **manifest.options} == options.recorded() and manifest.classes == folder.classes
-            if not interrupted or not same or files != len(folder) + len(folder.ignored):
-                what = "already contains packed shards; choose another folder with --out, or remove this one."
-                raise FolderError(f"{out}: {what}")
+            if not same or files != len(folder) + len(folder.ignored):
+                raise _already_packed(out)
             (work / PLAN).unlink(missing_ok=True)  # the pack was killed before it removed the workspace
             return manifest
         plan = load_or_make_plan(folder, options, work, partial(_bounded_map, pool, 2 * threads))
@@ -127,6 +136,10 @@ def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executo
             raise
         (work / PLAN).unlink()
     return manifest
+
+
+def _already_packed(out: Path) -> FolderError:
+    return FolderError(f"{out}: already contains packed shards; choose another folder with --out, or remove this one.")
 
 
 def _resolved(options: Options, folder: Folder) -> Options:

@@ -13,6 +13,7 @@ import PIL
 from fastflower.errors import FolderError, HeldError
 from fastflower.files import blame_the_system, locked, remedy_for
 from fastflower.machine import NOT_INSTALLED, version_of
+from fastflower.packing.archives import RECORD
 from fastflower.packing.duplicates import MapLike
 from fastflower.packing.folder import Folder
 from fastflower.packing.plan import Options, Plan, check_same, load_plan, make_plan, save_plan
@@ -31,6 +32,7 @@ def workspace(out: Path) -> Generator[Path]:
                 yield work
             finally:
                 if not (work / PLAN).exists():
+                    (work / RECORD).unlink(missing_ok=True)  # before any unpacked file
                     shutil.rmtree(work, ignore_errors=True)  # NFS keeps open files, which are harmless without a plan
                     with suppress(OSError):  # not empty, a link, or a mount point
                         out.rmdir()

@@ -49,7 +49,7 @@ def test_hidden_and_system_names_change_nothing_at_any_depth(tmp_path: Path, nam
     found = scan(clutter(touch(tmp_path / "cluttered", *LAYOUTS[name])))
     assert (images(found), found.classes, found.splits) == (images(plain), plain.classes, plain.splits)
     new = set(found.ignored) - set(plain.ignored)
-    assert {reason for _, reason in new} <= {"holds 1 hidden image"}  # .hidden.jpg; one line per folder
+    assert {reason for _, reason in new} <= {"holds hidden images (1)"}  # .hidden.jpg; one line per folder
 
 
 def test_system_folders_that_cannot_be_read_are_no_reason_to_fail(
@@ -69,7 +69,7 @@ def test_system_folders_that_cannot_be_read_are_no_reason_to_fail(
 
 def test_hidden_images_are_counted_once_per_folder_and_those_of_macos_not_at_all(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "b/1.jpg", "a/.2.jpg", "a/.jpg", "a/._1.jpg", "a/.notes.txt", "b/sub/.3.PNG", ".4.jpg")
-    assert scan(tmp_path).ignored == (("a", "holds 2 hidden images"), ("b/sub", "holds 1 hidden image"))
+    assert scan(tmp_path).ignored == (("a", "holds hidden images (2)"), ("b/sub", "holds hidden images (1)"))
 
 
 def test_a_folder_that_only_holds_hidden_images_has_none(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ MNIST = {
     for what, data in (("images-idx3-ubyte", IDX), ("labels-idx1-ubyte", LABELS))
 }
 AS_FILES = 'save the images as files, one folder per class ("Images inside other files" in docs/format.md shows how)'
-UNPACK = "unpack it, and pass the folder that has one folder of images per class"
+UNPACK = "and pass the folder that has one folder of images per class"
 
 
 def archive() -> bytes:
@@ -68,14 +68,19 @@ def tar() -> bytes:
          "'cifar/data_batch_1' is a Python pickle", AS_FILES),
         ({"train/a.h5": b"\x89HDF\r\n\x1a\n", "val/a.h5": b"\x89HDF\r\n\x1a\n"},
          "'train/a.h5' is HDF5, arrays, as is 1 other file", AS_FILES),
-        ({"flowers.zip": archive()}, "'flowers.zip' is a ZIP archive", UNPACK),
-        ({"102flowers.tgz": gzip.compress(tar())}, "'102flowers.tgz' is a tar archive, compressed by gzip", UNPACK),
+        ({"flowers.zip": archive()}, "'flowers.zip' is a ZIP archive",
+         f"pack it (fastflower pack FOLDER/flowers.zip), or unpack it (unzip FOLDER/flowers.zip -d FOLDER/flowers), {UNPACK}"),
+        ({"102flowers.tgz": gzip.compress(tar())}, "'102flowers.tgz' is a tar archive, compressed by gzip",
+         f"pack it (fastflower pack FOLDER/102flowers.tgz), or unpack it (mkdir FOLDER/102flowers && "
+         f"tar -xf FOLDER/102flowers.tgz -C FOLDER/102flowers), {UNPACK}"),
+        ({"flowers.7z": b"7z\xbc\xaf\x27\x1c"}, "'flowers.7z' is a 7z archive", f"unpack it, {UNPACK}"),
     ],
 )  # fmt: skip
 def test_a_folder_of_other_files_says_what_they_are(
     tmp_path: Path, files: dict[str, bytes], what: str, remedy: str
 ) -> None:
-    text = f"{write(tmp_path, files)}: has no images: {what}, which fastflower does not read; {remedy}."
+    unread = "" if "pack it (" in remedy else ", which fastflower does not read"
+    text = f"{write(tmp_path, files)}: has no images: {what}{unread}; {remedy}.".replace("FOLDER", str(tmp_path))
     with pytest.raises(FolderError, match=exactly(text)):
         scan(tmp_path)
 
