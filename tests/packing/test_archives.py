@@ -1,7 +1,6 @@
 """Zip and tar archives are packed like the folder that they contain. Nothing is written outside the workspace."""
 
 import io
-import json
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ from kill_packer import checksums
 from packs import drawn, exactly, touch
 
 from fastflower import Manifest, pack
-from fastflower.cli import main
 from fastflower.errors import FolderError
 from fastflower.packing import archives, worker
 
@@ -358,10 +356,10 @@ def test_a_damaged_image_in_an_archive_is_named(classes: Path, tmp_path: Path) -
     (folder / "a/000.jpg").write_text("no image")
     archive = archived(folder, tmp_path / "x.zip")
     with pytest.raises(
-        FolderError, match=re.escape(f"because:\n{tmp_path / 'x/a/000.jpg'}: is not an image; remove or")
+        FolderError, match=re.escape(f"because:\n{tmp_path / 'x/a/000.jpg'}: is plain text, named .jpg; remove or")
     ):
         pack(archive, tmp_path / "out", on_bad="fail")
-    assert pack(archive, tmp_path / "out").skipped[0] == {"path": "a/000.jpg", "reason": "is not an image"}
+    assert pack(archive, tmp_path / "out").skipped[0] == {"path": "a/000.jpg", "reason": "is plain text, named .jpg"}
 
 
 @pytest.mark.parametrize("place", ["", "a/", "nested"])
@@ -380,7 +378,7 @@ def test_archives_in_place_of_images_are_named_with_the_command(classes: Path, t
     what = f"{folder}: has no images: 'test.zip' is a ZIP archive, as is 1 other file"
     remedy = f"pack it (fastflower pack {first}), or unpack it (unzip {first} -d {folder / 'test'})"
     rest = "and pass the folder that has one folder of images per class."
-    assert str(caught.value).rpartition("\n")[2].replace("/a/:", "/a:") == f"{what}; {remedy}, {rest}"
+    assert str(caught.value).rpartition("\n")[2] == f"{what}; {remedy}, {rest}"
 
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
@@ -397,10 +395,3 @@ def test_a_tar_that_ends_with_a_zip_is_a_tar(classes: Path, tmp_path: Path, expe
     assert zipfile.is_zipfile(archive)
     pack(archive, tmp_path / "out", lists=True)
     assert checksums(tmp_path / "out") == expected
-
-
-def test_the_command_line_packs_an_archive(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    archive = archived(classes, tmp_path / "data.zip")
-    assert main(["pack", str(archive), "--out", str(tmp_path / "out")]) == 0
-    assert "train: 7 images" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out/manifest.json").read_text())["classes"] == ["a", "b"]
