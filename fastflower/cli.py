@@ -107,7 +107,7 @@ def _parse(
 def _pack(prog: str, args: Sequence[str]) -> None:
     from fastflower.packing.packer import pack
 
-    values = _parse(prog, args, pack, out=Path)
+    values = _parse(prog, args, pack, out=Path, labels=tuple[Path, ...], split=tuple[Path, ...])
     with _dask(values.pop("executor")) as executor:
         manifest = pack(**values, executor=executor)
     for name, split in manifest.splits.items():

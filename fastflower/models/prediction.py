@@ -30,7 +30,7 @@ from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.inference import log_probabilities, non_finite_outputs, view_of
 from fastflower.packing.containers import instead_of_images
 from fastflower.packing.folder import images_in
-from fastflower.packing.layout import EXTENSIONS
+from fastflower.packing.names import EXTENSIONS
 from fastflower.shards.image import Prepared, prepare
 
 _log = logging.getLogger("fastflower")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastflower.packing.archives import advice
 from fastflower.packing.hidden import is_hidden
-from fastflower.packing.layout import EXTENSIONS
+from fastflower.packing.names import EXTENSIONS
 from fastflower.shards.kinds import kind_of
 
 _MOST_READ = 1000  # files

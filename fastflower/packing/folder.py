@@ -9,10 +9,11 @@ import re
 import stat
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,14 @@ from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
 from fastflower.packing import layout
 from fastflower.packing.containers import instead_of_images
+from fastflower.packing.finder import Finder
 from fastflower.packing.hidden import entries, ignoring, is_hidden, is_ignored
-from fastflower.packing.lists import listed_classes, listed_files, lists_of
+from fastflower.packing.labels import Labels
+from fastflower.packing.listing import SPLITS, Listing, classes_of, lists_of, splits_of, tables_naming
+from fastflower.packing.lists import Columns
+from fastflower.packing.names import EXTENSIONS, is_image, splits_named
+
+_log = logging.getLogger("fastflower")
 
 FILE_DTYPE = np.dtype(
     [
@@ -106,7 +113,7 @@ class _Collector:
         for parent in self._folders(name):
             hidden = 0
             for file in sorted(os.listdir(self.root / parent)):  # noqa: PTH208  (names take less memory than paths)
-                named = file.lower().endswith(layout.EXTENSIONS)
+                named = is_image(file)
                 if not is_hidden(file):
                     self.add(f"{parent}/{file}", label, split, named=named)
                 elif not is_ignored(f"{self.root}/{parent}/{file}"):
@@ -145,7 +152,7 @@ class _Collector:
             self.ignore_strays(parent)
         if len(self.ignored) > before:
             what = "has no class folders, so its unlabeled images are skipped; classify them with `fastflower predict`"
-            logging.getLogger("fastflower").warning("%s: %s", self.root / top, what)
+            _log.warning("%s: %s", self.root / top, what)
         else:
             self.ignored.append((top, "is a folder without images"))
 
@@ -153,7 +160,7 @@ class _Collector:
         """Record images next to the class folders as ignored. Other files there are normal and not recorded."""
         for file in sorted(entry.name for entry in entries(self.root / folder)):
             path = os.path.normpath(f"{folder}/{file}")
-            if file.lower().endswith(layout.EXTENSIONS) and not (self.root / path).is_dir():
+            if is_image(file) and not (self.root / path).is_dir():
                 self.ignored.append((path, "is not in a class folder"))
 
     def folder(self, classes: list[str], splits: tuple[str, ...]) -> Folder:
@@ -162,8 +169,20 @@ class _Collector:
         return Folder(self.root, tuple(classes), splits, files, paths, tuple(self.ignored))
 
 
-def scan(root: str | Path, *, resplit: bool = False, ignore: Sequence[str] = ()) -> Folder:
-    """Find the images of a folder by name, without reading them. The folder has one of three layouts:
+class Tables(NamedTuple):
+    """Files that name the images of a folder."""
+
+    labels: Sequence[Path] = ()
+    """Tables or lists of images and labels."""
+    split: Sequence[Path] = ()
+    """Tables or lists that assign images to splits."""
+    columns: Columns = Columns()
+
+
+def scan(
+    root: str | Path, tables: Tables | None = None, *, resplit: bool = False, ignore: Sequence[str] = ()
+) -> Folder:
+    """Find the images of a folder by name, without reading them. Without a table of labels, it has one of three layouts:
 
     - `root`/CLASS/**, as ImageFolder reads it;
     - `root`/train/CLASS/**, next to folders named after other splits; a folder named after a split is never a class;
@@ -175,46 +194,94 @@ def scan(root: str | Path, *, resplit: bool = False, ignore: Sequence[str] = ())
     Raises FolderError, with file and line if possible, if the folder fits none of these layouts or more than one, has
     only one class, or has a class without images.
     """
-    root = Path(root)
+    root, tables = Path(root), tables or Tables()
     try:
         with ignoring(root, ignore):
-            folder = _scan(root, resplit)
+            folder = _scan(root, resplit or bool(tables.split), tables)
+            if tables.split:
+                folder = _divided(folder, tables)
     except OSError as error:
         blame_the_system(error, error.filename or root)
         raise FolderError(f"{error.filename or root}: cannot be read ({error.strerror}); make it readable.") from error
     except FolderError as error:
         if instead := instead_of_images(root):
             raise FolderError(instead) from error
-        raise
+        lines = [] if tables.labels else tables_naming(root)
+        raise FolderError("\n  ".join([str(error), *lines])) from error
     if len(folder.classes) == 1:
         only = folder.classes[0]
         raise FolderError(f"{root}: has one class, {only!r}; a classifier needs at least two class folders.")
     return folder
 
 
-def _scan(root: Path, resplit: bool) -> Folder:
+def _scan(root: Path, resplit: bool, tables: Tables) -> Folder:
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         rule = "pass a folder that contains one folder of images per class, or a zip or tar archive of one"
         raise FolderError(f"{root}: {what}; {rule}.")
+    if tables.labels:
+        return _scan_lists(root, splits_of(root, tables.labels, "--labels"), tables.columns, table=True)
     if lists := lists_of(root):
-        return _scan_lists(root, lists)
+        return _scan_lists(root, lists, Columns(), table=False)
     tops = layout.subfolders(root)
     if not tops:
         raise FolderError(f"{root}: has no class folders; put the images of each class into a folder of its own.")
-    if len(tops) > 1 and (named := layout.splits_named(tops)):
+    if len(tops) > 1 and (named := splits_named(tops)):
         return _scan_splits(root, named, layout.places_of_splits(root, named, tops))
     layout.check_classes(root, tops, resplit)
     return _scan_classes(root, tops)
 
 
-def _scan_lists(root: Path, lists: dict[str, Path]) -> Folder:
-    collector, classes = _Collector(root), listed_classes(root, lists)
-    for path, label, split in listed_files(root, lists, classes):
-        collector.add(path, label, split)
-    if not collector.files:
-        raise FolderError(f"{lists['train']}: lists no images; write one line 'PATH LABEL' per image.")
-    return collector.folder(classes, tuple(lists))
+def _scan_lists(root: Path, lists: Mapping[Path, str | None], columns: Columns, *, table: bool) -> Folder:
+    """Scan the images that lists or tables name. table  Whether they were passed as --labels.
+
+    A table may label only the images of splits without class folders. The other splits are then read as class folders.
+    """
+    collector, classes = _Collector(root), classes_of(root)
+    tops = splits_named(layout.subfolders(root))
+    bases, bare = layout.partly_labeled(root, tops) if table else ({}, [])
+    labels = Labels(classes, table=table)
+    finder = Finder(root, bare or (".",))
+    first, _, _ = next(iter(Listing(root, lists, columns, finder, Labels(classes, table=table), tops)))
+    if first.partition("/")[0] in bases:  # the table labels all splits
+        bases, finder = {}, Finder(root)
+    for top, base in bases.items():
+        for name in layout.subfolders(root / base):
+            number = labels.add(None, f"{name}/", tops[top], str(root / base / name))
+            collector.add_class(f"{base}/{name}", number, SPLITS.index(tops[top]))
+    listing, places = Listing(root, lists, columns, finder, labels, tops), {tops[top] for top in bases}
+    for path, label, split in listing:
+        collector.add(path, label, SPLITS.index(split) if split else 0)
+        places.add(split or "")
+    for path in listing.unlabeled:
+        collector.ignored.append((path, "has no label"))
+    if table and (unlisted := finder.count() - len(listing)) > 0:
+        what = "images in %s are not in %s and are skipped"
+        _log.warning(f"%d {what}", unlisted, root, ", ".join(map(str, lists)))
+    splits = listing.ordered(places)
+    order, codes = np.zeros(len(SPLITS), np.int32), [SPLITS.index(name) for name in splits]
+    order[codes] = np.arange(len(splits))
+    names, numbers = labels.classes()
+    folder = collector.folder(names, splits)
+    folder.files["label"] = numbers[folder.files["label"]]
+    folder.files["split"] = order[folder.files["split"]] if splits else 0
+    return folder
+
+
+def _divided(folder: Folder, tables: Tables) -> Folder:
+    """Return a folder with the split that lists or tables give. Images that they do not name are ignored."""
+    finder = Finder(folder.root)
+    listing = Listing(folder.root, splits_of(folder.root, tables.split, "--split"), tables.columns, finder, None)
+    split_of = {path: split or "" for path, _, split in listing}
+    splits = listing.ordered(set(split_of.values()))
+    collector = _Collector(folder.root, ignored=list(folder.ignored))
+    for number in range(len(folder)):
+        path = folder.path(number)
+        if split := split_of.get(path):
+            collector.add(path, int(folder.files["label"][number]), splits.index(split))
+        else:
+            collector.ignored.append((path, f"is not in {', '.join(file.name for file in tables.split)}"))
+    return collector.folder(list(folder.classes), splits)
 
 
 def _scan_classes(root: Path, tops: list[str]) -> Folder:
@@ -250,7 +317,7 @@ def _scan_splits(root: Path, named: dict[str, str], bases: dict[str, str]) -> Fo
 
 
 def _no_images(folder: Path) -> FolderError:
-    named = ", ".join(layout.EXTENSIONS)
+    named = ", ".join(EXTENSIONS)
     what = f"{folder}: has no images ({named}); add some, or remove the class folder."
     return FolderError(instead_of_images(folder) or what)
 

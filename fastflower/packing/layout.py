@@ -6,7 +6,6 @@ lists first, then for splits, then for class folders. In this module, `tops` are
 
 import glob
 import os
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -15,23 +14,7 @@ from pathlib import Path
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
 from fastflower.packing.hidden import entries, patterns_ignored
-
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),  # ImageFolder's IMG_EXTENSIONS
-    *(".jfif", ".jpe", ".gif", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".pbm", ".pnm", ".dib"),
-    *(".mpo", ".tga", ".pcx"),  # all others that `prepare` reads, except .ico: web pages and file managers leave icons
-)
-
-# Split names that Hugging Face's imagefolder accepts, train first.
-_SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-_FILLERS = {"", "image", "images", "img", "imgs", "split", "folder"}  # ignored in the name of a split
-_UNLABELED = {"unknown", "unlabeled", "unlabelled", "all", "classes", "none"}  # folders of unlabeled images
-_ANY = {"image", "images", "img", "imgs", "unlabeled", "unlabelled"}  # for any class, often next to masks
-_FOLDS = {"fold", "cv", "part", "batch"}
+from fastflower.packing.names import FOLDS, SPLIT_WORDS, is_generic, is_image, is_no_class_name, splits_named, words_of
 
 _MOST_NAMES = 6  # per message
 _DEEPEST = 20  # folder levels to search for class folders
@@ -64,25 +47,13 @@ def _holds_images(folder: Path) -> bool:
             for entry in entries(path):
                 if is_folder(entry):
                     pending.append(path / entry.name)
-                elif entry.name.lower().endswith(EXTENSIONS):
+                elif is_image(entry.name):
                     return True
         except OSError as error:
             blame_the_system(error, path)
             if path == folder:
                 raise
     return False
-
-
-def _words(name: str) -> list[str]:
-    """Return the meaningful words of a name: ["training"] for "Training_Set2", ["train"] for "trainImages"."""
-    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
-    return [word for word in (word.removesuffix("set").removesuffix("data") for word in words) if word not in _FILLERS]
-
-
-def _is_generic(name: str) -> bool:
-    """Return whether a name is generic, such as "images". Next to other folders, such a folder is unlikely to be a class."""
-    words = re.findall(r"[^\W\d_]+", name.lower())
-    return bool(words) and _ANY.issuperset(words)
 
 
 def _inner(root: Path, top: str) -> str:
@@ -95,27 +66,6 @@ def _inner(root: Path, top: str) -> str:
             break
         top = f"{top}/{inside[0]}"
     return top
-
-
-def splits_named(names: Iterable[str]) -> dict[str, str]:
-    """Map each name that denotes a split to that split, train first.
-
-    "train", "Validation", "test_set" and "train2017" always count. "flowers_train" counts only next to "flowers_val" or
-    "flowers_test".
-    """
-    candidates: dict[str, tuple[str, list[str]]] = {}  # split, and the other words of the name
-    for name in names:
-        words = _words(name)
-        splits = [word for word in words if word in _SPLITS]
-        if len(splits) == 1:
-            candidates[name] = _SPLITS[splits[0]], [word for word in words if word != splits[0]]
-    named = {
-        name: split
-        for name, (split, rest) in candidates.items()
-        if not rest or any(other != split and also == rest for other, also in candidates.values())
-    }
-    order = list(_SPLITS.values())
-    return dict(sorted(named.items(), key=lambda item: order.index(item[1])))
 
 
 def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict[str, str]:
@@ -152,14 +102,25 @@ def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> 
             readings.append(_to_label(root, unlabeled))
         raise _ambiguous(root, what, readings)
     inside = subfolders(root / bases[train])
-    if len(inside) > 1 and (generic := [name for name in inside if _is_generic(name)]):
+    if len(inside) > 1 and (generic := [name for name in inside if is_generic(name)]):
         places = [f"{base}/{name}" for base in bases.values() for name in generic]
         raise _generic_folders(root, bases[train], generic, inside, places)
     return bases
 
 
+def partly_labeled(root: Path, named: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Return the parents of the class folders of each split, as `places_of_splits` does, and the splits without class folders.
+
+    Both are empty unless the training split has class folders and another split has images without them.
+    """
+    full = [top for top in named if _holds_images(root / top)]
+    bases = _class_parents(root, full)
+    bare = [top for top in full if top not in bases]
+    return (bases, bare) if bare and "train" in (named[top] for top in bases) else ({}, [])
+
+
 def _class_parents(root: Path, tops: Iterable[str]) -> dict[str, str]:
-    """Map each folder that has class folders to the parent of its class folders."""
+    """Map each folder to the folder that directly holds its class folders, if there is one."""
     return {top: base for top in tops if (base := _class_parent(root, top)) is not None}
 
 
@@ -169,17 +130,12 @@ def _class_parent(root: Path, top: str) -> str | None:
     The parent is the split's folder, or its only subfolder if that has the same name or a name like "images".
     """
     base, inside = top, subfolders(root / top)
-    while len(inside) == 1 and (inside[0].lower() == top.lower() or _is_no_class_name(inside[0])):
+    while len(inside) == 1 and (inside[0].lower() == top.lower() or is_no_class_name(inside[0])):
         deeper = subfolders(root / base / inside[0])
         if not deeper:
             return None
         base, inside = f"{base}/{inside[0]}", deeper
-    return None if all(map(_is_no_class_name, inside)) else base
-
-
-def _is_no_class_name(name: str) -> bool:
-    """Return whether a folder in a split is named like "images", "unknown" or a split. A number is a class name."""
-    return re.search(r"[^\W\d_]", name) is not None and {*_SPLITS, *_UNLABELED}.issuperset(_words(name))
+    return None if all(map(is_no_class_name, inside)) else base
 
 
 def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
@@ -204,23 +160,23 @@ def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
             reading = f"use {_names(rest)} as classes and skip {top!r}", _skip_and_pack(root, [top])
             raise _ambiguous(root, what, [*_subfolders_as_classes(root, [top]), reading, _as_classes(root, tops)])
     shared = sorted(set[str].intersection(*map(set, inside.values())) - {name for _, name in nested})
-    generic = [name for name in shared if _is_generic(name)]
+    generic = [name for name in shared if is_generic(name)]
     if generic and len(shared) > 1 and all(top == inner[top] for top in tops):
         what = f"has the folders {_names(shared)} in each of {_names(tops)}"
         reading = f"use {_names(tops)} as classes with only the images in {generic[0]!r}"
         command = _list_and_pack(root, f"*/{_quoted(generic[0])}")
         raise _ambiguous(root, what, [(reading, command), _as_classes(root, tops)])
-    folds = len(shared) > 1 and all(_FOLDS.issuperset(_words(top)) for top in tops)
+    folds = len(shared) > 1 and all(FOLDS.issuperset(words_of(top)) for top in tops)
     if (folds or len(shared) >= len(tops)) and not any(_has_own_images(root / inner[top]) for top in tops):
         what = f"has the same folders ({_names(shared)}) in each of {_names(inner.values())}"
         raise _ambiguous(root, what, [*_subfolders_as_classes(root, tops), _as_classes(root, tops)])
-    generic = [top for top in tops if _is_generic(top)]
+    generic = [top for top in tops if is_generic(top)]
     if generic and any(_holds_images(root / top) for top in tops if top not in generic):
         raise _generic_folders(root, ".", generic, tops, generic)
 
 
 def _has_own_images(folder: Path) -> bool:
-    return any(entry.name.lower().endswith(EXTENSIONS) for entry in entries(folder))
+    return any(is_image(entry.name) for entry in entries(folder))
 
 
 def refuse_wrapper(root: Path, top: str) -> None:
@@ -295,7 +251,7 @@ def _duplicate_split(root: Path, named: dict[str, str]) -> FolderError:
         for top in twice:
             rest = [other for other in twice if other != top]
             readings.append((f"use {top!r} as the split and skip {_names(rest)}", _skip_and_pack(root, rest)))
-    kinds = {top: [word for word in _words(top) if word not in _SPLITS] for top in named}
+    kinds = {top: [word for word in words_of(top) if word not in SPLIT_WORDS] for top in named}
     for kind in dict.fromkeys(map(tuple, kinds.values())):
         tops, rest = ([top for top in named if (tuple(kinds[top]) == kind) == same] for same in (True, False))
         if (

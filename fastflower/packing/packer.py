@@ -22,7 +22,8 @@ from fastflower.errors import ArgumentError, FolderError, require
 from fastflower.machine import cores
 from fastflower.packing.archives import is_archive, unpacked
 from fastflower.packing.duplicates import Item, Result
-from fastflower.packing.folder import Folder, scan
+from fastflower.packing.folder import Folder, Tables, scan
+from fastflower.packing.lists import Columns
 from fastflower.packing.plan import Options, Plan
 from fastflower.packing.publishing import publish, unpublish
 from fastflower.packing.remarks import remarks
@@ -37,8 +38,14 @@ def pack(
     folder: str | Path,
     out: str | Path = "shards",
     *,
+    labels: str | Path | Sequence[str | Path] = (),
+    split: str | Path | Sequence[str | Path] = (),
+    path_column: str | None = None,
+    label_column: str | None = None,
+    split_column: str | None = None,
     split_by: Literal["class", "random", "folder"] | None = None,
     val_fraction: float = 0.2,
+    test_fraction: float = 0.0,
     seed: int = 0,
     shard_bytes: int = 64 << 20,
     max_side: int | None = None,
@@ -62,10 +69,19 @@ def pack(
             FOLDER/meta/train.txt, FOLDER/meta/val.txt and FOLDER/classes.txt. Or a zip or tar archive of such a folder,
             which is unpacked in OUT while packing.
         out: The folder to write. It must not be inside FOLDER or already contain packed shards.
+        labels: A table (CSV, TSV or JSON lines) or list of images and their labels, or one file per split, such as
+            train.csv and val.csv. The labels are names or numbers. A column of splits divides the images.
+        split: A table or list of paths and splits ("train", "val", "test"), or one list of paths per split, named after
+            it. Images that it does not name are skipped.
+        path_column: The column of paths in these tables: its name or, from 1, its number. By default the column with a
+            usual name, such as path, file_name, image or id.
+        label_column: The column of labels. By default the column named label, class or category, or the only one left.
+        split_column: The column of splits. By default the column named split, if any.
         split_by: "class" puts val_fraction of each class into the val split, but at least one image if the class has two
             or more. "random" takes val_fraction of all images together. "folder" keeps the folder's own split. The
             default is "folder" if the folder has a split, else "class".
         val_fraction: Fraction of images in the val split, at least 0 and less than 1. Unused if split_by is "folder".
+        test_fraction: Fraction of images in a test split. Unused if split_by is "folder".
         seed: Random seed for the split and for the order of the images in the shards.
         shard_bytes: Target size of a shard in bytes. A shard's source images exceed it in total by less than one image.
             Transcoding can make the shard larger or smaller.
@@ -93,18 +109,35 @@ def pack(
         {'train': 135, 'val': 15}
     """
     require(0 <= val_fraction < 1, "val_fraction", "at least 0 and less than 1", val_fraction)
+    rule = "at least 0 and, added to val_fraction, less than 1"
+    require(0 <= test_fraction < 1 - val_fraction, "test_fraction", rule, test_fraction)
+    tables = Tables(_paths(labels), _paths(split), Columns(path_column, label_column, split_column))
     options = Options(
-        split_by, float(val_fraction), seed, shard_bytes, max_side, quality, on_bad, on_conflict, lists, ignore
+        split_by,
+        float(val_fraction),
+        seed,
+        shard_bytes,
+        max_side,
+        quality,
+        on_bad,
+        on_conflict,
+        lists,
+        ignore,
+        float(test_fraction),
     )
     require(workers is None or workers >= 1, "workers", "at least 1", workers)
-    return _pack(Path(folder), Path(out), options, workers or cores(), executor)
+    return _pack(Path(folder), tables, Path(out), options, workers or cores(), executor)
 
 
-def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executor | None) -> Manifest:
+def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
+    return list(map(Path, [files] if isinstance(files, str | Path) else files))
+
+
+def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, executor: Executor | None) -> Manifest:
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):  # Path.resolve raises for a link to itself
         what = f"is inside the folder to pack ({root}) and would become part of it"
         raise FolderError(f"{out}: {what}; choose another folder with --out.")
-    find = partial(scan, resplit=asked.split_by in ("class", "random"), ignore=asked.ignore)
+    find = partial(scan, tables=tables, resplit=asked.split_by in ("class", "random"), ignore=asked.ignore)
     folder = None if is_archive(root) else find(root)
     options = _resolved(asked, folder) if folder else asked
     interrupted = os.path.exists(out / WORK)  # noqa: PTH110  (Path.exists can raise)
@@ -118,7 +151,11 @@ def _pack(root: Path, out: Path, asked: Options, threads: int, executor: Executo
         if packed:
             manifest = Manifest.load(out)
             files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
-            same = {"ignore": [], **manifest.options} == options.recorded() and manifest.classes == folder.classes
+            same = {
+                "ignore": [],
+                "test_fraction": 0.0,
+                **manifest.options,
+            } == options.recorded() and manifest.classes == folder.classes
             if not same or files != len(folder) + len(folder.ignored):
                 raise _already_packed(out)
             (work / PLAN).unlink(missing_ok=True)  # the pack was killed before it removed the workspace

@@ -40,6 +40,7 @@ class Options:
     on_conflict: Literal["keep", "drop"]
     lists: bool
     ignore: Sequence[str] = ()  # not an option of older versions
+    test_fraction: float = 0.0  # the same; unused if the folder's own split is kept
 
     def __post_init__(self) -> None:
         splits = (None, "class", "random", "folder")
@@ -91,7 +92,9 @@ class Plan:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        return self.folder.splits if self.options.split_by == "folder" else ("train", "val")
+        if self.options.split_by == "folder":
+            return self.folder.splits
+        return ("train", "val", "test") if self.options.test_fraction else ("train", "val")
 
     def conflicts(self) -> list[NDArray[np.int64]]:
         """Return the groups of identical images with different labels."""
@@ -110,7 +113,7 @@ def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped
         for group in plan.conflicts():
             kept[group] = False
     own = options.split_by == "folder"
-    split = folder.files["split"] if own else _choose_validation(plan, kept).astype(np.int32)
+    split = folder.files["split"] if own else _draw_splits(plan, kept)
     order: list[NDArray[np.int64]] = []
     shards: list[PlannedShard] = []
     stop = 0
@@ -133,37 +136,38 @@ def check_counts(classes: tuple[str, ...], counts: Sequence[int] | NDArray[np.in
             raise FolderError(f"class {name!r}: {what}; add images, or remove the class folder.")
 
 
-def _choose_validation(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Choose val_fraction of each class, or of all images, without dividing groups.
+def _draw_splits(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Draw val_fraction and test_fraction of each class, or of all images, without dividing groups.
 
-    Return an (N,) boolean mask of the validation images.
+    Returns (N,) positions in ("train", "val", "test").
     """
-    labels, seed = plan.folder.files["label"], plan.options.seed
-    pools = labels if plan.options.split_by == "class" else np.zeros_like(labels)  # a share is taken from each pool
+    labels, options = plan.folder.files["label"], plan.options
+    pools = labels if options.split_by == "class" else np.zeros_like(labels)  # a share is taken from each pool
     sizes = np.bincount(pools[kept], minlength=1)
-    shares = _shares(sizes, plan.options.val_fraction or 0.0, seed)
     left = np.bincount(labels[kept], minlength=len(plan.folder.classes))  # training images left in each class
     group_of = {number: group for group in plan.groups for number in group.tolist()}
-    val = np.zeros(len(kept), bool)
+    split = np.zeros(len(kept), np.int32)
     by_pool = np.flatnonzero(kept)[np.argsort(pools[kept], kind="stable")]
-    for pool, (share, images) in enumerate(zip(shares, np.split(by_pool, np.cumsum(sizes)[:-1]), strict=True)):
-        taken = int(val[images].sum())  # taken along with identical images of other pools
-        if taken >= share:
-            continue
-        # Packing uses epochs -1, -2 and -3 of the order function, so its orders never equal those of a training epoch.
-        for image in images[epoch_order(len(images), seed=seed, epoch=-1)]:
-            if val[image]:
-                continue
-            group = group_of.get(image, np.array([image]))
-            classes, counts = np.unique(labels[group], return_counts=True)
-            if (left[classes] <= counts).any():  # a class would have no training images left
-                continue
-            val[group] = True
-            left[classes] -= counts
-            taken += int((pools[group] == pool).sum())
+    for place, fraction in enumerate((options.val_fraction or 0.0, options.test_fraction), 1):
+        shares = _shares(sizes, fraction, options.seed)
+        for pool, (share, images) in enumerate(zip(shares, np.split(by_pool, np.cumsum(sizes)[:-1]), strict=True)):
+            taken = int((split[images] == place).sum())  # taken along with identical images of other pools
             if taken >= share:
-                break
-    return val
+                continue
+            # Packing uses epochs -1, -2 and -3 of the order function, so its orders never equal those of a training epoch.
+            for image in images[epoch_order(len(images), seed=options.seed, epoch=-1)]:
+                if split[image]:
+                    continue
+                group = group_of.get(image, np.array([image]))
+                classes, counts = np.unique(labels[group], return_counts=True)
+                if (left[classes] <= counts).any():  # a class would have no training images left
+                    continue
+                split[group] = place
+                left[classes] -= counts
+                taken += int((pools[group] == pool).sum())
+                if taken >= share:
+                    break
+    return split
 
 
 def _shares(counts: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:

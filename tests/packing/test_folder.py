@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 
 from fastflower.errors import FolderError
 from fastflower.packing.folder import FILE_DTYPE, Folder, scan
-from fastflower.packing.layout import EXTENSIONS
+from fastflower.packing.names import EXTENSIONS
 
 ENDINGS = f"({', '.join(EXTENSIONS)})"
 NO_EXTENSION = "has no image extension"
@@ -329,7 +329,7 @@ def test_a_folder_that_fits_no_layout_is_refused(tmp_path: Path, names: list[str
 
 
 def test_a_missing_folder_or_a_file_is_refused(tmp_path: Path) -> None:
-    remedy = "pass a folder that contains one folder of images per class."
+    remedy = "pass a folder that contains one folder of images per class, or a zip or tar archive of one."
     refused(tmp_path / "no", f"{tmp_path / 'no'}: does not exist; {remedy}")
     refused(touch(tmp_path, "1.jpg") / "1.jpg", f"{tmp_path / '1.jpg'}: is a file; {remedy}")
 
@@ -344,11 +344,11 @@ def write(root: Path, lists: dict[str, str]) -> Path:
 @pytest.mark.parametrize("classes", ["classes.txt", "meta/classes.txt"])
 def test_lists_may_be_in_meta_or_in_the_root(tmp_path: Path, place: str, classes: str) -> None:
     """Labels are positions in classes.txt, which need not be sorted. The last word of a line is the label."""
-    train, val = "y 1 .jpg 1\r\n\r\n \t \nx.jpg 0 \nx.jpg 2 00001", "a/é.jpg \t 1\n" + NAMES[-1] + " 0\n"
+    train, val = "y 1 .jpg 1\r\n\r\n \t \nx.jpg 0 \nz.jpg 2 00001", "a/é.jpg \t 1\n" + NAMES[-1] + " 0\n"
     lists = {f"{place}train.txt": train, f"{place}val.txt": val, classes: "second name \r\n\r\nfirst"}
     found = scan(touch(write(tmp_path, lists), "x.jpg", f"train/{NAMES[-1]}", f"val/{NAMES[-1]}", "a/é.jpg"))
     assert (found.classes, found.splits) == (("second name", "first"), ("train", "val"))
-    expected = [("y 1 .jpg", 1, 0), ("x.jpg", 0, 0), ("x.jpg 2", 1, 0), ("a/é.jpg", 1, 1), (f"val/{NAMES[-1]}", 0, 1)]
+    expected = [("y 1 .jpg", 1, 0), ("x.jpg", 0, 0), ("z.jpg 2", 1, 0), ("a/é.jpg", 1, 1), (f"val/{NAMES[-1]}", 0, 1)]
     assert images(found) == expected
     assert found.files["size"].tolist() == [0, 1, 0, 1, 1]  # missing files are kept, so that they are reported
 
@@ -359,7 +359,7 @@ def test_without_classes_txt_the_class_folders_in_train_txt_are_the_classes(
 ) -> None:
     a, b = labels
     train, long = f"b/x y.jpg{b}\na/1 2.jpg{a}\r\n", "b/" + "x" * 300 + ".jpg"
-    touch(tmp_path, "b/0.jpg", "test/b/0.jpg")  # next to it, a name of more than 255 bytes is an error
+    touch(tmp_path, "b/0.jpg", "a/1 2.jpg", "test/b/0.jpg")  # next to it, a name of more than 255 bytes is an error
     found = scan(write(tmp_path, {"train.txt": train, "test.txt": f"{long}{b}\nb/c/1.jpg{b}"}))
     assert (found.classes, found.splits) == (("a", "b"), ("train", "test"))
     assert images(found) == [("b/x y.jpg", 1, 0), ("a/1 2.jpg", 0, 0), (long, 1, 1), ("b/c/1.jpg", 1, 1)]
@@ -372,8 +372,10 @@ POSITION = "among the sorted class folders; correct it, or add classes.txt."
 LISTS = [
     ({"train.txt": AB + "3.jpg", "classes.txt": "a\nb"}, f"train.txt, line 3: '3.jpg' {NO_LABEL}"),
     ({"train.txt": AB + "c.jpg -1", "classes.txt": "a\nb"}, f"train.txt, line 3: 'c.jpg -1' {NO_LABEL}"),
-    ({"meta/train.txt": "1.jpg\n2.jpg\n"}, f"meta/train.txt, line 1: '1.jpg' {NO_LABEL}"),
-    ({"train.txt": AB, "val.txt": "\nc/1.jpg"}, f"val.txt, line 2: 'c/1.jpg' {NO_LABEL}"),
+    (
+        {"train.txt": AB, "val.txt": "\nc/1.jpg"},
+        "val.txt, line 2: class 'c' has no training image; correct the label, or list an image for training.",
+    ),
     ({"train.txt": AB + "\na/2 2"}, f"train.txt, line 4: {TOO_LARGE}"),
     ({"train.txt": AB, "val.txt": "b/2.jpg 0"}, f"val.txt, line 1: label 0 is not the position of 'b' {POSITION}"),
     ({"train.txt": AB + "a/2.jpg 1"}, f"train.txt, line 3: label 1 is not the position of 'a' {POSITION}"),
@@ -382,10 +384,7 @@ LISTS = [
     ({"train.txt": AB + AB}, "train.txt, line 3: 'a/1.jpg' is listed twice; remove one of the lines."),
     ({"train.txt": AB, "val.txt": AB}, "val.txt, line 1: 'a/1.jpg' is listed twice; remove one of the lines."),
     ({"train.txt": "\n \r\n", "val.txt": ""}, "train.txt: lists no images; write one line 'PATH LABEL' per image."),
-    (
-        {"train.txt": os.fsdecode(AB.encode("utf-16"))},
-        "train.txt, line 1: contains a null byte; save the list as UTF-8.",
-    ),
+    ({"train.txt": AB + "a/\0.jpg"}, "train.txt, line 3: contains a null byte; save the file as UTF-8."),
     (
         {"train.txt": AB, "meta/classes.txt": "a\nb\n\na "},
         "meta/classes.txt: lists a class twice; write one line per class, in label order.",

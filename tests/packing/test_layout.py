@@ -11,7 +11,7 @@ from packs import exactly, touch
 
 from fastflower.errors import FolderError
 from fastflower.packing.folder import Folder, scan
-from fastflower.packing.layout import splits_named
+from fastflower.packing.names import splits_named
 
 TRAIN = ["train/a/1.jpg", "train/b/1.jpg"]
 VAL = ["val/a/2.jpg", "val/b/2.jpg"]

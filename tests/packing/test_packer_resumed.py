@@ -57,7 +57,15 @@ CHANGED: dict[str, Any] = {
     "on_conflict": "drop",
     "lists": False,
     "ignore": ("b/000.jpg",),
+    "test_fraction": 0.1,
 }
+TABLES = {
+    "labels",
+    "split",
+    "path_column",
+    "label_column",
+    "split_column",
+}  # the labels and splits themselves are compared
 
 
 def changed(name: str) -> dict[str, Any]:
@@ -65,7 +73,12 @@ def changed(name: str) -> dict[str, Any]:
 
 
 def test_a_changed_option_is_refused_and_changes_nothing(small: Path, tmp_path: Path, expected: dict[str, str]) -> None:
-    assert CHANGED.keys() == inspect.signature(pack).parameters.keys() - {"folder", "out", "workers", "executor"}
+    assert CHANGED.keys() == inspect.signature(pack).parameters.keys() - TABLES - {
+        "folder",
+        "out",
+        "workers",
+        "executor",
+    }
     out = interrupted(small, tmp_path / "out", shards=2, **OPTIONS)
     before = checksums(out)
     former = asdict(load_plan(out / ".packing", small).options)

@@ -27,7 +27,7 @@ from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.prediction import predict
 from fastflower.packing import workspace
 from fastflower.packing.folder import scan
-from fastflower.packing.layout import EXTENSIONS
+from fastflower.packing.names import EXTENSIONS
 from fastflower.packing.remarks import remarks
 from fastflower.shards.manifest import Manifest
 

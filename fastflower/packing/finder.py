@@ -1,0 +1,132 @@
+"""Finds the images that a list or table names in a folder, however their paths are written."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fastflower.errors import FolderError
+from fastflower.packing import layout
+from fastflower.packing.hidden import entries
+from fastflower.packing.names import is_image
+
+
+class Found(NamedTuple):
+    """An image of a folder that a list names."""
+
+    path: str
+    """Relative to the folder."""
+    listed: str
+    """The end of the path that the list gives: CLASS/FILE in most lists."""
+
+
+class Finder:
+    """Finds listed images in a folder.
+
+    A listed path is relative to one of `bases` or to the folder. If there is no such file, folders are removed from its
+    start, because lists hold absolute paths and paths from other machines. If that fails too, the path means the only image
+    in the folder whose path ends with it, with or without its extension.
+
+    tops  Subfolders to search for such an end, "." for the whole folder.
+    """
+
+    def __init__(self, root: Path, tops: Sequence[str] = (".",)) -> None:
+        self._root, self._tops = root, tops
+        self._by_stem: dict[str, list[str]] | None = None
+
+    def find(self, listed: str, bases: Sequence[str] = ()) -> Found | None:
+        """Return the image, or None. Raises FolderError if more than one image fits."""
+        listed = listed.removeprefix("./")
+        if not listed:
+            return None
+        for base in (*bases, "."):
+            if self._exists(base, listed):
+                path = self._relative(listed) if listed.startswith("/") else _joined(base, listed)
+                return Found(path, path if listed.startswith("/") else listed)
+        names = _split(listed)
+        outside = names[0] != listed.split("/", 1)[0]  # it starts with "/", "./", a drive or backslashes
+        first = 0 if outside else 1
+        for start in range(first, len(names)):
+            alone = start == len(names) - 1 and start > 0
+            if alone and not (outside or names[start - 1] == self._root.name):
+                break  # the file's name alone may belong to another folder's image
+            end = "/".join(names[start:])
+            for base in (*bases, "."):
+                if self._exists(base, end):
+                    return Found(_joined(base, end), end)
+        return self._find_by_end(listed, names)
+
+    def flat(self) -> list[str]:
+        """Return the paths of all images, sorted."""
+        return sorted(path for paths in self._index().values() for path in paths if is_image(path))
+
+    def count(self) -> int:
+        """Return the number of images."""
+        return sum(map(is_image, self._walk()))
+
+    def _exists(self, base: str, listed: str) -> bool:
+        return os.path.exists(self._root / base / listed) and self._inside(listed)  # noqa: PTH110  (Path.exists may raise)
+
+    def _inside(self, listed: str) -> bool:
+        """Return whether an absolute path lies in the folder. Relative ones do, unless they contain `..`."""
+        if listed.startswith("/"):
+            return Path(listed).is_relative_to(self._root.absolute())
+        return ".." not in listed.split("/")
+
+    def _relative(self, listed: str) -> str:
+        return Path(listed).relative_to(self._root.absolute()).as_posix()
+
+    def _find_by_end(self, listed: str, names: Sequence[str]) -> Found | None:
+        end = "/".join(names)
+        fitting = [path for path in self._index().get(_stem(names[-1]), ()) if _ends_with(path, end)]
+        exact = [path for path in fitting if path.endswith(end)]
+        if len(exact or fitting) > 1:
+            few = ", ".join(map(repr, sorted(exact or fitting)[:3]))
+            raise FolderError(f"{listed!r} fits more than one image ({few}); write its path from {self._root}.")
+        return Found((exact or fitting)[0], end) if fitting else None
+
+    def _index(self) -> dict[str, list[str]]:
+        """Return the paths of all files by file name without image extension. Reads the folder once, when first needed."""
+        if self._by_stem is None:
+            self._by_stem = {}
+            for path in self._walk():
+                self._by_stem.setdefault(_stem(path.rpartition("/")[2]), []).append(path)
+        return self._by_stem
+
+    def _walk(self) -> Iterator[str]:
+        pending = list(self._tops)
+        while pending:
+            folder = pending.pop()
+            try:
+                for entry in entries(self._root / folder):
+                    path = _joined(folder, entry.name)
+                    if not layout.is_folder(entry):
+                        yield path
+                    elif not entry.is_symlink():
+                        pending.append(path)
+            except OSError:  # unreadable; its images are reported as missing
+                continue
+
+
+def _split(listed: str) -> list[str]:
+    """Return the names in a path with forward or backward slashes, without a drive letter, "." and ".."."""
+    listed = re.sub(r"^[A-Za-z]:(?=[\\/])", "", listed)
+    parts = listed.split("/") if "/" in listed else listed.split("\\")
+    return [name for name in parts if name not in ("", ".", "..")] or [listed]
+
+
+def _joined(base: str, path: str) -> str:
+    return os.path.normpath(path if base == "." else f"{base}/{path}")
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0] if is_image(name) else name
+
+
+def _ends_with(path: str, end: str) -> bool:
+    """Return whether a path ends with `end`. The case of extensions does not matter, nor the extension if `end` has none."""
+    wanted = _stem(end)
+    if wanted != end and end[len(wanted) :].lower() != path[len(_stem(path)) :].lower():
+        return False
+    return f"/{_stem(path)}".endswith(f"/{wanted}")

@@ -1,0 +1,130 @@
+"""Turns the labels of listed images into classes, once all of them are known."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastflower.errors import FolderError
+from fastflower.packing.lists import read_lines
+from fastflower.packing.names import splits_named
+
+_NUMBER = re.compile(r"(\d+)(\.0*)?")  # pandas writes 3.0 if a column has gaps
+
+
+class _Label(NamedTuple):
+    text: str | None
+    """As written. None: the class folder in the path."""
+    parent: str
+    """Folders in the listed path, or "" if the label does not depend on them."""
+    split: str | None
+
+
+class Labels:
+    """Collects the labels of listed images.
+
+    classes  Names of all classes, in the order of labels that are numbers. None: the classes are the labels themselves.
+    table  Whether the labels come from --labels, and so need not agree with the folders in the paths.
+    """
+
+    def __init__(self, classes: Sequence[str] | None, *, table: bool) -> None:
+        self._given, self._table = classes, table
+        self._numbers: dict[_Label, int] = {}
+        self._where: list[str] = []  # of the first image with each label
+        self._unlabeled = ""
+
+    def add(self, text: str | None, listed: str, split: str | None, where: str) -> int:
+        """Return a number for the label of an image, which `classes` later maps to its class."""
+        depends = text is None or (self._given is None and not self._table)
+        label = _Label(text, listed.rpartition("/")[0] if depends else "", split)
+        number = self._numbers.setdefault(label, len(self._numbers))
+        if number == len(self._where):
+            self._where.append(where)
+            if text is None and not label.parent:
+                self._unlabeled = f"{where}: {listed!r} has no label and is not in a class folder; write 'PATH LABEL'."
+        return number
+
+    def classes(self) -> tuple[list[str], NDArray[np.int32]]:
+        """Return the classes and, for each number from `add`, the position of its class.
+
+        Raises FolderError, with the file and line, if a label is not a class.
+        """
+        if self._unlabeled:
+            raise FolderError(self._unlabeled)
+        labels = list(self._numbers)
+        folders = _class_folders(labels)
+        train = [number for number, label in enumerate(labels) if label.split in (None, "train")]
+        tops = sorted({folders[number] for number in train if folders[number]})
+        by_position = self._given is None and not self._table and len(tops) > 1
+        ordered = list(self._given or (tops if by_position else ()))
+        first = _first_number(labels, len(ordered))
+        names: list[str] = []
+        for label, folder, where in zip(labels, folders, self._where, strict=True):
+            number = _number(label.text)
+            if label.text is None:
+                names.append(folder)
+            elif number is None or not ordered:
+                names.append(label.text if number is None else str(number))
+            elif not 0 <= number - first < len(ordered):
+                what = f"label {number} must be less than the number of classes ({len(ordered)})"
+                raise FolderError(f"{where}: {what}; correct it, or list every class in classes.txt.")
+            else:
+                names.append(ordered[number - first])
+                if by_position and names[-1] != folder:
+                    what = f"label {number} is not the position of {folder!r} among the sorted class folders"
+                    raise FolderError(f"{where}: {what}; correct it, or add classes.txt.")
+        classes = ordered or _sorted([names[number] for number in train], labels)
+        known = {name: position for position, name in enumerate(classes)}
+        for name, where in zip(names, self._where, strict=True):
+            if name not in known:
+                what = f"class {name!r} has no training image; correct the label, or list an image for training"
+                if self._given is not None:
+                    few = ", ".join(map(repr, classes[:3])) + (", ..." if len(classes) > 3 else "")
+                    what = (
+                        f"label {name!r} is not one of the classes ({few}); correct it, or add the class to classes.txt"
+                    )
+                raise FolderError(f"{where}: {what}.")
+        return classes, np.array([known[name] for name in names], np.int32)
+
+
+def _class_folders(labels: Sequence[_Label]) -> list[str]:
+    """Return the first folder in each path. A split's own name that begins every path is not a class: train/CLASS/FILE."""
+    parts = [label.parent.split("/") for label in labels]
+    if all(
+        len(names) > 1 and label.split in splits_named(names[:1]).values()
+        for names, label in zip(parts, labels, strict=True)
+    ):
+        parts = [names[1:] for names in parts]
+    return [names[0] for names in parts]
+
+
+def _number(text: str | None) -> int | None:
+    match = _NUMBER.fullmatch(text or "")
+    return int(match[1]) if match else None
+
+
+def _first_number(labels: Sequence[_Label], count: int) -> int:
+    """Return whether labels count from 0 or 1. They count from 1 only if one of them equals the number of classes."""
+    numbers = {number for label in labels if (number := _number(label.text)) is not None}
+    return int(0 not in numbers and count in numbers)
+
+
+def _sorted(names: Sequence[str], labels: Sequence[_Label]) -> list[str]:
+    """Sort class names: by value if every label is a number, else as torchvision's ImageFolder does."""
+    numeric = all(_number(label.text) is not None for label in labels)
+    return sorted(set(names), key=int if numeric else None)
+
+
+def read_classes(file: Path) -> list[str]:
+    """Return the class names in classes.txt, one per line. Lines may begin with their position: "0 rose" or "1 rose"."""
+    lines = [text.strip() for _, text in read_lines(file)]
+    for first in (0, 1):
+        numbered = [re.fullmatch(rf"0*{number}[\s.:,;]+(\S.*)", line) for number, line in enumerate(lines, first)]
+        if lines and all(numbered):
+            lines = [match[1] for match in numbered if match]
+    if len(set(lines)) < len(lines):
+        raise FolderError(f"{file}: lists a class twice; write one line per class, in label order.")
+    return lines

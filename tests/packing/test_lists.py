@@ -1,0 +1,147 @@
+"""Lists: every spelling that has one meaning is read; the others are refused with file and line."""
+
+from pathlib import Path
+
+import pytest
+from listed import AB, FLAT, labeled, write
+from packs import exactly, touch
+
+from fastflower.errors import FolderError
+from fastflower.packing.folder import scan
+
+NESTED = ["a/1.jpg", "b/2.jpg"]
+IN_AB = {"a/1.jpg": "a", "b/2.jpg": "b"}
+
+LISTS = {
+    "labels from 1": (NESTED, "a/1.jpg 1\nb/2.jpg 2", "a\nb", IN_AB),
+    "labels from 1 without classes.txt": (NESTED, "a/1.jpg 1\nb/2.jpg 2", None, IN_AB),
+    "names as labels": (FLAT, "1.jpg a\n2.jpg b", None, AB),
+    "names of several words": (FLAT, "1.jpg red rose\n2.jpg\ttulip", None, {"1.jpg": "red rose", "2.jpg": "tulip"}),
+    "names that classes.txt orders": (FLAT, "1.jpg a\n2.jpg b", "b\na", AB),
+    "numbers alone": (FLAT, "1.jpg 10\n2.jpg 9", None, {"1.jpg": "10", "2.jpg": "9"}),
+    "numbers and classes.txt": (FLAT, "1.jpg 0\n2.jpg 1", "a\nb", AB),
+    "numbered classes": (FLAT, "1.jpg 0\n2.jpg 1", "0 a\n1 b", AB),
+    "numbered classes from 1": (FLAT, "1.jpg 1\n2.jpg 2", "1 a\n2 b", AB),
+    "no extension": (NESTED, "a/1\nb/2", None, IN_AB),
+    "no extension, and names that end in numbers": (
+        FLAT,
+        "1 Cessna 172\n2 707-320",
+        None,
+        {"1.jpg": "Cessna 172", "2.jpg": "707-320"},
+    ),
+    "no extension, in a folder of images": (
+        ["images/a/1.jpg", "images/b/2.jpg"],
+        "a/1\nb/2",
+        None,
+        {"images/a/1.jpg": "a", "images/b/2.jpg": "b"},
+    ),
+    "extension in another case": (["a/1.JPG", "b/2.jpg"], "a/1.jpg\nb/2.jpg", None, {"a/1.JPG": "a", "b/2.jpg": "b"}),
+    "absolute paths": (NESTED, "{root}/a/1.jpg 0\n{root}/b/2.jpg 1", None, IN_AB),
+    "absolute paths of another machine": (NESTED, "/home/me/data/a/1.jpg 0\n/home/me/data/b/2.jpg 1", None, IN_AB),
+    "absolute paths of a flat folder": (FLAT, "/home/me/data/1.jpg a\n/home/me/data/2.jpg b", None, AB),
+    "paths from the folder's parent": (NESTED, "data/a/1.jpg\ndata/b/2.jpg", None, IN_AB),
+    "paths that begin with ./": (NESTED, "./a/1.jpg\n./b/2.jpg", None, IN_AB),
+    "backslashes": (NESTED, "a\\1.jpg 0\nb\\2.jpg 1", None, IN_AB),
+    "a drive": (NESTED, "C:\\data\\a\\1.jpg 0\nC:\\data\\b\\2.jpg 1", None, IN_AB),
+    "UTF-16": (NESTED, "a/1.jpg 0\nb/2.jpg 1".encode("utf-16"), None, IN_AB),
+    "UTF-16 without a mark": (NESTED, "a/1.jpg 0\nb/2.jpg 1".encode("utf-16-le"), None, IN_AB),
+    "CRLF and a mark": (NESTED, "a/1.jpg 0\r\nb/2.jpg 1\r\n".encode("utf-8-sig"), None, IN_AB),
+    "a header": (FLAT, "path label\n1.jpg a\n2.jpg b", None, AB),
+    "commas": (FLAT, "1.jpg,a\n2.jpg, b", None, AB),
+    "commas and a header": (FLAT, "filename,class\n1.jpg,a\n2.jpg,b", None, AB),
+    "tabs": (FLAT, "1.jpg\t0\n2.jpg\t1", "a\nb", AB),
+    "the split's folder in the path": (
+        ["train/a/1.jpg", "train/b/2.jpg"],
+        "train/a/1.jpg\ntrain/b/2.jpg",
+        None,
+        {"train/a/1.jpg": "a", "train/b/2.jpg": "b"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_is_read_in_any_spelling_that_has_one_meaning(tmp_path: Path, name: str) -> None:
+    files, text, classes, expected = LISTS[name]
+    root = touch(tmp_path / "data", *files)
+    text = text.replace("{root}", str(root)) if isinstance(text, str) else text
+    write(root, {"train.txt": text} | ({} if classes is None else {"meta/classes.txt": classes}))
+    found = scan(root)
+    assert labeled(found) == {path: f"{label} train" for path, label in expected.items()}
+    ordered = "classes.txt" not in name and not name.startswith("number")
+    assert found.classes == (tuple(sorted(set(expected.values()))) if ordered else found.classes)
+    if name == "names that classes.txt orders":
+        assert found.classes == ("b", "a")
+    if name == "numbers alone":
+        assert found.classes == ("9", "10")
+
+
+def test_food_101_is_read_as_it_lies(tmp_path: Path) -> None:
+    root = touch(tmp_path, *(f"images/{name}/{number}.jpg" for name in ("apple_pie", "waffles") for number in (11, 22)))
+    lists = {f"meta/{split}.txt": f"apple_pie/{n}\nwaffles/{n}\n" for split, n in (("train", 11), ("test", 22))}
+    found = scan(
+        write(root, {**lists, "meta/classes.txt": "apple_pie\nwaffles\n", "meta/labels.txt": "Apple pie\nWaffles"})
+    )
+    assert labeled(found) == {
+        f"images/{name}/{number}.jpg": f"{name} {split}"
+        for name in ("apple_pie", "waffles")
+        for split, number in (("train", 11), ("test", 22))
+    }
+
+
+REFUSED = {
+    "a label that is no class": (
+        FLAT,
+        "1.jpg a\n2.jpg c",
+        "a\nb",
+        "train.txt, line 2: label 'c' is not one of the classes ('a', 'b'); correct it, or add the class to classes.txt.",
+    ),
+    "a number that is no position": (
+        FLAT,
+        "1.jpg 0\n2.jpg 7",
+        "a\nb",
+        "train.txt, line 2: label 7 must be less than the number of classes (2); correct it, or list every class in classes.txt.",
+    ),
+    "no label": (
+        ["1.jpg", "2.jpg"],
+        "1.jpg\n2.jpg",
+        None,
+        "train.txt, line 1: '1.jpg' has no label and is not in a class folder; write 'PATH LABEL'.",
+    ),
+    "a name that fits two images": (
+        ["x/1.jpg", "y/1.jpg"],
+        "1.jpg a",
+        None,
+        "train.txt, line 1: '1.jpg' fits more than one image ('x/1.jpg', 'y/1.jpg'); write its path from {root}.",
+    ),
+    "half a character": (
+        FLAT,
+        "1.jpg a\n2.jpg b".encode("utf-16")[:-1],
+        None,
+        "train.txt: is not valid UTF-16; save it as UTF-8.",
+    ),
+    "a note": (
+        ["a/1.jpg", "b/2.jpg"],
+        "I trained this on Monday.\nIt took 20 minutes.",
+        None,
+        "train.txt: none of its 2 lines names an image in {root} (train.txt, line 1: 'I trained this on Monday.'); correct "
+        "the paths, or pass the folder that they start from; if {root}/train.txt is not a list of images, rename it.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_list_without_one_meaning_is_refused(tmp_path: Path, name: str) -> None:
+    files, text, classes, message = REFUSED[name]
+    root = touch(tmp_path / "data", *files)
+    write(root, {"train.txt": text} | ({} if classes is None else {"classes.txt": classes}))
+    with pytest.raises(FolderError, match=exactly(f"{root}/{message.replace('{root}', str(root))}")):
+        scan(root)
+
+
+def test_missing_images_are_named_before_anything_is_decoded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write(
+        touch(tmp_path, *NESTED), {"train.txt": "a/1.jpg 0\nb/2.jpg 1\n" + "".join(f"b/{n} 1\n" for n in "6789")}
+    )
+    assert len(scan(root)) == 6
+    names = "; ".join(f"train.txt, line {line}: 'b/{line + 3}'" for line in (3, 4, 5))
+    assert caplog.messages == [f"{root}/train.txt: 4 of 6 listed images do not exist: {names}; ..."]

@@ -1,0 +1,286 @@
+"""Tables of labels and splits: read in any spelling that has one meaning, else refused with file and line."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from listed import AB, FLAT, labeled, tables, write
+from packs import drawn, exactly, paths, samples, touch
+
+from fastflower import pack
+from fastflower.errors import ArgumentError, FolderError
+from fastflower.packing.folder import Tables, scan
+
+TABLES = {
+    "names of Kaggle": (FLAT, {"t.csv": "image_id,label\n1,a\n2,b\n"}, {}, AB),
+    "capitals and other names": (FLAT, {"t.csv": "Image Name;Class\n1.jpg;a\n2.jpg;b\n"}, {}, AB),
+    "the only other column": (FLAT, {"t.csv": "id,breed\n1,a\n2,b\n"}, {}, AB),
+    "Image and Id": (FLAT, {"t.csv": "Image,Id\n1.jpg,a\n2.jpg,b\n"}, {}, AB),
+    "numbers": (FLAT, {"t.csv": "image,diagnosis\n1,0\n2,10\n"}, {}, {"1.jpg": "0", "2.jpg": "10"}),
+    "numbers with a point": (FLAT, {"t.csv": "image,label\n1,0.0\n2,1.0\n"}, {}, {"1.jpg": "0", "2.jpg": "1"}),
+    "numbers and classes.txt": (FLAT, {"t.csv": "image,label\n1,0\n2,1\n", "classes.txt": "a\nb"}, {}, AB),
+    "a chosen column": (FLAT, {"t.csv": "image_id,dx,age\n1,a,5\n2,b,6\n"}, {"label": "dx"}, AB),
+    "a chosen column of paths": (FLAT, {"t.csv": "who,what\n1,a\n2,b\n"}, {"path": "who"}, AB),
+    "a chosen column by number": (FLAT, {"t.txt": "1 5 a 6\n2 5 b 6\n"}, {"label": "3"}, AB),
+    "no header": (FLAT, {"t.csv": "1.jpg,a\n2.jpg,b\n"}, {}, AB),
+    "no header, paths last": (FLAT, {"t.csv": "a,1.jpg\nb,2.jpg\n"}, {}, AB),
+    "quotes": (
+        ["a, b.jpg", "2.jpg"],
+        {"t.csv": 'file,label\n"a, b.jpg","red, dark"\n2.jpg,b\n'},
+        {},
+        {"a, b.jpg": "red, dark", "2.jpg": "b"},
+    ),
+    "tabs": (FLAT, {"t.tsv": "file_name\tlabel\n1.jpg\ta\n2.jpg\tb\n"}, {}, AB),
+    "JSON lines": (
+        FLAT,
+        {"t.jsonl": '{"file_name": "1.jpg", "label": "a"}\n{"label": "b", "file_name": "2.jpg"}\n'},
+        {},
+        AB,
+    ),
+    "JSON lines of numbers": (
+        FLAT,
+        {"t.jsonl": '{"file_name": "1.jpg", "label": 0}\n{"file_name": "2.jpg", "label": 1}\n'},
+        {},
+        {"1.jpg": "0", "2.jpg": "1"},
+    ),
+    "images in several folders": (
+        ["part_1/1.jpg", "part_2/2.jpg"],
+        {"t.csv": "id,label\n1,a\n2,b\n"},
+        {},
+        {"part_1/1.jpg": "a", "part_2/2.jpg": "b"},
+    ),
+    "a split": (
+        [*FLAT, "3.jpg"],
+        {"t.csv": "file,label,split\n1.jpg,a,Train\n2.jpg,b,training\n3.jpg,a,valid\n"},
+        {},
+        {"1.jpg": "a train", "2.jpg": "b train", "3.jpg": "a val"},
+    ),
+    "splits in the paths": (
+        ["train/1.jpg", "train/2.jpg", "val/3.jpg"],
+        {"t.csv": "file,label\ntrain/1.jpg,a\ntrain/2.jpg,b\nval/3.jpg,a\n"},
+        {},
+        {"train/1.jpg": "a train", "train/2.jpg": "b train", "val/3.jpg": "a val"},
+    ),
+    "one split in the paths": (
+        ["train/1.jpg", "train/2.jpg", "test/3.jpg"],
+        {"t.csv": "file,label\n1,a\n2,b\n"},
+        {},
+        {"train/1.jpg": "a", "train/2.jpg": "b"},
+    ),
+    "a table beside the images": (
+        ["train/1.jpg", "train/2.jpg"],
+        {"train/metadata.csv": "file_name,label\n1.jpg,a\n2.jpg,b\n"},
+        {},
+        {"train/1.jpg": "a", "train/2.jpg": "b"},
+    ),
+    "a label for each image in order": (FLAT, {"truth.txt": "n01\nn02\n"}, {}, {"1.jpg": "n01", "2.jpg": "n02"}),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_labels_the_images_that_it_names(tmp_path: Path, name: str) -> None:
+    files, texts, columns, expected = TABLES[name]
+    root = write(touch(tmp_path / "data", *files), {**texts})
+    found = scan(root, tables(root, next(iter(texts)), **columns))
+    assert labeled(found) == expected
+    bare = {label.split()[0] if found.splits else label for label in expected.values()}
+    assert found.classes == tuple(sorted(bare, key=lambda text: (int(text) if text.isdigit() else 0, text)))
+
+
+def test_images_of_train_and_val_may_be_in_tables_named_after_their_splits(tmp_path: Path) -> None:
+    root = touch(tmp_path, "train/1.png", "train/2.png", "test/1.png")
+    for name in ("train", "test"):
+        write(root, {f"{name}/metadata.csv": "file_name,label\n1.png,a\n" + ("2.png,b\n" if name == "train" else "")})
+    expected = {"train/1.png": "a train", "train/2.png": "b train", "test/1.png": "a test"}
+    assert labeled(scan(root, tables(root, "train/metadata.csv", "test/metadata.csv"))) == expected
+
+
+@pytest.mark.parametrize("labels", ["val/val_annotations.txt", "truth.txt"])
+def test_a_table_for_a_flat_val_is_combined_with_the_class_folders_of_train(
+    tmp_path: Path, labels: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tiny ImageNet has a table; ImageNet's flat val has one label for each image in the order of their names."""
+    train = [f"train/{name}/images/{name}_{number}.jpg" for name in ("n1", "n2") for number in (0, 1)]
+    root = touch(tmp_path, *train, "val/images/val_0.jpg", "val/images/val_1.jpg", "test/images/test_0.jpg")
+    write(root, {labels: "n2\nn1\n" if "truth" in labels else "val_0.jpg\tn2\t0\t9\nval_1.jpg\tn1\t0\t9\n"})
+    if "truth" in labels:
+        (root / "test/images/test_0.jpg").unlink()
+    found = scan(root, tables(root, labels, **({} if "truth" in labels else {"label": "2"})))
+    expected = {path: f"{path.split('/')[1]} train" for path in train}
+    assert labeled(found) == {**expected, "val/images/val_0.jpg": "n2 val", "val/images/val_1.jpg": "n1 val"}
+    unlisted = f"1 images in {root} are not in {root / labels} and are skipped"
+    assert caplog.messages == ([] if "truth" in labels else [unlisted])
+
+
+BAD_TABLES = {
+    "no column of paths": (
+        {"t.csv": "x,y\n1,a\n"},
+        {"label": "y"},
+        "t.csv: has no column of paths among 'x', 'y'; name it with --path-column.",
+    ),
+    "several columns": (
+        {"t.csv": "image,x,y\n1,a,b\n"},
+        {},
+        "t.csv: has no column named 'label' or 'class'; choose one with --label-column: 'x', 'y'.",
+    ),
+    "several columns of labels": (
+        {"t.csv": "image,label,class\n1,a,b\n"},
+        {},
+        "t.csv: has more than one column of labels; choose one with --label-column: 'label', 'class'.",
+    ),
+    "a column that does not exist": (
+        {"t.csv": "image,label\n1,a\n"},
+        {"label": "z"},
+        "t.csv: has no column 'z'; choose --label-column from 'image', 'label'.",
+    ),
+    "a short row": (
+        {"t.csv": "image,label\n1,a\n2\n"},
+        {},
+        "t.csv, line 3: has 1 columns, fewer than the first line; correct it.",
+    ),
+    "a row without a label": (
+        {"t.csv": "image,label\n1,a\n2,\n"},
+        {},
+        "t.csv, line 3: '2.jpg' has no label; add it, or remove the line.",
+    ),
+    "a split that is none": (
+        {"t.csv": "image,label,split\n1,a,train\n2,b,later\n"},
+        {},
+        "t.csv, line 3: 'later' is not a split; write train, val or test.",
+    ),
+    "a missing split": (
+        {"t.csv": "image,label,split\n1,a,train\n2,b,\n"},
+        {},
+        "t.csv, line 3: '' is not a split; write train, val or test.",
+    ),
+    "no training images": (
+        {"t.csv": "image,label,split\n1,a,val\n2,b,test\n"},
+        {},
+        "t.csv: names images only for val, test; add those of the train split.",
+    ),
+    "broken JSON": (
+        {"t.jsonl": '{"image": "1"\n'},
+        {},
+        "t.jsonl, line 1: is not JSON (Expecting ',' delimiter: line 1 column 14 (char 13)); write one object per line.",
+    ),
+    "other JSON": ({"t.jsonl": "[1, 2]\n"}, {}, "t.jsonl, line 1: is not a JSON object; write one object per line."),
+    "too few labels": (
+        {"t.txt": "a\nb\nc\n"},
+        {},
+        "t.txt: its 3 lines name no images, and are not one label for each of the 2 images in {root}; "
+        "write one line 'PATH LABEL' per image.",
+    ),
+    "no table": ({}, {}, "t.csv: is not a file; pass a list or a table (CSV, TSV, JSON lines) with --labels."),
+    "a huge field": (
+        {"t.csv": f'image,label\n1,"{"x" * 140000}"\n'},
+        {},
+        "t.csv, line 2: is not CSV (field larger than field limit (131072)); correct it.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_a_table_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
+    texts, columns, message = BAD_TABLES[name]
+    root = write(touch(tmp_path / "data", *FLAT), {**texts})
+    with pytest.raises(FolderError, match=exactly(f"{root}/{message.replace('{root}', str(root))}")):
+        scan(root, tables(root, *(texts or ["t.csv"]), **columns))
+
+
+def test_several_tables_must_be_named_after_splits(tmp_path: Path) -> None:
+    root = write(touch(tmp_path, *FLAT), {"one.csv": "image,label\n1,a", "two.csv": "image,label\n2,b"})
+    rule = "several files must be named after their splits, such as train.csv and val.csv"
+    text = f"--labels {root}/one.csv {root}/two.csv: {rule}; rename them, or write one table with a column 'split'."
+    with pytest.raises(FolderError, match=exactly(text)):
+        scan(root, tables(root, "one.csv", "two.csv"))
+
+
+def test_unlabeled_test_images_and_images_in_no_table_are_skipped_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "1,a,train\n2,b,train\n3,,test\n4,,test\n"
+    root = write(touch(tmp_path, *(f"{n}.jpg" for n in range(1, 7))), {"t.csv": "image,label,split\n" + rows})
+    found = scan(root, tables(root, "t.csv"))
+    assert labeled(found) == {"1.jpg": "a train", "2.jpg": "b train"}
+    assert found.ignored == (("3.jpg", "has no label"), ("4.jpg", "has no label"))
+    assert caplog.messages == [
+        f"{root}/t.csv: 2 test images without a label are skipped; classify them with `fastflower predict`",
+        f"2 images in {root} are not in {root}/t.csv and are skipped",
+    ]
+
+
+SPLITS = {"1.jpg": "train", "2.jpg": "train", "3.jpg": "val", "4.jpg": "test"}
+
+
+@pytest.mark.parametrize("header", ["path,split\n", "file_name,split,age\n", ""])
+@pytest.mark.parametrize("labels", ["", "labels.csv"])
+def test_a_table_of_splits_divides_class_folders_and_labeled_images(tmp_path: Path, header: str, labels: str) -> None:
+    places = {name: name if labels else f"{'ab'[number % 2]}/{name}" for number, name in enumerate(SPLITS)}
+    root = touch(tmp_path, *places.values(), "b/5.jpg")
+    rest = ",7" if "age" in header else ""
+    lines = [f"{places[name]},{split}{rest}\n" for name, split in SPLITS.items()]
+    write(root, {"s.csv": header + "".join(lines), "labels.csv": "image,label\n1,a\n2,b\n3,a\n4,b\n5,b"})
+    found = scan(root, tables(root, *([labels] if labels else []), split="s.csv"))
+    expected = {places[name]: f"{'ab'[number % 2]} {split}" for number, (name, split) in enumerate(SPLITS.items())}
+    assert labeled(found) == expected
+    assert found.ignored == (("b/5.jpg", "is not in s.csv"),)
+
+
+def test_lists_of_paths_named_after_splits_divide_class_folders(tmp_path: Path) -> None:
+    """The Describable Textures Dataset has such lists."""
+    root = touch(tmp_path / "images", *(f"{name}/{number}.jpg" for name in "ab" for number in (1, 2)))
+    lists = write(
+        tmp_path / "labels", {"train1.txt": "a/1.jpg\nb/1.jpg\n", "val1.txt": "a/2.jpg\n", "test1.txt": "b/2.jpg"}
+    )
+    files = [lists / f"{name}1.txt" for name in ("test", "train", "val")]
+    expected = {"a/1.jpg": "a train", "b/1.jpg": "b train", "a/2.jpg": "a val", "b/2.jpg": "b test"}
+    assert labeled(scan(root, Tables(split=files))) == expected
+    assert labeled(scan(root, Tables(labels=files))) == expected
+
+
+@pytest.mark.parametrize("place", ["", "train_images/"])
+def test_a_table_beside_a_flat_folder_is_named_with_the_command_that_packs_it(tmp_path: Path, place: str) -> None:
+    root = touch(tmp_path / "my data", "train_images/1.jpg", "train_images/2.jpg", "test_images/3.jpg")
+    write(root, {"train.csv": "image_id,label\n1,a\n2,b\n", "other.csv": "x,y\n1,2\n"})
+    command = f"fastflower pack '{root / place}'".replace("/'", "'") + f" --labels '{root}/train.csv'"
+    with pytest.raises(FolderError, match=re.escape(f"\n  train.csv names 2 of these images: {command}") + "$"):
+        scan(root / place)
+    assert labeled(scan(root / place, tables(root, "train.csv"))) == {
+        f"{'' if place else 'train_images/'}{number}.jpg": "ab"[number - 1] for number in (1, 2)
+    }
+
+
+def test_a_table_without_a_usual_label_column_is_named_too(tmp_path: Path) -> None:
+    root = write(touch(tmp_path, "1.jpg", "2.jpg"), {"meta.csv": "image_id,dx,age\n1,a,5\n2,b,6\n"})
+    with pytest.raises(FolderError, match=exactly(
+        f"{root}: has no class folders; put the images of each class into a folder of its own.\n  meta.csv names 2 of "
+        f"these images: fastflower pack {root} --labels {root}/meta.csv --label-column COLUMN"
+    )):  # fmt: skip
+        scan(root)
+
+
+def test_pack_draws_a_test_split_and_reads_tables_from_the_folder(tmp_path: Path) -> None:
+    root = drawn(tmp_path / "data", a=20, b=10)
+    write(
+        root,
+        {"t.csv": "image,label\n" + "".join(f"{p.relative_to(root)},{p.parent.name}x\n" for p in root.glob("*/*"))},
+    )
+    manifest = pack(root, tmp_path / "out", labels="t.csv", val_fraction=0.2, test_fraction=0.1)
+    assert manifest.classes == ("ax", "bx")
+    assert {name: split.class_counts for name, split in manifest.splits.items()} == {
+        "train": (14, 7),
+        "val": (4, 2),
+        "test": (2, 1),
+    }
+    found = Counter(sample.path for name in manifest.splits for sample in samples(tmp_path / "out", name))
+    assert set(found.values()) == {1}
+    assert len(found) == 30
+    pack(root, tmp_path / "before", labels="t.csv", val_fraction=0.2)
+    assert paths(tmp_path / "out", "val") == paths(tmp_path / "before", "val")
+
+
+def test_the_fractions_must_leave_training_images(tmp_path: Path) -> None:
+    rule = "test_fraction must be at least 0 and, added to val_fraction, less than 1, got 0.5."
+    with pytest.raises(ArgumentError, match=exactly(rule)):
+        pack(tmp_path, val_fraction=0.5, test_fraction=0.5)
