@@ -4,10 +4,12 @@ import errno
 import fcntl
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,8 +246,45 @@ def test_one_iterator_may_end_while_another_continues(source: Remote, shards: Pa
     assert [first, *rest] == [batch.index.tolist() for batch in Loader(shards, **OPTIONS, window=2)]
 
 
-FORKED = """
-import json, os, sys
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.usefixtures("nothing_to_collect")
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.soak), "during"])
+def test_a_forked_process_starts_its_own_downloads(when: str, source: Remote, server: BadServer) -> None:
+    asked = server.fault
+
+    def slow(name: str, number: int) -> str | None:
+        time.sleep(0.005)
+        return asked(name, number)
+
+    server.fault = slow
+    loader = Loader(source, **OPTIONS, window=1)
+    batches = iter(loader)
+    if when == "during":
+        next(batches)
+    child = os.fork()
+    if not child:
+        images = 0
+        with suppress(BaseException):
+            batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+            images = images_of_an_epoch(loader)
+        os._exit(images)
+    assert images_of_an_epoch(loader) == 120
+    deadline = time.monotonic() + 90
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 120 << 8), "the child's exit status is its number of images"
+
+
+def images_of_an_epoch(loader: Loader) -> int:
+    loader.set_epoch(0)
+    return sum(len(batch.index) for batch in loader)
+
+
+EXITS = """
+import os, sys
 sys.path[:0] = sys.argv[1].split(os.pathsep)
 from bad_server import IMPATIENT, deafen
 from test_remote import OPTIONS
@@ -257,52 +296,20 @@ for name, value in IMPATIENT.items():
 loader = Loader(Remote(url=sys.argv[2], folder=sys.argv[3]), **OPTIONS, window=1)
 if sys.argv[4] == "deaf exit":
     deafen(remote.RemoteFiles, loader._shards_ahead(0, 0)[0])
-if sys.argv[4].endswith("exit"):
-    batches = iter(loader)
-    next(batches)
-    print("loaded", flush=True)
-    raise RuntimeError("with an open iterator")
-if sys.argv[4] == "during":
-    batches = iter(loader)
-    next(batches)
-child = os.fork()
-if not child and sys.argv[4] == "during":
-    batches.close()
-loader.set_epoch(0)
-images = sum(len(batch.index) for batch in loader)
-os.write(1, f"{images}\\n".encode())  # in one piece: two processes write
-if child:
-    _, status = os.waitpid(child, 0)
-    sys.exit(os.waitstatus_to_exitcode(status))
-os._exit(0)
+batches = iter(loader)
+next(batches)
+print("loaded", flush=True)
+raise RuntimeError("with an open iterator")
 """
-
-
-def program(server: BadServer, cache: Path, what: str) -> "subprocess.Popen[str]":
-    paths = os.pathsep.join(map(str, (HELPERS, Path(__file__).parent)))
-    command = [sys.executable, "-W", "ignore", "-c", FORKED, paths, server.url, str(cache), what]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.soak), "during"])
-def test_a_forked_process_starts_its_own_downloads(when: str, server: BadServer, tmp_path: Path) -> None:
-    asked = server.fault
-
-    def slow(name: str, number: int) -> str | None:
-        time.sleep(0.005)
-        return asked(name, number)
-
-    server.fault = slow
-    process = program(server, tmp_path / "cache", when)
-    out, err = process.communicate(timeout=90)
-    assert (process.returncode, out) == (0, "120\n120\n"), err[-2000:]
 
 
 @pytest.mark.parametrize("what", ["exit", pytest.param("deaf exit", marks=pytest.mark.soak)])
 def test_an_exit_does_not_wait_for_downloads(what: str, server: BadServer, tmp_path: Path) -> None:
     """It waits neither for a stalled server nor for a thread that does not notice the shutdown."""
     server.fault = lambda name, asked: "stall" if what == "exit" and name.endswith(".tar") and asked > 60 else None
-    process = program(server, tmp_path / "cache", what)
+    paths = os.pathsep.join(map(str, (HELPERS, Path(__file__).parent)))
+    command = [sys.executable, "-W", "ignore", "-c", EXITS, paths, server.url, str(tmp_path / "cache"), what]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "loaded\n"
     start = time.monotonic()
