@@ -111,7 +111,8 @@ def _pack(prog: str, args: Sequence[str]) -> None:
     with _dask(values.pop("executor")) as executor:
         manifest = pack(**values, executor=executor)
     for name, split in manifest.splits.items():
-        print(f"{name}: {split.samples} images in {len(split.shards)} shards")
+        folds = f", {manifest.folds.count} folds" if manifest.folds and name == "train" else ""
+        print(f"{name}: {split.samples} images in {len(split.shards)} shards{folds}")
     identical = [group for group in manifest.duplicates if group not in manifest.label_conflicts]
     _listed("warning", [f"{item['path']}: {item['warning']}" for item in manifest.warnings])
     _listed("the same image under two labels:", map(", ".join, manifest.label_conflicts))

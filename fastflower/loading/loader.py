@@ -1,6 +1,5 @@
 """The `Loader`: orders, reads, decodes and augments samples, and yields them in batches."""
 
-import hashlib
 import logging
 import warnings
 from collections import deque
@@ -32,6 +31,7 @@ from fastflower.loading.samples import SampleSource
 from fastflower.loading.stats import SPENT, Stats
 from fastflower.loading.steps import Order, Shuffle, Tail
 from fastflower.machine import cores
+from fastflower.shards.folds import FoldView, check_fold
 from fastflower.shards.manifest import Manifest
 from fastflower.shards.mirror import Mirror
 from fastflower.shards.reader import Paths, ShardReader
@@ -67,6 +67,8 @@ class Loader(IterableDataset[Batch]):
             disables the cache.
         rank, world_size: Rank of this process and number of ranks; pass both or neither. They default to the values of
             torch.distributed if it is initialized, otherwise to 0 and 1.
+        fold: With shards that were packed with folds: "val" is this fold, from 0, and "train" all others. None (the default)
+            reads a split as packed.
         shuffle: Whether to shuffle the samples. None (the default) shuffles "train" only. "balanced" draws all classes
             equally often; each epoch then repeats samples of small classes and skips samples of large ones.
         window: Number of shards that a shuffled epoch reads at a time, shuffling their samples together. None (the
@@ -104,6 +106,7 @@ class Loader(IterableDataset[Batch]):
         shards: str | Path | Remote,
         split: str = "train",
         *,
+        fold: int | None = None,
         batch_size: int = 64,
         augment: Augment | None = None,
         seed: int = 0,
@@ -120,7 +123,7 @@ class Loader(IterableDataset[Batch]):
         workers: int | None = None,
         executor: Name | None = None,
     ) -> None:
-        self.shards, self.split, self.batch_size, self.seed = shards, split, batch_size, seed
+        self.shards, self.split, self.fold, self.batch_size, self.seed = shards, split, fold, batch_size, seed
         self.augment = augment or Augment()
         self.device, self.dtype = resolve_device(device), dtype or torch.float32
         self.cache, self.workers = cache, workers or cores() + 1
@@ -138,8 +141,11 @@ class Loader(IterableDataset[Batch]):
 
         self._mirror = Mirror.connect(source) if source else None
         self.manifest = self._mirror.manifest if self._mirror else Manifest.load(str(shards))
+        check_fold(self.manifest, split, fold)
         if self._mirror:
-            self._mirror.open_split(split, self.window or 1)
+            self._mirror.open_split(split, self.window or 1, fold)
+        if fold is not None:
+            self.manifest = FoldView.of(self.manifest, fold)
         fetch = self._mirror.path if self._mirror else None
         self._reader = ShardReader(self.manifest, split, strict=on_bad == "fail" and not fetch, fetch=fetch)
         self._samples = SampleSource(self._reader, replaces=on_bad == "skip")
@@ -357,22 +363,21 @@ class Loader(IterableDataset[Batch]):
         """Start the next `for` at the position in `state`.
 
         The world size may differ from the saved one if the global batch size is the same.
-        Raises ShardError if the state was saved with other shards, or a different split, order, seed or global batch size.
+        Raises ShardError if the state was saved with other shards, or a different split, fold, order, seed or global batch size.
         """
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise ShardError(
                     f"load_state_dict: the state has {name} {state.get(name)!r}, but this loader has {value!r}; "
-                    f"resume with the same shards, split, seed and batch_size * world_size."
+                    f"resume with the same shards, split, fold, seed and batch_size * world_size."
                 )
         self._next = self._position = (int(state["epoch"]), int(state["step"]))
         self._restored = True
 
     def _identity(self) -> dict[str, object]:
         """Return everything that determines the order and the draws, except the position."""
-        checksums = "".join(shard.sha256 for shard in self.manifest.split(self.split).shards)
         return {
-            "shards": hashlib.sha256(checksums.encode()).hexdigest()[:16],
+            **self.manifest.identity(self.split),
             "split": self.split,
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,

@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Any, Self, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,11 @@ class Checkpoint:
     feeding: dict[str, object] = field(default_factory=dict[str, object])
     """The loader's `state_dict`, which identifies its shards."""
     environment: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def fold(self) -> int | None:
+        """The fold that the network was validated on, or None. It was trained on the others."""
+        return cast("int | None", self.feeding.get("fold"))
 
     @property
     def step(self) -> int:

@@ -1,5 +1,6 @@
 """Evaluation of a trained network on a split."""
 
+import logging
 from math import isfinite
 from pathlib import Path
 
@@ -8,13 +9,17 @@ import torch
 from tqdm import tqdm
 
 from fastflower.devices import precision_of, resolve_device
-from fastflower.errors import CheckpointError
+from fastflower.errors import ArgumentError, CheckpointError
 from fastflower.loading.loader import Loader
 from fastflower.models.backbone import on_device
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.inference import measure, non_finite_outputs, view_of
 from fastflower.models.metrics import Scores
-from fastflower.shards.remote import Remote
+from fastflower.shards.manifest import Manifest
+from fastflower.shards.mirror import Mirror
+from fastflower.shards.remote import Remote, remote
+
+_log = logging.getLogger("fastflower")
 
 _BATCH_SIZE = 64  # does not change the scores
 
@@ -24,6 +29,7 @@ def evaluate(
     shards: str | Path | Remote,
     *,
     split: str = "val",
+    fold: int | None = None,
     tta: bool | None = None,
     device: str | torch.device | None = None,
 ) -> Scores:
@@ -32,12 +38,15 @@ def evaluate(
     Args:
         checkpoint: A checkpoint written by `train`.
         shards: The folder written by `pack`, or its URL, as for Loader.
-        split: "train" or "val".
+        split: "train", "val" or "test".
+        fold: With shards that were packed with folds: "val" is this fold, and "train" all others. None uses the fold that
+            the checkpoint was validated on.
         tta: Test-time augmentation: average the probabilities of each image and its horizontal flip. None uses the recipe's tta.
         device: None uses CUDA if available, otherwise the CPU.
 
     Returns the scores, with labels, probabilities and paths in the order of the split. Raises CheckpointError if the
-    checkpoint cannot be used, or if its classes differ from the classes of the shards.
+    checkpoint cannot be used, or if its classes differ from the classes of the shards. Logs a warning if the fold was among
+    the training images.
     """
     name = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
     if not isinstance(checkpoint, Checkpoint):
@@ -46,6 +55,7 @@ def evaluate(
     loader = Loader(
         shards,
         split,
+        fold=_own_fold(checkpoint, shards, split) if fold is None else fold,
         batch_size=_BATCH_SIZE,
         augment=view_of(recipe),
         device=chosen,
@@ -60,6 +70,7 @@ def evaluate(
             f"{shards}: has the classes {', '.join(loader.manifest.classes)}, but the checkpoint was trained on "
             f"{', '.join(checkpoint.classes)}; pass shards with the checkpoint's classes."
         )
+    _warn_of_training_images(name, checkpoint, loader)
     model = on_device(checkpoint.network(), chosen)
     with tqdm(loader, desc="evaluate", unit="batch", disable=None) as batches:
         tta = recipe.tta if tta is None else tta
@@ -68,3 +79,34 @@ def evaluate(
         bad = np.flatnonzero(np.isnan(scores.probabilities[:, 0]))
         raise non_finite_outputs(name, scores.paths[int(bad[0])], len(bad))
     return scores
+
+
+def _own_fold(checkpoint: Checkpoint, shards: str | Path | Remote, split: str) -> int | None:
+    """Return the fold that the checkpoint was validated on, if any. Raises ArgumentError if these shards have other folds."""
+    if checkpoint.fold is None or split not in ("train", "val"):
+        return None
+    source = remote(shards)
+    manifest = Mirror.connect(source).manifest if source else Manifest.load(str(shards))
+    if manifest.folds is None:
+        return None
+    if manifest.folds.sha256[:16] != checkpoint.feeding["folds"]:
+        what = (
+            f"because these shards have other folds than the checkpoint, which was trained with fold {checkpoint.fold}"
+        )
+        raise ArgumentError(f"fold must be from 0 to {manifest.folds.count - 1}, {what}; pass fold (--fold).")
+    return checkpoint.fold
+
+
+def _warn_of_training_images(name: str, checkpoint: Checkpoint, loader: Loader) -> None:
+    """Warn if the loader yields a fold that the checkpoint was trained on."""
+    trained, evaluated = checkpoint.feeding, loader.state_dict()
+    same = {key for key in ("shards", "folds", "fold") if trained.get(key) == evaluated.get(key)}
+    if (
+        loader.fold is not None
+        and loader.split == "val"
+        and same & {"shards", "folds"}
+        and not same >= {"folds", "fold"}
+    ):
+        how = "on all folds" if checkpoint.fold is None else f"with fold {checkpoint.fold}"
+        what = "it saw images of this fold, so the scores say little about new images"
+        _log.warning("%s: was trained %s, but is evaluated on fold %d: %s", name, how, loader.fold, what)

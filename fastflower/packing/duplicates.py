@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -95,40 +95,68 @@ def _group_equal(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> tuple[
 def nearest(queries: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Find the closest hash for each query: its position and its distance in bits, both -1 if none is within NEAR_BITS.
 
-    Two hashes that differ in at most NEAR_BITS bits are equal in at least one of NEAR_BITS + 1 bands of bits, so only
-    hashes with an equal band are compared (Norouzi, Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index
-    Hashing", 2012).
-
     queries  (Q,) hashes to find. hashes  (N,) hashes to search; the first wins a tie. Returns two (Q,) arrays.
     """
     hashes, first = np.unique(hashes, return_index=True)
     # Distance in the upper 16 bits, position in the lower 48: the minimum is the closest hash, and the first among ties.
     best = np.full(len(queries), np.iinfo(np.uint64).max)
-    edges: list[int] = np.linspace(0, 64, NEAR_BITS + 2).astype(int).tolist()
-    for low, high in pairwise(edges):
-        bands, wanted = _band(hashes, low, high), _band(queries, low, high)
-        order = np.argsort(bands)
-        bands, ordered = bands[order], hashes[order]
-        starts = np.searchsorted(bands, wanted, "left")  # hashes with equal bands are consecutive
-        counts = np.searchsorted(bands, wanted, "right") - starts
-        for start, stop in _runs(counts, _CHUNK):
-            pairs = counts[start:stop]  # per query
-            query = np.repeat(np.arange(start, stop), pairs)
-            pairs_before = np.cumsum(pairs) - pairs
-            place = np.arange(len(query)) + np.repeat(starts[start:stop] - pairs_before, pairs)  # in `ordered`
-            distance = np.bitwise_count(queries[query] ^ ordered[place])
-            close = np.flatnonzero(distance <= NEAR_BITS)
-            position = first[order[place[close]]].astype(np.uint64)
-            np.minimum.at(best, query[close], distance[close].astype(np.uint64) << np.uint64(48) | position)
+    for query, place, distance in _near_pairs(queries, hashes):
+        np.minimum.at(best, query, distance.astype(np.uint64) << np.uint64(48) | first[place].astype(np.uint64))
     distances = (best >> np.uint64(48)).astype(np.int64)
     positions = (best & np.uint64((1 << 48) - 1)).astype(np.int64)
     near = distances <= NEAR_BITS
     return np.where(near, positions, -1), np.where(near, distances, -1)
 
 
-def _band(hashes: NDArray[np.uint64], low: int, high: int) -> NDArray[np.uint16]:
-    """Return bits low .. high-1 of each hash."""
-    return (hashes >> np.uint64(low) & np.uint64((1 << high - low) - 1)).astype(np.uint16)
+def near_groups(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Group hashes that are within NEAR_BITS of each other, directly or through others.
+
+    hashes  (N,). Returns (N,) numbers that are equal within a group and differ between groups.
+    """
+    hashes, inverse = np.unique(hashes, return_inverse=True)
+    root = np.arange(len(hashes))  # a member of each hash's group, the same for all members
+    for one, other, _ in _near_pairs(hashes, hashes, root):
+        left, right = root[one], root[other]
+        while len(apart := np.flatnonzero(left != right)):
+            left, right = left[apart], right[apart]
+            np.minimum.at(root, np.maximum(left, right), np.minimum(left, right))
+            while (root != root[root]).any():
+                root[:] = root[root]
+            left, right = root[left], root[right]
+    return root[inverse]
+
+
+def _near_pairs(
+    queries: NDArray[np.uint64], hashes: NDArray[np.uint64], root: NDArray[np.int64] | None = None
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]]:
+    """Yield queries and hashes within NEAR_BITS of each other: their positions and distances. A pair may come more than once.
+
+    root  If given, queries and hashes are the same, and pairs with the same root may be left out. The caller may update
+    the roots in place. This keeps many hashes that are close to each other from being compared in all pairs.
+
+    Two hashes that differ in at most NEAR_BITS bits are equal in at least two of NEAR_BITS + 2 bands of bits, so only
+    hashes with two equal bands are compared (Norouzi, Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index
+    Hashing", 2012).
+    """
+    edges: list[int] = np.linspace(0, 64, NEAR_BITS + 3).astype(int).tolist()
+    bands = [(1 << high) - (1 << low) for low, high in pairwise(edges)]
+    for two in combinations(bands, 2):
+        mask = np.uint64(sum(two))
+        order, asked = np.argsort(hashes & mask), np.argsort(queries & mask)
+        keys, wanted = (hashes & mask)[order], (queries & mask)[asked]
+        starts = np.searchsorted(keys, wanted, "left")  # hashes with equal bands are consecutive
+        counts = np.searchsorted(keys, wanted, "right") - starts
+        for start, stop in _runs(counts, _CHUNK):
+            pairs = counts[start:stop]  # per query
+            if root is not None:  # of two hashes with different roots, at least one differs from the first of its run
+                first = order[starts[start:stop]]
+                pairs = np.where(root[asked[start:stop]] == root[first], 0, pairs)
+            query = np.repeat(asked[start:stop], pairs)
+            pairs_before = np.cumsum(pairs) - pairs
+            place = order[np.arange(len(query)) + np.repeat(starts[start:stop] - pairs_before, pairs)]
+            distance = np.bitwise_count(queries[query] ^ hashes[place])
+            if len(near := np.flatnonzero(distance <= NEAR_BITS)):
+                yield query[near], place[near], distance[near]
 
 
 def _runs(counts: NDArray[np.int64], most: int) -> Iterator[tuple[int, int]]:

@@ -44,8 +44,9 @@ def pack(
     label_column: str | None = None,
     split_column: str | None = None,
     split_by: Literal["class", "random", "folder"] | None = None,
-    val_fraction: float = 0.2,
+    val_fraction: float | None = None,
     test_fraction: float = 0.0,
+    folds: int | None = None,
     seed: int = 0,
     shard_bytes: int = 64 << 20,
     max_side: int | None = None,
@@ -80,8 +81,11 @@ def pack(
         split_by: "class" puts val_fraction of each class into the val split, but at least one image if the class has two
             or more. "random" takes val_fraction of all images together. "folder" keeps the folder's own split. The
             default is "folder" if the folder has a split, else "class".
-        val_fraction: Fraction of images in the val split, at least 0 and less than 1. Unused if split_by is "folder".
+        val_fraction: Fraction of images in the val split, at least 0 and below 1; by default 0.2. Unused if split_by is "folder".
         test_fraction: Fraction of images in a test split. Unused if split_by is "folder".
+        folds: Divide the images into this many folds for cross-validation, at least 2, instead of drawing a val split. Each
+            class is spread evenly over the folds; copies and near-duplicates share a fold. A test split stays a test
+            split. A val split of the folder is divided together with train.
         seed: Random seed for the split and for the order of the images in the shards.
         shard_bytes: Target size of a shard in bytes. A shard's source images exceed it in total by less than one image.
             Transcoding can make the shard larger or smaller.
@@ -108,13 +112,13 @@ def pack(
         >>> {name: split.samples for name, split in manifest.splits.items()}
         {'train': 135, 'val': 15}
     """
-    require(0 <= val_fraction < 1, "val_fraction", "at least 0 and less than 1", val_fraction)
+    share = _share(val_fraction, folds)
     rule = "at least 0 and, added to val_fraction, less than 1"
-    require(0 <= test_fraction < 1 - val_fraction, "test_fraction", rule, test_fraction)
+    require(0 <= test_fraction < 1 - (share or 0), "test_fraction", rule, test_fraction)
     tables = Tables(_paths(labels), _paths(split), Columns(path_column, label_column, split_column))
     options = Options(
         split_by,
-        float(val_fraction),
+        share,
         seed,
         shard_bytes,
         max_side,
@@ -124,6 +128,7 @@ def pack(
         lists,
         ignore,
         float(test_fraction),
+        folds,
     )
     require(workers is None or workers >= 1, "workers", "at least 1", workers)
     return _pack(Path(folder), tables, Path(out), options, workers or cores(), executor)
@@ -154,6 +159,7 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
             same = {
                 "ignore": [],
                 "test_fraction": 0.0,
+                "folds": None,
                 **manifest.options,
             } == options.recorded() and manifest.classes == folder.classes
             if not same or files != len(folder) + len(folder.ignored):
@@ -179,6 +185,14 @@ def _already_packed(out: Path) -> FolderError:
     return FolderError(f"{out}: already contains packed shards; choose another folder with --out, or remove this one.")
 
 
+def _share(val_fraction: float | None, folds: int | None) -> float | None:
+    """Return the fraction of images in the val split, or None with folds. Raises ArgumentError if it is invalid."""
+    require(val_fraction is None or 0 <= val_fraction < 1, "val_fraction", "at least 0 and less than 1", val_fraction)
+    rule = "omitted with folds, because each fold is the val split in turn"
+    require(folds is None or val_fraction is None, "val_fraction", rule, val_fraction)
+    return None if folds is not None else 0.2 if val_fraction is None else float(val_fraction)
+
+
 def _resolved(options: Options, folder: Folder) -> Options:
     """Resolve the default of split_by for a folder. If the folder's own split is kept, set val_fraction to None."""
     split_by = options.split_by or ("folder" if folder.splits else "class")
@@ -188,6 +202,8 @@ def _resolved(options: Options, folder: Folder) -> Options:
     if options.lists and (line_break := re.search(rb"[\n\r]", folder.paths.data)):
         path = folder.root / folder.path(folder.image_at(line_break.start()))
         raise FolderError(f"{str(path)!r}: has a line break in its name; rename it, or pack without --lists.")
+    if options.folds and split_by == "folder" and "val" in folder.splits:
+        _log.warning("%s: its val split is divided into folds together with its train split", folder.root)
     return replace(options, split_by=split_by, val_fraction=None if split_by == "folder" else options.val_fraction)
 
 

@@ -31,7 +31,7 @@ class Options:
     split_by: Literal["class", "random", "folder"] | None
     """None for the default, which depends on the folder."""
     val_fraction: float | None
-    """None if the folder's own split is kept."""
+    """None if the folder's own split is kept, or with folds."""
     seed: int
     shard_bytes: int
     max_side: int | None
@@ -41,13 +41,14 @@ class Options:
     lists: bool
     ignore: Sequence[str] = ()  # not an option of older versions
     test_fraction: float = 0.0  # the same; unused if the folder's own split is kept
+    folds: int | None = None  # the same
 
     def __post_init__(self) -> None:
         splits = (None, "class", "random", "folder")
         require(self.split_by in splits, "split_by", "'class', 'random' or 'folder'", self.split_by)
-        for name in ("seed", "shard_bytes", "max_side", "quality"):
+        for name in ("seed", "shard_bytes", "max_side", "quality", "folds"):
             value = getattr(self, name)
-            empty = value is None and name in ("max_side", "quality")
+            empty = value is None and name in ("max_side", "quality", "folds")
             require(empty or isinstance(value, Integral), name, "an integer", value)
         require(self.shard_bytes >= 1, "shard_bytes", "at least 1", self.shard_bytes)
         require(self.max_side is None or self.max_side >= 1, "max_side", "at least 1 pixel", self.max_side)
@@ -60,6 +61,9 @@ class Options:
         for pattern in self.ignore:
             named = bool(pattern.strip("./")) and not pattern.startswith("!")
             require(named, "ignore", "names or paths without a leading !", pattern)
+        require(self.folds is None or self.folds >= 2, "folds", "at least 2", self.folds)
+        stratified = self.folds is None or self.split_by != "random"
+        require(stratified, "split_by", "'class' or 'folder' with folds, which are stratified", self.split_by)
         make_plain(self)  # JSON cannot store numpy's numbers
 
     def recorded(self) -> dict[str, Any]:
@@ -92,9 +96,9 @@ class Plan:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        if self.options.split_by == "folder":
-            return self.folder.splits
-        return ("train", "val", "test") if self.options.test_fraction else ("train", "val")
+        drawn = ("train", "val", "test") if self.options.test_fraction else ("train", "val")
+        splits = self.folder.splits if self.options.split_by == "folder" else drawn
+        return tuple(name for name in splits if name != "val" or not self.options.folds)
 
     def conflicts(self) -> list[NDArray[np.int64]]:
         """Return the groups of identical images with different labels."""
@@ -113,7 +117,10 @@ def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped
         for group in plan.conflicts():
             kept[group] = False
     own = options.split_by == "folder"
-    split = folder.files["split"] if own else _draw_splits(plan, kept)
+    drawn = folder.files["split"] if own else _draw_splits(plan, kept)
+    names = folder.splits if own else ("train", "val", "test")
+    # With folds, the images of the folder's val split are in train.
+    split = np.array([plan.splits.index(name if name in plan.splits else "train") for name in names])[drawn]
     order: list[NDArray[np.int64]] = []
     shards: list[PlannedShard] = []
     stop = 0
@@ -125,6 +132,8 @@ def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped
     train = folder.files["label"][kept & (split == plan.splits.index("train"))]
     counts = np.bincount(train, minlength=len(folder.classes))
     check_counts(folder.classes, counts, int((~kept).sum()), "dropped for conflicting labels")
+    rule = f"at most {counts.max()}, the number of images of the largest class"
+    require(options.folds is None or options.folds <= counts.max(), "folds", rule, options.folds)
     return replace(plan, order=np.concatenate(order or [plan.order]), shards=tuple(shards))
 
 
@@ -243,7 +252,7 @@ def load_plan(work: Path, root: Path, *, whole: bool = False) -> Plan:
 def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str, str], work: Path) -> None:
     """Raise FolderError, naming the difference, if files, options or versions have changed since the pack was interrupted."""
     before, now = {**asdict(plan.options), **plan.versions}, {**asdict(options), **versions}
-    for name in before | now:
+    for name in ("folds", *(before | now)):  # val_fraction depends on folds
         if before.get(name) != now.get(name):
             what = f"holds an interrupted pack with {name} {before.get(name)!r}, not {now.get(name)!r}"
             remedy = f"use {name} {before.get(name)!r} to resume, or remove {work} to start over."

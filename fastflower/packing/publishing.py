@@ -1,17 +1,22 @@
 """Publishes a finished pack: writes its files, then renames them into place, the manifest last."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fastflower.errors import FolderError
 from fastflower.files import sync, write_atomically
-from fastflower.packing.duplicates import nearest
+from fastflower.packing.duplicates import near_groups, nearest
+from fastflower.packing.folds import assign_folds
 from fastflower.packing.plan import Plan, check_counts
 from fastflower.packing.worker import MadeShard
-from fastflower.shards.manifest import FILE, INFO, Manifest, Split, shard_name
+from fastflower.shards.manifest import FILE, FOLDS, INFO, Folds, Manifest, Split, shard_name
 from fastflower.shards.writer import index_rows, npy, split_of
 
 Splits = dict[str, list[MadeShard]]
@@ -35,7 +40,11 @@ def publish(plan: Plan, work: Path) -> Manifest:
     splits = _with_images(plan, made)
     manifest = _make_manifest(plan, out, splits, made)
     moves = _moves(splits, work)
-    for name, data in _files(plan, manifest, splits):
+    folds: dict[str, memoryview] = {}
+    if count := plan.options.folds:
+        folds[FOLDS] = npy(_folds(plan, splits["train"], count))
+        manifest = replace(manifest, folds=Folds(count, hashlib.sha256(folds[FOLDS]).hexdigest()))
+    for name, data in chain(folds.items(), _files(plan, manifest, splits)):
         (work / name).parent.mkdir(exist_ok=True)
         write_atomically(work / name, data)
         moves.append((work / name, out / name))
@@ -106,6 +115,17 @@ def _make_manifest(plan: Plan, out: Path, splits: Splits, made: list[MadeShard])
         packed_bytes=sum(int(shard.rows["size"].sum()) for shard in made),
         versions=plan.versions,
     )
+
+
+def _folds(plan: Plan, train: list[MadeShard], count: int) -> NDArray[np.uint32]:
+    """Return the fold of each training image, in the order of the index. Copies and near-duplicates share a fold."""
+    labels = np.concatenate([shard.rows["label"] for shard in train]).astype(np.int64)
+    groups = near_groups(np.concatenate([shard.hashes for shard in train]))
+    folds = assign_folds(labels, groups, count)
+    if (used := len(np.unique(folds))) < count:
+        what = f"has too few images for {count} folds: only {used} would have images, because near-duplicates stay together"
+        raise FolderError(f"{plan.folder.root}: {what}; pack with fewer folds, or add images.")
+    return folds
 
 
 def _near_duplicates(plan: Plan, splits: Splits) -> Iterator[dict[str, object]]:

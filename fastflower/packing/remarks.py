@@ -3,6 +3,8 @@
 import re
 from collections.abc import Collection, Iterator
 
+import numpy as np
+
 from fastflower.shards.manifest import Manifest
 
 _MOST_NAMES = 10  # class names per warning
@@ -20,12 +22,30 @@ def remarks(manifest: Manifest, ignored: Collection[str] = ()) -> Iterator[str]:
         yield f"decoded {odd} image{'s' if odd > 1 else ''} with warnings; see `warnings` in manifest.json"
     if manifest.skipped:
         yield "\n  ".join(_skipped(manifest, ignored))
-    yield from _validation(manifest)
+    yield from _folds(manifest) if manifest.folds else _validation(manifest)
     for name, split in manifest.splits.items():
         absent = [label for label, count in zip(manifest.classes, split.class_counts, strict=True) if not count]
         if absent and split.samples:
-            few = ", ".join(map(repr, absent[:_MOST_NAMES])) + (" and others" if len(absent) > _MOST_NAMES else "")
-            yield f"the {name} split has no images of {few}: these classes will not be evaluated"
+            yield f"the {name} split has no images of {_few(absent)}: these classes will not be evaluated"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:_MOST_NAMES])) + (" and others" if len(names) > _MOST_NAMES else "")
+
+
+def _folds(manifest: Manifest) -> Iterator[str]:
+    numbers, labels = manifest.fold_numbers(), manifest.index("train")["label"]
+    sizes = np.zeros((len(manifest.classes), int(numbers.max()) + 1), np.int64)  # images of each class in each fold
+    np.add.at(sizes, (labels, numbers), 1)
+    filled = (sizes > 0).sum(axis=1)
+    uneven = np.ptp(sizes, axis=1) > 1
+    for chosen, what in (
+        (filled == 1, "all images of {} are in one fold, so training without it sees none: add images"),
+        ((filled > 1) & (filled < sizes.shape[1]), "some folds have no images of {}: add images, or pack fewer folds"),
+        (uneven, "folds differ by more than one image of {}, because copies and near-duplicates share a fold"),
+    ):
+        if names := [name for name, one in zip(manifest.classes, chosen, strict=True) if one]:
+            yield what.format(_few(names))
 
 
 def _skipped(manifest: Manifest, ignored: Collection[str]) -> Iterator[str]:

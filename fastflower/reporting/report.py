@@ -115,6 +115,7 @@ def write_report(
     html = template.render(
         recipe=recipe.to_dict(),
         classes=classes,
+        fold=val.fold if val else None,
         history=history,
         best=history[best_epoch - 1],
         scores=scores,

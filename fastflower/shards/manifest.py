@@ -1,4 +1,4 @@
-"""Describes a folder of shards: `manifest.json`, and `SPLIT.index.npy` with one row per sample."""
+"""Describes a folder of shards: `manifest.json`, `SPLIT.index.npy` with one row per sample, and `train.folds.npy`."""
 
 import hashlib
 import json
@@ -20,6 +20,7 @@ _FIRST = 1  # the oldest supported version; has no checksums of the manifest and
 FILE = "manifest.json"
 WORK, PLAN = ".packing", "plan.json"  # exist only in an unfinished pack
 INFO = "_info.json"
+FOLDS = "train.folds.npy"
 _RESTORE = "restore it from a backup, or run fastflower pack again"
 
 INDEX_DTYPE = np.dtype(
@@ -33,6 +34,7 @@ INDEX_DTYPE = np.dtype(
         ("height", "<u4"),
     ]
 )
+FOLDS_DTYPE = np.dtype("<u4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,14 @@ class Split:
     shards: tuple[Shard, ...]
     index_sha256: str | None = None
     """SHA-256 of SPLIT.index.npy; None in version 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folds:
+    """The folds of the train split. `train.folds.npy` holds the fold of each sample, (samples,) of FOLDS_DTYPE."""
+
+    count: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +93,8 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict[str, str])
     version: int = FORMAT_VERSION
     """Format version."""
+    folds: Folds | None = None
+    """Folds for cross-validation. None, and absent from `manifest.json`, if the pack has none."""
 
     @classmethod
     def load(cls, folder: str | Path, *, sealed: bool = True) -> Self:
@@ -142,12 +154,15 @@ class Manifest:
             packed_bytes=stored["packed_bytes"],
             versions=stored["versions"],
             version=stored["version"],
+            folds=Folds(**stored["folds"]) if "folds" in stored else None,
         )
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`. Equal manifests give identical bytes."""
         content: dict[str, Any] = {"format": "fastflower", "version": self.version, **asdict(self)}
         del content["folder"]
+        if self.folds is None:
+            del content["folds"]
         if self.version == _FIRST:
             for split in content["splits"].values():
                 del split["index_sha256"]
@@ -175,30 +190,49 @@ class Manifest:
         split = self.splits.get(name)
         if split is None or not split.samples:
             full = [key for key, value in self.splits.items() if value.samples]
-            raise ShardError(f"{self.folder}: has no samples in split {name!r}; choose from {', '.join(full)}.")
+            choice = f"pass a fold from 0 to {self.folds.count - 1}, or " if self.folds and name == "val" else ""
+            raise ShardError(f"{self.folder}: has no samples in split {name!r}; {choice}choose from {', '.join(full)}.")
         return split
+
+    def identity(self, name: str) -> dict[str, object]:
+        """Return what identifies the samples of a split."""
+        checksums = "".join(shard.sha256 for shard in self.split(name).shards)
+        return {"shards": hashlib.sha256(checksums.encode()).hexdigest()[:16], "fold": None}
 
     def index(self, name: str) -> NDArray[np.void]:
         """Return a split's memory-mapped index, (samples,) of INDEX_DTYPE. Raises ShardError if it has changed or is invalid."""
         split = self.split(name)
         path = self.folder / f"{name}.index.npy"
         repair = f"restore it from a backup, or rebuild it with fastflower verify {self.folder} --repair."
-        try:
-            rows = np.load(path, mmap_mode="r")
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest() if split.index_sha256 else None
-        except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python
-            blame_the_system(error, path)
-            raise ShardError(f"{path}: cannot be read ({error}); {repair}") from None
-        if rows.dtype != INDEX_DTYPE or rows.shape != (split.samples,):
-            what = f"has shape {rows.shape} and dtype {rows.dtype}, but the manifest says {split.samples} samples"
-            raise ShardError(f"{path}: {what}; {repair}")
-        if digest != split.index_sha256:
-            raise ShardError(f"{path}: has changed since it was packed (checksum mismatch); {repair}")
+        rows = _load_array(path, INDEX_DTYPE, split.samples, split.index_sha256, repair)
         problem = _find_problem(rows, split, self.classes)
         if problem:
             raise ShardError(f"{path}: {problem}; {repair}")
         return rows
+
+    def fold_numbers(self) -> NDArray[np.uint32]:
+        """Return the fold of each sample of the train split, (samples,). Raises ShardError if the file has changed."""
+        if self.folds is None:
+            raise ShardError(f"{self.folder}: has no folds; pack with --folds K (folds=K).")
+        remedy = f"{_RESTORE}, because the tars do not record folds."
+        return _load_array(self.folder / FOLDS, FOLDS_DTYPE, self.splits["train"].samples, self.folds.sha256, remedy)
+
+
+def _load_array(path: Path, dtype: np.dtype[Any], samples: int, sha256: str | None, remedy: str) -> NDArray[Any]:
+    """Return a memory-mapped .npy file. Raises ShardError if it differs in dtype, length or checksum (None: no checksum)."""
+    try:
+        rows = np.load(path, mmap_mode="r")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python
+        blame_the_system(error, path)
+        raise ShardError(f"{path}: cannot be read ({error}); {remedy}") from None
+    if rows.dtype != dtype or rows.shape != (samples,):
+        what = f"has shape {rows.shape} and dtype {rows.dtype}, but the manifest says {samples} samples"
+        raise ShardError(f"{path}: {what}; {remedy}")
+    if digest != sha256:
+        raise ShardError(f"{path}: has changed since it was packed (checksum mismatch); {remedy}")
+    return rows
 
 
 def _check_version(path: Path, format_: object, version: object) -> None:

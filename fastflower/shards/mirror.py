@@ -19,7 +19,8 @@ from typing import NamedTuple, TypeVar
 
 from fastflower.errors import ArgumentError, FastflowerError, HeldError, ShardError
 from fastflower.files import flush, locked, partial_name, refusal, remedy_for, write_atomically
-from fastflower.shards.manifest import FILE, Manifest, Shard
+from fastflower.shards.folds import FoldView
+from fastflower.shards.manifest import FILE, FOLDS, Manifest, Shard
 from fastflower.shards.remote import CHOOSE_CACHE, AttemptError, Remote, RemoteFiles, expanded, longest_silence
 
 _log = logging.getLogger("fastflower")
@@ -76,17 +77,18 @@ class Mirror:
                 raise ShardError(f"{files.url}/{FILE}: {what}")
         return cls(source, manifest)
 
-    def open_split(self, split: str, window: int) -> None:
-        """Download a split's index. Raises ArgumentError if the cache cannot hold three windows of shards."""
-        shards = self.manifest.split(split).shards
-        path = self.folder / f"{split}.index.npy"
-        try:
-            here = path.exists() and len(self.manifest.index(split)) > 0
-        except ShardError as error:
-            _log.warning("%s; downloading it again", str(error).partition(";")[0])
-            here = False
-        if not here:
-            _store(path, self._files.read(path.name), self._files.url, lambda: self.manifest.index(split))
+    def open_split(self, split: str, window: int, fold: int | None = None) -> None:
+        """Download a split's index. Raises ArgumentError if the cache cannot hold three windows of shards.
+
+        fold  If given, the split is the part of the train split that FoldView describes.
+        """
+        manifest, stored = self.manifest, split if fold is None else "train"
+        manifest.split(stored)
+        self._fetch(f"{stored}.index.npy", lambda: manifest.index(stored))
+        if fold is not None:
+            self._fetch(FOLDS, manifest.fold_numbers)
+            manifest = FoldView.of(manifest, fold)
+        shards = manifest.split(split).shards
         limit = self._source.limit_bytes
         total = sum(shard.bytes for shard in shards)
         needed = min(total, 3 * window * max(shard.bytes for shard in shards))  # previous, current and next window
@@ -96,6 +98,17 @@ class Mirror:
         sizes = f"{total / 1e9:.2f} GB in {len(shards)} shards, cache of {limit / 1e9:.1f} GB in {self._cache}"
         often = "each machine downloads every shard once per epoch, or once in total if all fit in the cache"
         _log.info("%s: split %r: %s; %s", self._files.url, split, sizes, often)
+
+    def _fetch(self, name: str, load: Callable[[], object]) -> None:
+        """Download a file unless it is cached and can be loaded. Raises ShardError if it still cannot be loaded."""
+        path = self.folder / name
+        try:
+            if path.exists():
+                load()
+                return
+        except ShardError as error:
+            _log.warning("%s; downloading it again", str(error).partition(";")[0])
+        _store(path, self._files.read(name), self._files.url, load)
 
     def begin_use(self) -> None:
         """Register an iterator that uses the cache until it enters `ending_use`."""

@@ -20,7 +20,7 @@ from fastflower.errors import SampleError, ShardError, require
 from fastflower.files import blame_the_system, remedy_for, write_atomically
 from fastflower.machine import cores
 from fastflower.shards.image import prepare
-from fastflower.shards.manifest import FILE, FORMAT_VERSION, INFO, PLAN, WORK, Manifest, Shard, Split, shard_name
+from fastflower.shards.manifest import FILE, FOLDS, FORMAT_VERSION, INFO, PLAN, WORK, Manifest, Shard, Split, shard_name
 from fastflower.shards.writer import Samples, ShardWriter, index_rows, npy, split_of
 
 _log = logging.getLogger("fastflower")
@@ -86,7 +86,21 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
         problems.append(distrust)
     if problems and distrust:
         return problems  # the expected contents of the files are unknown
+    problems += _folds_problems(folder, manifest, repair=repair)
     return problems + _repair_or_report(folder, files, distrust.partition(";")[0] if manifest else "", repair=repair)
+
+
+def _folds_problems(folder: Path, manifest: Manifest | None, *, repair: bool) -> list[str]:
+    """Return what is wrong with the folds, if the manifest has any. Warn if a repair loses them along with the manifest."""
+    if manifest is None and repair and (folder / FOLDS).exists():
+        what = "the rebuilt manifest has no folds, because the tars do not record them"
+        _log.warning("%s: %s; to use this file, restore %s from a backup", folder / FOLDS, what, FILE)
+    try:
+        if manifest and manifest.folds:
+            manifest.fold_numbers()
+    except ShardError as error:
+        return [str(error)]
+    return []
 
 
 def _repair_or_report(

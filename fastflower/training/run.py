@@ -55,13 +55,14 @@ class Run:
         device: torch.device,
         start: Checkpoint | None = None,
         *,
+        fold: int | None = None,
         save_steps: int | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, resolve_device(device)
         self.precision = precision_of(recipe.precision, self.device)
         self._save_steps, self._stop = save_steps, stop
-        self.loader, self.val = self._loaders(shards)
+        self.loader, self.val = self._loaders(shards, fold)
         self.classes = self.loader.manifest.classes
         torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]  (untyped in torch)
         # A resumed run takes its weights from the checkpoint, but each run of a model soup starts from the recipe's weights.
@@ -84,19 +85,20 @@ class Run:
         # Created after restoring, because CUDA graphs refer to the restored tensors.
         self.stepper = Stepper(self.network, self.optimizer, self.scaler, recipe, self.device, self.precision, capture)
 
-    def _loaders(self, shards: str | Path | Remote) -> tuple[Loader, Loader | None]:
+    def _loaders(self, shards: str | Path | Remote, fold: int | None) -> tuple[Loader, Loader | None]:
         """Create the train and val loaders; the val loader is None if the val split is missing or empty."""
         recipe, batch_size = self.recipe, distributed.share(self.recipe.batch_size)
-        make = partial(Loader, shards, batch_size=batch_size, device=self.device, dtype=self.precision)
+        make = partial(Loader, shards, fold=fold, batch_size=batch_size, device=self.device, dtype=self.precision)
         shuffle = "balanced" if recipe.balanced else True
         train = make("train", augment=recipe.augment_at(0), seed=recipe.seed, shuffle=shuffle)
         splits = train.manifest.splits
         if "val" in splits and splits["val"].samples > 0:
             return train, make("val", augment=view_of(recipe))
         if distributed.rank() == 0:
-            _log.warning(
-                "%s: the val split has no images, so nothing is validated; %s will hold the last epoch", shards, BEST
-            )
+            what = "%s: the val split has no images, so nothing is validated; %s will hold the last epoch"
+            if folds := train.manifest.folds:
+                what += f"; to validate on a fold, pass fold=0 .. {folds.count - 1} (--fold)"
+            _log.warning(what, shards, BEST)
         return train, None
 
     def _restore(self, start: Checkpoint) -> None:

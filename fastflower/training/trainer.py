@@ -21,6 +21,7 @@ def train(
     shards: str | Path | Remote,
     recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
     *,
+    fold: int | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     save_steps: int | None = None,
@@ -29,12 +30,12 @@ def train(
     """Train on the train split, validate on the val split after every epoch, and write checkpoints, a history and a report.
 
     On one machine with the same number of threads, the same recipe and shards give the same history, even if the run is
-    interrupted and resumed. After SIGTERM, the run finishes the current update, saves a checkpoint and stops. Under
-    torchrun, the ranks split each batch.
+    interrupted and resumed. After SIGTERM, the run saves a checkpoint and stops. Under torchrun, the ranks split each batch.
 
     Args:
         shards: The folder written by `pack`, or its URL, as for Loader.
         recipe: What to train, and how.
+        fold: With shards that have folds: the fold to validate on, from 0; the others are for training.
         out: The run's folder. None uses the first unused folder of runs/BACKBONE, runs/BACKBONE-2, ...
         resume: Continue the run in `out` from its last checkpoint, or start it if there is none.
         save_steps: Number of updates between extra checkpoints within an epoch, for epochs that take hours.
@@ -65,21 +66,21 @@ def train(
         try:
             folder = distributed.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
             with own(folder, new=out is None, resume=resume):
-                start = _resumed(folder, recipe) if resume else None
+                start = _resumed(folder, recipe, fold) if resume else None
                 if recipe.freeze and recipe.weights is None and start is None:
                     raise ArgumentError(
                         f"freeze must be 0 when weights is None, got {recipe.freeze}: frozen stages would stay random; "
                         f"pass --freeze 0 (freeze=0), or weights to start from (--weights FILE, weights=FILE)."
                     )
-                return Run(shards, recipe, folder, chosen, start, save_steps=save_steps, stop=stop).train()
+                return Run(shards, recipe, folder, chosen, start, fold=fold, save_steps=save_steps, stop=stop).train()
         except (RuntimeError, MemoryError, OSError) as error:
             if explanation := explained(error, recipe, chosen):
                 raise explanation from error
             raise
 
 
-def _resumed(folder: Path, recipe: Recipe) -> Checkpoint | None:
-    """Load the checkpoint to resume from, if there is one. Raises CheckpointError if its recipe differs."""
+def _resumed(folder: Path, recipe: Recipe, fold: int | None) -> Checkpoint | None:
+    """Load the checkpoint to resume from, if there is one. Raises CheckpointError if its recipe or fold differs."""
     start = Checkpoint.load(folder / LAST) if (folder / LAST).exists() else None
     if len(set(distributed.gathered((start.epoch, start.step) if start else None))) > 1:
         raise CheckpointError(f"{folder / LAST}: differs between ranks; set out to a folder that all machines share.")
@@ -88,4 +89,8 @@ def _resumed(folder: Path, recipe: Recipe) -> Checkpoint | None:
             f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that recipe, or "
             f"pass a different folder as out and this file as weights."
         )
+    if start and start.fold != fold:
+        theirs = "without fold" if start.fold is None else f"with fold {start.fold}"
+        remedy = "omit fold" if start.fold is None else f"pass fold={start.fold} (--fold {start.fold})"
+        raise CheckpointError(f"{folder / LAST}: was trained {theirs}, got fold {fold}; {remedy}, or choose a new out.")
     return start

@@ -7,7 +7,7 @@ from fastflower.packing.folder import scan
 from fastflower.packing.plan import Options, Plan, make_plan
 
 OPTIONS: Any = {"split_by": "class", "val_fraction": 0.25, "seed": 0, "shard_bytes": 1000}
-OPTIONS |= {"max_side": None, "quality": None, "on_bad": "skip", "on_conflict": "keep", "lists": False}
+OPTIONS |= {"max_side": None, "quality": None, "on_bad": "skip", "on_conflict": "keep", "lists": False, "folds": None}
 VERSIONS = {"fastflower": "0.1.0", "pillow": "12.0.0", "opencv": "4.12.0"}
 
 

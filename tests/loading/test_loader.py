@@ -227,7 +227,7 @@ def test_state_is_plain_and_small(shards: Path) -> None:
 def test_a_state_of_another_order_is_refused(shards: Path, change: dict[str, Any], name: str) -> None:
     state = make(shards, **change).state_dict()
     with pytest.raises(
-        ShardError, match=f"the state has {name} .*; resume with the same shards, split, seed and batch_size"
+        ShardError, match=f"the state has {name} .*; resume with the same shards, split, fold, seed and batch_size"
     ):
         make(shards).load_state_dict(state)
 

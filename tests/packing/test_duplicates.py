@@ -229,7 +229,7 @@ def test_the_size_of_chunks_of_pairs_does_not_change_the_result(monkeypatch: pyt
     assert set(compared(queries, hashes)[1]) == {-1, *range(7)}
     pairs = [len(call.args[0]) for call in counting.call_args_list]
     assert max(pairs) <= max(chunk, 300)  # the pairs of a query are not divided
-    assert len(pairs) <= 7 + 2 * sum(pairs) / chunk  # two consecutive runs exceed a chunk
+    assert len(pairs) <= 28 + 2 * sum(pairs) / chunk  # two consecutive runs exceed a chunk
 
 
 def test_hashes_are_near_up_to_six_bits() -> None:
@@ -244,9 +244,9 @@ def test_hashes_are_near_up_to_six_bits() -> None:
 
 
 def test_six_bits_are_found_wherever_they_lie() -> None:
-    """This includes the worst case: six bits that make all but one of the seven bands differ."""
-    places = [*itertools.combinations(range(0, 64, 9), 6), *itertools.combinations(range(4, 64, 9), 6)]
-    places += itertools.combinations(range(8, 64, 9), 6)
+    """This includes the worst case: six bits that make all but two of the eight bands differ."""
+    places = [*itertools.combinations(range(0, 64, 8), 6), *itertools.combinations(range(4, 64, 8), 6)]
+    places += itertools.combinations(range(7, 64, 8), 6)
     hashes = np.array([flipped(0, bits) for bits in places], np.uint64)
     for value in hashes:
         assert nearest(np.zeros(1, np.uint64), np.array([value]))[1].tolist() == [6]

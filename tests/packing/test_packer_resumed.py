@@ -58,6 +58,7 @@ CHANGED: dict[str, Any] = {
     "lists": False,
     "ignore": ("b/000.jpg",),
     "test_fraction": 0.1,
+    "folds": 2,
 }
 TABLES = {
     "labels",

@@ -31,7 +31,15 @@ def interrupted(tmp_path: Path, contents: dict[str, bytes]) -> tuple[Path, Path,
 
 FILES = {name: name.encode() for name in ("a/1.jpg", "a/2.jpg", "a/notes.txt", "b/1.jpg", "b/3.jpg", "c/1.jpg")}
 OTHER = {"split_by": "random", "val_fraction": 0.5, "seed": 1, "shard_bytes": 2, "max_side": 64, "quality": 80}
-OTHER |= {"on_bad": "fail", "on_conflict": "drop", "lists": True, "pillow": "12.1", "opencv": "5.0", "fastflower": "2"}
+OTHER |= {
+    "on_bad": "fail",
+    "on_conflict": "drop",
+    "lists": True,
+    "folds": 3,
+    "pillow": "12.1",
+    "opencv": "5.0",
+    "fastflower": "2",
+}
 
 
 @pytest.mark.parametrize("name", OTHER)

@@ -2,15 +2,17 @@
 
 import ast
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packs import drawn
 from places import ROOT
 from torchvision import models
 
-from fastflower import Augment, Batch, Loader, Recipe, predict, train
+from fastflower import Augment, Batch, Checkpoint, Loader, Recipe, predict, train
 from fastflower.models.backbone import build
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
@@ -122,8 +124,19 @@ def test_the_page_of_messages_quotes_what_the_library_says() -> None:
     assert [row for row in rows if not all(part.strip() in said for part in row.split("…"))] == []
 
 
-def test_the_recipe_on_the_page_of_training_is_one() -> None:
+@pytest.mark.usefixtures("narrow", "no_figures")
+def test_the_page_of_training_has_a_recipe_and_cross_validates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
-    (text,) = blocks("training.md")
+    text, folds = blocks("training.md")
     exec(compile(text, "docs/training.md", "exec"), names)
     assert (names["recipe"].epochs, names["recipe"].batch_size) == (8, 16)
+    monkeypatch.chdir(tmp_path)
+    drawn(tmp_path / "data", a=8, b=7)
+    names["recipe"] = replace(
+        names["recipe"], weights=None, freeze=0, augment=Augment(size=32), sizes=(), soup=1, epochs=1
+    )
+    names["recipe"] = replace(names["recipe"], batch_size=4, backbone="resnet18", recalibrate=False)
+    exec(compile(folds, "docs/training.md", "exec"), names)
+    assert [Checkpoint.load(report.checkpoint).fold for report in names["reports"]] == list(range(5))
+    assert [report.scores.num_samples for report in names["reports"]] == [3] * 5
+    assert len(names["accuracies"]) == 5

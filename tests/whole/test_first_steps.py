@@ -156,7 +156,7 @@ def test_resuming_names_the_differing_option(shards: Path, tmp_path: Path) -> No
     checkpoint = Checkpoint.load(tmp_path / "checkpoint-last.pt")
     checkpoint.feeding["window"] = 8
     checkpoint.save(tmp_path / "checkpoint-last.pt")
-    remedy = "resume with the same shards, split, seed and batch_size"
+    remedy = "resume with the same shards, split, fold, seed and batch_size"
     rule = f"load_state_dict: the state has window 8, but this loader has None; {remedy}"
     with pytest.raises(
         CheckpointError, match=re.escape(f"{tmp_path / 'checkpoint-last.pt'}: {rule} * world_size.") + "$"
