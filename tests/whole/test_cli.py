@@ -211,8 +211,10 @@ def test_a_missing_dask_is_explained(mixed: Path, tmp_path: Path) -> None:
 def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rule = "val_fraction must be at least 0 and less than 1, got 1.5."
     assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--val-fraction", "1.5") == rule
-    missing = f"{tmp_path / 'no'}: does not exist; pass a folder that contains one folder of images per class."
-    assert error(capsys, "pack", tmp_path / "no", "--out", tmp_path / "out") == missing
+    missing = (
+        "does not exist; pass a folder that contains one folder of images per class, or a zip or tar archive of one."
+    )
+    assert error(capsys, "pack", tmp_path / "no", "--out", tmp_path / "out") == f"{tmp_path / 'no'}: {missing}"
     bad = f"{mixed / 'a/text.jpg'}: is plain text, named .jpg; remove or replace it, or pack with --on-bad skip."
     assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--on-bad", "fail") == bad
     assert not (tmp_path / "out").exists()
