@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-# For fastflower.shards.remote: the usual number of attempts but short timeouts; dozens of pieces per shard.
-IMPATIENT = {"_PIECE": 1 << 15, "_TIMEOUT": 1.0, "_FIRST_PAUSE": 0.01, "_LONGEST_PAUSE": 0.05}
+# For fastflower.shards.remote: the usual number of attempts but short timeouts; 16 pieces per shard.
+IMPATIENT = {"_PIECE": 1 << 16, "_TIMEOUT": 1.0, "_FIRST_PAUSE": 0.01, "_LONGEST_PAUSE": 0.05}
 
 
 def deafen(files: Any, but: str) -> None:

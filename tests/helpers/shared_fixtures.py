@@ -41,7 +41,8 @@ SLOW = (
     "test_loader_ends.py",
     "test_remote.py",
     "test_open_files.py",
-    "test_readme.py",
+    "test_parity.py",
+    "test_trainer.py",
     "test_reports.py",
 )
 """They come first: one that is begun last leaves a worker with nothing to do."""
