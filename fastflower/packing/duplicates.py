@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastflower.files import blame_the_system
 from fastflower.packing.folder import Folder
+from fastflower.shards.kinds import is_empty_or_page
 
 _TAIL = 4096  # bytes; the end of a compressed image distinguishes it from others of the same size
 
@@ -45,7 +46,7 @@ class Groups:
 
 
 def identical(folder: Folder, mapped: MapLike = map) -> Groups:
-    """Find groups of images with identical bytes. Each group is sorted; groups are in the order of their first image.
+    """Find groups of files with identical bytes. Each group is sorted; groups are in the order of their first image.
 
     Reads the ends of files only if their sizes match, and entire files only if their ends match too.
     """
@@ -61,7 +62,8 @@ def identical(folder: Folder, mapped: MapLike = map) -> Groups:
 
 
 def _digests(files: list[tuple[Path, str, bool]]) -> bytes:
-    """Return 16 bytes of the SHA-256 of each file. Without `whole`, hash only its end. An unreadable file gives zeros.
+    """Return 16 bytes of the SHA-256 of each file. Without `whole`, hash only its end. A file gives zeros if it is unreadable,
+    empty or a web page.
 
     files  (root, path, whole) of each file.
     """
@@ -71,6 +73,11 @@ def _digests(files: list[tuple[Path, str, bool]]) -> bytes:
             with (root / path).open("rb") as file:
                 if not whole:
                     file.seek(max(0, file.seek(0, 2) - _TAIL))
+                elif is_empty_or_page(file.read(1024)):  # often saved many times, but no image
+                    digests.append(bytes(16))
+                    continue
+                else:
+                    file.seek(0)
                 digests.append(hashlib.file_digest(file, "sha256").digest()[:16])
         except OSError as error:
             blame_the_system(error, root / path)

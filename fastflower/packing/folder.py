@@ -156,6 +156,13 @@ class _Collector:
         else:
             self.ignored.append((top, "is a folder without images"))
 
+    def ignore_class(self, name: str) -> None:
+        """Record the images of a class as ignored that has none for training."""
+        for parent in self._folders(name):
+            for file in sorted(entry.name for entry in entries(self.root / parent) if not layout.is_folder(entry)):
+                if is_image(file):
+                    self.ignored.append((f"{parent}/{file}", "is in a class without training images"))
+
     def ignore_strays(self, folder: str) -> None:
         """Record images next to the class folders as ignored. Other files there are normal and not recorded."""
         for file in sorted(entry.name for entry in entries(self.root / folder)):
@@ -180,7 +187,12 @@ class Tables(NamedTuple):
 
 
 def scan(
-    root: str | Path, tables: Tables | None = None, *, resplit: bool = False, ignore: Sequence[str] = ()
+    root: str | Path,
+    tables: Tables | None = None,
+    *,
+    resplit: bool = False,
+    ignore: Sequence[str] = (),
+    drop_empty_classes: bool = False,
 ) -> Folder:
     """Find the images of a folder by name, without reading them. Without a table of labels, it has one of three layouts:
 
@@ -190,6 +202,7 @@ def scan(
 
     resplit  Whether the caller draws a new split from all images. If so, class folders may contain split folders.
     ignore  Patterns of files and folders to leave out, as for `pack`. Hidden and system names are images only in a list.
+    drop_empty_classes  Whether class folders may have no images, or be in val or test only.
 
     Raises FolderError, with file and line if possible, if the folder fits none of these layouts or more than one, has
     only one class, or has a class without images.
@@ -197,7 +210,7 @@ def scan(
     root, tables = Path(root), tables or Tables()
     try:
         with ignoring(root, ignore):
-            folder = _scan(root, resplit or bool(tables.split), tables)
+            folder = _scan(root, resplit or bool(tables.split), tables, drop_empty_classes)
             if tables.split:
                 folder = _divided(folder, tables)
     except OSError as error:
@@ -214,7 +227,7 @@ def scan(
     return folder
 
 
-def _scan(root: Path, resplit: bool, tables: Tables) -> Folder:
+def _scan(root: Path, resplit: bool, tables: Tables, drop_empty: bool) -> Folder:
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         rule = "pass a folder that contains one folder of images per class, or a zip or tar archive of one"
@@ -227,9 +240,9 @@ def _scan(root: Path, resplit: bool, tables: Tables) -> Folder:
     if not tops:
         raise FolderError(f"{root}: has no class folders; put the images of each class into a folder of its own.")
     if len(tops) > 1 and (named := splits_named(tops)):
-        return _scan_splits(root, named, layout.places_of_splits(root, named, tops))
+        return _scan_splits(root, named, layout.places_of_splits(root, named, tops), drop_empty)
     layout.check_classes(root, tops, resplit)
-    return _scan_classes(root, tops)
+    return _scan_classes(root, tops, drop_empty)
 
 
 def _scan_lists(root: Path, lists: Mapping[Path, str | None], columns: Columns, *, table: bool) -> Folder:
@@ -284,18 +297,19 @@ def _divided(folder: Folder, tables: Tables) -> Folder:
     return collector.folder(list(folder.classes), splits)
 
 
-def _scan_classes(root: Path, tops: list[str]) -> Folder:
+def _scan_classes(root: Path, tops: list[str], drop_empty: bool) -> Folder:
     collector = _Collector(root)
     empty = [name for label, name in enumerate(tops) if not collector.add_class(name, label, 0)]
     if len(empty) == len(tops) - 1:
         layout.refuse_wrapper(root, *(top for top in tops if top not in empty))
-    if empty:
-        raise _no_images(root / empty[0])
+    enough = len(tops) - len(empty) >= 2
+    if empty and not (drop_empty and enough):
+        raise _no_images(root / empty[0], enough)
     collector.ignore_strays(".")
     return collector.folder(tops, ())
 
 
-def _scan_splits(root: Path, named: dict[str, str], bases: dict[str, str]) -> Folder:
+def _scan_splits(root: Path, named: dict[str, str], bases: dict[str, str], drop_empty: bool) -> Folder:
     """Scan the splits. bases  Parent of the class folders of each labeled split, train first."""
     collector = _Collector(root)
     train, *_ = bases.values()
@@ -303,11 +317,15 @@ def _scan_splits(root: Path, named: dict[str, str], bases: dict[str, str]) -> Fo
     for number, base in enumerate(bases.values()):
         for name in layout.subfolders(root / base):
             place = root / base / name
+            if name not in classes and drop_empty:
+                collector.ignore_class(f"{base}/{name}")
+                continue
             if name not in classes:
                 what = f"is not a class in {root / train}"
-                raise FolderError(f"{place}: {what}; add the class there, or remove this folder.")
-            if not collector.add_class(f"{base}/{name}", classes.index(name), number) and base == train:
-                raise _no_images(place)
+                raise FolderError(f"{place}: {what}; add the class there, or leave it out with --drop-empty-classes.")
+            full = collector.add_class(f"{base}/{name}", classes.index(name), number)
+            if not full and base == train and not drop_empty:
+                raise _no_images(place, len(classes) > 2)
     for folder in (".", *bases.values()):
         collector.ignore_strays(folder)
     for top in named:
@@ -316,9 +334,10 @@ def _scan_splits(root: Path, named: dict[str, str], bases: dict[str, str]) -> Fo
     return collector.folder(classes, tuple(named[top] for top in bases))
 
 
-def _no_images(folder: Path) -> FolderError:
+def _no_images(folder: Path, can_drop: bool) -> FolderError:
     named = ", ".join(EXTENSIONS)
-    what = f"{folder}: has no images ({named}); add some, or remove the class folder."
+    remedy = "leave out such classes with --drop-empty-classes" if can_drop else "remove the class folder"
+    what = f"{folder}: has no images ({named}); add some, or {remedy}."
     return FolderError(instead_of_images(folder) or what)
 
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -24,6 +24,7 @@ from fastflower.packing.archives import is_archive, unpacked
 from fastflower.packing.duplicates import Item, Result
 from fastflower.packing.folder import Folder, Tables, scan
 from fastflower.packing.lists import Columns
+from fastflower.packing.lost_classes import LostClassError, without_lost_classes
 from fastflower.packing.plan import Options, Plan
 from fastflower.packing.publishing import publish, unpublish
 from fastflower.packing.remarks import remarks
@@ -55,6 +56,7 @@ def pack(
     on_conflict: Literal["keep", "drop"] = "keep",
     lists: bool = False,
     ignore: Sequence[str] = (),
+    drop_empty_classes: bool = False,
     workers: int | None = None,
     executor: Executor | None = None,
 ) -> Manifest:
@@ -98,6 +100,8 @@ def pack(
         ignore: Patterns of files and folders to leave out, as in .gitignore: "raw" and "*_mask.png" match names at every
             depth, "train/raw" and "/raw" match paths relative to FOLDER, "raw/" matches only folders. Names that begin
             with a dot and names that systems add, such as Thumbs.db and @eaDir, are left out unless a list names them.
+        drop_empty_classes: Leave out classes without a readable training image, with a warning, instead of raising an error.
+            At least two classes must remain. The images of such a class in other splits are skipped.
         workers: Number of threads; by default one per core.
         executor: A concurrent.futures.Executor that makes the shards instead of threads, one shard per task. Its workers
             must see FOLDER and OUT under the same paths.
@@ -129,6 +133,7 @@ def pack(
         ignore,
         float(test_fraction),
         folds,
+        drop_empty_classes,
     )
     require(workers is None or workers >= 1, "workers", "at least 1", workers)
     return _pack(Path(folder), tables, Path(out), options, workers or cores(), executor)
@@ -142,7 +147,8 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):  # Path.resolve raises for a link to itself
         what = f"is inside the folder to pack ({root}) and would become part of it"
         raise FolderError(f"{out}: {what}; choose another folder with --out.")
-    find = partial(scan, tables=tables, resplit=asked.split_by in ("class", "random"), ignore=asked.ignore)
+    resplit, drop_empty = asked.split_by in ("class", "random"), asked.drop_empty_classes
+    find = partial(scan, tables=tables, resplit=resplit, ignore=asked.ignore, drop_empty_classes=drop_empty)
     folder = None if is_archive(root) else find(root)
     options = _resolved(asked, folder) if folder else asked
     interrupted = os.path.exists(out / WORK)  # noqa: PTH110  (Path.exists can raise)
@@ -156,13 +162,17 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
         if packed:
             manifest = Manifest.load(out)
             files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
-            same = {
+            classes = tuple(name for name in folder.classes if name in manifest.classes)
+            dropped = len(folder.classes) - len(classes)  # listed in manifest.skipped
+            before: dict[str, Any] = {
                 "ignore": [],
                 "test_fraction": 0.0,
                 "folds": None,
+                "drop_empty_classes": False,
                 **manifest.options,
-            } == options.recorded() and manifest.classes == folder.classes
-            if not same or files != len(folder) + len(folder.ignored):
+            }
+            same = before == options.recorded() and manifest.classes == classes
+            if not same or files != len(folder) + len(folder.ignored) + dropped:
                 raise _already_packed(out)
             (work / PLAN).unlink(missing_ok=True)  # the pack was killed before it removed the workspace
             return manifest
@@ -171,9 +181,12 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
         try:
             unpublish(plan, work)
             _make_shards(plan, work, pool, threads, executor)
+            plan = without_lost_classes(plan, work)
             manifest = publish(plan, work)
             for remark in remarks(manifest, {reason for _, reason in plan.folder.ignored}):
                 _log.warning("%s: %s", manifest.folder, remark)
+        except LostClassError:  # the plan and the shards remain
+            raise
         except FolderError:  # the images are at fault, so resuming would not help
             (work / PLAN).unlink()
             raise

@@ -22,6 +22,7 @@ from fastflower.shards.manifest import PLAN, shard_name
 from fastflower.shards.writer import npy
 
 _IGNORED = "ignored.json"
+EMPTY_CLASS, LEFT_OUT = "is a class without training images", "is in a class without training images"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Options:
     ignore: Sequence[str] = ()  # not an option of older versions
     test_fraction: float = 0.0  # the same; unused if the folder's own split is kept
     folds: int | None = None  # the same
+    drop_empty_classes: bool = False  # older versions have no such option
 
     def __post_init__(self) -> None:
         splits = (None, "class", "random", "folder")
@@ -64,6 +66,9 @@ class Options:
         require(self.folds is None or self.folds >= 2, "folds", "at least 2", self.folds)
         stratified = self.folds is None or self.split_by != "random"
         require(stratified, "split_by", "'class' or 'folder' with folds, which are stratified", self.split_by)
+        require(
+            self.drop_empty_classes in (True, False), "drop_empty_classes", "True or False", self.drop_empty_classes
+        )
         make_plain(self)  # JSON cannot store numpy's numbers
 
     def recorded(self) -> dict[str, Any]:
@@ -93,6 +98,13 @@ class Plan:
     order: NDArray[np.int64]
     """Image numbers, shard by shard."""
     shards: tuple[PlannedShard, ...]
+    dropped: tuple[int, ...] = ()
+    """Labels of classes without training images, which are left out."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of the pack."""
+        return tuple(name for label, name in enumerate(self.folder.classes) if label not in self.dropped)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -109,7 +121,7 @@ class Plan:
 def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped: MapLike = map) -> Plan:
     """Plan a pack. The result depends only on the folder and the options.
 
-    Raises FolderError if a class has no training images.
+    Raises FolderError if a class has no training images, unless such classes are to be left out.
     """
     plan = Plan(folder, options, versions, identical(folder, mapped), np.zeros(0, np.int64), ())
     kept = np.ones(len(folder), bool)
@@ -121,6 +133,12 @@ def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped
     names = folder.splits if own else ("train", "val", "test")
     # With folds, the images of the folder's val split are in train.
     split = np.array([plan.splits.index(name if name in plan.splits else "train") for name in names])[drawn]
+    train = folder.files["label"][kept & (split == plan.splits.index("train"))]
+    counts = np.bincount(train, minlength=len(folder.classes))
+    dropped = _empty_classes(folder, counts, int((~kept).sum()), options)
+    kept &= ~np.isin(folder.files["label"], dropped)
+    rule = f"at most {counts.max()}, the number of images of the largest class"
+    require(options.folds is None or options.folds <= counts.max(), "folds", rule, options.folds)
     order: list[NDArray[np.int64]] = []
     shards: list[PlannedShard] = []
     stop = 0
@@ -129,20 +147,24 @@ def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped
             start, stop = stop, stop + len(images)
             shards.append(PlannedShard(name, shard_name(name, count), start, stop))
             order.append(images)
-    train = folder.files["label"][kept & (split == plan.splits.index("train"))]
-    counts = np.bincount(train, minlength=len(folder.classes))
-    check_counts(folder.classes, counts, int((~kept).sum()), "dropped for conflicting labels")
-    rule = f"at most {counts.max()}, the number of images of the largest class"
-    require(options.folds is None or options.folds <= counts.max(), "folds", rule, options.folds)
-    return replace(plan, order=np.concatenate(order or [plan.order]), shards=tuple(shards))
+    return replace(plan, order=np.concatenate(order or [plan.order]), shards=tuple(shards), dropped=dropped)
 
 
-def check_counts(classes: tuple[str, ...], counts: Sequence[int] | NDArray[np.int64], lost: int, why: str) -> None:
-    """Raise FolderError if a class has no training images. The message says how many files were `lost` and `why`."""
-    for name, count in zip(classes, counts, strict=True):
-        if not count:
-            what = f"has no images left for training{f' (files {why} in total: {lost})' if lost else ''}"
-            raise FolderError(f"class {name!r}: {what}; add images, or remove the class folder.")
+def _empty_classes(folder: Folder, counts: NDArray[np.int64], conflicts: int, options: Options) -> tuple[int, ...]:
+    """Return the labels of classes without training images. Raises FolderError unless the options leave them out.
+
+    conflicts  Number of images that were dropped for conflicting labels.
+    """
+    empty: list[int] = np.flatnonzero(counts == 0).tolist()
+    if not empty:
+        return ()
+    why = f" (files dropped for conflicting labels in total: {conflicts})" if conflicts else ""
+    what = f"class {folder.classes[empty[0]]!r}: has no images left for training{why}"
+    if len(folder.classes) - len(empty) < 2:
+        raise FolderError(f"{what}; add images, because a classifier needs at least two classes.")
+    if not options.drop_empty_classes:
+        raise FolderError(f"{what}; add images, or leave out such classes with --drop-empty-classes.")
+    return tuple(empty)
 
 
 def _draw_splits(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.int32]:
@@ -226,6 +248,7 @@ def save_plan(plan: Plan, work: Path) -> None:
         "options": asdict(plan.options),
         "versions": plan.versions,
         "parts": plan.shards,  # the key that older versions use
+        "dropped": plan.dropped,
     }
     write_atomically(work / _IGNORED, json.dumps(folder.ignored).encode())
     write_atomically(work / PLAN, json.dumps(content).encode())
@@ -246,12 +269,15 @@ def load_plan(work: Path, root: Path, *, whole: bool = False) -> Plan:
     except TypeError:
         what = "holds an interrupted pack from a fastflower version with other options"
         raise FolderError(f"{work}: {what}; resume with that version, or remove {work} to start over.") from None
-    return Plan(folder, options, content["versions"], Groups(members, ends), order, shards)
+    dropped = tuple(content.get("dropped", ()))  # not in the plans of older versions
+    return Plan(folder, options, content["versions"], Groups(members, ends), order, shards, dropped)
 
 
 def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str, str], work: Path) -> None:
     """Raise FolderError, naming the difference, if files, options or versions have changed since the pack was interrupted."""
     before, now = {**asdict(plan.options), **plan.versions}, {**asdict(options), **versions}
+    if options.drop_empty_classes:  # may be added when a class turns out to be empty
+        before["drop_empty_classes"] = True
     for name in ("folds", *(before | now)):  # val_fraction depends on folds
         if before.get(name) != now.get(name):
             what = f"holds an interrupted pack with {name} {before.get(name)!r}, not {now.get(name)!r}"

@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastflower.errors import FolderError
+from fastflower.errors import FolderError, SampleError
 from fastflower.files import sync, write_atomically
 from fastflower.packing.duplicates import near_groups, nearest
 from fastflower.packing.folds import assign_folds
-from fastflower.packing.plan import Plan, check_counts
-from fastflower.packing.worker import MadeShard
+from fastflower.packing.plan import EMPTY_CLASS, LEFT_OUT, Plan
+from fastflower.packing.worker import MadeShard, new_label, read_image
 from fastflower.shards.manifest import FILE, FOLDS, INFO, Folds, Manifest, Split, shard_name
 from fastflower.shards.writer import index_rows, npy, split_of
+
+_CONFLICT = "is identical to an image with another label"
 
 Splits = dict[str, list[MadeShard]]
 """The finished shards of each split."""
@@ -89,26 +91,29 @@ def _moves(splits: Splits, work: Path) -> list[tuple[Path, Path]]:
 
 
 def _make_manifest(plan: Plan, out: Path, splits: Splits, made: list[MadeShard]) -> Manifest:
-    folder, conflicts = plan.folder, plan.conflicts()
-    dropped = [number for group in conflicts for number in group] if plan.options.on_conflict == "drop" else []
+    folder = plan.folder
     skipped = [item for shard in made for item in shard.skipped]
     skipped += [{"path": path, "reason": reason} for path, reason in folder.ignored]
-    skipped += [
-        {"path": folder.path(number), "reason": "is identical to an image with another label"} for number in dropped
-    ]
+    skipped += [{"path": folder.classes[label], "reason": EMPTY_CLASS} for label in plan.dropped]
+    unplanned = _unplanned(plan)
+    skipped += [{"path": folder.path(number), "reason": reason} for number, reason in unplanned.items()]
+    images = np.zeros(len(folder), bool)  # those packed, or dropped for conflicting labels
+    images[np.concatenate([shard.numbers for shard in made])] = True
+    images[[number for number, reason in unplanned.items() if reason == _CONFLICT]] = True
+    groups = [group[images[group]] for group in plan.groups]
+    conflicts = [group for group in groups if len(np.unique(folder.files["label"][group])) > 1]
     described: dict[str, Split] = {}
     for split, shards in splits.items():
         entries = [replace(shard.entry, name=f"{shard_name(split, number)}.tar") for number, shard in enumerate(shards)]
-        described[split] = split_of(entries, index_rows([shard.rows for shard in shards]), len(folder.classes))
-    check_counts(folder.classes, described["train"].class_counts, len(skipped), "skipped")
+        described[split] = split_of(entries, index_rows([shard.rows for shard in shards]), len(plan.classes))
     return Manifest(
         folder=out,
-        classes=folder.classes,
+        classes=plan.classes,
         splits=described,
         options=plan.options.recorded(),
         skipped=tuple(sorted(skipped, key=itemgetter("path"))),
         warnings=tuple(sorted((item for shard in made for item in shard.warnings), key=itemgetter("path"))),
-        duplicates=tuple(tuple(folder.path(number) for number in group) for group in plan.groups),
+        duplicates=tuple(tuple(folder.path(number) for number in group) for group in groups if len(group) > 1),
         label_conflicts=tuple(tuple(folder.path(number) for number in group) for group in conflicts),
         near_duplicates=tuple(_near_duplicates(plan, splits)),
         source_bytes=sum(int(folder.files["size"][shard.numbers].sum()) for shard in made),
@@ -126,6 +131,22 @@ def _folds(plan: Plan, train: list[MadeShard], count: int) -> NDArray[np.uint32]
         what = f"has too few images for {count} folds: only {used} would have images, because near-duplicates stay together"
         raise FolderError(f"{plan.folder.root}: {what}; pack with fewer folds, or add images.")
     return folds
+
+
+def _unplanned(plan: Plan) -> dict[int, str]:
+    """Return the images that are in no shard of the plan, with the reasons."""
+    planned = np.zeros(len(plan.folder), bool)
+    planned[plan.order] = True
+    reasons = dict.fromkeys(np.flatnonzero(~planned).tolist(), LEFT_OUT)
+    if plan.options.on_conflict == "drop":
+        for group in plan.conflicts():
+            try:
+                read_image(plan, int(group[0]))
+                reason = _CONFLICT
+            except SampleError as error:  # not images, such as the same error page in place of many
+                reason = str(error)
+            reasons |= dict.fromkeys(group.tolist(), reason)
+    return reasons
 
 
 def _near_duplicates(plan: Plan, splits: Splits) -> Iterator[dict[str, object]]:
@@ -153,10 +174,10 @@ def _files(plan: Plan, manifest: Manifest, splits: Splits) -> Iterator[tuple[str
         yield f"{split}.index.npy", npy(index_rows([shard.rows for shard in shards]))
     if plan.options.lists:  # in the folder's order; `scan` can read these files
         folder, labels = plan.folder, plan.folder.files["label"]
-        yield "classes.txt", "".join(f"{name}\n" for name in folder.classes).encode("utf-8", "surrogateescape")
+        yield "classes.txt", "".join(f"{name}\n" for name in plan.classes).encode("utf-8", "surrogateescape")
         for split, shards in splits.items():
             numbers = np.sort(np.concatenate([np.zeros(0, np.int64), *(shard.numbers for shard in shards)]))
-            lines = (f"{folder.path(number)} {labels[number]}\n" for number in numbers)
+            lines = (f"{folder.path(number)} {new_label(int(labels[number]), plan.dropped)}\n" for number in numbers)
             yield f"meta/{split}.txt", b"".join(line.encode("utf-8", "surrogateescape") for line in lines)
     yield INFO, manifest.to_info().encode()
     yield FILE, manifest.to_json().encode("utf-8", "backslashreplace")

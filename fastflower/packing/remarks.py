@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
+from fastflower.packing.plan import EMPTY_CLASS
 from fastflower.shards.manifest import Manifest
 
 _MOST_NAMES = 10  # class names per warning
@@ -20,7 +21,10 @@ def remarks(manifest: Manifest, ignored: Collection[str] = ()) -> Iterator[str]:
     odd = len({item["path"] for item in manifest.warnings})
     if odd:
         yield f"decoded {odd} image{'s' if odd > 1 else ''} with warnings; see `warnings` in manifest.json"
-    if manifest.skipped:
+    empty = [item["path"] for item in manifest.skipped if item["reason"] == EMPTY_CLASS]
+    if empty:
+        yield f"left out {_counted(len(empty), 'class', 'classes')} without training images: {_few(empty)}"
+    if len(manifest.skipped) > len(empty):
         yield "\n  ".join(_skipped(manifest, ignored))
     yield from _folds(manifest) if manifest.folds else _validation(manifest)
     for name, split in manifest.splits.items():
@@ -51,11 +55,12 @@ def _folds(manifest: Manifest) -> Iterator[str]:
 def _skipped(manifest: Manifest, ignored: Collection[str]) -> Iterator[str]:
     """Yield a line for each reason, damaged files first, then the most frequent. Reasons that differ in numbers are one."""
     groups: dict[str, list[dict[str, str]]] = {}
-    for item in manifest.skipped:
+    skipped = [item for item in manifest.skipped if item["reason"] != EMPTY_CLASS]
+    for item in skipped:
         groups.setdefault(re.sub(r"\b\d[\d.,]*\b", "N", item["reason"]), []).append(item)
     unread = {key for key, items in groups.items() if items[0]["reason"] in ignored and "cannot be read" not in key}
     ordered = sorted(groups, key=lambda key: (key in unread, -len(groups[key])))
-    yield f"skipped {_counted(len(manifest.skipped), 'file')}; `skipped` in manifest.json lists all:"
+    yield f"skipped {_counted(len(skipped), 'file')}; `skipped` in manifest.json lists all:"
     for key in ordered[:_MOST_REASONS]:
         items = groups[key]
         reason = items[0]["reason"] if len({item["reason"] for item in items}) == 1 else key
@@ -67,8 +72,8 @@ def _skipped(manifest: Manifest, ignored: Collection[str]) -> Iterator[str]:
         yield f"{_counted(sum(len(groups[key]) for key in rest), 'file')} for {_counted(len(rest), 'other reason')}"
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def _counted(count: int, noun: str, several: str = "") -> str:
+    return f"{count} {noun if count == 1 else several or f'{noun}s'}"
 
 
 def printable(text: str) -> str:

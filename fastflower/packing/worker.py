@@ -20,7 +20,8 @@ from fastflower.errors import FolderError, SampleError
 from fastflower.files import blame_the_system, flush, write_atomically
 from fastflower.packing.duplicates import MapLike
 from fastflower.packing.plan import Plan, load_plan
-from fastflower.shards.image import prepare
+from fastflower.shards.image import Prepared, prepare
+from fastflower.shards.kinds import ANNEX
 from fastflower.shards.manifest import Shard
 from fastflower.shards.writer import Samples, ShardWriter
 
@@ -48,10 +49,13 @@ class MadeShard:
     """(N,) perceptual hashes."""
     skipped: list[dict[str, str]]
     warnings: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+    dropped: tuple[int, ...] = ()
+    """Labels of the plan's classes that are left out. The labels in the shard and in `rows` do not count them."""
 
     def save(self, path: Path) -> None:
         """Save the record atomically."""
         rest = {"shard": asdict(self.entry), "skipped": self.skipped, "warnings": self.warnings}
+        rest |= {"dropped": self.dropped} if self.dropped else {}
         data, text = io.BytesIO(), np.frombuffer(json.dumps(rest).encode(), np.uint8)
         np.savez(data, rows=self.rows, numbers=self.numbers, hashes=self.hashes, rest=text)
         write_atomically(path, data.getbuffer())
@@ -64,7 +68,8 @@ class MadeShard:
             with _LOADING, path.open("rb") as file, np.load(file) as record:
                 rest = json.loads(record["rest"].tobytes())
                 arrays, warnings = (record["rows"], record["numbers"], record["hashes"]), rest.get("warnings", [])
-                return cls(Shard(**rest["shard"]), *arrays, rest["skipped"], warnings)  # older records have no warnings
+                dropped = tuple(rest.get("dropped", ()))  # older records have neither warnings nor dropped classes
+                return cls(Shard(**rest["shard"]), *arrays, rest["skipped"], warnings, dropped)
         except (EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
             raise OSError(f"{path} is damaged: {error}") from error
 
@@ -109,7 +114,7 @@ def make_shard(
         attempt.unlink(missing_ok=True)
     write_atomically(work / f"{name}.idx", *writer.dali_index_pieces())
     arrays = writer.rows, np.concatenate(kept), np.concatenate(hashes)
-    MadeShard(writer.shard(f"{name}.tar"), *arrays, skipped, warnings).save(work / f"{name}.npz")
+    MadeShard(writer.shard(f"{name}.tar"), *arrays, skipped, warnings, plan.dropped).save(work / f"{name}.npz")
     return len(numbers)
 
 
@@ -142,28 +147,43 @@ class _Chunk:
 
 def _prepare_chunk(plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
     """Read and check images. Raises FolderError if an image is damaged and on_bad is "fail"."""
-    folder, options, chunk = plan.folder, plan.options, _Chunk()
+    folder, chunk = plan.folder, _Chunk()
     for number in numbers.tolist():
-        path, warnings = folder.path(number), list[str]()
-        file, size, label = folder.root / path, int(folder.files["size"][number]), int(folder.files["label"][number])
+        path, label, warnings = folder.path(number), int(folder.files["label"][number]), list[str]()
         try:
-            if size > _MAX_BYTES:
-                raise SampleError(f"has {size} bytes, more than the limit of {_MAX_BYTES}")
-            image = prepare(
-                file.read_bytes(), max_side=options.max_side, quality=options.quality, warn=warnings.append, name=path
-            )
-        except (OSError, SampleError) as error:
-            blame_the_system(error, file)
-            reason = str((isinstance(error, OSError) and error.strerror) or error)
-            if options.on_bad == "fail":
-                raise FolderError(f"{file}: {reason}; remove or replace it, or pack with --on-bad skip.") from error
-            chunk.skipped.append({"path": path, "reason": reason})
+            image = read_image(plan, number, warnings.append)
+        except SampleError as error:
+            chunk.skipped.append({"path": path, "reason": str(error)})
             continue
-        chunk.samples.add(key_of(path), image.encoded, label, image.size, path, folder.classes[label])
+        new = new_label(label, plan.dropped)
+        chunk.samples.add(key_of(path), image.encoded, new, image.size, path, folder.classes[label])
         chunk.numbers.append(number)
         chunk.hashes.append(image.hash)
         chunk.warnings += [{"path": path, "warning": text} for text in warnings]
     return chunk
+
+
+def read_image(plan: Plan, number: int, warn: Callable[[str], object] = lambda _: None) -> Prepared:
+    """Read and check one image. Raises SampleError with the reason, or FolderError if on_bad is "fail"."""
+    path, size, options = plan.folder.path(number), int(plan.folder.files["size"][number]), plan.options
+    file = plan.folder.root / path
+    try:
+        if size > _MAX_BYTES:
+            raise SampleError(f"has {size} bytes, more than the limit of {_MAX_BYTES}")
+        return prepare(file.read_bytes(), max_side=options.max_side, quality=options.quality, warn=warn, name=path)
+    except (OSError, SampleError) as error:
+        blame_the_system(error, file)
+        reason = str((isinstance(error, OSError) and error.strerror) or error)
+        if isinstance(error, OSError) and ".git/annex/objects/" in os.path.realpath(file):  # a link without its content
+            reason = ANNEX
+        if options.on_bad == "fail":
+            raise FolderError(f"{file}: {reason}; remove or replace it, or pack with --on-bad skip.") from error
+        raise SampleError(reason) from error
+
+
+def new_label(label: int, dropped: tuple[int, ...]) -> int:
+    """Return a class's label in the pack, which does not count the classes that are left out."""
+    return label - sum(other < label for other in dropped)
 
 
 def _is_complete(work: Path, name: str) -> bool:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Generator
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -68,4 +69,4 @@ def load_or_make_plan(folder: Folder, options: Options, work: Path, mapped: MapL
         save_plan(make_plan(folder, options, versions, mapped), work)
     plan = load_plan(work, folder.root.absolute(), whole=True)
     check_same(plan, folder, options, versions, work)
-    return plan
+    return replace(plan, options=options)  # drop_empty_classes may have been added

@@ -16,11 +16,12 @@ _HEAD = 1024  # bytes that decide
 _SPACE = rb"(?:\xef\xbb\xbf)?(?>\s|<!--.*?-->)*+(?:<\?xml[^>]*>)?(?>\s|<!--.*?-->)*+"
 _HTML = rb"<(?i:!doctype html|html|head|body|title|meta|script|iframe|div|h1|table)\b"
 _GZIP = "is a gzip archive"
+ANNEX = "is a git-annex pointer: run git annex get"
 
 # What each file starts with. The first match counts.
 _TEXTS = {
     rb"version https://git-lfs\.github\.com/spec/": "is a Git LFS pointer: run git lfs pull",
-    rb"/annex/objects/": "is a git-annex pointer: run git annex get",
+    rb"/annex/objects/": ANNEX,
     _SPACE + _HTML: "is HTML, a web page",
     _SPACE + rb"(?:<!DOCTYPE svg[^>]*>\s*)?<svg\b": "is SVG, a vector drawing",
     rb"(?:\xef\xbb\xbf)?\s*+<\?xml\b": "is XML",
@@ -109,9 +110,9 @@ def damaged(data: bytes) -> str | None:
     return next((f"is a damaged {name} image" for name in formats), None)
 
 
-def is_page_or_pointer(head: bytes) -> bool:
-    """Return whether a file is HTML, XML, JSON or a pointer of Git, and so no image. Such files are often saved many times."""
-    return bool(_TEXT.match(head[:_HEAD]))
+def is_empty_or_page(head: bytes) -> bool:
+    """Return whether a file is empty, HTML, XML, JSON or a pointer of Git, by its first 1024 bytes."""
+    return not head or _TEXT.match(head) is not None
 
 
 def is_heif(data: bytes) -> bool:

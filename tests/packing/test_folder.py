@@ -39,7 +39,6 @@ def images(found: Folder) -> list[tuple[str, int, int]]:
 
 
 def same_as_image_folder(root: Path) -> Folder:
-    """Compare with ImageFolder, which takes more extensions if asked to."""
     found, oracle = scan(root), ImageFolder(root, is_valid_file=lambda path: path.lower().endswith(EXTENSIONS))
     assert list(found.classes) == oracle.classes
     assert [(str(root / path), label) for path, label, _ in images(found)] == oracle.samples
@@ -311,14 +310,17 @@ TWO = ["train/a/1.jpg", "train/b/1.jpg"]
 NO_CLASSES = "{root}: has no class folders; put the images of each class into a folder of its own."
 ONE_CLASS = "{root}: has one class, 'a'; a classifier needs at least two class folders."
 NO_IMAGES = f": has no images {ENDINGS}; add some, or remove the class folder."
-NO_CLASS = "{root}/val/c: is not a class in {root}/train; add the class there, or remove this folder."
+CAN_DROP = NO_IMAGES.replace("remove the class folder", "leave out such classes with --drop-empty-classes")
+NO_CLASS = (
+    "{root}/val/c: is not a class in {root}/train; add the class there, or leave it out with --drop-empty-classes."
+)
 MISFITS = [
     ([], NO_CLASSES),
     (["1.jpg", ".git/1.jpg"], NO_CLASSES),
     (["a/1.jpg"], ONE_CLASS),
     (["train/a/1.jpg", "val/a/1.jpg"], ONE_CLASS),
     (["a/1.jpg", "b/notes.txt"], "{root}/b" + NO_IMAGES),
-    ([*TWO, "val/a/1.jpg", "train/c/d/e"], "{root}/train/c" + NO_IMAGES),
+    ([*TWO, "val/a/1.jpg", "train/c/d/e"], "{root}/train/c" + CAN_DROP),
     ([*TWO, "val/c/1.jpg"], NO_CLASS),
 ]
 

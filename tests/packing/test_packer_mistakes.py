@@ -64,7 +64,7 @@ def test_a_class_with_all_images_dropped_is_reported_before_any_decoding(
     (folder / "b/000.jpg").write_bytes((folder / "a/003.jpg").read_bytes())
     monkeypatch.setattr(worker, "prepare", None)
     what = "has no images left for training (files dropped for conflicting labels in total: 2)"
-    text = f"class 'b': {what}; add images, or remove the class folder."
+    text = f"class 'b': {what}; add images, because a classifier needs at least two classes."
     with pytest.raises(FolderError, match=exactly(text)):
         pack(folder, tmp_path / "out", on_conflict="drop")
     assert not (tmp_path / "out").exists()
@@ -148,7 +148,7 @@ def test_a_class_that_is_only_in_classes_txt_is_refused(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "data", a=2, b=2)
     (folder / "classes.txt").write_text("a\nb\nc\n")
     (folder / "train.txt").write_text("a/000.jpg 0\nb/000.jpg 1\n")
-    remedy = "add images, or remove the class folder."
+    remedy = "add images, or leave out such classes with --drop-empty-classes."
     with pytest.raises(FolderError, match=exactly(f"class 'c': has no images left for training; {remedy}")):
         pack(folder, tmp_path / "out")
 

@@ -1,0 +1,99 @@
+"""Leaves out classes of which no training image can be read, without decoding the other images again."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fastflower.errors import FolderError
+from fastflower.files import write_atomically
+from fastflower.packing.plan import LEFT_OUT, Plan
+from fastflower.packing.worker import MadeShard, key_of, new_label
+from fastflower.shards.writer import Samples, ShardWriter
+
+_MOST_NAMES = 3
+
+
+class LostClassError(FolderError):
+    """Raised if a class has lost all its training images. The finished shards stay, so that a pack without it can resume."""
+
+
+def without_lost_classes(plan: Plan, work: Path) -> Plan:
+    """Return the plan with all classes without training images as dropped. Rewrites finished shards that have other labels.
+
+    Raises LostClassError, which names files and reasons, if options.drop_empty_classes is False. Raises FolderError if
+    fewer than two classes would be left.
+    """
+    made = [MadeShard.load(work / f"{planned.name}.npz") for planned in plan.shards]
+    labels, classes = plan.folder.files["label"], plan.folder.classes
+    counts = np.zeros(len(classes), np.int64)
+    for planned, shard in zip(plan.shards, made, strict=True):
+        if planned.split == "train":
+            counts += np.bincount(labels[shard.numbers], minlength=len(classes))
+    lost: tuple[int, ...] = tuple(np.flatnonzero(counts == 0).tolist())
+    new = [label for label in lost if label not in plan.dropped]
+    left = len(classes) - len(lost)
+    if new and left < 2:
+        what = f"{_unreadable(plan, made, new)}; a classifier needs at least two classes, but {left or 'none'} would be left"
+        raise FolderError(f"{what}; replace these files.")
+    if new and not plan.options.drop_empty_classes:
+        resume = "run the same command again with --drop-empty-classes to leave out such classes; it keeps the finished shards"
+        mend = f"or replace the files, remove {work} and pack again"
+        raise LostClassError(f"{_unreadable(plan, made, new)}; {resume}, {mend}.")
+    for planned, shard in zip(plan.shards, made, strict=True):
+        if shard.dropped not in (plan.dropped, lost):  # a file could not be read before, but now it can
+            (work / f"{planned.name}.npz").unlink()
+            what = "images can be read that could not be read before"
+            raise LostClassError(f"{plan.folder.root}: {what}; run the same command again.")
+        if shard.dropped != lost:
+            _rewrite(plan, work, planned.name, shard, lost)
+    return replace(plan, dropped=lost)
+
+
+def _unreadable(plan: Plan, made: Sequence[MadeShard], lost: Sequence[int]) -> str:
+    """Name the first lost class, with its first files and reasons, and the other lost classes."""
+    folder, label = plan.folder, lost[0]
+    planned = [plan.order[start:stop] for split, _, start, stop in plan.shards if split == "train"]
+    numbers = np.sort(np.concatenate(planned))
+    numbers = numbers[folder.files["label"][numbers] == label]
+    reasons = {item["path"]: item["reason"] for shard in made for item in shard.skipped}
+    paths = [folder.path(number) for number in numbers[:_MOST_NAMES].tolist()]
+    named = ", ".join(f"{path!r} {reasons.get(path, '')}" for path in paths)
+    rest = f" and {len(numbers) - len(paths)} others" if len(numbers) > len(paths) else ""
+    what = f"class {folder.classes[label]!r}: none of its {len(numbers)} training images can be read: {named}{rest}"
+    if len(lost) > 1:
+        also = ", ".join(repr(folder.classes[other]) for other in lost[1 : 1 + _MOST_NAMES])
+        what += f" (nor those of {also}{' and others' if len(lost) > 1 + _MOST_NAMES else ''})"
+    return what
+
+
+def _rewrite(plan: Plan, work: Path, name: str, shard: MadeShard, lost: tuple[int, ...]) -> None:
+    """Copy a finished shard without the lost classes, with the labels of the rest. The record is written last."""
+    folder, labels = plan.folder, plan.folder.files["label"][shard.numbers]
+    gone = np.isin(labels, lost)
+    attempt = work / f"{name}.rewritten.part"
+    with (work / f"{name}.tar").open("rb") as source, attempt.open("wb") as file:
+        with ShardWriter(file) as writer:
+            for place in np.flatnonzero(~gone).tolist():
+                row, label, path = shard.rows[place], int(labels[place]), folder.path(int(shard.numbers[place]))
+                source.seek(int(row["offset"]))
+                samples, image = Samples(), source.read(int(row["size"]))
+                size = int(row["height"]), int(row["width"])
+                samples.add(key_of(path), image, new_label(label, lost), size, path, folder.classes[label])
+                writer.extend(samples)
+        file.flush()
+        os.fsync(file.fileno())
+    attempt.replace(work / f"{name}.tar")
+    write_atomically(work / f"{name}.idx", *writer.dali_index_pieces())
+    paths = {folder.path(int(number)) for number in shard.numbers[gone]}
+    MadeShard(
+        entry=writer.shard(f"{name}.tar"),
+        rows=writer.rows,
+        numbers=shard.numbers[~gone],
+        hashes=shard.hashes[~gone],
+        skipped=[*shard.skipped, *({"path": path, "reason": LEFT_OUT} for path in sorted(paths))],
+        warnings=[item for item in shard.warnings if item["path"] not in paths],
+        dropped=lost,
+    ).save(work / f"{name}.npz")
