@@ -121,19 +121,19 @@ def pack(
     require(0 <= test_fraction < 1 - (share or 0), "test_fraction", rule, test_fraction)
     tables = Tables(_paths(labels), _paths(split), Columns(path_column, label_column, split_column))
     options = Options(
-        split_by,
-        share,
-        seed,
-        shard_bytes,
-        max_side,
-        quality,
-        on_bad,
-        on_conflict,
-        lists,
-        ignore,
-        float(test_fraction),
-        folds,
-        drop_empty_classes,
+        split_by=split_by,
+        val_fraction=float(val_fraction),
+        test_fraction=float(test_fraction),
+        folds=folds,
+        seed=seed,
+        shard_bytes=shard_bytes,
+        max_side=max_side,
+        quality=quality,
+        on_bad=on_bad,
+        on_conflict=on_conflict,
+        lists=lists,
+        ignore=ignore,
+        drop_empty_classes=drop_empty_classes,
     )
     require(workers is None or workers >= 1, "workers", "at least 1", workers)
     return _pack(Path(folder), tables, Path(out), options, workers or cores(), executor)

@@ -25,7 +25,7 @@ _IGNORED = "ignored.json"
 EMPTY_CLASS, LEFT_OUT = "is a class without training images", "is in a class without training images"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of `pack`, as the manifest records them. Raises ArgumentError if a value is invalid."""
 
@@ -40,10 +40,11 @@ class Options:
     on_bad: Literal["skip", "fail"]
     on_conflict: Literal["keep", "drop"]
     lists: bool
-    ignore: Sequence[str] = ()  # not an option of older versions
-    test_fraction: float = 0.0  # the same; unused if the folder's own split is kept
-    folds: int | None = None  # the same
-    drop_empty_classes: bool = False  # older versions have no such option
+    ignore: Sequence[str] = ()
+    test_fraction: float = 0.0
+    folds: int | None = None
+    drop_empty_classes: bool = False
+    """The last four are not options of older versions. test_fraction is unused if the folder's own split is kept."""
 
     def __post_init__(self) -> None:
         splits = (None, "class", "random", "folder")
