@@ -122,7 +122,7 @@ def pack(
     tables = Tables(_paths(labels), _paths(split), Columns(path_column, label_column, split_column))
     options = Options(
         split_by=split_by,
-        val_fraction=float(val_fraction),
+        val_fraction=share,
         test_fraction=float(test_fraction),
         folds=folds,
         seed=seed,
