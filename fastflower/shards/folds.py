@@ -27,7 +27,7 @@ class FoldView(Manifest):
         entries = {entry.name: getattr(manifest, entry.name) for entry in fields(Manifest)}
         train, rows, val = manifest.splits["train"], manifest.index("train"), manifest.fold_numbers() == fold
         entries["splits"] = manifest.splits | {"train": _part(train, rows[~val]), "val": _part(train, rows[val])}
-        return cls(**entries, whole=manifest, fold=fold)
+        return cls(**entries, whole=manifest, fold=int(fold))  # checkpoints cannot hold numpy's integers
 
     def identity(self, name: str) -> dict[str, object]:
         """Return what identifies the samples of a split."""

@@ -1,5 +1,6 @@
 """Loaders of folds: a fold and the rest of the train split, from a folder and from a URL."""
 
+import pickle
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -94,6 +95,13 @@ def test_a_state_of_another_fold_or_pack_is_refused(shards: Path, data: Path, tm
     pack(data, tmp_path / "more", folds=COUNT + 1, shard_bytes=6000)  # the same tars
     with pytest.raises(ShardError, match=r"the state has folds '\w+', but this loader has '\w+'; "):
         make(tmp_path / "more", fold=1).load_state_dict(loader.state_dict())
+
+
+def test_a_pickled_loader_keeps_its_fold(shards: Path) -> None:
+    loader = make(shards, "val", np.int64(2))  # pyright: ignore[reportArgumentType]
+    state = loader.state_dict()
+    assert (state["fold"], type(state["fold"])) == (2, int)
+    assert seen(pickle.loads(pickle.dumps(loader))) == seen(loader)
 
 
 @pytest.mark.parametrize("cache", ["auto", None, 100_000])
