@@ -43,8 +43,11 @@ _BAD_NAME = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errn
 
 def is_archive(path: Path) -> bool:
     """Return whether a file is a zip or tar archive, or is named like an archive."""
-    named = _ENDINGS.search(path.name) is not None
-    return os.path.isfile(path) and (named or _is_zip(path) or _is_tar(path))  # noqa: PTH113  (Path.is_file can raise)
+    return _is_file(path) and (_ENDINGS.search(path.name) is not None or _is_zip(path) or _is_tar(path))
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113  (Path.is_file raises if a name is too long)
 
 
 def _is_zip(path: Path) -> bool:
@@ -105,7 +108,7 @@ def _content(folder: Path) -> Path:
     """Return the folder or, while it contains only one folder, that one."""
     for _ in range(_DEEPEST):
         inside = list(entries(folder))
-        if len(inside) != 1 or not inside[0].is_dir():
+        if len(inside) != 1 or not inside[0].is_dir(follow_symlinks=False):
             break
         folder /= inside[0].name
     return folder
@@ -223,7 +226,7 @@ class _Unpacking:
                 self.links.append((name, member.linkname))
             elif member.isreg() and (stream := archive.extractfile(member)):
                 self._add_file(name, stream)
-            elif member.islnk() and (source := self._place(member.linkname)) and source.is_file():
+            elif member.islnk() and (source := self._place(member.linkname)) and _is_file(source):
                 with source.open("rb") as stream:
                     self._add_file(name, stream)
             else:
