@@ -15,9 +15,12 @@ from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fastflower.errors import ArgumentError, HeldError, ResourceError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _log = logging.getLogger("fastflower")
 
@@ -83,6 +86,18 @@ def flush(file: BinaryIO) -> None:
     """Flush a file to disk."""
     file.flush()
     _fsync(file.fileno(), Path(file.name).parent)
+
+
+def load_array(path: Path) -> "NDArray[Any]":
+    """Memory-map an array in a .npy file. Read it instead if the file system does not support memory mapping."""
+    import numpy as np  # importing this file must be fast
+
+    try:
+        return np.load(path, mmap_mode="r")
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        return np.load(path)
 
 
 def sync(folder: Path) -> None:

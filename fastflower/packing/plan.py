@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastflower.draws.order import epoch_order
 from fastflower.errors import FolderError, make_plain, require
-from fastflower.files import write_atomically
+from fastflower.files import load_array, write_atomically
 from fastflower.packing.duplicates import Groups, MapLike, identical
 from fastflower.packing.folder import Folder
 from fastflower.shards.manifest import PLAN, shard_name
@@ -260,7 +260,7 @@ def load_plan(work: Path, root: Path, *, whole: bool = False) -> Plan:
 
     whole  Whether to also load the list of ignored files, which is not needed to make shards.
     """
-    files, paths, order, members, ends = (np.load(work / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+    files, paths, order, members, ends = (load_array(work / f"{name}.npy") for name in _ARRAYS)
     content = json.loads((work / PLAN).read_bytes())
     ignored = tuple((path, reason) for path, reason in json.loads((work / _IGNORED).read_bytes())) if whole else ()
     folder = Folder(root, tuple(content["classes"]), tuple(content["splits"]), files, paths, ignored)

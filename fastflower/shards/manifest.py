@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.errors import ShardError
-from fastflower.files import blame_the_system
+from fastflower.files import blame_the_system, load_array
 from fastflower.shards.image import MAX_PIXELS
 
 FORMAT_VERSION = 2
@@ -221,7 +221,7 @@ class Manifest:
 def _load_array(path: Path, dtype: np.dtype[Any], samples: int, sha256: str | None, remedy: str) -> NDArray[Any]:
     """Return a memory-mapped .npy file. Raises ShardError if it differs in dtype, length or checksum (None: no checksum)."""
     try:
-        rows = np.load(path, mmap_mode="r")
+        rows = load_array(path)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
     except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python

@@ -264,7 +264,7 @@ def test_a_changed_manifest_is_reported_and_a_repair_keeps_its_options_and_lists
     (folder / "b/text.jpg").write_text("not an image")
     pack(folder, out)
     good = (out / "manifest.json").read_text()
-    before, after = {"skipped": ("is not an image", "is an image"), "seed": ('"seed": 0', '"seed": 1')}.get(
+    before, after = {"skipped": ("is plain text", "is an image"), "seed": ('"seed": 0', '"seed": 1')}.get(
         what, (what, "xyz")
     )
     (out / "manifest.json").write_text(good.replace(before, after))

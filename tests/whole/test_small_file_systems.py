@@ -40,16 +40,18 @@ def small(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("number", NO_SYNC)
-def test_without_fsync_locks_and_hard_links_everything_works_after_one_warning_each(
+def test_without_fsync_locks_hard_links_and_memory_mapping_everything_works_after_one_warning_each(
     small: Path, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = pack(small, tmp_path / "expected")
     monkeypatch.setattr(files, "_lacks", set[tuple[int, str]]())
     monkeypatch.setattr(os, "fsync", failing(number))
     monkeypatch.setattr(os, "link", failing(errno.EPERM))
+    monkeypatch.setattr("mmap.mmap", failing(errno.ENODEV))
     monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
     made = pack(small, tmp_path / "out")
     assert replace(made, folder=expected.folder) == expected
+    assert made.index("train").tolist() == expected.index("train").tolist()
     lacks = "cannot flush everything to disk", "does not support locks"
     assert [sum(lack in message for message in caplog.messages) for lack in lacks] == [1, 1]
     checkpoint = Checkpoint(recipe=Recipe(), classes=("a", "b"), model={}, epoch=1)
