@@ -5,13 +5,13 @@ import gc
 import os
 import resource
 import shutil
-import traceback
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import forked
 from packs import drawn
 from training_runs import small
 
@@ -151,37 +151,28 @@ def test_readers_share_a_limit_of_open_files_and_read_their_own_shards(
     assert tars() == 0
 
 
-def thirty_loaders(folder: Path, on_bad: Any) -> int:
-    """Return the number of images that 30 loaders yield, which are kept, each with an open iterator."""
-    gc.disable()
-    kept, found = [], 0
-    for _ in range(30):
-        loader = make(folder, cache=None, on_bad=on_bad, shuffle=False)
-        found += sum(len(batch.index) for batch in loader)
-        kept.append((loader, iter(loader)))
-        next(kept[-1][1])
-        assert loader.replaced == {}, loader.replaced
-    return found
-
-
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.usefixtures("nothing_to_collect")
 @pytest.mark.parametrize("on_bad", ["skip", pytest.param("fail", marks=pytest.mark.soak)])
 def test_thirty_loaders_fit_a_low_limit_of_open_files(many: Path, on_bad: str) -> None:
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            taken = {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
-            free = [number for number in range(len(taken) + 98) if number not in taken]
-            limit = free[97]  # leaves 97 files, as a limit of 100 does in a new process
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-            status = 0 if thirty_loaders(many, on_bad) == 30 * 120 else 2
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0) == (child, 0)
+    """They are kept, each with an open iterator."""
+
+    def thirty_loaders() -> None:
+        gc.disable()
+        taken = {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
+        free = [number for number in range(len(taken) + 98) if number not in taken]
+        limit = free[97]  # leaves 97 files, as a limit of 100 does in a new process
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        kept, found = [], 0
+        for _ in range(30):
+            loader = make(many, cache=None, on_bad=on_bad, shuffle=False)
+            found += sum(len(batch.index) for batch in loader)
+            kept.append((loader, iter(loader)))
+            next(kept[-1][1])
+            assert loader.replaced == {}
+        assert found == 30 * 120
+
+    assert forked(thirty_loaders) == 0
 
 
 REFUSED = {

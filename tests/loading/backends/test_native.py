@@ -2,8 +2,10 @@
 
 import colorsys
 import ctypes
+import faulthandler
+import mmap
 import platform
-import subprocess
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import forked
 from numpy.typing import NDArray
 
 from fastflower import Augment, Loader
@@ -117,39 +120,40 @@ def test_an_image_need_not_be_contiguous(rng: np.random.Generator) -> None:
 
 
 # The image and the output each end where accessible memory ends.
-GUARDED = """
-import ctypes, mmap, sys
-import numpy as np, torch
-sys.path.insert(0, sys.argv[1])
-from test_native import NativeRenderer, request
-from fastflower import Augment
-
-libc = ctypes.CDLL(None)
-def guarded(size):
+def guarded(size: int) -> NDArray[np.uint8]:
+    """Return memory that is followed by a page which nobody may touch."""
     pages = -(-size // mmap.PAGESIZE)
     memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
     address = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
-    assert libc.mprotect(ctypes.c_void_p(address + pages * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+    beyond = ctypes.c_void_p(address + pages * mmap.PAGESIZE)
+    assert ctypes.CDLL(None).mprotect(beyond, mmap.PAGESIZE, 0) == 0
     return np.frombuffer(memory, np.uint8, size, pages * mmap.PAGESIZE - size)
 
-for seed, (height, width) in enumerate([(40, 50), (2, 2), (7, 33), (130, 90), (64, 64)]):
-    for size in (24, 21, 64):
-        augment = Augment(size=size, crop=(0.5, 1.0), rotate=20, flip=0.5, flip_vertical=0.5)
-        image = guarded(height * width * 3).reshape(height, width, 3)
-        image[...] = seed
-        for dtype, kind in ((torch.uint8, np.uint8), (torch.float32, np.float32), (torch.float16, np.uint16)):
-            out = guarded(size * size * 3 * np.dtype(kind).itemsize).view(kind).reshape(size, size, 3)
-            renderer = NativeRenderer(augment, dtype)
-            for draw in range(4):
-                renderer(image, renderer.jobs(request(augment, [image], draw))[0], out)
-print("within")
-"""
+
+def render_guarded() -> None:
+    for seed, (height, width) in enumerate([(40, 50), (2, 2), (7, 33), (130, 90), (64, 64)]):
+        for size in (24, 21, 64):
+            augment = Augment(size=size, crop=(0.5, 1.0), rotate=20, flip=0.5, flip_vertical=0.5)
+            image = guarded(height * width * 3).reshape(height, width, 3)
+            image[...] = seed
+            for dtype, kind in ((torch.uint8, np.uint8), (torch.float32, np.float32), (torch.float16, np.uint16)):
+                out = guarded(size * size * 3 * np.dtype(kind).itemsize).view(kind).reshape(size, size, 3)
+                renderer = NativeRenderer(augment, dtype)
+                for draw in range(4):
+                    renderer(image, renderer.jobs(request(augment, [image], draw))[0], out)
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.usefixtures("nothing_to_collect")
 def test_nothing_beyond_the_image_is_read_and_nothing_beyond_the_output_is_written() -> None:
-    command = [sys.executable, "-c", GUARDED, str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "within\n"), done.stderr[-1000:]
+    assert forked(render_guarded) == 0
+
+    def read_beyond() -> None:
+        faulthandler.disable()
+        memory = guarded(10)
+        ctypes.string_at(memory.ctypes.data + 10, 1)
+
+    assert forked(read_beyond) == -signal.SIGSEGV, "it would be noticed"
 
 
 def test_without_the_kernel_opencv_is_the_default(
