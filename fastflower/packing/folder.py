@@ -240,7 +240,8 @@ def _scan(root: Path, resplit: bool, tables: Tables, drop_empty: bool) -> Folder
     if not tops:
         raise FolderError(f"{root}: has no class folders; put the images of each class into a folder of its own.")
     if len(tops) > 1 and (named := splits_named(tops)):
-        return _scan_splits(root, named, layout.places_of_splits(root, named, tops), drop_empty)
+        places = layout.places_of_splits(root, named, tops)
+        return _scan_splits(root, named, *places, drop_empty=drop_empty)
     layout.check_classes(root, tops, resplit)
     return _scan_classes(root, tops, drop_empty)
 
@@ -309,7 +310,9 @@ def _scan_classes(root: Path, tops: list[str], drop_empty: bool) -> Folder:
     return collector.folder(tops, ())
 
 
-def _scan_splits(root: Path, named: dict[str, str], bases: dict[str, str], drop_empty: bool) -> Folder:
+def _scan_splits(
+    root: Path, named: dict[str, str], bases: dict[str, str], unlabeled: list[str], *, drop_empty: bool
+) -> Folder:
     """Scan the splits. bases  Parent of the class folders of each labeled split, train first."""
     collector = _Collector(root)
     train, *_ = bases.values()
@@ -328,10 +331,9 @@ def _scan_splits(root: Path, named: dict[str, str], bases: dict[str, str], drop_
                 raise _no_images(place, len(classes) > 2)
     for folder in (".", *bases.values()):
         collector.ignore_strays(folder)
-    for top in named:
-        if top not in bases:
-            collector.ignore_unlabeled(top)
-    return collector.folder(classes, tuple(named[top] for top in bases))
+    for top in sorted({*named, *unlabeled} - bases.keys()):
+        collector.ignore_unlabeled(top)
+    return collector.folder(classes, tuple(named[top] for top in bases) if len(bases) > 1 else ())
 
 
 def _no_images(folder: Path, can_drop: bool) -> FolderError:

@@ -6,6 +6,7 @@ lists first, then for splits, then for class folders. In this module, `tops` are
 
 import glob
 import os
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -14,7 +15,16 @@ from pathlib import Path
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
 from fastflower.packing.hidden import entries, patterns_ignored
-from fastflower.packing.names import FOLDS, SPLIT_WORDS, is_generic, is_image, is_no_class_name, splits_named, words_of
+from fastflower.packing.names import (
+    FOLDS,
+    SPLIT_WORDS,
+    is_generic,
+    is_image,
+    is_no_class_name,
+    is_to_predict,
+    splits_named,
+    words_of,
+)
 
 _MOST_NAMES = 6  # per message
 _DEEPEST = 20  # folder levels to search for class folders
@@ -68,13 +78,14 @@ def _inner(root: Path, top: str) -> str:
     return top
 
 
-def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> dict[str, str]:
+def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Map each split folder that has class folders to the parent of its class folders, train first.
 
-    Raises FolderError if other folders with images are next to the splits, or if class folders are missing from train or
-    from every other split. A test split needs no class folders: its images are then unlabeled.
+    Returns also the folders of unlabeled images. Only test splits and folders of images to predict may be unlabeled.
+    Raises FolderError if other folders with images are next to the splits, or if class folders are missing elsewhere.
     """
-    others = [top for top in tops if top not in named and _holds_images(root / top)]
+    unlabeled = [top for top in tops if top not in named and is_to_predict(top) and _class_parent(root, top) is None]
+    others = [top for top in tops if top not in (*named, *unlabeled) and _holds_images(root / top)]
     if others:
         raise _splits_beside_others(root, named, others)
     full = [top for top in named if _holds_images(root / top)]
@@ -90,22 +101,15 @@ def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> 
         raise _ambiguous(
             root, what, [*_subfolders_as_classes(root, bases), _to_label(root, full), _as_classes(root, full)]
         )
-    bare = [top for top in full if top not in bases and named[top] != "test"]
-    if bare or len(bases) == 1:
-        only = len(bases) == 1
-        what = f"has class folders only in {_names(bases)}" if only else f"has no class folders in {_names(bare)}"
-        unlabeled = [top for top in full if top not in bases]
-        readings = _subfolders_as_classes(root, [train], " and draw the val split from them")
-        if bare and len(bases) > 1:
-            readings.append((f"skip {_names(bare)}", _skip_and_pack(root, bare)))
-        if unlabeled:
-            readings.append(_to_label(root, unlabeled))
-        raise _ambiguous(root, what, readings)
+    bare = [top for top in full if top not in bases]
+    unlabeled += [top for top in bare if named[top] == "test"]
+    if len(unlabeled) < len(bare) or (len(bases) == 1 and not unlabeled):
+        raise _missing_class_folders(root, bases, bare, [top for top in bare if top not in unlabeled])
     inside = subfolders(root / bases[train])
     if len(inside) > 1 and (generic := [name for name in inside if is_generic(name)]):
         places = [f"{base}/{name}" for base in bases.values() for name in generic]
         raise _generic_folders(root, bases[train], generic, inside, places)
-    return bases
+    return bases, unlabeled
 
 
 def partly_labeled(root: Path, named: dict[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -170,6 +174,9 @@ def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
     if (folds or len(shared) >= len(tops)) and not any(_has_own_images(root / inner[top]) for top in tops):
         what = f"has the same folders ({_names(shared)}) in each of {_names(inner.values())}"
         raise _ambiguous(root, what, [*_subfolders_as_classes(root, tops), _as_classes(root, tops)])
+    if len({re.sub(r"\d+$", "", top) for top in tops}) == 1 and FOLDS.intersection(words_of(tops[0])):
+        what = f"has folders that may be parts of one data set ({_names(tops)})"
+        raise _ambiguous(root, what, [_to_label(root, tops), _as_classes(root, tops)])
     generic = [top for top in tops if is_generic(top)]
     if generic and any(_holds_images(root / top) for top in tops if top not in generic):
         raise _generic_folders(root, ".", generic, tops, generic)
@@ -226,6 +233,18 @@ def _splits_fit(root: Path, named: dict[str, str], bases: dict[str, str]) -> boo
         return False
     train, *others = [set(subfolders(root / base)) for base in bases.values()]
     return len(train) > 1 and train.issuperset(set[str]().union(*others))
+
+
+def _missing_class_folders(root: Path, bases: dict[str, str], bare: list[str], val: list[str]) -> FolderError:
+    """Return the error for splits without class folders. bare, val  All of them, and those that need class folders."""
+    only = len(bases) == 1
+    what = f"has class folders only in {_names(bases)}" if only else f"has no class folders in {_names(val)}"
+    readings = _subfolders_as_classes(root, [next(iter(bases))], " and draw the val split from them")
+    if val and not only:
+        readings.append((f"skip {_names(val)}", _skip_and_pack(root, val)))
+    if bare:
+        readings.append(_to_label(root, bare))
+    return _ambiguous(root, what, readings)
 
 
 def _generic_folders(
@@ -320,8 +339,8 @@ def _pack(root: Path, skipped: Sequence[str] = ()) -> str:
 
 def _to_label(root: Path, tops: Sequence[str]) -> tuple[str, str]:
     """Return the reading in which the user labels the unlabeled images."""
-    remedy = f"put them into {root / tops[0]}/CLASS, or write {root / 'train.txt'} and val.txt with lines 'PATH LABEL'"
-    return f"label the images in {_names(tops)}", remedy
+    command = f"fastflower pack {_quoted(root)} --labels FILE"
+    return f"label the images in {_names(tops)}", f"put them into {root / tops[0]}/CLASS, or pass a table: {command}"
 
 
 def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from fastflower.packing.finder import Finder, Found
 from fastflower.packing.hidden import is_ignored
 from fastflower.packing.labels import Labels, read_classes
 from fastflower.packing.lists import Columns, Row, read_lines, rows, usual_columns
-from fastflower.packing.names import splits_named
+from fastflower.packing.names import split_in
 
 _log = logging.getLogger("fastflower")
 
@@ -50,8 +50,7 @@ def splits_of(root: Path, files: Sequence[Path], option: str) -> dict[Path, str 
     if len(files) == 1:
         return {files[0]: None}
     for names in ([file.stem for file in files], [file.parent.name for file in files]):
-        named = splits_named(name.replace("trainval", "train") for name in names)
-        splits = [named.get(name.replace("trainval", "train")) for name in names]
+        splits = [split_in(name.replace("trainval", "train")) for name in names]
         if None not in splits and len(set(splits)) == len(files):
             return dict(sorted(zip(files, splits, strict=True), key=lambda item: SPLITS.index(item[1] or "")))
     what = "several files must be named after their splits, such as train.csv and val.csv"
@@ -110,7 +109,7 @@ class Listing:
         first = next((text.strip() for _, text in read_lines(file)), "")
         single = first and not any(mark in first for mark in " \t,;{.")
         if not single or self._columns != Columns() or find(first):
-            yield from rows(file, self._columns, find, labels=self._labels is not None)
+            yield from rows(file, self._columns, partial(_exists, find), labels=self._labels is not None)
             return
         images = self._finder.flat()
         labels = list(read_lines(file))
@@ -171,6 +170,14 @@ class Listing:
             _log.warning("%s: %d %s", files, len(self.unlabeled), what)
 
 
+def _exists(find: "partial[Found | None]", path: str) -> bool:
+    """Return whether a path names an image, or more than one."""
+    try:
+        return find(path) is not None
+    except FolderError:
+        return True
+
+
 def _chosen(row: Row, find: "partial[Found | None]", missing: list[str]) -> tuple[Found, str | None]:
     """Return the reading of a row whose image exists. If none does, return the likeliest and record that it is missing."""
     try:
@@ -188,7 +195,7 @@ def _split_named(where: str, word: str | None) -> str | None:
     """Return the split that a word denotes. Raises FolderError if it is not the name of a split."""
     if word is None:
         return None
-    split = next(iter(splits_named([word]).values()), None)
+    split = split_in(word)
     if split is None:
         raise FolderError(f"{where}: {word!r} is not a split; write train, val or test.")
     return split

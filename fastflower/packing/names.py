@@ -15,9 +15,10 @@ SPLIT_WORDS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_FILLERS = {"", "image", "images", "img", "imgs", "split", "folder"}  # ignored in the name of a split
+_FILLERS = {"", "image", "images", "img", "imgs", "split", "folder", "mini", "full"}  # ignored in the name of a split
 _UNLABELED = {"unknown", "unlabeled", "unlabelled", "all", "classes", "none"}  # folders of unlabeled images
 _ANY = {"image", "images", "img", "imgs", "unlabeled", "unlabelled"}  # for any class, often next to masks
+_TO_PREDICT = {"pred", "predict", "prediction", "predictions"}
 FOLDS = {"fold", "cv", "part", "batch"}
 
 
@@ -36,6 +37,11 @@ def is_generic(name: str) -> bool:
     """Return whether a name is generic, such as "images". Next to other folders, such a folder is unlikely to be a class."""
     words = re.findall(r"[^\W\d_]+", name.lower())
     return bool(words) and _ANY.issuperset(words)
+
+
+def is_to_predict(name: str) -> bool:
+    """Return whether a folder is named as if its images were to be classified, such as "seg_pred"."""
+    return not _TO_PREDICT.isdisjoint(words_of(name))
 
 
 def splits_named(names: Iterable[str]) -> dict[str, str]:
@@ -62,3 +68,9 @@ def splits_named(names: Iterable[str]) -> dict[str, str]:
 def is_no_class_name(name: str) -> bool:
     """Return whether a folder in a split is named like "images", "unknown" or a split. A number is a class name."""
     return re.search(r"[^\W\d_]", name) is not None and {*SPLIT_WORDS, *_UNLABELED}.issuperset(words_of(name))
+
+
+def split_in(name: str) -> str | None:
+    """Return the split that one word of a name denotes ("images_train1" gives "train"), or None unless there is one."""
+    splits = {SPLIT_WORDS[word] for word in words_of(name) if word in SPLIT_WORDS}
+    return splits.pop() if len(splits) == 1 else None

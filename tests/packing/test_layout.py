@@ -126,14 +126,34 @@ def test_splits_without_any_image_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("below", ["", "unknown/", "test/", "images/"])
-def test_a_test_split_without_labels_is_skipped_with_a_warning(
-    tmp_path: Path, below: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("top", ["test", "to predict", "seg_pred"])
+@pytest.mark.parametrize("val", [VAL, []])
+def test_images_to_classify_are_skipped_with_a_warning(
+    tmp_path: Path, val: list[str], top: str, below: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = scan(touch(tmp_path, *TRAIN, *VAL, f"test/{below}1.jpg", f"test/{below}2.jpg"))
-    assert (found.classes, found.splits) == (("a", "b"), ("train", "val"))
-    assert found.ignored == tuple((f"test/{below}{number}.jpg", "is not in a class folder") for number in (1, 2))
+    """Without any other split, the val split is drawn from train."""
+    below = below.replace("test/", f"{top}/")
+    root = touch(tmp_path, *TRAIN, *val, f"{top}/{below}1.jpg", f"{top}/{below}2.jpg")
+    if not val and top != "test":
+        touch(root, "test/1.jpg")
+    found = scan(root)
+    assert (found.classes, found.splits, len(found)) == (("a", "b"), ("train", "val") if val else (), 4 if val else 2)
+    skipped = tuple((f"{top}/{below}{number}.jpg", "is not in a class folder") for number in (1, 2))
+    assert set(found.ignored) >= set(skipped)
     what = "has no class folders, so its unlabeled images are skipped; classify them with `fastflower predict`"
-    assert caplog.messages == [f"{tmp_path / 'test'}: {what}"]
+    assert f"{root / top}: {what}" in caplog.messages
+    assert len(caplog.messages) == len({path.partition("/")[0] for path, _ in found.ignored})
+
+
+@pytest.mark.parametrize(
+    "names", [("part_1", "part_2"), ("HAM_images_part_1", "HAM_images_part_2"), ("fold1", "fold2")]
+)
+def test_parts_of_one_data_set_are_not_classes(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Skin lesions (HAM10000) come so, with a table of labels."""
+    root = touch(tmp_path / "data", *(f"{name}/{number}.jpg" for number, name in enumerate(names)))
+    table, classes = readings(root).values()
+    assert table.endswith(f"or pass a table: fastflower pack {root} --labels FILE")
+    assert run_command(classes, root).classes == names
 
 
 AMBIGUOUS = {
@@ -147,7 +167,6 @@ AMBIGUOUS = {
         ["train/a/images/1.jpg", "train/b/images/1.jpg", "val/images/1.jpg", "test/images/1.jpg"],
         [(("a", "b"), (), 2), None],
     ),
-    "a flat test alone": ([*TRAIN, "test/1.jpg"], [(("a", "b"), (), 2), None]),
     "an empty val": ([*TRAIN, "val/"], [(("a", "b"), (), 2)]),
     "flat splits": (["train/1.jpg", "val/1.jpg"], [None, (("train", "val"), ("train",), 2)]),
     "no train": (
@@ -196,21 +215,6 @@ AMBIGUOUS = {
         [f"{fold}/{name}/1.jpg" for fold in range(1, 4) for name in "ab"],
         [*3 * [(("a", "b"), (), 2)], (("1", "2", "3"), ("train",), 6)],
     ),
-    "a flat test in a folder of the same name": (
-        ["train/train/a/1.jpg", "train/train/b/1.jpg", "test/test/1.jpg"],
-        [(("a", "b"), (), 2), None],
-    ),
-    "splits in folders of the same names, and another folder": (
-        [
-            f"seg_{name}/1.jpg"
-            for name in ("train/seg_train/a", "train/seg_train/b", "test/seg_test/a", "pred/seg_pred")
-        ],
-        [
-            (("a", "b"), ("train", "test"), 3),
-            (("a", "b"), (), 2),
-            (("seg_pred", "seg_test", "seg_train"), ("train",), 4),
-        ],
-    ),
     "a second copy of the classes, in a wrapper": (
         [f"{top}/{name}/1.jpg" for top in ("data/natural", "natural") for name in "ab"],
         [*2 * [(("a", "b"), (), 2)], (("data", "natural"), ("train",), 4)],
@@ -245,14 +249,6 @@ AMBIGUOUS = {
             (("a", "b"), ("train", "val"), 4),
             *2 * [(("a", "b"), (), 2)],
             (("caf\udce9 'n\\o'", "train", "val"), ("train",), 5),
-        ],
-    ),
-    "three splits, and images to predict": (
-        [*TRAIN, *VAL, "test/a/1.jpg", "to predict/1.jpg"],
-        [
-            (("a", "b"), ("train", "val", "test"), 5),
-            *2 * [(("a", "b"), (), 2)],
-            (("test", "to predict", "train", "val"), ("train",), 6),
         ],
     ),
     "images and masks of each class": (
@@ -315,9 +311,7 @@ def test_an_ambiguous_layout_lists_its_readings_and_each_command_works(tmp_path:
     assert len(offered) == len(outcomes)
     command, outcome = list(offered.values())[number], outcomes[number]
     if outcome is None:
-        assert re.match(
-            r"put them into .*/CLASS, or write .*/train\.txt and val\.txt with lines 'PATH LABEL'$", command
-        )
+        assert re.match(r"put them into .*/CLASS, or pass a table: fastflower pack .* --labels FILE$", command)
     else:
         found = run_command(command, root)
         assert (found.classes, found.splits, len(found)) == outcome
