@@ -27,6 +27,7 @@ _DASK = tyro.conf.arg(
     metavar="ADDRESS",
     help="Address of a Dask scheduler. Its workers do the packing and must see FOLDER and OUT at the same paths.",
 )
+_FILES = Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]  # --labels A --labels B
 _TYPES: dict[str, object] = {
     "folder": Path,
     "shards": str,
@@ -107,7 +108,7 @@ def _parse(
 def _pack(prog: str, args: Sequence[str]) -> None:
     from fastflower.packing.packer import pack
 
-    values = _parse(prog, args, pack, out=Path, labels=tuple[Path, ...], split=tuple[Path, ...])
+    values = _parse(prog, args, pack, out=Path, labels=_FILES, split=_FILES)
     with _dask(values.pop("executor")) as executor:
         manifest = pack(**values, executor=executor)
     for name, split in manifest.splits.items():

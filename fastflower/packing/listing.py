@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastflower.errors import FolderError
 from fastflower.packing.finder import Finder, Found
-from fastflower.packing.hidden import is_ignored
+from fastflower.packing.hidden import is_ignored, patterns_ignored
 from fastflower.packing.labels import Labels, read_classes
 from fastflower.packing.lists import Columns, Row, read_lines, rows, usual_columns
 from fastflower.packing.names import split_in
@@ -55,7 +55,7 @@ def splits_of(root: Path, files: Sequence[Path], option: str) -> dict[Path, str 
             return dict(sorted(zip(files, splits, strict=True), key=lambda item: SPLITS.index(item[1] or "")))
     what = "several files must be named after their splits, such as train.csv and val.csv"
     raise FolderError(
-        f"{option} {' '.join(map(str, files))}: {what}; rename them, or write one table with a column 'split'."
+        f"{option} {', '.join(map(str, files))}: {what}; rename them, or write one table with a column 'split'."
     )
 
 
@@ -164,7 +164,8 @@ class Listing:
             raise FolderError(f"{files}: {what}; {remedy}.")
         if self._missing:
             count = len(self._missing)
-            _log.warning("%s: %d of %d listed images do not exist: %s", files, count, len(self._seen), few)
+            what = "do not exist" + (" or are ignored" if patterns_ignored() else "")
+            _log.warning("%s: %d of %d listed images %s: %s", files, count, len(self._seen), what, few)
         if self.unlabeled:
             what = "test images without a label are skipped; classify them with `fastflower predict`"
             _log.warning("%s: %d %s", files, len(self.unlabeled), what)

@@ -191,7 +191,7 @@ def test_a_table_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> No
 def test_several_tables_must_be_named_after_splits(tmp_path: Path) -> None:
     root = write(touch(tmp_path, *FLAT), {"one.csv": "image,label\n1,a", "two.csv": "image,label\n2,b"})
     rule = "several files must be named after their splits, such as train.csv and val.csv"
-    text = f"--labels {root}/one.csv {root}/two.csv: {rule}; rename them, or write one table with a column 'split'."
+    text = f"--labels {root}/one.csv, {root}/two.csv: {rule}; rename them, or write one table with a column 'split'."
     with pytest.raises(FolderError, match=exactly(text)):
         scan(root, tables(root, "one.csv", "two.csv"))
 
