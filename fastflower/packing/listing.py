@@ -91,6 +91,8 @@ class Listing:
             find = partial(self._find, bases=self._bases(file, split))
             for row in self._rows(file, find):
                 (path, listed), label = _chosen(row, find, self._missing)
+                if is_ignored(f"{self._root}/{path}"):
+                    continue
                 self._check(row.where, path)
                 self._divides |= row.split is not None
                 if self._labels is None:

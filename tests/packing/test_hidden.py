@@ -16,7 +16,7 @@ from fastflower import Manifest, pack
 from fastflower.cli import main
 from fastflower.errors import ArgumentError, FolderError
 from fastflower.packing import hidden
-from fastflower.packing.folder import Folder, images_in, scan
+from fastflower.packing.folder import Folder, Tables, images_in, scan
 from fastflower.packing.plan import load_plan
 
 FILES = ["._1.jpg", ".hidden.jpg", "Thumbs.db", "desktop.ini", ".DS_Store"]
@@ -85,6 +85,15 @@ def test_a_list_may_name_hidden_images_but_not_ignored_ones(tmp_path: Path) -> N
     assert [path for path, *_ in images(scan(tmp_path, ignore=["@eaDir"]))] == ["a/.1.jpg", "a/2.jpg", "b/2.jpg"]
     by_folder = scan(tmp_path, ignore=["/train.txt"])  # the list itself
     assert [path for path, *_ in images(by_folder)] == ["a/2.jpg", "b/2.jpg"]
+
+
+def test_the_class_of_ignored_images_of_a_table_is_no_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = touch(tmp_path / "data", "a1.jpg", "b1.jpg", "c1.jpg", "c2.jpg", "left.jpg")
+    (tmp_path / "labels.csv").write_text("file,label\na1.jpg,a\nb1.jpg,b\nc1.jpg,c\nc2.jpg,c\n")
+    found = scan(root, Tables([tmp_path / "labels.csv"]), ignore=["c*.jpg"])
+    assert (found.classes, [path for path, *_ in images(found)]) == (("a", "b"), ["a1.jpg", "b1.jpg"])
+    (said,) = caplog.messages
+    assert said.startswith("1 images in ")
 
 
 def test_predict_reads_no_hidden_images_of_a_folder(tmp_path: Path) -> None:
