@@ -28,7 +28,6 @@ LAYOUTS = {
     "classes": ["a/1.jpg", "a/x/2.jpg", "b/1.jpg"],
     "splits": ["train/a/1.jpg", "train/b/2.jpg", "val/images/a/3.jpg", "val/images/b/4.jpg", "test/5.jpg"],
     "one class in each camera": [f"{name}/{side}/1.jpg" for name in "abc" for side in ("left", "right")],
-    "wrapped": ["a/a/1.jpg", "b/b/1.jpg"],
 }
 
 
@@ -39,7 +38,7 @@ def images(found: Folder) -> list[tuple[str, int, int]]:
 def clutter(root: Path) -> Path:
     """Add hidden and system files and folders, with images inside, to every folder."""
     for folder in [Path(found) for found, _, _ in os.walk(root)]:
-        touch(folder, *FILES, *(f"{name}/{inside}" for name in FOLDERS for inside in ("9.jpg", "train/9.jpg")))
+        touch(folder, *FILES, *(f"{name}/{inside}" for name in FOLDERS for inside in ("train/9.jpg",)))
     return root
 
 
@@ -112,7 +111,7 @@ PATTERN = st.builds(
 TREE = ["a/1.jpg", "a/b/1.jpg", "a/b/a/2.jpg", "b/1.jpg", "b/ab/2.jpg", "ab/b/3.jpg", "1.jpg/1.jpg", "1.jpg/a"]
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=50, derandomize=True)
 @given(pattern=PATTERN)
 @example(pattern="a/**/1.jpg")
 def test_a_pattern_matches_what_a_regular_expression_for_gitignore_matches(pattern: str) -> None:

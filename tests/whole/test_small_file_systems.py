@@ -22,7 +22,7 @@ from fastflower.shards import mirror, verification
 from fastflower.shards.mirror import Mirror
 from fastflower.shards.remote import Remote
 
-NO_SYNC = [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS]
+NO_SYNC = [errno.EINVAL, errno.EBADF]
 FULL = [errno.ENOSPC, errno.EDQUOT]
 OTHER = [errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO]
 
