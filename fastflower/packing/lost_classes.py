@@ -10,6 +10,7 @@ import numpy as np
 from fastflower.errors import FolderError
 from fastflower.files import write_atomically
 from fastflower.packing.plan import LEFT_OUT, Plan
+from fastflower.packing.remarks import counted, printable
 from fastflower.packing.worker import MadeShard, key_of, new_label
 from fastflower.shards.writer import Samples, ShardWriter
 
@@ -36,12 +37,14 @@ def without_lost_classes(plan: Plan, work: Path) -> Plan:
     new = [label for label in lost if label not in plan.dropped]
     left = len(classes) - len(lost)
     if new and left < 2:
-        what = f"{_unreadable(plan, made, new)}; a classifier needs at least two classes, but {left or 'none'} would be left"
-        raise FolderError(f"{what}; replace these files.")
+        rule = f"A classifier needs at least two classes, but only {left} would be left: replace these files."
+        raise FolderError(f"{_unreadable(plan, made, new)}\n{rule}")
     if new and not plan.options.drop_empty_classes:
-        resume = "run the same command again with --drop-empty-classes to leave out such classes; it keeps the finished shards"
-        mend = f"or replace the files, remove {work} and pack again"
-        raise LostClassError(f"{_unreadable(plan, made, new)}; {resume}, {mend}.")
+        resume = (
+            "To leave out such classes, run the same command with --drop-empty-classes; it keeps the finished shards."
+        )
+        mend = f"Or replace the files, remove {work} and pack again."
+        raise LostClassError(f"{_unreadable(plan, made, new)}\n{resume} {mend}")
     for planned, shard in zip(plan.shards, made, strict=True):
         if shard.dropped not in (plan.dropped, lost):  # a file could not be read before, but now it can
             (work / f"{planned.name}.npz").unlink()
@@ -53,20 +56,21 @@ def without_lost_classes(plan: Plan, work: Path) -> Plan:
 
 
 def _unreadable(plan: Plan, made: Sequence[MadeShard], lost: Sequence[int]) -> str:
-    """Name the first lost class, with its first files and reasons, and the other lost classes."""
+    """Name the first lost class, with its first files and reasons, and the other lost classes, one per line."""
     folder, label = plan.folder, lost[0]
     planned = [plan.order[start:stop] for split, _, start, stop in plan.shards if split == "train"]
     numbers = np.sort(np.concatenate(planned))
     numbers = numbers[folder.files["label"][numbers] == label]
     reasons = {item["path"]: item["reason"] for shard in made for item in shard.skipped}
     paths = [folder.path(number) for number in numbers[:_MOST_NAMES].tolist()]
-    named = ", ".join(f"{path!r} {reasons.get(path, '')}" for path in paths)
-    rest = f" and {len(numbers) - len(paths)} others" if len(numbers) > len(paths) else ""
-    what = f"class {folder.classes[label]!r}: none of its {len(numbers)} training images can be read: {named}{rest}"
+    lines = [f"class {folder.classes[label]!r}: none of its {len(numbers)} training images can be read:"]
+    lines += [printable(f"{path}: {reasons.get(path, '')}") for path in paths]
+    if len(numbers) > len(paths):
+        lines.append(f"and {counted(len(numbers) - len(paths), 'other')}")
     if len(lost) > 1:
         also = ", ".join(repr(folder.classes[other]) for other in lost[1 : 1 + _MOST_NAMES])
-        what += f" (nor those of {also}{' and others' if len(lost) > 1 + _MOST_NAMES else ''})"
-    return what
+        lines.append(f"The same is true of {also}{' and others' if len(lost) > 1 + _MOST_NAMES else ''}.")
+    return "\n  ".join(lines)
 
 
 def _rewrite(plan: Plan, work: Path, name: str, shard: MadeShard, lost: tuple[int, ...]) -> None:

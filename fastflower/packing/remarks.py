@@ -23,7 +23,7 @@ def remarks(manifest: Manifest, ignored: Collection[str] = ()) -> Iterator[str]:
         yield f"decoded {odd} image{'s' if odd > 1 else ''} with warnings; see `warnings` in manifest.json"
     empty = [item["path"] for item in manifest.skipped if item["reason"] == EMPTY_CLASS]
     if empty:
-        yield f"left out {_counted(len(empty), 'class', 'classes')} without training images: {_few(empty)}"
+        yield f"left out {counted(len(empty), 'class', 'classes')} without training images: {_few(empty)}"
     if len(manifest.skipped) > len(empty):
         yield "\n  ".join(_skipped(manifest, ignored))
     yield from _folds(manifest) if manifest.folds else _validation(manifest)
@@ -60,19 +60,20 @@ def _skipped(manifest: Manifest, ignored: Collection[str]) -> Iterator[str]:
         groups.setdefault(re.sub(r"\b\d[\d.,]*\b", "N", item["reason"]), []).append(item)
     unread = {key for key, items in groups.items() if items[0]["reason"] in ignored and "cannot be read" not in key}
     ordered = sorted(groups, key=lambda key: (key in unread, -len(groups[key])))
-    yield f"skipped {_counted(len(skipped), 'file')}; `skipped` in manifest.json lists all:"
+    yield f"skipped {counted(len(skipped), 'file')}; `skipped` in manifest.json lists all:"
     for key in ordered[:_MOST_REASONS]:
         items = groups[key]
         reason = items[0]["reason"] if len({item["reason"] for item in items}) == 1 else key
         names = ", ".join(item["path"] for item in items[:_MOST_FILES])
         if len(items) > _MOST_FILES:
-            names = f"{len(items)} files ({names} and {_counted(len(items) - _MOST_FILES, 'other')})"
+            names = f"{len(items)} files ({names} and {counted(len(items) - _MOST_FILES, 'other')})"
         yield printable(f"{reason}: {names}")
     if rest := ordered[_MOST_REASONS:]:
-        yield f"{_counted(sum(len(groups[key]) for key in rest), 'file')} for {_counted(len(rest), 'other reason')}"
+        yield f"{counted(sum(len(groups[key]) for key in rest), 'file')} for {counted(len(rest), 'other reason')}"
 
 
-def _counted(count: int, noun: str, several: str = "") -> str:
+def counted(count: int, noun: str, several: str = "") -> str:
+    """Return a count with its noun: "1 class", "2 classes". several  Plural, if it does not just add an s."""
     return f"{count} {noun if count == 1 else several or f'{noun}s'}"
 
 

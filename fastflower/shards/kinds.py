@@ -16,11 +16,11 @@ _HEAD = 1024  # bytes that decide
 _SPACE = rb"(?:\xef\xbb\xbf)?(?>\s|<!--.*?-->)*+(?:<\?xml[^>]*>)?(?>\s|<!--.*?-->)*+"
 _HTML = rb"<(?i:!doctype html|html|head|body|title|meta|script|iframe|div|h1|table)\b"
 _GZIP = "is a gzip archive"
-ANNEX = "is a git-annex pointer: run git annex get"
+ANNEX = "is a git-annex pointer (run git annex get)"
 
 # What each file starts with. The first match counts.
 _TEXTS = {
-    rb"version https://git-lfs\.github\.com/spec/": "is a Git LFS pointer: run git lfs pull",
+    rb"version https://git-lfs\.github\.com/spec/": "is a Git LFS pointer (run git lfs pull)",
     rb"/annex/objects/": ANNEX,
     _SPACE + _HTML: "is HTML, a web page",
     _SPACE + rb"(?:<!DOCTYPE svg[^>]*>\s*)?<svg\b": "is SVG, a vector drawing",
@@ -83,7 +83,7 @@ def reason(data: bytes, name: str) -> str | None:
     if not data.strip(b"\0"):
         return "contains only zero bytes"
     kind = kind_of(data)
-    if kind is None or ":" in kind:  # a remedy follows
+    if kind is None or "(run " in kind:
         return kind
     suffix = PurePath(name).suffix
     return f"{kind}, named {suffix}" if suffix and suffix.isprintable() else f"{kind}, not an image"

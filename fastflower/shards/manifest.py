@@ -81,9 +81,9 @@ class Manifest:
     warnings: tuple[dict[str, str], ...] = ()
     """Files that were packed with a warning: {"path", "warning"}. May be absent in version 1."""
     duplicates: tuple[tuple[str, ...], ...] = ()
-    """Groups of files with identical bytes. All files of a group are in the same split."""
+    """Groups of images with identical bytes. All images of a group are in the same split."""
     label_conflicts: tuple[tuple[str, ...], ...] = ()
-    """Groups of files with identical bytes under different labels."""
+    """Groups of images with identical bytes under different labels."""
     near_duplicates: tuple[dict[str, Any], ...] = ()
     """Near-duplicates across splits: {"split", "path", "train_path", "distance"}; distance is in bits of the perceptual hash."""
     source_bytes: int | None = None
