@@ -115,7 +115,7 @@ class Listing:
             return
         images = self._finder.flat()
         labels = list(read_lines(file))
-        if len(images) != len(labels):
+        if len(images) != len(labels) or len({label for _, label in labels}) == len(labels):
             what = f"its {len(labels)} lines name no images, and are not one label for each of the {len(images)} images"
             raise FolderError(f"{file}: {what} in {self._root}; write one line 'PATH LABEL' per image.")
         for path, (line, label) in zip(images, labels, strict=True):

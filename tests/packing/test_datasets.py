@@ -48,11 +48,11 @@ LAYOUTS: dict[str, tuple[Files, int, dict[str, int]]] = {
     "ImageNet (ILSVRC 2012)": (images(f"imagenet/{{train,val}}/{N}/#.JPEG"), 2, TWO),
     "ImageNet with a flat `val`, one class per line": (
         {
-            **images(f"imagenet/train/{N}/#.JPEG", "imagenet/val/ILSVRC2012_val_0000000#.JPEG"),
-            "val_labels.txt": lines("n01443537", "n01440764"),
+            **images(f"imagenet/train/{N}/#.JPEG", "imagenet/val/ILSVRC2012_val_0000000#.JPEG", numbers=3),
+            "val_labels.txt": lines("n01443537", "n01440764", "n01443537"),
         },
         2,
-        {"train": 4, "val": 2},
+        {"train": 6, "val": 3},
     ),
     "ImageNet from Kaggle": (
         {

@@ -74,7 +74,12 @@ TABLES = {
         {},
         {"train/1.jpg": "a", "train/2.jpg": "b"},
     ),
-    "a label for each image in order": (FLAT, {"truth.txt": "n01\nn02\n"}, {}, {"1.jpg": "n01", "2.jpg": "n02"}),
+    "a label for each image in order": (
+        [*FLAT, "10.jpg"],
+        {"truth.txt": "n01\nn02\nn02\n"},
+        {},
+        {"1.jpg": "n01", "10.jpg": "n02", "2.jpg": "n02"},
+    ),
 }
 
 
@@ -102,13 +107,15 @@ def test_a_table_for_a_flat_val_is_combined_with_the_class_folders_of_train(
 ) -> None:
     """Tiny ImageNet has a table; ImageNet's flat val has one label for each image in the order of their names."""
     train = [f"train/{name}/images/{name}_{number}.jpg" for name in ("n1", "n2") for number in (0, 1)]
-    root = touch(tmp_path, *train, "val/images/val_0.jpg", "val/images/val_1.jpg", "test/images/test_0.jpg")
-    write(root, {labels: "n2\nn1\n" if "truth" in labels else "val_0.jpg\tn2\t0\t9\nval_1.jpg\tn1\t0\t9\n"})
+    val = [f"val/images/val_{number}.jpg" for number in range(3 if "truth" in labels else 2)]
+    root = touch(tmp_path, *train, *val, "test/images/test_0.jpg")
+    write(root, {labels: "n2\nn1\nn1\n" if "truth" in labels else "val_0.jpg\tn2\t0\t9\nval_1.jpg\tn1\t0\t9\n"})
     if "truth" in labels:
         (root / "test/images/test_0.jpg").unlink()
     found = scan(root, tables(root, labels, **({} if "truth" in labels else {"label": "2"})))
     expected = {path: f"{path.split('/')[1]} train" for path in train}
-    assert labeled(found) == {**expected, "val/images/val_0.jpg": "n2 val", "val/images/val_1.jpg": "n1 val"}
+    expected |= {path: f"{name} val" for path, name in zip(val, ("n2", "n1", "n1"), strict=False)}
+    assert labeled(found) == expected
     unlisted = f"1 images in {root} are not in {root / labels} and are skipped"
     assert caplog.messages == ([] if "truth" in labels else [unlisted])
 
@@ -165,6 +172,12 @@ BAD_TABLES = {
         "t.jsonl, line 1: is not JSON (Expecting ',' delimiter: line 1 column 14 (char 13)); write one object per line.",
     ),
     "other JSON": ({"t.jsonl": "[1, 2]\n"}, {}, "t.jsonl, line 1: is not a JSON object; write one object per line."),
+    "names without images": (
+        {"t.txt": "a\nb\n"},
+        {},
+        "t.txt: its 2 lines name no images, and are not one label for each of the 2 images in {root}; "
+        "write one line 'PATH LABEL' per image.",
+    ),
     "too few labels": (
         {"t.txt": "a\nb\nc\n"},
         {},
