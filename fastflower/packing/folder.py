@@ -213,6 +213,9 @@ def scan(
             folder = _scan(root, resplit or bool(tables.split), tables, drop_empty_classes)
             if tables.split:
                 folder = _divided(folder, tables)
+        if len(folder.classes) == 1:
+            only = folder.classes[0]
+            raise FolderError(f"{root}: has one class, {only!r}; a classifier needs at least two class folders.")
     except OSError as error:
         blame_the_system(error, error.filename or root)
         raise FolderError(f"{error.filename or root}: cannot be read ({error.strerror}); make it readable.") from error
@@ -221,9 +224,6 @@ def scan(
             raise FolderError(instead) from error
         lines = [] if tables.labels else tables_naming(root)
         raise FolderError("\n  ".join([str(error), *lines])) from error
-    if len(folder.classes) == 1:
-        only = folder.classes[0]
-        raise FolderError(f"{root}: has one class, {only!r}; a classifier needs at least two class folders.")
     return folder
 
 
