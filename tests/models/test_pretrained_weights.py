@@ -198,7 +198,7 @@ def test_an_unreachable_server_is_explained(hub: Path) -> None:
 def test_a_head_of_another_size_is_replaced(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fastflower"):
         network = build("resnet18", 5, weights=str(file))
-    assert network.get_parameter("fc.weight").shape == (5, 64)
+    assert network.get_parameter("fc.weight").shape == (5, 128)
     assert caplog.messages == [
         f"{file}: loaded into resnet18; replaced its head for 7 classes with a new one for 5 classes"
     ]
