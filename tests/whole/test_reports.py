@@ -207,7 +207,7 @@ def test_reports_finishes_a_run_without_a_report_and_does_not_mix_runs_of_other_
     assert (tmp_path / "one" / "report.html").exists()
     assert (tmp_path / "reports.md").read_text() == text
     with pytest.raises(
-        CheckpointError, match=r"was trained with epochs 1 \(now 2\); resume with that recipe, or choose"
+        CheckpointError, match=r"was trained with epochs 1 \(now 2\); resume with that recipe, or pass a different"
     ):
         reports.reports(str(shards), ("b",), tmp_path, None, 2, "cpu")
 
