@@ -61,9 +61,10 @@ def make(folder: Path) -> dict[str, Expectation]:
             assert f"{name}/{file}" not in expected, f"{name}/{file} is listed twice"
             if "." not in (file[0], name[0]) and file != "Thumbs.db":
                 expected[f"{name}/{file}"] = expectation
-    others = {f"no files/{path}": what for path, what in not_files(folder / "no files").items()}
+    for path, what in not_files(folder / "no files").items():
+        expected[f"no files/{path}"] = what
     expected["names.jpg"] = "skipped"  # it holds hidden images
-    return {**expected, **others}
+    return expected
 
 
 def smooth(seed: int = 0, width: int = 64, height: int = 48) -> Image.Image:
