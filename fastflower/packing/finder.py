@@ -2,14 +2,18 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from fastflower.errors import FolderError
 from fastflower.packing import layout
 from fastflower.packing.hidden import entries
-from fastflower.packing.names import is_image
+from fastflower.packing.names import is_image, split_in
+
+_FEW = 8  # candidates to compare with a path
 
 
 class Found(NamedTuple):
@@ -34,9 +38,13 @@ class Finder:
     def __init__(self, root: Path, tops: Sequence[str] = (".",)) -> None:
         self._root, self._tops = root, tops
         self._by_stem: dict[str, list[str]] | None = None
+        self._by_pair: dict[str, list[str]] | None = None
 
-    def find(self, listed: str, bases: Sequence[str] = ()) -> Found | None:
-        """Return the image, or None. Raises FolderError if more than one image fits."""
+    def find(self, listed: str, bases: Sequence[str] = (), split: str | None = None) -> Found | None:
+        """Return the image, or None. Raises FolderError if more than one image fits.
+
+        split  The split that the image belongs to: among several images, the one in this split's folder is meant.
+        """
         listed = listed.removeprefix("./")
         if not listed:
             return None
@@ -55,7 +63,7 @@ class Finder:
             for base in (*bases, "."):
                 if self._exists(base, end):
                     return Found(_joined(base, end), end)
-        return self._find_by_end(listed, names)
+        return self._find_by_end(listed, names, split)
 
     def flat(self) -> list[str]:
         """Return the paths of all images, sorted."""
@@ -77,21 +85,39 @@ class Finder:
     def _relative(self, listed: str) -> str:
         return Path(listed).relative_to(self._root.absolute()).as_posix()
 
-    def _find_by_end(self, listed: str, names: Sequence[str]) -> Found | None:
-        end = "/".join(names)
-        fitting = [path for path in self._index().get(_stem(names[-1]), ()) if _ends_with(path, end)]
-        exact = [path for path in fitting if path.endswith(end)]
-        if len(exact or fitting) > 1:
-            few = ", ".join(map(repr, sorted(exact or fitting)[:3]))
+    def _find_by_end(self, listed: str, names: Sequence[str], split: str | None) -> Found | None:
+        end = unicodedata.normalize("NFC", "/".join(names))
+        candidates = self._index().get(_stem(unicodedata.normalize("NFC", names[-1])), [])
+        if len(candidates) > _FEW and len(names) > 1:
+            candidates = self._pairs().get(_stem("/".join(end.split("/")[-2:])), [])
+        stem = f"/{_stem(end)}"
+        fitting = [path for path in candidates if f"/{_stem(unicodedata.normalize('NFC', path))}".endswith(stem)]
+        for wanted in (str, str.lower):  # an extension in another case, or another extension
+            exact = [path for path in fitting if wanted(path).endswith(wanted(end))]
+            fitting = exact or fitting
+        if len(fitting) > 1:
+            fitting = [path for path in fitting if split and split_in(path.partition("/")[0]) == split] or fitting
+        if len(fitting) > 1:
+            few = ", ".join(map(repr, sorted(fitting)[:3]))
             raise FolderError(f"{listed!r} fits more than one image ({few}); write its path from {self._root}.")
-        return Found((exact or fitting)[0], end) if fitting else None
+        return Found(fitting[0], end) if fitting else None
+
+    def _pairs(self) -> dict[str, list[str]]:
+        """Return the paths of all files by their last folder and name, without image extension."""
+        if self._by_pair is None:
+            self._by_pair = {}
+            for path in chain.from_iterable(self._index().values()):
+                pair = "/".join(unicodedata.normalize("NFC", path).split("/")[-2:])
+                self._by_pair.setdefault(_stem(pair), []).append(path)
+        return self._by_pair
 
     def _index(self) -> dict[str, list[str]]:
         """Return the paths of all files by file name without image extension. Reads the folder once, when first needed."""
         if self._by_stem is None:
             self._by_stem = {}
             for path in self._walk():
-                self._by_stem.setdefault(_stem(path.rpartition("/")[2]), []).append(path)
+                name = unicodedata.normalize("NFC", path.rpartition("/")[2])
+                self._by_stem.setdefault(_stem(name), []).append(path)
         return self._by_stem
 
     def _walk(self) -> Iterator[str]:
@@ -112,7 +138,7 @@ class Finder:
 def _split(listed: str) -> list[str]:
     """Return the names in a path with forward or backward slashes, without a drive letter, "." and ".."."""
     listed = re.sub(r"^[A-Za-z]:(?=[\\/])", "", listed)
-    parts = listed.split("/") if "/" in listed else listed.split("\\")
+    parts = re.split(r"[\\/]", listed) if "\\" in listed else listed.split("/")
     return [name for name in parts if name not in ("", ".", "..")] or [listed]
 
 
@@ -122,11 +148,3 @@ def _joined(base: str, path: str) -> str:
 
 def _stem(name: str) -> str:
     return name.rpartition(".")[0] if is_image(name) else name
-
-
-def _ends_with(path: str, end: str) -> bool:
-    """Return whether a path ends with `end`. The case of extensions does not matter, nor the extension if `end` has none."""
-    wanted = _stem(end)
-    if wanted != end and end[len(wanted) :].lower() != path[len(_stem(path)) :].lower():
-        return False
-    return f"/{_stem(path)}".endswith(f"/{wanted}")

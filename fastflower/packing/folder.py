@@ -10,7 +10,7 @@ import stat
 import struct
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
 from fastflower.packing import layout
+from fastflower.packing.columns import Columns
 from fastflower.packing.containers import instead_of_images
 from fastflower.packing.finder import Finder
 from fastflower.packing.hidden import entries, ignoring, is_hidden, is_ignored
 from fastflower.packing.labels import Labels
-from fastflower.packing.listing import SPLITS, Listing, classes_of, lists_of, splits_of, tables_naming
-from fastflower.packing.lists import Columns
+from fastflower.packing.listing import SPLITS, Listing, classes_of, lists_of, splits_of, tables_naming, unused
 from fastflower.packing.names import EXTENSIONS, is_image, splits_named
 
 _log = logging.getLogger("fastflower")
@@ -213,6 +213,8 @@ def scan(
             folder = _scan(root, resplit or bool(tables.split), tables, drop_empty_classes)
             if tables.split:
                 folder = _divided(folder, tables)
+            elif not tables.labels and not lists_of(root):
+                _warn_of_other_readings(folder)
         if len(folder.classes) == 1:
             only = folder.classes[0]
             raise FolderError(f"{root}: has one class, {only!r}; a classifier needs at least two class folders.")
@@ -222,7 +224,7 @@ def scan(
     except FolderError as error:
         if instead := instead_of_images(root):
             raise FolderError(instead) from error
-        lines = [] if tables.labels else tables_naming(root)
+        lines = [] if tables.labels or tables.split else tables_naming(root)
         raise FolderError("\n  ".join([str(error), *lines])) from error
     return folder
 
@@ -233,9 +235,11 @@ def _scan(root: Path, resplit: bool, tables: Tables, drop_empty: bool) -> Folder
         rule = "pass a folder that contains one folder of images per class, or a zip or tar archive of one"
         raise FolderError(f"{root}: {what}; {rule}.")
     if tables.labels:
-        return _scan_lists(root, splits_of(root, tables.labels, "--labels"), tables.columns, table=True)
+        return _scan_lists(
+            root, splits_of(root, tables.labels, "--labels"), tables.columns, table=True, drop_empty=drop_empty
+        )
     if lists := lists_of(root):
-        return _scan_lists(root, lists, Columns(), table=False)
+        return _scan_lists(root, lists, Columns(), table=False, drop_empty=drop_empty)
     tops = layout.subfolders(root)
     if not tops:
         raise FolderError(f"{root}: has no class folders; put the images of each class into a folder of its own.")
@@ -246,7 +250,27 @@ def _scan(root: Path, resplit: bool, tables: Tables, drop_empty: bool) -> Folder
     return _scan_classes(root, tops, drop_empty)
 
 
-def _scan_lists(root: Path, lists: Mapping[Path, str | None], columns: Columns, *, table: bool) -> Folder:
+def _warn_of_other_readings(folder: Folder) -> None:
+    """Warn about files and folders that suggest other labels or splits than those of the class folders."""
+    root = folder.root
+    for remark in unused(root):
+        _log.warning("%s: %s", root, remark)
+    if masks := len(re.findall(rb"[^/]_mask(?:_\d+)?\.(?:png|jpg|bmp|tif)", folder.paths.data)):
+        what = "images have names like masks; leave them out with --ignore '*_mask*'"
+        _log.warning("%s: %d %s", root, masks, what)
+    shared = [] if folder.splits else layout.shared_folders(root, folder.classes)
+    if len(shared) > 1:
+        command = (
+            f"(cd {layout.quoted(root)} && find -L */ -type f | sed -E 's|^[^/]+/([^/]+)/.*|&,\\1|') > labels.csv && "
+            f"fastflower pack {layout.quoted(root)} --labels labels.csv"
+        )
+        what = f"each class has the folders {', '.join(map(repr, shared[:6]))}; if these are the classes: {command}"
+        _log.warning("%s: %s", root, what)
+
+
+def _scan_lists(
+    root: Path, lists: Mapping[Path, str | None], columns: Columns, *, table: bool, drop_empty: bool
+) -> Folder:
     """Scan the images that lists or tables name. table  Whether they were passed as --labels.
 
     A table may label only the images of splits without class folders. The other splits are then read as class folders.
@@ -254,48 +278,60 @@ def _scan_lists(root: Path, lists: Mapping[Path, str | None], columns: Columns, 
     collector, classes = _Collector(root), classes_of(root)
     tops = splits_named(layout.subfolders(root))
     bases, bare = layout.partly_labeled(root, tops) if table else ({}, [])
+    if bases and any(
+        path.partition("/")[0] in bases
+        for path, *_ in Listing(root, lists, columns, Finder(root, bare), Labels(classes, table=table), tops).quietly()
+    ):
+        bases, bare = {}, []  # the table labels all splits
     labels = Labels(classes, table=table)
-    finder = Finder(root, bare or (".",))
-    first, _, _ = next(iter(Listing(root, lists, columns, finder, Labels(classes, table=table), tops)))
-    if first.partition("/")[0] in bases:  # the table labels all splits
-        bases, finder = {}, Finder(root)
     for top, base in bases.items():
         for name in layout.subfolders(root / base):
             number = labels.add(None, f"{name}/", tops[top], str(root / base / name))
             collector.add_class(f"{base}/{name}", number, SPLITS.index(tops[top]))
+    finder = Finder(root, bare or (".",))
     listing, places = Listing(root, lists, columns, finder, labels, tops), {tops[top] for top in bases}
     for path, label, split in listing:
         collector.add(path, label, SPLITS.index(split) if split else 0)
         places.add(split or "")
     for path in listing.unlabeled:
         collector.ignored.append((path, "has no label"))
-    if table and (unlisted := finder.count() - len(listing)) > 0:
+    if (unlisted := finder.count() - len(listing)) > 0:
         what = "images in %s are not in %s and are skipped"
         _log.warning(f"%d {what}", unlisted, root, ", ".join(map(str, lists)))
     splits = listing.ordered(places)
+    if not collector.files:
+        raise FolderError(f"{', '.join(map(str, lists))}: names only test images without a label; add training images.")
     order, codes = np.zeros(len(SPLITS), np.int32), [SPLITS.index(name) for name in splits]
     order[codes] = np.arange(len(splits))
-    names, numbers = labels.classes()
+    names, numbers = labels.classes(drop_empty=drop_empty)
     folder = collector.folder(names, splits)
     folder.files["label"] = numbers[folder.files["label"]]
     folder.files["split"] = order[folder.files["split"]] if splits else 0
-    return folder
+    return _selected(folder, folder.files["label"] >= 0, "has no training image in its class")
+
+
+def _selected(folder: Folder, kept: NDArray[np.bool_], reason: str) -> Folder:
+    """Return a folder with some of its images. The others are ignored for the given reason."""
+    lengths = np.diff(folder.files["path_end"].astype(np.int64), prepend=0)
+    files, paths = folder.files[kept], folder.paths[np.repeat(kept, lengths)]
+    files["path_end"] = np.cumsum(lengths[kept])
+    ignored = [(folder.path(number), reason) for number in np.flatnonzero(~kept).tolist()]
+    return replace(folder, files=files, paths=paths, ignored=(*folder.ignored, *ignored))
 
 
 def _divided(folder: Folder, tables: Tables) -> Folder:
     """Return a folder with the split that lists or tables give. Images that they do not name are ignored."""
-    finder = Finder(folder.root)
-    listing = Listing(folder.root, splits_of(folder.root, tables.split, "--split"), tables.columns, finder, None)
+    files = splits_of(folder.root, tables.split, "--split")
+    columns = Columns(split=tables.columns.split) if tables.labels else tables.columns
+    listing = Listing(folder.root, files, columns, Finder(folder.root), None)
     split_of = {path: split or "" for path, _, split in listing}
     splits = listing.ordered(set(split_of.values()))
-    collector = _Collector(folder.root, ignored=list(folder.ignored))
-    for number in range(len(folder)):
-        path = folder.path(number)
-        if split := split_of.get(path):
-            collector.add(path, int(folder.files["label"][number]), splits.index(split))
-        else:
-            collector.ignored.append((path, f"is not in {', '.join(file.name for file in tables.split)}"))
-    return collector.folder(list(folder.classes), splits)
+    chosen = (split_of.get(folder.path(number)) for number in range(len(folder)))
+    places = np.fromiter((splits.index(split) if split else -1 for split in chosen), np.int32, len(folder))
+    names = ", ".join(file.name for file in files)
+    divided = _selected(folder, places >= 0, f"is not in {names}")
+    divided.files["split"] = places[places >= 0]
+    return replace(divided, splits=splits)
 
 
 def _scan_classes(root: Path, tops: list[str], drop_empty: bool) -> Folder:

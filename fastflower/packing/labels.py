@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.errors import FolderError
-from fastflower.packing.lists import read_lines
 from fastflower.packing.names import splits_named
+from fastflower.packing.text import read_lines
 
 _NUMBER = re.compile(r"(\d+)(\.0*)?")  # pandas writes 3.0 if a column has gaps
 
@@ -38,6 +38,8 @@ class Labels:
 
     def add(self, text: str | None, listed: str, split: str | None, where: str) -> int:
         """Return a number for the label of an image, which `classes` later maps to its class."""
+        if text is not None and not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text):
+            raise FolderError(f"{where}: the label is not UTF-8; save the file as UTF-8.")
         depends = text is None or (self._given is None and not self._table)
         label = _Label(text, listed.rpartition("/")[0] if depends else "", split)
         number = self._numbers.setdefault(label, len(self._numbers))
@@ -47,10 +49,11 @@ class Labels:
                 self._unlabeled = f"{where}: {listed!r} has no label and is not in a class folder; write 'PATH LABEL'."
         return number
 
-    def classes(self) -> tuple[list[str], NDArray[np.int32]]:
+    def classes(self, *, drop_empty: bool = False) -> tuple[list[str], NDArray[np.int32]]:
         """Return the classes and, for each number from `add`, the position of its class.
 
-        Raises FolderError, with the file and line, if a label is not a class.
+        drop_empty  Whether a class without training images gets the position -1. If not, it raises FolderError with the
+        file and line, as does a label that is no class.
         """
         if self._unlabeled:
             raise FolderError(self._unlabeled)
@@ -60,34 +63,48 @@ class Labels:
         tops = sorted({folders[number] for number in train if folders[number]})
         by_position = self._given is None and not self._table and len(tops) > 1
         ordered = list(self._given or (tops if by_position else ()))
-        first = _first_number(labels, len(ordered))
+        numeric = all(_number(label.text) is not None for label in labels)
+        first = self._first_number(labels, len(ordered))
         names: list[str] = []
         for label, folder, where in zip(labels, folders, self._where, strict=True):
             number = _number(label.text)
             if label.text is None:
                 names.append(folder)
             elif number is None or not ordered:
-                names.append(label.text if number is None else str(number))
+                names.append(str(number) if numeric else label.text)
             elif not 0 <= number - first < len(ordered):
                 what = f"label {number} must be less than the number of classes ({len(ordered)})"
                 raise FolderError(f"{where}: {what}; correct it, or list every class in classes.txt.")
             else:
                 names.append(ordered[number - first])
-                if by_position and names[-1] != folder:
+                if by_position and folder not in ("", names[-1]):
                     what = f"label {number} is not the position of {folder!r} among the sorted class folders"
                     raise FolderError(f"{where}: {what}; correct it, or add classes.txt.")
-        classes = ordered or _sorted([names[number] for number in train], labels)
+        classes = ordered or sorted({names[number] for number in train}, key=int if numeric else None)
         known = {name: position for position, name in enumerate(classes)}
         for name, where in zip(names, self._where, strict=True):
-            if name not in known:
-                what = f"class {name!r} has no training image; correct the label, or list an image for training"
-                if self._given is not None:
-                    few = ", ".join(map(repr, classes[:3])) + (", ..." if len(classes) > 3 else "")
-                    what = (
-                        f"label {name!r} is not one of the classes ({few}); correct it, or add the class to classes.txt"
-                    )
-                raise FolderError(f"{where}: {what}.")
-        return classes, np.array([known[name] for name in names], np.int32)
+            if name not in known and not drop_empty:
+                raise FolderError(f"{where}: {self._unknown(name, classes)}.")
+        return classes, np.array([known.get(name, -1) for name in names], np.int32)
+
+    def _first_number(self, labels: Sequence[_Label], count: int) -> int:
+        """Return whether labels count from 0 or 1. They count from 1 only if one of them equals the number of classes."""
+        numbers = {number for label in labels if (number := _number(label.text)) is not None}
+        if self._table and count and numbers and numbers.isdisjoint((0, count)):
+            what = f"the labels are numbers from {min(numbers)} to {max(numbers)}, and there are {count} classes"
+            rule = "it is not clear whether they count from 0 or 1; write the names of the classes"
+            raise FolderError(f"{self._where[0].rpartition(', ')[0]}: {what}, so {rule}.")
+        return int(0 not in numbers and count in numbers)
+
+    def _unknown(self, name: str, classes: Sequence[str]) -> str:
+        """Return what is wrong with a label that is not a class."""
+        few = ", ".join(map(repr, classes[:3])) + (", ..." if len(classes) > 3 else "")
+        if self._given is not None:
+            return f"label {name!r} is not one of the classes ({few}); correct it, or add the class to classes.txt"
+        if name.isdecimal() and not any(map(str.isdecimal, classes)):
+            return f"label {name!r} is a number, but the classes are names ({few}); list them in label order in classes.txt"
+        what = f"class {name!r} has no training image; correct the label, list an image for training, or leave it out"
+        return f"{what} with --drop-empty-classes"
 
 
 def _class_folders(labels: Sequence[_Label]) -> list[str]:
@@ -104,18 +121,6 @@ def _class_folders(labels: Sequence[_Label]) -> list[str]:
 def _number(text: str | None) -> int | None:
     match = _NUMBER.fullmatch(text or "")
     return int(match[1]) if match else None
-
-
-def _first_number(labels: Sequence[_Label], count: int) -> int:
-    """Return whether labels count from 0 or 1. They count from 1 only if one of them equals the number of classes."""
-    numbers = {number for label in labels if (number := _number(label.text)) is not None}
-    return int(0 not in numbers and count in numbers)
-
-
-def _sorted(names: Sequence[str], labels: Sequence[_Label]) -> list[str]:
-    """Sort class names: by value if every label is a number, else as torchvision's ImageFolder does."""
-    numeric = all(_number(label.text) is not None for label in labels)
-    return sorted(set(names), key=int if numeric else None)
 
 
 def read_classes(file: Path) -> list[str]:

@@ -168,7 +168,7 @@ def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
     if generic and len(shared) > 1 and all(top == inner[top] for top in tops):
         what = f"has the folders {_names(shared)} in each of {_names(tops)}"
         reading = f"use {_names(tops)} as classes with only the images in {generic[0]!r}"
-        command = _list_and_pack(root, f"*/{_quoted(generic[0])}")
+        command = _list_and_pack(root, f"*/{quoted(generic[0])}")
         raise _ambiguous(root, what, [(reading, command), _as_classes(root, tops)])
     folds = len(shared) > 1 and all(FOLDS.issuperset(words_of(top)) for top in tops)
     if (folds or len(shared) >= len(tops)) and not any(_has_own_images(root / inner[top]) for top in tops):
@@ -180,6 +180,13 @@ def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
     generic = [top for top in tops if is_generic(top)]
     if generic and any(_holds_images(root / top) for top in tops if top not in generic):
         raise _generic_folders(root, ".", generic, tops, generic)
+
+
+def shared_folders(root: Path, tops: Sequence[str]) -> list[str]:
+    """Return the folders that each of `tops` has, if none of `tops` has images besides."""
+    if any(_has_own_images(root / top) for top in tops):
+        return []
+    return sorted(set[str].intersection(*(set(subfolders(root / top)) for top in tops)))
 
 
 def _has_own_images(folder: Path) -> bool:
@@ -282,9 +289,9 @@ def _duplicate_split(root: Path, named: dict[str, str]) -> FolderError:
     places = {top: f"{split}/{'-'.join(kinds[top])}" for top, split in named.items()}
     if len(set(places.values())) == len(named) and not any(place.endswith("/") for place in places.values()):
         by_split = Path(f"{root.absolute()}-by-split")
-        links = [f"ln -s {_quoted(root.absolute() / top)} {_quoted(by_split / place)}" for top, place in places.items()]
-        folders = " ".join(_quoted(by_split / split) for split in dict.fromkeys(splits))
-        command = " && ".join([f"mkdir -p {folders}", *links, f"fastflower pack {_quoted(by_split)}"])
+        links = [f"ln -s {quoted(root.absolute() / top)} {quoted(by_split / place)}" for top, place in places.items()]
+        folders = " ".join(quoted(by_split / split) for split in dict.fromkeys(splits))
+        command = " && ".join([f"mkdir -p {folders}", *links, f"fastflower pack {quoted(by_split)}"])
         readings.append(("use each folder as one class of its split", command))
     what = f"has more than one folder for the same split ({_names(twice)})"
     return _ambiguous(root, what, [*readings, _as_classes(root, list(named))])
@@ -296,13 +303,13 @@ def _nested_splits(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, 
     for top in dict.fromkeys(top for top, _ in nested):
         named = splits_named(subfolders(root / top))
         if _splits_fit(root / top, named, _class_parents(root / top, named)):
-            readings.append((f"use the splits in {top!r}", f"fastflower pack {_quoted(root / top)}"))
+            readings.append((f"use the splits in {top!r}", f"fastflower pack {quoted(root / top)}"))
     classes = [(top, split) for top, split in nested if "/" not in top]
     if len({top for top, _ in classes}) > 1:
-        by_split = _quoted(f"{root.absolute()}-by-split")
-        splits = " ".join(map(_quoted, sorted({split for _, split in classes})))
+        by_split = quoted(f"{root.absolute()}-by-split")
+        splits = " ".join(map(quoted, sorted({split for _, split in classes})))
         command = (
-            f'(cd {_quoted(root)} && for split in {splits}; do mkdir -p {by_split}/"$split"; for class in '
+            f'(cd {quoted(root)} && for split in {splits}; do mkdir -p {by_split}/"$split"; for class in '
             f'*/; do [ -d "$class$split" ] && ln -s "$PWD/$class$split" {by_split}/"$split/${{class%/}}"; done; done); '
             f"fastflower pack {by_split}"
         )
@@ -321,7 +328,7 @@ def _subfolders_as_classes(root: Path, tops: Iterable[str], also: str = "") -> l
     """For each folder with more than one subfolder, return the reading in which its subfolders are the classes."""
     several = [top for top in (_inner(root, top) for top in tops) if len(subfolders(root / top)) > 1]
     return [
-        (f"use the folders in {top!r} as classes{also}", f"fastflower pack {_quoted(root / top)}")
+        (f"use the folders in {top!r} as classes{also}", f"fastflower pack {quoted(root / top)}")
         for top in several[:_MOST_NAMES]
     ]
 
@@ -334,28 +341,28 @@ def _skip_and_pack(root: Path, tops: Sequence[str]) -> str:
 def _pack(root: Path, skipped: Sequence[str] = ()) -> str:
     """Return the command that packs a folder without `skipped` and without what is ignored already."""
     patterns = [*patterns_ignored(), *(f"/{glob.escape(top)}" for top in skipped)]
-    return " ".join(["fastflower pack", _quoted(root), *(f"--ignore {_quoted(pattern)}" for pattern in patterns)])
+    return " ".join(["fastflower pack", quoted(root), *(f"--ignore {quoted(pattern)}" for pattern in patterns)])
 
 
 def _to_label(root: Path, tops: Sequence[str]) -> tuple[str, str]:
     """Return the reading in which the user labels the unlabeled images."""
-    command = f"fastflower pack {_quoted(root)} --labels FILE"
+    command = f"fastflower pack {quoted(root)} --labels FILE"
     return f"label the images in {_names(tops)}", f"put them into {root / tops[0]}/CLASS, or pass a table: {command}"
 
 
 def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
     """Return the reading in which every folder is a class. The command writes a list, which overrides the layout."""
-    names = " ".join(map(_quoted, tops)) if len(tops) <= _MOST_NAMES else "*/"
+    names = " ".join(map(quoted, tops)) if len(tops) <= _MOST_NAMES else "*/"
     return f"use {_names(tops)} as classes", _list_and_pack(root, names)
 
 
 def _list_and_pack(root: Path, names: str) -> str:
     """Return the command that lists all files in the folders `names` and then packs them."""
     hidden = "-not -path '*/.*' -not -path '*/@eaDir/*'"  # a list could name them
-    return f"(cd {_quoted(root)} && find -L {names} -type f {hidden} > train.txt) && {_pack(root)} --split-by class"
+    return f"(cd {quoted(root)} && find -L {names} -type f {hidden} > train.txt) && {_pack(root)} --split-by class"
 
 
-def _quoted(path: Path | str) -> str:
+def quoted(path: Path | str) -> str:
     """Quote a path for the shell. Unprintable names (not UTF-8, line breaks) use bash's $'...' syntax."""
     if str(path).isprintable():
         return shlex.quote(str(path))

@@ -2,22 +2,31 @@
 
 import logging
 import os
+import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from fastflower.errors import FolderError
+from fastflower.packing.columns import Columns
 from fastflower.packing.finder import Finder, Found
 from fastflower.packing.hidden import is_ignored, patterns_ignored
 from fastflower.packing.labels import Labels, read_classes
-from fastflower.packing.lists import Columns, Row, read_lines, rows, usual_columns
+from fastflower.packing.lists import Row, rows, usual_table
 from fastflower.packing.names import split_in
+from fastflower.packing.text import read_lines
 
 _log = logging.getLogger("fastflower")
 
 SPLITS = ("train", "val", "test")
 _MOST_NAMES = 3  # missing images per message
+_MOST_ROWS, _FEW_ROWS = (
+    100_000,
+    50,
+)  # of a table beside the images: those counted, and those that decide whether it is one
 
 
 def lists_of(root: Path) -> dict[Path, str | None]:
@@ -50,7 +59,7 @@ def splits_of(root: Path, files: Sequence[Path], option: str) -> dict[Path, str 
     if len(files) == 1:
         return {files[0]: None}
     for names in ([file.stem for file in files], [file.parent.name for file in files]):
-        splits = [split_in(name.replace("trainval", "train")) for name in names]
+        splits = [split_in(name) for name in names]
         if None not in splits and len(set(splits)) == len(files):
             return dict(sorted(zip(files, splits, strict=True), key=lambda item: SPLITS.index(item[1] or "")))
     what = "several files must be named after their splits, such as train.csv and val.csv"
@@ -77,64 +86,93 @@ class Listing:
     ) -> None:
         self._root, self._lists, self._columns = root, lists, columns
         self._finder, self._labels, self._tops = finder, labels, tops or {}
-        self._seen: set[int] = set()  # 64-bit hashes: a million paths would take too much memory
+        self._seen: dict[
+            int, int
+        ] = {}  # number of the label, by the hash of the path: paths would take too much memory
+        self._count = 0
         self._missing: list[str] = []
         self._divides = labels is None  # or a row names a split
         self.unlabeled: list[str] = []
         """Paths of test images without a label."""
 
     def __len__(self) -> int:
-        return len(self._seen)
+        """Return the number of images, without missing ones."""
+        return len(self._seen) - len(self._missing)
 
     def __iter__(self) -> Iterator[tuple[str, int, str | None]]:
-        for file, split in self._lists.items():
-            find = partial(self._find, bases=self._bases(file, split))
-            for row in self._rows(file, find):
-                (path, listed), label = _chosen(row, find, self._missing)
-                if is_ignored(f"{self._root}/{path}"):
-                    continue
-                self._check(row.where, path)
-                self._divides |= row.split is not None
-                if self._labels is None:
-                    yield path, 0, _split_named(row.where, row.split or label) or split
-                    continue
-                place = _split_named(row.where, row.split) or split or self._tops.get(path.partition("/")[0])
-                if label != "":
-                    yield path, self._labels.add(label, listed, place, row.where), place
-                elif place == "test":
-                    self.unlabeled.append(path)
-                else:
-                    raise FolderError(f"{row.where}: {path!r} has no label; add it, or remove the line.")
+        yield from self.quietly()
         self._report()
 
-    def _rows(self, file: Path, find: "partial[Found | None]") -> Iterator[Row]:
+    def quietly(self) -> Iterator[tuple[str, int, str | None]]:
+        """Yield the images without a word about missing ones."""
+        for file, split in self._lists.items():
+            alone = split or split_in(file.stem)  # whose folder to prefer
+            find = partial(self._finder.find, bases=self._bases(file, split))
+            for row in self._rows(file, split, find):
+                named = _split_named(row.where, row.split)
+                (path, listed), label = self._chosen(row, partial(find, split=named or alone))
+                if is_ignored(f"{self._root}/{path}"):
+                    continue
+                self._divides |= row.split is not None
+                if self._labels is None:
+                    place = named or split or _split_named(row.where, label)
+                    number = SPLITS.index(place) if place else -1
+                else:
+                    place = named or split or self._tops.get(path.partition("/")[0])
+                    unlabeled = label == "" or (label is None and place == "test" and "/" not in listed)
+                    if unlabeled and place != "test":
+                        raise FolderError(f"{row.where}: {path!r} has no label; add it, or remove the line.")
+                    number = -1 if unlabeled else self._labels.add(label, listed, place, row.where)
+                if self._is_new(row.where, path, number):
+                    if self._labels is not None and number < 0:
+                        self.unlabeled.append(path)
+                    else:
+                        yield path, max(number, 0), place
+
+    def _rows(self, file: Path, split: str | None, find: "partial[Found | None]") -> Iterator[Row]:
         first = next((text.strip() for _, text in read_lines(file)), "")
-        single = first and not any(mark in first for mark in " \t,;{.")
-        if not single or self._columns != Columns() or find(first):
-            yield from rows(file, self._columns, partial(_exists, find), labels=self._labels is not None)
+        labels = list(read_lines(file)) if first and not re.search(r"[\s,;{\[.]", first) and not find(first) else []
+        if not labels or self._columns != Columns() or self._labels is None or len(set(labels)) == 1:
+            needed = None if split == "test" else self._labels is not None
+            yield from rows(file, self._columns, partial(_exists, find), labels=needed)
             return
         images = self._finder.flat()
-        labels = list(read_lines(file))
         if len(images) != len(labels) or len({label for _, label in labels}) == len(labels):
             what = f"its {len(labels)} lines name no images, and are not one label for each of the {len(images)} images"
             raise FolderError(f"{file}: {what} in {self._root}; write one line 'PATH LABEL' per image.")
+        if images != sorted(images, key=_natural):
+            what = "has one label per line, but the images have another order by name than by number (1, 10, 2)"
+            raise FolderError(f"{file}: {what}; write lines 'PATH LABEL'.")
         for path, (line, label) in zip(images, labels, strict=True):
             yield Row(f"{file}, line {line}", [(path, label.strip())], None)
-
-    def _find(self, path: str, bases: Sequence[str]) -> Found | None:
-        return self._finder.find(path, bases)
 
     def _bases(self, file: Path, split: str | None) -> list[str]:
         inside = file.absolute().is_relative_to(self._root.absolute())
         beside = [str(file.absolute().parent.relative_to(self._root.absolute()))] if inside else []
         return [*([split] if split else []), *beside]
 
-    def _check(self, where: str, path: str) -> None:
+    def _chosen(self, row: Row, find: "partial[Found | None]") -> tuple[Found, str | None]:
+        """Return the reading of a row whose image exists. If none does, return the likeliest and record that it is missing."""
+        try:
+            for path, label in row.readings:
+                if "\0" not in path and (found := find(path)):
+                    return found, label
+        except FolderError as error:
+            raise FolderError(f"{row.where}: {error}") from None
+        path, label = next((reading for reading in row.readings if reading[1] is not None), row.readings[0])
+        self._missing.append(f"{row.where.rpartition('/')[2]}: {path!r}")
+        return Found(path, path), label
+
+    def _is_new(self, where: str, path: str, number: int) -> bool:
+        """Return whether a path is listed for the first time. Raises FolderError if it is a folder or has two labels."""
         if os.path.isdir(self._root / path):  # noqa: PTH112  (Path.is_dir raises if a name is too long)
             raise FolderError(f"{where}: {path!r} is a folder; list its files.")
-        if hash(path) in self._seen:
+        before = self._seen.setdefault(hash(path), number)
+        count = self._count
+        self._count = len(self._seen)
+        if before != number:
             raise FolderError(f"{where}: {path!r} is listed twice; remove one of the lines.")
-        self._seen.add(hash(path))
+        return self._count > count
 
     def ordered(self, splits: Collection[str]) -> tuple[str, ...]:
         """Return the names of splits, train first, or () if the images are not yet split.
@@ -181,17 +219,9 @@ def _exists(find: "partial[Found | None]", path: str) -> bool:
         return True
 
 
-def _chosen(row: Row, find: "partial[Found | None]", missing: list[str]) -> tuple[Found, str | None]:
-    """Return the reading of a row whose image exists. If none does, return the likeliest and record that it is missing."""
-    try:
-        for path, label in row.readings:
-            if "\0" not in path and (found := find(path)):
-                return found, label
-    except FolderError as error:
-        raise FolderError(f"{row.where}: {error}") from None
-    path, label = row.readings[0]
-    missing.append(f"{row.where.rpartition('/')[2]}: {path!r}")
-    return Found(path, path), label
+def _natural(path: str) -> list[str | int]:
+    """Return a key that sorts "2.jpg" before "10.jpg"."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
 def _split_named(where: str, word: str | None) -> str | None:
@@ -206,18 +236,47 @@ def _split_named(where: str, word: str | None) -> str | None:
 
 def tables_naming(root: Path) -> list[str]:
     """Return a line for each table in or beside a folder that names images of it, with the command that packs them."""
-    lines: list[str] = []
     finder = Finder(root)
     tables = [*sorted(root.glob("*")), *sorted(root.glob("*/metadata.*")), *sorted(root.parent.glob("*"))]
+    counts: dict[Path, int] = {}
+    options: dict[Path, str] = {}
     for table in tables if root.is_dir() else ():
-        try:
-            columns = usual_columns(table)
-            paths = (row.readings[0][0] for row in rows(table, columns, finder.find)) if columns else ()
-            count = sum(finder.find(path) is not None for path in paths)
-        except (FolderError, OSError):  # it is not a table that names images
-            continue
-        if count:
-            option = " --label-column COLUMN" if columns != Columns() else ""
-            command = f"fastflower pack {shlex.quote(str(root))} --labels {shlex.quote(str(table))}{option}"
-            lines.append(f"{table.name} names {count:,} of these images: {command}")
-    return lines
+        with suppress(FolderError, OSError):  # it is not a table that names images
+            if usual_table(table):
+                options[table] = f" --labels {shlex.quote(str(table))}"
+                find = partial(_exists, partial(finder.find, split=split_in(table.stem)))
+                sample = list(islice(rows(table, Columns(), find, labels=None), _FEW_ROWS))
+                if not any(find(row.readings[0][0]) for row in sample):
+                    continue
+                try:
+                    next(rows(table, Columns(), find))
+                except FolderError:  # it has several columns that may be labels
+                    options[table] += " --label-column COLUMN"
+                named = islice(rows(table, Columns(), find, labels=None), _MOST_ROWS)
+                counts[table] = sum(find(row.readings[0][0]) for row in named)
+    counts = {table: count for table, count in counts.items() if count}
+    splits = [split_in(table.stem) for table in counts]
+    if "train" in splits and None not in splits and len(set(splits)) == len(splits) > 1:
+        what = f"{' and '.join(table.name for table in counts)} name {sum(counts.values()):,} of these images"
+        return [f"{what}: fastflower pack {shlex.quote(str(root))}{''.join(options[table] for table in counts)}"]
+    return [
+        f"{table.name} names {count:,}{' or more' if count == _MOST_ROWS else ''} of these images: "
+        f"fastflower pack {shlex.quote(str(root))}{options[table]}"
+        for table, count in sorted(counts.items(), key=lambda item: -item[1])
+    ]
+
+
+def unused(root: Path) -> Iterator[str]:
+    """Yield a remark for each table or list in a folder that names images of its class folders, but is not used."""
+    finder = Finder(root)
+    find = partial(_exists, finder.find)
+    for file in sorted(root.glob("*")):
+        listed = file.suffix.lower() in (".txt", ".lst") and split_in(file.stem) and file.is_file()
+        with suppress(FolderError, OSError):
+            if listed or usual_table(file):
+                sample = list(islice(rows(file, Columns(), find, labels=None), _FEW_ROWS))
+                named = sum(any(find(path) for path, _ in row.readings) for row in sample)
+                if named and 2 * named >= len(sample):
+                    option = "--split" if split_in(file.stem) else "--labels"
+                    what = f"{file.name} names images of this folder, but is not used"
+                    yield f"{what}; to use it, pass {option} {shlex.quote(str(file))}"

@@ -11,9 +11,9 @@ EXTENSIONS = (
 
 # Split names that Hugging Face's imagefolder accepts, train first.
 SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("train", "training", "trainval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "holdout"), "test"),
 }
 _FILLERS = {"", "image", "images", "img", "imgs", "split", "folder", "mini", "full"}  # ignored in the name of a split
 _UNLABELED = {"unknown", "unlabeled", "unlabelled", "all", "classes", "none"}  # folders of unlabeled images

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from fastflower.errors import ArgumentError, FolderError, require
 from fastflower.machine import cores
 from fastflower.packing.archives import is_archive, unpacked
+from fastflower.packing.columns import Columns
 from fastflower.packing.duplicates import Item, Result
 from fastflower.packing.folder import Folder, Tables, scan
-from fastflower.packing.lists import Columns
 from fastflower.packing.lost_classes import LostClassError, without_lost_classes
 from fastflower.packing.plan import Options, Plan
 from fastflower.packing.publishing import publish, unpublish
@@ -33,6 +33,8 @@ from fastflower.packing.workspace import load_or_make_plan, workspace
 from fastflower.shards.manifest import FILE, PLAN, WORK, Manifest
 
 _log = logging.getLogger("fastflower")
+
+_VAL_FRACTION = 0.2  # by default
 
 
 def pack(
@@ -83,7 +85,8 @@ def pack(
         split_by: "class" puts val_fraction of each class into the val split, but at least one image if the class has two
             or more. "random" takes val_fraction of all images together. "folder" keeps the folder's own split. The
             default is "folder" if the folder has a split, else "class".
-        val_fraction: Fraction of images in the val split, at least 0 and below 1; by default 0.2. Unused if split_by is "folder".
+        val_fraction: Fraction of images in the val split, at least 0 and below 1; by default 0.2. If split_by is "folder",
+            it is the fraction of training images that a folder without a val split contributes to one; by default none.
         test_fraction: Fraction of images in a test split. Unused if split_by is "folder".
         folds: Divide the images into this many folds for cross-validation, at least 2, instead of drawing a val split. Each
             class is spread evenly over the folds; copies and near-duplicates share a fold. A test split stays a test
@@ -116,13 +119,16 @@ def pack(
         >>> {name: split.samples for name, split in manifest.splits.items()}
         {'train': 135, 'val': 15}
     """
-    share = _share(val_fraction, folds)
+    require(val_fraction is None or 0 <= val_fraction < 1, "val_fraction", "at least 0 and less than 1", val_fraction)
+    rule = "omitted with folds, because each fold is the val split in turn"
+    require(folds is None or val_fraction is None, "val_fraction", rule, val_fraction)
+    share = 0.0 if folds else _VAL_FRACTION if val_fraction is None else val_fraction
     rule = "at least 0 and, added to val_fraction, less than 1"
-    require(0 <= test_fraction < 1 - (share or 0), "test_fraction", rule, test_fraction)
+    require(0 <= test_fraction < 1 - share, "test_fraction", rule, test_fraction)
     tables = Tables(_paths(labels), _paths(split), Columns(path_column, label_column, split_column))
     options = Options(
         split_by=split_by,
-        val_fraction=share,
+        val_fraction=None if val_fraction is None else float(val_fraction),
         test_fraction=float(test_fraction),
         folds=folds,
         seed=seed,
@@ -198,16 +204,8 @@ def _already_packed(out: Path) -> FolderError:
     return FolderError(f"{out}: already contains packed shards; choose another folder with --out, or remove this one.")
 
 
-def _share(val_fraction: float | None, folds: int | None) -> float | None:
-    """Return the fraction of images in the val split, or None with folds. Raises ArgumentError if it is invalid."""
-    require(val_fraction is None or 0 <= val_fraction < 1, "val_fraction", "at least 0 and less than 1", val_fraction)
-    rule = "omitted with folds, because each fold is the val split in turn"
-    require(folds is None or val_fraction is None, "val_fraction", rule, val_fraction)
-    return None if folds is not None else 0.2 if val_fraction is None else float(val_fraction)
-
-
 def _resolved(options: Options, folder: Folder) -> Options:
-    """Resolve the default of split_by for a folder. If the folder's own split is kept, set val_fraction to None."""
+    """Resolve the defaults of split_by and val_fraction for a folder. val_fraction is None if no val split is to be drawn."""
     split_by = options.split_by or ("folder" if folder.splits else "class")
     if split_by == "folder" and not folder.splits:
         what = f"because {folder.root} has no split of its own, got 'folder'."
@@ -217,7 +215,12 @@ def _resolved(options: Options, folder: Folder) -> Options:
         raise FolderError(f"{str(path)!r}: has a line break in its name; rename it, or pack without --lists.")
     if options.folds and split_by == "folder" and "val" in folder.splits:
         _log.warning("%s: its val split is divided into folds together with its train split", folder.root)
-    return replace(options, split_by=split_by, val_fraction=None if split_by == "folder" else options.val_fraction)
+    fraction = options.val_fraction
+    if split_by == "folder":
+        fraction = None if "val" in folder.splits else fraction or None
+    elif fraction is None and not options.folds:
+        fraction = _VAL_FRACTION
+    return replace(options, split_by=split_by, val_fraction=fraction)
 
 
 def _bounded_map(

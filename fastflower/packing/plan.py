@@ -111,6 +111,8 @@ class Plan:
     def splits(self) -> tuple[str, ...]:
         drawn = ("train", "val", "test") if self.options.test_fraction else ("train", "val")
         splits = self.folder.splits if self.options.split_by == "folder" else drawn
+        if self.options.val_fraction and "val" not in splits:
+            splits = ("train", "val", *splits[1:])
         return tuple(name for name in splits if name != "val" or not self.options.folds)
 
     def conflicts(self) -> list[NDArray[np.int64]]:
@@ -134,6 +136,8 @@ def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped
     names = folder.splits if own else ("train", "val", "test")
     # With folds, the images of the folder's val split are in train.
     split = np.array([plan.splits.index(name if name in plan.splits else "train") for name in names])[drawn]
+    if own and options.val_fraction:
+        split[_draw_splits(plan, kept & (split == 0)) == 1] = plan.splits.index("val")
     train = folder.files["label"][kept & (split == plan.splits.index("train"))]
     counts = np.bincount(train, minlength=len(folder.classes))
     dropped = _empty_classes(folder, counts, int((~kept).sum()), options)
@@ -174,7 +178,7 @@ def _draw_splits(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.int32]:
     Returns (N,) positions in ("train", "val", "test").
     """
     labels, options = plan.folder.files["label"], plan.options
-    pools = labels if options.split_by == "class" else np.zeros_like(labels)  # a share is taken from each pool
+    pools = np.zeros_like(labels) if options.split_by == "random" else labels  # a share is taken from each pool
     sizes = np.bincount(pools[kept], minlength=1)
     left = np.bincount(labels[kept], minlength=len(plan.folder.classes))  # training images left in each class
     group_of = {number: group for group in plan.groups for number in group.tolist()}
@@ -191,6 +195,7 @@ def _draw_splits(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.int32]:
                 if split[image]:
                     continue
                 group = group_of.get(image, np.array([image]))
+                group = group[kept[group]]
                 classes, counts = np.unique(labels[group], return_counts=True)
                 if (left[classes] <= counts).any():  # a class would have no training images left
                     continue
@@ -300,7 +305,8 @@ def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:
     old = before.path(first) if first < len(before) else None
     new = now.path(first) if first < len(now) else None
     if new is not None and new == old:
-        return new, "has been changed"
+        same = all(before.files[first][name] == now.files[first][name] for name in ("size", "mtime_ns"))
+        return new, "has another label or split" if same else "has been changed"
     if old is not None and all(now.path(number) != old for number in range(first, len(now))):
         return old, "has been removed"
     if new is not None:

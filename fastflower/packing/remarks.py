@@ -1,7 +1,8 @@
 """Warnings about a finished pack: skipped files, missing classes and unusual splits."""
 
 import re
-from collections.abc import Collection, Iterator
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -82,6 +83,14 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def _similar_classes(classes: Sequence[str]) -> Iterator[str]:
+    first: dict[str, str] = {}
+    for name in classes:
+        other = first.setdefault(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFC", name)).strip().lower(), name)
+        if other != name and any(letter.isalnum() for letter in name):
+            yield f"classes {other!r} and {name!r} differ only in case, spaces or punctuation"
+
+
 def _validation(manifest: Manifest) -> Iterator[str]:
     val, fraction = manifest.splits.get("val"), manifest.options["val_fraction"]
     if fraction == 0:  # the caller wants no validation
@@ -92,7 +101,7 @@ def _validation(manifest: Manifest) -> Iterator[str]:
             remedy = "classes can only spare copies, which stay together: add images."
             remedy += " If an older version planned this pack, pack again"
         if fraction is None:
-            remedy = "add a val folder next to train, or pack only the train folder to split it into train and val"
+            remedy = "draw one from the training images with --val-fraction 0.2"
         yield f"has no images in split 'val', so training on these shards has nothing to validate on; {remedy}"
     elif fraction is not None:
         share = val.samples / sum(split.samples for split in manifest.splits.values())

@@ -383,7 +383,10 @@ LISTS = [
     ({"train.txt": AB + "a/2.jpg 1"}, f"train.txt, line 3: label 1 is not the position of 'a' {POSITION}"),
     ({"train.txt": AB + "a 0", "classes.txt": "a\nb"}, "train.txt, line 3: 'a' is a folder; list its files."),
     ({"train.txt": AB, "val.txt": "b 1"}, "val.txt, line 1: 'val/b' is a folder; list its files."),
-    ({"train.txt": AB + AB}, "train.txt, line 3: 'a/1.jpg' is listed twice; remove one of the lines."),
+    (
+        {"train.txt": AB + "a/1.jpg 1", "classes.txt": "a\nb"},
+        "train.txt, line 3: 'a/1.jpg' is listed twice; remove one of the lines.",
+    ),
     ({"train.txt": AB, "val.txt": AB}, "val.txt, line 1: 'a/1.jpg' is listed twice; remove one of the lines."),
     ({"train.txt": "\n \r\n", "val.txt": ""}, "train.txt: lists no images; write one line 'PATH LABEL' per image."),
     ({"train.txt": AB + "a/\0.jpg"}, "train.txt, line 3: contains a null byte; save the file as UTF-8."),

@@ -138,6 +138,33 @@ def test_a_list_without_one_meaning_is_refused(tmp_path: Path, name: str) -> Non
         scan(root)
 
 
+def test_a_val_list_without_class_folders_uses_the_numbers_of_train(tmp_path: Path) -> None:
+    """OpenMMLab and Caffe list ImageNet so."""
+    root = touch(tmp_path, "train/n1/1.jpg", "train/n2/1.jpg", "val/v1.jpg", "val/v2.jpg")
+    write(root, {"meta/train.txt": "n1/1.jpg 0\nn2/1.jpg 1\n", "meta/val.txt": "v1.jpg 1\nv2.jpg 0\n"})
+    expected = {"train/n1/1.jpg": "n1 train", "train/n2/1.jpg": "n2 train"}
+    assert labeled(scan(root)) == {**expected, "val/v1.jpg": "n2 val", "val/v2.jpg": "n1 val"}
+
+
+def test_images_that_no_list_names_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write(touch(tmp_path, *NESTED, "c/1.jpg", "a/9.jpg"), {"train.txt": "a/1.jpg\nb/2.jpg\n"})
+    assert len(scan(root)) == 2
+    assert caplog.messages == [f"2 images in {root} are not in {root}/train.txt and are skipped"]
+
+
+def test_a_missing_image_with_a_name_as_label_makes_no_class(tmp_path: Path) -> None:
+    root = write(touch(tmp_path, *FLAT), {"train.txt": "1.jpg a\n2.jpg b\nx/9.jpg a\n"})
+    assert labeled(scan(root)) == {"1.jpg": "a train", "2.jpg": "b train", "x/9.jpg": "a train"}
+
+
+def test_many_images_of_one_name_are_found_quickly(tmp_path: Path) -> None:
+    root = touch(tmp_path, *(f"images/v{number}/frame.jpg" for number in range(300)))
+    write(
+        root, {"train.txt": "".join(f"v{number}/frame {number % 2}\n" for number in range(300)), "classes.txt": "a\nb"}
+    )
+    assert len(scan(root)) == 300
+
+
 def test_missing_images_are_named_before_anything_is_decoded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write(
         touch(tmp_path, *NESTED), {"train.txt": "a/1.jpg 0\nb/2.jpg 1\n" + "".join(f"b/{n} 1\n" for n in "6789")}

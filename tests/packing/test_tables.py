@@ -74,6 +74,74 @@ TABLES = {
         {},
         {"train/1.jpg": "a", "train/2.jpg": "b"},
     ),
+    "a column of splits called set": (
+        [*FLAT, "3.jpg"],
+        {"t.csv": "file,label,set\n1.jpg,a,train\n2.jpg,b,train\n3.jpg,a,val\n"},
+        {},
+        {"1.jpg": "a train", "2.jpg": "b train", "3.jpg": "a val"},
+    ),
+    "a column that holds splits": (
+        [*FLAT, "3.jpg"],
+        {"t.csv": "file,label,what\n1.jpg,a,Training\n2.jpg,b,trainval\n3.jpg,a,holdout\n"},
+        {},
+        {"1.jpg": "a train", "2.jpg": "b train", "3.jpg": "a test"},
+    ),
+    "is_valid": (
+        [*FLAT, "3.jpg"],
+        {"t.csv": "name,label,is_valid\n1.jpg,a,False\n2.jpg,b,False\n3.jpg,a,True\n"},
+        {},
+        {"1.jpg": "a train", "2.jpg": "b train", "3.jpg": "a val"},
+    ),
+    "path, label and split without a header": (
+        [*FLAT, "3.jpg"],
+        {"t.txt": "1.jpg a train\n2.jpg b train\n3.jpg a val\n"},
+        {},
+        {"1.jpg": "a train", "2.jpg": "b train", "3.jpg": "a val"},
+    ),
+    "an unusual header": (FLAT, {"t.csv": "picture,disease\n1.jpg,a\n2.jpg,b\n"}, {}, AB),
+    "names of files in another column than id": (
+        FLAT,
+        {"t.csv": "id,photo,label\n1,2.jpg,a\n2,1.jpg,b\n"},
+        {},
+        {"1.jpg": "b", "2.jpg": "a"},
+    ),
+    "the index of pandas": (FLAT, {"t.csv": ",image,breed\n0,1.jpg,a\n1,2.jpg,b\n"}, {}, AB),
+    "the unnamed index of pandas": (FLAT, {"t.csv": "Unnamed: 0,image,breed\n0,1,a\n1,2,b\n"}, {}, AB),
+    "a column for each class": (FLAT, {"t.csv": "image,a,b\n1,1.0,0.0\n2,0.0,1.0\n"}, {}, AB),
+    "numbers and names of the classes": (FLAT, {"t.csv": "image,class_id,class_name\n1,7,a\n2,3,b\n"}, {}, AB),
+    "comments and blank lines": (FLAT, {"t.csv": "sep=,\n\n# labels of June\nimage,label\n1,a\n2,b\n"}, {}, AB),
+    "spaces after commas": (FLAT, {"t.csv": 'image, label\n1.jpg, "a"\n2.jpg, b\n'}, {}, AB),
+    "a trailing comma": (FLAT, {"t.csv": "image,label\n1.jpg,a,\n2.jpg,b,\n"}, {}, AB),
+    "a row twice": (FLAT, {"t.csv": "image,label\n1,a\n2,b\n1,a\n"}, {}, AB),
+    "another extension": (FLAT, {"t.csv": "image,label\n1.png,a\n2.jpeg,b\n"}, {}, AB),
+    "letters with accents in two parts": (
+        ["e\u0301.jpg", "2.jpg"],
+        {"t.csv": "image,label\n\u00e9.jpg,a\n2.jpg,b\n"},
+        {},
+        {"e\u0301.jpg": "a", "2.jpg": "b"},
+    ),
+    "a JSON array": (
+        FLAT,
+        {"t.json": '[{"image": "1.jpg", "label": "a"},\n {"image": "2.jpg", "label": "b"}]'},
+        {},
+        AB,
+    ),
+    "COCO": (
+        FLAT,
+        {
+            "t.json": '{"images": [{"id": 5, "file_name": "1.jpg"}, {"id": 6, "file_name": "2.jpg"}], "annotations": '
+            '[{"image_id": 5, "category_id": 1}, {"image_id": 6, "category_id": 2}], '
+            '"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}'
+        },
+        {},
+        AB,
+    ),
+    "lists and objects of one name in JSON": (
+        FLAT,
+        {"t.jsonl": '{"image": "1.jpg", "label": ["a"]}\n{"image": "2.jpg", "label": {"id": 3, "name": "b"}}\n'},
+        {},
+        AB,
+    ),
     "a label for each image in order": (
         [*FLAT, "10.jpg"],
         {"truth.txt": "n01\nn02\nn02\n"},
@@ -144,7 +212,7 @@ BAD_TABLES = {
     "a short row": (
         {"t.csv": "image,label\n1,a\n2\n"},
         {},
-        "t.csv, line 3: has 1 columns, fewer than the first line; correct it.",
+        "t.csv, line 3: has 1 columns, but the first line has 2; correct it, or quote cells that contain ','.",
     ),
     "a row without a label": (
         {"t.csv": "image,label\n1,a\n2,\n"},
@@ -183,6 +251,80 @@ BAD_TABLES = {
         {},
         "t.txt: its 3 lines name no images, and are not one label for each of the 2 images in {root}; "
         "write one line 'PATH LABEL' per image.",
+    ),
+    "a quote that is not closed": (
+        {"t.csv": 'image,label\n1,"a\n2,b\n'},
+        {},
+        "t.csv, line 2: has a quote that is not closed on this line; remove it, or close it.",
+    ),
+    "too many cells": (
+        {"t.csv": "image,label\n1.jpg,red, dark\n2.jpg,b\n"},
+        {},
+        "t.csv, line 2: has 3 columns, but the first line has 2; correct it, or quote cells that contain ','.",
+    ),
+    "two labels": (
+        {"t.csv": "image,a,b\n1,1,0\n2,1,1\n"},
+        {},
+        "t.csv, line 3: has 2 labels; each image must have exactly one; "
+        "remove the row, or choose one column with --label-column.",
+    ),
+    "a list as a label": (
+        {"t.jsonl": '{"image": "1.jpg", "label": ["a", "b"]}\n'},
+        {},
+        't.jsonl, line 1: label must be a name or a number, got ["a", "b"].',
+    ),
+    "a switch that is none": (
+        {"t.csv": "image,label,is_valid\n1,a,perhaps\n2,b,True\n"},
+        {},
+        "t.csv, line 2: is_valid must be true or false, got 'perhaps'.",
+    ),
+    "a label that is not UTF-8": (
+        {"t.csv": b"image,label\n1,caf\xe9\n2,b\n"},
+        {},
+        "t.csv, line 2: the label is not UTF-8; save the file as UTF-8.",
+    ),
+    "another table": (
+        {"t.xlsx": b"PK\3\4\0\0"},
+        {},
+        "t.xlsx: is not text; convert it: "
+        """python -c "import pandas; pandas.read_excel('{root}/t.xlsx').to_csv('t.csv', index=False)\"""",
+    ),
+    "another file": (
+        {"t.txt": b"%PDF-1.4 \0\n"},
+        {},
+        "t.txt: is a PDF document, not a list or a table; save it as CSV.",
+    ),
+    "an object": ({"t.json": '{"a": 1}'}, {}, 't.json: is not an array of objects; write [{"file_name": ...}, ...].'),
+    "half of COCO": (
+        {"t.json": '{"images": [{"id": 1}], "annotations": []}'},
+        {},
+        "t.json: is not in COCO's format (key 'file_name' is missing); write a table PATH,LABEL.",
+    ),
+    "columns of numbers": (
+        {"t.txt": "1.jpg 1 1 2\n2.jpg 2 1 2\n"},
+        {},
+        "t.txt: has 4 columns; choose the labels with --label-column 2 .. 4.",
+    ),
+    "two columns of paths": (
+        {"t.csv": "first,second,label\n1.jpg,2.jpg,a\n2.jpg,1.jpg,b\n"},
+        {},
+        "t.csv: more than one column names images; choose one with --path-column: 'first', 'second'.",
+    ),
+    "two labels for one image": (
+        {"t.csv": "image,label\n1,a\n2,b\n1,b\n"},
+        {},
+        "t.csv, line 4: '1.jpg' is listed twice; remove one of the lines.",
+    ),
+    "only unlabeled test images": (
+        {"t.csv": "image,label,split\n1,,test\n2,,test\n"},
+        {},
+        "t.csv: names only test images without a label; add training images.",
+    ),
+    "numbers that may begin with 0 or 1": (
+        {"t.csv": "image,label\n1,1\n2,2\n", "classes.txt": "a\nb\nc\n"},
+        {},
+        "t.csv: the labels are numbers from 1 to 2, and there are 3 classes, so it is not clear whether they count from 0 or "
+        "1; write the names of the classes.",
     ),
     "no table": ({}, {}, "t.csv: is not a file; pass a list or a table (CSV, TSV, JSON lines) with --labels."),
     "a huge field": (
@@ -297,3 +439,94 @@ def test_the_fractions_must_leave_training_images(tmp_path: Path) -> None:
     rule = "test_fraction must be at least 0 and, added to val_fraction, less than 1, got 0.5."
     with pytest.raises(ArgumentError, match=exactly(rule)):
         pack(tmp_path, val_fraction=0.5, test_fraction=0.5)
+
+
+def test_labels_in_order_are_refused_if_numbers_and_names_sort_differently(tmp_path: Path) -> None:
+    root = write(touch(tmp_path, *(f"{n}.jpg" for n in range(1, 13))), {"t.txt": "a\n" * 6 + "b\n" * 6})
+    what = "has one label per line, but the images have another order by name than by number (1, 10, 2)"
+    with pytest.raises(FolderError, match=exactly(f"{root}/t.txt: {what}; write lines 'PATH LABEL'.")):
+        scan(root, tables(root, "t.txt"))
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("Train", "Test"), ("train_images", "test_images")])
+def test_among_equal_names_the_one_in_the_folder_of_the_split_is_meant(tmp_path: Path, names: tuple[str, str]) -> None:
+    root = touch(tmp_path, *(f"{name}/{n}.jpg" for name in names for n in (1, 2)))
+    write(root, {"train.csv": "id,label\n1,a\n2,b\n", "test.csv": "id,label\n1,b\n2,a\n"})
+    first = {f"{names[0]}/1.jpg": "a", f"{names[0]}/2.jpg": "b"}
+    assert labeled(scan(root, tables(root, "train.csv"))) == first
+    both = {f"{names[0]}/1.jpg": "a train", f"{names[0]}/2.jpg": "b train"}
+    both |= {f"{names[1]}/1.jpg": "b test", f"{names[1]}/2.jpg": "a test"}
+    assert labeled(scan(root, tables(root, "train.csv", "test.csv"))) == both
+
+
+@pytest.mark.parametrize("text", ["id\n3\n4\n", "id,age\n3,50\n4,60\n"])
+def test_a_table_of_the_test_split_needs_no_labels(tmp_path: Path, text: str) -> None:
+    root = touch(tmp_path, "1.jpg", "2.jpg", "3.jpg", "4.jpg")
+    write(root, {"train.csv": "id,label\n1,a\n2,b\n", "test.csv": text})
+    found = scan(root, tables(root, "train.csv", "test.csv"))
+    assert labeled(found) == {"1.jpg": "a train", "2.jpg": "b train"}
+    assert found.ignored == (("3.jpg", "has no label"), ("4.jpg", "has no label"))
+
+
+def test_a_table_of_all_splits_is_not_combined_with_class_folders(tmp_path: Path) -> None:
+    """Its first rows may name images of a split without class folders."""
+    root = touch(tmp_path, "test/9.jpg", "train/a/1.jpg", "train/b/2.jpg", "val/3.jpg")
+    rows = "path,label\ntest/9.jpg,x\ntrain/a/1.jpg,x\ntrain/b/2.jpg,y\nval/3.jpg,y\n"
+    found = scan(write(root, {"t.csv": rows}), tables(root, "t.csv"))
+    expected = {"test/9.jpg": "x test", "train/a/1.jpg": "x train", "train/b/2.jpg": "y train", "val/3.jpg": "y val"}
+    assert labeled(found) == expected
+
+
+def test_a_class_without_training_images_is_left_out_on_request(tmp_path: Path) -> None:
+    rows = "image,label,split\n1,a,train\n2,b,train\n3,c,val\n4,a,val\n"
+    root = write(touch(tmp_path, *(f"{n}.jpg" for n in range(1, 5))), {"t.csv": rows})
+    what = "class 'c' has no training image; correct the label, list an image for training, or leave it out"
+    with pytest.raises(FolderError, match=exactly(f"{root}/t.csv, line 4: {what} with --drop-empty-classes.")):
+        scan(root, tables(root, "t.csv"))
+    found = scan(root, tables(root, "t.csv"), drop_empty_classes=True)
+    assert labeled(found) == {"1.jpg": "a train", "2.jpg": "b train", "4.jpg": "a val"}
+    assert found.ignored == (("3.jpg", "has no training image in its class"),)
+
+
+def test_numbers_do_not_name_class_folders(tmp_path: Path) -> None:
+    root = write(touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "val/3.jpg"), {"val.csv": "image,label\n3,490\n"})
+    what = "label '490' is a number, but the classes are names ('a', 'b'); list them in label order in classes.txt"
+    with pytest.raises(FolderError, match=exactly(f"{root}/val.csv, line 2: {what}.")):
+        scan(root, tables(root, "val.csv"))
+    write(root, {"val.csv": "image,label\n3,1\n", "classes.txt": "b\na\n"})
+    assert labeled(scan(root, tables(root, "val.csv")))["val/3.jpg"] == "a val"
+
+
+def test_tables_of_several_splits_are_named_in_one_command(tmp_path: Path) -> None:
+    root = touch(tmp_path, "images/1.jpg", "images/2.jpg", "images/3.jpg")
+    write(
+        root,
+        {"train.csv": "id,label\n1,a\n2,b\n", "val.csv": "id,label\n3,a\n", "sample_submission.csv": "id,label\n3,0"},
+    )
+    command = f"fastflower pack {root} --labels {root}/train.csv --labels {root}/val.csv"
+    with pytest.raises(
+        FolderError, match=re.escape(f"\n  train.csv and val.csv name 3 of these images: {command}") + "$"
+    ):
+        scan(root)
+
+
+def test_files_that_divide_or_label_class_folders_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = touch(tmp_path, "a/1.jpg", "b/2.jpg")
+    write(root, {"train_list.txt": "a/1.jpg\nb/2.jpg\n", "labels.csv": "image,label\n1,x\n2,x\n", "notes.txt": "by me"})
+    assert scan(root).classes == ("a", "b")
+    what = "names images of this folder, but is not used; to use it, pass"
+    assert caplog.messages == [
+        f"{root}: labels.csv {what} --labels {root}/labels.csv",
+        f"{root}: train_list.txt {what} --split {root}/train_list.txt",
+    ]
+
+
+def test_the_val_split_is_drawn_from_a_train_split_on_request(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    drawn(root / "train", a=10, b=10)
+    drawn(root / "test", a=3, b=3)
+    manifest = pack(root, tmp_path / "out", val_fraction=0.2)
+    counts = {name: split.class_counts for name, split in manifest.splits.items()}
+    assert counts == {"train": (8, 8), "val": (2, 2), "test": (3, 3)}
+    assert paths(tmp_path / "out", "test") == {f"test/{name}/{n:03d}.jpg" for name in "ab" for n in range(3)}
+    assert "val" not in pack(root, tmp_path / "plain").splits
