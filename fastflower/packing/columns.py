@@ -56,7 +56,8 @@ class Places:
             if split.lower() not in _BOOLEAN:
                 raise FolderError(f"{where}: {self.names[self.split or 0]} must be true or false, got {split!r}.")
             split = self.words[_BOOLEAN[split.lower()]]
-        return [(cells[self.path], self._label(where, cells))], split
+        path = re.sub(r"^(\d+)\.0$", r"\1", cells[self.path])  # pandas writes 1.0 for a number in a column with gaps
+        return [(path, self._label(where, cells))], split
 
     def _label(self, where: str, cells: Sequence[str]) -> str | None:
         if not self.labels:
@@ -86,13 +87,13 @@ def places_of(
     columns: Columns,
     exists: Callable[[str], bool],
     *,
-    labels: bool,
+    labels: bool | None,
     header: bool,
 ) -> Places:
     """Return the positions of a table's columns. Raises FolderError if the choice is not clear.
 
     names  Names of the columns, or their numbers. sample  Cells of the first rows. header  Whether the table names its
-    columns. labels  Whether it must have labels.
+    columns. labels  As for `lists.rows`.
     """
     values = [[row[place] for row in sample if place < len(row)] for place in range(len(names))]
     asked = [_asked(file, names, name, kind) for kind, name in columns._asdict().items()]
@@ -102,7 +103,10 @@ def places_of(
     rest = [
         place
         for place, name in enumerate(names)
-        if place not in (path, split) and (name or not header) and not re.fullmatch(r"(?i)unnamed: \d+", name)
+        if place not in (path, split)
+        and (name or not header)
+        and (header or any(values[place]))
+        and not re.fullmatch(r"(?i)unnamed: \d+", name)
     ]
     chosen = [asked[1]] if asked[1] is not None else _label_columns(file, names, values, rest, labels, header)
     return Places(path, chosen, names, split, words)
@@ -165,16 +169,22 @@ def _split_column(
 
 
 def _label_columns(
-    file: Path, names: Sequence[str], values: Sequence[Sequence[str]], rest: Sequence[int], labels: bool, header: bool
+    file: Path,
+    names: Sequence[str],
+    values: Sequence[Sequence[str]],
+    rest: Sequence[int],
+    labels: bool | None,
+    header: bool,
 ) -> list[int]:
     """Return the column of labels: with a usual name, the only one left, or one column of zeros and ones for each class."""
     usual = [place for place in rest if header and is_usual(names[place], "label")]
     if len(usual) > 1:
-        pairs = {tuple(values[place][row] for place in usual) for row in range(len(values[usual[0]]))}
+        pairs = set(zip(*(values[place] for place in usual), strict=False))
         if all(len({pair[number] for pair in pairs}) == len(pairs) for number in range(len(usual))):
-            usual = [place for place in usual if not all(map(str.isdecimal, values[place]))][:1] or usual[:1]
-    if len(usual) == 1 or not rest:
-        return usual
+            named = [place for place in usual if not all(re.fullmatch(r"[\d.]+", cell) for cell in values[place])]
+            usual = (named or usual)[:1]
+    if len(usual) == 1 or not rest or (labels is None and header):
+        return usual[:1]
     if len(rest) == 1:
         return list(rest)
     if usual:

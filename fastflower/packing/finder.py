@@ -40,12 +40,15 @@ class Finder:
         self._by_stem: dict[str, list[str]] | None = None
         self._by_pair: dict[str, list[str]] | None = None
 
-    def find(self, listed: str, bases: Sequence[str] = (), split: str | None = None) -> Found | None:
+    def find(
+        self, listed: str, bases: Sequence[str] = (), split: str | None = None, *, strict: bool = False
+    ) -> Found | None:
         """Return the image, or None. Raises FolderError if more than one image fits.
 
         split  The split that the image belongs to: among several images, the one in this split's folder is meant.
+        strict  Whether no image in the folder of another split can be meant.
         """
-        listed = listed.removeprefix("./")
+        listed = re.sub(r"^\w+://[^/]*(?=/)|[?#].*$", "", listed) if "://" in listed else listed.removeprefix("./")
         if not listed:
             return None
         for base in (*bases, "."):
@@ -63,7 +66,7 @@ class Finder:
             for base in (*bases, "."):
                 if self._exists(base, end):
                     return Found(_joined(base, end), end)
-        return self._find_by_end(listed, names, split)
+        return self._find_by_end(listed, names, split, strict)
 
     def flat(self) -> list[str]:
         """Return the paths of all images, sorted."""
@@ -85,7 +88,7 @@ class Finder:
     def _relative(self, listed: str) -> str:
         return Path(listed).relative_to(self._root.absolute()).as_posix()
 
-    def _find_by_end(self, listed: str, names: Sequence[str], split: str | None) -> Found | None:
+    def _find_by_end(self, listed: str, names: Sequence[str], split: str | None, strict: bool) -> Found | None:
         end = unicodedata.normalize("NFC", "/".join(names))
         candidates = self._index().get(_stem(unicodedata.normalize("NFC", names[-1])), [])
         if len(candidates) > _FEW and len(names) > 1:
@@ -95,8 +98,11 @@ class Finder:
         for wanted in (str, str.lower):  # an extension in another case, or another extension
             exact = [path for path in fitting if wanted(path).endswith(wanted(end))]
             fitting = exact or fitting
-        if len(fitting) > 1:
-            fitting = [path for path in fitting if split and split_in(path.partition("/")[0]) == split] or fitting
+        if split and (strict or len(fitting) > 1):
+            splits = {path: split_in(path.partition("/")[0]) if "/" in path else None for path in fitting}
+            fitting = [path for path in fitting if splits[path] == split] or (
+                [path for path in fitting if splits[path] is None] if strict else fitting
+            )
         if len(fitting) > 1:
             few = ", ".join(map(repr, sorted(fitting)[:3]))
             raise FolderError(f"{listed!r} fits more than one image ({few}); write its path from {self._root}.")

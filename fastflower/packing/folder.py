@@ -27,7 +27,7 @@ from fastflower.packing.finder import Finder
 from fastflower.packing.hidden import entries, ignoring, is_hidden, is_ignored
 from fastflower.packing.labels import Labels
 from fastflower.packing.listing import SPLITS, Listing, classes_of, lists_of, splits_of, tables_naming, unused
-from fastflower.packing.names import EXTENSIONS, is_image, splits_named
+from fastflower.packing.names import EXTENSIONS, is_image, plain_name, splits_named
 
 _log = logging.getLogger("fastflower")
 
@@ -213,11 +213,11 @@ def scan(
             folder = _scan(root, resplit or bool(tables.split), tables, drop_empty_classes)
             if tables.split:
                 folder = _divided(folder, tables)
-            elif not tables.labels and not lists_of(root):
+            if len(folder.classes) == 1:
+                only = folder.classes[0]
+                raise FolderError(f"{root}: has one class, {only!r}; a classifier needs at least two class folders.")
+            if not (tables.split or tables.labels or lists_of(root)):
                 _warn_of_other_readings(folder)
-        if len(folder.classes) == 1:
-            only = folder.classes[0]
-            raise FolderError(f"{root}: has one class, {only!r}; a classifier needs at least two class folders.")
     except OSError as error:
         blame_the_system(error, error.filename or root)
         raise FolderError(f"{error.filename or root}: cannot be read ({error.strerror}); make it readable.") from error
@@ -242,7 +242,10 @@ def _scan(root: Path, resplit: bool, tables: Tables, drop_empty: bool) -> Folder
         return _scan_lists(root, lists, Columns(), table=False, drop_empty=drop_empty)
     tops = layout.subfolders(root)
     if not tops:
-        raise FolderError(f"{root}: has no class folders; put the images of each class into a folder of its own.")
+        remedy = (
+            "put the images of each class into a folder of its own, or pass a table of their labels (--labels FILE)"
+        )
+        raise FolderError(f"{root}: has no class folders; {remedy}.")
     if len(tops) > 1 and (named := splits_named(tops)):
         places = layout.places_of_splits(root, named, tops)
         return _scan_splits(root, named, *places, drop_empty=drop_empty)
@@ -258,7 +261,8 @@ def _warn_of_other_readings(folder: Folder) -> None:
     if masks := len(re.findall(rb"[^/]_mask(?:_\d+)?\.(?:png|jpg|bmp|tif)", folder.paths.data)):
         what = "images have names like masks; leave them out with --ignore '*_mask*'"
         _log.warning("%s: %d %s", root, masks, what)
-    shared = [] if folder.splits else layout.shared_folders(root, folder.classes)
+    plain = all((root / name).is_dir() for name in folder.classes)
+    shared = layout.shared_folders(root, folder.classes) if plain else []
     if len(shared) > 1:
         command = (
             f"(cd {layout.quoted(root)} && find -L */ -type f | sed -E 's|^[^/]+/([^/]+)/.*|&,\\1|') > labels.csv && "
@@ -361,6 +365,11 @@ def _scan_splits(
                 continue
             if name not in classes:
                 what = f"is not a class in {root / train}"
+                if plain_name(name) and (
+                    similar := [known for known in classes if plain_name(known) == plain_name(name)]
+                ):
+                    what += f", but differs from {similar[0]!r} only in case, spaces or punctuation; rename it"
+                    raise FolderError(f"{place}: {what}.")
                 raise FolderError(f"{place}: {what}; add the class there, or leave it out with --drop-empty-classes.")
             full = collector.add_class(f"{base}/{name}", classes.index(name), number)
             if not full and base == train and not drop_empty:

@@ -93,7 +93,10 @@ class Labels:
         if self._table and count and numbers and numbers.isdisjoint((0, count)):
             what = f"the labels are numbers from {min(numbers)} to {max(numbers)}, and there are {count} classes"
             rule = "it is not clear whether they count from 0 or 1; write the names of the classes"
-            raise FolderError(f"{self._where[0].rpartition(', ')[0]}: {what}, so {rule}.")
+            where = next(
+                where for label, where in zip(labels, self._where, strict=True) if _number(label.text) is not None
+            )
+            raise FolderError(f"{where.rpartition(', ')[0]}: {what}, so {rule}.")
         return int(0 not in numbers and count in numbers)
 
     def _unknown(self, name: str, classes: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -16,13 +16,21 @@ from fastflower.packing.finder import Finder, Found
 from fastflower.packing.hidden import is_ignored, patterns_ignored
 from fastflower.packing.labels import Labels, read_classes
 from fastflower.packing.lists import Row, rows, usual_table
-from fastflower.packing.names import split_in
+from fastflower.packing.names import is_image, split_in
 from fastflower.packing.text import read_lines
 
 _log = logging.getLogger("fastflower")
 
 SPLITS = ("train", "val", "test")
 _MOST_NAMES = 3  # missing images per message
+_PLACES = (
+    "annotations",
+    "splits",
+    "split",
+    "lists",
+    "labels",
+    "ImageSets/Main",
+)  # folders of lists in a folder of images
 _MOST_ROWS, _FEW_ROWS = (
     100_000,
     50,
@@ -89,7 +97,7 @@ class Listing:
         self._seen: dict[
             int, int
         ] = {}  # number of the label, by the hash of the path: paths would take too much memory
-        self._count = 0
+        self._count = self._images = 0
         self._missing: list[str] = []
         self._divides = labels is None  # or a row names a split
         self.unlabeled: list[str] = []
@@ -97,7 +105,7 @@ class Listing:
 
     def __len__(self) -> int:
         """Return the number of images, without missing ones."""
-        return len(self._seen) - len(self._missing)
+        return self._images
 
     def __iter__(self) -> Iterator[tuple[str, int, str | None]]:
         yield from self.quietly()
@@ -109,8 +117,10 @@ class Listing:
             alone = split or split_in(file.stem)  # whose folder to prefer
             find = partial(self._finder.find, bases=self._bases(file, split))
             for row in self._rows(file, split, find):
-                named = _split_named(row.where, row.split)
-                (path, listed), label = self._chosen(row, partial(find, split=named or alone))
+                named, missing = _split_named(row.where, row.split), len(self._missing)
+                (path, listed), label = self._chosen(
+                    row, partial(find, split=named or alone, strict=bool(named or split))
+                )
                 if is_ignored(f"{self._root}/{path}"):
                     continue
                 self._divides |= row.split is not None
@@ -124,6 +134,7 @@ class Listing:
                         raise FolderError(f"{row.where}: {path!r} has no label; add it, or remove the line.")
                     number = -1 if unlabeled else self._labels.add(label, listed, place, row.where)
                 if self._is_new(row.where, path, number):
+                    self._images += missing == len(self._missing)
                     if self._labels is not None and number < 0:
                         self.unlabeled.append(path)
                     else:
@@ -132,7 +143,7 @@ class Listing:
     def _rows(self, file: Path, split: str | None, find: "partial[Found | None]") -> Iterator[Row]:
         first = next((text.strip() for _, text in read_lines(file)), "")
         labels = list(read_lines(file)) if first and not re.search(r"[\s,;{\[.]", first) and not find(first) else []
-        if not labels or self._columns != Columns() or self._labels is None or len(set(labels)) == 1:
+        if not labels or split == "test" or self._columns != Columns() or self._labels is None:
             needed = None if split == "test" else self._labels is not None
             yield from rows(file, self._columns, partial(_exists, find), labels=needed)
             return
@@ -159,12 +170,17 @@ class Listing:
                     return found, label
         except FolderError as error:
             raise FolderError(f"{row.where}: {error}") from None
-        path, label = next((reading for reading in row.readings if reading[1] is not None), row.readings[0])
+        likely = (
+            reading for reading in row.readings if reading[1] and (is_image(reading[0]) or reading[1].isdecimal())
+        )
+        path, label = next(likely, row.readings[0])
         self._missing.append(f"{row.where.rpartition('/')[2]}: {path!r}")
         return Found(path, path), label
 
     def _is_new(self, where: str, path: str, number: int) -> bool:
         """Return whether a path is listed for the first time. Raises FolderError if it is a folder or has two labels."""
+        if path in ("", "."):
+            raise FolderError(f"{where}: has no path; add it, or remove the line.")
         if os.path.isdir(self._root / path):  # noqa: PTH112  (Path.is_dir raises if a name is too long)
             raise FolderError(f"{where}: {path!r} is a folder; list its files.")
         before = self._seen.setdefault(hash(path), number)
@@ -195,7 +211,7 @@ class Listing:
         if not self._seen:
             raise FolderError(f"{next(iter(self._lists))}: lists no images; write one line 'PATH LABEL' per image.")
         few = "; ".join(self._missing[:_MOST_NAMES]) + ("; ..." if len(self._missing) > _MOST_NAMES else "")
-        if len(self._missing) == len(self._seen):
+        if not self._images:
             names = "; ".join(self._missing[:1])
             what = f"none of its {len(self._seen)} lines names an image in {self._root} ({names})"
             remedy = "correct the paths, or pass the folder that they start from"
@@ -211,7 +227,7 @@ class Listing:
             _log.warning("%s: %d %s", files, len(self.unlabeled), what)
 
 
-def _exists(find: "partial[Found | None]", path: str) -> bool:
+def _exists(find: Callable[[str], Found | None], path: str) -> bool:
     """Return whether a path names an image, or more than one."""
     try:
         return find(path) is not None
@@ -235,35 +251,41 @@ def _split_named(where: str, word: str | None) -> str | None:
 
 
 def tables_naming(root: Path) -> list[str]:
-    """Return a line for each table in or beside a folder that names images of it, with the command that packs them."""
+    """Return a line for each table or list in or beside a folder that names images of it, with the command that packs them."""
     finder = Finder(root)
-    tables = [*sorted(root.glob("*")), *sorted(root.glob("*/metadata.*")), *sorted(root.parent.glob("*"))]
+    places = [root, *(root / name for name in _PLACES), *root.glob("*/metadata.*"), root.parent]
+    files = [file for place in places for file in ([place] if place.is_file() else sorted(place.glob("*")))]
     counts: dict[Path, int] = {}
     options: dict[Path, str] = {}
-    for table in tables if root.is_dir() else ():
+    for file in files if root.is_dir() else ():
         with suppress(FolderError, OSError):  # it is not a table that names images
-            if usual_table(table):
-                options[table] = f" --labels {shlex.quote(str(table))}"
-                find = partial(_exists, partial(finder.find, split=split_in(table.stem)))
-                sample = list(islice(rows(table, Columns(), find, labels=None), _FEW_ROWS))
-                if not any(find(row.readings[0][0]) for row in sample):
-                    continue
-                try:
-                    next(rows(table, Columns(), find))
-                except FolderError:  # it has several columns that may be labels
-                    options[table] += " --label-column COLUMN"
-                named = islice(rows(table, Columns(), find, labels=None), _MOST_ROWS)
-                counts[table] = sum(find(row.readings[0][0]) for row in named)
-    counts = {table: count for table, count in counts.items() if count}
-    splits = [split_in(table.stem) for table in counts]
+            find = partial(_exists, partial(finder.find, split=split_in(file.stem)))
+            if not _lists_splits(file) and not usual_table(file):
+                continue
+            sample = list(islice(rows(file, Columns(), find, labels=None), _FEW_ROWS))
+            if not any(find(path) for row in sample for path, _ in row.readings):
+                continue
+            options[file] = f" --labels {shlex.quote(str(file))}"
+            try:
+                next(rows(file, Columns(), find))
+            except FolderError:  # it has several columns that may be labels
+                options[file] += " --label-column COLUMN"
+            named = islice(rows(file, Columns(), find, labels=None), _MOST_ROWS)
+            counts[file] = sum(any(find(path) for path, _ in row.readings) for row in named)
+    splits = [split_in(file.stem) for file in counts]
     if "train" in splits and None not in splits and len(set(splits)) == len(splits) > 1:
-        what = f"{' and '.join(table.name for table in counts)} name {sum(counts.values()):,} of these images"
-        return [f"{what}: fastflower pack {shlex.quote(str(root))}{''.join(options[table] for table in counts)}"]
+        what = f"{' and '.join(file.name for file in counts)} name {sum(counts.values()):,} of these images"
+        return [f"{what}: fastflower pack {shlex.quote(str(root))}{''.join(options[file] for file in counts)}"]
     return [
-        f"{table.name} names {count:,}{' or more' if count == _MOST_ROWS else ''} of these images: "
-        f"fastflower pack {shlex.quote(str(root))}{options[table]}"
-        for table, count in sorted(counts.items(), key=lambda item: -item[1])
+        f"{file.name} names {count:,}{' or more' if count == _MOST_ROWS else ''} of these images: "
+        f"fastflower pack {shlex.quote(str(root))}{options[file]}"
+        for file, count in sorted(counts.items(), key=lambda item: -item[1])
     ]
+
+
+def _lists_splits(file: Path) -> bool:
+    """Return whether a file is named like a list of a split: train_list.txt, val.lst."""
+    return file.suffix.lower() in (".txt", ".lst") and split_in(file.stem) is not None and file.is_file()
 
 
 def unused(root: Path) -> Iterator[str]:
@@ -271,9 +293,8 @@ def unused(root: Path) -> Iterator[str]:
     finder = Finder(root)
     find = partial(_exists, finder.find)
     for file in sorted(root.glob("*")):
-        listed = file.suffix.lower() in (".txt", ".lst") and split_in(file.stem) and file.is_file()
         with suppress(FolderError, OSError):
-            if listed or usual_table(file):
+            if _lists_splits(file) or usual_table(file):
                 sample = list(islice(rows(file, Columns(), find, labels=None), _FEW_ROWS))
                 named = sum(any(find(path) for path, _ in row.readings) for row in sample)
                 if named and 2 * named >= len(sample):

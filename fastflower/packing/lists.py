@@ -17,6 +17,7 @@ _SAMPLE = 100  # lines that decide how a file is read
 
 _NUMBERED = re.compile(r"(.*[^\s,;])[\s,;]+(\d+)\s*")
 _AFTER_EXTENSION = re.compile(r"(.*\.(?:jpe?g|png|ppm|bmp|pgm|tiff?|webp|gif))[\s,;]+(\S.*)", re.IGNORECASE)
+_BEFORE_IMAGE = re.compile(r"([^\s,;]+)[\s,;]+(\S.*\.(?:jpe?g|png|ppm|bmp|pgm|tiff?|webp|gif))", re.IGNORECASE)
 _FIRST_WORD = re.compile(r"([^\s,;]+)[\s,;]+(\S.*)")
 
 Exists = Callable[[str], bool]
@@ -33,10 +34,10 @@ class Row(NamedTuple):
     split: str | None
 
 
-def rows(file: Path, columns: Columns, exists: Exists, *, labels: bool = True) -> Iterator[Row]:
+def rows(file: Path, columns: Columns, exists: Exists, *, labels: bool | None = True) -> Iterator[Row]:
     """Yield the rows of a list or table. Raises FolderError, with file and line, if one cannot be read.
 
-    labels  Whether a table must have a column of labels.
+    labels  Whether a table must have a column of labels. None: only a column with a usual name holds labels.
     """
     if (records := read_records(file)) is not None:
         yield from _records(file, records, columns, exists, labels)
@@ -48,8 +49,8 @@ def rows(file: Path, columns: Columns, exists: Exists, *, labels: bool = True) -
         return
     delimiter = _delimiter(file, head, columns, exists)
     cells = [_cells(text, delimiter) for _, text in head]
-    header = len(cells[0]) > 1 and not any(map(exists, cells[0])) and _is_header(cells, columns, exists)
-    tabular = delimiter is not None or columns != Columns() or (header and any(map(is_usual, cells[0])))
+    header = not any(map(exists, cells[0])) and _is_header(cells, columns, exists)
+    tabular = delimiter or columns != Columns() or (header and any(map(is_usual, cells[0])))
     if tabular or _divides(head, exists):
         names = cells[0] if header else [str(number) for number in range(1, len(cells[0]) + 1)]
         places = places_of(file, names, cells[header:], columns, exists, labels=labels, header=header)
@@ -63,24 +64,31 @@ def rows(file: Path, columns: Columns, exists: Exists, *, labels: bool = True) -
 
 def _is_comment(text: str) -> bool:
     """Return whether a line at the start of a file is a comment and not a header: "# labels", "sep=;"."""
-    return text.startswith("sep=") or (text.startswith("#") and not any(map(is_usual, re.split(r"[\s,;]+", text))))
+    words = re.split(r"[\s,;]+", text)
+    return text.startswith("sep=") or (text.startswith("#") and not any(is_usual(word, "path") for word in words))
 
 
 def _delimiter(file: Path, head: Sequence[tuple[int, str]], columns: Columns, exists: Exists) -> str | None:
     """Return the mark between the columns of a table, or None if the columns of a table are words, or the file is a list."""
     for mark in "\t;,":
-        if all(mark in text for _, text in head):
-            cells = [cell for _, text in head for cell in _cells(text, mark)]
-            known = any(is_usual(cell) or cell in columns for cell in _cells(head[0][1], mark))
-            if known or file.suffix.lower() in TABLES or any(map(exists, cells)):
-                return mark
+        share = sum(mark in text for _, text in head) / len(head)
+        first = _cells(head[0][1], mark)
+        known = len(first) > 1 and any(is_usual(cell) or cell in columns for cell in first)
+        table = known or file.suffix.lower() in TABLES
+        if (table and share > 0.5) or (
+            share == 1 and any(exists(cell) for _, text in head for cell in _cells(text, mark))
+        ):
+            return mark
     return None
 
 
 def _cells(text: str, delimiter: str | None) -> list[str]:
     if delimiter is None:
         return text.split()
-    return [cell.strip() for cell in next(csv.reader([text], delimiter=delimiter, skipinitialspace=True))]
+    try:
+        return [cell.strip() for cell in next(csv.reader([text], delimiter=delimiter, skipinitialspace=True))]
+    except csv.Error:  # the line is reported when the table is read
+        return text.split(delimiter)
 
 
 def _is_header(cells: Sequence[Sequence[str]], columns: Columns, exists: Exists) -> bool:
@@ -88,7 +96,7 @@ def _is_header(cells: Sequence[Sequence[str]], columns: Columns, exists: Exists)
     first, *rest = cells
     if any(is_usual(cell) or cell in columns for cell in first):
         return True
-    return not any(map(is_image, first)) and any(exists(cell) for row in rest[:10] for cell in row)
+    return len(first) > 1 and not any(map(is_image, first)) and any(exists(cell) for row in rest[:10] for cell in row)
 
 
 def _divides(head: Sequence[tuple[int, str]], exists: Exists) -> bool:
@@ -117,9 +125,12 @@ def _readings(text: str) -> Iterator[tuple[str, str | None]]:
     yield text, None
     text = text.strip()
     yield text, None
-    for pattern in (_AFTER_EXTENSION, _FIRST_WORD):
-        if match := pattern.fullmatch(text):
-            yield match[1], match[2].strip()
+    if match := _AFTER_EXTENSION.fullmatch(text):
+        yield match[1], match[2].strip()
+    if match := _BEFORE_IMAGE.fullmatch(text):
+        yield match[2], match[1]
+    if match := _FIRST_WORD.fullmatch(text):
+        yield match[1], match[2].strip()
 
 
 def _table(file: Path, delimiter: str | None, places: Places, start: int, width: int) -> Iterator[Row]:
@@ -149,7 +160,7 @@ def _table(file: Path, delimiter: str | None, places: Places, start: int, width:
 
 
 def _records(
-    file: Path, records: Iterator[tuple[int, dict[str, str]]], columns: Columns, exists: Exists, labels: bool
+    file: Path, records: Iterator[tuple[int, dict[str, str]]], columns: Columns, exists: Exists, labels: bool | None
 ) -> Iterator[Row]:
     sample = list(islice(records, _SAMPLE))
     names = list(dict.fromkeys(name for _, record in sample for name in record))

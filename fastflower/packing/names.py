@@ -1,6 +1,7 @@
 """What the name of a file or folder says: an image, a split, images of any class."""
 
 import re
+import unicodedata
 from collections.abc import Iterable
 
 EXTENSIONS = (
@@ -74,3 +75,8 @@ def split_in(name: str) -> str | None:
     """Return the split that one word of a name denotes ("images_train1" gives "train"), or None unless there is one."""
     splits = {SPLIT_WORDS[word] for word in words_of(name) if word in SPLIT_WORDS}
     return splits.pop() if len(splits) == 1 else None
+
+
+def plain_name(name: str) -> str:
+    """Return a name without the differences that people do not mean: case, spaces, punctuation, composed accents."""
+    return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFC", name)).strip().lower()

@@ -1,11 +1,11 @@
 """Warnings about a finished pack: skipped files, missing classes and unusual splits."""
 
 import re
-import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
+from fastflower.packing.names import plain_name
 from fastflower.packing.plan import EMPTY_CLASS
 from fastflower.shards.manifest import Manifest
 
@@ -27,6 +27,7 @@ def remarks(manifest: Manifest, ignored: Collection[str] = ()) -> Iterator[str]:
         yield f"left out {counted(len(empty), 'class', 'classes')} without training images: {_few(empty)}"
     if len(manifest.skipped) > len(empty):
         yield "\n  ".join(_skipped(manifest, ignored))
+    yield from _similar_classes(manifest.classes)
     yield from _folds(manifest) if manifest.folds else _validation(manifest)
     for name, split in manifest.splits.items():
         absent = [label for label, count in zip(manifest.classes, split.class_counts, strict=True) if not count]
@@ -86,7 +87,7 @@ def printable(text: str) -> str:
 def _similar_classes(classes: Sequence[str]) -> Iterator[str]:
     first: dict[str, str] = {}
     for name in classes:
-        other = first.setdefault(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFC", name)).strip().lower(), name)
+        other = first.setdefault(plain_name(name), name)
         if other != name and any(letter.isalnum() for letter in name):
             yield f"classes {other!r} and {name!r} differ only in case, spaces or punctuation"
 

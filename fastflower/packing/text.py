@@ -4,7 +4,7 @@ import json
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastflower.errors import FolderError
 from fastflower.shards.kinds import kind_of
@@ -70,12 +70,12 @@ def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _json_array(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     lines = dict(read_lines(file))
-    content = _parsed(str(file), "\n".join(lines.values()), lines)
-    if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        content = _coco(file, content)
+    content: Any = _parsed(str(file), "\n".join(lines.values()), lines)
+    if isinstance(content, dict) and {"images", "annotations"} <= cast("set[str]", content.keys()):
+        content = _coco(file, cast("dict[str, Any]", content))
     if not isinstance(content, list):
         raise FolderError(f'{file}: is not an array of objects; write [{{"file_name": ...}}, ...].')
-    for number, value in enumerate(content, 1):
+    for number, value in enumerate(cast("list[object]", content), 1):
         yield number, _record(f"{file}, object {number}", value)
 
 
@@ -106,14 +106,14 @@ def _parsed(where: str, text: str, lines: dict[int, str] | None = None) -> Any:
 def _record(where: str, value: object) -> dict[str, str]:
     if not isinstance(value, dict):
         raise FolderError(f"{where}: is not a JSON object; write one object per line.")
-    return {str(name): _text(item) for name, item in value.items()}
+    return {str(name): _text(item) for name, item in cast("dict[object, object]", value).items()}
 
 
-def _text(value: object) -> str:
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+def _text(value: Any) -> str:
+    if isinstance(value, list) and len(cast("list[Any]", value)) == 1:
+        value = cast("list[Any]", value)[0]
     if isinstance(value, dict) and "name" in value:
-        value = value["name"]
+        value = cast("dict[str, Any]", value)["name"]
     if isinstance(value, list | dict):
         return json.dumps(value)
-    return "" if value is None else str(value)
+    return "" if value is None else str(cast("object", value))

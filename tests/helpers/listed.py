@@ -1,5 +1,7 @@
 """Folders with lists or tables."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from packs import touch
@@ -11,9 +13,9 @@ FLAT = ["1.jpg", "2.jpg"]
 AB = {"1.jpg": "a", "2.jpg": "b"}
 
 
-def write(root: Path, files: dict[str, str | bytes]) -> Path:
+def write(root: Path, files: Mapping[str, str | bytes]) -> Path:
     for name, text in files.items():
-        touch(root, name).joinpath(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        touch(root, name).joinpath(name).write_bytes(text if isinstance(text, bytes) else os.fsencode(text))
     return root
 
 
@@ -27,3 +29,9 @@ def labeled(found: Folder) -> dict[str, str]:
 
 def tables(root: Path, *names: str, split: str = "", **columns: str) -> Tables:
     return Tables([root / name for name in names], [root / split] if split else [], Columns(**columns))
+
+
+def rows_of(found: Folder) -> list[tuple[str, int, int]]:
+    """Return path, label and split of each image."""
+    paths = [found.path(number) for number in range(len(found))]
+    return list(zip(paths, found.files["label"].tolist(), found.files["split"].tolist(), strict=True))

@@ -35,7 +35,7 @@ NO_UTF8 = b"caf\xe9".decode("utf-8", "surrogateescape")
 
 
 def main() -> int:
-    print("\n".join(f"{expectation:10} {path!a}" for path, expectation in make(Path(sys.argv[1])).items()))
+    print(*(f"{expectation:10} {path!a}" for path, expectation in make(Path(sys.argv[1])).items()), sep="\n")
     return 0
 
 
@@ -57,12 +57,11 @@ def make(folder: Path) -> dict[str, Expectation]:
     for name, expectation, files in groups:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for file, data in files.items():
-            (folder / name / file).write_bytes(data)
             assert f"{name}/{file}" not in expected, f"{name}/{file} is listed twice"
+            (folder / name / file).write_bytes(data)
             if "." not in (file[0], name[0]) and file != "Thumbs.db":
                 expected[f"{name}/{file}"] = expectation
-    for path, what in not_files(folder / "no files").items():
-        expected[f"no files/{path}"] = what
+    expected.update((f"no files/{path}", what) for path, what in not_files(folder / "no files").items())
     expected["names.jpg"] = "skipped"  # it holds hidden images
     return expected
 

@@ -10,7 +10,7 @@ import pytest
 from packs import exactly, touch
 
 from fastflower.errors import FolderError
-from fastflower.packing.folder import Folder, scan
+from fastflower.packing.folder import Folder, Tables, scan
 from fastflower.packing.names import splits_named
 
 TRAIN = ["train/a/1.jpg", "train/b/1.jpg"]
@@ -105,7 +105,7 @@ def test_an_unambiguous_layout_is_accepted(tmp_path: Path, name: str, caplog: py
     found = scan(touch(tmp_path, *files))
     assert (found.splits, len(found)) == (splits, count)
     assert set(found.classes) == ({"a", "b", "c"} if count == 6 else {"a", "b"})
-    assert caplog.messages == []
+    assert len(caplog.messages) == ("camera" in name)
     assert not [path for path, _ in found.ignored if "__MACOSX" in path or "@eaDir" in path]
 
 
@@ -141,6 +141,28 @@ def test_images_to_classify_are_skipped_with_a_warning(
     what = "has no class folders, so its unlabeled images are skipped; classify them with `fastflower predict`"
     assert f"{root / top}: {what}" in caplog.messages
     assert len(caplog.messages) == len({path.partition("/")[0] for path, _ in found.ignored})
+
+
+@pytest.mark.parametrize(
+    "names", [("part_1", "part_2"), ("HAM_images_part_1", "HAM_images_part_2"), ("fold1", "fold2")]
+)
+def test_folders_that_each_class_has_may_be_the_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Medical images often lie in folders of patients."""
+    root = touch(
+        tmp_path / "data", *(f"{name}/{kind}/{name}.jpg" for name in ("p1", "p2", "p3") for kind in ("ill", "well"))
+    )
+    assert scan(root).classes == ("p1", "p2", "p3")
+    said, command = caplog.messages[0].split("; if these are the classes: ")
+    assert said == f"{root}: each class has the folders 'ill', 'well'"
+    labels, _, rest = command.partition(" && fastflower pack ")
+    subprocess.run(["bash", "-c", labels], cwd=tmp_path, check=True)
+    assert rest == f"{root} --labels labels.csv"
+    assert scan(root, Tables([tmp_path / "labels.csv"])).classes == ("ill", "well")
+
+
+def test_images_named_like_masks_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scan(touch(tmp_path, "a/1.png", "a/1_mask.png", "b/1.png", "b/1_mask.png", "b/1_mask_1.png"))
+    assert caplog.messages == [f"{tmp_path}: 3 images have names like masks; leave them out with --ignore '*_mask*'"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from listed import AB, FLAT, labeled, write
+from listed import AB, FLAT, labeled, tables, write
 from packs import exactly, touch
 
 from fastflower.errors import FolderError
@@ -47,6 +47,7 @@ LISTS = {
     "UTF-16 without a mark": (NESTED, "a/1.jpg 0\nb/2.jpg 1".encode("utf-16-le"), None, IN_AB),
     "CRLF and a mark": (NESTED, "a/1.jpg 0\r\nb/2.jpg 1\r\n".encode("utf-8-sig"), None, IN_AB),
     "a header": (FLAT, "path label\n1.jpg a\n2.jpg b", None, AB),
+    "labels first": (FLAT, "0 1.jpg\n1 2.jpg", "a\nb", AB),
     "commas": (FLAT, "1.jpg,a\n2.jpg, b", None, AB),
     "commas and a header": (FLAT, "filename,class\n1.jpg,a\n2.jpg,b", None, AB),
     "tabs": (FLAT, "1.jpg\t0\n2.jpg\t1", "a\nb", AB),
@@ -172,3 +173,16 @@ def test_missing_images_are_named_before_anything_is_decoded(tmp_path: Path, cap
     assert len(scan(root)) == 6
     names = "; ".join(f"train.txt, line {line}: 'b/{line + 3}'" for line in (3, 4, 5))
     assert caplog.messages == [f"{root}/train.txt: 4 of 6 listed images do not exist: {names}; ..."]
+
+
+def test_an_image_of_another_split_is_not_meant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = touch(tmp_path, "train/1.jpg", "train/2.jpg", "train/7.jpg", "val/3.jpg")
+    write(root, {"train.txt": "1.jpg a\n2.jpg b\n", "val.txt": "3.jpg a\n7.jpg b\n"})
+    assert "train/7.jpg" not in labeled(scan(root))
+    assert caplog.messages[0].endswith("1 of 4 listed images do not exist: val.txt, line 2: '7.jpg'")
+
+
+def test_a_line_without_a_path_is_refused(tmp_path: Path) -> None:
+    root = write(touch(tmp_path, *FLAT), {"t.jsonl": '{"image": "1.jpg", "label": "a"}\n{"label": "b"}\n'})
+    with pytest.raises(FolderError, match=exactly(f"{root}/t.jsonl, line 2: has no path; add it, or remove the line.")):
+        scan(root, tables(root, "t.jsonl"))

@@ -79,7 +79,7 @@ def test_an_unusual_split_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
         (copies / name / "copy.jpg").write_bytes((copies / name / "000.jpg").read_bytes())
     again = "classes can only spare copies, which stay together: add images. If an older version planned this pack, pack again"
     assert logged(copies) == [nothing + again]
-    beside = "add a val folder next to train, or pack only the train folder to split it into train and val"
+    beside = "draw one from the training images with --val-fraction 0.2"
     splits = drawn(tmp_path / "splits", **{"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
     assert logged(splits) == [nothing + beside]
     why = "each class with two or more images contributes at least one, and copies stay together"
@@ -99,3 +99,12 @@ def test_training_logs_once_that_it_validates_nothing(tmp_path: Path, caplog: py
         assert caplog.messages.count(message) == (fraction == 0)
         assert (report.scores is None) == (fraction == 0)
     assert Manifest.load(shards).splits["val"].class_counts == (2, 2)
+
+
+def test_classes_of_similar_names_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pack(drawn(tmp_path / "data", **{"Red rose": 3, "red_rose": 3, "tulip": 3, "C": 3, "C++": 3}), tmp_path / "out")
+    said = [message.partition(": ")[2] for message in caplog.messages if "differ only" in message]
+    assert said == [
+        "classes 'C' and 'C++' differ only in case, spaces or punctuation",
+        "classes 'Red rose' and 'red_rose' differ only in case, spaces or punctuation",
+    ]
