@@ -41,7 +41,7 @@ def main() -> int:
 
 def make(folder: Path) -> dict[str, Expectation]:
     """Write the files to a new folder and return what packing must do with each, by path in the folder."""
-    expected: dict[str, Expectation] = {}
+    expected: dict[str, Expectation] = {"names.jpg": "skipped"}  # it holds hidden images
     twice = [segment(0xE1, TURNED[:25] + bytes([value]) + TURNED[26:]) for value in (6, 3)]
     groups: list[tuple[str, Expectation, Files]] = [
         ("jpeg", "kept", jpegs() | exifs()),
@@ -62,7 +62,6 @@ def make(folder: Path) -> dict[str, Expectation]:
             if "." not in (file[0], name[0]) and file != "Thumbs.db":
                 expected[f"{name}/{file}"] = expectation
     expected.update((f"no files/{path}", what) for path, what in not_files(folder / "no files").items())
-    expected["names.jpg"] = "skipped"  # it holds hidden images
     return expected
 
 
