@@ -368,7 +368,7 @@ def _scan_splits(
                 if plain_name(name) and (
                     similar := [known for known in classes if plain_name(known) == plain_name(name)]
                 ):
-                    what += f", but differs from {similar[0]!r} only in case, spaces or punctuation; rename it"
+                    what += f", but differs from {similar[0]!r} only in case, spaces, punctuation or Unicode form; rename it"
                     raise FolderError(f"{place}: {what}.")
                 raise FolderError(f"{place}: {what}; add the class there, or leave it out with --drop-empty-classes.")
             full = collector.add_class(f"{base}/{name}", classes.index(name), number)

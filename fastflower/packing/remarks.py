@@ -89,7 +89,7 @@ def _similar_classes(classes: Sequence[str]) -> Iterator[str]:
     for name in classes:
         other = first.setdefault(plain_name(name), name)
         if other != name and any(letter.isalnum() for letter in name):
-            yield f"classes {other!r} and {name!r} differ only in case, spaces or punctuation"
+            yield f"classes {other!r} and {name!r} differ only in case, spaces, punctuation or Unicode form"
 
 
 def _validation(manifest: Manifest) -> Iterator[str]:

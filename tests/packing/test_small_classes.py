@@ -105,6 +105,6 @@ def test_classes_of_similar_names_are_mentioned(tmp_path: Path, caplog: pytest.L
     pack(drawn(tmp_path / "data", **{"Red rose": 3, "red_rose": 3, "tulip": 3, "C": 3, "C++": 3}), tmp_path / "out")
     said = [message.partition(": ")[2] for message in caplog.messages if "differ only" in message]
     assert said == [
-        "classes 'C' and 'C++' differ only in case, spaces or punctuation",
-        "classes 'Red rose' and 'red_rose' differ only in case, spaces or punctuation",
+        "classes 'C' and 'C++' differ only in case, spaces, punctuation or Unicode form",
+        "classes 'Red rose' and 'red_rose' differ only in case, spaces, punctuation or Unicode form",
     ]

@@ -393,6 +393,6 @@ def test_lists_of_splits_beside_a_flat_folder_are_named(tmp_path: Path, place: s
 @pytest.mark.parametrize("name", ["Rose", "rose ", "rose_"])
 def test_a_class_of_val_that_is_spelled_otherwise_in_train_is_named(tmp_path: Path, name: str) -> None:
     root = touch(tmp_path, "train/rose/1.jpg", "train/b/1.jpg", f"val/{name}/1.jpg", "val/b/1.jpg")
-    what = "but differs from 'rose' only in case, spaces or punctuation; rename it"
+    what = "but differs from 'rose' only in case, spaces, punctuation or Unicode form; rename it"
     with pytest.raises(FolderError, match=exactly(f"{root}/val/{name}: is not a class in {root}/train, {what}.")):
         scan(root)
