@@ -80,7 +80,7 @@ class Finder:
         return os.path.exists(self._root / base / listed) and self._inside(listed)  # noqa: PTH110  (Path.exists may raise)
 
     def _inside(self, listed: str) -> bool:
-        """Return whether an absolute path lies in the folder. Relative ones do, unless they contain `..`."""
+        """Return whether a path lies in the folder. A relative path does unless it contains `..`."""
         if listed.startswith("/"):
             return Path(listed).is_relative_to(self._root.absolute())
         return ".." not in listed.split("/")
@@ -105,7 +105,9 @@ class Finder:
             )
         if len(fitting) > 1:
             few = ", ".join(map(repr, sorted(fitting)[:3]))
-            raise FolderError(f"{listed!r} fits more than one image ({few}); write its path from {self._root}.")
+            raise FolderError(
+                f"{listed!r} matches more than one image ({few}); write its path relative to {self._root}."
+            )
         return Found(fitting[0], end) if fitting else None
 
     def _pairs(self) -> dict[str, list[str]]:

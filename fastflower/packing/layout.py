@@ -243,7 +243,7 @@ def _splits_fit(root: Path, named: dict[str, str], bases: dict[str, str]) -> boo
 
 
 def _missing_class_folders(root: Path, bases: dict[str, str], bare: list[str], val: list[str]) -> FolderError:
-    """Return the error for splits without class folders. bare, val  All of them, and those that need class folders."""
+    """Return the error for splits without class folders. bare  All of these splits. val  Those that need class folders."""
     only = len(bases) == 1
     what = f"has class folders only in {_names(bases)}" if only else f"has no class folders in {_names(val)}"
     readings = _subfolders_as_classes(root, [next(iter(bases))], " and draw the val split from them")
@@ -325,7 +325,7 @@ def _nested_splits(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, 
 
 
 def _subfolders_as_classes(root: Path, tops: Iterable[str], also: str = "") -> list[tuple[str, str]]:
-    """For each folder with more than one subfolder, return the reading in which its subfolders are the classes."""
+    """For each folder with more than one subfolder, return the choice to use its subfolders as classes."""
     several = [top for top in (_inner(root, top) for top in tops) if len(subfolders(root / top)) > 1]
     return [
         (f"use the folders in {top!r} as classes{also}", f"fastflower pack {quoted(root / top)}")
@@ -345,13 +345,13 @@ def _pack(root: Path, skipped: Sequence[str] = ()) -> str:
 
 
 def _to_label(root: Path, tops: Sequence[str]) -> tuple[str, str]:
-    """Return the reading in which the user labels the unlabeled images."""
+    """Return the choice to label the unlabeled images first."""
     command = f"fastflower pack {quoted(root)} --labels FILE"
     return f"label the images in {_names(tops)}", f"put them into {root / tops[0]}/CLASS, or pass a table: {command}"
 
 
 def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
-    """Return the reading in which every folder is a class. The command writes a list, which overrides the layout."""
+    """Return the choice to use every folder as a class. The command writes a list, which overrides the layout."""
     names = " ".join(map(quoted, tops)) if len(tops) <= _MOST_NAMES else "*/"
     return f"use {_names(tops)} as classes", _list_and_pack(root, names)
 

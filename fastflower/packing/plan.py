@@ -291,7 +291,9 @@ def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str,
             raise FolderError(f"{work}: {what}; {remedy}")
     if changed := _difference(plan.folder, folder):
         what = f"{changed[1]} since the pack into {work.parent} was interrupted"
-        raise FolderError(f"{folder.root / changed[0]}: {what}; undo this to resume, or remove {work} to start over.")
+        raise FolderError(
+            f"{folder.root / changed[0]}: {what}; undo this change to resume, or remove {work} to start over."
+        )
 
 
 def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:
@@ -306,7 +308,7 @@ def _difference(before: Folder, now: Folder) -> tuple[str, str] | None:
     new = now.path(first) if first < len(now) else None
     if new is not None and new == old:
         same = all(before.files[first][name] == now.files[first][name] for name in ("size", "mtime_ns"))
-        return new, "has another label or split" if same else "has been changed"
+        return new, "has been given another label or split" if same else "has been changed"
     if old is not None and all(now.path(number) != old for number in range(first, len(now))):
         return old, "has been removed"
     if new is not None:

@@ -112,7 +112,7 @@ REFUSED = {
         ["x/1.jpg", "y/1.jpg"],
         "1.jpg a",
         None,
-        "train.txt, line 1: '1.jpg' fits more than one image ('x/1.jpg', 'y/1.jpg'); write its path from {root}.",
+        "train.txt, line 1: '1.jpg' matches more than one image ('x/1.jpg', 'y/1.jpg'); write its path relative to {root}.",
     ),
     "half a character": (
         FLAT,

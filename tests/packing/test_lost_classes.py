@@ -163,7 +163,7 @@ def test_mended_files_are_not_mixed_with_the_kept_shards(lost: Path, failed: Pat
     draw_image(5).save(lost / "b/000.jpg")
     text = f"{lost / 'b/000.jpg'}: has been changed since the pack into {failed} was interrupted; "
     with pytest.raises(
-        FolderError, match=exactly(f"{text}undo this to resume, or remove {failed / '.packing'} to start over.")
+        FolderError, match=exactly(f"{text}undo this change to resume, or remove {failed / '.packing'} to start over.")
     ):
         pack(lost, failed, **OPTIONS)
     shutil.rmtree(failed / ".packing")

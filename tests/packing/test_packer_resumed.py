@@ -135,7 +135,7 @@ def test_a_changed_folder_is_refused_and_changes_nothing(
     change(small / name)
     text = (
         f"{small / name}: {how} since the pack into {out} was interrupted; "
-        f"undo this to resume, or remove {out / '.packing'} to start over."
+        f"undo this change to resume, or remove {out / '.packing'} to start over."
     )
     with pytest.raises(FolderError, match=exactly(text)):
         pack(small, out, **OPTIONS)

@@ -100,7 +100,7 @@ def test_a_change_in_the_folder_is_reported(
     check_same(plan, scan(root), Options(**OPTIONS), VERSIONS, work)
     change(root)
     since = f"since the pack into {work.parent} was interrupted"
-    text = f"{root / path}: {how} {since}; undo this to resume, or remove {work} to start over."
+    text = f"{root / path}: {how} {since}; undo this change to resume, or remove {work} to start over."
     with pytest.raises(FolderError, match=f"^{re.escape(text)}$"):
         check_same(plan, scan(root), Options(**OPTIONS), VERSIONS, work)
 
