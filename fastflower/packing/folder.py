@@ -224,7 +224,7 @@ def scan(
     except FolderError as error:
         if instead := instead_of_images(root):
             raise FolderError(instead) from error
-        lines = [] if tables.labels or tables.split else tables_naming(root)
+        lines = [] if tables.labels or tables.split or lists_of(root) else tables_naming(root)
         raise FolderError("\n  ".join([str(error), *lines])) from error
     return folder
 
