@@ -170,10 +170,11 @@ class Listing:
                     return found, label
         except FolderError as error:
             raise FolderError(f"{row.where}: {error}") from None
+        whole = next((path for path, label in row.readings if label is None), "")
         likely = (
             reading for reading in row.readings if reading[1] and (is_image(reading[0]) or reading[1].isdecimal())
         )
-        path, label = next(likely, row.readings[0])
+        path, label = (whole, None) if is_image(whole) else next(likely, row.readings[0])
         self._missing.append(f"{row.where.rpartition('/')[2]}: {path!r}")
         return Found(path, path), label
 
