@@ -143,7 +143,7 @@ def _dask(address: str | None) -> Generator[Executor | None]:
     try:
         from distributed import Client
     except ImportError:
-        raise ArgumentError("--dask needs the package distributed; run pip install 'fastflower[dask]'.") from None
+        raise ArgumentError("--dask needs the package 'distributed'; run pip install 'fastflower[dask]'.") from None
     try:
         client = Client(address, timeout=10)
     except (OSError, ValueError) as error:

@@ -51,7 +51,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _is_zip(path: Path) -> bool:
-    """Return whether a file is a zip archive, even a truncated one. An uncompressed tar whose last member is a zip is none."""
+    """Return whether a file is a zip archive, even a truncated one, but not a tar whose last member is a zip."""
     with suppress(OSError), path.open("rb") as file:
         return file.read(4) in (b"PK\3\4", b"PK\5\6") or (not _is_tar(path) and zipfile.is_zipfile(path))
     return False

@@ -75,7 +75,7 @@ class Places:
 
 
 def is_usual(name: str, kind: str | None = None) -> bool:
-    """Return whether a column has a usual name. kind  "path", "label" or "split"; by default any of them."""
+    """Return whether a column has a common name. kind  "path", "label" or "split"; by default any of them."""
     kinds = [kind] if kind else list(_USUAL)
     return any(_normal(name) in _USUAL[known] for known in kinds) or (kind is None and _normal(name) in _SWITCHES)
 
@@ -128,7 +128,7 @@ def _path_column(
     exists: Callable[[str], bool],
     header: bool,
 ) -> int:
-    """Return the column whose cells name images. Names with an extension win over numbers, then usual names over others."""
+    """Return the column whose cells name images. Cells with an extension win over numbers, common column names over others."""
     if asked[0] is not None:
         return asked[0]
     usual = sorted((_rank(name), place) for place, name in enumerate(names) if header and is_usual(name, "path"))
@@ -155,7 +155,7 @@ def _rank(name: str) -> int:
 def _split_column(
     names: Sequence[str], values: Sequence[Sequence[str]], taken: set[int | None], header: bool
 ) -> int | None:
-    """Return the column with a usual name for splits, or with nothing but the names of splits."""
+    """Return the column that has a common name for splits, or whose cells are all names of splits."""
     free = [place for place in range(len(names)) if place not in taken and any(values[place])]
     if header:
         for place in free:
@@ -176,7 +176,7 @@ def _label_columns(
     labels: bool | None,
     header: bool,
 ) -> list[int]:
-    """Return the column of labels: with a usual name, the only one left, or one column of zeros and ones for each class."""
+    """Return the column of labels: the one with a common name, the only one left, or a column of zeros and ones per class."""
     usual = [place for place in rest if header and is_usual(names[place], "label")]
     if len(usual) > 1:
         pairs = set(zip(*(values[place] for place in usual), strict=False))

@@ -17,7 +17,7 @@ _FEW = 8  # candidates to compare with a path
 
 
 class Found(NamedTuple):
-    """An image of a folder that a list names."""
+    """An image in the folder, as named by a list."""
 
     path: str
     """Relative to the folder."""

@@ -37,7 +37,7 @@ class Row(NamedTuple):
 def rows(file: Path, columns: Columns, exists: Exists, *, labels: bool | None = True) -> Iterator[Row]:
     """Yield the rows of a list or table. Raises FolderError, with file and line, if one cannot be read.
 
-    labels  Whether a table must have a column of labels. None: only a column with a usual name holds labels.
+    labels  Whether a table must have a column of labels. None: only a column with a common name holds labels.
     """
     if (records := read_records(file)) is not None:
         yield from _records(file, records, columns, exists, labels)

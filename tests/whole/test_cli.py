@@ -205,7 +205,7 @@ def test_a_missing_dask_is_explained(mixed: Path, tmp_path: Path) -> None:
     program = "import sys; sys.modules['distributed'] = None; from fastflower.cli import main; sys.exit(main())"
     done = python("-c", program, "pack", mixed, "--out", tmp_path / "out", "--dask", "tcp://127.0.0.1:9")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: --dask needs the package distributed; run pip install 'fastflower[dask]'.\n"
+    assert done.stderr == "error: --dask needs the package 'distributed'; run pip install 'fastflower[dask]'.\n"
 
 
 def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
