@@ -67,7 +67,7 @@ def _bytes_allowed() -> Iterator[int]:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """Yield the v1 and v2 folders of all cgroups that contain this process and may have this controller."""
+    """Yield the v1 and v2 folders of the cgroups that contain this process and may have the controller enabled."""
     # Always try the root: inside a container, it is the container's own cgroup.
     lines = ["0::/", f"0:{controller}:/"]
     with suppress(OSError):

@@ -51,7 +51,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _is_zip(path: Path) -> bool:
-    """Return whether a file is a zip archive, even a truncated one, but not a tar whose last member is a zip."""
+    """Return whether a file is a zip archive. A truncated zip counts; a tar that ends with a zip does not."""
     with suppress(OSError), path.open("rb") as file:
         return file.read(4) in (b"PK\3\4", b"PK\5\6") or (not _is_tar(path) and zipfile.is_zipfile(path))
     return False
@@ -86,7 +86,7 @@ def unpacked(archive: Path, work: Path) -> Generator[Path]:
         if before and (work / PLAN).exists():
             what = f"is not the archive ({before['archive']!r}), or has been changed, since the pack into {work.parent}"
             raise FolderError(
-                f"{archive}: {what} was interrupted; undo this change to resume, or remove {work} to start over."
+                f"{archive}: {what} was interrupted; pass the unchanged archive to resume, or remove {work} to start over."
             )
         record.unlink(missing_ok=True)
         if target.exists():  # left by a killed process

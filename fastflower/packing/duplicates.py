@@ -86,7 +86,7 @@ def _digests(files: list[tuple[Path, str, bool]]) -> bytes:
 
 
 def _group_equal(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Group the numbers whose rows in `keys` are equal, and drop groups of one. Return all members, and the end of each group."""
+    """Group image numbers by equal rows in `keys`, and drop groups of one. Return all members, and the end of each group."""
     if not len(numbers):
         return numbers, np.zeros(0, np.int64)
     order = np.lexsort((numbers, *keys.T))

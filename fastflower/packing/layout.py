@@ -245,7 +245,7 @@ def _splits_fit(root: Path, named: dict[str, str], bases: dict[str, str]) -> boo
 def _missing_class_folders(root: Path, bases: dict[str, str], bare: list[str], val: list[str]) -> FolderError:
     """Return the error for splits without class folders.
 
-    bare  All of them. val  Those that are not test splits.
+    bare  All splits without class folders. val  Those of them that are not test splits.
     """
     only = len(bases) == 1
     what = f"has class folders only in {_names(bases)}" if only else f"has no class folders in {_names(val)}"
@@ -328,7 +328,7 @@ def _nested_splits(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, 
 
 
 def _subfolders_as_classes(root: Path, tops: Iterable[str], also: str = "") -> list[tuple[str, str]]:
-    """For each folder with several subfolders, return the option to use these as classes, for an error message."""
+    """For each folder with several subfolders, return the line of an error message that suggests using these as classes."""
     several = [top for top in (_inner(root, top) for top in tops) if len(subfolders(root / top)) > 1]
     return [
         (f"use the folders in {top!r} as classes{also}", f"fastflower pack {quoted(root / top)}")
@@ -348,13 +348,13 @@ def _pack(root: Path, skipped: Sequence[str] = ()) -> str:
 
 
 def _to_label(root: Path, tops: Sequence[str]) -> tuple[str, str]:
-    """Return the option, for an error message, to label the unlabeled images first."""
+    """Return the line of an error message that suggests labeling the unlabeled images."""
     command = f"fastflower pack {quoted(root)} --labels FILE"
     return f"label the images in {_names(tops)}", f"put them into {root / tops[0]}/CLASS, or pass a table: {command}"
 
 
 def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
-    """Return the option, for an error message, to use every folder as a class. Its command writes a list."""
+    """Return the line of an error message that suggests using every folder as a class. Its command writes a list."""
     names = " ".join(map(quoted, tops)) if len(tops) <= _MOST_NAMES else "*/"
     return f"use {_names(tops)} as classes", _list_and_pack(root, names)
 

@@ -111,7 +111,7 @@ class Mirror:
         _store(path, self._files.read(name), self._files.url, load)
 
     def begin_use(self) -> None:
-        """Register an iterator that uses the cache until it enters `ending_use`."""
+        """Register an iterator as a user of the cache. `ending_use` unregisters it."""
         if self._process != os.getpid():
             self._begin_process()
         with self._lock:
@@ -262,7 +262,7 @@ class Mirror:
         return tars, downloading
 
     def _priority(self, path: Path) -> int:
-        """Return a tar's priority: 0 if not needed, 1 if only the previous window needs it, and more the sooner it is needed."""
+        """Return a tar's priority: 0 if not needed, 1 if only the previous window needs it, else higher the sooner it is needed."""
         ahead = self._ahead  # read only once, because another thread may replace the list
         if path.parent != self.folder or path.name not in self._wanted:
             return 0

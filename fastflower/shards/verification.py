@@ -91,7 +91,7 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
 
 
 def _folds_problems(folder: Path, manifest: Manifest | None, *, repair: bool) -> list[str]:
-    """Return what is wrong with the folds, if there are any. Warn if the manifest is lost: a repair cannot restore them."""
+    """Return the problems with a pack's folds. Warn if the manifest is lost: a repair cannot restore the folds."""
     if manifest is None and repair and (folder / FOLDS).exists():
         what = "the rebuilt manifest has no folds, because the tars do not record them"
         _log.warning("%s: %s; to use this file, restore %s from a backup", folder / FOLDS, what, FILE)

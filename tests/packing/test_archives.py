@@ -310,7 +310,7 @@ def test_an_interrupted_pack_resumes_without_unpacking_again(
             pack(archive, out, lists=True)
     other = archived(classes, tmp_path / "other.zip")
     what = f"is not the archive ('data.zip'), or has been changed, since the pack into {out} was interrupted"
-    remedy = f"undo this change to resume, or remove {out / '.packing'} to start over."
+    remedy = f"pass the unchanged archive to resume, or remove {out / '.packing'} to start over."
     with pytest.raises(FolderError, match=exactly(f"{other}: {what}; {remedy}")):
         pack(other, out, lists=True)
     with monkeypatch.context() as patch:
