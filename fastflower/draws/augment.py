@@ -82,7 +82,7 @@ class Augment:
     """Blend each image and label with its neighbor in the batch. The weight is drawn from Beta(mixup, mixup).
     0 disables it [Zhang et al. 2018]."""
     cutmix: float = 0.0
-    """Paste a rectangle from the neighbor and mix the labels by area. The area is drawn from Beta(cutmix, cutmix).
+    """Paste a rectangle from its neighbor in the batch and mix the labels by area, drawn from Beta(cutmix, cutmix).
     0 disables it. If mixup is enabled too, each pair gets one of the two with equal probability [Yun et al. 2019]."""
     fixed: bool = False
     """Use the same draw for a sample in every epoch."""

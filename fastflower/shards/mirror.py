@@ -262,7 +262,10 @@ class Mirror:
         return tars, downloading
 
     def _priority(self, path: Path) -> int:
-        """Return a tar's priority: 0 if not needed, 1 if only the previous window needs it, else higher the sooner it is needed."""
+        """Return a tar's priority: 0 if it is not needed, 1 if only the previous window needs it.
+
+        Otherwise it is a number above 1, which is larger the sooner the tar is needed.
+        """
         ahead = self._ahead  # read only once, because another thread may replace the list
         if path.parent != self.folder or path.name not in self._wanted:
             return 0
