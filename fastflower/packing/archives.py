@@ -1,20 +1,22 @@
 """Unpacks a zip or tar archive of images into the workspace, so that it can be packed like a folder."""
 
 import errno
+import hashlib
 import json
 import logging
+import lzma
 import os
 import re
-import shlex
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from lzma import LZMAError
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -22,8 +24,11 @@ from tqdm import tqdm
 
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system, write_atomically
+from fastflower.packing.advice import DAMAGE, beside, command_for, is_file, is_zip
 from fastflower.packing.hidden import entries
 from fastflower.shards.manifest import PLAN
+
+_log = logging.getLogger("fastflower")
 
 RECORD = "unpacked.json"  # in the workspace; written last
 _FOLDER = "unpacked"
@@ -33,42 +38,7 @@ _MOST_HEADER = 1 << 20  # bytes of a tar's long name or extended header, which a
 _PIECE = 1 << 20
 _DEEPEST = 20  # folders that may wrap the content
 _MOST_NAMES = 6  # per message
-_ENDINGS = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst)|7z|rar)$", re.IGNORECASE)
-_DAMAGE = (
-    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, LZMAError, EOFError, OSError),
-    *(ValueError, RuntimeError),  # from zipfile: invalid numbers, unknown compression
-)
 _BAD_NAME = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ}
-
-
-def is_archive(path: Path) -> bool:
-    """Return whether a file is a zip or tar archive, or is named like an archive."""
-    return _is_file(path) and (_ENDINGS.search(path.name) is not None or _is_zip(path) or _is_tar(path))
-
-
-def _is_file(path: Path) -> bool:
-    return os.path.isfile(path)  # noqa: PTH113  (Path.is_file raises if a name is too long)
-
-
-def _is_zip(path: Path) -> bool:
-    """Return whether a file is a zip archive. A truncated zip counts; a tar that ends with a zip does not."""
-    with suppress(OSError), path.open("rb") as file:
-        return file.read(4) in (b"PK\3\4", b"PK\5\6") or (not _is_tar(path) and zipfile.is_zipfile(path))
-    return False
-
-
-def _is_tar(path: Path) -> bool:
-    try:
-        return tarfile.is_tarfile(path)
-    except _DAMAGE:
-        return False
-
-
-def advice(archive: Path) -> str:
-    """Return what to do with an archive, or "" if it is neither zip nor tar."""
-    if not (_is_zip(archive) or _is_tar(archive)):
-        return ""
-    return f"pack it (fastflower pack {_quoted(archive)}), or unpack it ({_command(archive)})"
 
 
 @contextmanager
@@ -100,8 +70,17 @@ def unpacked(archive: Path, work: Path) -> Generator[Path]:
     except FolderError as error:
         if str(target) not in str(error):
             raise
-        said = str(error).replace(str(target), str(_beside(archive)))
-        raise FolderError(f"{archive}: unpack it first ({_command(archive)}), because:\n{said}") from None
+        said = str(error).replace(str(target), str(beside(archive)))
+        raise FolderError(f"{archive}: unpack it first ({command_for(archive)}), because:\n{said}") from None
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:_MOST_NAMES])) + (" ..." if len(names) > _MOST_NAMES else "")
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _content(folder: Path) -> Path:
@@ -114,23 +93,19 @@ def _content(folder: Path) -> Path:
     return folder
 
 
-def _beside(archive: Path) -> Path:
-    """Return a new folder next to an archive, to unpack it to."""
-    name = _ENDINGS.sub("", archive.name)
-    folder = archive.with_name(name)
-    return archive.with_name(f"{name}-unpacked") if folder.exists() else folder
-
-
-def _command(archive: Path) -> str:
-    """Return the command that unpacks an archive."""
-    source, target = _quoted(archive), _quoted(_beside(archive))
-    if archive.suffix.lower() == ".zip" or _is_zip(archive):
-        return f"unzip {source} -d {target}"
-    return f"mkdir {target} && tar -xf {source} -C {target}"
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
+def _name_of(member: zipfile.ZipInfo) -> str:
+    """Return the name of a zip's member. Info-ZIP and macOS write UTF-8 without saying so, or into an extra field."""
+    name, marked = member.filename, member.flag_bits & 0x800
+    with suppress(UnicodeError):  # code page 437 has no UTF-8 of other than ASCII letters in sensible names
+        name = name if marked else name.encode("cp437").decode()
+    with suppress(UnicodeError, struct.error):
+        raw, extra = member.orig_filename.encode("utf-8" if marked else "cp437"), member.extra
+        while len(extra) >= 4:
+            kind, size = struct.unpack_from("<HH", extra)
+            if kind == 0x7075 and struct.unpack_from("<BI", extra, 4) == (1, zlib.crc32(raw)):  # Unicode Path
+                name = extra[9 : 4 + size].decode() or name
+            extra = extra[4 + size :]
+    return name.replace("\\", "/") if member.create_system == 0 else name  # 0: Windows
 
 
 class _Header(tarfile.TarInfo):
@@ -163,6 +138,8 @@ class _Unpacking:
     links: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     """Symbolic links to create at the end: name, target."""
     skipped: list[str] = field(default_factory=list[str])
+    replaced: list[str] = field(default_factory=list[str])
+    """Members that were followed by another one of the same name with other content."""
 
     @classmethod
     def of(cls, archive: Path, target: Path) -> Self:
@@ -176,14 +153,14 @@ class _Unpacking:
         with self._reading("file"):
             file = self.archive.open("rb")
         with file, self.bar:
-            (self._unpack_zip if _is_zip(self.archive) else self._unpack_tar)(file)
+            (self._unpack_zip if is_zip(self.archive) else self._unpack_tar)(file)
         self._make_links()
         if self.skipped:
-            named = ", ".join(map(repr, self.skipped[:_MOST_NAMES])) + (
-                " ..." if len(self.skipped) > _MOST_NAMES else ""
-            )
             what = f"skipped {len(self.skipped)} of its members: devices, pipes, or links that do not stay inside"
-            logging.getLogger("fastflower").warning("%s: %s (%s)", self.archive, what, named)
+            _log.warning("%s: %s (%s)", self.archive, what, _named(self.skipped))
+        if self.replaced:
+            count, what = len(self.replaced), "replaced another one of the same name with different content"
+            _log.warning("%s: %d of its members %s (%s)", self.archive, count, what, _named(self.replaced))
 
     def _unpack_zip(self, file: IO[bytes]) -> None:
         with self._reading("directory"):
@@ -192,9 +169,11 @@ class _Unpacking:
         self.bar.total = sum(member.file_size for member in members)
         self._check(self.bar.total)
         for member in members:
-            name = member.filename.replace("\\", "/") if member.create_system == 0 else member.filename  # 0: Windows
+            name = _name_of(member)
             if member.flag_bits & 1:
-                raise FolderError(f"{self.archive}: {name!r} is encrypted; unpack it first ({_command(self.archive)}).")
+                raise FolderError(
+                    f"{self.archive}: {name!r} is encrypted; unpack it first ({command_for(self.archive)})."
+                )
             mode = stat.S_IFMT(member.external_attr >> 16) if member.create_system == 3 else 0  # 3: Unix
             if name.endswith("/") or mode == stat.S_IFDIR:
                 self._add_folder(name)
@@ -209,9 +188,12 @@ class _Unpacking:
             else:
                 self.skipped.append(name)
 
-    def _unpack_tar(self, file: IO[bytes]) -> None:
+    def _unpack_tar(self, file: BufferedReader) -> None:
         with self._reading("start"):
-            archive = tarfile.open(fileobj=file, tarinfo=_Header)  # noqa: SIM115  (closing it only frees memory)
+            # By itself, tarfile takes zeros after the end of an xz file for damage.
+            xz = file.peek(6).startswith(b"\xfd7zXZ\0")
+            source = lzma.LZMAFile(file, format=lzma.FORMAT_XZ) if xz else file  # noqa: SIM115
+            archive = tarfile.open(fileobj=source, tarinfo=_Header)  # noqa: SIM115  (closing it only frees memory)
         name = ""
         while True:
             with self._reading(f"member after {name!r}"):
@@ -226,14 +208,21 @@ class _Unpacking:
                 self.links.append((name, member.linkname))
             elif member.isreg() and (stream := archive.extractfile(member)):
                 self._add_file(name, stream)
-            elif member.islnk() and (source := self._place(member.linkname)) and _is_file(source):
-                with source.open("rb") as stream:
-                    self._add_file(name, stream)
+            elif member.islnk() and (source := self._place(member.linkname)) and is_file(source):
+                if (path := self._place(name)) and not (path.exists() and path.samefile(source)):
+                    with source.open("rb") as stream:
+                        self._add_file(name, stream)
             else:
                 self.skipped.append(name)
+        more = False
         with self._reading("end"):  # has the checksum of a compressed tar
             while archive.fileobj and (piece := archive.fileobj.read(_PIECE)):
                 self._count(len(piece))
+                more = more or piece.count(0) < len(piece)
+        if more:
+            what = "has data after its end marker, as when tar archives are joined with cat"
+            command = command_for(self.archive).replace("tar -xf", "tar --ignore-zeros -xf")
+            raise FolderError(f"{self.archive}: {what}; unpack it ({command}), then pack the folder.")
 
     def _add_folder(self, name: str) -> None:
         if path := self._place(name):
@@ -246,6 +235,7 @@ class _Unpacking:
             return
         with self._writing(name):
             path.parent.mkdir(parents=True, exist_ok=True)
+            before = _digest(path) if is_file(path) else None
             file = path.open("wb")
         with file:
             while True:
@@ -255,6 +245,8 @@ class _Unpacking:
                     break
                 self._count(len(piece))
                 file.write(piece)
+        if before and before != _digest(path):
+            self.replaced.append(name)
 
     def _place(self, name: str) -> Path | None:
         """Return where a member goes, or None if macOS added it. Raises FolderError if that is outside."""
@@ -277,14 +269,14 @@ class _Unpacking:
             raise FolderError(f"{self.archive}: {what}; free up space, or choose another folder with --out.")
         if total > self.most:
             what = f"contains more than {self.most} bytes, which is suspicious for an archive of its size"
-            raise FolderError(f"{self.archive}: {what}; if it is right, unpack it first ({_command(self.archive)}).")
+            raise FolderError(f"{self.archive}: {what}; if it is right, unpack it first ({command_for(self.archive)}).")
 
     @contextmanager
     def _reading(self, what: str) -> Generator[None]:
         """Explain errors in the archive."""
         try:
             yield
-        except _DAMAGE as error:
+        except DAMAGE as error:
             blame_the_system(error, self.archive)
             reason = str(error).partition("\n")[0] or type(error).__name__
             remedy = "it is damaged, incomplete, or neither zip nor tar; get it again, or unpack it first"

@@ -4,7 +4,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from fastflower.packing.archives import advice
+from fastflower.packing.advice import advice
 from fastflower.packing.hidden import is_hidden
 from fastflower.packing.names import EXTENSIONS
 from fastflower.shards.kinds import kind_of

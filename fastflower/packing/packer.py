@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from fastflower.errors import ArgumentError, FolderError, require
 from fastflower.machine import cores
-from fastflower.packing.archives import is_archive, unpacked
+from fastflower.packing.advice import is_archive
+from fastflower.packing.archives import unpacked
 from fastflower.packing.columns import Columns
 from fastflower.packing.duplicates import Item, Result
 from fastflower.packing.folder import Folder, Tables, scan
