@@ -1,15 +1,24 @@
-"""Names what a folder without images holds instead, such as Parquet or HDF5 files with images inside."""
+"""Names what a folder holds instead of images, or besides, such as Parquet files or archives with images inside."""
 
 import os
+import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from fastflower.packing.advice import advice
-from fastflower.packing.hidden import is_hidden
-from fastflower.packing.names import EXTENSIONS
+from fastflower.packing.hidden import entries, is_hidden
+from fastflower.packing.layout import subfolders
+from fastflower.packing.names import EXTENSIONS, splits_named
 from fastflower.shards.kinds import kind_of
 
 _MOST_READ = 1000  # files
+_MOST_UNREAD = 20  # files
+_MOST_NAMES = 3
+# Not .npy, .mat and the like, which often hold labels or features.
+_CONTAINERS = re.compile(
+    r"\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz|zst|7z|rar|parquet|arrow|tfrecords?|h5|hdf5)([-.]\w+)*$", re.IGNORECASE
+)
 _NOTES = ("text", "HTML", "XML", "JSON", "SVG", "pointer", "fork", "PDF")  # next to the data, but not the data
 
 
@@ -30,7 +39,7 @@ def instead_of_images(root: Path) -> str | None:
                 continue
             with suppress(OSError), path.open("rb") as opened:
                 kind = kind_of(opened.read(1024))
-                if kind and not any(note in kind for note in _NOTES):
+                if kind and _is_data(kind):
                     found.setdefault(kind, []).append(str(path.relative_to(root)))
     if not found:
         return None
@@ -43,3 +52,33 @@ def instead_of_images(root: Path) -> str | None:
         unread = "" if advised else unread
         remedy = f"{advised or 'unpack it'}, and pass the folder that has one folder of images per class"
     return f"{root}: has no images: {paths[0]!r} {kind}{others}{unread}; {remedy}."
+
+
+def _is_data(kind: str) -> bool:
+    return not any(note in kind for note in _NOTES)
+
+
+def unread(root: Path) -> Iterator[str]:
+    """Yield a remark about the archives and data files directly in a folder or in its split folders, if any.
+
+    An archive next to a folder of its name has been unpacked.
+    """
+    paths: list[Path] = []
+    for parent in (root, *(root / top for top in splits_named(subfolders(root)))):
+        names = {entry.name for entry in entries(parent)}
+        wholes = {name: _CONTAINERS.sub("", name) for name in sorted(names)}
+        paths += [parent / name for name, whole in wholes.items() if whole not in names]
+    kinds: dict[str, str] = {}
+    for path in [path for path in paths if path.is_file()][:_MOST_UNREAD]:
+        with suppress(OSError), path.open("rb") as opened:
+            kind = kind_of(opened.read(1024))
+            if kind and _is_data(kind):
+                kinds[str(path.relative_to(root))] = kind
+    if not kinds:
+        return
+    named = ", ".join(f"{name!r} {kind}" for name, kind in list(kinds.items())[:_MOST_NAMES])
+    more = f", and {len(kinds) - _MOST_NAMES} more files" if len(kinds) > _MOST_NAMES else ""
+    archives = all("archive" in kind for kind in kinds.values())
+    it, its, this = ("it", "its", "this is") if len(kinds) == 1 else ("them", "their", "these are")
+    remedy = f"unpack {it}" if archives else f"save {its} images as files"
+    yield f"{named}{more}; {this} not read: {remedy} if {'it belongs' if len(kinds) == 1 else 'they belong'} to this data set"

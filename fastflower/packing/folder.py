@@ -22,7 +22,7 @@ from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
 from fastflower.packing import layout
 from fastflower.packing.columns import Columns
-from fastflower.packing.containers import instead_of_images
+from fastflower.packing.containers import instead_of_images, unread
 from fastflower.packing.finder import Finder
 from fastflower.packing.hidden import entries, ignoring, is_hidden, is_ignored
 from fastflower.packing.labels import Labels
@@ -256,7 +256,7 @@ def _scan(root: Path, resplit: bool, tables: Tables, drop_empty: bool) -> Folder
 def _warn_of_other_readings(folder: Folder) -> None:
     """Warn about files and folders that suggest other labels or splits than those of the class folders."""
     root = folder.root
-    for remark in unused(root):
+    for remark in (*unused(root), *unread(root)):
         _log.warning("%s: %s", root, remark)
     if masks := len(re.findall(rb"[^/]_mask(?:_\d+)?\.(?:png|jpg|bmp|tif)", folder.paths.data)):
         what = "images have names like masks; leave them out with --ignore '*_mask*'"

@@ -211,3 +211,33 @@ def test_the_summary_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         f"{tmp_path / 'out'}: skipped 1 file; `skipped` in manifest.json lists all:",
         "  is HTML, a web page, named .jpg: a/\\x1b[2J\\n.jpg",
     ]
+
+
+H5, PARQUET = b"\x89HDF\r\n\x1a\n", b"PAR1.."
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"bird.zip": archive()}, "'bird.zip' is a ZIP archive; this is not read: unpack it if it belongs"),
+        ({"bird.zip": archive(), "ant.tar.gz": gzip.compress(tar()), "ignored.zip": archive()},
+         "'ant.tar.gz' is a tar archive, compressed by gzip, 'bird.zip' is a ZIP archive; these are not read: unpack them "
+         "if they belong"),
+        ({f"train-{n}.h5": H5 for n in range(5)} | {"0.parquet": PARQUET},
+         "'0.parquet' is Parquet, a table, 'train-0.h5' is HDF5, arrays, 'train-1.h5' is HDF5, arrays, and 3 more files; "
+         "these are not read: save their images as files if they belong"),
+        ({"a.zip": archive(), "b.tar.gz": gzip.compress(tar())}, None),  # left after unpacking
+        ({"notes.zip": b"# notes", "labels.csv.gz": gzip.compress(b"no table"), "x.npy": b"\x93NUMPY", "a/x.zip": archive()},
+         None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["", "train/"])
+def test_archives_beside_class_folders_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, files: dict[str, bytes], named: str | None, place: str
+) -> None:
+    images = [f"{split}{name}/1.jpg" for split in (["train/", "val/"] if place else [""]) for name in "ab"]
+    root = touch(tmp_path / "data", *images)
+    write(root, {place + name: data for name, data in files.items()})
+    scan(root, ignore=["ignored.zip"] if "ignored.zip" in files else [])
+    named = named and re.sub(r"'(?=\w+[-.])", f"'{place}", named)
+    assert caplog.messages == ([f"{root}: {named} to this data set"] if named else [])
