@@ -27,6 +27,7 @@ _log = logging.getLogger("fastflower")
 _POLL_SECONDS = 0.05  # between attempts to take a lock that another process holds
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # from flock on a file system without locks
 _NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # from fsync on FUSE, SMB or 9p
+_NO_MMAP = {errno.ENODEV, errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EACCES}  # from mmap on FUSE, SMB or 9p
 PARTIAL = f"*.{'[0-9a-f]' * 8}.part"
 """Glob pattern that matches the names from `partial_name`."""
 
@@ -95,7 +96,7 @@ def load_array(path: Path) -> "NDArray[Any]":
     try:
         return np.load(path, mmap_mode="r")
     except OSError as error:
-        if error.errno != errno.ENODEV:
+        if error.errno not in _NO_MMAP:
             raise
         return np.load(path)
 

@@ -27,9 +27,11 @@ from fastflower.packing.finder import Finder
 from fastflower.packing.hidden import entries, ignoring, is_hidden, is_ignored
 from fastflower.packing.labels import Labels
 from fastflower.packing.listing import SPLITS, Listing, classes_of, lists_of, splits_of, tables_naming, unused
-from fastflower.packing.names import EXTENSIONS, is_image, plain_name, splits_named
+from fastflower.packing.names import is_image, plain_name, splits_named
 
 _log = logging.getLogger("fastflower")
+
+EMPTY_CLASS, LEFT_OUT = "is a class without training images", "is in a class without training images"
 
 FILE_DTYPE = np.dtype(
     [
@@ -161,7 +163,7 @@ class _Collector:
         for parent in self._folders(name):
             for file in sorted(entry.name for entry in entries(self.root / parent) if not layout.is_folder(entry)):
                 if is_image(file):
-                    self.ignored.append((f"{parent}/{file}", "is in a class without training images"))
+                    self.ignored.append((f"{parent}/{file}", LEFT_OUT))
 
     def ignore_strays(self, folder: str) -> None:
         """Record images next to the class folders as ignored. Other files there are normal and not recorded."""
@@ -307,7 +309,8 @@ def _scan_lists(
         raise FolderError(f"{', '.join(map(str, lists))}: names only test images without a label; add training images.")
     order, codes = np.zeros(len(SPLITS), np.int32), [SPLITS.index(name) for name in splits]
     order[codes] = np.arange(len(splits))
-    names, numbers = labels.classes(drop_empty=drop_empty)
+    names, numbers, unknown = labels.classes(drop_empty=drop_empty)
+    collector.ignored += [(name, EMPTY_CLASS) for name in unknown]
     folder = collector.folder(names, splits)
     folder.files["label"] = numbers[folder.files["label"]]
     folder.files["split"] = order[folder.files["split"]] if splits else 0
@@ -345,7 +348,7 @@ def _scan_classes(root: Path, tops: list[str], drop_empty: bool) -> Folder:
         layout.refuse_wrapper(root, *(top for top in tops if top not in empty))
     enough = len(tops) - len(empty) >= 2
     if empty and not (drop_empty and enough):
-        raise _no_images(root / empty[0], enough)
+        raise layout.no_images(root, empty[0], enough)
     collector.ignore_strays(".")
     return collector.folder(tops, ())
 
@@ -356,12 +359,13 @@ def _scan_splits(
     """Scan the splits. bases  Parent of the class folders of each labeled split, train first."""
     collector = _Collector(root)
     train, *_ = bases.values()
-    classes = layout.subfolders(root / train)
+    classes, unknown = layout.subfolders(root / train), set[str]()
     for number, base in enumerate(bases.values()):
         for name in layout.subfolders(root / base):
             place = root / base / name
             if name not in classes and drop_empty:
                 collector.ignore_class(f"{base}/{name}")
+                unknown.add(name)
                 continue
             if name not in classes:
                 what = f"is not a class in {root / train}"
@@ -373,19 +377,13 @@ def _scan_splits(
                 raise FolderError(f"{place}: {what}; add the class there, or leave it out with --drop-empty-classes.")
             full = collector.add_class(f"{base}/{name}", classes.index(name), number)
             if not full and base == train and not drop_empty:
-                raise _no_images(place, len(classes) > 2)
+                raise layout.no_images(root, f"{base}/{name}", len(classes) > 2)
+    collector.ignored += [(name, EMPTY_CLASS) for name in sorted(unknown)]
     for folder in (".", *bases.values()):
         collector.ignore_strays(folder)
     for top in sorted({*named, *unlabeled} - bases.keys()):
         collector.ignore_unlabeled(top)
     return collector.folder(classes, tuple(named[top] for top in bases) if len(bases) > 1 else ())
-
-
-def _no_images(folder: Path, can_drop: bool) -> FolderError:
-    named = ", ".join(EXTENSIONS)
-    remedy = "leave out such classes with --drop-empty-classes" if can_drop else "remove the class folder"
-    what = f"{folder}: has no images ({named}); add some, or {remedy}."
-    return FolderError(instead_of_images(folder) or what)
 
 
 def images_in(root: Path) -> list[Path]:

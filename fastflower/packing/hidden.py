@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,7 +53,9 @@ def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
         return not parts
     if wanted[0] == "**":
         return any(_fits(parts[start:], wanted[1:]) for start in range(len(parts) + 1))
-    return bool(parts) and fnmatchcase(parts[0], wanted[0]) and _fits(parts[1:], wanted[1:])
+    # .gitignore also negates a bracket with ^, which fnmatch does not.
+    first = re.sub(r"\[\^(\]?[^]]*\])|\[\]?[^]]*\]", lambda found: f"[!{found[1]}" if found[1] else found[0], wanted[0])
+    return bool(parts) and fnmatchcase(parts[0], first) and _fits(parts[1:], wanted[1:])
 
 
 @contextmanager

@@ -49,11 +49,11 @@ class Labels:
                 self._unlabeled = f"{where}: {listed!r} has no label and is not in a class folder; write 'PATH LABEL'."
         return number
 
-    def classes(self, *, drop_empty: bool = False) -> tuple[list[str], NDArray[np.int32]]:
-        """Return the classes and, for each number from `add`, the position of its class.
+    def classes(self, *, drop_empty: bool = False) -> tuple[list[str], NDArray[np.int32], list[str]]:
+        """Return the classes, for each number from `add` the position of its class, and the classes that are left out.
 
-        drop_empty  Whether a class without training images gets the position -1. If not, it raises FolderError with the
-        file and line, as does a label that is no class.
+        drop_empty  Whether a class without training images is left out and gets the position -1. If not, it raises
+        FolderError with the file and line, as does a label that is no class.
         """
         if self._unlabeled:
             raise FolderError(self._unlabeled)
@@ -85,7 +85,8 @@ class Labels:
         for name, where in zip(names, self._where, strict=True):
             if name not in known and not drop_empty:
                 raise FolderError(f"{where}: {self._unknown(name, classes)}.")
-        return classes, np.array([known.get(name, -1) for name in names], np.int32)
+        unknown = sorted({*names} - known.keys())
+        return classes, np.array([known.get(name, -1) for name in names], np.int32), unknown
 
     def _first_number(self, labels: Sequence[_Label], count: int) -> int:
         """Return whether labels count from 0 or 1. They count from 1 only if one of them equals the number of classes."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
+from fastflower.packing.containers import instead_of_images
 from fastflower.packing.hidden import entries, patterns_ignored
 from fastflower.packing.names import (
     FOLDS,
@@ -25,6 +26,7 @@ from fastflower.packing.names import (
     splits_named,
     words_of,
 )
+from fastflower.shards.kinds import image_kind
 
 _MOST_NAMES = 6  # per message
 _DEEPEST = 20  # folder levels to search for class folders
@@ -187,6 +189,22 @@ def shared_folders(root: Path, tops: Sequence[str]) -> list[str]:
     if any(_has_own_images(root / top) for top in tops):
         return []
     return sorted(set[str].intersection(*(set(subfolders(root / top)) for top in tops)))
+
+
+def no_images(root: Path, name: str, can_drop: bool) -> FolderError:
+    """Return the error for a class folder without images. can_drop  Whether other classes would be left without it."""
+    if instead := instead_of_images(root / name):
+        return FolderError(instead)
+    for file in sorted(entry.name for entry in entries(root / name) if entry.is_file())[:_MOST_NAMES]:
+        with suppress(OSError), (root / name / file).open("rb") as opened:
+            if kind := image_kind(opened.read(32)):
+                what = f"{name}/{file} is {kind} without an image extension"
+                if "/" in name:
+                    return FolderError(f"{root}: {what}; add the extension to its name.")
+                return FolderError(f"{root}: {what}; a list can name such files: {_list_and_pack(root, '*/')}")
+    remedy = "leave out such classes with --drop-empty-classes" if can_drop else "remove the class folder"
+    besides = " besides those that --ignore matches" if patterns_ignored() else ""
+    return FolderError(f"{root / name}: has no images (.jpg, .png and others){besides}; add some, or {remedy}.")
 
 
 def _has_own_images(folder: Path) -> bool:

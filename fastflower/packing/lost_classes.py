@@ -9,7 +9,8 @@ import numpy as np
 
 from fastflower.errors import FolderError
 from fastflower.files import write_atomically
-from fastflower.packing.plan import LEFT_OUT, Plan
+from fastflower.packing.folder import LEFT_OUT
+from fastflower.packing.plan import Plan
 from fastflower.packing.remarks import counted, printable
 from fastflower.packing.worker import MadeShard, key_of, new_label
 from fastflower.shards.writer import Samples, ShardWriter

@@ -13,6 +13,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_complete
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,8 +88,10 @@ def pack(
             or more. "random" takes val_fraction of all images together. "folder" keeps the folder's own split. The
             default is "folder" if the folder has a split, else "class".
         val_fraction: Fraction of images in the val split, at least 0 and below 1; by default 0.2. If split_by is "folder",
-            it is the fraction of training images that a folder without a val split contributes to one; by default none.
-        test_fraction: Fraction of images in a test split. Unused if split_by is "folder".
+            it is the fraction of training images that a folder without a val split contributes to one; by default none. A
+            fraction for a split that the folder has is an error.
+        test_fraction: Fraction of images in a test split. If split_by is "folder", it is the fraction of training images that
+            a folder without a test split contributes to one.
         folds: Divide the images into this many folds for cross-validation, at least 2, instead of drawing a val split. Each
             class is spread evenly over the folds; copies and near-duplicates share a fold. A test split stays a test
             split. A val split of the folder is divided together with train.
@@ -120,12 +123,13 @@ def pack(
         >>> {name: split.samples for name, split in manifest.splits.items()}
         {'train': 135, 'val': 15}
     """
-    require(val_fraction is None or 0 <= val_fraction < 1, "val_fraction", "at least 0 and less than 1", val_fraction)
+    rule = "at least 0 and less than 1"
+    require(val_fraction is None or _is_fraction(val_fraction), "val_fraction", rule, val_fraction)
     rule = "omitted with folds, because each fold is the val split in turn"
     require(folds is None or val_fraction is None, "val_fraction", rule, val_fraction)
     share = 0.0 if folds else _VAL_FRACTION if val_fraction is None else val_fraction
     rule = "at least 0 and, added to val_fraction, less than 1"
-    require(0 <= test_fraction < 1 - share, "test_fraction", rule, test_fraction)
+    require(_is_fraction(test_fraction) and test_fraction < 1 - share, "test_fraction", rule, test_fraction)
     tables = Tables(_paths(labels), _paths(split), Columns(path_column, label_column, split_column))
     options = Options(
         split_by=split_by,
@@ -144,6 +148,10 @@ def pack(
     )
     require(workers is None or workers >= 1, "workers", "at least 1", workers)
     return _pack(Path(folder), tables, Path(out), options, workers or cores(), executor)
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, Real) and 0 <= float(value) < 1
 
 
 def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -218,7 +226,11 @@ def _resolved(options: Options, folder: Folder) -> Options:
         _log.warning("%s: its val split is divided into folds together with its train split", folder.root)
     fraction = options.val_fraction
     if split_by == "folder":
-        fraction = None if "val" in folder.splits else fraction or None
+        for name, given in (("val", fraction is not None), ("test", options.test_fraction > 0)):
+            if given and name in folder.splits:
+                what = f"{name}_fraction cannot be used because {folder.root} has its own {name} split"
+                raise ArgumentError(f"{what}; leave it out, or pass --split-by class.")
+        fraction = fraction or None
     elif fraction is None and not options.folds:
         fraction = _VAL_FRACTION
     return replace(options, split_by=split_by, val_fraction=fraction)

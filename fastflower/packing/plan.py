@@ -18,11 +18,11 @@ from fastflower.errors import FolderError, make_plain, require
 from fastflower.files import load_array, write_atomically
 from fastflower.packing.duplicates import Groups, MapLike, identical
 from fastflower.packing.folder import Folder
+from fastflower.packing.listing import SPLITS
 from fastflower.shards.manifest import PLAN, shard_name
 from fastflower.shards.writer import npy
 
 _IGNORED = "ignored.json"
-EMPTY_CLASS, LEFT_OUT = "is a class without training images", "is in a class without training images"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class Options:
     test_fraction: float = 0.0
     folds: int | None = None
     drop_empty_classes: bool = False
-    """The last four are not options of older versions. test_fraction is unused if the folder's own split is kept."""
+    """The last four are not options of older versions."""
 
     def __post_init__(self) -> None:
         splits = (None, "class", "random", "folder")
@@ -109,11 +109,11 @@ class Plan:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        drawn = ("train", "val", "test") if self.options.test_fraction else ("train", "val")
-        splits = self.folder.splits if self.options.split_by == "folder" else drawn
-        if self.options.val_fraction and "val" not in splits:
-            splits = ("train", "val", *splits[1:])
-        return tuple(name for name in splits if name != "val" or not self.options.folds)
+        splits = {*(self.folder.splits if self.options.split_by == "folder" else ("train", "val"))}
+        splits |= {"val"} if self.options.val_fraction else set()
+        splits |= {"test"} if self.options.test_fraction else set()
+        splits -= {"val"} if self.options.folds else set()
+        return tuple(name for name in SPLITS if name in splits)
 
     def conflicts(self) -> list[NDArray[np.int64]]:
         """Return the groups of identical images with different labels."""
@@ -133,11 +133,13 @@ def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped
             kept[group] = False
     own = options.split_by == "folder"
     drawn = folder.files["split"] if own else _draw_splits(plan, kept)
-    names = folder.splits if own else ("train", "val", "test")
+    names = folder.splits if own else SPLITS
     # With folds, the images of the folder's val split are in train.
     split = np.array([plan.splits.index(name if name in plan.splits else "train") for name in names])[drawn]
-    if own and options.val_fraction:
-        split[_draw_splits(plan, kept & (split == 0)) == 1] = plan.splits.index("val")
+    if own and (options.val_fraction or options.test_fraction):
+        place = _draw_splits(plan, kept & (split == 0))
+        for name in set(plan.splits) - {"train", *folder.splits}:
+            split[place == SPLITS.index(name)] = plan.splits.index(name)
     train = folder.files["label"][kept & (split == plan.splits.index("train"))]
     counts = np.bincount(train, minlength=len(folder.classes))
     dropped = _empty_classes(folder, counts, int((~kept).sum()), options)
@@ -175,7 +177,7 @@ def _empty_classes(folder: Folder, counts: NDArray[np.int64], conflicts: int, op
 def _draw_splits(plan: Plan, kept: NDArray[np.bool_]) -> NDArray[np.int32]:
     """Draw val_fraction and test_fraction of each class, or of all images, without dividing groups.
 
-    Returns (N,) positions in ("train", "val", "test").
+    Returns (N,) positions in SPLITS.
     """
     labels, options = plan.folder.files["label"], plan.options
     pools = np.zeros_like(labels) if options.split_by == "random" else labels  # a share is taken from each pool

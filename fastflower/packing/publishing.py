@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from fastflower.errors import FolderError, SampleError
 from fastflower.files import sync, write_atomically
 from fastflower.packing.duplicates import near_groups, nearest
+from fastflower.packing.folder import EMPTY_CLASS, LEFT_OUT
 from fastflower.packing.folds import assign_folds
-from fastflower.packing.plan import EMPTY_CLASS, LEFT_OUT, Plan
+from fastflower.packing.plan import Plan
 from fastflower.packing.worker import MadeShard, new_label, read_image
 from fastflower.shards.manifest import FILE, FOLDS, INFO, Folds, Manifest, Split, shard_name
 from fastflower.shards.writer import index_rows, npy, split_of

@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
+from fastflower.packing.folder import EMPTY_CLASS
 from fastflower.packing.names import plain_name
-from fastflower.packing.plan import EMPTY_CLASS
 from fastflower.shards.manifest import Manifest
 
 _MOST_NAMES = 10  # class names per warning

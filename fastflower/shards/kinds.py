@@ -106,8 +106,13 @@ def kind_of(data: bytes) -> str | None:
 
 def damaged(data: bytes) -> str | None:
     """Return the reason for a file that starts like an image but cannot be opened, or None if it does not start like one."""
-    formats = (name for start, name in _IMAGES.items() if re.match(start, data, re.DOTALL))
-    return next((f"is a damaged {name} image" for name in formats), None)
+    kind = image_kind(data)
+    return f"is a damaged {kind} image" if kind else None
+
+
+def image_kind(data: bytes) -> str | None:
+    """Return the format of an image, such as "JPEG", by its first 32 bytes, or None if it does not start like one."""
+    return next((name for start, name in _IMAGES.items() if re.match(start, data, re.DOTALL)), None)
 
 
 def is_empty_or_page(head: bytes) -> bool:

@@ -21,7 +21,7 @@ from fastflower.errors import FolderError
 from fastflower.packing.folder import FILE_DTYPE, Folder, scan
 from fastflower.packing.names import EXTENSIONS
 
-ENDINGS = f"({', '.join(EXTENSIONS)})"
+ENDINGS = "(.jpg, .png and others)"
 NO_EXTENSION = "has no image extension"
 READ_ALREADY = "links to a folder that was already read"
 STRAY = "is not in a class folder"

@@ -129,7 +129,10 @@ def test_a_pattern_matches_what_a_regular_expression_for_gitignore_matches(patte
 
 @pytest.mark.parametrize(
     "pattern",
-    ["a", "a/", "/a", "b/1.jpg", "*.jpg", "a*/b", "/*/1.jpg", "**/b/*.jpg", "a/**/a", "[ab]/b", "1.jpg/", "./a"],
+    [
+        *("[^a]", "[^]b]/1*", "[[^]a]", "[!a]b"),
+        *("a", "a/", "/a", "b/1.jpg", "*.jpg", "a*/b", "/*/1.jpg", "**/b/*.jpg", "a/**/a", "[ab]/b", "1.jpg/", "./a"),
+    ],
 )
 def test_a_pattern_matches_what_git_matches(tmp_path: Path, pattern: str) -> None:
     touch(tmp_path, *TREE)

@@ -143,9 +143,6 @@ def test_images_to_classify_are_skipped_with_a_warning(
     assert len(caplog.messages) == len({path.partition("/")[0] for path, _ in found.ignored})
 
 
-@pytest.mark.parametrize(
-    "names", [("part_1", "part_2"), ("HAM_images_part_1", "HAM_images_part_2"), ("fold1", "fold2")]
-)
 def test_folders_that_each_class_has_may_be_the_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Medical images often lie in folders of patients."""
     root = touch(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fastflower.shards.verification import verify
 
 PAGE = b"<!DOCTYPE html><html>404 Not Found</html>"
 OPTIONS: dict[str, Any] = {"shard_bytes": 4000, "lists": True}
-NO_EXTENSIONS = r"b: has no images \(\.jpg, .*\); add some, or "
+NO_EXTENSIONS = r"b: has no images \(\.jpg, \.png and others\); add some, or "
 
 
 @pytest.fixture
@@ -249,7 +250,7 @@ def test_classes_without_training_images_in_other_splits_are_skipped(tmp_path: P
     reason = "is in a class without training images"
     assert {item["path"]: item["reason"] for item in manifest.skipped} == {
         **dict.fromkeys(("val/b/000.jpg", "val/b/001.jpg", "val/d/000.jpg"), reason),
-        "d": "is a class without training images",
+        **dict.fromkeys("bd", "is a class without training images"),
     }
     consistent(folder, tmp_path / "out", ("a", "c", "e"))
 
@@ -343,3 +344,38 @@ def test_a_link_to_content_that_git_annex_has_not_fetched_says_so(tmp_path: Path
     (folder / "a/annexed.jpg").symlink_to("../.git/annex/objects/zX/9w/SHA256E-s9--4d7a.jpg/SHA256E-s9--4d7a.jpg")
     (skipped,) = pack(folder, tmp_path / "out").skipped
     assert skipped == {"path": "a/annexed.jpg", "reason": "is a git-annex pointer (run git annex get)"}
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_a_class_in_val_only_is_named_like_others(
+    tmp_path: Path, table: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, labels = drawn(tmp_path / "data", **{"train/a": 2, "train/c": 2, "val/a": 1, "val/b": 2}), list[Path]()
+    if table:
+        rows = [f"{path.relative_to(folder)},{path.parts[-2]},{path.parts[-3]}\n" for path in folder.glob("*/*/*")]
+        labels = [tmp_path / "t.csv"]
+        labels[0].write_text("image,label,split\n" + "".join(rows))
+    manifest = pack(folder, tmp_path / "out", drop_empty_classes=True, labels=labels)
+    assert {"path": "b", "reason": "is a class without training images"} in manifest.skipped
+    assert f"{tmp_path / 'out'}: left out 1 class without training images: 'b'" in caplog.messages
+
+
+def test_images_without_an_extension_are_named_with_the_command_that_packs_them(tmp_path: Path) -> None:
+    folder = drawn(tmp_path / "data", a=2, b=2)
+    for path in folder.glob("*/*"):
+        path.rename(path.with_suffix(".bak"))
+    with pytest.raises(FolderError) as caught:
+        scan(folder, ignore=["none"])
+    text, _, command = str(caught.value).partition("such files: ")
+    assert text.startswith(f"{folder}: a/000.bak is ")
+    assert text.endswith(" without an image extension; a list can name ")
+    assert command.endswith(f" > train.txt) && fastflower pack {folder} --ignore none --split-by class")
+    subprocess.run(["bash", "-c", command.partition(" && fastflower")[0]], check=True)
+    assert len(scan(folder)) == 4
+
+
+def test_a_class_emptied_by_ignore_says_so(tmp_path: Path) -> None:
+    folder = drawn(tmp_path / "data", a=2, b=2, c=2)
+    what = f"{folder / 'b'}: has no images (.jpg, .png and others) besides those that --ignore matches; add some, or "
+    with pytest.raises(FolderError, match=exactly(f"{what}leave out such classes with --drop-empty-classes.")):
+        scan(folder, ignore=["b/*"])

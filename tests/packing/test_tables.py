@@ -10,7 +10,7 @@ from packs import drawn, exactly, paths, samples, touch
 
 from fastflower import pack
 from fastflower.errors import ArgumentError, FolderError
-from fastflower.packing.folder import Tables, scan
+from fastflower.packing.folder import EMPTY_CLASS, Tables, scan
 
 TABLES = {
     "names of Kaggle": (FLAT, {"t.csv": "image_id,label\n1,a\n2,b\n"}, {}, AB),
@@ -333,7 +333,7 @@ def test_a_class_without_training_images_is_left_out_on_request(tmp_path: Path) 
         scan(root, tables(root, "t.csv"))
     found = scan(root, tables(root, "t.csv"), drop_empty_classes=True)
     assert labeled(found) == {"1.jpg": "a train", "2.jpg": "b train", "4.jpg": "a val"}
-    assert found.ignored == (("3.jpg", "has no training image in its class"),)
+    assert dict(found.ignored) == {"c": EMPTY_CLASS, "3.jpg": "has no training image in its class"}
 
 
 def test_numbers_do_not_name_class_folders(tmp_path: Path) -> None:

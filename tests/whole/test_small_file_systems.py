@@ -47,7 +47,7 @@ def test_without_fsync_locks_hard_links_and_memory_mapping_everything_works_afte
     monkeypatch.setattr(files, "_lacks", set[tuple[int, str]]())
     monkeypatch.setattr(os, "fsync", failing(number))
     monkeypatch.setattr(os, "link", failing(errno.EPERM))
-    monkeypatch.setattr("mmap.mmap", failing(errno.ENODEV))
+    monkeypatch.setattr("mmap.mmap", failing(number if number == errno.EINVAL else errno.ENODEV))
     monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
     made = pack(small, tmp_path / "out")
     assert replace(made, folder=expected.folder) == expected
