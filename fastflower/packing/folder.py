@@ -27,6 +27,7 @@ from fastflower.packing.finder import Finder
 from fastflower.packing.hidden import entries, ignoring, is_hidden, is_ignored
 from fastflower.packing.labels import Labels
 from fastflower.packing.listing import SPLITS, Listing, classes_of, lists_of, splits_of, tables_naming, unused
+from fastflower.packing.missing import no_images
 from fastflower.packing.names import is_image, plain_name, splits_named
 
 _log = logging.getLogger("fastflower")
@@ -348,7 +349,7 @@ def _scan_classes(root: Path, tops: list[str], drop_empty: bool) -> Folder:
         layout.refuse_wrapper(root, *(top for top in tops if top not in empty))
     enough = len(tops) - len(empty) >= 2
     if empty and not (drop_empty and enough):
-        raise layout.no_images(root, empty[0], enough)
+        raise no_images(root, empty[0], enough)
     collector.ignore_strays(".")
     return collector.folder(tops, ())
 
@@ -377,7 +378,7 @@ def _scan_splits(
                 raise FolderError(f"{place}: {what}; add the class there, or leave it out with --drop-empty-classes.")
             full = collector.add_class(f"{base}/{name}", classes.index(name), number)
             if not full and base == train and not drop_empty:
-                raise layout.no_images(root, f"{base}/{name}", len(classes) > 2)
+                raise no_images(root, f"{base}/{name}", len(classes) > 2)
     collector.ignored += [(name, EMPTY_CLASS) for name in sorted(unknown)]
     for folder in (".", *bases.values()):
         collector.ignore_strays(folder)

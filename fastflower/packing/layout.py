@@ -14,7 +14,6 @@ from pathlib import Path
 
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
-from fastflower.packing.containers import instead_of_images
 from fastflower.packing.hidden import entries, patterns_ignored
 from fastflower.packing.names import (
     FOLDS,
@@ -26,7 +25,6 @@ from fastflower.packing.names import (
     splits_named,
     words_of,
 )
-from fastflower.shards.kinds import image_kind
 
 _MOST_NAMES = 6  # per message
 _DEEPEST = 20  # folder levels to search for class folders
@@ -170,7 +168,7 @@ def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
     if generic and len(shared) > 1 and all(top == inner[top] for top in tops):
         what = f"has the folders {_names(shared)} in each of {_names(tops)}"
         reading = f"use {_names(tops)} as classes with only the images in {generic[0]!r}"
-        command = _list_and_pack(root, f"*/{quoted(generic[0])}")
+        command = list_and_pack(root, f"*/{quoted(generic[0])}")
         raise _ambiguous(root, what, [(reading, command), _as_classes(root, tops)])
     folds = len(shared) > 1 and all(FOLDS.issuperset(words_of(top)) for top in tops)
     if (folds or len(shared) >= len(tops)) and not any(_has_own_images(root / inner[top]) for top in tops):
@@ -189,22 +187,6 @@ def shared_folders(root: Path, tops: Sequence[str]) -> list[str]:
     if any(_has_own_images(root / top) for top in tops):
         return []
     return sorted(set[str].intersection(*(set(subfolders(root / top)) for top in tops)))
-
-
-def no_images(root: Path, name: str, can_drop: bool) -> FolderError:
-    """Return the error for a class folder without images. can_drop  Whether other classes would be left without it."""
-    if instead := instead_of_images(root / name):
-        return FolderError(instead)
-    for file in sorted(entry.name for entry in entries(root / name) if entry.is_file())[:_MOST_NAMES]:
-        with suppress(OSError), (root / name / file).open("rb") as opened:
-            if kind := image_kind(opened.read(32)):
-                what = f"{name}/{file} is {kind} without an image extension"
-                if "/" in name:
-                    return FolderError(f"{root}: {what}; add the extension to its name.")
-                return FolderError(f"{root}: {what}; a list can name such files: {_list_and_pack(root, '*/')}")
-    remedy = "leave out such classes with --drop-empty-classes" if can_drop else "remove the class folder"
-    besides = " besides those that --ignore matches" if patterns_ignored() else ""
-    return FolderError(f"{root / name}: has no images (.jpg, .png and others){besides}; add some, or {remedy}.")
 
 
 def _has_own_images(folder: Path) -> bool:
@@ -374,10 +356,10 @@ def _to_label(root: Path, tops: Sequence[str]) -> tuple[str, str]:
 def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
     """Return the line of an error message that suggests using every folder as a class. Its command writes a list."""
     names = " ".join(map(quoted, tops)) if len(tops) <= _MOST_NAMES else "*/"
-    return f"use {_names(tops)} as classes", _list_and_pack(root, names)
+    return f"use {_names(tops)} as classes", list_and_pack(root, names)
 
 
-def _list_and_pack(root: Path, names: str) -> str:
+def list_and_pack(root: Path, names: str) -> str:
     """Return the command that lists all files in the folders `names` and then packs them."""
     hidden = "-not -path '*/.*' -not -path '*/@eaDir/*'"  # a list could name them
     return f"(cd {quoted(root)} && find -L {names} -type f {hidden} > train.txt) && {_pack(root)} --split-by class"
