@@ -13,7 +13,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BufferedReader
@@ -25,7 +25,10 @@ from tqdm import tqdm
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system, write_atomically
 from fastflower.packing.advice import DAMAGE, beside, command_for, is_file, is_zip
-from fastflower.packing.hidden import entries
+from fastflower.packing.hidden import entries, ignoring
+from fastflower.packing.layout import holds_images
+from fastflower.packing.listing import lists_of
+from fastflower.packing.names import is_image, splits_named
 from fastflower.shards.manifest import PLAN
 
 _log = logging.getLogger("fastflower")
@@ -42,8 +45,10 @@ _BAD_NAME = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errn
 
 
 @contextmanager
-def unpacked(archive: Path, work: Path) -> Generator[Path]:
+def unpacked(archive: Path, work: Path, *, ignore: Sequence[str] = (), tables: bool = False) -> Generator[Path]:
     """Unpack an archive into the workspace, unless that is done, and yield the folder of its content.
+
+    tables  Whether tables are used, with paths relative to the root of the archive or to the only folder in it.
 
     If the block raises an error that names a file in this folder, the error tells the user to unpack the archive first.
 
@@ -66,7 +71,8 @@ def unpacked(archive: Path, work: Path) -> Generator[Path]:
         os.sync()  # one call for all files
         write_atomically(record, json.dumps(wanted).encode())
     try:
-        yield _content(target)
+        with ignoring(target, ignore, archive):
+            yield _content(archive, target, tables=tables)
     except FolderError as error:
         if str(target) not in str(error):
             raise
@@ -83,14 +89,38 @@ def _digest(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _content(folder: Path) -> Path:
-    """Return the folder or, while it contains only one folder, that one."""
+def root_in(work: Path) -> Path:
+    """Return the folder that archives are unpacked to."""
+    return work.absolute() / _FOLDER
+
+
+def _content(archive: Path, folder: Path, *, tables: bool) -> Path:
+    """Return the folder or, while it has only one folder, that one.
+
+    A folder with class folders is also taken if there are files and folders without images next to it.
+    """
+    alone = path = folder
+    others: list[str] = []
     for _ in range(_DEEPEST):
-        inside = list(entries(folder))
-        if len(inside) != 1 or not inside[0].is_dir(follow_symlinks=False):
+        inside = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries(path)}
+        tops = [name for name, is_top in inside.items() if is_top]
+        whole = False
+        if len(inside) > 1:
+            if tables or any(map(is_image, inside.keys() - tops)):
+                break
+            whole = bool(lists_of(path) or splits_named(tops))
+            tops = [name for name in tops if whole or holds_images(path / name)]
+            others += sorted(str((path / name).relative_to(folder)) for name in inside.keys() - tops)
+        if whole or len(tops) > 1:
+            if path != alone:
+                what = f"packs {str(path.relative_to(folder))!r}, the only folder with images; not {_named(others)}"
+                _log.warning("%s: %s", archive, what)
+            return path
+        if not tops:
             break
-        folder /= inside[0].name
-    return folder
+        path /= tops[0]
+        alone = alone if others else path
+    return alone
 
 
 def _name_of(member: zipfile.ZipInfo) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+_log = logging.getLogger("fastflower")
+
 # Added by archive tools, file systems, network storage and operating systems. Lower case.
 _SYSTEM = {
     *("__macosx", "icon\r"),
@@ -25,21 +27,24 @@ def is_hidden(name: str) -> bool:
 
 @dataclass(slots=True)
 class _Ignoring:
-    root: str
+    roots: list[str]
+    """The folder that is packed, last. Before it the root of its archive, to which paths may be relative as well."""
     patterns: Sequence[str]
     matched: set[str] = field(default_factory=set[str])
 
     def matches(self, path: str) -> bool:
         """Return whether a pattern matches the path or a folder above it."""
-        parts = os.path.relpath(path, self.root).split("/")
-        for pattern in self.patterns:
-            wanted = [part for part in pattern.split("/") if part not in ("", ".")]
-            if "/" not in pattern.rstrip("/"):
-                wanted = ["**", *wanted]
-            ends = [end for end in range(1, len(parts) + 1) if _fits(parts[:end], wanted)]
-            if ends and not (pattern.endswith("/") and ends[0] == len(parts) and not os.path.isdir(path)):  # noqa: PTH112
-                self.matched.add(pattern)
-                return True
+        for root in reversed(self.roots):
+            parts = os.path.relpath(path, root).split("/")
+            for pattern in self.patterns:
+                plain = "/" not in pattern.rstrip("/")
+                if plain and root != self.roots[-1]:  # it is not meant for the folder that is packed
+                    continue
+                wanted = ["**"] * plain + [part for part in pattern.split("/") if part not in ("", ".")]
+                ends = [end for end in range(1, len(parts) + 1) if _fits(parts[:end], wanted)]
+                if ends and not (pattern.endswith("/") and ends[0] == len(parts) and not os.path.isdir(path)):  # noqa: PTH112
+                    self.matched.add(pattern)
+                    return True
         return False
 
 
@@ -59,9 +64,20 @@ def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
 
 
 @contextmanager
-def ignoring(root: Path, patterns: Sequence[str]) -> Generator[None]:
-    """Ignore what the patterns match under `root` until the end of the block. Then warn about patterns without a match."""
-    state = _Ignoring(str(root), patterns)
+def ignoring(root: Path, patterns: Sequence[str], archive: Path | None = None) -> Generator[None]:
+    """Ignore what the patterns match under `root` until the end of the block. Then warn about patterns without a match.
+
+    archive  Whose content `root` is. A block inside, for a folder of it, uses the same patterns.
+    """
+    outer = _ignoring.get()
+    if outer and archive is None and root.is_relative_to(outer.roots[0]):
+        outer.roots.append(str(root))
+        try:
+            yield
+        finally:
+            outer.roots.pop()
+        return
+    state = _Ignoring([str(root)], patterns)
     token = _ignoring.set(state if patterns else None)
     try:
         yield
@@ -70,7 +86,7 @@ def ignoring(root: Path, patterns: Sequence[str]) -> Generator[None]:
     for pattern in patterns:
         if pattern not in state.matched:
             what = f"nothing matches --ignore {pattern!r}; write a name, or a path relative to this folder"
-            logging.getLogger("fastflower").warning("%s: %s", root, what)
+            _log.warning("%s: %s", archive or root, what)
 
 
 def patterns_ignored() -> Sequence[str]:

@@ -43,7 +43,7 @@ def subfolders(root: Path) -> list[str]:
     return sorted(entry.name for entry in entries(root) if is_folder(entry))
 
 
-def _holds_images(folder: Path) -> bool:
+def holds_images(folder: Path) -> bool:
     """Return whether a file in the folder, or in a readable folder below it, has an image extension."""
     seen: set[tuple[int, int]] = set()
     pending = [folder]
@@ -85,10 +85,10 @@ def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> 
     Raises FolderError if other folders with images are next to the splits, or if class folders are missing elsewhere.
     """
     unlabeled = [top for top in tops if top not in named and is_to_predict(top) and _class_parent(root, top) is None]
-    others = [top for top in tops if top not in (*named, *unlabeled) and _holds_images(root / top)]
+    others = [top for top in tops if top not in (*named, *unlabeled) and holds_images(root / top)]
     if others:
         raise _splits_beside_others(root, named, others)
-    full = [top for top in named if _holds_images(root / top)]
+    full = [top for top in named if holds_images(root / top)]
     if not full:
         remedy = f"put the images of each class into {root / next(iter(named))}/CLASS"
         raise FolderError(f"{root}: has no images in {_names(named)}; {remedy}.")
@@ -117,7 +117,7 @@ def partly_labeled(root: Path, named: dict[str, str]) -> tuple[dict[str, str], l
 
     Both are empty unless the training split has class folders and another split has images without them.
     """
-    full = [top for top in named if _holds_images(root / top)]
+    full = [top for top in named if holds_images(root / top)]
     bases = _class_parents(root, full)
     bare = [top for top in full if top not in bases]
     return (bases, bare) if bare and "train" in (named[top] for top in bases) else ({}, [])
@@ -151,7 +151,7 @@ def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
     inside = {top: subfolders(root / inner[top]) for top in tops}
     nested = [(top, split) for top in tops for split in splits_named(inside[top])]
     if nested and not resplit:
-        full = [top for top in tops if _holds_images(root / top)]
+        full = [top for top in tops if holds_images(root / top)]
         if len(full) == 1:
             refuse_wrapper(root, full[0])
         raise _nested_splits(root, tops, [(inner[top], split) for top, split in nested])
@@ -178,7 +178,7 @@ def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
         what = f"has folders that may be parts of one data set ({_names(tops)})"
         raise _ambiguous(root, what, [_to_label(root, tops), _as_classes(root, tops)])
     generic = [top for top in tops if is_generic(top)]
-    if generic and any(_holds_images(root / top) for top in tops if top not in generic):
+    if generic and any(holds_images(root / top) for top in tops if top not in generic):
         raise _generic_folders(root, ".", generic, tops, generic)
 
 
@@ -199,7 +199,7 @@ def refuse_wrapper(root: Path, top: str) -> None:
     for _ in range(_DEEPEST):
         inside = subfolders(path)
         if len(inside) > 1:
-            inside = [name for name in inside if _holds_images(path / name)]
+            inside = [name for name in inside if holds_images(path / name)]
         if inside:
             deepest = path
         if len(inside) != 1:
@@ -265,7 +265,7 @@ def _generic_folders(
     base  Parent of all folders in `tops`, which include `generic`. places  Paths of the generic folders in all splits.
     """
     what = f"has other folders next to {_names(generic)}, which may hold images of any class"
-    others = [top for top in tops if top not in generic and _holds_images(root / base / top)]
+    others = [top for top in tops if top not in generic and holds_images(root / base / top)]
     readings = _subfolders_as_classes(root, [os.path.normpath(f"{base}/{top}") for top in generic])
     if len(others) > 1:
         readings.append((f"use {_names(others)} as classes and skip {_names(generic)}", _skip_and_pack(root, places)))

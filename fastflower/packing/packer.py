@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fastflower.errors import ArgumentError, FolderError, require
 from fastflower.machine import cores
 from fastflower.packing.advice import is_archive
-from fastflower.packing.archives import unpacked
+from fastflower.packing.archives import root_in, unpacked
 from fastflower.packing.columns import Columns
 from fastflower.packing.duplicates import Item, Result
 from fastflower.packing.folder import Folder, Tables, scan
@@ -158,6 +158,11 @@ def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
     return list(map(Path, [files] if isinstance(files, str | Path) else files))
 
 
+def _below(root: Path, files: Sequence[Path]) -> list[Path]:
+    """Return files, those that exist only below `root` with their path there."""
+    return [root / file if not file.exists() and (root / file).exists() else file for file in files]
+
+
 def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, executor: Executor | None) -> Manifest:
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):  # Path.resolve raises for a link to itself
         what = f"is inside the folder to pack ({root}) and would become part of it"
@@ -172,7 +177,10 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
         if packed and not interrupted:
             raise _already_packed(out)
         if folder is None:
-            folder = find(stack.enter_context(unpacked(root, work)))
+            used = bool(tables.labels or tables.split)
+            content = stack.enter_context(unpacked(root, work, ignore=asked.ignore, tables=used))
+            labels, split = (_below(root_in(work), files) for files in (tables.labels, tables.split))
+            folder = find(content, tables=tables._replace(labels=labels, split=split))
             options = _resolved(asked, folder)
         if packed:
             manifest = Manifest.load(out)

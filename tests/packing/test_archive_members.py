@@ -12,10 +12,12 @@ import tarfile
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
-from packs import exactly
+from packs import drawn, exactly
 
+from fastflower import pack
 from fastflower.errors import FolderError
 from fastflower.packing import archives
 
@@ -131,3 +133,81 @@ def test_what_follows_the_end_of_a_tar_is_not_lost_in_silence(tmp_path: Path, en
     for padded in (compress(one + bytes(5000)), compress(one) + bytes(1024)):
         archive.write_bytes(padded)
         assert content_of(archive) == {"a/1.jpg": b"x"}
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return drawn(tmp_path_factory.mktemp("classes") / "data", a=2, b=2)
+
+
+def zipped(folder: Path, path: Path, prefix: str, *others: str) -> Path:
+    """Return a zip of a folder below a prefix, and of other files with some text."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.*")):
+            archive.write(file, prefix + str(file.relative_to(folder)))
+        for name in others:
+            archive.writestr(name, "text")
+    return path
+
+
+def start_of(archive: Path, **options: Any) -> str:
+    """Return the folder of an archive that would be packed."""
+    work = archive.parent / "work"
+    work.mkdir()
+    with archives.unpacked(archive, work, **options) as content:
+        start = str(content.relative_to(work / "unpacked"))
+    shutil.rmtree(work)
+    return start
+
+
+@pytest.mark.parametrize(
+    ("prefix", "others", "start"),
+    [
+        ("w/", ["README.md"], "w"),
+        ("w/", ["README.md", "docs/x.txt"], "w"),
+        ("v/w/", ["v/README.md", "LICENSE"], "v/w"),
+        ("w/", ["docs/logo.png"], "."),  # both may be classes
+        ("w/", ["1.jpg"], "."),
+        ("w/", ["train.txt"], "."),
+        ("w/train/", ["w/val/x.txt", "README.md"], "w"),
+        ("", ["README.md"], "."),
+    ],
+)
+def test_the_only_folder_with_class_folders_is_packed(
+    classes: Path, tmp_path: Path, prefix: str, others: list[str], start: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    archive = zipped(classes, tmp_path / "x.zip", prefix, *others)
+    assert start_of(archive) == start
+    named = ", ".join(map(repr, sorted({name if "docs" not in name else "docs" for name in others})))
+    told = [f"{archive}: packs {start!r}, the only folder with images; not {named}"] if start != "." else []
+    if prefix.startswith("v"):
+        told = [f"{archive}: packs 'v/w', the only folder with images; not 'LICENSE', 'v/README.md'"]
+    if prefix.endswith("train/"):
+        told = [f"{archive}: packs 'w', the only folder with images; not 'README.md'"]
+    assert caplog.messages == told
+    if start == "w":
+        assert start_of(archive, tables=True) == "."
+
+
+def test_patterns_count_from_the_archive_and_from_the_folder_that_is_packed(
+    classes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    archive = zipped(classes, tmp_path / "x.zip", "w/", "w/raw/1.jpg", "docs/1.png", "w/old/1.jpg", "w/a/9.txt")
+    for patterns in (["docs", "w/raw", "/old"], ["docs/", "w/raw/", "w/old", "*.txt"], ["/docs", "raw", "old"]):
+        made = pack(archive, tmp_path / "out", ignore=patterns)
+        shutil.rmtree(tmp_path / "out")
+        assert made.classes == ("a", "b")
+        assert all("9.txt" in skipped["path"] for skipped in made.skipped)
+    caplog.clear()
+    pack(archive, tmp_path / "out", ignore=["docs", "w/raw", "/old", "w/none"])
+    what = f"{archive}: nothing matches --ignore 'w/none'; write a name, or a path relative to this folder"
+    assert caplog.messages.count(what) == 1
+    assert not any("nothing matches" in message for message in set(caplog.messages) - {what})
+
+
+@pytest.mark.parametrize("name", ["train.csv", "w/train.csv"])
+def test_a_table_in_an_archive_is_found_by_both_paths(classes: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(classes, tmp_path / "data")
+    (folder / "train.csv").write_text("path,label\na/000.jpg,x\nb/000.jpg,y\na/001.jpg,y\n")
+    archive = zipped(folder, tmp_path / "x.zip", "w/")
+    assert pack(archive, tmp_path / "out", labels=name).classes == ("x", "y")
