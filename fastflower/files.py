@@ -194,8 +194,10 @@ class _Lock:
             except FileNotFoundError:  # its holder removed the file or the folder
                 pass
             except OSError as error:
-                if error.errno not in _NO_LOCKS or self._number < 0:
+                if self._number < 0:
                     raise
+                if error.errno not in _NO_LOCKS:
+                    raise OSError(error.errno, f"{error.strerror}, when locking {self._path.name}") from error
                 self._continue_without(error)
                 return True
             self.release()

@@ -44,8 +44,10 @@ def without_lost_classes(plan: Plan, work: Path) -> Plan:
         resume = (
             "To leave out such classes, run the same command with --drop-empty-classes; it keeps the finished shards."
         )
-        mend = f"Or replace the files, remove {work} and pack again."
-        raise LostClassError(f"{_unreadable(plan, made, new)}\n{resume} {mend}")
+        text = _unreadable(plan, made, new)
+        mend = "run pip install pillow-heif" if "pip install pillow-heif" in text else "replace the files"
+        mend += " or choose another --seed" if "another --seed" in text else ""
+        raise LostClassError(f"{text}\n{resume} Or {mend}, remove {work}, and pack again.")
     for planned, shard in zip(plan.shards, made, strict=True):
         if shard.dropped not in (plan.dropped, lost):  # a file could not be read before, but now it can
             (work / f"{planned.name}.npz").unlink()
@@ -68,6 +70,13 @@ def _unreadable(plan: Plan, made: Sequence[MadeShard], lost: Sequence[int]) -> s
     lines += [printable(f"{path}: {reasons.get(path, '')}") for path in paths]
     if len(numbers) > len(paths):
         lines.append(f"and {counted(len(numbers) - len(paths), 'other')}")
+    own = folder.splits if plan.options.split_by == "folder" else ()
+    for name in plan.splits:
+        shards = [shard for planned, shard in zip(plan.shards, made, strict=True) if planned.split == name]
+        count = sum(int((folder.files["label"][shard.numbers] == label).sum()) for shard in shards)
+        if count and name not in own:
+            what = "image that can be read was" if count == 1 else "images that can be read were"
+            lines.append(f"{count} {what} drawn for the {name} split; another --seed may draw others")
     if len(lost) > 1:
         also = ", ".join(repr(folder.classes[other]) for other in lost[1 : 1 + _MOST_NAMES])
         lines.append(f"The same is true of {also}{' and others' if len(lost) > 1 + _MOST_NAMES else ''}.")

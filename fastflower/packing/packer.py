@@ -206,7 +206,7 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
             _make_shards(plan, work, pool, threads, executor)
             plan = without_lost_classes(plan, work)
             manifest = publish(plan, work)
-            for remark in remarks(manifest, {reason for _, reason in plan.folder.ignored}):
+            for remark in remarks(manifest, {reason for _, reason in plan.folder.ignored}, plan.count("val")):
                 _log.warning("%s: %s", manifest.folder, remark)
         except LostClassError:  # the plan and the shards remain
             raise

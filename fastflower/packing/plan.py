@@ -115,6 +115,11 @@ class Plan:
         splits -= {"val"} if self.options.folds else set()
         return tuple(name for name in SPLITS if name in splits)
 
+    def count(self, split: str) -> int:
+        """Return the number of images that are planned for a split, without those of dropped classes."""
+        planned = [self.order[shard.start : shard.stop] for shard in self.shards if shard.split == split]
+        return sum(int((~np.isin(self.folder.files["label"][images], self.dropped)).sum()) for images in planned)
+
     def conflicts(self) -> list[NDArray[np.int64]]:
         """Return the groups of identical images with different labels."""
         labels = self.folder.files["label"]
@@ -289,8 +294,9 @@ def check_same(plan: Plan, folder: Folder, options: Options, versions: dict[str,
     for name in ("folds", *(before | now)):  # val_fraction depends on folds
         if before.get(name) != now.get(name):
             what = f"holds an interrupted pack with {name} {before.get(name)!r}, not {now.get(name)!r}"
-            remedy = f"use {name} {before.get(name)!r} to resume, or remove {work} to start over."
-            raise FolderError(f"{work}: {what}; {remedy}")
+            absent = name in versions and before.get(name) is None  # a package that was not installed
+            remedy = "" if absent else f"use {name} {before.get(name)!r} to resume, or "
+            raise FolderError(f"{work}: {what}; {remedy}remove {work} to start over.")
     if changed := _difference(plan.folder, folder):
         what = f"{changed[1]} since the pack into {work.parent} was interrupted"
         raise FolderError(

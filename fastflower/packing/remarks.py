@@ -14,10 +14,10 @@ _MOST_REASONS, _MOST_FILES = 20, 3  # named for skipped files
 _TOLERANCE = 0.05  # fraction of all images by which the val split may exceed val_fraction without a warning
 
 
-def remarks(manifest: Manifest, ignored: Collection[str] = ()) -> Iterator[str]:
+def remarks(manifest: Manifest, ignored: Collection[str] = (), validation: int = 0) -> Iterator[str]:
     """Yield each warning, without the folder's name.
 
-    ignored  Reasons for which files were skipped without reading them.
+    ignored  Reasons for which files were skipped without reading them. validation  Number of images planned for val.
     """
     odd = len({item["path"] for item in manifest.warnings})
     if odd:
@@ -28,7 +28,7 @@ def remarks(manifest: Manifest, ignored: Collection[str] = ()) -> Iterator[str]:
     if len(manifest.skipped) > len(empty):
         yield "\n  ".join(_skipped(manifest, ignored))
     yield from _similar_classes(manifest.classes)
-    yield from _folds(manifest) if manifest.folds else _validation(manifest)
+    yield from _folds(manifest) if manifest.folds else _validation(manifest, validation)
     for name, split in manifest.splits.items():
         absent = [label for label, count in zip(manifest.classes, split.class_counts, strict=True) if not count]
         if absent and split.samples:
@@ -92,7 +92,7 @@ def _similar_classes(classes: Sequence[str]) -> Iterator[str]:
             yield f"classes {other!r} and {name!r} differ only in case, spaces, punctuation or Unicode form"
 
 
-def _validation(manifest: Manifest) -> Iterator[str]:
+def _validation(manifest: Manifest, planned: int) -> Iterator[str]:
     val, fraction = manifest.splits.get("val"), manifest.options["val_fraction"]
     if fraction == 0:  # the caller wants no validation
         return
@@ -101,7 +101,12 @@ def _validation(manifest: Manifest) -> Iterator[str]:
         if max(manifest.splits["train"].class_counts) > 1:
             remedy = "classes can only spare copies, which stay together: add images."
             remedy += " If an older version planned this pack, pack again"
-        if fraction is None:
+        if planned:
+            remedy = f"{counted(planned, 'image')} for it cannot be read: replace damaged files"
+            remedy += ", or draw others with another --seed" if fraction else ""
+        elif fraction is None and val:
+            remedy = "add images to it, or draw a new split with --split-by class"
+        elif fraction is None:
             remedy = "draw one from the training images with --val-fraction 0.2"
         yield f"has no images in split 'val', so training on these shards has nothing to validate on; {remedy}"
     elif fraction is not None:

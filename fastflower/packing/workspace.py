@@ -25,22 +25,32 @@ _ENDINGS = (".tar", ".idx", ".npy")
 
 @contextmanager
 def workspace(out: Path) -> Generator[Path]:
-    """Yield OUT/.packing, locked against a second pack. Afterward remove it (and OUT if empty) unless a plan remains."""
+    """Yield OUT/.packing, locked against a second pack. Afterward remove it unless a plan remains.
+
+    Then OUT and the folders above it are also removed if they are empty, but only those that did not exist before.
+    """
     work = out / WORK
+    new = [path for path in (work, out, *out.parents) if not os.path.exists(path)]  # noqa: PTH110  (see below)
+    if work not in new:  # an interrupted pack made OUT
+        new.append(out)
+    entered = False
     try:
         with locked(work / "lock"):
+            entered = True
             try:
                 yield work
             finally:
                 if not (work / PLAN).exists():
                     (work / RECORD).unlink(missing_ok=True)  # before any unpacked file
                     shutil.rmtree(work, ignore_errors=True)  # NFS keeps open files, which are harmless without a plan
-                    with suppress(OSError):  # not empty, a link, or a mount point
-                        out.rmdir()
+                    _remove_empty(new)
     except HeldError as error:
         what = f"another pack is writing here ({error}); wait for it to finish, or choose another folder with --out."
         raise FolderError(f"{out}: {what}") from None
     except (OSError, BrokenExecutor, MemoryError) as error:  # never caused by an unreadable image, which is skipped
+        if not entered and work in new:  # another process may hold the lock in a folder that existed
+            (work / "lock").unlink(missing_ok=True)
+            _remove_empty(new)
         blame_the_system(error, out)
         if isinstance(error, MemoryError):
             what = "packing ran out of memory; use fewer workers (--workers 1)."
@@ -52,6 +62,12 @@ def workspace(out: Path) -> Generator[Path]:
         resumable = os.path.exists(work / PLAN)  # noqa: PTH110  (Path.exists raises if a name is too long)
         again = " Run the same command again to resume." if resumable else ""
         raise FolderError(f"{out}: {what}{again}") from error
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # not empty, a link, or a mount point
+            folder.rmdir()
 
 
 def load_or_make_plan(folder: Folder, options: Options, work: Path, mapped: MapLike) -> Plan:

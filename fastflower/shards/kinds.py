@@ -56,6 +56,11 @@ _OTHERS = {
     rb"\x1a\x45\xdf\xa3": "is a video (Matroska or WebM)",
     rb"RIFF.{4}AVI ": "is a video (AVI)",
     rb"\0\0\x01[\xba\xb3]": "is a video (MPEG)",
+    rb"[\0-\x08].{3}(?:wide|mdat|moov|free|skip)": "is a video or sound (MP4 or MOV)",
+    rb"FLV\x01": "is a video (Flash)",
+    rb"ID3[\x02-\x04]|\xff[\xf2\xf3\xfa\xfb][\x10-\xef]": "is sound (MP3)",
+    rb"MZ.{58}..\0\0": "is a Windows program (EXE)",
+    rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "is a document of Microsoft Office (OLE)",
     rb"\0\x05\x16\x07": "is a macOS resource fork",
 }
 _IMAGES = {
@@ -70,6 +75,7 @@ _IMAGES = {
 }
 _COMPILED = [(re.compile(start, re.DOTALL), kind) for start, kind in (_TEXTS | _OTHERS).items()]
 _TEXT = re.compile(b"|".join(_TEXTS), re.DOTALL)
+_LATIN_1 = re.compile(rb"[\t\n\f\r -~\xa0-\xff]+")
 _PRINTABLE = re.compile(rb"[\t\n\f\r -~\x80-\xff]+")
 
 
@@ -127,12 +133,18 @@ def is_heif(data: bytes) -> bool:
 
 
 def _is_plain_text(head: bytes) -> bool:
-    """Return whether these are printable UTF-8. PPM files can be, too."""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
-    except UnicodeDecodeError:
+    """Return whether these are printable UTF-8, Latin-1, or UTF-16 with a byte order mark. PPM files can be, too."""
+    if re.match(rb"P[1-7Ff]\s", head):
         return False
-    return _PRINTABLE.fullmatch(head) is not None and not re.match(rb"P[1-7Ff]\s", head)
+    utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = codecs.getincrementaldecoder("utf-16" if utf16 else "utf-8")().decode(head)  # the end may be cut
+    except UnicodeDecodeError:
+        ascii_share = sum(byte < 128 for byte in head) / len(head)
+        return not utf16 and ascii_share > 0.75 and _LATIN_1.fullmatch(head) is not None
+    if utf16:
+        return bool(text) and all(char.isprintable() or char in "\t\n\f\r\ufeff" for char in text)
+    return _PRINTABLE.fullmatch(head) is not None
 
 
 def _is_tfrecord(head: bytes) -> bool:

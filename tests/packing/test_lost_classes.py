@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_a_lost_class_is_named_with_files_and_reasons_and_the_shards_are_kept(lo
         *(f"  {path}: {page}" for path in some),
         "  and 1 other",
         "To leave out such classes, run the same command with --drop-empty-classes; it keeps the finished shards. "
-        f"Or replace the files, remove {tmp_path / 'out/.packing'} and pack again.",
+        f"Or replace the files, remove {tmp_path / 'out/.packing'}, and pack again.",
     ]
     work = tmp_path / "out/.packing"
     assert {path.suffix for path in work.iterdir()} >= {".json", ".tar", ".npz", ".idx"}
@@ -379,3 +380,12 @@ def test_a_class_emptied_by_ignore_says_so(tmp_path: Path) -> None:
     what = f"{folder / 'b'}: has no images (.jpg, .png and others) besides those that --ignore matches; add some, or "
     with pytest.raises(FolderError, match=exactly(f"{what}leave out such classes with --drop-empty-classes.")):
         scan(folder, ignore=["b/*"])
+
+
+def test_a_class_lost_for_want_of_heic_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    folder, out = drawn(tmp_path / "data", a=2, b=1, c=2), tmp_path / "out"
+    (folder / "b/000.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.raises(LostClassError) as caught:
+        pack(folder, out)
+    assert str(caught.value).endswith(f" Or run pip install pillow-heif, remove {out / '.packing'}, and pack again.")

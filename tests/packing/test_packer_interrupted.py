@@ -1,5 +1,6 @@
 """A pack that was interrupted (killed, full disk, second pack, dead worker) resumes to the same bytes."""
 
+import errno
 import fcntl
 import os
 import re
@@ -298,3 +299,26 @@ def test_every_file_is_synced_before_it_is_renamed(
     assert steps[end + 1 :] == [("sync", out)]
     for path in (tmp_path / "out").glob("*.*"):
         assert ("sync", path.stat().st_ino) in steps
+
+
+@pytest.mark.parametrize("number", [None, errno.EIO, errno.EACCES, errno.EPERM, errno.EINVAL])
+def test_a_failing_pack_leaves_what_was_there(
+    tmp_path: Path, number: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None: a damaged image. Otherwise the lock fails with this error."""
+    folder, there = drawn(tmp_path / "data", a=2, b=2), tmp_path / "there"
+    (folder / "a/bad.jpg").write_bytes(b"text")
+    there.mkdir()
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, "Refused")
+
+    text = r"bad\.jpg: is plain text"
+    if number:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        text = r": cannot be written \(Refused, when locking lock\); choose another folder with --out\.$"
+    for out in (there, there / "x/y"):
+        with pytest.raises(FolderError, match=text):
+            pack(folder, out, on_bad="fail")
+        assert there.is_dir()
+        assert not list(there.iterdir())

@@ -196,7 +196,10 @@ def test_a_pack_resumes_only_with_the_same_pillow_heif(
     interrupted(folder, out, shards=0)
     monkeypatch.setattr(workspace, "version_of", installed(change[1]))
     with pytest.raises(
-        FolderError, match=re.escape(f"an interrupted pack with pillow-heif {before!r}, not {now!r}; use")
+        FolderError,
+        match=re.escape(
+            f"an interrupted pack with pillow-heif {before!r}, not {now!r}; {'use' if before else 'remove'} "
+        ),
     ):
         pack(folder, out)
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from packs import drawn
+from packs import drawn, paths
 from training_runs import RECIPE
 
 from fastflower import Manifest, pack, train
 from fastflower.packing.folder import scan
+from fastflower.packing.lost_classes import LostClassError
 from fastflower.packing.plan import Options, make_plan
 
 OPTIONS: Any = {"split_by": "class", "val_fraction": 0.2, "seed": 0, "shard_bytes": 1 << 20}
@@ -108,3 +109,40 @@ def test_classes_of_similar_names_are_mentioned(tmp_path: Path, caplog: pytest.L
         "classes 'C' and 'C++' differ only in case, spaces, punctuation or Unicode form",
         "classes 'Red rose' and 'red_rose' differ only in case, spaces, punctuation or Unicode form",
     ]
+
+
+def test_another_seed_is_advised_if_only_the_drawn_images_of_a_class_can_be_read(tmp_path: Path) -> None:
+    folder, messages = drawn(tmp_path / "data", a=4, b=2, c=4), set[str]()
+    (folder / "b/000.jpg").write_bytes(b"text")
+    for seed in range(8):
+        try:
+            pack(folder, tmp_path / f"{seed}", seed=seed)
+        except LostClassError as error:
+            messages.add(str(error).replace(f"{tmp_path}/{seed}", "OUT"))
+    (message,) = messages
+    assert message.split("\n")[2:] == [
+        "  1 image that can be read was drawn for the val split; another --seed may draw others",
+        "To leave out such classes, run the same command with --drop-empty-classes; it keeps the finished shards. "
+        "Or replace the files or choose another --seed, remove OUT/.packing, and pack again.",
+    ]
+
+
+def test_a_val_split_without_readable_images_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def logged(folder: Path, val: set[str]) -> str:
+        for path in val:
+            (folder / path).write_bytes(path.encode())
+        caplog.clear()
+        pack(folder, tmp_path / f"out {folder.name}")
+        (said,) = (message for message in caplog.messages if "in split 'val'" in message)
+        return said.partition("; ")[2]
+
+    drawing, own = (
+        drawn(tmp_path / "drawn", a=4, b=4),
+        drawn(tmp_path / "own", **{"train/a": 2, "train/b": 2, "val/a": 1}),
+    )
+    pack(drawing, tmp_path / "before")
+    cannot = "for it cannot be read: replace damaged files"
+    assert (
+        logged(drawing, paths(tmp_path / "before", "val")) == f"2 images {cannot}, or draw others with another --seed"
+    )
+    assert logged(own, {"val/a/000.jpg"}) == f"1 image {cannot}"

@@ -66,7 +66,10 @@ FILES = {
     "is SVG, a vector drawing, named .jpg": [b"<svg width='9'/>", b'<?xml version="1.0"?><!-- a -->\n<svg xmlns="x">'],
     "is XML, named .jpg": [b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'],
     "is JSON, named .jpg": [json.dumps(value, indent=indent).encode() for value in ({"a": 1}, [{"a": 1}]) for indent in (0, 2)],
-    "is plain text, named .jpg": [b"Not Found\n", "Odepřen přístup".encode() * 99, b"b'\\xff\\xd8\\xff'"],
+    "is plain text, named .jpg": [
+        *(b"Not Found\n", "Odepřen přístup".encode() * 99, b"b'\\xff\\xd8\\xff'"),
+        *("Nicht gefunden: für".encode("latin-1"), "přístup".encode("utf-16")),
+    ],
     "is a Git LFS pointer (run git lfs pull)": [b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 9\n"],
     "is a git-annex pointer (run git annex get)": [b"/annex/objects/SHA256E-s9--4d7a2146.jpg\n"],
     "is a ZIP archive, named .jpg": [written(zipped)],
@@ -93,7 +96,11 @@ FILES = {
     "is a camera's raw image, named .jpg": [b"II*\0\x10\0\0\0CR\2\0" + bytes(99), b"\0\0\0\x18ftypcrx \0\0\0\1" + bytes(99)],
     "is a video or sound (MP4 or MOV), named .jpg": [
         b"\0\0\0\x18ftyp" + brand + bytes(99) for brand in (b"mp42", b"qt  ", b"isom")
-    ],
+    ] + [b"\0\0\0\x08wide\0\1\2\3mdat" + bytes(99), b"\1\2\3\4mdat" + bytes(99), b"\0\0\4\0moov" + bytes(99)],
+    "is a video (Flash), named .jpg": [b"FLV\x01\5\0\0\0\x09" + bytes(99)],
+    "is sound (MP3), named .jpg": [b"ID3\4\0\0\0\0\1\0" + bytes(99), b"\xff\xfb\x90\x64" + bytes(99)],
+    "is a Windows program (EXE), named .jpg": [b"MZ\x90" + bytes(57) + b"\x80\0\0\0" + bytes(64) + b"PE\0\0"],
+    "is a document of Microsoft Office (OLE), named .jpg": [b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(99)],
     "is a video (AVI), named .jpg": [b"RIFF\x24\0\0\0AVI LIST" + bytes(99)],
     "is JPEG XL, named .jpg": [b"\xff\x0a\xfa\x1f" + bytes(99), b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99)],
     "is a macOS resource fork, named .jpg": [b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(100)],
