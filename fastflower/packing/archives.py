@@ -7,6 +7,7 @@ import logging
 import lzma
 import os
 import re
+import shlex
 import shutil
 import stat
 import struct
@@ -76,6 +77,12 @@ def unpacked(archive: Path, work: Path, *, ignore: Sequence[str] = (), tables: b
     except FolderError as error:
         if str(target) not in str(error):
             raise
+        if " of these images: fastflower pack " in str(error):  # a table in the archive
+            said = str(error).replace(f"{target}/", "")
+            said = re.sub(
+                r"fastflower pack ('[^']*'|\S+)", lambda _: f"fastflower pack {shlex.quote(str(archive))}", said
+            )
+            raise FolderError(f"{archive}: {said}".replace(str(target), "its content")) from None
         said = str(error).replace(str(target), str(beside(archive)))
         raise FolderError(f"{archive}: unpack it first ({command_for(archive)}), because:\n{said}") from None
 
@@ -308,6 +315,12 @@ class _Unpacking:
             yield
         except DAMAGE as error:
             blame_the_system(error, self.archive)
+            if isinstance(error, NotImplementedError):
+                target = shlex.quote(str(beside(self.archive)))
+                remedy = f"{command_for(self.archive)} && fastflower pack {target}"
+                raise FolderError(
+                    f"{self.archive}: {what} uses a compression that Python cannot read; type: {remedy}"
+                ) from None
             reason = str(error).partition("\n")[0] or type(error).__name__
             remedy = "it is damaged, incomplete, or neither zip nor tar; get it again, or unpack it first"
             raise FolderError(f"{self.archive}: {what} cannot be read ({reason}); {remedy}.") from error

@@ -2,15 +2,17 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from fastflower.packing.advice import advice
+from fastflower.packing.advice import AS_FILES, SHARD, advice, is_shard, loop
 from fastflower.packing.hidden import entries, is_hidden
 from fastflower.packing.layout import subfolders
 from fastflower.packing.names import EXTENSIONS, splits_named
 from fastflower.shards.kinds import kind_of
+from fastflower.shards.manifest import FILE
 
 _MOST_READ = 1000  # files
 _MOST_UNREAD = 20  # files
@@ -46,9 +48,17 @@ def instead_of_images(root: Path) -> str | None:
     kind, paths = max(found.items(), key=lambda item: len(item[1]))
     others = {1: "", 2: ", as is 1 other file"}.get(len(paths), f", as are {len(paths) - 1} other files")
     unread = ", which fastflower does not read"
-    remedy = 'save the images as files, one folder per class ("Images inside other files" in docs/format.md shows how)'
+    remedy = AS_FILES
     if "archive" in kind and "NumPy" not in kind:
-        advised = advice(root / paths[0])
+        first = root / paths[0]
+        if is_shard(first):
+            if (first.parent / FILE).exists():
+                return f"{root}: is packed already; train on it: fastflower train {shlex.quote(str(first.parent))}."
+            return f"{root}: {paths[0]!r} {SHARD}."
+        advised = advice(first)
+        if advised and len(paths) > 1:
+            command = loop([root / path for path in paths])
+            advised = f"unpack all of them ({command})" if command else "unpack all of them"
         unread = "" if advised else unread
         remedy = f"{advised or 'unpack it'}, and pass the folder that has one folder of images per class"
     return f"{root}: has no images: {paths[0]!r} {kind}{others}{unread}; {remedy}."

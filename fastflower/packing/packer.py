@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fastflower.errors import ArgumentError, FolderError, require
 from fastflower.machine import cores
-from fastflower.packing.advice import is_archive
+from fastflower.packing.advice import is_archive, is_file, refused
 from fastflower.packing.archives import root_in, unpacked
 from fastflower.packing.columns import Columns
 from fastflower.packing.duplicates import Item, Result
@@ -167,6 +167,8 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):  # Path.resolve raises for a link to itself
         what = f"is inside the folder to pack ({root}) and would become part of it"
         raise FolderError(f"{out}: {what}; choose another folder with --out.")
+    if is_file(root) and (why := refused(root)):
+        raise FolderError(f"{root}: {why}.")
     resplit, drop_empty = asked.split_by in ("class", "random"), asked.drop_empty_classes
     find = partial(scan, tables=tables, resplit=resplit, ignore=asked.ignore, drop_empty_classes=drop_empty)
     folder = None if is_archive(root) else find(root)

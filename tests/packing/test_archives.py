@@ -246,10 +246,10 @@ def damaged(data: bytes, kind: str) -> bytes:
         return data[:-1024]
     if kind == "flipped":
         return data[:middle] + bytes(byte ^ 255 for byte in data[middle : middle + 40]) + data[middle + 40 :]
-    return {"empty": b"", "text": b"no archive" * 1000}[kind]
+    return b"no \0archive" * 1000
 
 
-@pytest.mark.parametrize("kind", ["half", "without its last kilobyte", "flipped", "empty", "text"])
+@pytest.mark.parametrize("kind", ["half", "without its last kilobyte", "flipped", "other"])
 @pytest.mark.parametrize("ending", [".zip", *TARS])
 def test_a_damaged_archive_is_named_and_nothing_stays(classes: Path, tmp_path: Path, ending: str, kind: str) -> None:
     archive = archived(classes, tmp_path / f"data{ending}")
@@ -374,11 +374,13 @@ def test_archives_in_place_of_images_are_named_with_the_command(classes: Path, t
         pack(packed, tmp_path / "out")
     if place == "nested":
         folder = tmp_path / "all"
-    first = folder / "test.zip"
     what = f"{folder}: has no images: 'test.zip' is a ZIP archive, as is 1 other file"
-    remedy = f"pack it (fastflower pack {first}), or unpack it (unzip {first} -d {folder / 'test'})"
+    loop = f'for f in {folder}/*.zip; do unzip "$f" -d "${{f%.zip}}"; done'
     rest = "and pass the folder that has one folder of images per class."
-    assert str(caught.value).rpartition("\n")[2] == f"{what}; {remedy}, {rest}"
+    assert str(caught.value).rpartition("\n")[2] == f"{what}; unpack all of them ({loop}), {rest}"
+    if not place:
+        subprocess.run(["bash", "-c", loop], check=True, stdout=subprocess.DEVNULL)
+        assert everything(folder / "train") == everything(classes)
 
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
