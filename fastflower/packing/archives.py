@@ -78,11 +78,11 @@ def unpacked(archive: Path, work: Path, *, ignore: Sequence[str] = (), tables: b
         if str(target) not in str(error):
             raise
         if " of these images: fastflower pack " in str(error):  # a table in the archive
-            said = str(error).replace(f"{target}/", "")
+            said = re.sub(rf"^{re.escape(str(target))}\S*: ", "", str(error)).replace(f"{target}/", "")
             said = re.sub(
                 r"fastflower pack ('[^']*'|\S+)", lambda _: f"fastflower pack {shlex.quote(str(archive))}", said
             )
-            raise FolderError(f"{archive}: {said}".replace(str(target), "its content")) from None
+            raise FolderError(f"{archive}: {said}") from None
         said = str(error).replace(str(target), str(beside(archive)))
         raise FolderError(f"{archive}: unpack it first ({command_for(archive)}), because:\n{said}") from None
 

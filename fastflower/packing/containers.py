@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from fastflower.packing.advice import AS_FILES, SHARD, advice, is_shard, loop
+from fastflower.packing.advice import AS_FILES, SHARD, advice, is_shard, loop, refused
 from fastflower.packing.hidden import entries, is_hidden
 from fastflower.packing.layout import subfolders
 from fastflower.packing.names import EXTENSIONS, splits_named
@@ -55,6 +55,8 @@ def instead_of_images(root: Path) -> str | None:
             if (first.parent / FILE).exists():
                 return f"{root}: is packed already; train on it: fastflower train {shlex.quote(str(first.parent))}."
             return f"{root}: {paths[0]!r} {SHARD}."
+        if (why := refused(first)) and "is one part" in why:
+            return f"{root}: has no images: {paths[0]!r} {why}."
         advised = advice(first)
         if advised and len(paths) > 1:
             command = loop([root / path for path in paths])

@@ -62,6 +62,11 @@ def test_parts_are_joined_by_the_command(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"x.tar.gz.parta{'abc'[number]}").write_bytes(bytes([number]))
     said = refused(tmp_path / "x.tar.gz.partab") or ""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/x.zip.001").write_bytes(b"PK\3\4")
+    of_folder = (JOIN.format("zip????", "zip") + ".").replace("DIR", f"{tmp_path}/parts")
+    with pytest.raises(FolderError, match=exactly(f"{tmp_path}/parts: has no images: 'x.zip.001' {of_folder}")):
+        pack(tmp_path / "parts", tmp_path / "out")
     subprocess.run(["bash", "-c", said[said.index("(") + 1 : said.index(")")]], check=True)
     assert (tmp_path / "x.tar.gz").read_bytes() == b"\0\1\2"
 
@@ -133,5 +138,6 @@ def test_a_table_in_an_archive_is_offered_with_the_archive(tmp_path: Path, prefi
         pack(archive, tmp_path / "out")
     command = f"fastflower pack '{archive}' --labels '{prefix}my train.csv'"
     assert str(caught.value).endswith(f"my train.csv names 4 of these images: {command}")
+    assert str(caught.value).startswith(f"{archive}: has one class, 'images'; a classifier needs")
     assert "unpack" not in str(caught.value)
     assert pack(archive, tmp_path / "out", labels=f"{prefix}my train.csv").classes == ("x", "y")
