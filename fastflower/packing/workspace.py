@@ -49,7 +49,8 @@ def workspace(out: Path) -> Generator[Path]:
         raise FolderError(f"{out}: {what}") from None
     except (OSError, BrokenExecutor, MemoryError) as error:  # never caused by an unreadable image, which is skipped
         if not entered and work in new:  # another process may hold the lock in a folder that existed
-            (work / "lock").unlink(missing_ok=True)
+            with suppress(OSError):
+                (work / "lock").unlink()
             _remove_empty(new)
         blame_the_system(error, out)
         if isinstance(error, MemoryError):

@@ -282,6 +282,7 @@ def _pillow_error(data: bytes) -> str | None:
 
 
 def _message(error: BaseException, data: bytes) -> str:
-    if "cannot identify" in str(error):
+    text = str(error)
+    if "cannot identify" in text or "could not create decoder" in text:
         return kinds.damaged(data) or "is not an image"
-    return str(error) or type(error).__name__
+    return text.replace("Truncated File Read", "image file is truncated") or type(error).__name__

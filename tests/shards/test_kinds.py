@@ -107,6 +107,8 @@ FILES = {
     "is a damaged PNG image": [encoded("PNG")[:30], b"\x89PNG\r\n\x1a\n"],
     "is a damaged GIF image": [encoded("GIF")[:100]],
     "is a damaged AVIF image": [encoded("AVIF")[:200]],
+    "is a damaged WebP image": [encoded("WEBP")[:size] for size in (12, 100)],
+    "image file is truncated": [encoded("JPEG")[:100], encoded("PNG")[:20], encoded("PNG")[:100]],
     "is not an image": [np.random.default_rng(2).bytes(100_000), b"\xff\xd8"],
 }  # fmt: skip
 
