@@ -164,17 +164,17 @@ class Listing:
 
     def _chosen(self, row: Row, find: "partial[Found | None]") -> tuple[Found, str | None]:
         """Return the reading of a row whose image exists. If none does, return the likeliest and record that it is missing."""
+        readings: list[tuple[str, str | None]] = []
         try:
             for path, label in row.readings:
+                readings.append((path, label))
                 if "\0" not in path and (found := find(path)):
                     return found, label
         except FolderError as error:
             raise FolderError(f"{row.where}: {error}") from None
-        whole = next((path for path, label in row.readings if label is None), "")
-        likely = (
-            reading for reading in row.readings if reading[1] and (is_image(reading[0]) or reading[1].isdecimal())
-        )
-        path, label = (whole, None) if is_image(whole) else next(likely, row.readings[0])
+        whole = next((path for path, label in readings if label is None), "")
+        likely = (reading for reading in readings if reading[1] and (is_image(reading[0]) or reading[1].isdecimal()))
+        path, label = (whole, None) if is_image(whole) else next(likely, readings[0])
         self._missing.append(f"{row.where.rpartition('/')[2]}: {path!r}")
         return Found(path, path), label
 
@@ -182,7 +182,7 @@ class Listing:
         """Return whether a path is listed for the first time. Raises FolderError if it is a folder or has two labels."""
         if path in ("", "."):
             raise FolderError(f"{where}: has no path; add it, or remove the line.")
-        if os.path.isdir(self._root / path):  # noqa: PTH112  (Path.is_dir raises if a name is too long)
+        if os.path.isdir(f"{self._root}/{path}"):  # noqa: PTH112  (Path.is_dir raises if a name is too long)
             raise FolderError(f"{where}: {path!r} is a folder; list its files.")
         before = self._seen.setdefault(hash(path), number)
         count = self._count

@@ -29,8 +29,8 @@ class Row(NamedTuple):
 
     where: str
     """For messages: file and line."""
-    readings: Sequence[tuple[str, str | None]]
-    """Possible pairs of path and label, the likeliest first. A label of None is the class folder in the path."""
+    readings: Iterable[tuple[str, str | None]]
+    """Possible pairs of path and label, the likeliest first; to be read once. A label of None is the class folder in the path."""
     split: str | None
 
 
@@ -59,7 +59,7 @@ def rows(file: Path, columns: Columns, exists: Exists, *, labels: bool | None = 
     _check_list(file, head, exists)
     for line, text in read_lines(file):
         if line >= head[0][0] + header:
-            yield Row(f"{file}, line {line}", list(_readings(text)), None)
+            yield Row(f"{file}, line {line}", _readings(text), None)
 
 
 def _is_comment(text: str) -> bool:
