@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from fastflower.packing.packer import pack
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
@@ -34,6 +36,7 @@ def main() -> int:
     parser.add_argument("--shard-bytes", type=int, default=1 << 19)
     parser.add_argument("--begin", type=Path, help="an OUT that was killed with the same options")
     arguments = parser.parse_args()
+    tqdm.set_lock(threading.RLock())  # its default is shared with forked children, and a killed one would keep it
     options = {"shard_bytes": arguments.shard_bytes, "workers": 2, "lists": True}
     if not arguments.random:
         os.fsync = lambda _: None  # only a power cut, not a kill, loses what was written
