@@ -77,9 +77,9 @@ class Finder:
         return sum(map(is_image, self._walk()))
 
     def _exists(self, base: str, listed: str) -> bool:
-        # pathlib takes half the time of reading a list, and Path.exists may raise.
+        # pathlib would take half the time of reading a list.
         path = listed if listed.startswith("/") else f"{self._root}/{base}/{listed}"
-        return os.path.exists(path) and self._inside(listed)  # noqa: PTH110
+        return os.path.exists(path) and self._inside(listed)  # noqa: PTH110  (Path.exists may raise)
 
     def _inside(self, listed: str) -> bool:
         """Return whether a path lies in the folder. A relative path does unless it contains `..`."""

@@ -42,7 +42,7 @@ class _Ignoring:
                     continue
                 wanted = ["**"] * plain + [part for part in pattern.split("/") if part not in ("", ".")]
                 ends = [end for end in range(1, len(parts) + 1) if _fits(parts[:end], wanted)]
-                if ends and not (pattern.endswith("/") and ends[0] == len(parts) and not os.path.isdir(path)):  # noqa: PTH112
+                if ends and not (pattern.endswith("/") and ends[0] == len(parts) and not os.path.isdir(path)):  # noqa: PTH112  (a string)
                     self.matched.add(pattern)
                     return True
         return False

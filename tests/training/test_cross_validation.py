@@ -42,7 +42,7 @@ def trained(shards: Path, out: Path, **options: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def last(shards: Path, tmp_path_factory: pytest.TempPathFactory, narrow: None, no_figures: None) -> Path:  # noqa: ARG001
+def last(shards: Path, tmp_path_factory: pytest.TempPathFactory, narrow: None, no_figures: None) -> Path:  # noqa: ARG001  (set up first)
     """The checkpoint of a run that was trained on folds 0 and 2, and validated on fold 1."""
     return trained(shards, tmp_path_factory.mktemp("runs") / "run", fold=1)
 
