@@ -229,7 +229,7 @@ class _Unpacking:
         with self._reading("start"):
             # By itself, tarfile takes zeros after the end of an xz file for damage.
             xz = file.peek(6).startswith(b"\xfd7zXZ\0")
-            source = lzma.LZMAFile(file, format=lzma.FORMAT_XZ) if xz else file  # noqa: SIM115
+            source = lzma.LZMAFile(file, format=lzma.FORMAT_XZ) if xz else file  # noqa: SIM115  (the caller closes the file)
             archive = tarfile.open(fileobj=source, tarinfo=_Header)  # noqa: SIM115  (closing it only frees memory)
         name = ""
         while True:

@@ -23,18 +23,9 @@ _log = logging.getLogger("fastflower")
 
 SPLITS = ("train", "val", "test")
 _MOST_NAMES = 3  # missing images per message
-_PLACES = (
-    "annotations",
-    "splits",
-    "split",
-    "lists",
-    "labels",
-    "ImageSets/Main",
-)  # folders of lists in a folder of images
-_MOST_ROWS, _FEW_ROWS = (
-    100_000,
-    50,
-)  # of a table beside the images: those counted, and those that decide whether it is one
+_PLACES = ("annotations", "splits", "split", "lists", "labels", "ImageSets/Main")  # where lists lie beside images
+_MOST_ROWS = 100_000  # counted of a table beside the images
+_FEW_ROWS = 50  # that decide whether it names these images
 
 
 def lists_of(root: Path) -> dict[Path, str | None]:
@@ -94,10 +85,8 @@ class Listing:
     ) -> None:
         self._root, self._lists, self._columns = root, lists, columns
         self._finder, self._labels, self._tops = finder, labels, tops or {}
-        self._seen: dict[
-            int, int
-        ] = {}  # number of the label, by the hash of the path: paths would take too much memory
-        self._count = self._images = 0
+        self._seen: dict[int, int] = {}  # numbers of labels by the hash of the path; paths would take too much memory
+        self._images = 0
         self._missing: list[str] = []
         self._divides = labels is None  # or a row names a split
         self.unlabeled: list[str] = []
@@ -184,12 +173,10 @@ class Listing:
             raise FolderError(f"{where}: has no path; add it, or remove the line.")
         if os.path.isdir(f"{self._root}/{path}"):  # noqa: PTH112  (Path.is_dir raises if a name is too long)
             raise FolderError(f"{where}: {path!r} is a folder; list its files.")
-        before = self._seen.setdefault(hash(path), number)
-        count = self._count
-        self._count = len(self._seen)
-        if before != number:
+        new = hash(path) not in self._seen
+        if self._seen.setdefault(hash(path), number) != number:
             raise FolderError(f"{where}: {path!r} is listed twice; remove one of the lines.")
-        return self._count > count
+        return new
 
     def ordered(self, splits: Collection[str]) -> tuple[str, ...]:
         """Return the names of splits, train first, or () if the images are not yet split.

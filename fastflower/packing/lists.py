@@ -14,6 +14,7 @@ from fastflower.packing.text import encoding_of, read_lines, read_records
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 _SAMPLE = 100  # lines that decide how a file is read
+_MOST_JSON = 1 << 26  # bytes of a JSON file that is read whole only to see whether it is a table
 
 _NUMBERED = re.compile(r"(.*[^\s,;])[\s,;]+(\d+)\s*")
 _AFTER_EXTENSION = re.compile(r"(.*\.(?:jpe?g|png|ppm|bmp|pgm|tiff?|webp|gif))[\s,;]+(\S.*)", re.IGNORECASE)
@@ -96,7 +97,8 @@ def _is_header(cells: Sequence[Sequence[str]], columns: Columns, exists: Exists)
     first, *rest = cells
     if any(is_usual(cell) or cell in columns for cell in first):
         return True
-    return len(first) > 1 and not any(map(is_image, first)) and any(exists(cell) for row in rest[:10] for cell in row)
+    row = any(is_image(cell) or cell.isdecimal() or "/" in cell for cell in first)  # of an image that is missing
+    return len(first) > 1 and not row and any(exists(cell) for row in rest[:10] for cell in row)
 
 
 def _divides(head: Sequence[tuple[int, str]], exists: Exists) -> bool:
@@ -174,6 +176,8 @@ def _records(
 def usual_table(file: Path) -> bool:
     """Return whether a file is a table with a column of paths, by its names."""
     if file.suffix.lower() not in TABLES or "submission" in file.stem.lower() or not file.is_file():
+        return False
+    if file.suffix.lower() == ".json" and file.stat().st_size > _MOST_JSON:
         return False
     if (records := read_records(file)) is not None:
         return any(is_usual(name, "path") for _, record in islice(records, 1) for name in record)

@@ -186,3 +186,13 @@ def test_a_line_without_a_path_is_refused(tmp_path: Path) -> None:
     root = write(touch(tmp_path, *FLAT), {"t.jsonl": '{"image": "1.jpg", "label": "a"}\n{"label": "b"}\n'})
     with pytest.raises(FolderError, match=exactly(f"{root}/t.jsonl, line 2: has no path; add it, or remove the line.")):
         scan(root, tables(root, "t.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.csv"])
+def test_a_missing_image_in_the_first_line_is_not_taken_for_a_header(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "1 0\n2 1\n3 0\n" if name == "t.txt" else "1,0\n2,1\n3,0\n"
+    root = write(touch(tmp_path, "2.jpg", "3.jpg"), {name: text})
+    assert labeled(scan(root, tables(root, name)))["2.jpg"] == "1"
+    assert caplog.messages == [f"{root}/{name}: 1 of 3 listed images do not exist: {name}, line 1: '1'"]
