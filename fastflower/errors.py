@@ -3,8 +3,10 @@
 Each message names the file or argument, the rule and the remedy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from math import isfinite, nan
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -24,6 +26,37 @@ def require(holds: bool, name: str, rule: str, value: object) -> None:
     """Raise ArgumentError with the argument's name, rule and value unless `holds` is True."""
     if not holds:
         raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
+
+
+def integer(name: str, value: object, at_least: int, *, at_most: int = 2**63 - 1, unit: str = "") -> int:
+    """Return an integer, also one of numpy's, as a plain int. Raises ArgumentError if it is none or is out of range.
+
+    unit  Follows the smallest value in the message, for example " pixel".
+    """
+    whole = int(value) if isinstance(value, Integral) and type(value) is not bool else None
+    holds = whole is not None and at_least <= whole <= at_most
+    require(holds, name, _rule(at_least, at_most, unit), value)
+    return cast("int", whole)
+
+
+def _rule(at_least: int, at_most: int, unit: str) -> str:
+    if at_most < 2**63 - 1:
+        return f"an integer from {at_least} to {at_most}{unit}"
+    return f"an integer, at least {at_least}{unit}"
+
+
+def number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> float:
+    """Return a finite number, also one of numpy's, as a plain float. Raises ArgumentError unless it is one and `holds`."""
+    real = float(value) if isinstance(value, Real) and type(value) is not bool else nan
+    require(isfinite(real) and holds(real), name, rule, value)
+    return real
+
+
+def boolean(name: str, value: object) -> bool:
+    """Return True or False, also one of numpy's, as a plain bool. Raises ArgumentError for anything else."""
+    plain = bool(value) if type(value).__name__ == "bool" and type(value).__module__ == "numpy" else value
+    require(isinstance(plain, bool), name, "True or False", value)
+    return cast("bool", plain)
 
 
 def make_plain(instance: "DataclassInstance") -> None:
