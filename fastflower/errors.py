@@ -33,7 +33,8 @@ def integer(name: str, value: object, at_least: int, *, at_most: int = 2**63 - 1
 
     unit  Follows the smallest value in the message, for example " pixel".
     """
-    whole = int(value) if isinstance(value, Integral) and type(value) is not bool else None
+    truth = isinstance(value, bool)  # which Python counts among the integers
+    whole = int(value) if isinstance(value, Integral) and not truth else None
     holds = whole is not None and at_least <= whole <= at_most
     require(holds, name, _rule(at_least, at_most, unit), value)
     return cast("int", whole)
@@ -47,7 +48,8 @@ def _rule(at_least: int, at_most: int, unit: str) -> str:
 
 def number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> float:
     """Return a finite number, also one of numpy's, as a plain float. Raises ArgumentError unless it is one and `holds`."""
-    real = float(value) if isinstance(value, Real) and type(value) is not bool else nan
+    truth = isinstance(value, bool)
+    real = float(value) if isinstance(value, Real) and not truth else nan
     require(isfinite(real) and holds(real), name, rule, value)
     return real
 
