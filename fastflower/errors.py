@@ -3,12 +3,13 @@
 Each message names the file or argument, the rule and the remedy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from math import isfinite, nan
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,20 +37,24 @@ def integer(name: str, value: object, at_least: int, *, at_most: int = 2**63 - 1
     truth = isinstance(value, bool)  # which Python counts among the integers
     whole = int(value) if isinstance(value, Integral) and not truth else None
     holds = whole is not None and at_least <= whole <= at_most
-    require(holds, name, _rule(at_least, at_most, unit), value)
+    limited = at_most < 2**63 - 1
+    rule = f"an integer from {at_least} to {at_most}{unit}" if limited else f"an integer, at least {at_least}{unit}"
+    require(holds, name, rule if limited else rule + _limit(value), value)
     return cast("int", whole)
 
 
-def _rule(at_least: int, at_most: int, unit: str) -> str:
-    if at_most < 2**63 - 1:
-        return f"an integer from {at_least} to {at_most}{unit}"
-    return f"an integer, at least {at_least}{unit}"
+def _limit(value: object) -> str:
+    """Return the rest of the rule for an integer that does not fit into 64 bits."""
+    return " and within 64 bits" if isinstance(value, Integral) and not -(2**63) <= int(value) < 2**63 else ""
 
 
 def number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> float:
     """Return a finite number, also one of numpy's, as a plain float. Raises ArgumentError unless it is one and `holds`."""
     truth = isinstance(value, bool)
-    real = float(value) if isinstance(value, Real) and not truth else nan
+    try:
+        real = float(value) if isinstance(value, Real) and not truth else nan
+    except OverflowError:  # an integer of more than 308 digits
+        real = nan
     require(isfinite(real) and holds(real), name, rule, value)
     return real
 
@@ -59,6 +64,67 @@ def boolean(name: str, value: object) -> bool:
     plain = bool(value) if type(value).__name__ == "bool" and type(value).__module__ == "numpy" else value
     require(isinstance(plain, bool), name, "True or False", value)
     return cast("bool", plain)
+
+
+Rules = Mapping[str, tuple[str, Callable[[Any], bool]]]
+"""By field of a dataclass: what it must be, as text, and a test of a value that has the field's type and is not None."""
+
+
+def check_fields(instance: "DataclassInstance", rules: Rules) -> None:
+    """Check the fields of a frozen dataclass against their types and `rules`, and make their values plain.
+
+    numpy scalars become Python numbers, integers become floats where the type is float, lists become tuples, and paths
+    become strings. Raises ArgumentError with the class, the field, its rule and the value. A field without a rule of its
+    own has that of its type.
+    """
+    for item in fields(instance):
+        kind, value = item.type, getattr(instance, item.name)
+        rule, holds = rules.get(
+            item.name, (_RULES.get(kind) or f"one of {', '.join(map(str, get_args(kind)))}", _anything)
+        )
+        plain = _fitted(kind, value)
+        right = plain is not _MISFIT and (plain is None or holds(plain))
+        require(right, f"{type(instance).__name__}.{item.name}", rule + _limit(value), value)
+        object.__setattr__(instance, item.name, plain)
+
+
+_MISFIT = object()
+_RULES: dict[object, str] = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+
+
+def _anything(_: object) -> bool:
+    return True
+
+
+def _fitted(kind: object, value: object) -> object:
+    """Return a value as a plain one of a type, or _MISFIT."""
+    kinds = get_args(kind)
+    if isinstance(kind, UnionType):
+        return next((plain for one in kinds if (plain := _fitted(one, value)) is not _MISFIT), _MISFIT)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, (tuple, list)):
+            return _MISFIT
+        values = cast("Sequence[object]", value)
+        kinds = kinds[:1] * len(values) if kinds[-1] is ... else kinds
+        plain = tuple(map(_fitted, kinds, values))
+        return plain if len(kinds) == len(values) and _MISFIT not in plain else _MISFIT
+    if get_origin(kind) is Literal or kind is str:
+        text = str(value) if isinstance(value, Path) else value
+        right = isinstance(text, str) and (kind is str or text in kinds)
+        return str.__str__(cast("str", text)) if right else _MISFIT
+    try:
+        if kind in _PLAIN:
+            return _PLAIN[kind](value)
+    except ArgumentError:
+        return _MISFIT
+    return value if isinstance(kind, type) and isinstance(value, kind) else _MISFIT
+
+
+_PLAIN: dict[object, Callable[[object], object]] = {
+    int: lambda value: integer("", value, -(2**63)),
+    float: lambda value: number("", value, "", _anything),
+    bool: lambda value: boolean("", value),
+}
 
 
 def make_plain(instance: "DataclassInstance") -> None:

@@ -5,8 +5,7 @@ Shape suffixes: N samples, A attempts, S slots.
 """
 
 from dataclasses import dataclass
-from math import isfinite
-from typing import Literal, Self, cast
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
 from fastflower.draws.draw import Draw, Mix
 from fastflower.draws.random import Dice, Floats, Slot, Stream
-from fastflower.errors import make_plain, require
+from fastflower.errors import Rules, check_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,31 +87,7 @@ class Augment:
     """Use the same draw for a sample in every epoch."""
 
     def __post_init__(self) -> None:
-        make_plain(self)
-        for name in ("size", "resize"):
-            pair, rule = _pair(getattr(self, name)), "one or two integers, each at least 1"
-            right = _are_numbers(pair, 2, int) and min(pair) >= 1
-            _check(right or (name == "resize" and self.resize is None), name, rule, self)
-        for name in ("flip", "flip_vertical", "erase"):
-            _check(0 <= getattr(self, name) <= 1, name, "a probability in [0, 1]", self)
-        for name in ("rotate", "affine_rotate", "brightness", "contrast", "saturation", "mixup", "cutmix"):
-            _check(0 <= getattr(self, name) < np.inf, name, "0 or more", self)
-        _check(0 <= self.hue <= 0.5, "hue", "in [0, 0.5]", self)
-        inside = _are_numbers(self.translate, 2) and all(0 <= share <= 1 for share in self.translate)
-        _check(inside, "translate", "two fractions in [0, 1]", self)
-        inside = _are_numbers(self.shear, 2) and all(0 <= angle < 90 for angle in self.shear)
-        _check(inside, "shear", "two angles in [0, 90) degrees", self)
-        for name in ("crop", "crop_ratio", "scale", "erase_area", "erase_ratio"):
-            value = getattr(self, name)
-            most, rule = np.inf, "(min, max) with 0 < min <= max"
-            if name in ("crop", "erase_area"):
-                most, rule = 1, f"{rule} <= 1"
-            right = _are_numbers(value, 2) and 0 < value[0] <= value[1] <= most
-            _check(right or (name == "crop" and value is None), name, rule, self)
-        _check(self.fill in ("black", "photo"), "fill", "'black' or 'photo'", self)
-        _check(_are_numbers(self.std, 3) and min(self.std) > 0, "std", "three numbers above 0", self)
-        for name in ("mean", "erase_value"):
-            _check(_are_numbers(getattr(self, name), 3), name, "three numbers (red, green, blue)", self)
+        check_fields(self, _RULES)
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -246,16 +221,29 @@ class Augment:
         return np.where(erased_N[:, None], box_N4, 0).astype(np.int64)
 
 
-def _are_numbers(value: object, count: int, kind: type[int] | type[float] = float) -> bool:
-    """Return True if `value` is a tuple of `count` finite numbers of type `kind`. Integers count as floats."""
-    numbers = cast("tuple[object, ...]", value if isinstance(value, tuple) else ())
-    right = all(isinstance(number, (int, kind)) and isfinite(number) for number in numbers)
-    return right and len(numbers) == count
-
-
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
 
 
-def _check(holds: bool, name: str, rule: str, augment: Augment) -> None:
-    require(holds, f"Augment.{name}", rule, getattr(augment, name))
+_RANGE = "(min, max) with 0 < min <= max"
+_RULES: Rules = {
+    **{
+        name: ("one or two integers, each at least 1", lambda size: min(_pair(size)) >= 1)
+        for name in ("size", "resize")
+    },
+    **{
+        name: ("a probability in [0, 1]", lambda chance: 0 <= chance <= 1)
+        for name in ("flip", "flip_vertical", "erase")
+    },
+    **{
+        name: ("a number, 0 or more", lambda strength: strength >= 0)
+        for name in ("rotate", "affine_rotate", "brightness", "contrast", "saturation", "mixup", "cutmix")
+    },
+    "hue": ("a number in [0, 0.5]", lambda share: 0 <= share <= 0.5),
+    "translate": ("two fractions in [0, 1]", lambda shares: all(0 <= share <= 1 for share in shares)),
+    "shear": ("two angles in [0, 90) degrees", lambda angles: all(0 <= angle < 90 for angle in angles)),
+    **{name: (f"{_RANGE} <= 1", lambda area: 0 < area[0] <= area[1] <= 1) for name in ("crop", "erase_area")},
+    **{name: (_RANGE, lambda ends: 0 < ends[0] <= ends[1]) for name in ("crop_ratio", "scale", "erase_ratio")},
+    **{name: ("three numbers (red, green, blue)", lambda _: True) for name in ("mean", "erase_value")},
+    "std": ("three numbers above 0", lambda std: min(std) > 0),
+}

@@ -2,10 +2,10 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from math import cos, pi
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from fastflower.draws.augment import Augment
-from fastflower.errors import make_plain, require
+from fastflower.errors import Rules, check_fields, require
 
 Schedule = Literal["constant", "step", "cosine", "one_cycle", "exponential_cosine", "three_phase"]
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
@@ -25,7 +25,7 @@ class Recipe:
     """Number of frozen stages, counted from the input. Their weights and batch norm statistics do not change.
     The stem belongs to the first stage. 0: train all stages; required if `weights` is None."""
     augment: Augment = field(default_factory=lambda: Augment(crop=(0.08, 1.0), flip=0.5))
-    """Augmentation of training images. Validation uses only its size, resize and normalization."""
+    """Augmentation of training images, also as a torchvision Compose. Validation uses only its size, resize and normalization."""
     sizes: tuple[int, ...] = ()
     """Progressive resizing: heights of training images in pixels, each used for an equal share of the epochs.
     Empty: `augment.size` in all epochs."""
@@ -35,7 +35,7 @@ class Recipe:
     """Stop after this many epochs without improvement. An improvement is a higher validation accuracy,
     or the same accuracy with a lower loss. None: train all epochs."""
     batch_size: int = 32
-    """Number of samples per step over all ranks."""
+    """Number of samples per step over all ranks. (`Loader(batch_size=)` is that of one rank.)"""
     balanced: bool = False
     """Draw all classes equally often. Within an epoch, samples of rare classes repeat, and some others are skipped."""
     lr: float = 0.001
@@ -90,30 +90,15 @@ class Recipe:
     """Random seed for the classifier head, sample order, augmentation and dropout."""
 
     def __post_init__(self) -> None:
-        make_plain(self)
+        if type(self.augment).__name__ == "Compose":
+            object.__setattr__(self, "augment", Augment.from_torchvision(self.augment))
+        check_fields(self, _RULES)
+        alone, one_cycle = self.ema is None and self.patience is None, self.schedule == "one_cycle"
         rules = [
-            ("freeze", self.freeze >= 0, "0 or more"),
-            ("sizes", all(side >= 1 for side in self.sizes), "sizes in pixels, each at least 1"),
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("patience", self.patience is None or self.patience >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("lr", self.lr > 0, "above 0"),
-            ("optimizer", self.optimizer in ("sgd", "adam", "adamw"), "sgd, adam or adamw"),
-            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
-            ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0"),
-            ("ema", self.ema is None or 0 < self.ema < 1, "in (0, 1)"),
-            ("soup", self.soup >= 1 and self.epochs % self.soup == 0, "a divisor of epochs"),
-            ("soup", self.soup == 1 or (self.ema is None and self.patience is None), "1 if ema or patience is set"),
+            ("soup", self.epochs % self.soup == 0, "a divisor of epochs"),
+            ("soup", self.soup == 1 or alone, "1 if ema or patience is set"),
             ("recalibrate", not self.recalibrate or self.patience is None, "False if patience is set"),
-            ("accumulate", self.accumulate >= 1, "at least 1"),
-            ("warmup_epochs", self.warmup_epochs >= 0, "0 or more"),
-            ("warmup_epochs", self.warmup_epochs == 0 or self.schedule != "one_cycle", "0 if schedule is one_cycle"),
-            ("schedule", self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
-            ("step_epochs", self.step_epochs >= 1, "at least 1"),
-            ("gamma", self.gamma > 0, "above 0"),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
-            ("precision", self.precision in get_args(Precision), "auto, bfloat16, float16 or float32"),
+            ("warmup_epochs", self.warmup_epochs == 0 or not one_cycle, "0 if schedule is one_cycle"),
         ]
         for name, holds, rule in rules:
             require(holds, f"Recipe.{name}", rule, getattr(self, name))
@@ -191,6 +176,22 @@ class Recipe:
         """Build a recipe from a dictionary that `to_dict` returned. Lists (from JSON) become tuples."""
         others = {name: value for name, value in values.items() if name != "augment"}
         return cls(augment=Augment(**values["augment"]), **others)
+
+
+_RULES: Rules = {
+    "weights": ("a string or None", lambda _: True),
+    "augment": ("an Augment, or a torchvision Compose", lambda _: True),
+    "sizes": ("integers, sizes in pixels, each at least 1", lambda sizes: all(size >= 1 for size in sizes)),
+    "freeze": ("an integer, at least 0", lambda count: count >= 0),
+    **{
+        name: ("an integer, at least 1", lambda count: count >= 1)
+        for name in ("epochs", "patience", "batch_size", "accumulate", "step_epochs", "soup")
+    },
+    **{name: ("a number above 0", lambda size: size > 0) for name in ("lr", "clip_norm", "gamma")},
+    **{name: ("a number, 0 or more", lambda size: size >= 0) for name in ("weight_decay", "warmup_epochs")},
+    **{name: ("a number in [0, 1)", lambda share: 0 <= share < 1) for name in ("momentum", "label_smoothing")},
+    "ema": ("a number in (0, 1)", lambda decay: 0 < decay < 1),
+}
 
 
 def warm_up(step: int, warmup_steps: float) -> float:

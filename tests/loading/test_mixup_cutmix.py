@@ -130,7 +130,7 @@ def test_batches_that_cannot_be_mixed_are_refused(shards: Path, options: dict[st
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_a_negative_parameter_is_refused(name: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"^Augment\.{name} must be 0 or more, got -1\.$"):
+    with pytest.raises(ArgumentError, match=rf"^Augment\.{name} must be a number, 0 or more, got -1\.$"):
         Augment(**{name: -1})  # pyright: ignore[reportArgumentType]
 
 

@@ -212,7 +212,11 @@ def without(name: str) -> Any:
         pytest.param(without("model"), "'model'", id="no model"),
         pytest.param(lambda content: content.update(more=1), "'more'", id="a name too many"),
         pytest.param(lambda content: content["recipe"].update(speed=1), "'speed'", id="an unknown field"),
-        pytest.param(lambda content: content["recipe"].update(epochs=0), "Recipe.epochs must be at least 1", id="rule"),
+        pytest.param(
+            lambda content: content["recipe"].update(epochs=0),
+            "Recipe.epochs must be an integer, at least 1",
+            id="rule",
+        ),
         pytest.param(lambda content: content["recipe"]["augment"].update(flip=2), "Augment.flip must be", id="flip"),
         pytest.param(lambda content: content["recipe"].pop("augment"), "'augment'", id="no augment"),
     ],

@@ -129,10 +129,10 @@ def test_clipping_limits_the_update(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": "lion"}, "Recipe.optimizer must be sgd, adam or adamw, got 'lion'."),
-        ({"clip_norm": 0.0}, "Recipe.clip_norm must be above 0, got 0.0."),
-        ({"accumulate": 0}, "Recipe.accumulate must be at least 1, got 0."),
-        ({"warmup_epochs": -1.0}, "Recipe.warmup_epochs must be 0 or more, got -1.0."),
+        ({"optimizer": "lion"}, "Recipe.optimizer must be one of sgd, adam, adamw, got 'lion'."),
+        ({"clip_norm": 0.0}, "Recipe.clip_norm must be a number above 0, got 0.0."),
+        ({"accumulate": 0}, "Recipe.accumulate must be an integer, at least 1, got 0."),
+        ({"warmup_epochs": -1.0}, "Recipe.warmup_epochs must be a number, 0 or more, got -1.0."),
         (
             {"warmup_epochs": 1.0, "schedule": "one_cycle"},
             "Recipe.warmup_epochs must be 0 if schedule is one_cycle",
