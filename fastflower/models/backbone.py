@@ -6,14 +6,16 @@ import re
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torchvision import models  # pyright: ignore[reportMissingTypeStubs]
 
 from fastflower.errors import ArgumentError, CheckpointError
-from fastflower.files import blame_the_system, is_full, remedy_for
+from fastflower.files import is_full, remedy_for
+from fastflower.models.matching import broken, match
+from fastflower.models.skeleton import Skeleton
+from fastflower.models.weights_file import read_weights
 
 _log = logging.getLogger("fastflower")
 
@@ -22,17 +24,15 @@ _log = logging.getLogger("fastflower")
 _V1 = {f"resnet{depth}_v1": f"resnet{depth}" for depth in (50, 101, 152)}
 NAMES = (*(name for name in models.list_models(models) if re.match(r"(densenet|resnet|vgg)\d", name)), *_V1)
 
-_DOTTED = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
-
 
 def build(
     name: str, num_classes: int, *, weights: str | None, freeze: int = 0, classes: Sequence[str] = ()
 ) -> nn.Module:
     """Build a network on the CPU that maps images (N, 3, H, W) to logits (N, num_classes).
 
-    weights  The name of pretrained torchvision weights; the path of a state_dict or checkpoint (any floating-point dtype), or
-    its URL as https://HOST/FILE#sha256=CHECKSUM (downloaded once); or None for random weights. The head is replaced if it does
-    not have `num_classes` outputs or comes from a checkpoint for other `classes`.
+    weights  The name of pretrained torchvision weights; the path of a file that holds the network's weights (of any program
+    and floating-point dtype), or its URL as https://HOST/FILE#sha256=CHECKSUM (downloaded once); or None for random weights.
+    The head is replaced if it does not have `num_classes` outputs or comes from a checkpoint for other `classes`.
 
     Raises ArgumentError if the backbone's name is unknown, `freeze` exceeds the number of stages, or a URL has no checksum.
     Raises CheckpointError if the weights cannot be used.
@@ -44,7 +44,7 @@ def build(
         _fit_head(model, num_classes)
     elif weights.startswith(("https://", "http://")) or _is_file_name(weights):
         model, path = _empty(name), _fetched(weights) if "://" in weights else Path(weights)
-        _log.info("%s: loaded into %s; %s", path, name, _load_file(model, name, path, num_classes, classes))
+        _log.info("%s: loaded into %s%s", path, name, _load_file(model, name, path, num_classes, classes))
     else:
         model = _downloaded(name, weights)
         _log.info("%s: %s", name, _fit_head(model, num_classes))
@@ -174,79 +174,34 @@ def _blame_the_cache(weights: str, error: Exception) -> None:
 
 
 def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classes: Sequence[str]) -> str:
-    """Load a file's weights, including its head if it fits; return a description of the head for the log."""
-    state, file_classes = _read_weights(path)
-    head, own = _head_name(model), model.state_dict()
-    # Files from other tools have no batch norm counters, or counters of shape (1,).
-    body = [key for key in own if not key.startswith(f"{head}.") and not key.endswith("num_batches_tracked")]
-    wrong = [key for key in body if key not in state or state[key].shape != own[key].shape]
-    wrong += [key for key in state if key not in own]  # ResNet-34 has every key of ResNet-18
-    if wrong:
-        raise CheckpointError(
-            f"{path}: does not fit {name}: {len(wrong)} tensors are missing, unexpected or differ in shape "
-            f"(first: {wrong[0]!r}); pass the backbone that the file was saved from."
+    """Load a file's weights, including its head if it fits; return a description for the log."""
+    tensors, file_classes = read_weights(path)
+    head = _head_name(model)
+    found = match(model, head, tensors)
+    if wrong := found.problems:
+        others = [other for other in NAMES if other != name and _fits(other, tensors)]
+        remedy = (
+            f"it fits {others[0]}: pass --backbone {others[0]}" if others else "pass the file's backbone (--backbone)"
         )
-    model.load_state_dict(own | {key: state[key] for key in body})
-    weight, bias = state.get(f"{head}.weight"), state.get(f"{head}.bias")
-    inputs = own[f"{head}.weight"].shape[1]
+        raise CheckpointError(
+            f"{path}: does not fit {name}: {len(wrong)} of its tensors are missing, unexpected or differ in shape "
+            f"({'; '.join(wrong[:3])}{'; ...' * (len(wrong) > 3)}); {remedy}."
+        )
+    if where := broken(found):
+        raise CheckpointError(f"{path}: weights are not finite ({where}); pass another file.")
+    model.load_state_dict(found.own | found.fitting)
+    weight, bias = found.get(f"{head}.weight"), found.get(f"{head}.bias")
+    inputs = found.own[f"{head}.weight"].shape[1]
     if weight is None or bias is None or weight.shape[1:] != (inputs,) or len(weight) != len(bias):
         _fit_head(model, num_classes)
-        return f"found no head that fits, so added a new one for {num_classes} classes"
+        return f"{found}; found no head that fits, so added a new one for {num_classes} classes"
     layer = nn.Linear(inputs, len(weight))
     layer.load_state_dict({"weight": weight, "bias": bias})
     model.set_submodule(head, layer)
-    return _fit_head(model, num_classes, keep=not classes or file_classes in (None, tuple(classes)))
+    return f"{found}; {_fit_head(model, num_classes, keep=not classes or file_classes in (None, tuple(classes)))}"
 
 
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
-    """Return (state_dict, classes) from a file; classes is None unless the file is a fastflower checkpoint."""
-    content: object = load_file(path)
-    classes = None
-    if content.get("format") == "fastflower":
-        content, classes = content.get("model"), tuple(content.get("classes", ()))
-    if not _is_state_dict(content):
-        raise CheckpointError(
-            f"{path}: is neither a state_dict nor a fastflower checkpoint; pass a file written by "
-            f"torch.save(model.state_dict(), path) or by train."
-        )
-    if broken := not_finite(content):
-        raise CheckpointError(f"{path}: weights are not finite ({broken}); pass another file.")
-    # torchvision's DenseNet files spell norm1 as norm.1.
-    return {_DOTTED.sub(r"\1", key): value for key, value in content.items()}, classes
-
-
-def _is_state_dict(value: object) -> TypeGuard[dict[str, Tensor]]:
-    if not isinstance(value, dict) or not value:
-        return False
-    items = cast("dict[object, object]", value).items()
-    return all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in items)
-
-
-def not_finite(state: dict[str, Tensor]) -> str:
-    """Describe which tensors of a state_dict contain inf or NaN; return "" if all are finite."""
-    names = [key for key, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]
-    return f"{names[0]!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''}" if names else ""
-
-
-def load_file(path: Path) -> dict[str, Any]:
-    """Load an untrusted file with torch.load, allowing only tensors and plain values. Raises CheckpointError if that fails."""
-    try:
-        loaded: object = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: does not exist; check the path.") from None
-    except Exception as error:  # torch.load passes on whatever zipfile and pickle raise
-        blame_the_system(error, path)
-        if isinstance(error, IsADirectoryError):
-            raise CheckpointError(f"{path}: is a folder; pass a file, such as a run's checkpoint-best.pt.") from None
-        if isinstance(error, PermissionError):  # not OSError, which a truncated file raises too
-            raise CheckpointError(
-                f"{path}: cannot be read ({error.strerror}); make it readable, or pass another file."
-            ) from None
-        # Hide torch's message: it suggests weights_only=False, which would run any code in the file.
-        raise CheckpointError(
-            f"{path}: was not written by torch.save, is truncated, or holds more than tensors and plain values; "
-            f"pass another file."
-        ) from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a dict; pass another file.")
-    return cast("dict[str, Any]", loaded)
+def _fits(name: str, tensors: dict[str, Tensor]) -> bool:
+    with Skeleton():
+        model = _empty(name)
+    return not match(model, _head_name(model), tensors).problems

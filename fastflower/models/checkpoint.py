@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fastflower.errors import CheckpointError, FastflowerError
 from fastflower.files import blame_the_system, flush, is_full, written
-from fastflower.models.backbone import build, load_file, not_finite
+from fastflower.models.backbone import build
+from fastflower.models.weights_file import load_file, not_finite
 from fastflower.recipes.recipe import Recipe
 
 FORMAT_VERSION = 2

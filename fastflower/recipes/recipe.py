@@ -19,7 +19,7 @@ class Recipe:
     """torchvision model: resnet18, 34, 50, 101, 152; densenet121, 161, 169, 201; vgg11, 13, 16, 19, also with _bn.
     For Caffe or Keras weights: resnet50_v1, 101_v1, 152_v1, with the stride in 1x1 convolutions [He et al. 2016]."""
     weights: str | None = "DEFAULT"
-    """Initial weights: a torchvision name (downloaded), or the path or URL of a state_dict or checkpoint
+    """Initial weights: a torchvision name (downloaded), or the path or URL of a file with weights, of any program
     (https://HOST/FILE#sha256=CHECKSUM). None: random weights."""
     freeze: int = 0
     """Number of frozen stages, counted from the input. Their weights and batch norm statistics do not change.

@@ -260,5 +260,8 @@ def test_a_checkpoint_as_weights_starts_from_its_network_bit_for_bit(shards: Pat
     with torch.inference_mode():
         assert torch.equal(again(images), checkpoint.network()(images))
     assert build("resnet18", 4, weights=str(report.checkpoint)).get_parameter("fc.bias").shape == (4,)
-    with pytest.raises(CheckpointError, match=r"checkpoint-best\.pt: does not fit resnet34: .*; pass the backbone"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"checkpoint-best\.pt: does not fit resnet34: .*; it fits resnet18: pass --backbone resnet18",
+    ):
         build("resnet34", 5, weights=str(report.checkpoint))
