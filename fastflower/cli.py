@@ -1,41 +1,48 @@
-"""The command line: one subcommand for each public function, with flags generated from its signature and docstring."""
+"""The command line: one subcommand for each public function, with flags derived from its signature and docstring."""
 
-import inspect
 import logging
 import os
+import re
 import sys
 import warnings
-from argparse import ArgumentParser
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import field, make_dataclass
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastflower.errors import ArgumentError, FastflowerError, ShardError, StoppedError
+from fastflower.flags import Flag, Repeated, UsageError, fields_as_flags, flags_of, help_text, parse
+from fastflower.suggestions import near_command
+
+if TYPE_CHECKING:
+    from fastflower.recipes.recipe import Recipe
 
 _MAX_LINES = 20  # of each kind; manifest.json lists all
 
-_DASK = tyro.conf.arg(
+_DASK = Flag(
     name="dask",
+    kind=str | None,
+    default=None,
     metavar="ADDRESS",
-    help="Address of a Dask scheduler. Its workers do the packing and must see FOLDER and OUT at the same paths.",
+    text="Address of a Dask scheduler. Its workers do the packing and must see FOLDER and OUT at the same paths.",
 )
-_FILES = Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]  # --labels A --labels B
 _TYPES: dict[str, object] = {
     "folder": Path,
+    "out": Path,
     "shards": str,
     "checkpoint": Path,
     "images": list[Path],
     "device": str | None,
-    "executor": Annotated[str | None, _DASK],
-    "ignore": Annotated[tuple[str, ...], tyro.conf.UseAppendAction],
+    "labels": Repeated(Path),
+    "executor": _DASK,
+    "ignore": Repeated(str),
 }
 """Command-line types of parameters that accept more types from Python."""
 
@@ -58,12 +65,7 @@ def _run(args: Sequence[str] | None) -> int:
         print("fastflower", version("fastflower"))
         return 0
     if not args or args[0] not in _COMMANDS:
-        asked = bool(args) and args[0] in ("-h", "--help")
-        lines = [f"  {name:10}{text}" for name, (_, text) in _COMMANDS.items()]
-        usage = "usage: fastflower COMMAND ... (fastflower COMMAND --help lists its flags)"
-        wrong = [f"unknown command {args[0]!r}"] if args and not asked else []
-        print(*wrong, usage, *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+        return _no_command(args)
     if reconfigure := getattr(sys.stdout, "reconfigure", None):  # a replacement for stdout may lack it
         reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata or large images, without naming the file
@@ -73,6 +75,9 @@ def _run(args: Sequence[str] | None) -> int:
     try:
         with logging_redirect_tqdm():
             run(f"fastflower {args[0]}", args[1:])
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return 143  # 128 + SIGTERM, as shells report it
@@ -85,31 +90,47 @@ def _run(args: Sequence[str] | None) -> int:
     return 0
 
 
-def _parse(
-    prog: str, args: Sequence[str], call: Callable[..., object], note: str = "", preset: object = None, **types: object
-) -> dict[str, Any]:
-    """Parse the command line into keyword arguments for `call`.
+def _no_command(args: Sequence[str]) -> int:
+    """Print what can be typed if the command line does not start with a command."""
+    asked = args[:1] in (["-h"], ["--help"])
+    if args and not asked:
+        print(f"error: unknown command {args[0]!r}{_meant(args[0])}", file=sys.stderr)
+    usage = (
+        "usage: fastflower COMMAND ... (begin with fastflower pack FOLDER; fastflower COMMAND --help lists its flags)"
+    )
+    lines = [f"  {name:10}{text}" for name, (_, text) in _COMMANDS.items()]
+    print(usage, *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
 
-    note  Text above the flags in the help. preset  Default of `recipe`. types  Types of parameters, as in _TYPES.
-    """
-    flags: list[tuple[str, object, object]] = []
-    for name, parameter in inspect.signature(call).parameters.items():
-        annotation = {**_TYPES, **types}.get(name, parameter.annotation)
-        default: Any = preset if name == "recipe" else parameter.default
-        if default is parameter.empty:
-            flags.append((name, Annotated[annotation, tyro.conf.arg(metavar=name.upper())], field()))
-        else:
-            flags.append((name, annotation, field(default=Path(default) if annotation is Path else default)))
-    text = inspect.cleandoc(call.__doc__ or "").replace("Args:", f"{note}\n\nArgs:", 1)
-    arguments: type[object] = make_dataclass("Arguments", flags, kw_only=True, namespace={"__doc__": text})
-    return vars(tyro.cli(arguments, prog=prog, args=args, config=(tyro.conf.PositionalRequiredArgs,)))
+
+def _meant(word: str) -> str:
+    if Path(word, "manifest.json").exists():
+        return f"; to train on these shards, type fastflower train {word}"
+    if Path(word).is_dir():
+        return f"; to pack this folder, type fastflower pack {word}"
+    near = near_command(word, _COMMANDS)
+    return f"; did you mean fastflower {near}?" if near else ""
+
+
+def _parse(prog: str, args: Sequence[str], call: Callable[..., object], **types: object) -> dict[str, Any]:
+    """Parse the command line into keyword arguments for `call`. types  Types of parameters, as in _TYPES."""
+    command, flags = prog.removeprefix("fastflower "), flags_of(call, {**_TYPES, **types})
+    values = parse(command, flags, args)
+    _help_if_asked(command, call, flags, values)
+    return values
+
+
+def _help_if_asked(command: str, call: Callable[..., object], flags: Sequence[Flag], values: dict[str, object]) -> None:
+    if "help" in values:
+        print(help_text(command, call, flags, values["help"]))
+        raise SystemExit(0)
 
 
 def _pack(prog: str, args: Sequence[str]) -> None:
     from fastflower.packing.packer import pack
 
-    values = _parse(prog, args, pack, out=Path, labels=_FILES, split=_FILES)
-    with _dask(values.pop("executor")) as executor:
+    values = _parse(prog, args, pack, split=Repeated(Path))
+    with _dask(values.pop("dask", None)) as executor:
         manifest = pack(**values, executor=executor)
     for name, split in manifest.splits.items():
         folds = f", {manifest.folds.count} folds" if manifest.folds and name == "train" else ""
@@ -177,7 +198,7 @@ def _preview(prog: str, args: Sequence[str]) -> None:
     from fastflower.reporting.preview import preview
 
     args = [text.replace("--photographs", "--images") for text in args]  # the flag's previous name
-    print(f"wrote {preview(**_parse_recipe(prog, args, preview, out=Path, images=int))}")
+    print(f"wrote {preview(**_parse_recipe(prog, args, preview, images=int))}")
 
 
 def _train(prog: str, args: Sequence[str]) -> None:
@@ -197,20 +218,40 @@ def _train(prog: str, args: Sequence[str]) -> None:
 
 def _parse_recipe(prog: str, args: Sequence[str], call: Callable[..., object], **types: object) -> dict[str, Any]:
     """Parse the command line for a subcommand that takes a recipe. Each field of the recipe is a flag."""
-    from fastflower.recipes.presets import PRESETS
-    from fastflower.recipes.recipe import Recipe
+    from fastflower.recipes.presets import PRESETS, phrase
 
-    # --recipe NAME is parsed first, because the defaults of all other flags depend on it.
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", nargs="?", default="default", const="")
-    recipe_flag, rest = parser.parse_known_args(args)
-    name: str = recipe_flag.recipe
+    if "--recipe=list" in args or ("--recipe", "list") in pairwise(args):
+        print(*(f"{name:34}{phrase(name)}" for name in PRESETS), sep="\n")
+        raise SystemExit(0)
+    text = "Recipe that sets the defaults of the flags below; --recipe list prints all."
+    chosen = Flag(name="recipe", kind=str, default="default", text=text, metavar="NAME")
+    flags = [flag for flag in flags_of(call, {**_TYPES, **types}) if flag.name != "recipe"]
+
+    def with_fields(recipe: "Recipe", name: str) -> list[Flag]:
+        own = [flag for flag in fields_as_flags(recipe, group=f"recipe {name}") if flag.name != "augment"]
+        return [*flags, chosen, *own, *fields_as_flags(recipe.augment, "augment.", f"augmentation of recipe {name}")]
+
+    command = prog.removeprefix("fastflower ")
+    values = parse(command, with_fields(PRESETS["default"](), "default"), args)
+    name = str(values.pop("recipe", "default"))
     if name not in PRESETS:
-        meant = "".join(f" Did you mean {near}?" for near in get_close_matches(name, PRESETS, 1))
-        raise ArgumentError(f"--recipe must be one of {', '.join(PRESETS)}, got {name!r}.{meant}")
-    note = f"--recipe NAME sets the defaults of the flags below. NAME is one of: {', '.join(PRESETS)}."
-    recipe = Annotated[Recipe, tyro.conf.arg(name="")]
-    return _parse(prog, rest, call, note, PRESETS[name](), recipe=recipe, **types)
+        near = get_close_matches(name, PRESETS, 3)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ArgumentError(f"--recipe {name}: no recipe has this name; {meant}{prog} --recipe list prints all.")
+    recipe = PRESETS[name]()
+    _help_if_asked(command, call, with_fields(recipe, name), values)
+    changed = {item.name: values.pop(item.name) for item in fields(recipe) if item.name in values}
+    drawn = {key: values.pop(key) for key in list(values) if key.startswith("augment.")}
+    try:
+        augment = replace(recipe.augment, **{key.removeprefix("augment."): value for key, value in drawn.items()})
+        return {**values, "recipe": replace(recipe, augment=augment, **changed)}
+    except ArgumentError as error:  # names the flag in place of the field
+        text = re.sub(r"^(Recipe|Augment)\.(\w+)", lambda found: _flag(*found.groups()), str(error))
+        raise ArgumentError(text) from None
+
+
+def _flag(owner: str, name: str) -> str:
+    return f"--{'augment.' if owner == 'Augment' else ''}{name.replace('_', '-')}"
 
 
 def _evaluate(prog: str, args: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from math import isfinite, nan
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, cast, get_args, get_origin
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -99,7 +99,7 @@ def _anything(_: object) -> bool:
 def _fitted(kind: object, value: object) -> object:
     """Return a value as a plain one of a type, or _MISFIT."""
     kinds = get_args(kind)
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in (Union, UnionType):
         return next((plain for one in kinds if (plain := _fitted(one, value)) is not _MISFIT), _MISFIT)
     if get_origin(kind) is tuple:
         if not isinstance(value, (tuple, list)):

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, TypedDict, cast
@@ -14,6 +15,8 @@ from fastflower.files import blame_the_system, flush, is_full, written
 from fastflower.models.backbone import build
 from fastflower.models.weights_file import load_file, not_finite
 from fastflower.recipes.recipe import Recipe
+from fastflower.shards.kinds import image_kind
+from fastflower.shards.manifest import FILE
 
 FORMAT_VERSION = 2
 LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"  # in a run's folder
@@ -96,8 +99,12 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a checkpoint. Raises CheckpointError if the file is not a usable checkpoint of this version."""
-        content = load_file(Path(path))
+        """Read a checkpoint, or the best one of a run's folder.
+
+        Raises CheckpointError if the file is not a usable checkpoint of this version.
+        """
+        path = _file(Path(path))
+        content = load_file(path)
         if content.get("format") != "fastflower":
             raise CheckpointError(f"{path}: is not a fastflower checkpoint; pass a checkpoint-best.pt from train.")
         if content.get("version") != FORMAT_VERSION:
@@ -141,6 +148,21 @@ class Checkpoint:
                 f"with a lower lr."
             )
         return self
+
+
+def _file(path: Path) -> Path:
+    """Return a checkpoint's file, in a run's folder the best one. Raises CheckpointError for shards and images."""
+    if path.is_dir() and (path / BEST).exists():
+        return path / BEST
+    what = "a folder of shards" if (path / FILE).exists() else None
+    if path.is_file():
+        with suppress(OSError), path.open("rb") as file:  # load_file explains what cannot be read
+            what = image_kind(file.read(32)) and "an image"
+    if what:
+        raise CheckpointError(
+            f"{path}: is {what}, not a checkpoint; pass the checkpoint first, then the shards or images."
+        )
+    return path
 
 
 def _linked(file: Path, name: Path) -> bool:

@@ -3,10 +3,17 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from itertools import product
+from typing import cast
 
 from fastflower.draws.augment import Augment
 from fastflower.recipes.recipe import Recipe
+
+
+def default() -> Recipe:
+    """Return the default: ResNet-18 from ImageNet weights, SGD, 15 epochs, random crop and flip."""
+    return Recipe()
 
 
 def report_a() -> Recipe:
@@ -21,9 +28,9 @@ def report_a() -> Recipe:
 
 
 def report_b(batch_size: int = 32, backbone: str = "resnet18") -> Recipe:
-    """Return a recipe of the second student report, which compares batch sizes and architectures.
+    """Return the second student report's recipe: SGD, 20 epochs, rotation, jitter.
 
-    20 epochs, SGD with momentum 0.9, lr 0.001, StepLR(7, 0.1). Augmentations: resized crop, flip with probability 0.1,
+    SGD with momentum 0.9, lr 0.001, StepLR(7, 0.1). Augmentations: resized crop, flip with probability 0.1,
     rotation by 30 degrees, jitter 0.2, hue 0.1 and a shift of 10%. The report does not state the area of the crop. We
     use torchvision's default, 0.08 to 1.
     """
@@ -32,7 +39,7 @@ def report_b(batch_size: int = 32, backbone: str = "resnet18") -> Recipe:
 
 
 def report_c(batch_size: int = 32, backbone: str = "resnet18", freeze: int = 0) -> Recipe:
-    """Return a recipe of the third student report: SGD, resized crop, horizontal and vertical flips, jitter.
+    """Return the third student report's recipe: SGD, 15 epochs, flips in both directions, jitter.
 
     The learning rate decays. The report does not state the strength of jitter (here 0.2, hue 0.1), or the momentum,
     learning rate, schedule and number of epochs (here the first report's). It does not state the batch size of its
@@ -43,18 +50,18 @@ def report_c(batch_size: int = 32, backbone: str = "resnet18", freeze: int = 0) 
 
 
 def report_d(epochs: int = 25) -> Recipe:
-    """Return a recipe of the fourth student report: ResNet-18, Adam, batch size 32, 25 epochs at lr 0.001.
+    """Return the fourth student report's recipe: ResNet-18, Adam, rotation, jitter.
 
-    With 50 epochs, the last 25 are at lr 0.0001. Augmentations: resized crop, flip, rotation, color jitter and an affine
-    transform. The report does not define its "step schedule" (here a factor of 0.1 after 25 epochs, as its two runs
-    suggest). It does not say whether Adam's moments were reset after 25 epochs (here they are not), and it does not state
-    the strengths of rotation, jitter and affine transform (here the first report's).
+    Batch size 32, 25 epochs at lr 0.001. With 50 epochs, the last 25 are at lr 0.0001. Augmentations: resized crop, flip,
+    rotation, color jitter and an affine transform. The report does not define its "step schedule" (here a factor of 0.1
+    after 25 epochs, as its two runs suggest). It does not say whether Adam's moments were reset after 25 epochs (here they
+    are not), and it does not state the strengths of rotation, jitter and affine transform (here the first report's).
     """
     return replace(report_a(), optimizer="adam", epochs=epochs, step_epochs=25)
 
 
 def report_e(backbone: str = "resnet101", freeze: int = 2, *, fixed: bool = False) -> Recipe:
-    """Return a recipe of the fifth student report: 10 epochs, Adam, 2 or 3 frozen stages, random erasing.
+    """Return the fifth student report's recipe: Adam, 10 epochs, random erasing.
 
     fixed  True: use the same draw for a sample in every epoch. False ("mixed"): use a new draw in every epoch.
 
@@ -77,7 +84,7 @@ def report_e(backbone: str = "resnet101", freeze: int = 2, *, fixed: bool = Fals
 
 
 def report_e_long() -> Recipe:
-    """Return the fifth report's recipe for ResNet-101 over 40 epochs: linear warm-up, exponential decay, then cosine.
+    """Return the fifth student report's long recipe: ResNet-101, 40 epochs, warm-up, exponential decay, then cosine.
 
     The report prints this formula, without values for lr_init, lr_final, gamma and epoch_tot:
         epoch < 10          lr_init/lr_final + (1 - lr_init/lr_final) * epoch/10
@@ -93,7 +100,7 @@ def report_e_long() -> Recipe:
 
 
 def scratch() -> Recipe:
-    """Return the demo's recipe: ResNet-18 from random weights at 128 pixels, fast without a GPU."""
+    """Return the demo's recipe: ResNet-18 from random weights, 128 pixels, 10 epochs, fast without a GPU."""
     augment = Augment(size=128, crop=(0.25, 1.0), flip=0.5, rotate=10, brightness=0.2, contrast=0.2, saturation=0.2)
     return Recipe(
         weights=None, augment=augment, epochs=10, lr=0.01, weight_decay=5e-4, schedule="one_cycle", label_smoothing=0.1
@@ -101,7 +108,7 @@ def scratch() -> Recipe:
 
 
 def finetune(freeze: int = 2) -> Recipe:
-    """Return our fine-tuning recipe: ResNet-50, frozen stages, five epochs of one-cycle SGD with peak lr 0.01.
+    """Return our fine-tuning recipe: ResNet-50, 5 epochs of one-cycle SGD, growing sizes.
 
     Image sizes grow, which halves the number of pixels to process. The last epoch trains near the validation size, and
     batch norm statistics are recomputed at that size. Otherwise, a network trained only at up to 160 pixels would be
@@ -122,7 +129,10 @@ def finetune(freeze: int = 2) -> Recipe:
 
 
 def finetune_long(freeze: int = 2) -> Recipe:
-    """Return our long recipe: a model soup of two ten-epoch runs, larger sizes, rotation, jitter, erasing and mixup."""
+    """Return our long fine-tuning recipe: the mean of two runs of 10 epochs, larger sizes, more augmentation.
+
+    finetune with rotation, jitter, erasing and mixup.
+    """
     short = finetune(freeze)
     augment = replace(
         short.augment, rotate=15, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, erase=0.25, mixup=0.2
@@ -131,7 +141,7 @@ def finetune_long(freeze: int = 2) -> Recipe:
 
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
-    "default": Recipe,
+    "default": default,
     "report-a": report_a,
     "report-b": report_b,
     "report-b-batch64": partial(report_b, 64),
@@ -158,3 +168,13 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "finetune-long-unfrozen": partial(finetune_long, freeze=0),
 }
 """Recipes by name on the command line (`--recipe NAME`)."""
+
+
+def phrase(name: str) -> str:
+    """Return what a recipe is, in one phrase: its function's first line and arguments."""
+    preset = PRESETS[name]
+    made = cast("partial[Recipe]", preset if isinstance(preset, partial) else partial(preset))
+    first = (made.func.__doc__ or "").partition("\n")[0].removeprefix("Return ").removesuffix(".")
+    values = signature(made.func).bind(*made.args, **made.keywords)
+    values.apply_defaults()
+    return ", ".join([first, *(f"{key.replace('_', ' ')} {value}" for key, value in values.arguments.items())])

@@ -35,7 +35,7 @@ class Recipe:
     """Stop after this many epochs without improvement. An improvement is a higher validation accuracy,
     or the same accuracy with a lower loss. None: train all epochs."""
     batch_size: int = 32
-    """Number of samples per step over all ranks. (`Loader(batch_size=)` is that of one rank.)"""
+    """Number of samples per step over all ranks, where `Loader(batch_size=)` is that of one rank."""
     balanced: bool = False
     """Draw all classes equally often. Within an epoch, samples of rare classes repeat, and some others are skipped."""
     lr: float = 0.001

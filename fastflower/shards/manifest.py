@@ -106,8 +106,9 @@ class Manifest:
         path = folder / FILE
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             what = f"has no {FILE}, so it is not a finished pack" if folder.exists() else "does not exist"
+            what = "is a file, not a folder of shards" if folder.is_file() else what
             problem = f"{what}; pass a folder that pack wrote (fastflower pack FOLDER)."
             if (folder / WORK / PLAN).exists():
                 problem = "is an unfinished pack; run the same fastflower pack command again."

@@ -1,0 +1,260 @@
+"""Command lines that are wrong: one line that says what to type, and status 2. What users of other tools type is understood."""
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastflower import Augment, Recipe, evaluate, pack, predict, train
+from fastflower.cli import main
+from fastflower.flags import UsageError, fields_as_flags, flags_of, parse
+from fastflower.recipes.presets import PRESETS
+from fastflower.reporting.preview import preview
+from fastflower.shards.verification import verify
+from fastflower.suggestions import _MEANINGS  # pyright: ignore[reportPrivateUsage]  (each line is tried)
+from fastflower.training.diagnosis import diagnose
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "pack": pack, "verify": verify, "doctor": diagnose, "preview": preview, "train": train, "evaluate": evaluate,
+    "predict": predict,
+}  # fmt: skip
+
+
+def usage_error(capsys: pytest.CaptureFixture[str], line: str) -> str:
+    """Return the one line that a wrong command line prints."""
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(line.split())
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    return printed.err.removeprefix("error: ").rstrip()
+
+
+@pytest.mark.parametrize("args", [*(f"{name} x y --no-such-flag 1" for name in COMMANDS), "pack x --seed many"])
+def test_an_unknown_flag_or_value_is_a_usage_error_that_names_it(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert args.split()[-2] in usage_error(capsys, args)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_missing_argument_is_a_usage_error_that_names_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first = next(iter(inspect.signature(COMMANDS[name]).parameters)).upper()
+    text = usage_error(capsys, name)
+    assert text.startswith(f"{first} is missing (")
+    assert re.search(rf"; type fastflower {name} {first}[A-Z ]*\.$", text)
+
+
+@pytest.mark.parametrize(
+    ("line", "flag"),
+    [
+        ("train s --bs 32", "--batch-size"), ("train s -b 32", "--batch-size"), ("train s --batch 32", "--batch-size"),
+        ("train s --per_device_train_batch_size 32", "--batch-size"), ("train s --model resnet50", "--backbone"),
+        ("train s -a resnet50", "--backbone"), ("train s --net=resnet50", "--backbone"), ("train s --wd 1", "--weight-decay"),
+        ("train s --learning_rate 0.1", "--lr"), ("train s --lr0 0.1", "--lr"), ("train s --num-epochs 3", "--epochs"),
+        ("train s --opt sgd", "--optimizer"), ("train s --sched cosine", "--schedule"), ("train s --lr-policy x", "--schedule"),
+        ("train s --amp", "--precision"), ("train s --output o", "--out"), ("train s --name o", "--out"),
+        ("train s --gpus 0", "--device cuda"), ("train s --imgsz 64", "--augment.size"), ("train s --size 64", "--augment.size"),
+        ("train s --rotate 10", "--augment.rotate"), ("train s --degrees 10", "--augment.rotate"),
+        ("train s --augment.rotation 10", "--augment.rotate"), ("train s --mixup-alpha 1", "--augment.mixup"),
+        ("train s --batch-sise 3", "--batch-size"), ("train s --epoch 3", "--epochs"), ("train s --Epochs 3", "--epochs"),
+        ("train s --model-ema", "--ema"), ("doctor s --contrats 1", "--augment.contrast"),
+        ("pack d --test-size 0.1", "--test-fraction"), ("pack d --valid_pct 0.1", "--val-fraction"),
+        ("pack d --num-workers 3", "--workers"), ("pack d -o out", "--out"), ("evaluate c s --cuda", "--device cuda"),
+        ("verify s --fix", "--repair"), ("doctor s --second 3", "--seconds"), ("predict c i --output f.csv", "--out"),
+    ],
+)  # fmt: skip
+def test_an_unknown_flag_suggests_the_near_one(line: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    typed = line.split()[[word.startswith("-") for word in line.split()].index(True)].partition("=")[0]
+    assert usage_error(capsys, line) == f"unknown flag {typed}; did you mean {flag}?"
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        (
+            "train s -j 4",
+            "all cores that the process may use are used; to use fewer, type taskset -c 0-3 fastflower train SHARDS.",
+        ),
+        ("train --data shards", "the shards come without a flag: fastflower train SHARDS."),
+        (
+            "train s --pretrained",
+            "weights are pretrained by default; --weights None starts from random ones, --weights FILE",
+        ),
+        ("train s --val-split 0.2", "pack divides the images: fastflower pack FOLDER --val-fraction 0.2."),
+        ("train s --num-classes 5", "the classes are those of the shards."),
+        (
+            "train s --local_rank 0",
+            "start one process per GPU with torchrun --nproc-per-node=2 -m fastflower train SHARDS.",
+        ),
+        (
+            "train s --aa rand-m9",
+            "there is no policy of that kind; --augment.rotate, --augment.brightness and the other",
+        ),
+        ("predict --source i.jpg", "the images come without a flag: fastflower predict CHECKPOINT IMAGES."),
+        ("predict --model c i.jpg", "the checkpoint comes without a flag: fastflower predict CHECKPOINT IMAGES."),
+        ("evaluate c s --batch-size 8", "the batch size does not change the result and cannot be set."),
+        ("pack --data-dir d", "the folder comes without a flag: fastflower pack FOLDER."),
+        ("train s --zzz 3", "fastflower train --help lists the flags."),
+    ],
+)
+def test_a_flag_that_does_not_exist_here_says_what_stands_for_it(
+    line: str, answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert usage_error(capsys, line).partition("; ")[2].startswith(answer)
+
+
+def all_flags(command: str) -> set[str]:
+    flags = flags_of(COMMANDS[command], {})
+    if command in ("train", "doctor", "preview"):
+        flags += [*fields_as_flags(Recipe()), *fields_as_flags(Augment(), "augment.")]
+    return {flag.spelling for flag in flags}
+
+
+def test_what_is_suggested_exists_and_no_suggested_word_is_a_flag() -> None:
+    for commands, answer, words in _MEANINGS:
+        for command in commands:
+            known = all_flags(command)
+            assert not {f"--{word}" for word in words.split()} & known, command
+            assert not answer.startswith("--") or answer.split()[0] in known, (command, answer)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("train s --epochs ten", "--epochs must be an integer, got 'ten'."),
+        ("train s --epochs 2.0", "--epochs must be an integer, got '2.0'."),
+        ("train s --lr 1e-3,", "--lr must be a number, got '1e-3,'."),
+        ("train s --schedule cosin", "--schedule must be one of constant, step, cosine, one_cycle, exponential_cosine, "
+         "three_phase, got 'cosin'. Did you mean cosine?"),
+        ("train s --augment.crop 0.5", "--augment.crop must be as in --augment.crop FLOAT FLOAT, got '0.5'."),
+        ("train s --epochs", "--epochs needs a value: --epochs INT."),
+        ("train s --epochs --lr 1", "--epochs needs a value: --epochs INT."),
+        ("train s --recipe", "--recipe needs a value: --recipe NAME."),
+        ("train s --resume=True", "--resume takes no value; type --resume or --no-resume."),
+        ("train s --resume True", "unexpected 'True'; a switch such as --resume takes no value; "
+         "type fastflower train SHARDS and then flags."),
+        ("train s epochs=10", "unexpected 'epochs=10'; flags are written --epochs 10."),
+        ("train s 30", "unexpected '30'; type fastflower train SHARDS and then flags."),
+        ("evaluate c", "SHARDS is missing (The folder written by `pack`, or its URL, as for Loader); "
+         "type fastflower evaluate CHECKPOINT SHARDS."),
+        ("pack d --val-fraction 20%", "--val-fraction must be a number, got '20%'."),
+        ("pack d --split-by classes", "--split-by must be one of class, random, folder, got 'classes'. Did you mean class?"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_or_argument_is_explained(line: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert usage_error(capsys, line) == text
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("--epochs 0", "--epochs must be an integer, at least 1, got 0."),
+        ("--lr -1e-3", "--lr must be a number above 0, got -0.001."),
+        ("--augment.flip 2", "--augment.flip must be a probability in [0, 1], got 2.0."),
+        ("--epochs 3 --soup 2", "--soup must be a divisor of epochs, got 2."),
+        ("--recipe fine-tune", "--recipe fine-tune: no recipe has this name; did you mean finetune or finetune-long or "
+         "finetune-unfrozen? fastflower train --recipe list prints all."),
+        ("--recipe xyz", "--recipe xyz: no recipe has this name; fastflower train --recipe list prints all."),
+    ],
+)  # fmt: skip
+def test_a_value_outside_its_rule_names_the_flag(line: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "shards", *line.split()]) == 1
+    assert capsys.readouterr().err == f"error: {text}\n"
+
+
+@pytest.mark.parametrize("line", ["train --recipe list", "doctor x --recipe=list"])
+def test_recipe_list_prints_a_phrase_for_each(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(line.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    assert len({line.split(maxsplit=1)[1] for line in lines}) == len(PRESETS)
+    assert (
+        lines[-4].split(maxsplit=1)[1]
+        == "our fine-tuning recipe: ResNet-50, 5 epochs of one-cycle SGD, growing sizes, freeze 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("trian", "train"), ("Pack", "pack"), ("fit", "train"), ("val", "evaluate"), ("infer", "predict"), ("benchmark", "doctor"),
+     ("--versions", "--version"), ("help", "--help"), ("convert", "pack"), ("fly", "")],
+)  # fmt: skip
+def test_an_unknown_command_suggests_one_and_lists_all(
+    word: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word]) == 2
+    out, err = capsys.readouterr()
+    first, usage, *rest = err.splitlines()
+    assert (out, first) == (
+        "",
+        f"error: unknown command {word!r}" + (f"; did you mean fastflower {meant}?" if meant else ""),
+    )
+    assert usage.startswith("usage: fastflower COMMAND")
+    assert {line.split()[0] for line in rest} >= set(COMMANDS)
+
+
+def test_a_folder_in_place_of_a_command_is_packed_or_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert f"; to pack this folder, type fastflower pack {tmp_path}\n" in capsys.readouterr().err
+    (tmp_path / "manifest.json").touch()
+    assert main([str(tmp_path)]) == 2
+    assert f"; to train on these shards, type fastflower train {tmp_path}\n" in capsys.readouterr().err
+
+
+def test_help_says_a_sentence_about_each_flag_and_all_about_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, first in (("train --help", "usage: fastflower train SHARDS [--FLAG VALUE ...]"), ("train -h", "usage: ")):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(line.split())
+        assert capsys.readouterr().out.startswith(first)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["train", "--help", "sizes"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("--sizes INT ... Progressive resizing: ")
+    assert text.endswith("Empty: `augment.size` in all epochs.")
+
+
+TRAINING = [*flags_of(train, {"shards": str}), *fields_as_flags(Recipe()), *fields_as_flags(Augment(), "augment.")]
+
+
+@pytest.mark.parametrize(
+    ("line", "values"),
+    [
+        ("s --batch_size 3 --lr=1e-3", {"batch_size": 3, "lr": 1e-3}),
+        ("--augment.size 64 s", {"augment.size": 64}),
+        ("--augment.size 64 96 s", {"augment.size": (64, 96)}),
+        (
+            "s --augment.crop None --patience None --weights None",
+            {"augment.crop": None, "patience": None, "weights": None},
+        ),
+        ("s --augment.erase-value -1e-1 -.5 0", {"augment.erase_value": (-0.1, -0.5, 0.0)}),
+        ("--sizes 64 96 s", {"sizes": (64, 96)}),
+        ("s --sizes", {"sizes": ()}),
+        ("s --no-graph --augment.no-fixed --resume", {"graph": False, "augment.fixed": False, "resume": True}),
+        ("s --epochs 2 --epochs 3", {"epochs": 3}),
+        ("--epochs 2 -- s", {"epochs": 2}),
+    ],
+)
+def test_what_a_command_line_means(line: str, values: dict[str, object]) -> None:
+    assert parse("train", TRAINING, line.split()) == {"shards": "s", **values}
+
+
+@given(
+    st.lists(
+        st.text(max_size=4)
+        | st.sampled_from(["--lr", "--sizes", "-1", "1e-3", "--", "-h", "=", "--augment.size", "None"])
+    )
+)
+def test_any_command_line_is_parsed_or_explained(args: list[str]) -> None:
+    try:
+        values = parse("train", TRAINING, args)
+    except UsageError as error:
+        assert str(error)  # noqa: PT017  (an error is one of two outcomes)
+    else:
+        assert "shards" in values or "help" in values
