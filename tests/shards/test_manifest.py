@@ -109,7 +109,9 @@ def test_damaged_text_is_rejected(tmp_path: Path, text: str | bytes) -> None:
 
 def test_a_file_in_place_of_the_folder_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file.tar").write_bytes(b"x")
-    with pytest.raises(ShardError, match=r"file\.tar: is a file, not a folder of shards; pass a folder that pack wrote"):
+    with pytest.raises(
+        ShardError, match=r"file\.tar: is a file, not a folder of shards; pass a folder that pack wrote"
+    ):
         Manifest.load(tmp_path / "file.tar")
 
 

@@ -17,7 +17,7 @@ from training_runs import RECIPE
 
 from fastflower import Augment, Checkpoint, distributed, evaluate, pack, train
 from fastflower.errors import ArgumentError, CheckpointError
-from fastflower.models.backbone import load_file
+from fastflower.models.weights_file import load_file
 from fastflower.training import diagnosis
 from fastflower.training.diagnosis import diagnose
 from fastflower.training.run import Run
@@ -94,6 +94,7 @@ def test_an_unreadable_file_is_not_called_damaged(tmp_path: Path, monkeypatch: p
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
+    (tmp_path / "a.pt").touch()
     monkeypatch.setattr(torch, "load", refuse)
     with pytest.raises(
         CheckpointError, match=r"a\.pt: cannot be read \(Permission denied\); make it readable, or pass another file"
