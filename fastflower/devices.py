@@ -23,12 +23,15 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     available = torch.cuda.is_available()
     if device is None:
         _log.info("device: %s (chosen by default)", "cuda" if available else "cpu")
+        device = "cuda" if available else "cpu"
     try:
-        chosen = torch.device(device or ("cuda" if available else "cpu"))
-    except RuntimeError:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
         raise ArgumentError(
             f"device must be cpu, cuda or cuda:NUMBER, got {device!r}; omit it to use CUDA if available."
-        ) from None
+        )
     if chosen.type == "cuda" and not available:
         raise DeviceError(
             f"device={str(device)!r}: this machine, or this build of torch ({torch.__version__}), has no CUDA; "
@@ -36,6 +39,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         )
     if str(chosen) == "cuda":  # without a number
         chosen = torch.device("cuda", torch.cuda.current_device())
+    if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
+        raise DeviceError(
+            f"device={str(device)!r}: this machine has only {torch.cuda.device_count()} GPUs; omit device."
+        )
     return chosen
 
 

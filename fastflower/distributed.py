@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from fastflower.errors import ArgumentError, DeviceError
+from fastflower.errors import ArgumentError, DeviceError, integer
 
 _T = TypeVar("_T")
 
@@ -69,9 +69,8 @@ def place(asked_rank: int | None, asked_size: int | None) -> tuple[int, int]:
         return rank(), world_size()
     if asked_rank is None or asked_size is None:
         raise ArgumentError("rank and world_size belong together; pass both or neither.")
-    if not 0 <= asked_rank < asked_size:
-        raise ArgumentError(f"rank must be from 0 to world_size - 1 = {asked_size - 1}, got {asked_rank}.")
-    return asked_rank, asked_size
+    size = integer("world_size", asked_size, 1)
+    return integer("rank", asked_rank, 0, at_most=size - 1, rule=f"from 0 to world_size - 1 = {size - 1}"), size
 
 
 def summed(values: Tensor) -> Tensor:

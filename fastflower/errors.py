@@ -29,17 +29,21 @@ def require(holds: bool, name: str, rule: str, value: object) -> None:
         raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
 
 
-def integer(name: str, value: object, at_least: int, *, at_most: int = 2**63 - 1, unit: str = "") -> int:
+def integer(
+    name: str, value: object, at_least: int, *, at_most: int = 2**63 - 1, unit: str = "", rule: str | None = None
+) -> int:
     """Return an integer, also one of numpy's, as a plain int. Raises ArgumentError if it is none or is out of range.
 
-    unit  Follows the smallest value in the message, for example " pixel".
+    unit  Follows the smallest value in the message, for example " pixel".  rule  Stands for the whole rule.
     """
     truth = isinstance(value, bool)  # which Python counts among the integers
     whole = int(value) if isinstance(value, Integral) and not truth else None
     holds = whole is not None and at_least <= whole <= at_most
-    limited = at_most < 2**63 - 1
-    rule = f"an integer from {at_least} to {at_most}{unit}" if limited else f"an integer, at least {at_least}{unit}"
-    require(holds, name, rule if limited else rule + _limit(value), value)
+    if rule is None:
+        limited = at_most < 2**63 - 1
+        rule = f"an integer from {at_least} to {at_most}{unit}" if limited else f"an integer, at least {at_least}{unit}"
+        rule = rule if limited else rule + _limit(value)
+    require(holds, name, rule, value)
     return cast("int", whole)
 
 
@@ -59,10 +63,10 @@ def number(name: str, value: object, rule: str, holds: Callable[[float], bool]) 
     return real
 
 
-def boolean(name: str, value: object) -> bool:
+def boolean(name: str, value: object, rule: str = "True or False") -> bool:
     """Return True or False, also one of numpy's, as a plain bool. Raises ArgumentError for anything else."""
     plain = bool(value) if type(value).__name__ == "bool" and type(value).__module__ == "numpy" else value
-    require(isinstance(plain, bool), name, "True or False", value)
+    require(isinstance(plain, bool), name, rule, value)
     return cast("bool", plain)
 
 

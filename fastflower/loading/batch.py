@@ -23,7 +23,8 @@ class Batch(NamedTuple):
     images: Tensor
     """(N, 3, H, W) in channels-last memory format and the loader's dtype; normalized unless the dtype is uint8."""
     labels: Tensor
-    """(N,) int64 class indices; with mixup or cutmix, the weight of each class, (N, classes) float32."""
+    """(N,) int64 class indices, -1 for images without labels; with mixup or cutmix, the weight of each class,
+    (N, classes) float32."""
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (hides tuple.index, which is not needed)
     """(N,) int64 positions of the samples in the split's index. All random numbers of a sample are keyed by its position."""
 

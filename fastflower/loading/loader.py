@@ -1,18 +1,14 @@
 """The `Loader`: orders, reads, decodes and augments samples, and yields them in batches."""
 
 import logging
-import warnings
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from inspect import signature
-from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, Never, Self, SupportsIndex, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -20,16 +16,18 @@ from torch.utils.data import IterableDataset, get_worker_info
 from fastflower import distributed
 from fastflower.devices import resolve_device
 from fastflower.draws.augment import Augment
-from fastflower.draws.order import num_steps, step_positions
-from fastflower.errors import ArgumentError, ShardError, require
+from fastflower.errors import ArgumentError, integer
+from fastflower.loading import arguments
 from fastflower.loading.backends.base import Name, Setup
 from fastflower.loading.backends.selection import create
 from fastflower.loading.batch import Batch, Integers, Pixels, mixed
 from fastflower.loading.cache import Cache
+from fastflower.loading.image_files import SPLIT, ImageFiles, find_images
 from fastflower.loading.request import Request
 from fastflower.loading.samples import SampleSource
 from fastflower.loading.stats import SPENT, Stats
-from fastflower.loading.steps import Order, Shuffle, Tail
+from fastflower.loading.steps import Order, Shuffle, Steps, Tail
+from fastflower.loading.transfer import Pacing, put
 from fastflower.machine import cores
 from fastflower.shards.folds import FoldView, check_fold
 from fastflower.shards.manifest import Manifest
@@ -40,9 +38,6 @@ from fastflower.shards.remote import Remote, remote
 _log = logging.getLogger("fastflower")
 
 _REMOTE_WINDOW = 8  # shards: half a gigabyte at the packer's 64 MB per shard, or about ten thousand images
-_DRAWN_TOGETHER = 1024  # samples: enough to outweigh the overhead of numpy calls
-_BATCHES_AHEAD = 8  # batches that the host may run ahead of the GPU: about 30 ms at 4 ms per step
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
 class Loader(IterableDataset[Batch]):
@@ -56,8 +51,10 @@ class Loader(IterableDataset[Batch]):
         shards: Folder written by `pack`, a URL such as s3://bucket/shards, or a `fastflower.shards.remote.Remote`.
             Remote shards are prefetched into a bounded cache on disk.
         split: Split to read, for example "train" (the default) or "val".
-        batch_size: Number of samples per step on this rank (default 64). The global batch size is batch_size * world_size.
-        augment: Distribution of random augmentations. None (the default) means `Augment()`, the validation view.
+        batch_size: Number of samples per step on this rank (default 64). The global batch size is batch_size * world_size;
+            `Recipe.batch_size` is that of all ranks.
+        augment: Distribution of random augmentations, or a torchvision transform, which `Augment.from_torchvision` converts.
+            None (the default) means `Augment()`, the validation view.
         seed: Random seed for the order and the augmentation (default 0).
         device: Device for the batches. None (the default) means CUDA if it is available, otherwise the CPU.
         dtype: Data type of the images: torch.float32 (the default), bfloat16, float16 or uint8. Images in uint8 are not
@@ -103,12 +100,12 @@ class Loader(IterableDataset[Batch]):
 
     def __init__(
         self,
-        shards: str | Path | Remote,
+        shards: str | Path | Remote | ImageFiles,
         split: str = "train",
         *,
         fold: int | None = None,
         batch_size: int = 64,
-        augment: Augment | None = None,
+        augment: arguments.AugmentLike = None,
         seed: int = 0,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -122,100 +119,153 @@ class Loader(IterableDataset[Batch]):
         backend: Name | None = None,
         workers: int | None = None,
         executor: Name | None = None,
+        **unknown: Never,
     ) -> None:
-        self.shards, self.split, self.fold, self.batch_size, self.seed = shards, split, fold, batch_size, seed
-        self.augment = augment or Augment()
-        self.device, self.dtype = resolve_device(device), dtype or torch.float32
-        self.cache, self.workers = cache, workers or cores() + 1
-        backend = _backend_of(backend, executor)
+        arguments.refuse_unknown("Loader", unknown, _PARAMETERS)
+        arguments.check_shards(shards, split)
+        self.shards, self.split, self.augment = shards, split, arguments.as_augment(augment)
+        self.batch_size = integer("batch_size", batch_size, 1)
+        self.seed = integer("seed", seed, -(2**63), rule="an integer within 64 bits")
+        self.device, self.dtype = resolve_device(device), arguments.as_dtype(dtype)
+        workers, backend = arguments.integer_or_none("workers", workers, 1), arguments.backend_of(backend, executor)
+        self.cache, self.workers = arguments.as_cache(cache), workers or cores() + 1
         # Kept as passed, because None may resolve differently in the process that unpickles this loader.
         self._passed = {"device": device, "workers": workers, "backend": backend}
         self.rank, self.world_size = distributed.place(rank, world_size)
-        self.shuffle: Shuffle = split == "train" if shuffle is None else shuffle
-        source = remote(shards)
-        self.window = _REMOTE_WINDOW if window is None and source and self.shuffle else window
-        self.tail: Tail = tail or ("drop" if self.shuffle else "keep")
-        self.on_bad = on_bad
-        self._check(workers)
+        self.shuffle: Shuffle = split == "train" if shuffle is None else arguments.as_shuffle(shuffle)
+        self.window = arguments.integer_or_none("window", window, 1, unit=" shard")
+        source = None if isinstance(shards, ImageFiles) else remote(shards)
+        if source and self.shuffle and window is None:
+            self.window = _REMOTE_WINDOW
+        arguments.check_window(self.window, self.shuffle)
+        default: Tail = "drop" if self.shuffle else "keep"
+        self.tail: Tail = arguments.one_of("tail", default if tail is None else tail, ("drop", "keep", "pad"))
+        self.on_bad = arguments.one_of("on_bad", on_bad, ("fail", "skip"))
         self._check_mix(self.augment)
 
         self._mirror = Mirror.connect(source) if source else None
-        self.manifest = self._mirror.manifest if self._mirror else Manifest.load(str(shards))
-        check_fold(self.manifest, split, fold)
-        if self._mirror:
-            self._mirror.open_split(split, self.window or 1, fold)
-        if fold is not None:
-            self.manifest = FoldView.of(self.manifest, fold)
-        fetch = self._mirror.path if self._mirror else None
-        self._reader = ShardReader(self.manifest, split, strict=on_bad == "fail" and not fetch, fetch=fetch)
+        self._reader = self._opened(shards, fold)
         self._samples = SampleSource(self._reader, replaces=on_bad == "skip")
-        self._order = Order(self.manifest.split(split), self._samples.labels, seed, self.shuffle, self.window)
-        self._num_steps = num_steps(self.num_samples, self.global_batch_size, drop_tail=self.tail == "drop")
+        order = Order(self.manifest.split(split), self._samples.labels, self.seed, self.shuffle, self.window)
+        self._steps = Steps(order, self.batch_size, self.rank, self.world_size, self.tail)
         self._check_steps()
         self.replaced = self._samples.replaced
         """Error message for each damaged sample, by index."""
-        setup = Setup(self.device, self.dtype, batch_size, self.workers)
-        self._backend = create(backend, self.augment, self._samples, setup, cache, seed=seed)
+        setup = Setup(self.device, self.dtype, self.batch_size, self.workers)
+        self._backend = create(backend, self.augment, self._samples, setup, self.cache, seed=self.seed)
 
         self._images = 0
         self._next = (0, 0)  # (epoch, step) at which the next `for` starts
         self._restored = False  # whether load_state_dict set `_next`
         self._position = (0, 0)  # (epoch, step) of the batch after the last one yielded
 
-    def _check(self, workers: int | None) -> None:
-        require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
-        require(workers is None or workers >= 1, "workers", "at least 1", workers)
-        require(self.shuffle in (True, False, "balanced"), "shuffle", "True, False or 'balanced'", self.shuffle)
-        require(self.window is None or self.window >= 1, "window", "at least 1 shard", self.window)
-        require(self.tail in ("drop", "keep", "pad"), "tail", "'drop', 'keep' or 'pad'", self.tail)
-        require(self.on_bad in ("fail", "skip"), "on_bad", "'fail' or 'skip'", self.on_bad)
-        require(self.dtype in _DTYPES, "dtype", f"one of {', '.join(map(str, _DTYPES))}", self.dtype)
-        if self.shuffle == "balanced" and self.window is not None:
-            raise ArgumentError(
-                "window must be None with shuffle='balanced', which needs all shards; omit window, and pass a local folder."
-            )
+    def _opened(self, shards: str | Path | Remote | ImageFiles, fold: int | None) -> ShardReader | ImageFiles:
+        """Read the manifest, and return the reader of the samples."""
+        if isinstance(shards, ImageFiles):
+            self.manifest, self.fold = shards.manifest, None
+            return shards
+        self.manifest = self._mirror.manifest if self._mirror else Manifest.load(str(shards))
+        self.fold = check_fold(self.manifest, self.split, fold)
+        if self._mirror:
+            self._mirror.open_split(self.split, self.window or 1, self.fold)
+        if self.fold is not None:
+            self.manifest = FoldView.of(self.manifest, self.fold)
+        fetch = self._mirror.path if self._mirror else None
+        return ShardReader(self.manifest, self.split, strict=self.on_bad == "fail" and not fetch, fetch=fetch)
 
     def _check_mix(self, augment: Augment) -> None:
-        mixes = augment.mixup or augment.cutmix
-        if mixes and (self.batch_size % 2 or self.tail == "keep" or self.dtype == torch.uint8):
-            raise ArgumentError(
-                "augment: mixup and cutmix pair the samples within a batch, so they require an even batch_size, tail='drop' or "
-                f"'pad', and a floating-point dtype; got {self.batch_size}, {self.tail!r} and {self.dtype}."
-            )
+        arguments.check_labels(self.shards, augment, self.shuffle)
+        arguments.check_mix(augment, self.batch_size, self.tail, self.dtype)
 
     def _check_steps(self) -> None:
-        if not self._num_steps and self.tail == "drop":
+        if not self._steps.count and self.tail == "drop":
+            ranks = f" ({self.batch_size} on each of {self.world_size} ranks)" if self.world_size > 1 else ""
             raise ArgumentError(
-                f"batch_size: the global batch of {self.global_batch_size} samples exceeds the {self.num_samples} samples of "
-                f"split {self.split!r}, so an epoch would have no steps; lower batch_size (--batch-size), "
+                f"batch_size: the global batch of {self.global_batch_size} samples{ranks} exceeds the {self.num_samples} "
+                f"samples of split {self.split!r}, so an epoch would have no steps; lower batch_size (--batch-size), "
                 f"or pass tail='keep' to Loader."
             )
         if self.shuffle == "balanced":
             _log.info("shuffle: drawing all classes equally often; an epoch repeats some samples and skips others")
 
+    @classmethod
+    def from_files(cls, images: str | Path | Iterable[str | Path], **options: Unpack[arguments.FileOptions]) -> Self:
+        """Load image files that have no labels and are not packed, for example to classify them with a network of your own.
+
+        Args:
+            images: A list of image files, in the order of the index, or a folder: all images in it and its subfolders, sorted
+                by path. Files and folders may be mixed. Takes what `pack` takes; the pixels are those of a pack.
+            options: `augment`, `batch_size` and the other arguments of Loader, except `split`, `fold` and `window`. By default
+                nothing is shuffled, and every image is loaded exactly once.
+
+        All labels are -1. `paths` are the paths as listed, or those of a folder's images with the folder. Files are read in
+        place: they must not change while the loader is used. The sizes are read first, 0.1 ms per file. Files that `pack`
+        would transcode, such as PNG, are transcoded each time they are read; pack images that you load many times.
+
+        Raises SampleError for a folder without images, or if a file cannot be read (unless on_bad="skip").
+
+        Example:
+            >>> loader = Loader.from_files("flowers/rose", batch_size=8, device="cpu")
+            >>> loader.num_samples, loader.paths[0]
+            (30, 'flowers/rose/...')
+            >>> for images, labels, index in loader:
+            ...     names = [loader.paths[i] for i in index]
+            >>> labels.tolist()
+            [-1, -1, -1, -1, -1, -1]
+        """
+        arguments.refuse_unknown("Loader.from_files", options, list(arguments.FileOptions.__annotations__))
+        files = ImageFiles(find_images(images), strict=options.get("on_bad") != "skip")
+        return cls(files, SPLIT, **options)  # pyright: ignore[reportArgumentType]  (a TypedDict may have other keys)
+
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the arguments and the position, but not the cached images."""
-        names = signature(Loader.__init__).parameters.keys() - {"self", "executor"}
-        arguments = {name: getattr(self, name) for name in names} | self._passed
+        passed = {name: getattr(self, name) for name in _PARAMETERS} | self._passed
         position = {"_next": self._next, "_position": self._position, "_restored": self._restored}
-        return partial(type(self), **arguments), (), position
+        return partial(type(self), **passed), (), position
 
-    def image(self, index: int) -> Pixels:
+    def __repr__(self) -> str:
+        """Return one line: what is read, how, and how much it is."""
+        ranks = f", rank={self.rank}, world_size={self.world_size}" if self.world_size > 1 else ""
+        return (
+            f"Loader({getattr(self.shards, 'url', str(self.shards))!r}, {self.split!r}, batch_size={self.batch_size}, "
+            f"device={str(self.device)!r}, backend={self.backend!r}{ranks}): {self.num_samples} samples, {len(self)} steps"
+        )
+
+    def image(self, index: SupportsIndex) -> Pixels:
         """Return the entire decoded image of a sample, (H, W, 3) RGB. Do not modify the image."""
-        return self._samples.decode(index)
+        return self._samples.decode(self._checked(index))
 
-    def where(self, index: int) -> str:
+    def where(self, index: SupportsIndex) -> str:
         """Return the shard, key and original path of a sample, for use in messages."""
-        return self._samples.where(index)
+        return self._samples.where(self._checked(index))
 
-    def path_of(self, index: int) -> str:
-        """Return the original path of a sample's image, relative to the packed folder."""
-        return self._reader.path(index)
+    def path_of(self, index: SupportsIndex) -> str:
+        """Return the original path of a sample's image: relative to the packed folder, or as `from_files` got it."""
+        return self._reader.path(self._checked(index))
+
+    def _checked(self, index: SupportsIndex) -> int:
+        plain = index.item() if isinstance(index, Tensor) and index.numel() == 1 else index
+        return integer("index", plain, 0, at_most=self.num_samples - 1)
 
     @property
     def paths(self) -> Paths:
         """Original paths of all samples, by index."""
-        return Paths(self._reader)
+        return Paths(self.num_samples, self._reader.path)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by label."""
+        return self.manifest.classes
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Mean (red, green, blue) that images are normalized with: (pixel / 255 - mean) / std. Images in uint8 are not."""
+        return self.augment.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Standard deviation (red, green, blue) that images are normalized with, like `mean`."""
+        return self.augment.std
 
     @property
     def backend(self) -> Name:
@@ -234,8 +284,7 @@ class Loader(IterableDataset[Batch]):
 
     def __len__(self) -> int:
         """Return the number of steps per epoch. A rank that gets no sample of a kept tail has one fewer step."""
-        last_is_empty = self.tail == "keep" and not len(self._positions(self._num_steps - 1))
-        return self._num_steps - last_is_empty
+        return self._steps.here
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -254,19 +303,19 @@ class Loader(IterableDataset[Batch]):
         if self._mirror:
             self._mirror.begin_use()
         rendered = self._backend.run(self._announced(self.requests(epoch, start)))
-        waiting_since, used = perf_counter(), deque[torch.cuda.Event]()
+        waiting_since, pacing = perf_counter(), Pacing(self.device)
         try:
             for request, images in rendered:
                 after = request.step + 1
-                self._position = (epoch, after) if after < self._num_steps else (epoch + 1, 0)
+                self._position = (epoch, after) if after < self._steps.count else (epoch + 1, 0)
                 labels = torch.as_tensor(self._samples.labels[request.indices])
                 index = torch.as_tensor(request.indices)
-                batch = self._mixed(request, Batch(self._put(images), self._put(labels), self._put(index)))
+                batch = self._mixed(request, Batch(*(put(tensor, self.device) for tensor in (images, labels, index))))
                 yielded_at = perf_counter()
                 self._samples.clock.add("wait", yielded_at - waiting_since)
                 self._images += len(index)
                 yield batch
-                self._pace(used)
+                pacing.wait()
                 waiting_since = perf_counter()
                 self._samples.clock.add("consume", waiting_since - yielded_at)
             self._position = (epoch + 1, 0)  # even if this rank has no samples in the last step
@@ -275,22 +324,12 @@ class Loader(IterableDataset[Batch]):
                 rendered.close()
                 self._reader.close_all_but(())  # no file stays open between epochs
 
-    def _pace(self, used: deque[torch.cuda.Event]) -> None:
-        """Limit how many batches the host runs ahead of the GPU, because each batch takes GPU memory."""
-        if self.device.type != "cuda":
-            return
-        event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps instead of spinning
-        event.record(torch.cuda.current_stream(self.device))
-        used.append(event)
-        if len(used) > _BATCHES_AHEAD:
-            used.popleft().synchronize()
-
     def _mixed(self, request: Request, batch: Batch) -> Batch:
         augment = request.augment
         if not (augment.mixup or augment.cutmix):
             return batch
         mix = augment.mix(self.seed, request.epoch, request.indices)
-        return mixed(batch, mix, len(self.manifest.classes), self._put)
+        return mixed(batch, mix, len(self.manifest.classes), partial(put, device=self.device))
 
     def stats(self) -> Stats:
         """Return how the loader spent its time over all epochs so far."""
@@ -298,56 +337,31 @@ class Loader(IterableDataset[Batch]):
         return Stats(images=self._images, workers=self.workers, replaced=len(self.replaced), **seconds)
 
     def requests(self, epoch: int, start: int = 0) -> Iterator[Request]:
-        """Yield the requests of an epoch, starting at step `start`.
-
-        After the first step, the numbers of multiple steps are drawn together, which is three times as fast.
-        """
-        augment = self.augment  # set_augment may change it during the epoch
-        later = range(start + 1, len(self), max(1, _DRAWN_TOGETHER // self.batch_size))
-        for first, end in pairwise([*range(start, min(start + 1, len(self))), *later, len(self)]):
-            positions = [self._positions(step) for step in range(first, end)]
-            indices = self._order.indices(np.concatenate(positions), epoch)
-            sizes = self._samples.sizes[indices]
-            drawn = Request.drawn(augment, indices, sizes, seed=self.seed, epoch=epoch, step=first)
-            row = 0
-            for step, count in enumerate(map(len, positions), first):
-                yield drawn.take(step, slice(row, row + count))
-                row += count
+        """Yield the requests of an epoch, starting at step `start`."""
+        return self._steps.requests(self.augment, self._samples.sizes, epoch, start)
 
     def _announced(self, requests: Iterator[Request]) -> Iterator[Request]:
         """Yield the requests. Before each one, tell the mirror which shards to prefetch."""
         for request in requests:
             if self._mirror:
-                self._reader.close_all_but(self._mirror.prefetch(self._shards_ahead(request.epoch, request.step)))
+                self._reader.close_all_but(self._mirror.prefetch(self._steps.shards_ahead(request.epoch, request.step)))
             yield request
-
-    def _shards_ahead(self, epoch: int, step: int) -> list[str]:
-        """Return the names of the shards that a step reads, followed by the shards of the next window."""
-        shards = self.manifest.split(self.split).shards
-        return [shards[number].name for number in self._order.windows.ahead(self._positions(step), epoch)]
-
-    def _positions(self, step: int) -> Integers:
-        ranks = {"rank": self.rank, "world_size": self.world_size}
-        return step_positions(step, self.num_samples, self.global_batch_size, **ranks, pad=self.tail == "pad")
 
     def indices(self, epoch: int, step: int) -> Integers:
         """Return the indices (N,) of this rank's samples in one step of an epoch."""
-        return self._order.indices(self._positions(step), epoch)
+        step = integer("step", step, 0, at_most=self._steps.count - 1)
+        return self._steps.indices(integer("epoch", epoch, 0), step)
 
-    def _put(self, tensor: Tensor) -> Tensor:
-        if tensor.device.type == self.device.type:
-            return tensor
-        with torch.cuda.device(self.device):  # otherwise pinning takes memory on the current GPU
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-
-    def set_augment(self, augment: Augment) -> None:
+    def set_augment(self, augment: arguments.AugmentLike) -> None:
         """Change the augmentation, starting with the next `for`. Cached images are kept."""
+        augment = arguments.as_augment(augment)
         self._check_mix(augment)
         self.augment = augment
         self._backend = self._backend.with_augment(augment)
 
     def set_epoch(self, epoch: int) -> None:
         """Start the next `for` at this epoch's first step, or at the loaded step if `load_state_dict` restored this epoch."""
+        epoch = integer("epoch", epoch, 0)
         if epoch != self._next[0] and self._restored:
             message = "set_epoch(%d): starting at the first step; discarded the loaded position, step %d of epoch %d"
             _log.warning(message, epoch, self._next[1], self._next[0])
@@ -363,15 +377,10 @@ class Loader(IterableDataset[Batch]):
         """Start the next `for` at the position in `state`.
 
         The world size may differ from the saved one if the global batch size is the same.
-        Raises ShardError if the state was saved with other shards, or a different split, fold, order, seed or global batch size.
+        Raises ShardError if the state was saved with other shards, or a different split, fold, order, seed or global batch size,
+        and ArgumentError if it is no loader's state.
         """
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise ShardError(
-                    f"load_state_dict: the state has {name} {state.get(name)!r}, but this loader has {value!r}; "
-                    f"resume with the same shards, split, fold, seed and batch_size * world_size."
-                )
-        self._next = self._position = (int(state["epoch"]), int(state["step"]))
+        self._next = self._position = arguments.position_in(state, self._identity(), self._steps.count)
         self._restored = True
 
     def _identity(self) -> dict[str, object]:
@@ -387,10 +396,4 @@ class Loader(IterableDataset[Batch]):
         }
 
 
-def _backend_of(backend: Name | None, executor: Name | None) -> Name | None:
-    if executor is None:
-        return backend
-    if backend is not None:
-        raise ArgumentError(f"executor is a deprecated alias for backend; pass only backend={backend!r}.")
-    warnings.warn(f"Loader(executor=) is deprecated; pass backend={executor!r}.", FutureWarning, stacklevel=3)
-    return executor
+_PARAMETERS = [name for name in signature(Loader.__init__).parameters if name not in ("self", "executor", "unknown")]

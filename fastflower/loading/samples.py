@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from fastflower.errors import SampleError
 from fastflower.loading.batch import Pixels
+from fastflower.loading.image_files import ImageFiles
 from fastflower.loading.request import Request
 from fastflower.loading.stats import Clock
 from fastflower.shards.image import decode
@@ -43,7 +44,7 @@ class SampleSource:
     replaces  Whether to replace a damaged sample with the next one in the index. If False, the error ends the epoch.
     """
 
-    def __init__(self, reader: ShardReader | EncodedFiles, *, replaces: bool = False) -> None:
+    def __init__(self, reader: ShardReader | ImageFiles | EncodedFiles, *, replaces: bool = False) -> None:
         index = reader.index
         self.clock = Clock()
         self.sizes = np.stack([index["height"], index["width"]], axis=1).astype(np.int64)

@@ -246,7 +246,8 @@ def _scan(root: Path, resplit: bool, tables: Tables, drop_empty: bool) -> Folder
     tops = layout.subfolders(root)
     if not tops:
         remedy = (
-            "put the images of each class into a folder of its own, or pass a table of their labels (--labels FILE)"
+            "put the images of each class into a folder of its own, or pass a table of their labels (--labels FILE); images "
+            "without labels are for fastflower predict, or for Loader.from_files and a network of your own"
         )
         raise FolderError(f"{root}: has no class folders; {remedy}.")
     if len(tops) > 1 and (named := splits_named(tops)):

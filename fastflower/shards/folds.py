@@ -1,13 +1,12 @@
 """A view of a pack with folds, in which one fold is the val split and the other folds are the train split."""
 
 from dataclasses import dataclass, fields, replace
-from numbers import Integral
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastflower.errors import ArgumentError, require
+from fastflower.errors import ArgumentError, integer, require
 from fastflower.shards.manifest import Manifest, Split
 
 _PARTS = ("train", "val")  # of the pack's train split
@@ -27,7 +26,7 @@ class FoldView(Manifest):
         entries = {entry.name: getattr(manifest, entry.name) for entry in fields(Manifest)}
         train, rows, val = manifest.splits["train"], manifest.index("train"), manifest.fold_numbers() == fold
         entries["splits"] = manifest.splits | {"train": _part(train, rows[~val]), "val": _part(train, rows[val])}
-        return cls(**entries, whole=manifest, fold=int(fold))  # checkpoints cannot hold numpy's integers
+        return cls(**entries, whole=manifest, fold=fold)
 
     def identity(self, name: str) -> dict[str, object]:
         """Return what identifies the samples of a split."""
@@ -53,14 +52,15 @@ def _part(split: Split, rows: NDArray[np.void]) -> Split:
     return Split(len(rows), tuple(counts), tuple(shards))
 
 
-def check_fold(manifest: Manifest, split: str, fold: int | None) -> None:
-    """Raise ArgumentError unless the pack has this fold and the split consists of folds, or `fold` is None."""
+def check_fold(manifest: Manifest, split: str, fold: int | None) -> int | None:
+    """Return the fold as a plain integer. Raises ArgumentError unless the pack has it and the split consists of folds."""
     if fold is None:
-        return
+        return None
     if manifest.folds is None:
         raise ArgumentError(
             f"fold must be None, because these shards have no folds, got {fold!r}; pack with --folds K."
         )
     last = manifest.folds.count - 1
-    require(isinstance(fold, Integral) and 0 <= fold <= last, "fold", f"from 0 to {last}", fold)
-    require(split in _PARTS, "fold", f"None with split {split!r}, which is not divided into folds", fold)
+    number = integer("fold", fold, 0, at_most=last, rule=f"from 0 to {last}")
+    require(split in _PARTS, "fold", f"None with split {split!r}, which is not divided into folds", number)
+    return number

@@ -5,12 +5,14 @@ import re
 import struct
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from fastflower.errors import SampleError
 from fastflower.shards import kinds, libjpeg
@@ -103,6 +105,49 @@ def prepare(
     if high - low < _MIN_CONTRAST:
         warn(f"has almost no contrast: its gray levels range from {low:.0f} to {high:.0f} (out of 0 to 255)")
     return Prepared(jpeg, (gray.shape[0], gray.shape[1]), perceptual_hash(gray))
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Return the (height, width) that `prepare` gives an image file, without decoding it if its header leaves no doubt.
+
+    Raises SampleError like `prepare`, and OSError if the file cannot be read.
+    """
+    with suppress(Exception), path.open("rb") as file:  # `prepare` says what is wrong
+        formats = _formats(file.read(64))
+        file.seek(0)
+        with Image.open(file, formats=formats) as image:
+            (width, height), turned = image.size, _is_turned(image, file)
+        if turned is not None and width * height <= MAX_PIXELS:
+            return (width, height) if turned else (height, width)
+    return prepare(path.read_bytes(), max_side=None, quality=None, name=path.name).size
+
+
+def _is_turned(image: Image.Image, file: IO[bytes]) -> bool | None:
+    """Return whether the orientation of an image that is not loaded yet swaps its sides, or None if readers may disagree."""
+    if image.format == "PNG":  # Pillow would decode it, because an orientation may follow the pixels
+        return None if _PNG_MAY_TURN & image.info.keys() or _follows_pixels(file) else False
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    orientation = exif.get(ExifTags.Base.Orientation, 1)
+    # Pillow also looks in XMP and in TIFF's own tags, OpenCV does not.
+    return orientation in _SWAPPED if orientation == image.getexif().get(ExifTags.Base.Orientation, 1) else None
+
+
+_SWAPPED = (5, 6, 7, 8)  # EXIF orientations
+_PNG_MAY_TURN = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+
+
+def _follows_pixels(file: IO[bytes]) -> bool:
+    """Return whether a PNG file has a chunk other than its end after the pixels."""
+    position, kind, after = 8, b"", b""
+    while kind != b"IEND":
+        file.seek(position)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        if after and kind not in (b"IDAT", b"IEND"):
+            return True
+        after = after or (kind if kind == b"IDAT" else b"")
+        position += 12 + length
+    return False
 
 
 def _transcode(data: bytes, max_side: int | None, quality: int | None, name: str) -> tuple[bytes, NDArray[np.uint8]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import sleep
-from typing import ClassVar, overload
+from typing import ClassVar, SupportsIndex, overload
 
 from fastflower.errors import SampleError, ShardError
 from fastflower.files import blame_the_system
@@ -128,20 +128,20 @@ class Paths(Sequence[str]):
     Pickling and `copy.deepcopy` produce a tuple of all paths.
     """
 
-    def __init__(self, reader: ShardReader) -> None:
-        self._reader = reader
+    def __init__(self, count: int, path: Callable[[int], str]) -> None:
+        self._count, self._path = count, path
 
     def __len__(self) -> int:
-        return len(self._reader.index)
+        return self._count
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: SupportsIndex) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> tuple[str, ...]: ...
-    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+    def __getitem__(self, index: SupportsIndex | slice) -> str | tuple[str, ...]:
         if isinstance(index, slice):
-            return tuple(map(self._reader.path, range(len(self))[index]))
-        return self._reader.path(range(len(self))[index])
+            return tuple(map(self._path, range(len(self))[index]))
+        return self._path(range(len(self))[index])
 
     def __reduce__(self) -> tuple[type[tuple[str, ...]], tuple[tuple[str, ...]]]:
         return tuple, (tuple(self),)  # open files cannot be pickled

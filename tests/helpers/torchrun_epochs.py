@@ -67,6 +67,10 @@ def rank(shards: str, out: str) -> None:
         loader = make(shards, "train", world_size)
         loader.load_state_dict(json.loads(Path(out, "0_of_4.json").read_text())["state"])
         report["resumed"] = [train(loader) for _ in range(2)]
+        loader.load_state_dict(state := loader.state_dict() | {"epoch": 0, "step": STOP})
+        for epoch in range(state["epoch"], 2):  # as with a DistributedSampler
+            loader.set_epoch(epoch)
+            report.setdefault("set epochs", []).append(train(loader))
     Path(out, f"{dist.get_rank()}_of_{world_size}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

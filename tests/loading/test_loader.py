@@ -15,7 +15,7 @@ import torch
 
 from fastflower import Augment, Loader, pack
 from fastflower.draws.order import epoch_order
-from fastflower.errors import ArgumentError, DeviceError, ShardError
+from fastflower.errors import ArgumentError, ShardError
 from fastflower.loading.stats import Stats
 
 RANDOM = Augment(size=64, resize=72, crop=(0.2, 1.0), flip=0.5, rotate=20, brightness=0.3, hue=0.1)
@@ -244,39 +244,6 @@ def test_threads_end_with_the_iterator(shards: Path, backend: Any) -> None:
     for _ in islice(loader, 1):
         pass
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastflower")]
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"batch_size": 0}, ArgumentError, "batch_size must be at least 1, got 0"),
-        (
-            {"batch_size": 121},
-            ArgumentError,
-            r"batch_size: the global batch of 121 samples exceeds the 120 samples .* lower batch_size \(--batch-size\)",
-        ),
-        ({"workers": 0}, ArgumentError, "workers must be at least 1"),
-        ({"window": 0}, ArgumentError, "window must be at least 1 shard, got 0"),
-        ({"tail": "cut"}, ArgumentError, "tail must be 'drop', 'keep' or 'pad', got 'cut'"),
-        ({"on_bad": "ignore"}, ArgumentError, "on_bad must be 'fail' or 'skip', got 'ignore'"),
-        ({"dtype": torch.int32}, ArgumentError, "dtype must be one of torch.float32"),
-        ({"rank": 0}, ArgumentError, "rank and world_size belong together"),
-        ({"rank": 2, "world_size": 2}, ArgumentError, "rank must be from 0 to world_size - 1 = 1, got 2"),
-        ({"backend": "pil"}, ArgumentError, "backend must be one of native, opencv, dali, triton, got 'pil'"),
-        ({"split": "test"}, ShardError, "has no samples in split 'test'; choose from train, val"),
-    ],
-)
-def test_arguments_outside_their_rule_are_named(
-    shards: Path, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        make(shards, **options)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_without_a_gpu_is_an_error_with_the_remedy(shards: Path) -> None:
-    with pytest.raises(DeviceError, match=r"device='cuda': this machine.*has no CUDA; omit device to use the CPU"):
-        make(shards, device="cuda")
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:

@@ -120,7 +120,9 @@ def test_every_rank_has_the_same_state(reports: Reports, world_size: int) -> Non
     assert others == [state] * (world_size - 1)
 
 
-def test_two_processes_resume_what_four_began(reports: Reports, alone: dict[str, list[Batches]]) -> None:
-    rest, following = epochs(reports[2], "resumed")
+@pytest.mark.parametrize("way", ["resumed", "set epochs"])
+def test_two_processes_resume_what_four_began(reports: Reports, alone: dict[str, list[Batches]], way: str) -> None:
+    """Also if they call set_epoch first thing in each epoch."""
+    rest, following = epochs(reports[2], way)
     assert rest == alone["drop"][0][STOP:]
     assert following == alone["drop"][1]

@@ -308,7 +308,10 @@ def test_names_that_only_start_like_a_split_are_classes(tmp_path: Path) -> None:
 
 
 TWO = ["train/a/1.jpg", "train/b/1.jpg"]
-REMEDY = "put the images of each class into a folder of its own, or pass a table of their labels (--labels FILE)"
+REMEDY = (
+    "put the images of each class into a folder of its own, or pass a table of their labels (--labels FILE); images without "
+    "labels are for fastflower predict, or for Loader.from_files and a network of your own"
+)
 NO_CLASSES = f"{{root}}: has no class folders; {REMEDY}."
 ONE_CLASS = "{root}: has one class, 'a'; a classifier needs at least two class folders."
 NO_IMAGES = f": has no images {ENDINGS}; add some, or remove the class folder."

@@ -257,7 +257,8 @@ def test_a_table_without_a_usual_label_column_is_named_too(tmp_path: Path) -> No
     root = write(touch(tmp_path, "1.jpg", "2.jpg"), {"meta.csv": "image_id,dx,age\n1,a,5\n2,b,6\n"})
     with pytest.raises(FolderError, match=exactly(
         f"{root}: has no class folders; put the images of each class into a folder of its own, or pass a table of their "
-        "labels (--labels FILE).\n  meta.csv names 2 of "
+        "labels (--labels FILE); images without labels are for fastflower predict, or for Loader.from_files and a network of "
+        "your own.\n  meta.csv names 2 of "
         f"these images: fastflower pack {root} --labels {root}/meta.csv --label-column COLUMN"
     )):  # fmt: skip
         scan(root)

@@ -61,9 +61,10 @@ def test_a_loader_does_what_the_page_on_dataloader_says(
     names = executed(PAGES[0], flowers, run, tmp_path, monkeypatch)
     # Two epochs of ImageFolder (150 images), two of the loader (120), and one that is interrupted and resumed.
     assert len(names["trained"]) == 2 * 4 + 2 * 3 + 3
-    assert names["augment"] == Augment(size=(32, 32), crop=(0.08, 1.0), flip=0.5)
     loader, dataset = names["loader"], names["dataset"]
-    assert list(loader.manifest.classes) == dataset.classes
+    assert loader.augment == Augment(size=(32, 32), crop=(0.08, 1.0), flip=0.5)
+    assert list(loader.classes) == dataset.classes
+    assert names["names"] == [str(path) for path in sorted(Path("data/rose").iterdir())]
     assert loader.num_samples == 120
     assert len(loader) == 3
     assert loader.global_batch_size == 32

@@ -1,0 +1,187 @@
+"""Checks the arguments of a Loader, and says what stands for those of a DataLoader."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import Literal, TypedDict, TypeVar, cast
+
+import torch
+
+from fastflower.draws.augment import Augment
+from fastflower.errors import ArgumentError, ShardError, boolean, integer, require
+from fastflower.loading.backends.base import Name
+from fastflower.loading.cache import Cache
+from fastflower.loading.image_files import ImageFiles
+from fastflower.loading.steps import Shuffle, Tail
+from fastflower.shards.remote import Remote
+
+Choice = TypeVar("Choice")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+
+AugmentLike = Augment | Callable[..., object] | None
+"""An Augment, a torchvision transform, or None for the validation view."""
+
+# What stands for an argument of DataLoader, DistributedSampler or ImageFolder, by its name.
+_INSTEAD = {
+    "num_workers": "pass workers, a number of threads, or leave it out for one more than the cores",
+    "drop_last": "pass tail='drop' for drop_last=True, tail='keep' for drop_last=False",
+    "sampler": "pass shuffle=True, False or 'balanced'; each rank takes its share (rank, world_size)",
+    "batch_sampler": "pass batch_size, shuffle and tail",
+    "num_replicas": "pass world_size, or leave it out under torch.distributed",
+    "collate_fn": "leave it out: a batch is always (images, labels, index)",
+    "pin_memory": "leave it out: batches are on `device` already",
+    "persistent_workers": "leave it out: workers are threads, and decoded images stay cached over the epochs",
+    "prefetch_factor": "leave it out: the next batches are always loaded ahead",
+    "multiprocessing_context": "leave it out: workers are threads",
+    "timeout": "leave it out: workers are threads",
+    "generator": "pass seed, on which order and augmentation depend",
+    "worker_init_fn": "pass seed, on which order and augmentation depend; workers are threads",
+    "transform": "pass it as augment, which takes an Augment or a torchvision transform",
+    "target_transform": "change batch.labels in the loop",
+}
+
+
+class FileOptions(TypedDict, total=False):
+    """Arguments of Loader.from_files: those of Loader except for those that only concern shards."""
+
+    batch_size: int
+    augment: AugmentLike
+    seed: int
+    device: str | torch.device | None
+    dtype: torch.dtype | None
+    cache: Cache
+    rank: int | None
+    world_size: int | None
+    shuffle: bool | None
+    tail: Tail | None
+    on_bad: Literal["fail", "skip"]
+    backend: Name | None
+    workers: int | None
+
+
+def refuse_unknown(function: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ArgumentError if a name is not known. The message says what stands for it, or which known name is near."""
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            instead = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}."
+            instead = f"{_INSTEAD[name]}." if name in _INSTEAD else instead
+            raise ArgumentError(f"{name}: {function} has no such argument; {instead}")
+
+
+def check_shards(shards: object, split: object) -> None:
+    """Raise ArgumentError unless these are a place and a name."""
+    if not isinstance(shards, (str, Path, Remote, ImageFiles)):
+        raise ArgumentError(
+            f"shards must be a folder that pack wrote, its URL or a Remote, got an object of type {type(shards).__name__}; "
+            f"for image files, call Loader.from_files."
+        )
+    require(isinstance(split, str), "split", "a name such as 'train' or 'val'", split)
+
+
+def integer_or_none(name: str, value: object, at_least: int, *, unit: str = "") -> int | None:
+    """Return None, or the integer as `integer` does."""
+    return None if value is None else integer(name, value, at_least, unit=unit)
+
+
+def as_augment(augment: AugmentLike) -> Augment:
+    """Return the Augment that is meant. Raises ArgumentError for what is neither an Augment nor a torchvision transform."""
+    if augment is None or isinstance(augment, Augment):
+        return augment or Augment()
+    if type(augment).__module__.startswith(("torchvision.", "torch.nn.")):
+        return Augment.from_torchvision(augment)
+    raise ArgumentError(
+        f"augment must be an Augment or a torchvision transform, got {augment!r}; a Loader calls no Python function for "
+        f"each image: write Augment(crop=(0.08, 1.0), flip=0.5), or call the function on batch.images."
+    )
+
+
+def backend_of(backend: Name | None, executor: Name | None) -> Name | None:
+    """Return the backend, also if it was passed by its deprecated name."""
+    if executor is None:
+        return backend
+    if backend is not None:
+        raise ArgumentError(f"executor is a deprecated alias for backend; pass only backend={backend!r}.")
+    warnings.warn(f"Loader(executor=) is deprecated; pass backend={executor!r}.", FutureWarning, stacklevel=3)
+    return executor
+
+
+def as_cache(cache: object) -> Cache:
+    """Return the cache's budget, with plain numbers. Raises ArgumentError if it is invalid."""
+    if cache is None or (isinstance(cache, str) and cache == "auto"):
+        return cast("Cache", cache)
+    return integer("cache", cache, 0, rule="'auto', None or a number of bytes")
+
+
+def as_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """Return the data type of the images. Raises ArgumentError if it is none."""
+    require(dtype is None or dtype in _DTYPES, "dtype", f"one of {', '.join(map(str, _DTYPES))}", dtype)
+    return dtype or torch.float32
+
+
+def as_shuffle(shuffle: object) -> Shuffle:
+    """Return how to shuffle, with plain booleans. Raises ArgumentError if it is invalid."""
+    if isinstance(shuffle, str) and shuffle == "balanced":
+        return "balanced"
+    return boolean("shuffle", shuffle, rule="True, False or 'balanced'")
+
+
+def one_of(name: str, value: Choice, choices: Sequence[str]) -> Choice:
+    """Return the value. Raises ArgumentError unless it is one of the choices."""
+    rule = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+    require(isinstance(value, str) and value in choices, name, rule, value)
+    return value
+
+
+def check_window(window: int | None, shuffle: Shuffle) -> None:
+    """Raise ArgumentError for a window of an order that needs all shards."""
+    if shuffle == "balanced" and window is not None:
+        raise ArgumentError(
+            "window must be None with shuffle='balanced', which needs all shards; omit window, and pass a local folder."
+        )
+
+
+def check_labels(shards: object, augment: Augment, shuffle: Shuffle) -> None:
+    """Raise ArgumentError if images without labels are to be mixed or balanced."""
+    if isinstance(shards, ImageFiles):
+        uses = {
+            "shuffle='balanced'": shuffle == "balanced",
+            "augment: mixup": augment.mixup,
+            "augment: cutmix": augment.cutmix,
+        }
+        for what, used in uses.items():
+            if used:
+                raise ArgumentError(f"{what} needs labels, which Loader.from_files does not have; pack class folders.")
+
+
+def check_mix(augment: Augment, batch_size: int, tail: Tail, dtype: torch.dtype) -> None:
+    """Raise ArgumentError if the augment mixes the samples of a batch, which these arguments do not allow."""
+    if (augment.mixup or augment.cutmix) and (batch_size % 2 or tail == "keep" or dtype == torch.uint8):
+        raise ArgumentError(
+            "augment: mixup and cutmix pair the samples within a batch, so they require an even batch_size, tail='drop' or "
+            f"'pad', and a floating-point dtype; got {batch_size}, {tail!r} and {dtype}."
+        )
+
+
+def position_in(state: Mapping[str, object], identity: Mapping[str, object], num_steps: int) -> tuple[int, int]:
+    """Return (epoch, step) from the state of a loader that has this identity.
+
+    Raises ArgumentError if it is no loader's state, and ShardError if it is that of another order of samples.
+    """
+    keys = state.keys() if hasattr(state, "keys") else ()
+    if missing := [name for name in ("epoch", "step", "shards") if name not in keys]:
+        raise ArgumentError(
+            f"load_state_dict: state must be what state_dict of a Loader returned, but it has no {missing[0]!r}: "
+            f"{shortened(state)}."
+        )
+    for name, value in identity.items():
+        if state.get(name) != value:
+            raise ShardError(
+                f"load_state_dict: the state has {name} {state.get(name)!r}, but this loader has {value!r}; "
+                f"resume with the same shards, split, fold, seed and batch_size * world_size."
+            )
+    step = integer("state['step']", state["step"], 0, at_most=num_steps - 1)
+    return integer("state['epoch']", state["epoch"], 0), step
