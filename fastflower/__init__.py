@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastflower.models.checkpoint import Checkpoint as Checkpoint
     from fastflower.models.evaluation import evaluate as evaluate
     from fastflower.models.prediction import predict as predict
+    from fastflower.models.predictor import Predictor as Predictor
     from fastflower.packing.packer import pack as pack
     from fastflower.recipes.recipe import Recipe as Recipe
     from fastflower.reporting.report import Report as Report
@@ -27,6 +28,7 @@ _HOME = {
     "FastflowerError": "errors",
     "Loader": "loading.loader",
     "Manifest": "shards.manifest",
+    "Predictor": "models.predictor",
     "Recipe": "recipes.recipe",
     "Report": "reporting.report",
     "evaluate": "models.evaluation",

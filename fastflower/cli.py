@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastflower.errors import ArgumentError, FastflowerError, ShardError, StoppedError
+from fastflower.errors import ArgumentError, FastflowerError, SampleError, ShardError, StoppedError
 from fastflower.flags import Flag, Repeated, UsageError, fields_as_flags, flags_of, help_text, parse
 from fastflower.suggestions import near_command
 
@@ -38,13 +38,17 @@ _TYPES: dict[str, object] = {
     "out": Path,
     "shards": str,
     "checkpoint": Path,
-    "images": list[Path],
+    "images": list[str],  # paths and URLs
+    "columns": str | None,
+    "sample": Path,
+    "classes": None,
+    "augment": None,
     "device": str | None,
     "labels": Repeated(Path),
     "executor": _DASK,
     "ignore": Repeated(str),
 }
-"""Command-line types of parameters that accept more types from Python."""
+"""Command-line types of parameters that accept more types from Python. None: only Python has the parameter."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -267,13 +271,29 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
 
 
 def _predict(prog: str, args: Sequence[str]) -> None:
-    from fastflower.models.prediction import predict
+    from fastflower.models.prediction import predict, tabulated
+    from fastflower.models.predictor import Predictor
+    from fastflower.models.sources import sources
+    from fastflower.models.submission import Table
 
     values = _parse(prog, args, predict)
     if not values["images"]:
         raise ArgumentError("IMAGES must name at least one image file or folder, got none.")
-    for prediction in predict(**values):
-        print(f"{prediction.path}: {prediction.class_name} ({prediction.probability:.1%})")
+    images, on_bad, out = sources(values.pop("images")), values.pop("on_bad", "fail"), values.pop("out", None)
+    if values.get("columns") is not None:
+        values["columns"] = tuple(values["columns"].split(","))
+    form = {name: values.pop(name) for name in ("columns", "ids", "sample") if name in values}
+    predictor = Predictor(**values)
+    lines, skipped = list[str](), 0
+    for source, prediction in tabulated(predictor, images, on_bad, Table(out, predictor.classes, images, **form)):
+        if prediction is None:
+            skipped += 1
+        else:
+            lines.append(f"{source.name}: {prediction.class_name} ({prediction.probability:.1%})")
+    print(*lines, sep="\n", end="\n" if lines else "")
+    if skipped and on_bad == "fail":
+        what = f"{skipped} of {skipped + len(lines)} images are unusable and have no prediction"
+        raise SampleError(f"{what}; they are named above (to accept that, pass --on-bad skip).")
 
 
 _COMMANDS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {

@@ -68,12 +68,14 @@ class Flag:
 def flags_of(call: Callable[..., object], types: Mapping[str, object]) -> list[Flag]:
     """Return the flags of a function's parameters.
 
-    types  By parameter, where the command line takes another type than Python, or the whole flag.
+    types  By parameter, where the command line takes another type than Python, or the whole flag. None leaves it out.
     """
     texts = _parameter_texts(call)
     flags: list[Flag] = []
     for name, parameter in inspect.signature(call).parameters.items():
         kind = types.get(name, parameter.annotation)
+        if kind is None:
+            continue
         made = Flag(name=name, kind=kind, default=parameter.default, text=texts.get(name, ""))
         flags.append(kind if isinstance(kind, Flag) else made)
     return flags

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -97,16 +98,29 @@ def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
             raise ArgumentError(f"images must be {rule}, got an object of type {type(entry).__name__}.")
         path = Path(entry)
         if path.is_dir():
-            if not (inside := images_in(path)):
-                known = ", ".join(EXTENSIONS)
-                what = f"{path}: holds no images ({known}); pass image files or another folder."
-                raise SampleError(instead_of_images(path) or what)
-            paths += sorted(inside)
+            paths += sorted(images_below(path))
         else:
             paths.append(path)
     if not paths:
         raise ArgumentError("images must name at least one image file or folder, got none.")
     return paths
+
+
+def images_below(folder: Path) -> Iterator[Path]:
+    """Yield the images in a folder and its subfolders, after logging what is left out. Raises SampleError if there are none."""
+    found = images_in(folder)
+    if not len(found):
+        known = ", ".join(EXTENSIONS)
+        what = f"{folder}: holds no images ({known}); pass image files or another folder."
+        raise SampleError(instead_of_images(folder) or what)
+    if found.ignored:
+        reasons = Counter(reason for _, reason in found.ignored)
+        hidden = all("hidden" in reason for reason in reasons)  # such as .DS_Store, which nobody would miss
+        each = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+        level = logging.INFO if hidden else logging.WARNING
+        _log.log(level, "%s: left out %d that are no images (%s)", folder, len(found.ignored), each)
+    for number in range(len(found)):
+        yield folder / found.path(number)
 
 
 def _size(path: str, *, strict: bool) -> tuple[int, int]:

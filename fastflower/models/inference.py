@@ -18,7 +18,11 @@ from fastflower.recipes.recipe import Recipe
 
 def view_of(recipe: Recipe) -> Augment:
     """Return a recipe's validation view: the same size and normalization, without random augmentation."""
-    training = recipe.augment
+    return validation_view(recipe.augment)
+
+
+def validation_view(training: Augment) -> Augment:
+    """Return an augment's validation view, as `view_of` does of a recipe's."""
     return Augment(size=training.size, resize=training.resize, mean=training.mean, std=training.std)
 
 

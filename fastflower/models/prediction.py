@@ -1,76 +1,62 @@
-"""Prediction for single image files."""
+"""Prediction: classes of images from a trained network, in memory and as a table."""
 
-import csv
-import io
-import logging
-import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from math import isnan
+from collections.abc import Generator, Iterator, Sequence
+from operator import length_hint
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import nn
 from tqdm import tqdm
 
-from fastflower.devices import precision_of, resolve_device
-from fastflower.errors import ArgumentError, SampleError, require
-from fastflower.files import blame_the_system, write_out
-from fastflower.loading.backends.base import Setup
-from fastflower.loading.backends.selection import create
-from fastflower.loading.request import Request
-from fastflower.loading.samples import EncodedFiles, SampleSource
-from fastflower.machine import cores
-from fastflower.models.backbone import on_device
+from fastflower.draws.augment import Augment
 from fastflower.models.checkpoint import Checkpoint
-from fastflower.models.inference import log_probabilities, non_finite_outputs, view_of
-from fastflower.packing.containers import instead_of_images
-from fastflower.packing.folder import images_in
-from fastflower.packing.names import EXTENSIONS
-from fastflower.shards.image import Prepared, prepare
-
-_log = logging.getLogger("fastflower")
-
-_BATCH_SIZE = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """Predicted class and probabilities of one image."""
-
-    path: Path
-    class_name: str
-    """The most probable class."""
-    probability: float
-    """Probability of that class, in [0, 1]."""
-    probabilities: dict[str, float]
-    """Probability of every class, by name."""
+from fastflower.models.predictor import URL_BYTES, URL_SECONDS, OnBad, Prediction, Predictor
+from fastflower.models.sources import Images, Source, sources
+from fastflower.models.submission import Ids, Table
 
 
 def predict(
-    checkpoint: str | Path | Checkpoint,
-    images: str | Path | Iterable[str | Path],
+    checkpoint: str | Path | Checkpoint | nn.Module,
+    images: Images,
     *,
-    on_bad: Literal["fail", "skip"] = "fail",
+    on_bad: OnBad = "fail",
     out: str | Path | None = None,
+    columns: Sequence[str] | None = None,
+    ids: Ids | None = None,
+    sample: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    augment: Augment | None = None,
     device: str | torch.device | None = None,
+    url_seconds: float = URL_SECONDS,
+    url_bytes: int = URL_BYTES,
 ) -> list[Prediction]:
-    """Classify image files.
+    """Classify images.
+
+    To classify more images later, keep a `Predictor`, which builds the network only once.
 
     Args:
         checkpoint: A checkpoint written by `train`.
-        images: One or more image files or folders. A folder stands for all images in it and its subfolders. Accepts the same
-            files as `pack` and prepares them the same way, with max_side and quality unset.
-        on_bad: How to handle missing, damaged or otherwise unusable files: "fail" stops at the first one; "skip" logs and skips.
-        out: Also write a CSV file with columns path, class and probability, plus one probability column per class.
+        images: One or more image files, folders or URLs (http, https). A folder stands for all images in it and its subfolders.
+            From Python also bytes, binary file objects, PIL images, and (H, W, 3) uint8 arrays of RGB. Accepts the same files
+            as `pack` and prepares them the same way, with max_side and quality unset.
+        on_bad: How to handle missing, damaged or otherwise unusable images: "fail" stops at the first one that was passed by
+            itself, and skips those in folders; "skip" skips all. Each is named in a warning, and the command fails at the end
+            if "fail" skipped any.
+        out: Also write a CSV file with columns path, class and probability, plus one probability column per class. Cells of
+            skipped images are empty.
+        columns: Header of the CSV file for a competition, instead: id,label for file name and class, or id and classes for
+            their probabilities.
+        ids: With columns: "name" writes the file name as id, "stem" the name without its extension. None writes the name.
+        sample: A competition's sample_submission.csv: the CSV file has its header, its ids and their order, instead. Each id is
+            the name of an image, with or without extension or folders.
+        classes: With a network of your own in place of a checkpoint, see `Predictor`.
+        augment: With a network of your own in place of a checkpoint, see `Predictor`.
         device: None uses CUDA if available, otherwise the CPU.
+        url_seconds: Time limit for the download of a URL.
+        url_bytes: Size limit for the download of a URL.
 
-    Returns one prediction per image, in order. Raises CheckpointError if the checkpoint cannot be used, ArgumentError if an
-    argument is invalid, and SampleError if a file is unusable.
+    Returns one prediction per image, in order, without skipped ones. Raises CheckpointError if the checkpoint cannot be used,
+    ArgumentError if an argument is invalid, and SampleError if an image is unusable.
 
     Example:
         >>> from fastflower import predict
@@ -82,88 +68,23 @@ def predict(
         >>> len(predictions[0].probabilities)  # one per class
         5
     """
-    require(on_bad in ("fail", "skip"), "on_bad", "'fail' or 'skip'", on_bad)
-    if out is not None and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):  # fail before predicting
-        raise ArgumentError(f"out: {out} cannot be written; choose a file in an existing folder.")
-    name = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint.load(checkpoint)
-    paths = list(_files([images] if isinstance(images, (str, Path)) else images))
-    chosen, recipe = resolve_device(device), checkpoint.recipe
-    precision = precision_of(recipe.precision, chosen)
-    model = on_device(checkpoint.network(), chosen)
-    predictions: list[Prediction] = []
-    starts = range(0, len(paths), _BATCH_SIZE)
-    with tqdm(starts, desc="predict", unit="batch", disable=None) as bar:
-        for start in bar:
-            if good := _prepared(paths[start : start + _BATCH_SIZE], skip=on_bad == "skip"):
-                view = _view([image for _, image in good], checkpoint, precision).to(chosen)
-                rows = log_probabilities(model, view, tta=recipe.tta).exp().cpu().numpy()
-                batch = [_prediction(path, row, checkpoint.classes) for (path, _), row in zip(good, rows, strict=True)]
-                if broken := [prediction.path for prediction in batch if isnan(prediction.probability)]:
-                    raise non_finite_outputs(name, str(broken[0]), len(broken))
-                predictions += batch
-    if out is not None:
-        write_out(Path(out), _table(predictions, checkpoint.classes))
-    return predictions
+    found = sources(images)
+    predictor = Predictor(
+        checkpoint, classes=classes, augment=augment, device=device, url_seconds=url_seconds, url_bytes=url_bytes
+    )
+    table = Table(out, predictor.classes, found, columns=columns, ids=ids, sample=sample)
+    return [one for _, one in tabulated(predictor, found, on_bad, table) if one is not None]
 
 
-def _files(images: Iterable[str | Path]) -> Iterable[Path]:
-    for entry in map(Path, images):
-        if entry.is_dir():
-            if not (inside := images_in(entry)):
-                known = ", ".join(EXTENSIONS)
-                what = f"{entry}: holds no images ({known}); pass image files or another folder."
-                raise SampleError(instead_of_images(entry) or what)
-            yield from inside
-        else:
-            yield entry
-
-
-def _prepared(paths: Sequence[Path], *, skip: bool) -> list[tuple[Path, Prepared]]:
-    """Prepare files as `pack` does, in order; drop unusable ones if `skip` is True."""
-
-    def prepared(path: Path) -> Prepared | None:
-        try:
-            return prepare(
-                path.read_bytes(),
-                max_side=None,
-                quality=None,
-                warn=partial(_log.warning, "%s: %s", path),
-                name=path.name,
-            )
-        except (OSError, SampleError) as error:
-            blame_the_system(error, path)
-            what = f"{path}: {(isinstance(error, OSError) and error.strerror) or error}"
-            if not skip:
-                raise SampleError(f"{what}; pass image files or folders, or on_bad='skip' (--on-bad skip).") from None
-            _log.warning("skipped %s", what)
-            return None
-
-    with ThreadPoolExecutor(cores()) as pool:
-        return [(path, image) for path, image in zip(paths, pool.map(prepared, paths), strict=True) if image]
-
-
-def _view(images: Sequence[Prepared], checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
-    """Render the validation views of images as (N, 3, H, W)."""
-    augment, sizes = view_of(checkpoint.recipe), np.array([image.size for image in images])
-    samples = SampleSource(EncodedFiles([image.encoded for image in images], sizes))
-    backend = create(None, augment, samples, Setup(torch.device("cpu"), dtype, len(images), cores()))
-    request = Request.drawn(augment, np.arange(len(images)), sizes, seed=0, epoch=0, step=0)
-    ((_, view),) = backend.run([request])
-    return view
-
-
-def _prediction(path: Path, row: NDArray[np.float32], classes: tuple[str, ...]) -> Prediction:
-    probabilities: dict[str, float] = dict(zip(classes, row.tolist(), strict=True))
-    best = max(probabilities, key=probabilities.__getitem__)
-    return Prediction(path, best, probabilities[best], probabilities)
-
-
-def _table(predictions: Iterable[Prediction], classes: tuple[str, ...]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "class", "probability", *classes])
-    for one in predictions:
-        writer.writerow([one.path, one.class_name, one.probability, *one.probabilities.values()])
-    return text.getvalue().encode("utf-8", "backslashreplace")  # a file name need not be UTF-8
+def tabulated(
+    predictor: Predictor, images: list[Source] | Iterator[Source], on_bad: OnBad, table: Table
+) -> Generator[tuple[Source, Prediction | None]]:
+    """Yield what `Predictor.outcomes` does, with a progress bar, and write the table at the end."""
+    remaining = iter(images)
+    bar = tqdm(desc="predict", unit="image", total=length_hint(remaining) or None, disable=None)
+    with bar:
+        for source, prediction in predictor.outcomes(remaining, on_bad):
+            table.add(source, prediction)
+            bar.update()
+            yield source, prediction
+    table.write()

@@ -85,6 +85,8 @@ class _Collector:
     files: bytearray = field(default_factory=bytearray)
     paths: bytearray = field(default_factory=bytearray)
     ignored: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    hidden: int = 0
+    """Number of hidden files."""
 
     def add(self, path: str, label: int, split: int, named: bool = True) -> None:
         """Add an image, or record why a file is ignored. A broken link is added, so that it is later reported as unreadable."""
@@ -120,6 +122,7 @@ class _Collector:
                 if not is_hidden(file):
                     self.add(f"{parent}/{file}", label, split, named=named)
                 elif not is_ignored(f"{self.root}/{parent}/{file}"):
+                    self.hidden += 1
                     hidden += named and not file.startswith("._")  # macOS adds such a file to each file
             if hidden:
                 self.ignored.append((parent, f"holds hidden images ({hidden})"))
@@ -388,9 +391,10 @@ def _scan_splits(
     return collector.folder(classes, tuple(named[top] for top in bases) if len(bases) > 1 else ())
 
 
-def images_in(root: Path) -> list[Path]:
-    """Return the image files in a folder and all folders below it, in the same order as the images of a class folder."""
+def images_in(root: Path) -> Folder:
+    """Find the images in a folder and all folders below it, in ImageFolder's order. `ignored` has all other files."""
     collector = _Collector(root)
     collector.add_class(".", 0, 0)
-    folder = collector.folder([], ())
-    return [root / folder.path(number) for number in range(len(folder))]
+    collector.ignored = [item for item in collector.ignored if not item[1].startswith("holds hidden images")]
+    collector.ignored += [(".", "is hidden or added by a system")] * collector.hidden
+    return collector.folder([], ())

@@ -2,9 +2,9 @@
 
 import io
 import logging
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -12,8 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
-from fastflower import Augment, Loader, pack
+from fastflower import Augment, Loader, pack, predict
 from fastflower.draws import geometry
 from fastflower.draws.geometry import decode_scales
 from fastflower.loading.backends.base import Setup
@@ -21,7 +22,6 @@ from fastflower.loading.backends.selection import create
 from fastflower.loading.cache import PixelCache, decoded_bytes
 from fastflower.loading.request import Request
 from fastflower.loading.samples import EncodedFiles, SampleSource
-from fastflower.models import prediction
 from fastflower.shards.image import decode
 
 
@@ -131,14 +131,24 @@ def test_auto_estimates_the_memory_of_reduced_images(
     assert len([line for line in caplog.messages if line.startswith("cache: ")]) == len(AUGMENTS), "each logs it once"
 
 
-def test_prediction_sees_what_the_loader_sees(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction, "view_of", lambda _recipe: AUGMENTS["views"])
-    loader = Loader(shards, batch_size=5, augment=AUGMENTS["views"], device="cpu", shuffle=False)
+class Recording(nn.Module):
+    seen: ClassVar[list[torch.Tensor]] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(images)
+        return images.flatten(1)[:, :2]
+
+
+@pytest.mark.parametrize("size", [24, 224, 600])
+def test_prediction_sees_what_the_loader_sees(shards: Path, size: int) -> None:
+    view = Augment(size=size, mean=(0.4, 0.5, 0.6))
+    loader = Loader(shards, batch_size=5, augment=view, device="cpu", shuffle=False)
     batch = next(iter(loader))
     paths = [shards.parent / "data" / loader.path_of(int(index)) for index in batch.index]
-    checkpoint: Any = SimpleNamespace(recipe=None)
-    images = [image for _, image in prediction._prepared(paths, skip=False)]
-    assert torch.equal(prediction._view(images, checkpoint, torch.float32), batch.images)
+    predict(Recording(), paths, classes=("a", "b"), augment=replace(view, crop=(0.5, 1.0), flip=1.0), device="cpu")
+    seen = Recording.seen.pop()
+    assert torch.equal(seen, batch.images)
+    assert seen.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("renderer", ["native", "opencv"])

@@ -97,7 +97,10 @@ def test_the_class_of_ignored_images_of_a_table_is_no_class(tmp_path: Path, capl
 
 def test_predict_reads_no_hidden_images_of_a_folder(tmp_path: Path) -> None:
     touch(tmp_path, "1.jpg", "._1.jpg", ".2.jpg", "x/3.jpg", ".cache/4.jpg")
-    assert images_in(tmp_path) == [tmp_path / "1.jpg", tmp_path / "x/3.jpg"]
+    found = images_in(tmp_path)
+    paths = [tmp_path / found.path(number) for number in range(len(found))]
+    assert paths == [tmp_path / "1.jpg", tmp_path / "x/3.jpg"]
+    assert found.ignored == ((".", "is hidden or added by a system"),) * 3  # a folder is one
 
 
 # Without "!", "\" and "[", which git reads in its own way.

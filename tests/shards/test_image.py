@@ -379,7 +379,7 @@ def test_quality_is_pillows_and_by_default_95_with_full_chroma(data: bytes, qual
 
 
 def test_an_error_without_a_message_is_reported_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_upright_rgb", Mock(side_effect=ValueError))
+    monkeypatch.setattr(module, "upright_rgb", Mock(side_effect=ValueError))
     with pytest.raises(SampleError, match=r"^ValueError$"):
         unchanged(OTHER_FORMATS["png"])
 

@@ -241,6 +241,8 @@ def flags_of(subcommand: str) -> tuple[set[str], set[str]]:
             flags.add(name)
     if subcommand == "pack":  # an executor is an object, which a command line cannot pass
         flags = flags - {"executor"} | {"dask"}
+    if subcommand == "predict":  # of a network of one's own, another object
+        flags -= {"classes", "augment"}
     return {f"--{name.replace('_', '-')}" for name in flags}, required
 
 

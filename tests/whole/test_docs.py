@@ -99,6 +99,23 @@ def test_a_network_elsewhere_says_what_predict_says(
     assert predict("run/checkpoint-best.pt", "photo.jpg", device="cpu")[0].class_name == expected.class_name
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of FastAPI's own test client
+def test_the_web_service_classifies_uploads(
+    flowers: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastapi.testclient import TestClient
+
+    names = executed(PAGES[1], flowers, run, tmp_path, monkeypatch)
+    client = TestClient(names["app"])
+    answer = client.post("/classify", files={"file": ("a.jpg", Path("photo.jpg").read_bytes(), "image/jpeg")})
+    (expected,) = predict("run/checkpoint-best.pt", "photo.jpg")
+    assert answer.json() == {"class": expected.class_name, "probability": pytest.approx(expected.probability)}
+    refused = client.post("/classify", files={"file": ("a.jpg", b"<html>", "image/jpeg")})
+    assert refused.status_code == 422
+    assert refused.json()["detail"].startswith("image 0: is HTML, a web page, not an image; pass another image")
+    assert client.post("/classify").status_code == 422
+
+
 @pytest.mark.parametrize("backbone", ["resnet50", "resnet50_v1"])
 def test_the_strides_of_a_backbone_without_fastflower_are_those_with_it(backbone: str) -> None:
     (exchange,) = [text for text in blocks(PAGES[1]) if "_v1" in text and "stride" in text]

@@ -1,0 +1,214 @@
+"""Predictor: the same image in any form, against torchvision; many threads; networks of one's own; endless streams."""
+
+import io
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from looking import CLASSES, VIEW, Looking, encoded, looking, oracle, smooth, turned, upright
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from fastflower import Augment, Checkpoint, Predictor, Recipe, predict
+from fastflower.errors import ArgumentError, SampleError
+from fastflower.models.backbone import build
+from fastflower.models.predictor import Prediction
+
+RGB = smooth()
+SIXTEEN = np.asarray(RGB.convert("L")).astype(np.uint16) * 257 - np.asarray(RGB.convert("L")) // 2
+KEPT = {  # whose bytes `pack` keeps
+    **{f"turned {value}": encoded(RGB, "JPEG", quality=90, **turned(value)) for value in range(1, 9)},
+    "gray": encoded(RGB.convert("L"), "JPEG"),
+    "progressive": encoded(RGB, "JPEG", progressive=True),
+    "large, decoded at a reduced scale": encoded(smooth(640, 480), "JPEG", quality=95),
+}
+TRANSCODED = {
+    "cmyk": encoded(RGB.convert("CMYK"), "JPEG", quality=95),
+    "turned png": encoded(RGB, "PNG", **turned(6)),
+    "palette": encoded(RGB.quantize(64), "PNG"),
+    "palette, transparent": encoded(RGB.quantize(64), "PNG", transparency=b"\1\2\3"),
+    "16 bit": encoded(Image.fromarray(SIXTEEN), "PNG"),
+    "16 bit, turned": encoded(Image.fromarray(SIXTEEN), "TIFF", **turned(8)),
+    "transparent": encoded(RGB.convert("RGBA"), "PNG"),
+    "one pixel wide": encoded(RGB.resize((1, 48)), "PNG"),
+    "one pixel high": encoded(RGB.resize((64, 1)), "PNG"),
+    "one pixel": encoded(RGB.resize((1, 1)), "PNG"),
+}
+FILES = KEPT | TRANSCODED
+
+
+def rows(found: list[Prediction]) -> NDArray[np.float64]:
+    return np.array([list(one.probabilities.values()) for one in found])
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return looking()
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_an_image_in_any_form_has_the_same_probabilities(predictor: Predictor, kind: str, tmp_path: Path) -> None:
+    data = FILES[kind]
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        forms: list[Any] = [path, str(path), data, bytearray(data), memoryview(data), io.BytesIO(data), file]
+        files = rows(predictor(forms))
+    assert (files == files[0]).all()
+    with Image.open(io.BytesIO(data)) as image:  # from a path, Pillow 13 does not turn an uncompressed TIFF file
+        image.load()
+        before = (image.size, image.tobytes(), dict(image.getexif()), {**image.info})
+        direct = rows(predictor([image, np.asarray(upright(data))]))
+        assert (image.size, image.tobytes(), dict(image.getexif()), {**image.info}) == before
+    assert np.abs(direct[0] - direct[1]).max() < 1e-3
+    # Files other than JPEG become JPEG files, as in a pack. Large JPEG files are decoded at a reduced scale.
+    assert np.abs(files[0] - direct[0]).max() <= (0.004 if kind in TRANSCODED or "large" in kind else 0)
+    assert np.abs(direct[0] - oracle(upright(data))).max() < 0.004
+    assert files[0].sum() == pytest.approx(1)
+
+
+def test_mixed_images_keep_their_order_and_have_names(predictor: Predictor, tmp_path: Path) -> None:
+    images = [smooth(seed=seed) for seed in range(5)]
+    (tmp_path / "folder").mkdir()
+    for number in (1, 2):
+        images[number].save(tmp_path / f"folder/{number}.png")
+    images[4].save(tmp_path / "4.png")
+    mixed = [images[0], tmp_path / "folder", encoded(images[3], "PNG"), str(tmp_path / "4.png")]
+    found = predictor(mixed)
+    assert np.abs(rows(found) - [oracle(image) for image in images]).max() < 0.004
+    inside = [tmp_path / f"folder/{number}.png" for number in (1, 2)]
+    assert [one.path for one in found] == [None, *inside, None, tmp_path / "4.png"]
+    assert [one.name for one in found] == ["image 0", *map(str, inside), "image 3", str(tmp_path / "4.png")]
+    assert [one.index for one in found] == [0, 1, 2, 3, 4]
+    assert predictor(iter(mixed)) == predictor(tuple(mixed)) == found
+    assert predictor([]) == []
+
+
+def test_predict_is_a_predictor_called_once(tmp_path: Path, flowers: Path) -> None:
+    recipe = Recipe(weights=None, augment=Augment(size=32), precision="float32", tta=True)
+    model = build("resnet18", 5, weights=None).state_dict()
+    checkpoint = Checkpoint(recipe=recipe, classes=tuple("abcde"), model=model, epoch=0)
+    checkpoint.save(tmp_path / "checkpoint.pt")
+    images = sorted(flowers.glob("*/*.jpg"))[::40]
+    expected = predict(checkpoint, images, device="cpu")
+    for network in (checkpoint, tmp_path / "checkpoint.pt", str(tmp_path / "checkpoint.pt")):
+        predictor = Predictor(network, device="cpu")
+        assert predictor(images) == list(predictor.stream(images)) == expected
+        assert predictor.classes == checkpoint.classes
+    module = Predictor(checkpoint.network(), classes=checkpoint.classes, augment=recipe.augment, device="cpu")
+    once = rows(predict(replace(checkpoint, recipe=replace(recipe, tta=False)), images, device="cpu"))
+    assert (rows(module(images)) == once).all()
+
+
+def test_many_threads_get_the_answers_of_one(predictor: Predictor) -> None:
+    images: list[Any] = [*FILES.values(), *(smooth(seed=seed) for seed in range(10))]
+    expected = predictor(images)
+    start = threading.Barrier(8)
+
+    def ask(shift: int) -> bool:
+        start.wait()
+        turn = [(number + 7 * shift) % len(images) for number in range(len(images))]
+        alone = all(predictor(images[number]) == [replace(expected[number], name="image 0")] for number in turn)
+        return alone and rows(predictor(images)).tolist() == rows(expected).tolist()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(8)))
+
+
+def test_a_network_of_ones_own_is_left_as_it_is() -> None:
+    network = nn.Sequential(Looking(), nn.Dropout(0.9)).train()
+    predictor = Predictor(network, classes=CLASSES, augment=VIEW, device="cpu")
+    expected = predictor(RGB)
+    assert np.abs(rows(expected)[0] - oracle(RGB)).max() < 0.004
+    assert all(module.training for module in network.modules())
+    with torch.no_grad():
+        next(network.parameters()).zero_()
+    assert predictor(RGB) == expected, "later changes of the network have no effect"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_in_lower_precision_predicts_in_it(dtype: torch.dtype) -> None:
+    predictor = Predictor(Looking().to(dtype), classes=CLASSES, augment=VIEW, device="cpu")
+    assert np.abs(rows(predictor(RGB))[0] - oracle(RGB)).max() < 0.01
+
+
+def test_an_endless_stream_holds_few_images(predictor: Predictor) -> None:
+    alive = weakref.WeakSet[Any]()
+    most = 0
+
+    def endless() -> Iterator[NDArray[np.uint8]]:
+        nonlocal most
+        for seed in itertools.count():
+            array = np.full((4, 4, 3), seed % 256, np.uint8)
+            alive.add(Holder(array))
+            most = max(most, len(alive))
+            yield array
+
+    class Holder:
+        def __init__(self, array: NDArray[np.uint8]) -> None:
+            weakref.finalize(array, alive.discard, self)
+
+    stream = predictor.stream(endless())
+    first = [one.index for one in itertools.islice(stream, 300)]
+    stream.close()
+    assert first == list(range(300))
+    assert most <= 2 * 32 + 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastflower")]
+
+
+def test_an_error_in_a_stream_comes_after_the_predictions_before_it(predictor: Predictor) -> None:
+    stream = predictor.stream([RGB] * 40 + [b"no image"])
+    assert len(list(itertools.islice(stream, 32))) == 32
+    message = r"^image 40: is plain text, not an image; pass another image, or on_bad='skip' \(--on-bad skip\)\.$"
+    with pytest.raises(SampleError, match=message):
+        next(stream)
+    found = predictor([b"no image", RGB, b"", RGB], on_bad="skip")
+    assert [one.index for one in found] == [1, 3]
+
+
+NAMED = {"classes": CLASSES, "augment": VIEW}
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"classes": None}, r"^classes must be given with a network: different names, in the order .*, got None\.$"),
+    ({"classes": "rose"}, r"^classes must be given with a network: different names, .*, got 'rose'\.$"),
+    ({"classes": ("a", "a")}, r"^classes must be given with a network: different names, .*, got \('a', 'a'\)\.$"),
+    ({"classes": (0, 1)}, r"^classes must be given with a network: .*, got \(0, 1\)\.$"),
+    ({"classes": ()}, r"^classes must be given with a network: .*, got \(\)\.$"),
+    ({"augment": None}, r"^augment must be given with a network: an Augment, for its size, mean and std, got None\.$"),
+    ({"url_seconds": 0}, r"^url_seconds must be a number of seconds above 0, got 0\.$"),
+    ({"url_seconds": float("inf")}, r"^url_seconds must be a number of seconds above 0, got inf\.$"),
+    ({"url_seconds": True}, r"^url_seconds must be a number of seconds above 0, got True\.$"),
+    ({"url_bytes": 0}, r"^url_bytes must be an integer, at least 1 byte, got 0\.$"),
+    ({"url_bytes": None}, r"^url_bytes must be an integer, at least 1 byte, got None\.$"),
+    ({"url_bytes": 1.5}, r"^url_bytes must be an integer, at least 1 byte, got 1\.5\.$"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        Predictor(Looking(), device="cpu", **(NAMED | options))
+
+
+def test_what_does_not_fit_a_network_is_named() -> None:
+    with pytest.raises(
+        ArgumentError, match=r"^checkpoint must be a network in float32, .*\(convert it: network\.float"
+    ):
+        Predictor(Looking().double(), **NAMED)
+    predictor = Predictor(Looking(), classes=("a", "b"), augment=VIEW, device="cpu")
+    with pytest.raises(
+        ArgumentError, match=r"^classes must name the outputs of the network: 2 names for 27 outputs\.$"
+    ):
+        predictor(RGB)
+    for name, value in NAMED.items():
+        rule = f"^{name} must be None unless a network is passed: a checkpoint has its own"
+        with pytest.raises(ArgumentError, match=rule):
+            Predictor("run/checkpoint-best.pt", **{name: value})
