@@ -10,7 +10,7 @@ from typing import Any, Self, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
-from fastflower.errors import CheckpointError, FastflowerError
+from fastflower.errors import CheckpointError, FastflowerError, require
 from fastflower.files import blame_the_system, flush, is_full, written
 from fastflower.models.backbone import build
 from fastflower.models.weights_file import load_file, not_finite
@@ -103,6 +103,8 @@ class Checkpoint:
 
         Raises CheckpointError if the file is not a usable checkpoint of this version.
         """
+        known = isinstance(path, (str, os.PathLike))  # pyright: ignore[reportUnnecessaryIsInstance]  (callers may be untyped)
+        require(known, "checkpoint", "a path or a Checkpoint", path)
         path = _file(Path(path))
         content = load_file(path)
         if content.get("format") != "fastflower":

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from fastflower.devices import precision_of, resolve_device
-from fastflower.errors import ArgumentError, CheckpointError
+from fastflower.errors import ArgumentError, CheckpointError, boolean, require
 from fastflower.loading.loader import Loader
 from fastflower.models.backbone import on_device
 from fastflower.models.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ def evaluate(
     Args:
         checkpoint: A checkpoint written by `train`.
         shards: The folder written by `pack`, or its URL, as for Loader.
-        split: "train", "val" or "test".
+        split: Any split of the shards, such as "val", "train" or "test".
         fold: With shards that were packed with folds: "val" is this fold, and "train" all others. None uses the fold that
             the checkpoint was validated on.
         tta: Test-time augmentation: average the probabilities of each image and its horizontal flip. None uses the recipe's tta.
@@ -48,6 +48,8 @@ def evaluate(
     checkpoint cannot be used, or if its classes differ from the classes of the shards. Logs a warning if the fold was among
     the training images.
     """
+    require(isinstance(split, str), "split", "a name, for example val, train or test", split)  # pyright: ignore[reportUnnecessaryIsInstance]  (callers may be untyped)
+    tta = None if tta is None else boolean("tta", tta)
     name = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from math import cos, pi
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from fastflower.draws.augment import Augment
 from fastflower.errors import Rules, check_fields, require
@@ -192,6 +192,14 @@ _RULES: Rules = {
     **{name: ("a number in [0, 1)", lambda share: 0 <= share < 1) for name in ("momentum", "label_smoothing")},
     "ema": ("a number in (0, 1)", lambda decay: 0 < decay < 1),
 }
+
+
+def checked(recipe: object) -> Recipe:
+    """Return a recipe, the default one for None. Raises ArgumentError for anything else."""
+    recipe = Recipe() if recipe is None else recipe
+    rule = "a Recipe, for example fastflower.recipes.presets.PRESETS['finetune']()"
+    require(isinstance(recipe, Recipe), "recipe", rule, recipe)
+    return cast("Recipe", recipe)
 
 
 def warm_up(step: int, warmup_steps: float) -> float:

@@ -6,11 +6,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fastflower.errors import require
+from fastflower.errors import integer, require
 from fastflower.files import write_out
 from fastflower.loading.loader import Loader
 from fastflower.models.inference import view_of
-from fastflower.recipes.recipe import Recipe
+from fastflower.recipes.recipe import Recipe, checked
 from fastflower.reporting.figures import drawable, png
 from fastflower.shards.remote import Remote
 
@@ -36,10 +36,9 @@ def preview(
     Returns the path of the PNG. Raises ArgumentError if an argument is invalid, and ShardError or SampleError as Loader does.
     """
     out = Path(out)
-    require(1 <= images <= 100, "images", "1 .. 100", images)
-    require(1 <= draws <= 100, "draws", "1 .. 100", draws)
+    images, draws = integer("images", images, 1, at_most=100), integer("draws", draws, 1, at_most=100)
     require(out.suffix == ".png", "out", "a .png file", str(out))
-    classes, columns = views(shards, recipe or Recipe(), images, draws)
+    classes, columns = views(shards, checked(recipe), images, draws)
     figure = Figure(figsize=(1.6 * len(columns) + 0.4, 1.6 * len(classes) + 0.3), layout="constrained")
     grid = figure.subplots(len(classes), len(columns), squeeze=False)
     for (title, column), cells in zip(columns.items(), grid.T, strict=True):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastflower.errors import SampleError, ShardError, require
+from fastflower.errors import SampleError, ShardError, boolean, require
 from fastflower.files import blame_the_system, remedy_for, write_atomically
 from fastflower.machine import cores
 from fastflower.shards.image import prepare
@@ -53,6 +53,7 @@ def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     Returns the problems that remain after the repair, one line each, starting with the file. Raises ShardError if the
     folder has no pack, an unfinished pack or a pack from a newer version, or if a rebuilt file cannot be written.
     """
+    repair = boolean("repair", repair)
     place = str(shards).removeprefix("file://")
     require("://" not in place, "shards", "a local folder, not a URL (download the shards first)", place)
     folder = Path(place)

@@ -9,10 +9,10 @@ from time import perf_counter
 import torch
 
 from fastflower.devices import fastest_convolutions, resolve_device
-from fastflower.errors import require
+from fastflower.errors import number
 from fastflower.loading.loader import Loader
 from fastflower.loading.stats import Stats
-from fastflower.recipes.recipe import Recipe
+from fastflower.recipes.recipe import Recipe, checked
 from fastflower.shards.remote import Remote
 from fastflower.training.run import Run
 
@@ -59,8 +59,8 @@ def diagnose(
 
     Returns a Diagnosis; print it to see the bottleneck. Raises ShardError, ArgumentError or DeviceError as Loader does.
     """
-    recipe = replace(recipe or Recipe(), weights=None)
-    require(seconds > 0, "seconds", "above 0", seconds)
+    recipe = replace(checked(recipe), weights=None)
+    seconds = number("seconds", seconds, "a number above 0", lambda seconds: seconds > 0)
     run = Run(shards, recipe, Path(), resolve_device(device))
     loader = Loader(
         shards,

@@ -6,9 +6,9 @@ import torch
 
 from fastflower import distributed
 from fastflower.devices import resolve_device
-from fastflower.errors import ArgumentError, CheckpointError, require
+from fastflower.errors import ArgumentError, CheckpointError, boolean, integer
 from fastflower.models.checkpoint import LAST, Checkpoint
-from fastflower.recipes.recipe import Recipe
+from fastflower.recipes.recipe import Recipe, checked
 from fastflower.reporting.report import Report
 from fastflower.shards.remote import Remote
 from fastflower.training.failures import explained
@@ -54,9 +54,9 @@ def train(
         >>> sorted(path.name for path in report.folder.glob("*.pt"))
         ['checkpoint-best.pt', 'checkpoint-last.pt']
     """
-    rule = "a Recipe, for example fastflower.recipes.presets.PRESETS['finetune']()"
-    require(isinstance(recipe, Recipe), "recipe", rule, recipe)  # pyright: ignore[reportUnnecessaryIsInstance]
-    require(save_steps is None or save_steps >= 1, "save_steps", "at least 1", save_steps)
+    recipe = checked(recipe)
+    resume = boolean("resume", resume)
+    save_steps = None if save_steps is None else integer("save_steps", save_steps, 1)
     with (
         distributed.process_group(device),
         torch.random.fork_rng(range(torch.cuda.device_count())),  # pyright: ignore[reportUnknownMemberType]  (untyped)

@@ -75,8 +75,8 @@ def test_the_preview_command_writes_a_png(shards: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"images": 0}, "images must be 1 .. 100, got 0."),
-        ({"draws": 101}, "draws must be 1 .. 100, got 101."),
+        ({"images": 0}, "images must be an integer from 1 to 100, got 0."),
+        ({"draws": 101}, "draws must be an integer from 1 to 100, got 101."),
         ({"out": "seen.jpg"}, "out must be a .png file, got 'seen.jpg'."),
         (
             {"out": "no/seen.png"},

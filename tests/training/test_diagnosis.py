@@ -57,7 +57,7 @@ def test_the_diagnosis_loads_with_the_backend_of_training(shards: Path, monkeypa
 
 
 def test_a_diagnosis_of_zero_seconds_is_refused(shards: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"^seconds must be above 0, got 0\.$"):
+    with pytest.raises(ArgumentError, match=r"^seconds must be a number above 0, got 0\.$"):
         diagnose(shards, SMALL, seconds=0)
 
 

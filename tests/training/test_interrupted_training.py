@@ -367,7 +367,7 @@ def test_other_errors_of_torch_pass_through_unchanged(
 
 
 def test_save_steps_of_zero_is_refused(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"^save_steps must be at least 1, got 0\.$"):
+    with pytest.raises(ArgumentError, match=r"^save_steps must be an integer, at least 1, got 0\.$"):
         train(shards, RECIPE, out=tmp_path / "run", save_steps=0, device="cpu")
     assert not (tmp_path / "run").exists()
 
