@@ -35,7 +35,7 @@ _DASK = Flag(
 )
 _TYPES: dict[str, object] = {
     "folder": Path,
-    "out": Path,
+    "out": Path | None,
     "shards": str,
     "checkpoint": Path,
     "images": list[str],  # paths and URLs
@@ -133,7 +133,7 @@ def _help_if_asked(command: str, call: Callable[..., object], flags: Sequence[Fl
 def _pack(prog: str, args: Sequence[str]) -> None:
     from fastflower.packing.packer import pack
 
-    values = _parse(prog, args, pack, split=Repeated(Path))
+    values = _parse(prog, args, pack, out=Path, split=Repeated(Path))
     with _dask(values.pop("dask", None)) as executor:
         manifest = pack(**values, executor=executor)
     for name, split in manifest.splits.items():
@@ -202,7 +202,7 @@ def _preview(prog: str, args: Sequence[str]) -> None:
     from fastflower.reporting.preview import preview
 
     args = [text.replace("--photographs", "--images") for text in args]  # the flag's previous name
-    print(f"wrote {preview(**_parse_recipe(prog, args, preview, images=int))}")
+    print(f"wrote {preview(**_parse_recipe(prog, args, preview, out=Path, images=int))}")
 
 
 def _train(prog: str, args: Sequence[str]) -> None:

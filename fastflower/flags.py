@@ -20,7 +20,7 @@ from fastflower.suggestions import did_you_mean, instead
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_RULES: dict[object, str] = {int: "an integer", float: "a number"}
+_RULES: dict[object, str] = {int: "an integer", float: "a number", bool: "True or False"}
 _SENTENCE = re.compile(r'\.\s+(?=[A-Z"])(?!None\b)')  # between two sentences; what None means belongs to the first
 _HELP = "help"
 
@@ -218,6 +218,9 @@ def _value_or_none(kind: object, texts: Sequence[str]) -> object:
         elif get_origin(one) is Literal:
             if len(texts) == 1 and texts[0] in kinds:
                 return texts[0]
+        elif one is bool:
+            if texts in (["True"], ["False"]):
+                return texts == ["True"]
         elif one is not NoneType and len(texts) == 1:
             try:
                 return cast("Callable[[str], object]", one)(texts[0])
@@ -243,7 +246,7 @@ def _metavar(flag: Flag) -> str:
 
 
 def _word(kind: object) -> str:
-    return {int: "INT", float: "FLOAT", Path: "PATH"}.get(cast("type", kind), "TEXT")
+    return {int: "INT", float: "FLOAT", Path: "PATH", bool: "{True,False}"}.get(cast("type", kind), "TEXT")
 
 
 def _brief(text: str) -> str:

@@ -141,6 +141,7 @@ def test_what_is_suggested_exists_and_no_suggested_word_is_a_flag() -> None:
         ("train s 30", "unexpected '30'; type fastflower train SHARDS and then flags."),
         ("evaluate c", "SHARDS is missing (The folder written by `pack`, or its URL, as for Loader); "
          "type fastflower evaluate CHECKPOINT SHARDS."),
+        ("evaluate c s --tta no", "--tta must be True or False, got 'no'."),
         ("pack d --val-fraction 20%", "--val-fraction must be a number, got '20%'."),
         ("pack d --split-by classes", "--split-by must be one of class, random, folder, got 'classes'. Did you mean class?"),
     ],
@@ -258,3 +259,9 @@ def test_any_command_line_is_parsed_or_explained(args: list[str]) -> None:
         assert str(error)  # noqa: PT017  (an error is one of two outcomes)
     else:
         assert "shards" in values or "help" in values
+
+
+@pytest.mark.parametrize(("text", "value"), [("True", True), ("False", False), ("None", None)])
+def test_a_switch_that_may_be_none_takes_a_value(text: str, value: bool | None) -> None:
+    flags = flags_of(evaluate, {"checkpoint": str, "shards": str})
+    assert parse("evaluate", flags, ["c", "s", "--tta", text])["tta"] is value
