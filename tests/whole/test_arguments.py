@@ -26,12 +26,11 @@ DEVICE = "cpu, cuda or cuda:NUMBER"
         (train, "save_steps", 1.5, "an integer, at least 1"),
         (train, "save_steps", True, "an integer, at least 1"),
         (train, "resume", "no", "True or False"),
-        (train, "device", 7, DEVICE),
         (train, "device", "", DEVICE),
         (diagnose, "recipe", {}, RECIPE),
         (diagnose, "seconds", "5", "a number above 0"),
         (diagnose, "seconds", float("inf"), "a number above 0"),
-        (diagnose, "device", True, DEVICE),
+        (diagnose, "device", "gpu", DEVICE),
         (preview, "recipe", [], RECIPE),
         (preview, "images", 2.0, "an integer from 1 to 100"),
         (preview, "images", 101, "an integer from 1 to 100"),
@@ -39,7 +38,7 @@ DEVICE = "cpu, cuda or cuda:NUMBER"
         (verify, "repair", 1, "True or False"),
         (evaluate, "split", 3, "a name, for example val, train or test"),
         (evaluate, "tta", "no", "True or False"),
-        (evaluate, "device", 0, DEVICE),
+        (evaluate, "device", "gpu0", DEVICE),
     ],
 )
 def test_a_wrong_argument_is_named_with_its_rule(
