@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
 from fastflower.draws.draw import Draw, Mix
-from fastflower.draws.random import Dice, Floats, Slot, Stream
-from fastflower.errors import Rules, check_fields
+from fastflower.draws.random import ATTEMPTS, Dice, Floats, Slot, Stream
+from fastflower.errors import Rules, check_fields, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,14 +27,20 @@ class Augment:
 
     size: int | tuple[int, int] = 224
     """Output size in pixels: (height, width), or one number for a square."""
-    resize: int | tuple[int, int] | None = None
-    """Resize before the center crop, in pixels: the shorter side, or exact (height, width). Ignored if `crop` is set.
-    None: 8/7 of the longer side of `size`, for example 256 for 224 [torchvision]."""
+    resize: int | tuple[int, int] | Literal["off"] | None = None
+    """Resize before the center crop or `random_crop`, in pixels: the shorter side, or exact (height, width). "off": images
+    keep their size. Ignored if `crop` is set. None: 8/7 of the longer side of `size`, for example 256 for 224 [torchvision]."""
     crop: tuple[float, float] | None = None
     """Area of the random crop as a fraction of the image, uniform in (min, max).
-    None: center crop [RandomResizedCrop]."""
+    None: center crop, or `random_crop` [RandomResizedCrop]."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Aspect ratio (width / height) of the random crop, log-uniform in (min, max) [RandomResizedCrop]."""
+    random_crop: bool = False
+    """Crop `size` at a random position after `resize`. A smaller image is placed at random in a larger one [RandomCrop]."""
+    padding: int = 0
+    """Pixels by which `random_crop` may go beyond each edge of the resized image [RandomCrop]."""
+    padding_mode: Literal["constant", "edge"] = "constant"
+    """What `random_crop` shows beyond the image: "constant" for black, or "edge" for the nearest pixel [RandomCrop]."""
     flip: float = 0.0
     """Probability of a horizontal flip [RandomHorizontalFlip]."""
     flip_vertical: float = 0.0
@@ -51,6 +57,13 @@ class Augment:
     shear: tuple[float, float] = (0.0, 0.0)
     """Maximum shear (x, y) in degrees, each below 90. The angles are uniform in [-x, x] and [-y, y].
     (0, 0) disables it [RandomAffine]."""
+    rotate_probability: float = 1.0
+    """Probability of applying `rotate` [RandomApply]."""
+    affine_probability: float = 1.0
+    """Probability of applying `affine_rotate`, `translate`, `scale` and `shear` [RandomApply]."""
+    move_first: bool = False
+    """Rotate, shift, scale and shear the whole resized image before the crop, not the output. `translate` is then a
+    fraction of the image, and `fill` is without effect [RandomRotation before RandomResizedCrop]."""
     brightness: float = 0.0
     """Brightness jitter. The factor is uniform in [max(0, 1 - brightness), 1 + brightness].
     0 disables it [ColorJitter]."""
@@ -62,6 +75,10 @@ class Augment:
     hue: float = 0.0
     """Maximum hue shift as a fraction of the color wheel, at most 0.5. The shift is uniform in [-hue, hue].
     0 disables it [ColorJitter]."""
+    jitter_probability: float = 1.0
+    """Probability of applying `brightness`, `contrast`, `saturation` and `hue` [RandomApply]."""
+    grayscale: float = 0.0
+    """Probability of turning the image gray, after the jitter [RandomGrayscale]."""
     erase: float = 0.0
     """Probability of erasing a rectangle [RandomErasing]."""
     erase_area: tuple[float, float] = (0.02, 0.33)
@@ -88,6 +105,14 @@ class Augment:
 
     def __post_init__(self) -> None:
         check_fields(self, _RULES)
+        black = self.padding_mode == "constant"
+        rules = [
+            ("random_crop", not self.random_crop or self.crop is None, "False if crop is set"),
+            ("padding", self.random_crop or self.padding == 0, "0 unless random_crop is True"),
+            ("padding_mode", black or not self.move_first, "'constant' if move_first is True"),
+        ]
+        for name, holds, rule in rules:
+            require(holds, f"Augment.{name}", rule, getattr(self, name))
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -95,7 +120,7 @@ class Augment:
         return _pair(self.size)
 
     @property
-    def resized(self) -> int | tuple[int, int]:
+    def resized(self) -> int | tuple[int, int] | Literal["off"]:
         """`resize`, or its default if it is None."""
         return round(max(self.output_size) * 8 / 7) if self.resize is None else self.resize
 
@@ -108,8 +133,13 @@ class Augment:
     @property
     def uncovers(self) -> bool:
         """True if the output may show areas outside the crop or the image."""
-        small = any(side < out for side, out in zip(_pair(self.resized), self.output_size, strict=True))
-        return self.moves or (self.crop is None and small)
+        if self.moves or self.crop is not None:
+            return self.moves
+        if self.random_crop and self.padding_mode != "constant":
+            return False
+        if isinstance(self.resized, str) or self.padding:
+            return True
+        return any(side < out for side, out in zip(_pair(self.resized), self.output_size, strict=True))
 
     @property
     def erase_levels(self) -> tuple[float, ...]:
@@ -148,22 +178,28 @@ class Augment:
             [[61.0, 35.0, 334.0, 309.0]]
         """
         indices_N = np.asarray(indices, np.int64).reshape(-1)
-        sizes_N2 = np.asarray(sizes, np.int64).reshape(-1, 2)
+        sizes_N2 = np.array(sizes, np.int64).reshape(-1, 2)  # a copy, which the draw keeps
         dice = Dice(seed, 0 if self.fixed else epoch, indices_N)
-        furthest = np.array(self.translate) * self.output_size[::-1]
+        frame_N2 = self._frame(sizes_N2)
+        furthest_N2 = self.translate * frame_N2[:, ::-1]
+        rotated, bent, jittered = (dice.happens(getattr(self, name), slot) for name, slot in _PROBABILITIES.items())
         return Draw(
             size=self.output_size,
-            roi=self._center(sizes_N2) if self.crop is None else self._random_crop(dice, sizes_N2, self.crop),
+            move_first=self.move_first,
+            image=sizes_N2,
+            frame=frame_N2,
+            roi=self._window(dice, sizes_N2) if self.crop is None else self._random_crop(dice, sizes_N2, self.crop),
             flip=dice.uniform(Slot.FLIP, 2) < (self.flip, self.flip_vertical),
-            rotate=dice.between(-self.rotate, self.rotate, Slot.ROTATE),
-            affine_rotate=dice.between(-self.affine_rotate, self.affine_rotate, Slot.AFFINE_ROTATE),
-            translate=np.rint(dice.between(-1, 1, Slot.TRANSLATE_X, 2) * furthest),
-            scale=dice.between(*self.scale, Slot.SCALE),
-            shear=dice.between(-1, 1, Slot.SHEAR_X, 2) * self.shear,
-            brightness=dice.factor(self.brightness, Slot.BRIGHTNESS),
-            contrast=dice.factor(self.contrast, Slot.CONTRAST),
-            saturation=dice.factor(self.saturation, Slot.SATURATION),
-            hue=dice.between(-self.hue, self.hue, Slot.HUE),
+            rotate=np.where(rotated, dice.between(-self.rotate, self.rotate, Slot.ROTATE), 0),
+            affine_rotate=np.where(bent, dice.between(-self.affine_rotate, self.affine_rotate, Slot.AFFINE_ROTATE), 0),
+            translate=np.where(bent[:, None], np.rint(dice.between(-1, 1, Slot.TRANSLATE_X, 2) * furthest_N2), 0),
+            scale=np.where(bent, dice.between(*self.scale, Slot.SCALE), 1),
+            shear=np.where(bent[:, None], dice.between(-1, 1, Slot.SHEAR_X, 2) * self.shear, 0),
+            brightness=np.where(jittered, dice.factor(self.brightness, Slot.BRIGHTNESS), 1),
+            contrast=np.where(jittered, dice.factor(self.contrast, Slot.CONTRAST), 1),
+            saturation=np.where(jittered, dice.factor(self.saturation, Slot.SATURATION), 1),
+            hue=np.where(jittered, dice.between(-self.hue, self.hue, Slot.HUE), 0),
+            gray=dice.happens(self.grayscale, Slot.GRAYSCALE),
             erase=self._erased(dice),
         )
 
@@ -189,14 +225,30 @@ class Augment:
                 share[pair] = 1 - (end - corner).prod() / size.prod()
         return Mix(share, box, cut)
 
-    def _center(self, sizes_N2: NDArray[np.int64]) -> Floats:
-        """Return the source rectangles (N, 4) that Resize and CenterCrop would show, rounded as in torchvision."""
-        size, resized = np.array(self.output_size), np.array(self.resized)
-        if resized.ndim == 0:  # one number: the shorter side
-            resized = resized * sizes_N2 // sizes_N2.min(axis=1, keepdims=True)
+    def _frame(self, sizes_N2: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the sizes (N, 2) of what rotation and affine act on."""
+        if not self.move_first:
+            return np.tile(self.output_size, (len(sizes_N2), 1))
+        return sizes_N2 if self.crop is not None else self._resized(sizes_N2)
+
+    def _resized(self, sizes_N2: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the sizes (N, 2) that `resize` gives to images, rounded as in torchvision."""
+        if isinstance(self.resized, str):
+            return sizes_N2
+        if isinstance(self.resized, tuple):
+            return np.tile(self.resized, (len(sizes_N2), 1))
+        return self.resized * sizes_N2 // sizes_N2.min(axis=1, keepdims=True)
+
+    def _window(self, dice: Dice, sizes_N2: NDArray[np.int64]) -> Floats:
+        """Return the source rectangles (N, 4) that Resize and CenterCrop or RandomCrop would show, as in torchvision."""
+        size, resized = np.array(self.output_size), self._resized(sizes_N2)
+        if self.random_crop:
+            room = resized + 2 * self.padding - size  # below 0 if even the padded image is too small
+            start = np.minimum(room, 0) - self.padding + dice.position(np.abs(room), Slot.CROP + 2 * ATTEMPTS)
+        else:
+            # torchvision rounds the offset half to even, and puts the extra pixel of padding at the bottom and right.
+            start = np.where(resized < size, -((size - resized) // 2), np.rint((resized - size) / 2))
         factor = sizes_N2 / resized
-        # torchvision rounds the crop offset half to even, and puts the extra pixel of padding at the bottom and right.
-        start = np.where(resized < size, -((size - resized) // 2), np.rint((resized - size) / 2))
         return np.concatenate([start * factor, size * factor], axis=1)
 
     def _random_crop(self, dice: Dice, sizes_N2: NDArray[np.int64], crop: tuple[float, float]) -> Floats:
@@ -217,7 +269,7 @@ class Augment:
         # `sides` takes width / height, as in crop_ratio. erase_ratio is height / width, so swap the sides.
         sides_NA2 = dice.sides(self.erase_area, size_12.prod(axis=1), self.erase_ratio, Slot.ERASE_BOX)[..., ::-1]
         fits_N, box_N4 = dice.first_fit(sides_NA2, sides_NA2 < size_12, size_12, Slot.ERASE_BOX)
-        erased_N = fits_N & (dice.between(0, 1, Slot.ERASE) < self.erase)
+        erased_N = fits_N & dice.happens(self.erase, Slot.ERASE)
         return np.where(erased_N[:, None], box_N4, 0).astype(np.int64)
 
 
@@ -225,15 +277,23 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
 
 
+# Fields with the probability of a group of augmentations, each with its slot.
+_PROBABILITIES = {
+    "rotate_probability": Slot.ROTATE_APPLIES,
+    "affine_probability": Slot.AFFINE_APPLIES,
+    "jitter_probability": Slot.JITTER_APPLIES,
+}
 _RANGE = "(min, max) with 0 < min <= max"
 _RULES: Rules = {
-    **{
-        name: ("one or two integers, each at least 1", lambda size: min(_pair(size)) >= 1)
-        for name in ("size", "resize")
-    },
+    "size": ("one or two integers, each at least 1", lambda size: min(_pair(size)) >= 1),
+    "resize": (
+        "one or two integers, each at least 1, or 'off'",
+        lambda resize: resize == "off" or min(_pair(resize)) >= 1,
+    ),
+    "padding": ("an integer, at least 0", lambda pixels: pixels >= 0),
     **{
         name: ("a probability in [0, 1]", lambda chance: 0 <= chance <= 1)
-        for name in ("flip", "flip_vertical", "erase")
+        for name in ("flip", "flip_vertical", "grayscale", "erase", *_PROBABILITIES)
     },
     **{
         name: ("a number, 0 or more", lambda strength: strength >= 0)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastflower.draws import geometry
 from fastflower.draws.geometry import Floats
@@ -13,6 +13,8 @@ from fastflower.draws.geometry import Floats
 # We add half of that variance. Rotated crops then differ from torchvision's by 1.3 instead of 1.7 gray levels (0 to
 # 255), and are no less accurate (docs/augmentation.md).
 SOFTNESS = 0.5
+# Before the crop, which may then magnify it, we add all of it: 1.5 instead of 2.1 gray levels.
+SOFTNESS_FIRST = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,12 @@ class Draw:
 
     size: tuple[int, int]
     """(height, width) of the output."""
+    move_first: bool
+    """Whether rotation and affine act on the image before the crop, and not on the output."""
+    image: NDArray[np.int64]
+    """(N, 2) height and width of the source."""
+    frame: NDArray[np.int64]
+    """(N, 2) height and width of what they act on: the output, or the source as resized before the crop."""
     roi: Floats
     """(N, 4) top, left, height, width of the crop in the source. The crop may extend beyond the image."""
     flip: NDArray[np.bool_]
@@ -43,6 +51,8 @@ class Draw:
     """(N,) factor; 1 changes nothing, 0 gives gray."""
     hue: Floats
     """(N,) shift as a fraction of the color wheel, in [-0.5, 0.5]; 0 changes nothing."""
+    gray: NDArray[np.bool_]
+    """(N,) whether to turn the image gray."""
     erase: NDArray[np.int64]
     """(N, 4) top, left, height, width of the erased rectangle in the output; height 0 erases nothing."""
 
@@ -52,29 +62,50 @@ class Draw:
     def matrix(self) -> Floats:
         """Return all geometry as one matrix per sample, (N, 2, 3), from destination to source."""
         matrix = geometry.compose(geometry.resized_crop(self.roi, self.size), geometry.flips(self.flip, self.size))
+        if not self.move_first:
+            return self._moved(matrix)
+        to_image = geometry.resized_crop(self._whole, (self.frame[:, 0], self.frame[:, 1]))
+        return geometry.compose(geometry.compose(self._moved(to_image), geometry.invert(to_image)), matrix)
+
+    def _moved(self, matrix: Floats) -> Floats:
+        """Compose a matrix with the rotation and the affine transform of the frame."""
+        size = (self.frame[:, 0], self.frame[:, 1])
         still = np.zeros_like(self.shear)
         # torchvision's rotate is counterclockwise, but its affine is clockwise.
         if self.rotate.any():
-            rotation = geometry.affine(-self.rotate, still, np.ones_like(self.scale), still, self.size)
+            rotation = geometry.affine(-self.rotate, still, np.ones_like(self.scale), still, size)
             matrix = geometry.compose(matrix, rotation)
         if any(drawn.any() for drawn in (self.affine_rotate, self.translate, self.scale - 1, self.shear)):
-            moved = geometry.affine(self.affine_rotate, self.translate, self.scale, self.shear, self.size)
+            moved = geometry.affine(self.affine_rotate, self.translate, self.scale, self.shear, size)
             matrix = geometry.compose(matrix, moved)
         return matrix
 
-    def warp(self, sizes_N2: ArrayLike, fill: str) -> geometry.Warp:
-        """Return the geometry in the form a backend needs. `sizes_N2` holds the height and width of each image."""
-        sizes = np.asarray(sizes_N2, np.float64).reshape(-1, 2)
-        image = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
-        visible = image if fill == "photo" else geometry.intersect(image, self.roi)
+    @property
+    def _whole(self) -> Floats:
+        """(N, 4) rectangles of the entire sources."""
+        return np.concatenate([np.zeros_like(self.image), self.image], axis=1).astype(np.float64)
+
+    def warp(self, fill: str, padding_mode: str) -> geometry.Warp:
+        """Return the geometry in the form a backend needs. fill, padding_mode  As in `Augment`."""
+        image = visible = self._whole
+        if padding_mode != "constant":
+            visible = geometry.unite(image, self.roi)
+        if fill == "black" and not self.move_first:
+            visible = geometry.intersect(visible, self.roi)
         turned = (self.rotate != 0).astype(np.float64)
         bent = (self.affine_rotate != 0) | (self.scale != 1) | (self.shear != 0).any(axis=1)
-        return geometry.plan(self.matrix(), visible, self.size, SOFTNESS * (turned + bent))
+        matrix, skipped = self.matrix(), (turned + bent)[:, None]
+        footprint = geometry.footprints(matrix)
+        if self.move_first:
+            footprint = footprint + SOFTNESS_FIRST * skipped * np.square(self.image / self.frame)
+        else:
+            footprint = footprint * (1 + SOFTNESS * skipped)
+        return geometry.plan(matrix, visible, image, self.size, footprint)
 
     def take(self, rows: slice) -> "Draw":
         """Return the draws of the samples in `rows`."""
-        arrays = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "size"}
-        return replace(self, **arrays)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in values.items() if isinstance(value, np.ndarray)})
 
 
 class Mix(NamedTuple):

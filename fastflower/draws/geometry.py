@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from fastflower.draws.random import Floats
 
+Size = tuple[int, int] | tuple[NDArray[np.int64], NDArray[np.int64]]
+"""(height, width) in pixels, of all images or of each."""
+
 # Smaller blurs are skipped: they take a tenth of the rendering time, but change images by less than 0.1 gray levels.
 MIN_VARIANCE = 0.02
 
@@ -38,7 +41,7 @@ def transform(matrix_N23: Floats, points_NP2: Floats) -> Floats:
     return points_NP2 @ np.swapaxes(matrix_N23[..., :2], -1, -2) + matrix_N23[..., None, :, 2]
 
 
-def resized_crop(roi_N4: Floats, size: tuple[int, int]) -> Floats:
+def resized_crop(roi_N4: Floats, size: Size) -> Floats:
     """Return the warps that stretch each source ROI (top, left, height, width) to a destination of `size`."""
     top, left, height, width = np.moveaxis(roi_N4, -1, 0)
     zero = np.zeros_like(top)
@@ -54,7 +57,7 @@ def flips(flip_N2: NDArray[np.bool_], size: tuple[int, int]) -> Floats:
     return np.moveaxis(np.array(rows), -1, 0)
 
 
-def affine(angle_N: Floats, translate_N2: Floats, scale_N: Floats, shear_N2: Floats, size: tuple[int, int]) -> Floats:
+def affine(angle_N: Floats, translate_N2: Floats, scale_N: Floats, shear_N2: Floats, size: Size) -> Floats:
     """Return the warps that rotate, scale and shear about the center of `size`, then translate.
 
     angle  Clockwise rotation in degrees. translate  Shift (x, y) in pixels. shear  Shear (x, y) in degrees.
@@ -98,6 +101,13 @@ def intersect(one_N4: Floats, other_N4: Floats) -> Floats:
     return np.concatenate([start, np.maximum(stop - start, least)], axis=-1)
 
 
+def unite(one_N4: Floats, other_N4: Floats) -> Floats:
+    """Return the smallest rectangles that contain both rectangles (top, left, height, width)."""
+    start = np.minimum(one_N4[:, :2], other_N4[:, :2])
+    stop = np.maximum(one_N4[:, :2] + one_N4[:, 2:], other_N4[:, :2] + other_N4[:, 2:])
+    return np.concatenate([start, stop - start], axis=1)
+
+
 def grow(quad_N42: Floats, distance: float) -> Floats:
     """Move every edge of the parallelograms outward by `distance` pixels."""
     half_across = (quad_N42[..., 1, :] - quad_N42[..., 0, :]) / 2
@@ -108,6 +118,14 @@ def grow(quad_N42: Floats, distance: float) -> Floats:
     down = half_down * (distance * np.linalg.norm(half_across, axis=-1) / area)[..., None]
     steps = [-across - down, across - down, across + down, down - across]
     return quad_N42 + np.stack(steps, axis=-2)
+
+
+def are_whole(quad_N42: Floats) -> NDArray[np.bool_]:
+    """Return whether parallelograms are upright rectangles with edges between pixels, (N,), within 1/1000 pixel."""
+    edges_N22 = np.stack([quad_N42.min(axis=1), quad_N42.max(axis=1)], axis=1)
+    from_edge_N42 = np.abs(quad_N42[:, None] - edges_N22[:, :, None]).min(axis=1)
+    from_pixel_N22 = np.abs(edges_N22 - np.rint(edges_N22))
+    return np.maximum(from_edge_N42.max(axis=(1, 2)), from_pixel_N22.max(axis=(1, 2))) < 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,18 +155,23 @@ class Warp:
         return Warp(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness_N: Floats) -> Warp:
-    """Plan warps to a destination of `size` that show only the `visible` rectangles of the sources.
+def footprints(matrix_N23: Floats) -> Floats:
+    """Return the footprints (N, 2) of warps: vertical, horizontal, in squared source pixels.
 
-    visible  Rectangles (N, 4). softness  Fraction (N,) by which to enlarge the footprint.
-
-    The footprint describes the triangle filter of antialiased bilinear resizing in Pillow and torchvision. In destination
+    A footprint describes the triangle filter of antialiased bilinear resizing in Pillow and torchvision. In destination
     pixels, the filter is 1 - |t| for |t| < 1, and its variance is 1/6. Let J be the linear part of a warp. In source
     pixels, the filter's covariance is then J J^T / 6. Only the diagonal is used.
     """
+    return np.square(matrix_N23[:, ::-1, :2]).sum(axis=2)
+
+
+def plan(matrix_N23: Floats, visible_N4: Floats, image_N4: Floats, size: tuple[int, int], footprint_N2: Floats) -> Warp:
+    """Plan warps to a destination of `size` that show only the `visible` rectangles of the sources.
+
+    visible  Rectangles (N, 4). Parts outside of `image`, (N, 4), show its edge pixels.
+    """
     # Rows are source y, x; columns are destination x, y. The destination's corner (0, 0) maps to the offset.
     linear_N22, offset_N2 = matrix_N23[:, ::-1, :2], matrix_N23[:, ::-1, 2]
-    footprint_N2 = np.square(linear_N22).sum(axis=2) * (1 + softness_N[:, None])
 
     # In the source, the destination is a parallelogram. Find its center and how far it extends from there.
     half_size = np.array([size[1] / 2, size[0] / 2])
@@ -163,7 +186,7 @@ def plan(matrix_N23: Floats, visible_N4: Floats, size: tuple[int, int], softness
 
     # A destination pixel is sqrt(footprint) source pixels wide. Filter and interpolation each read that far past the edge.
     read_N2 = reach_N2 + (2 + 2 * np.sqrt(footprint_N2))
-    read_N4 = intersect(visible_N4, np.concatenate([middle_N2 - read_N2, 2 * read_N2], axis=1))
+    read_N4 = intersect(intersect(image_N4, visible_N4), np.concatenate([middle_N2 - read_N2, 2 * read_N2], axis=1))
     first_N2 = np.floor(read_N4[:, :2] + 1e-6)  # whole pixels, within rounding error
     end_N2 = np.ceil(read_N4[:, :2] + read_N4[:, 2:] - 1e-6)
     to_region_N23 = matrix_N23.copy()

@@ -56,9 +56,13 @@ class Slot(IntEnum):
     HUE = 11
     ERASE = 12
     AFFINE_ROTATE = 13
-    # Unused: 14, 15, 38, 39, 62, 63.
+    GRAYSCALE = 14
+    JITTER_APPLIES = 15
     CROP = 16  # ATTEMPTS areas, ATTEMPTS ratios, then top and left
-    ERASE_BOX = 40  # the same layout
+    ROTATE_APPLIES = 38
+    AFFINE_APPLIES = 39
+    ERASE_BOX = 40  # the same layout as CROP
+    # Unused: 62, 63.
 
 
 _SLOTS = 64
@@ -86,6 +90,14 @@ class Dice:
         values = self.uniform(slot, count or 1)
         return least + (most - least) * (values if count else values[:, 0])
 
+    def happens(self, probability: float, slot: int) -> NDArray[np.bool_]:
+        """Return True with this probability, (N,)."""
+        return self.numbers_NS[:, slot] < probability
+
+    def position(self, room_N2: NDArray[np.int64] | Floats, slot: int) -> Floats:
+        """Return whole numbers (N, 2), each uniform in 0 .. room."""
+        return np.floor(self.uniform(slot, 2) * (room_N2 + 1))
+
     def sides(
         self, share: tuple[float, float], area_N: NDArray[np.int64], ratio: tuple[float, float], slot: int
     ) -> Floats:
@@ -102,7 +114,7 @@ class Dice:
         rows = np.arange(len(fits_NA))
         first = np.argmax(fits_NA, axis=1)
         chosen = sides_NA2[rows, first]
-        corner = np.floor(self.uniform(slot + 2 * ATTEMPTS, 2) * (sizes_N2 - chosen + 1))
+        corner = self.position(sizes_N2 - chosen, slot + 2 * ATTEMPTS)
         return fits_NA[rows, first], np.concatenate([corner, chosen], axis=1)
 
     def factor(self, strength: float, slot: int) -> Floats:

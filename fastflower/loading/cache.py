@@ -51,7 +51,7 @@ def decoded_bytes(sizes_N2: Integers, augment: Augment, seed: int) -> Decoded:
     kept = np.zeros((len(rows), 9))  # pixels per image and decode scale
     for epoch in range(4):
         draw = augment.draw(seed, epoch, rows, sizes_N2[rows])
-        scale = decode_scales(draw.warp(sizes_N2[rows], augment.fill).footprint)
+        scale = decode_scales(draw.warp(augment.fill, augment.padding_mode).footprint)
         kept[np.arange(len(rows)), scale] = areas / scale**2
     return Decoded(int(whole * kept.sum() / areas.sum()), most)
 

@@ -30,7 +30,7 @@ class Request:
     def drawn(cls, augment: Augment, indices: Integers, sizes: Integers, *, seed: int, epoch: int, step: int) -> Self:
         """Return a request with numbers drawn for the samples at `indices` (N,). sizes  (N, 2) height and width of the images."""
         draw = augment.draw(seed, epoch, indices, sizes)
-        return cls(epoch, step, indices, draw, draw.warp(sizes, augment.fill), augment, seed)
+        return cls(epoch, step, indices, draw, draw.warp(augment.fill, augment.padding_mode), augment, seed)
 
     def take(self, step: int, rows: slice) -> "Request":
         """Return a request for the samples in `rows`, with step number `step`. Its arrays are views of this request's arrays."""

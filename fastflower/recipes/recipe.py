@@ -116,7 +116,9 @@ class Recipe:
         # Round up, so the last epoch has the last size.
         stage = -(-epochs_seen * len(self.sizes) // self.epochs_per_training)
         factor = self.sizes[stage - 1] / self.augment.output_size[0]
-        resize = self.augment.resize and _scaled(self.augment.resize, factor)
+        resize = self.augment.resize
+        if resize is not None and resize != "off":
+            resize = _scaled(resize, factor)
         return replace(self.augment, size=_scaled(self.augment.size, factor), resize=resize)
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:

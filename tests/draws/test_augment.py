@@ -32,6 +32,7 @@ SWITCHED_ON: dict[str, Any] = {
     "contrast": 0.3,
     "saturation": 0.2,
     "hue": 0.3,
+    "grayscale": 0.4,
     "erase": 0.7,
 }
 DETERMINES: dict[str, tuple[str, Any]] = {
@@ -39,9 +40,11 @@ DETERMINES: dict[str, tuple[str, Any]] = {
     "crop": ("roi", ...),
     "flip": ("flip", (slice(None), 0)),
     "flip_vertical": ("flip", (slice(None), 1)),
+    "grayscale": ("gray", ...),
 }
 EVERYTHING = Augment(**SWITCHED_ON)
-ARRAYS = [field.name for field in fields(Draw) if field.name != "size"]
+ARRAYS = [field.name for field in fields(Draw) if field.name not in ("size", "move_first")]
+GIVEN = {"image", "frame"}  # not drawn
 
 
 def draw(augment: Augment, indices: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Draw:
@@ -51,7 +54,8 @@ def draw(augment: Augment, indices: ArrayLike, *, seed: int = 0, epoch: int = 0)
 
 
 def equal(one: Draw, other: Draw) -> bool:
-    return one.size == other.size and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ARRAYS)
+    same = (one.size, one.move_first) == (other.size, other.move_first)
+    return same and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ARRAYS)
 
 
 @pytest.mark.parametrize("seed", [0, 1, -5, 2**63])
@@ -70,6 +74,7 @@ def test_the_default_draws_nothing(seed: int, epoch: int) -> None:
         contrast=np.ones(50),
         saturation=np.ones(50),
         hue=np.zeros(50),
+        gray=np.zeros(50, bool),
         erase=np.zeros((50, 4), np.int64),
     )
     assert equal(drawn, neutral)
@@ -88,7 +93,7 @@ def test_a_draw_does_not_depend_on_its_batch() -> None:
 
 
 def test_every_array_of_a_draw_is_covered_here() -> None:
-    assert {array for array, _ in DETERMINES.values()} == set(ARRAYS)
+    assert {array for array, _ in DETERMINES.values()} == set(ARRAYS) - GIVEN
 
 
 @pytest.mark.parametrize("name", SWITCHED_ON)
@@ -154,6 +159,7 @@ def test_no_two_drawn_numbers_are_correlated() -> None:
         "contrast": drawn.contrast,
         "saturation": drawn.saturation,
         "hue": drawn.hue,
+        "gray": drawn.gray,
     }
     correlation = np.corrcoef(np.array(list(columns.values()), np.float64)) - np.eye(len(columns))
     worst = np.unravel_index(np.abs(correlation).argmax(), correlation.shape)
@@ -213,90 +219,13 @@ def test_one_draw_equals_the_recorded_one() -> None:
         "contrast": 0.8804469533232336,
         "saturation": 1.1210060640989918,
         "hue": -0.13877230073635266,
+        "gray": False,
         "erase": [6, 2, 92, 49],
     }
     assert drawn.size == (160, 224)
-    assert recorded.keys() == set(ARRAYS)
+    assert recorded.keys() == set(ARRAYS) - GIVEN
     for name, value in recorded.items():
         assert np.allclose(getattr(drawn, name)[0], value, rtol=1e-14, atol=0), name
-
-
-@pytest.mark.parametrize("fill", ["black", "photo"])
-def test_fill_decides_what_is_visible(fill: str) -> None:
-    sizes = np.array([[300, 400], [90, 500]])
-    drawn = Augment(crop=(0.1, 0.2), rotate=30).draw(0, 0, [0, 1], sizes)
-    expected = drawn.roi if fill == "black" else [[0, 0, 300, 400], [0, 0, 90, 500]]
-    assert np.array_equal(drawn.warp(sizes, fill).visible, expected)
-
-
-def test_a_crop_beyond_the_image_shows_only_the_image() -> None:
-    drawn = Augment(resize=112, size=224).draw(0, 0, [0, 1], [[100, 100], [1, 1]])
-    assert np.allclose(drawn.roi, [[-50, -50, 200, 200], [-0.5, -0.5, 2, 2]])
-    warp = drawn.warp([[100, 100], [1, 1]], "black")
-    assert np.array_equal(warp.visible, [[0, 0, 100, 100], [0, 0, 1, 1]])
-    assert np.allclose(warp.quad, corners(np.array([[56.0, 56.0, 112.0, 112.0]] * 2)))
-    assert warp.masked.all()
-
-
-def test_each_resampling_of_torchvision_adds_half_a_triangle_to_the_footprint() -> None:
-    drawn = Augment(size=20, crop=(1, 1), crop_ratio=(1, 1)).draw(0, 0, range(6), np.full((6, 2), 20))
-    moved = replace(
-        drawn,
-        rotate=np.array([0, 5, 5, 5, 0, 0.0]),
-        affine_rotate=np.array([0, 0, 5, 0, 0, 0.0]),
-        shear=np.array([[0, 0], [0, 0], [0, 0], [0, 0], [0, 9], [0, 0.0]]),
-        translate=np.array([[0, 0]] * 5 + [[3, 2.0]]),
-    )
-    footprint = moved.warp(np.full((6, 2), 20), "black").footprint
-    assert np.allclose(footprint[[0, 1, 2, 3, 5]], np.array([1, 1.5, 2, 1.5, 1])[:, None])
-    assert footprint[4].min() >= 1.5
-
-
-@pytest.mark.parametrize("fill", ["black", "photo"])
-@pytest.mark.parametrize(
-    "augment",
-    [
-        Augment(crop=(0.5, 1.0), scale=(0.1, 0.1), translate=(1.0, 1.0), affine_rotate=180),
-        Augment(rotate=180, scale=(0.05, 20.0), shear=(80.0, 80.0), translate=(1.0, 1.0)),
-        Augment(resize=20),
-    ],
-)
-def test_no_draw_reads_outside_its_image(augment: Augment, fill: str) -> None:
-    sizes = np.random.default_rng(0).integers(1, 400, (500, 2))
-    region = augment.draw(0, 0, np.arange(500), sizes).warp(sizes, fill).region
-    assert (region[:, :2] >= 0).all()
-    assert (region[:, 2:] >= 1).all()
-    assert (region[:, :2] + region[:, 2:] <= sizes).all()
-
-
-@pytest.mark.parametrize("name", SWITCHED_ON)
-def test_moves_is_true_if_rotation_shift_scale_or_shear_is_drawn(name: str) -> None:
-    augment = Augment(**{name: SWITCHED_ON[name]})
-    moving = {"rotate", "affine_rotate", "translate", "scale", "shear"}
-    assert augment.moves == (name in moving)
-    assert not Augment().moves
-
-
-@pytest.mark.parametrize(
-    "augment",
-    [
-        Augment(),
-        Augment(resize=224),
-        Augment(resize=223),
-        Augment(resize=(300, 200)),
-        Augment(resize=(300, 200), size=(300, 200)),
-        Augment(resize=250, size=(200, 300)),
-        Augment(resize=100, crop=(0.1, 1.0)),
-        Augment(flip=0.5, flip_vertical=0.5, brightness=0.5, erase=0.5),
-        *(Augment(**{name: SWITCHED_ON[name]}) for name in ("crop", "rotate", "affine_rotate", "translate", "scale")),
-        Augment(shear=(0.0, 5.0)),
-        Augment(crop=(0.5, 1.0), rotate=5),
-    ],
-)
-def test_uncovers_is_true_if_some_output_shows_pixels_outside(augment: Augment) -> None:
-    sizes = np.random.default_rng(0).integers(30, 900, (500, 2))
-    masked = augment.draw(0, 0, np.arange(500), sizes).warp(sizes, "black").masked
-    assert masked.any() == augment.uncovers
 
 
 def test_erased_levels_are_those_that_normalize_to_the_value() -> None:
@@ -318,12 +247,17 @@ def test_sizes_are_pairs_or_squares() -> None:
     [
         ("size", 0, "one or two integers, each at least 1"),
         ("size", (224, 0), "one or two integers, each at least 1"),
-        ("resize", 0, "one or two integers, each at least 1"),
-        ("resize", (-1, 256), "one or two integers, each at least 1"),
+        ("resize", 0, "one or two integers, each at least 1, or 'off'"),
+        ("resize", (-1, 256), "one or two integers, each at least 1, or 'off'"),
         ("flip", 1.5, "a probability in [0, 1]"),
         ("flip", -0.1, "a probability in [0, 1]"),
         ("flip", float("nan"), "a probability in [0, 1]"),
         ("flip_vertical", 2, "a probability in [0, 1]"),
+        ("grayscale", 1.1, "a probability in [0, 1]"),
+        *((f"{name}_probability", -0.1, "a probability in [0, 1]") for name in ("rotate", "affine", "jitter")),
+        ("padding", -1, "an integer, at least 0"),
+        ("padding", 4, "0 unless random_crop is True"),
+        ("padding_mode", "wrap", "one of constant, edge"),
         ("erase", -1, "a probability in [0, 1]"),
         ("rotate", -10, "a number, 0 or more"),
         ("rotate", float("inf"), "a number, 0 or more"),
@@ -347,7 +281,7 @@ def test_sizes_are_pairs_or_squares() -> None:
         ("fill", "white", "one of black, photo"),
         ("std", (0.2, 0.0, 0.2), "three numbers above 0"),
         ("size", 64.5, "one or two integers, each at least 1"),
-        ("resize", (64, 64, 64), "one or two integers, each at least 1"),
+        ("resize", (64, 64, 64), "one or two integers, each at least 1, or 'off'"),
         ("translate", (0.1,), "two fractions in [0, 1]"),
         ("shear", (1, 2, 3), "two angles in [0, 90) degrees"),
         *((name, (0.1, 0.2, 0.3), "(min, max) with 0 < min <= max <= 1") for name in ("crop", "erase_area")),

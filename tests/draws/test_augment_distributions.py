@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
-from test_augment import LAW, SAMPLES, draw
+from test_augment import LAW, SAMPLES, SWITCHED_ON, draw
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
@@ -188,3 +188,56 @@ def test_affine_parameters_have_the_distribution_of_random_affine() -> None:
 def test_angles_have_the_distribution_of_random_rotation() -> None:
     peer = theirs(lambda: T.RandomRotation.get_params([-30.0, 30.0]))
     assert_same_distribution(draw(Augment(rotate=30), range(SAMPLES)).rotate, peer)
+
+
+@pytest.mark.parametrize(
+    ("image", "options"),
+    [
+        pytest.param((20, 30), {}, id="inside"),
+        pytest.param((9, 30), {}, id="no room below"),
+        pytest.param((12, 15), {"padding": 3}, id="padded"),
+        pytest.param((5, 30), {"pad_if_needed": True}, id="too small"),
+        pytest.param((4, 12), {"padding": 1, "pad_if_needed": True}, id="padded and too small"),
+    ],
+)
+def test_positions_have_the_distribution_of_random_crop(image: tuple[int, int], options: dict[str, Any]) -> None:
+    size, numbered = (9, 11), torch.arange(1, image[0] * image[1] + 1).reshape(1, *image)
+    transform = T.RandomCrop(size, **options)
+
+    def corner() -> tuple[int, int]:
+        """The top left of the crop in the image, from the number of any pixel that is not padding."""
+        crop = transform(numbered)[0]
+        row, column = torch.nonzero(crop)[0].tolist()
+        number = int(crop[row, column]) - 1
+        return number // image[1] - row, number % image[1] - column
+
+    augment = Augment(size=size, resize="off", random_crop=True, padding=options.get("padding", 0))
+    ours = augment.draw(0, 0, np.arange(SAMPLES), np.tile(image, (SAMPLES, 1))).roi
+    peer = theirs(corner)
+    assert (ours[:, 2:] == size).all()
+    for axis in (0, 1):
+        assert_same_distribution(ours[:, axis], peer[:, axis])
+        assert set(ours[:, axis]) == set(peer[:, axis])
+
+
+def test_a_probability_switches_its_group_as_random_apply_does() -> None:
+    switched = {"rotate_probability": 0.3, "affine_probability": 0.8, "jitter_probability": 0.5, "grayscale": 0.2}
+    always = {**SWITCHED_ON, "grayscale": 0.0}
+    one, other = (Augment(**{**always, **fields}) for fields in ({}, switched))
+    whole, part, nothing = (draw(augment, range(SAMPLES)) for augment in (one, other, Augment()))
+    groups = {
+        "rotate_probability": ("rotate",),
+        "affine_probability": ("affine_rotate", "translate", "scale", "shear"),
+        "jitter_probability": ("brightness", "contrast", "saturation", "hue"),
+    }
+    applied = {"grayscale": part.gray}
+    for name, arrays in groups.items():
+        applied[name] = getattr(part, arrays[0]) != getattr(nothing, arrays[0])
+        for array in arrays:  # the group's own numbers, or no change
+            drawn, on = getattr(part, array), applied[name]
+            assert np.array_equal(drawn[on], getattr(whole, array)[on])
+            assert np.array_equal(drawn[~on], getattr(nothing, array)[~on])
+    for name, probability in switched.items():
+        assert abs(applied[name].mean() - probability) < 5 * sqrt(probability * (1 - probability) / SAMPLES)
+    correlation = np.corrcoef(np.array(list(applied.values()), float)) - np.eye(len(applied))
+    assert np.abs(correlation).max() < 0.08, "the groups are switched independently of each other"

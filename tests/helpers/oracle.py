@@ -15,18 +15,37 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet, from to
 
 def geometry_chain(image: torch.Tensor, draw: Draw, row: int, augment: Augment) -> torch.Tensor:
     """Apply crop, flips, rotation and affine, one torchvision call each, to a (C, H, W) float32 image in 0..1."""
-    size = list(draw.size)
-    if augment.crop is None:
+    if augment.crop is None and augment.resized != "off":
         resize = augment.resized if isinstance(augment.resized, tuple) else [augment.resized]
         image = F.resize(image, list(resize), BILINEAR, antialias=True)
+    if augment.move_first:
+        return cropped(moved(image, draw, row, augment), draw, row, augment)
+    return moved(cropped(image, draw, row, augment), draw, row, augment)
+
+
+def cropped(image: torch.Tensor, draw: Draw, row: int, augment: Augment) -> torch.Tensor:
+    """Crop and flip."""
+    size = list(draw.size)
+    if augment.crop is None and not augment.random_crop:
         image = F.center_crop(image, size)
+    elif augment.crop is None:
+        top, left = (draw.roi[row, :2] * image.shape[1:] / draw.image[row]).round().astype(int).tolist()
+        # torchvision pads, then crops. These pads are large enough for any crop that overlaps the image.
+        edges = [max(0, -left), max(0, -top)]
+        far = [max(0, edge + size[1 - axis] - image.shape[2 - axis]) for axis, edge in enumerate((left, top))]
+        image = F.crop(
+            F.pad(image, edges + far, padding_mode=augment.padding_mode), top + edges[1], left + edges[0], *size
+        )
     else:
         top, left, height, width = (int(part) for part in draw.roi[row])
         image = F.resized_crop(image, top, left, height, width, size, BILINEAR, antialias=True)
     if draw.flip[row, 0]:
         image = F.horizontal_flip(image)
-    if draw.flip[row, 1]:
-        image = F.vertical_flip(image)
+    return F.vertical_flip(image) if draw.flip[row, 1] else image
+
+
+def moved(image: torch.Tensor, draw: Draw, row: int, augment: Augment) -> torch.Tensor:
+    """Rotate, then apply the affine transform."""
     if augment.rotate:
         image = F.rotate(image, float(draw.rotate[row]), BILINEAR)
     if augment.moves:
@@ -42,7 +61,7 @@ def geometry_chain(image: torch.Tensor, draw: Draw, row: int, augment: Augment) 
 
 
 def color_chain(image: torch.Tensor, draw: Draw, row: int) -> torch.Tensor:
-    """Apply brightness, contrast, saturation and hue to a (3, H, W) float32 image in 0..1, except steps that change nothing."""
+    """Apply jitter, then grayscale, to a (3, H, W) float32 image in 0..1, except steps that change nothing."""
     for adjust, factor, neutral in (
         (F.adjust_brightness, draw.brightness[row], 1),
         (F.adjust_contrast, draw.contrast[row], 1),
@@ -50,7 +69,7 @@ def color_chain(image: torch.Tensor, draw: Draw, row: int) -> torch.Tensor:
         (F.adjust_hue, draw.hue[row], 0),
     ):
         image = image if factor == neutral else adjust(image, float(factor))
-    return image
+    return F.rgb_to_grayscale(image, num_output_channels=3) if draw.gray[row] else image
 
 
 def render(

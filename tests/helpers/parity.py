@@ -36,6 +36,7 @@ from fastflower.shards.image import decode
 BACKENDS = ["native", "opencv", "dali", *(() if torch.cuda.is_available() else ("triton",))]
 """Backends to test on the CPU. Triton's kernels run there only without a GPU, in the interpreter."""
 JITTER: dict[str, Any] = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
+AFFINE: dict[str, Any] = {"affine_rotate": 15, "translate": (0.1, 0.2), "shear": (10, 5)}
 REPORTS: dict[str, Any] = {"crop": (0.08, 1.0), "flip": 0.5, "rotate": 10, "translate": (0.1, 0.1)}
 
 
@@ -71,6 +72,15 @@ CASES = {
     "saturation 0.4": Case({"saturation": 0.4}),
     "hue 0.1": Case({"hue": 0.1}, limit=2.0),
     "hue 0.5": Case({"hue": 0.5}, limit=2.0),
+    "grayscale": Case({"grayscale": 0.5}),
+    "hue 0.5 and grayscale": Case({"hue": 0.5, "grayscale": 1.0}, limit=2.0),
+    "random crop (resize 256, crop 224)": Case({"random_crop": True}, whole=True),
+    "random crop, padding 28": Case({"random_crop": True, "padding": 28}),
+    "random crop, edge padding 28": Case({"random_crop": True, "padding": 28, "padding_mode": "edge"}),
+    "rotation 30 before resized crop": Case(
+        {"crop": (0.08, 1.0), "rotate": 30, "move_first": True}, limit=2.0, whole=True
+    ),
+    "affine before center crop": Case({"resize": (256, 320), **AFFINE, "move_first": True}, limit=2.0, whole=True),
     "augmentation of report A": Case({**REPORTS, **JITTER}, limit=2.0, whole=True),
     "everything": Case(
         {**REPORTS, **JITTER, "flip_vertical": 0.5, "scale": (0.9, 1.1), "shear": (5, 0)}, limit=2.0, whole=True

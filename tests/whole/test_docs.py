@@ -17,7 +17,7 @@ from fastflower.models.backbone import build
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
-PAGES = ("coming-from-dataloader.md", "using-a-trained-network.md")
+PAGES = ("coming-from-dataloader.md", "using-a-trained-network.md", "augmentation.md")
 # The same path in seconds: small images, and no worker processes, which would be forked from a process with threads.
 SHORTER = {
     "RandomResizedCrop(224)": "RandomResizedCrop(32)",
@@ -114,6 +114,19 @@ def test_the_web_service_classifies_uploads(
     assert refused.status_code == 422
     assert refused.json()["detail"].startswith("image 0: is HTML, a web page, not an image; pass another image")
     assert client.post("/classify").status_code == 422
+
+
+def test_other_transforms_are_applied_to_batches_as_the_page_says(
+    flowers: Path, run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shards").symlink_to(shards)
+    names = executed(PAGES[2], flowers, run, tmp_path, monkeypatch)
+    augment = names["augment"]
+    assert (augment.size, augment.resize, augment.padding, augment.jitter_probability) == ((32, 32), "off", 4, 0.8)
+    images = names["images"]
+    assert images.shape == (32, 3, 224, 224)
+    assert images.dtype == torch.float32
+    assert images.aminmax() == pytest.approx((-1, 1), abs=0.1)
 
 
 @pytest.mark.parametrize("backbone", ["resnet50", "resnet50_v1"])

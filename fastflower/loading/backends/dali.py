@@ -40,6 +40,7 @@ Node = Any
 HW_DECODER_LOAD = 0.0
 
 _AHEAD = 2  # batches in the pipeline
+_COLORS = {**{name: name for name in color.FACTORS}, "grayscale": "gray"}  # fields of Augment, and what they draw
 # DALI has no bfloat16. Converting from float16 moves 6 bytes per value; converting from float32 moves 10.
 _DTYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16, torch.bfloat16: types.FLOAT16}
 
@@ -126,8 +127,8 @@ class DaliBackend(Backend[_Reading, None]):
         if augment.erase:
             inputs["erase_anchor"] = draw.erase[:, :2].astype(np.float32)
             inputs["erase_shape"] = draw.erase[:, 2:].astype(np.float32)
-        for name in color.FACTORS:
-            if getattr(augment, name):
+        for field, name in _COLORS.items():
+            if getattr(augment, field):
                 inputs[name] = getattr(draw, name).astype(np.float32).reshape(-1, 1, 1, 1)
         pipe.feed_input("samples", files)
         for name, values in inputs.items():
@@ -214,7 +215,7 @@ def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> N
         whole = fn.constant(fdata=1.0, shape=[*augment.output_size, 1], layout="HWC", device=where)
         mask = _given("mask_matrix", types.FLOAT, 2)
         images = images * fn.warp_affine(whole, mask, size=augment.output_size, fill_value=0.0)
-    factors = {name: _given(name, types.FLOAT, 3) for name in color.FACTORS if getattr(augment, name)}
+    factors = {name: _given(name, types.FLOAT, 3) for field, name in _COLORS.items() if getattr(augment, field)}
     images = _color(images, augment, {name: node.gpu() if gpu else node for name, node in factors.items()})
     raw = dtype == torch.uint8
     mean, std = 255 * np.array(augment.mean), 255 * np.array(augment.std)
@@ -237,7 +238,7 @@ def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> N
 
 
 def _color(images: Node, augment: Augment, factor: dict[str, Node]) -> Node:
-    """Apply torchvision's brightness, contrast, saturation and hue to (H, W, 3) floats, clipping each result to 0 .. 255."""
+    """Apply torchvision's jitter, then grayscale, to (H, W, 3) floats, clipping each result to 0 .. 255."""
     luma = color.LUMA.astype(np.float32).reshape(1, 1, 3)
 
     def gray(pixels: Node) -> Node:
@@ -252,7 +253,9 @@ def _color(images: Node, augment: Augment, factor: dict[str, Node]) -> Node:
     if augment.saturation:
         level = gray(images)
         images = math.clamp(level + factor["saturation"] * (images - level), 0.0, 255.0)
-    return _turned(images, factor["hue"]) if augment.hue else images
+    if augment.hue:
+        images = _turned(images, factor["hue"])
+    return images + factor["gray"] * (gray(images) - images) if augment.grayscale else images
 
 
 def _turned(images: Node, turns: Node) -> Node:

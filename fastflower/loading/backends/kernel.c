@@ -22,6 +22,7 @@ typedef struct {
     int32_t blurred;
     float blur[2][TAPS];           /* vertical and horizontal weights */
     float brightness, contrast, saturation, hue; /* hue in turns of the color wheel */
+    int64_t gray;                  /* whether to turn the image gray; 64 bits, so that any further field changes the size */
 } Numbers;
 
 typedef struct {
@@ -333,6 +334,7 @@ static inline void color_as(const Numbers *numbers, const Output *output, const 
                 p.b = clamp(_mm256_fmadd_ps(p.b, saturation, gray), zero, white);
             }
             if (numbers->hue != 0) p = turned(p, numbers->hue);
+            if (numbers->gray) p.r = p.g = p.b = luma(p);
             if (kind) {
                 p.r = _mm256_fmadd_ps(p.r, multiply[0], add[0]);
                 p.g = _mm256_fmadd_ps(p.g, multiply[1], add[1]);

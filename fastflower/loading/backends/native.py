@@ -37,6 +37,7 @@ class _Numbers(ctypes.Structure):
         ("contrast", ctypes.c_float),
         ("saturation", ctypes.c_float),
         ("hue", ctypes.c_float),
+        ("gray", ctypes.c_int64),
     )
 
 
@@ -101,6 +102,7 @@ class NativeRenderer:
         numbers["blur"] = geometry.blur_kernels(resampling.blur).reshape(count, -1)
         for name in color.FACTORS:
             numbers[name] = getattr(request.draw, name)
+        numbers["gray"] = request.draw.gray
         rows = (_Numbers * count).from_buffer(numbers)
         columns = zip(
             resampling.decode_scale.tolist(), resampling.region.tolist(), resampling.shrink.tolist(), rows, strict=True

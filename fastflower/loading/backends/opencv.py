@@ -31,11 +31,14 @@ class _Job:
     matrix: NDArray[np.float64]
     shown: NDArray[np.float64] | None
     """(4, 2) corners (x, y) of the visible part; the rest is black. None if everything is visible."""
+    whole: bool
+    """Whether the visible part is a rectangle of whole pixels."""
     brightness: float
     contrast: float
     saturation: float
     hue: int
     """Hue shift in 1/256 turns of the color wheel."""
+    gray: bool
 
 
 class OpencvRenderer:
@@ -56,7 +59,8 @@ class OpencvRenderer:
         draw, warp = request.draw, request.warp
         resampling = geometry.resampling(warp)
         kernels = geometry.blur_kernels(resampling.blur)
-        quad = geometry.grow(warp.quad, _BOUNDARY)
+        quad = warp.quad
+        whole = geometry.are_whole(quad)
         hue = np.rint(draw.hue * 256).astype(int) % 256
         jobs = list[_Job]()
         for row, (top, left, height, width) in enumerate(resampling.region.tolist()):
@@ -69,10 +73,12 @@ class OpencvRenderer:
                     blur=kernels[row] if resampling.blur[row].any() else None,
                     matrix=resampling.matrix[row],
                     shown=quad[row] if warp.masked[row] else None,
+                    whole=bool(whole[row]),
                     brightness=float(draw.brightness[row]),
                     contrast=float(draw.contrast[row]),
                     saturation=float(draw.saturation[row]),
                     hue=int(hue[row]),
+                    gray=bool(draw.gray[row]),
                 )
             )
         return jobs
@@ -86,6 +92,8 @@ class OpencvRenderer:
             hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
             hsv[..., 0] += np.uint8(job.hue)  # wraps around like the color wheel
             image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+        if job.gray:
+            image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
         if self._dtype == torch.uint8:
             out[...] = image
         elif self._dtype == torch.float32:  # takes half the time of a lookup table
@@ -102,8 +110,14 @@ class OpencvRenderer:
             source = cv2.sepFilter2D(source, -1, across, down, borderType=cv2.BORDER_REPLICATE)
         height, width = self._size
         image = cv2.warpAffine(source, job.matrix, (width, height), flags=_WARP, borderMode=cv2.BORDER_REPLICATE)
-        if job.shown is not None:
-            polygons = np.stack([self._frame, job.shown]) - 0.5
+        if job.shown is None:
+            return image
+        if job.whole:
+            corners = np.rint(job.shown).astype(int)
+            (left, top), (right, bottom) = corners.min(axis=0).clip(0).tolist(), corners.max(axis=0).clip(0).tolist()
+            image[:top], image[bottom:], image[:, :left], image[:, right:] = 0, 0, 0, 0
+        else:
+            polygons = np.stack([self._frame, geometry.grow(job.shown, _BOUNDARY)]) - 0.5
             polygons = np.rint(polygons * 2**_SUBPIXEL).astype(np.int32)
             cv2.fillPoly(image, list(polygons), (0, 0, 0), cv2.LINE_AA, _SUBPIXEL)
         return image

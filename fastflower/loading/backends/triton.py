@@ -197,6 +197,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
         whole[:, kernels.REACH_DOWN : kernels.REACH_ACROSS + 1] = (kernel[:, :, 1:] != 0).sum(axis=2)
         whole[:, kernels.MASKED] = request.warp.masked
         whole[:, kernels.ERASE : kernels.ERASE + 4] = request.draw.erase
+        whole[:, kernels.GRAY] = request.draw.gray
         numbers[:, kernels.WARP : kernels.FRAME] = resampling.matrix.reshape(count, 6)
         if request.warp.masked.any():
             frame = geometry.centered(geometry.frame(request.warp, self.augment.output_size))
@@ -220,6 +221,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
         steps = (
             kernels.SATURATES * (augment.saturation > 0)
             | kernels.TURNS * (augment.hue > 0)
+            | kernels.GRAYS * (augment.grayscale > 0)
             | kernels.ERASES * (augment.erase > 0)
             | kernels.NORMALIZES * (self.setup.dtype != torch.uint8)
         )

@@ -12,24 +12,26 @@ import triton
 import triton.language as tl
 
 # Columns of the integer table, (N, WHOLE) int64. HEIGHT and WIDTH count boxes of BOX_DOWN x BOX_ACROSS pixels.
-WHOLE = 14  # the last column is padding: an even number of columns keeps both tables 16-byte aligned for any N
+WHOLE = 14  # an even number of columns keeps both tables 16-byte aligned for any N
 ADDRESS, STRIDE, HEIGHT, WIDTH, BOX_DOWN, BOX_ACROSS, REACH_DOWN, REACH_ACROSS, MASKED = range(9)
 ERASE = 9  # top, left, height, width
+GRAY = 13
 # Columns of the float table, (N, FRACTIONS) float32.
 FRACTIONS = 28
 WARP, FRAME, BLUR_DOWN, BLUR_ACROSS = 0, 6, 12, 18  # six each; blur weights go from the center outward, then a zero
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(24, 28)  # in the order of color.FACTORS
 # Bits that select the steps after the warp. Steps that the augmentation never uses are not compiled.
-SATURATES, TURNS, ERASES, NORMALIZES = 1, 2, 4, 8
+SATURATES, TURNS, ERASES, NORMALIZES, GRAYS = 1, 2, 4, 8, 16
 
 _c: Any = tl.constexpr
 _jit: Any = triton.jit  # its type stubs do not cover kernel launches
 _WHOLE, _FRACTIONS = _c(WHOLE), _c(FRACTIONS)
-_ADDRESS, _STRIDE, _HEIGHT, _WIDTH, _MASKED, _ERASE = map(_c, (ADDRESS, STRIDE, HEIGHT, WIDTH, MASKED, ERASE))
+_ADDRESS, _STRIDE, _HEIGHT, _WIDTH, _MASKED = map(_c, (ADDRESS, STRIDE, HEIGHT, WIDTH, MASKED))
+_ERASE, _GRAY = map(_c, (ERASE, GRAY))
 _BOX_DOWN, _BOX_ACROSS, _REACH_DOWN, _REACH_ACROSS = map(_c, (BOX_DOWN, BOX_ACROSS, REACH_DOWN, REACH_ACROSS))
 _WARP, _FRAME, _BLUR_DOWN, _BLUR_ACROSS = map(_c, (WARP, FRAME, BLUR_DOWN, BLUR_ACROSS))
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = map(_c, (BRIGHTNESS, CONTRAST, SATURATION, HUE))
-_SATURATES, _TURNS, _ERASES, _NORMALIZES = map(_c, (SATURATES, TURNS, ERASES, NORMALIZES))
+_SATURATES, _TURNS, _ERASES, _NORMALIZES, _GRAYS = map(_c, (SATURATES, TURNS, ERASES, NORMALIZES, GRAYS))
 
 
 @_jit
@@ -206,7 +208,10 @@ def _colored(
     whole, fractions, row, column, r, g, b, constants,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Apply saturation, hue, normalization and erasing. constants  Three factors, three offsets, three erase values."""
+    """Apply saturation, hue, grayscale, normalization and erasing.
+
+    constants  Three factors, three offsets, three erase values.
+    """
     if _SATURATES & STEPS:
         saturation = tl.load(fractions + _SATURATION)
         gray = (1 - saturation) * _luma(r, g, b)
@@ -215,6 +220,12 @@ def _colored(
         b = _clamp(saturation * b + gray, 0.0, 255.0)
     if _TURNS & STEPS:
         r, g, b = _turned(r, g, b, tl.load(fractions + _HUE))
+    if _GRAYS & STEPS:
+        grays = tl.load(whole + _GRAY) != 0
+        level = _luma(r, g, b)
+        r = tl.where(grays, level, r)
+        g = tl.where(grays, level, g)
+        b = tl.where(grays, level, b)
     if _NORMALIZES & STEPS:
         r = r * tl.load(constants) + tl.load(constants + 3)
         g = g * tl.load(constants + 1) + tl.load(constants + 4)

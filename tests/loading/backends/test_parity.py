@@ -35,7 +35,13 @@ def enough(name: str, encoded: list[bytes]) -> list[bytes]:
     return encoded[::7] if name == "triton" else encoded
 
 
-QUICK = ("validation view (resize 256, center 224)", "downscaling by 4", "hue 0.1", "everything")
+QUICK = (
+    "validation view (resize 256, center 224)",
+    "downscaling by 4",
+    "hue 0.1",
+    "hue 0.5 and grayscale",
+    "everything",
+)
 """Cases for Triton's interpreter: the kernels have one path for all geometry, and "everything" takes all color steps."""
 PAIRS = [
     pytest.param(name, case, marks=[pytest.mark.soak] if name == "triton" and case not in QUICK else [])
@@ -48,7 +54,7 @@ def test_the_cases_cover_everything_that_can_be_drawn(encoded: list[bytes]) -> N
     """Except erasing, which has its own test."""
     neutral = parity.request(Augment(), encoded).draw
     draws = [parity.request(case.augment, encoded).draw for case in parity.CASES.values()]
-    for name in {field.name for field in fields(neutral)} - {"size", "erase"}:
+    for name in {field.name for field in fields(neutral)} - {"size", "image", "erase"}:
         assert any(not np.array_equal(getattr(draw, name), getattr(neutral, name)) for draw in draws), name
 
 
@@ -120,6 +126,21 @@ def test_the_neutral_view_of_an_image_of_the_output_size_is_the_image(name: str,
     frames = [parity.stretched(data) for data in encoded[:4]]
     made = parity.render(name, Augment(resize=224), frames)
     assert np.array_equal(made, np.stack([decode(data) for data in frames]))
+
+
+@pytest.mark.parametrize("name", parity.BACKENDS)
+@pytest.mark.parametrize("mode", ["constant", "edge"])
+def test_a_random_crop_of_small_images_is_torchvisions_to_the_pixel(
+    name: str, mode: Any, rng: np.random.Generator
+) -> None:
+    """As on CIFAR: also the padding, and images that are smaller than the crop."""
+    augment = Augment(size=32, resize="off", random_crop=True, padding=4, padding_mode=mode, flip=0.5)
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in (*[(32, 32)] * 6, (50, 33), (9, 40))]
+    encoded = [cv2.imencode(".png", image[..., ::-1])[1].tobytes() for image in images]
+    draw = parity.request(augment, encoded).draw
+    assert len(np.unique(draw.roi[:6], axis=0)) == 6
+    wanted = [oracle.render(image, draw, row, augment)[0] for row, image in enumerate(images)]
+    assert np.abs(parity.render(name, augment, encoded) - np.stack(wanted)).max() < 1e-3
 
 
 @pytest.mark.parametrize("name", parity.BACKENDS)

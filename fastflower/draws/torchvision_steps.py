@@ -1,0 +1,88 @@
+"""Reads a torchvision `Compose` as a list of steps: transforms with their attributes. Refuses code that cannot be read.
+
+Transforms are recognized by library and class name and read by attribute, so torchvision need not be imported.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from fastflower.errors import ArgumentError
+
+_LIBRARIES = ("torchvision", "timm", "torch")  # torch's Sequential holds transforms
+ON_IMAGES = "To apply it to the images of a batch, see docs/augmentation.md."
+
+
+@dataclass(frozen=True)
+class Step:
+    """A torchvision transform, with its name and its attributes as plain values."""
+
+    transform: object
+
+    @property
+    def name(self) -> str:
+        return type(self.transform).__name__
+
+    def get(self, attribute: str) -> object:
+        """Return an attribute, or None if missing: v1 and v2 transforms have different attributes."""
+        return getattr(self.transform, attribute, None)
+
+    def numbers(self, attribute: str, default: tuple[float, ...] = ()) -> tuple[float, ...]:
+        """Return an attribute, which may be one number or more, as a tuple. Returns `default` if it is missing."""
+        value = self.get(attribute)
+        if isinstance(value, int | float):
+            return (value,)
+        return default if value is None else tuple(map(float, cast("Iterable[float]", value)))
+
+    def size(self, attribute: str = "size") -> tuple[int, int]:
+        """Return (height, width). One number means a square."""
+        height, *width = map(int, self.numbers(attribute))
+        return height, width[0] if width else height
+
+    def probability(self) -> float:
+        """Return the transform's p."""
+        return float(self.numbers("p")[0])
+
+    def require(self, holds: bool, rule: str) -> None:
+        """Raise ArgumentError with the transform's name and the rule unless `holds`."""
+        if not holds:
+            raise ArgumentError(f"{self.name} {rule}.")
+
+    def symmetric(self, what: str, low: float, high: float, about: float = 0.0) -> float:
+        """Return half the width of the range (low, high), which must be symmetric about `about`."""
+        wanted = f"({about:g} - x, {about:g} + x)" if about else "(-x, x)"
+        rule = f"with {what} ({low}, {high}) is not symmetric; use {wanted}"
+        self.require(abs(low + high - 2 * about) < 1e-9, rule)
+        return round(float(high - about), 12)  # 1.2 - 1 is not exactly 0.2
+
+
+def steps_of(transform: object) -> Iterator[Step]:
+    """Yield the transforms of a Compose or Sequential, which may be nested, or a transform alone.
+
+    Raises ArgumentError for code that is not a transform of torchvision or timm.
+    """
+    _require_known(transform)
+    if type(transform).__name__ in ("Compose", "Sequential"):
+        for inner in cast("Iterable[object]", getattr(transform, "transforms", transform)):
+            yield from steps_of(inner)
+    else:
+        yield Step(transform)
+
+
+def _require_known(transform: object) -> None:
+    """Check that a transform is one of torchvision's or timm's, and not code that cannot be read."""
+    kind = type(transform)
+    library = kind.__module__.partition(".")[0]
+    if library == "albumentations":
+        raise ArgumentError(
+            f"{kind.__name__} of albumentations: from_torchvision reads torchvision's transforms only. Set the fields of "
+            f"Augment, for example Augment(crop=(0.08, 1.0), flip=0.5) for RandomResizedCrop and HorizontalFlip."
+        )
+    if isinstance(transform, type) or kind.__name__ == "partial" or hasattr(kind, "get_state_dict"):
+        raise ArgumentError(f"{transform!r} only makes a transform; pass what it makes, such as weights.transforms().")
+    if (library not in _LIBRARIES and kind is not list) or kind.__name__ == "Lambda":
+        name = getattr(transform, "__qualname__", kind.__name__)
+        raise ArgumentError(
+            f"{name} of {getattr(transform, '__module__', library)} is code that Augment cannot read; leave it out. Images "
+            f"are always RGB here, so nothing need convert them. {ON_IMAGES}"
+        )
