@@ -228,9 +228,10 @@ def _pad(reading: _Reading, step: Step) -> None:
 def _padding(reading: _Reading, step: Step) -> tuple[int, str]:
     sides, mode = step.numbers("padding", (0.0,)), step.get("padding_mode")
     step.require(len(set(sides)) == 1, f"with padding={step.get('padding')!r} is not supported; use one number")
-    if sides[0]:
-        step.require(mode in ("constant", "edge"), f"with padding_mode={mode!r} is not supported; use constant or edge")
-        reading.black(step, "omit fill for black, or use padding_mode='edge'")
+    if not (sides[0] or step.get("pad_if_needed")):
+        return 0, "constant"
+    step.require(mode in ("constant", "edge"), f"with padding_mode={mode!r} is not supported; use constant or edge")
+    reading.black(step, "omit fill for black, or use padding_mode='edge'")
     return int(sides[0]), str(mode)
 
 

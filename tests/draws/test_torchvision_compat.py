@@ -264,3 +264,35 @@ def test_black_fill_may_be_explicit(caplog: pytest.LogCaptureFixture) -> None:
     augment = Augment.from_torchvision(v1.Compose([CROP, rotation, moved]))
     assert (augment.rotate, augment.affine_rotate, augment.fill) == (5, 5, "black")
     assert notes(caplog) == []
+
+
+def test_the_padding_mode_of_a_crop_without_padding_is_ignored() -> None:
+    for options in ({"padding": 0}, {"padding": None}):
+        augment = Augment.from_torchvision(v1.RandomCrop(9, padding_mode="reflect", **options))
+        assert augment == Augment(size=(9, 9), resize="off", random_crop=True, **PLAIN)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_random_apply_multiplies_the_probabilities_inside(version: Any, caplog: pytest.LogCaptureFixture) -> None:
+    bilinear = InterpolationMode.BILINEAR
+    inner = [
+        version.ColorJitter(0.5),
+        version.RandomHorizontalFlip(0.4),
+        version.RandomRotation(5, interpolation=bilinear),
+        nn.Sequential(version.RandomAffine(5, interpolation=bilinear)),
+        version.RandomGrayscale(0.5),
+        version.RandomErasing(0.8),
+    ]
+    applied = [version.RandomApply([one], p=0.5) for one in inner]
+    augment = Augment.from_torchvision(version.Compose([CROP, *applied]))
+    assert (augment.jitter_probability, augment.rotate_probability, augment.affine_probability) == (0.5, 0.5, 0.5)
+    assert (augment.flip, augment.grayscale, augment.erase) == (0.2, 0.25, 0.4)
+    assert notes(caplog) == [
+        f"{REORDERED} ({name} follows ColorJitter)"
+        for name in ("RandomHorizontalFlip", "RandomRotation", "RandomAffine")
+    ]
+
+
+def test_gray_before_jitter_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    Augment.from_torchvision(v1.Compose([CROP, v1.Grayscale(3), v1.ColorJitter(0.5)]))
+    assert notes(caplog) == ["gray is drawn as specified but applied after ColorJitter"]

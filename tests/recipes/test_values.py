@@ -6,7 +6,7 @@ from decimal import Decimal
 from math import inf, nan
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ values = (
 
 def has_type(value: object, kind: Any) -> bool:
     """Return whether a value has exactly the annotated type: no subclass, no integer for a float."""
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in (UnionType, Union):
         return any(has_type(value, one) for one in get_args(kind))
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
