@@ -1,5 +1,6 @@
 """Checks the arguments of a Loader, and says what stands for those of a DataLoader."""
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -14,8 +15,10 @@ from fastflower.errors import ArgumentError, ShardError, boolean, integer, requi
 from fastflower.loading.backends.base import Name
 from fastflower.loading.cache import Cache
 from fastflower.loading.image_files import ImageFiles
-from fastflower.loading.steps import Shuffle, Tail
+from fastflower.loading.steps import Shuffle, Steps, Tail
 from fastflower.shards.remote import Remote
+
+_log = logging.getLogger("fastflower")
 
 Choice = TypeVar("Choice")
 
@@ -41,6 +44,18 @@ _INSTEAD = {
     "worker_init_fn": "pass seed, on which order and augmentation depend; workers are threads",
     "transform": "pass it as augment, which takes an Augment or a torchvision transform",
     "target_transform": "change batch.labels in the loop",
+}
+
+# The same for attributes of a DataLoader and its data set.
+_ATTRIBUTES = {
+    "dataset": "len(loader.dataset) is loader.num_samples; the classes are loader.classes, the paths loader.paths",
+    "sampler": "loader.set_epoch(epoch) jumps to an epoch, and without it each loop is the next one",
+    "class_to_idx": "the label of a class is loader.classes.index(name)",
+    "samples": "the paths are loader.paths",
+    "imgs": "the paths are loader.paths",
+    "targets": "all labels are loader.manifest.index(loader.split)['label']",
+    "num_workers": "the number of threads is loader.workers",
+    "drop_last": "loader.tail says what happens to the last samples",
 }
 
 
@@ -70,6 +85,11 @@ def refuse_unknown(function: str, names: Iterable[str], known: Sequence[str]) ->
             instead = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}."
             instead = f"{_INSTEAD[name]}." if name in _INSTEAD else instead
             raise ArgumentError(f"{name}: {function} has no such argument; {instead}")
+
+
+def no_attribute(name: str) -> str:
+    """Return the message for an attribute that a Loader lacks."""
+    return f"a Loader has no attribute {name!r}" + (f": {_ATTRIBUTES[name]}" if name in _ATTRIBUTES else "")
 
 
 def check_shards(shards: object, split: object) -> None:
@@ -164,6 +184,19 @@ def check_mix(augment: Augment, batch_size: int, tail: Tail, dtype: torch.dtype)
             "augment: mixup and cutmix pair the samples within a batch, so they require an even batch_size, tail='drop' or "
             f"'pad', and a floating-point dtype; got {batch_size}, {tail!r} and {dtype}."
         )
+
+
+def check_steps(steps: Steps, split: str) -> None:
+    """Raise ArgumentError if an epoch would have no steps. Log that a balanced epoch repeats samples."""
+    order, total = steps.order, steps.batch_size * steps.world_size
+    if not steps.count and steps.tail == "drop":
+        ranks = f" ({steps.batch_size} on each of {steps.world_size} ranks)" if steps.world_size > 1 else ""
+        raise ArgumentError(
+            f"batch_size: the global batch of {total} samples{ranks} exceeds the {len(order.labels)} samples of split "
+            f"{split!r}, so an epoch would have no steps; lower batch_size (--batch-size), or pass tail='keep' to Loader."
+        )
+    if order.shuffle == "balanced":
+        _log.info("shuffle: drawing all classes equally often; an epoch repeats some samples and skips others")
 
 
 def position_in(state: Mapping[str, object], identity: Mapping[str, object], num_steps: int) -> tuple[int, int]:

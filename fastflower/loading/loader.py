@@ -7,7 +7,7 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, Never, Self, SupportsIndex, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Never, Self, SupportsIndex, Unpack
 
 import torch
 from torch import Tensor
@@ -148,7 +148,7 @@ class Loader(IterableDataset[Batch]):
         self._samples = SampleSource(self._reader, replaces=on_bad == "skip")
         order = Order(self.manifest.split(split), self._samples.labels, self.seed, self.shuffle, self.window)
         self._steps = Steps(order, self.batch_size, self.rank, self.world_size, self.tail)
-        self._check_steps()
+        arguments.check_steps(self._steps, split)
         self.replaced = self._samples.replaced
         """Error message for each damaged sample, by index."""
         setup = Setup(self.device, self.dtype, self.batch_size, self.workers)
@@ -176,17 +176,6 @@ class Loader(IterableDataset[Batch]):
     def _check_mix(self, augment: Augment) -> None:
         arguments.check_labels(self.shards, augment, self.shuffle)
         arguments.check_mix(augment, self.batch_size, self.tail, self.dtype)
-
-    def _check_steps(self) -> None:
-        if not self._steps.count and self.tail == "drop":
-            ranks = f" ({self.batch_size} on each of {self.world_size} ranks)" if self.world_size > 1 else ""
-            raise ArgumentError(
-                f"batch_size: the global batch of {self.global_batch_size} samples{ranks} exceeds the {self.num_samples} "
-                f"samples of split {self.split!r}, so an epoch would have no steps; lower batch_size (--batch-size), "
-                f"or pass tail='keep' to Loader."
-            )
-        if self.shuffle == "balanced":
-            _log.info("shuffle: drawing all classes equally often; an epoch repeats some samples and skips others")
 
     @classmethod
     def from_files(cls, images: str | Path | Iterable[str | Path], **options: Unpack[arguments.FileOptions]) -> Self:
@@ -285,6 +274,16 @@ class Loader(IterableDataset[Batch]):
     def __len__(self) -> int:
         """Return the number of steps per epoch. A rank that gets no sample of a kept tail has one fewer step."""
         return self._steps.here
+
+    if not TYPE_CHECKING:  # a type checker reports unknown attributes itself
+
+        def __getattr__(self, name: str) -> Never:
+            raise AttributeError(arguments.no_attribute(name), name=name, obj=self)
+
+    def __getitem__(self, index: object) -> Never:
+        raise ArgumentError(
+            "a Loader yields batches in a for loop; image(index) is one image, and paths[index] its path."
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()

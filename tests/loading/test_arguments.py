@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from packs import exactly
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, random_split
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.models import ResNet18_Weights
 from torchvision.transforms import v2
 
 from fastflower import Augment, Loader, pack
@@ -194,6 +196,10 @@ def test_a_torchvision_transform_is_taken_as_augment(shards: Path, transform: An
     assert torch.equal(next(iter(loader)).images, next(iter(other)).images)
 
 
+def test_the_transforms_of_pretrained_weights_are_taken_as_augment(shards: Path) -> None:
+    assert make(shards, augment=ResNet18_Weights.DEFAULT.transforms()).augment == Augment(size=(224, 224), resize=256)
+
+
 @pytest.mark.parametrize(
     "augment", [{"flip": 0.5}, lambda image: image, Augment, "auto", [transforms.ToTensor()], 0, False]
 )
@@ -274,6 +280,29 @@ def test_a_loader_names_its_classes_and_what_images_are_normalized_with(shards: 
     images, levels = next(iter(loader)).images, next(iter(raw)).images.float()
     mean, std = (torch.tensor(values)[:, None, None] for values in (loader.mean, loader.std))
     torch.testing.assert_close(images, (levels / 255 - mean) / std, atol=0.02, rtol=0)
+
+
+def test_attributes_of_a_dataloader_and_its_data_set_are_answered(shards: Path) -> None:
+    loader = make(shards, split="val")
+    said = "a Loader has no attribute 'dataset': len(loader.dataset) is loader.num_samples; the classes are loader.classes, "
+    with pytest.raises(AttributeError, match=f"^{re.escape(said)}"):
+        len(loader.dataset)  # pyright: ignore[reportAttributeAccessIssue]  (what a user may try)
+    names = ("sampler", "class_to_idx", "samples", "imgs", "targets", "num_workers", "drop_last")
+    for name in names:
+        with pytest.raises(AttributeError, match=rf"^a Loader has no attribute '{name}': .*loader\.\w+"):
+            getattr(loader, name)
+    with pytest.raises(AttributeError, match=exactly("a Loader has no attribute 'length'")):
+        getattr(loader, "length")  # noqa: B009  (which a type checker would report)
+    assert not any(hasattr(loader, name) for name in names)
+    labels = loader.manifest.index(loader.split)["label"].tolist()
+    assert labels == [label for batch in loader for label in batch.labels.tolist()]
+
+
+def test_a_loader_is_not_indexed_nor_split(shards: Path) -> None:
+    part, _ = random_split(make(shards), [0.5, 0.5])  # pyright: ignore[reportArgumentType]  (what a user may try)
+    said = "a Loader yields batches in a for loop; image(index) is one image, and paths[index] its path."
+    with pytest.raises(ArgumentError, match=exactly(said)):
+        part[0]
 
 
 def test_a_loader_is_one_line(shards: Path) -> None:
