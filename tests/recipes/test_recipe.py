@@ -292,6 +292,8 @@ def test_a_size_scales_resize_and_keeps_proportions_and_everything_else() -> Non
     assert recipe.augment_at(1) == augment
     square = Recipe(augment=Augment(size=224, resize=256, flip=0.5), epochs=1, sizes=(112,))
     assert square.augment_at(0) == Augment(size=112, resize=128, flip=0.5)
+    crops = Recipe(augment=Augment(size=32, resize="off", random_crop=True, padding=4), epochs=1, sizes=(24,))
+    assert crops.augment_at(0) == replace(crops.augment, size=24)
 
 
 def test_without_sizes_every_epoch_has_the_augment_itself() -> None:
