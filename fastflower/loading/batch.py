@@ -1,14 +1,19 @@
-"""The `Batch` that a Loader yields, its mixup and cutmix, and its memory as numpy arrays."""
+"""The `Batch` that a Loader yields: what it shows, its mixup and cutmix, and its memory as numpy arrays."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastflower.draws.augment import Augment
 from fastflower.draws.draw import Mix
+from fastflower.errors import ArgumentError, integer
+
+if TYPE_CHECKING:
+    from fastflower.loading.picture import Picture
 
 Integers = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
@@ -17,9 +22,7 @@ Stored = NDArray[np.uint8 | np.float32 | np.uint16]
 """Images of a batch as a numpy array; float16 and bfloat16 appear as raw uint16 bits."""
 
 
-class Batch(NamedTuple):
-    """A batch of samples in epoch order, on the loader's device."""
-
+class _Tensors(NamedTuple):
     images: Tensor
     """(N, 3, H, W) in channels-last memory format and the loader's dtype; normalized unless the dtype is uint8."""
     labels: Tensor
@@ -27,6 +30,74 @@ class Batch(NamedTuple):
     (N, classes) float32."""
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (hides tuple.index, which is not needed)
     """(N,) int64 positions of the samples in the split's index. All random numbers of a sample are keyed by its position."""
+
+
+class Batch(_Tensors):
+    """A batch of samples in epoch order, on the loader's device: the tuple (images, labels, index).
+
+    Example:
+        >>> from fastflower import Augment, Loader
+        >>> loader = Loader("shards", batch_size=32, augment=Augment(size=96, crop=(0.5, 1.0)), device="cpu")
+        >>> batch = next(iter(loader))
+        >>> batch
+        Batch(images=float32 (32, 3, 96, 96), labels=int64 (32,), index=int64 (32,), device=cpu)
+        >>> images, labels, index = batch
+        >>> batch.show().savefig("batch.png")  # in a notebook: batch.show()
+    """
+
+    classes: tuple[str, ...] | None = None
+    """Names of the classes. None unless a Loader made this very batch; copies made by other libraries may lack it."""
+    augment: Augment | None = None
+    """What the images were rendered with, including their normalization; None as above."""
+
+    def __repr__(self) -> str:
+        described = (f"{name}={_described(tensor)}" for name, tensor in zip(self._fields, self, strict=True))
+        return f"Batch({', '.join(described)}, device={getattr(self.images, 'device', None)})"
+
+    def pixels(self) -> Pixels:
+        """Return the images without their normalization, (N, H, W, 3) RGB.
+
+        Raises ArgumentError if the normalization is not known.
+        """
+        images = self.images.detach().permute(0, 2, 3, 1).cpu()
+        if images.dtype == torch.uint8:
+            return images.numpy()
+        if self.augment is None:
+            raise ArgumentError(
+                "Batch: its normalization is not known, because it is a copy or was not made by a Loader; set "
+                "batch.classes and batch.augment to those of the loader."
+            )
+        scaled = images.float().numpy() * np.array(self.augment.std) + np.array(self.augment.mean)
+        return np.rint(255 * scaled.clip(0, 1)).astype(np.uint8)
+
+    def show(self, images: int = 16) -> "Picture":
+        """Draw the first images with their classes, and the weights of mixed classes.
+
+        Returns a matplotlib figure, which a notebook shows; elsewhere use its `savefig`. Raises ArgumentError as `pixels` does.
+        """
+        from fastflower.loading.picture import grid  # matplotlib takes a second to import
+
+        count = integer("images", images, 1)
+        first = Batch(*(tensor[:count] for tensor in self))
+        first.augment = self.augment
+        return grid(first.pixels(), [_title(label, self.classes) for label in first.labels.cpu()])
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _title(label: Tensor, classes: tuple[str, ...] | None) -> str:
+    """Return the class of a sample, "" if it has none; if two are mixed, both with their weights."""
+
+    def name(index: int) -> str:
+        return classes[index] if classes else f"class {index}"
+
+    if label.ndim == 0:
+        return name(int(label)) if label >= 0 else ""
+    top = label.topk(2)  # there are at least two classes
+    (first, second), (share, rest) = map(int, top.indices), map(float, top.values)
+    return name(first) if rest < 0.05 else f"{name(first)} {share:.1f}, {name(second)} {rest:.1f}"
 
 
 def mixed(batch: Batch, mix: Mix, num_classes: int, put: Callable[[Tensor], Tensor]) -> Batch:

@@ -11,8 +11,8 @@ from stat import S_ISREG
 from typing import cast
 
 import numpy as np
-from tqdm import tqdm
 
+from fastflower import progress
 from fastflower.errors import ArgumentError, SampleError
 from fastflower.files import blame_the_system
 from fastflower.machine import cores
@@ -45,7 +45,7 @@ class ImageFiles:
         self.index["label"] = NO_LABEL
         with ThreadPoolExecutor(cores() + 1) as pool:
             sizes = pool.map(partial(_size, strict=strict), self._paths)
-            bar = tqdm(sizes, "sizes", len(paths), unit="image", disable=None, leave=False)
+            bar = progress.bar(sizes, desc="sizes", unit="image", total=len(paths))
             self.index["height"], self.index["width"] = np.array(list(bar)).T
 
     def __str__(self) -> str:

@@ -310,6 +310,7 @@ class Loader(IterableDataset[Batch]):
                 labels = torch.as_tensor(self._samples.labels[request.indices])
                 index = torch.as_tensor(request.indices)
                 batch = self._mixed(request, Batch(*(put(tensor, self.device) for tensor in (images, labels, index))))
+                batch.classes, batch.augment = self.classes, request.augment
                 yielded_at = perf_counter()
                 self._samples.clock.add("wait", yielded_at - waiting_since)
                 self._images += len(index)

@@ -62,6 +62,14 @@ class Checkpoint:
     """The loader's `state_dict`, which identifies its shards."""
     environment: dict[str, str] = field(default_factory=dict[str, str])
 
+    def __repr__(self) -> str:
+        text = f"backbone={self.recipe.backbone!r}, classes={len(self.classes)}, epoch={self.epoch}"
+        if self.step:
+            text += f", step={self.step}"
+        if self.history and "val_accuracy" in self.history[-1]:
+            text += f", val_accuracy={self.history[-1]['val_accuracy']:.3f}"
+        return f"Checkpoint({text})"
+
     @property
     def fold(self) -> int | None:
         """The fold that the network was validated on, or None. It was trained on the others."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from fastflower import progress
 from fastflower.devices import precision_of, resolve_device
 from fastflower.errors import ArgumentError, CheckpointError, boolean, require
 from fastflower.loading.loader import Loader
@@ -24,6 +24,7 @@ _log = logging.getLogger("fastflower")
 _BATCH_SIZE = 64  # does not change the scores
 
 
+@progress.shown()
 def evaluate(
     checkpoint: str | Path | Checkpoint,
     shards: str | Path | Remote,
@@ -74,7 +75,7 @@ def evaluate(
         )
     _warn_of_training_images(name, checkpoint, loader)
     model = on_device(checkpoint.network(), chosen)
-    with tqdm(loader, desc="evaluate", unit="batch", disable=None) as batches:
+    with progress.bar(loader, desc="evaluate", unit="batch") as batches:
         tta = recipe.tta if tta is None else tta
         scores = measure(model, batches, checkpoint.classes, tta=tta, paths=loader.paths)
     if not isfinite(scores.loss):

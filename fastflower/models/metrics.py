@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fastflower.tables import MOST_ROWS, html_table
+
 Floats = NDArray[np.float64]
 _CALIBRATION_BINS = 15
 
@@ -29,6 +31,27 @@ class Scores:
     """(N, K) predicted probabilities."""
     paths: Sequence[str] = ()
     """(N,) image paths relative to the packed folder, read from the shards when accessed."""
+
+    def __repr__(self) -> str:
+        return f"Scores({self._summary()}, classes={len(self.classes)})"
+
+    def _repr_html_(self) -> str:
+        """Return the scores of each class, for notebooks; of many classes, those with the lowest recall."""
+        precision, recall, few = self.precision, self.recall, len(self.classes) <= MOST_ROWS
+        shown = range(len(self.classes)) if few else np.argsort(recall, kind="stable")[:MOST_ROWS]
+        columns = ["class", "samples", "precision", "recall"]
+        rows = [
+            (self.classes[label], self.confusion[label].sum(), percent(precision[label]), percent(recall[label]))
+            for label in shown
+        ]
+        more = f"macro_f1={self.macro_f1:.3f}, calibration_error={self.calibration_error:.3f}"
+        which = "" if few else f"; of {len(self.classes)} classes, those with the lowest recall"
+        return f"<p>{self._summary()}, {more}{which}</p>{html_table(columns, rows)}"
+
+    def _summary(self) -> str:
+        count = len(self.labels)
+        correct = int(np.trace(self.confusion))
+        return f"accuracy={correct / max(1, count):.3f} ({correct} of {count}), loss={self.loss:.3f}"
 
     @property
     def predictions(self) -> NDArray[np.int64]:
@@ -75,6 +98,11 @@ class Scores:
         gap = (self.predictions == self.labels) - confidence
         bins = np.ceil(confidence * _CALIBRATION_BINS).astype(np.int64).clip(max=_CALIBRATION_BINS) - 1  # (low, high]
         return float(np.abs(np.bincount(bins, gap, _CALIBRATION_BINS)).sum() / len(gap))
+
+
+def percent(share: float) -> str:
+    """Format a fraction as a percentage; "undefined" for NaN."""
+    return "undefined" if np.isnan(share) else f"{share:.1%}"
 
 
 def score(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from fastflower import progress
 from fastflower.draws.augment import Augment
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.predictor import URL_BYTES, URL_SECONDS, OnBad, Prediction, Predictor
@@ -15,6 +15,7 @@ from fastflower.models.sources import Images, Source, sources
 from fastflower.models.submission import Ids, Table
 
 
+@progress.shown()
 def predict(
     checkpoint: str | Path | Checkpoint | nn.Module,
     images: Images,
@@ -81,8 +82,7 @@ def tabulated(
 ) -> Generator[tuple[Source, Prediction | None]]:
     """Yield what `Predictor.outcomes` does, with a progress bar, and write the table at the end."""
     remaining = iter(images)
-    bar = tqdm(desc="predict", unit="image", total=length_hint(remaining) or None, disable=None)
-    with bar:
+    with progress.bar(desc="predict", unit="image", total=length_hint(remaining) or None) as bar:
         for source, prediction in predictor.outcomes(remaining, on_bad):
             table.add(source, prediction)
             bar.update()

@@ -45,7 +45,7 @@ class Prediction:
     """The most probable class."""
     probability: float
     """Probability of that class, in [0, 1]."""
-    probabilities: dict[str, float]
+    probabilities: dict[str, float] = field(repr=False)
     """Probability of every class, by name."""
     name: str = ""
     """The path, the URL, or "image 3" for the image at index 3."""

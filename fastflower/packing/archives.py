@@ -23,6 +23,7 @@ from typing import IO, Any, Self
 
 from tqdm import tqdm
 
+from fastflower import progress
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system, write_atomically
 from fastflower.packing.advice import DAMAGE, beside, command_for, is_file, is_zip
@@ -183,7 +184,7 @@ class _Unpacking:
         most = max(_ALWAYS_BYTES, _MOST_TIMES * archive.stat().st_size)
         disk = shutil.disk_usage(target)
         space = disk.free if disk.total else most  # some file systems do not know
-        return cls(archive, target, most, space, tqdm(desc="unpack", unit="B", unit_scale=True, disable=None))
+        return cls(archive, target, most, space, progress.bar(desc="unpack", unit="B", unit_scale=True))
 
     def run(self) -> None:
         """Unpack everything."""

@@ -17,8 +17,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
+from fastflower import progress
 from fastflower.errors import ArgumentError, FolderError, require
 from fastflower.machine import cores
 from fastflower.packing.advice import is_archive, is_file, refused
@@ -39,6 +38,7 @@ _log = logging.getLogger("fastflower")
 _VAL_FRACTION = 0.2  # by default
 
 
+@progress.shown()
 def pack(
     folder: str | Path,
     out: str | Path = "shards",
@@ -264,7 +264,7 @@ def _make_shards(plan: Plan, work: Path, pool: ThreadPoolExecutor, threads: int,
     (work / STOP).unlink(missing_ok=True)  # left by an interrupted pack
     tasks: list[Future[int]] = []
     # Two threads write shards: while one waits for the disk, the other keeps the pool busy.
-    with tqdm(total=len(plan.order), desc="pack", unit="image", disable=None) as bar, ThreadPoolExecutor(2) as writers:
+    with progress.bar(total=len(plan.order), desc="pack", unit="image") as bar, ThreadPoolExecutor(2) as writers:
         mapped, token = partial(_bounded_map, pool, threads + 2), os.urandom(8)
         try:
             for number in range(len(plan.shards)):

@@ -10,23 +10,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastflower.loading.picture import drawable, png
 from fastflower.models.metrics import Scores
 
 _MOST_NAMES = 50  # maximum number of class names along each axis of the confusion matrix
 _THUMB = 160  # pixels, the longer side
-
-
-def drawable(name: str) -> str:
-    """Escape a class name for matplotlib, because the name may not be valid UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def png(figure: Figure) -> bytes:
-    """Render a figure as a PNG at 110 dpi. All figures go through here, so that tests can disable drawing."""
-    data = io.BytesIO()
-    # Omit matplotlib's version, so that the same run gives the same bytes.
-    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
-    return data.getvalue()
 
 
 def curves(history: list[dict[str, float]]) -> bytes:

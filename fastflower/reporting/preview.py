@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from fastflower.errors import integer, require
 from fastflower.files import write_out
 from fastflower.loading.loader import Loader
+from fastflower.loading.picture import drawable, png
 from fastflower.models.inference import view_of
 from fastflower.recipes.recipe import Recipe, checked
-from fastflower.reporting.figures import drawable, png
 from fastflower.shards.remote import Remote
 
 
@@ -69,7 +69,5 @@ def views(
     for title, (epoch, augment) in augments.items():
         loader.set_augment(augment)
         loader.set_epoch(epoch)
-        normalized = next(iter(loader)).images[:shown].permute(0, 2, 3, 1).numpy()
-        pixels = normalized * np.array(view.std) + np.array(view.mean)
-        columns[title] = np.rint(255 * pixels.clip(0, 1)).astype(np.uint8)
+        columns[title] = next(iter(loader)).pixels()[:shown]
     return classes, columns

@@ -17,8 +17,10 @@ from fastflower.loading.loader import Loader
 from fastflower.models.metrics import Scores
 from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.figures import confusion, curves, thumbnail
+from fastflower.tables import html
 
 _MISTAKES = 12  # maximum number of images shown
+_MOST_CONFUSED = 50  # maximum number of classes whose confusion matrix can be read in a notebook
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,23 @@ class Report:
     """Epoch with the highest validation accuracy, counted from 1; ties go to the lowest validation loss."""
     scores: Scores | None
     """Scores of the best epoch on the val split; None if the shards have no val split."""
+
+    def __repr__(self) -> str:
+        row = self.history[self.best_epoch - 1]
+        val = f", val_accuracy={row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
+        return f"Report(folder={str(self.folder)!r}, epochs={len(self.history)}, best_epoch={self.best_epoch}{val})"
+
+    def _repr_html_(self) -> str:
+        """Return the best epoch, its scores and the figures, for notebooks."""
+        text = (
+            f"{self.folder / 'report.html'}; best: {epoch_line(self.history[self.best_epoch - 1], len(self.history))}"
+        )
+        parts = [f"<p>{html(text)}</p>", _image(curves(self.history), 640)]
+        if self.scores is not None:
+            parts.append(self.scores._repr_html_())  # pyright: ignore[reportPrivateUsage]  (IPython chose the name)
+            if len(self.scores.classes) <= _MOST_CONFUSED:
+                parts.append(_image(confusion(self.scores), 480))
+        return "".join(parts)
 
     @property
     def checkpoint(self) -> Path:
@@ -123,6 +142,11 @@ def write_report(
         mistakes=mistakes,
     )
     write_atomically(folder / "report.html", html.encode("utf-8", "backslashreplace"))
+
+
+def _image(data: bytes, width: int) -> str:
+    """Return a PNG as HTML."""
+    return f'<img width="{width}" src="data:image/png;base64,{base64.b64encode(data).decode()}" />'
 
 
 def _mistakes(scores: Scores, val: Loader) -> list[dict[str, object]]:

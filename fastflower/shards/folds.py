@@ -12,7 +12,7 @@ from fastflower.shards.manifest import Manifest, Split
 _PARTS = ("train", "val")  # of the pack's train split
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class FoldView(Manifest):
     """A manifest whose "train" and "val" are parts of the pack's train split, and list only the shards that they need."""
 

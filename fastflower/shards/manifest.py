@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fastflower.errors import ShardError
 from fastflower.files import blame_the_system, load_array
 from fastflower.shards.image import MAX_PIXELS
+from fastflower.tables import MOST_ROWS, html, html_table
 
 FORMAT_VERSION = 2
 _FIRST = 1  # the oldest supported version; has no checksums of the manifest and indexes
@@ -52,9 +53,9 @@ class Split:
     """The samples and shards of a split ("train", "val" or "test")."""
 
     samples: int
-    class_counts: tuple[int, ...]
-    shards: tuple[Shard, ...]
-    index_sha256: str | None = None
+    class_counts: tuple[int, ...] = field(repr=False)
+    shards: tuple[Shard, ...] = field(repr=False)
+    index_sha256: str | None = field(default=None, repr=False)
     """SHA-256 of SPLIT.index.npy; None in version 1."""
 
 
@@ -95,6 +96,21 @@ class Manifest:
     """Format version."""
     folds: Folds | None = None
     """Folds for cross-validation. None, and absent from `manifest.json`, if the pack has none."""
+
+    def __repr__(self) -> str:
+        counts = "".join(f", {name}={split.samples}" for name, split in self.splits.items())
+        return f"{type(self).__name__}(folder={str(self.folder)!r}, classes={len(self.classes)}{counts})"
+
+    def _repr_html_(self) -> str:
+        """Return the number of samples of each class and split, for notebooks; of many classes, those with the fewest."""
+        counts = np.array([split.class_counts for split in self.splits.values()]).reshape(len(self.splits), -1)
+        few = len(self.classes) <= MOST_ROWS
+        shown = range(len(self.classes)) if few else np.argsort(counts.sum(axis=0), kind="stable")[:MOST_ROWS]
+        rows = [["all classes", *counts.sum(axis=1)], *([self.classes[label], *counts[:, label]] for label in shown)]
+        names = ("skipped", "warnings", "duplicates", "label_conflicts", "near_duplicates")
+        remarks = [f"{name}: {len(getattr(self, name))}" for name in names if getattr(self, name)]
+        text = [str(self.folder), f"{len(self.classes)} classes" + ("" if few else ", the smallest below"), *remarks]
+        return f"<p>{html('; '.join(text))}</p>{html_table(['class', *self.splits], rows)}"
 
     @classmethod
     def load(cls, folder: str | Path, *, sealed: bool = True) -> Self:

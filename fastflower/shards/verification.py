@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from fastflower import progress
 from fastflower.errors import SampleError, ShardError, boolean, require
 from fastflower.files import blame_the_system, remedy_for, write_atomically
 from fastflower.machine import cores
@@ -42,6 +42,7 @@ class _Tar:
     classes: set[tuple[int, str]] = field(default_factory=set[tuple[int, str]])
 
 
+@progress.shown()
 def verify(shards: str | Path, *, repair: bool = False) -> list[str]:
     """Read every tar of a pack, decode every image, and check both against the manifest, checksums and indexes.
 
@@ -180,7 +181,7 @@ def _tar_names(folder: Path, manifest: Manifest | None) -> dict[str, list[str]]:
 def _read_all(paths: list[Path]) -> dict[str, _Tar]:
     """Read the tars with one thread per core. Returns their contents by file name."""
     with ThreadPoolExecutor(cores()) as pool:  # if a read raises, pool.map cancels the queued ones
-        tars = tqdm(pool.map(_read, paths), total=len(paths), desc="verify", unit="shard", disable=None)
+        tars = progress.bar(pool.map(_read, paths), total=len(paths), desc="verify", unit="shard")
         return {tar.path.name: tar for tar in tars}
 
 

@@ -13,9 +13,8 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from fastflower import distributed
+from fastflower import distributed, progress
 from fastflower.devices import environment, fastest_convolutions, generator_of, precision_of, resolve_device
 from fastflower.draws.random import stream_key
 from fastflower.errors import CheckpointError, FastflowerError, StoppedError, TrainingError
@@ -217,12 +216,12 @@ class Run:
         recipe, loader, steps, batch_size = self.recipe, self.loader, len(self.loader), self.loader.global_batch_size
         save_every = self._save_steps * recipe.accumulate if self._save_steps else steps + 1
         tally = self._begin_epoch(epoch)
-        bar = tqdm(
+        bar = progress.bar(
             desc=f"epoch {epoch + 1}/{recipe.epochs}",
             total=steps * batch_size,
             initial=tally.steps * batch_size,
             unit="image",
-            disable=distributed.rank() > 0 or None,
+            hidden=distributed.rank() > 0,
         )
         begun = perf_counter() - tally.seconds
         with fastest_convolutions(self.device), bar, _batches_of(loader) as batches:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fastflower import distributed
+from fastflower import distributed, progress
 from fastflower.devices import resolve_device
 from fastflower.errors import ArgumentError, CheckpointError, boolean, integer
 from fastflower.models.checkpoint import LAST, Checkpoint
@@ -17,6 +17,7 @@ from fastflower.training.run_folder import own, run_folder
 from fastflower.training.tally import preemption
 
 
+@progress.shown()
 def train(
     shards: str | Path | Remote,
     recipe: Recipe = Recipe(),  # noqa: B008  (frozen)

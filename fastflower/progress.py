@@ -1,0 +1,103 @@
+"""Progress bars, and log lines where IPython runs."""
+# pyright: standard
+# tqdm and IPython do not type their arguments.
+
+import logging
+import sys
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from IPython.core.display_functions import DisplayHandle
+
+_log = logging.getLogger("fastflower")
+
+
+def bar(
+    iterable: Iterable[object] | None = None,
+    *,
+    desc: str,
+    unit: str,
+    total: int | None = None,
+    initial: int = 0,
+    unit_scale: bool = False,
+    hidden: bool = False,
+) -> "tqdm[Any]":
+    """Return a progress bar. It is shown on a terminal and in a notebook, unless `hidden`."""
+    options = {"desc": desc, "unit": unit, "total": total, "initial": initial, "unit_scale": unit_scale}
+    if not hasattr(_shell(), "kernel"):
+        return tqdm(iterable, **options, disable=hidden or None)  # None: unless stderr is a terminal
+    made = _NotebookBar(
+        iterable, **options, disable=hidden, gui=True, mininterval=0.25, smoothing=0
+    )  # gui: do not print
+    if not hidden:
+        made.display()
+    return made
+
+
+@contextmanager
+def shown() -> Generator[None]:
+    """Show log lines in the `with` block or the decorated function, if IPython runs and logging is not configured.
+
+    Afterwards logging is as it was, so a later configuration neither doubles lines nor finds a level changed.
+    """
+    _NotebookBar.closed = None
+    if _shell() is None or _log.hasHandlers():
+        yield
+        return
+    handler, level = _Lines(), _log.level
+    _log.addHandler(handler)
+    if level == logging.NOTSET and logging.root.level == logging.WARNING:  # the defaults
+        _log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _log.setLevel(level)
+        _log.removeHandler(handler)
+
+
+class _Lines(logging.Handler):
+    """Prints messages above the bars of a terminal. Warnings go to stderr, which notebooks show in red."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+
+
+class _NotebookBar(tqdm):
+    """A bar of plain text that replaces its own output, and that of the bar before it in the same call.
+
+    Unlike tqdm.notebook it needs no ipywidgets, and it is still there in a saved notebook.
+    """
+
+    closed: "DisplayHandle | None" = None
+    """The output of the last bar that was closed in this call."""
+    output: "DisplayHandle | None" = None
+
+    def display(self, *_: object, **__: object) -> None:
+        from IPython.display import display
+
+        text = {"text/plain": str(self)}
+        if self.output is None:
+            self.output, _NotebookBar.closed = _NotebookBar.closed, None
+        if self.output is None:
+            self.output = display(text, raw=True, display_id=True)
+        else:
+            self.output.update(text, raw=True)
+
+    def clear(self, *_: object, **__: object) -> None:
+        """Do nothing: printed lines have an output of their own."""
+
+    def close(self) -> None:
+        if not self.disable:
+            super().close()
+            self.display()
+            _NotebookBar.closed = self.output
+
+
+def _shell() -> object:
+    """Return the IPython that runs this code, or None."""
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython else None
