@@ -266,8 +266,10 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
         f"{scores.num_samples} images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, "
         f"macro-F1 {scores.macro_f1:.2%}, calibration error {scores.calibration_error:.2%}"
     )
-    for name, precision, recall in zip(scores.classes, scores.precision, scores.recall, strict=True):
-        print(f"  {name}: precision {precision:.1%}, recall {recall:.1%}".replace("nan%", "undefined"))
+    rows = zip(scores.classes, scores.support, scores.precision, scores.recall, strict=True)
+    for name, support, precision, recall in rows:
+        figures = f"precision {precision:.1%}, recall {recall:.1%}".replace("nan%", "undefined")
+        print(f"  {name}: {figures}, {support} images")
 
 
 def _predict(prog: str, args: Sequence[str]) -> None:
@@ -297,11 +299,11 @@ def _predict(prog: str, args: Sequence[str]) -> None:
 
 
 _COMMANDS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
-    "pack": (_pack, "convert a folder of class folders to shards"),
+    "pack": (_pack, "convert a folder, archive or table of images to shards"),
     "verify": (_verify, "check that every image decodes and that shards, indexes and manifest agree"),
     "doctor": (_doctor, "find what limits training speed: reading, decoding, augmentation or the neural network"),
     "preview": (_preview, "write a PNG of images augmented by a recipe"),
-    "train": (_train, "train a classifier on shards"),
-    "evaluate": (_evaluate, "score a checkpoint on a split of shards"),
+    "train": (_train, "train a classifier on a folder of images, or on shards"),
+    "evaluate": (_evaluate, "score a checkpoint on a folder of images, or on a split of shards"),
     "predict": (_predict, "classify image files"),
 }

@@ -1,17 +1,21 @@
 """The process group under torchrun, and the few collective operations that training needs."""
 
 import os
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from fastflower.errors import ArgumentError, DeviceError, integer
+from fastflower.errors import ArgumentError, DeviceError, FastflowerError, integer
 
 _T = TypeVar("_T")
+
+_POLL_SECONDS = 0.5
 
 
 @contextmanager
@@ -92,6 +96,28 @@ def gathered(value: _T) -> list[_T]:
     if _together():
         dist.all_gather_object(values, value)
     return values
+
+
+def of_first_rank(work: Callable[[], _T], busy: Path | None = None) -> _T:
+    """Return what `work` returns on rank 0, or raise its FastflowerError on all ranks.
+
+    busy  A file that all ranks see until the work is done, for work that takes longer than a collective may.
+    """
+    done, failed = None, None
+    try:
+        if rank() == 0:
+            done = work()
+    except FastflowerError as error:
+        failed = error
+    finally:
+        if rank() == 0 and busy and _together():
+            busy.unlink(missing_ok=True)
+    while rank() > 0 and busy and busy.exists():
+        time.sleep(_POLL_SECONDS)
+    done, failed = gathered((done, failed))[0]
+    if failed:
+        raise failed
+    return cast("_T", done)
 
 
 def share_buffers(network: nn.Module) -> None:

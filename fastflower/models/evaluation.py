@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastflower import progress
 from fastflower.devices import precision_of, resolve_device
@@ -15,6 +16,7 @@ from fastflower.models.backbone import on_device
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.inference import measure, non_finite_outputs, view_of
 from fastflower.models.metrics import Scores
+from fastflower.packing.source import PACKS, shards_of
 from fastflower.shards.manifest import Manifest
 from fastflower.shards.mirror import Mirror
 from fastflower.shards.remote import Remote, remote
@@ -29,7 +31,7 @@ def evaluate(
     checkpoint: str | Path | Checkpoint,
     shards: str | Path | Remote,
     *,
-    split: str = "val",
+    split: str | None = None,
     fold: int | None = None,
     tta: bool | None = None,
     device: str | torch.device | None = None,
@@ -38,27 +40,38 @@ def evaluate(
 
     Args:
         checkpoint: A checkpoint written by `train`.
-        shards: The folder written by `pack`, or its URL, as for Loader.
-        split: Any split of the shards, such as "val", "train" or "test".
+        shards: The folder written by `pack`, or its URL, as for Loader. Its classes may be some of the checkpoint's, in any
+            order. Or what `pack` takes: a folder of images, an archive, or a table of labels. It is packed once, into
+            packs/NAME-HASH beside the checkpoint's run. A folder without splits is evaluated wholly, unless `train` drew a
+            val split from it for this checkpoint. To choose options, pack first.
+        split: The split to evaluate, such as "val" or "test". None means "val" if there is one, else the only split.
         fold: With shards that were packed with folds: "val" is this fold, and "train" all others. None uses the fold that
             the checkpoint was validated on.
         tta: Test-time augmentation: average the probabilities of each image and its horizontal flip. None uses the recipe's tta.
         device: None uses CUDA if available, otherwise the CPU.
 
-    Returns the scores, with labels, probabilities and paths in the order of the split. Raises CheckpointError if the
-    checkpoint cannot be used, or if its classes differ from the classes of the shards. Logs a warning if the fold was among
-    the training images.
+    Returns the scores over the checkpoint's classes, with labels, probabilities and paths in the order of the split. Raises
+    CheckpointError if the checkpoint cannot be used, or does not know a class of the shards, ArgumentError if there are
+    several splits, none of them "val", and FolderError if a folder cannot be packed. Logs a warning if images of the
+    training were evaluated unasked.
     """
-    require(isinstance(split, str), "split", "a name, for example val, train or test", split)  # pyright: ignore[reportUnnecessaryIsInstance]  (callers may be untyped)
+    rule = "a name, for example val, train or test"
+    require(split is None or isinstance(split, str), "split", rule, split)  # pyright: ignore[reportUnnecessaryIsInstance]  (callers may be untyped)
     tta = None if tta is None else boolean("tta", tta)
-    name = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
+    name, packs = "checkpoint", Path("runs", PACKS)
     if not isinstance(checkpoint, Checkpoint):
+        name, packs = str(checkpoint), Path(checkpoint).absolute().parent.parent / PACKS
         checkpoint = Checkpoint.load(checkpoint)
     chosen, recipe = resolve_device(device), checkpoint.recipe
+    shards = shards_of(shards, packs, trained=checkpoint.feeding.get("shards"), as_split="test")
+    source = remote(shards)
+    manifest = Mirror.connect(source).manifest if source else Manifest.load(str(shards))
+    number_of = _numbers(shards, manifest, checkpoint).to(chosen)
+    asked, split = split, split or _default_split(manifest)
     loader = Loader(
         shards,
         split,
-        fold=_own_fold(checkpoint, shards, split) if fold is None else fold,
+        fold=_own_fold(checkpoint, manifest, split) if fold is None else fold,
         batch_size=_BATCH_SIZE,
         augment=view_of(recipe),
         device=chosen,
@@ -68,28 +81,43 @@ def evaluate(
         cache="auto" if chosen.type == "cuda" else None,
         shuffle=False,
     )
-    if loader.manifest.classes != checkpoint.classes:
-        raise CheckpointError(
-            f"{shards}: has the classes {', '.join(loader.manifest.classes)}, but the checkpoint was trained on "
-            f"{', '.join(checkpoint.classes)}; pass shards with the checkpoint's classes."
-        )
-    _warn_of_training_images(name, checkpoint, loader)
+    _warn_of_training_images(name, checkpoint, loader, asked)
     model = on_device(checkpoint.network(), chosen)
     with progress.bar(loader, desc="evaluate", unit="batch") as batches:
         tta = recipe.tta if tta is None else tta
-        scores = measure(model, batches, checkpoint.classes, tta=tta, paths=loader.paths)
+        labeled = (batch._replace(labels=number_of[batch.labels]) for batch in batches)
+        scores = measure(model, labeled, checkpoint.classes, tta=tta, paths=loader.paths)
     if not isfinite(scores.loss):
         bad = np.flatnonzero(np.isnan(scores.probabilities[:, 0]))
         raise non_finite_outputs(name, scores.paths[int(bad[0])], len(bad))
     return scores
 
 
-def _own_fold(checkpoint: Checkpoint, shards: str | Path | Remote, split: str) -> int | None:
+def _numbers(shards: str | Path | Remote, manifest: Manifest, checkpoint: Checkpoint) -> Tensor:
+    """Return the checkpoint's number of each class of the shards. Raises CheckpointError if it does not know one."""
+    known = {name: number for number, name in enumerate(checkpoint.classes)}
+    if unknown := [name for name in manifest.classes if name not in known]:
+        what = f"has the classes {', '.join(unknown)}, which the checkpoint was not trained on"
+        raise CheckpointError(
+            f"{shards}: {what}; pass shards with some or all of its classes: {', '.join(checkpoint.classes)}."
+        )
+    return torch.tensor([known[name] for name in manifest.classes])
+
+
+def _default_split(manifest: Manifest) -> str:
+    """Return "val" if there is such a split or there are folds, else the only split. Raises ArgumentError if it is unclear."""
+    full = [name for name, split in manifest.splits.items() if split.samples]
+    if "val" in full or manifest.folds:
+        return "val"
+    if len(full) != 1:
+        raise ArgumentError(f"split must be one of {', '.join(full)}, got None: {manifest.folder} has no val split.")
+    return full[0]
+
+
+def _own_fold(checkpoint: Checkpoint, manifest: Manifest, split: str) -> int | None:
     """Return the fold that the checkpoint was validated on, if any. Raises ArgumentError if these shards have other folds."""
     if checkpoint.fold is None or split not in ("train", "val"):
         return None
-    source = remote(shards)
-    manifest = Mirror.connect(source).manifest if source else Manifest.load(str(shards))
     if manifest.folds is None:
         return None
     if manifest.folds.sha256[:16] != checkpoint.feeding["folds"]:
@@ -100,8 +128,8 @@ def _own_fold(checkpoint: Checkpoint, shards: str | Path | Remote, split: str) -
     return checkpoint.fold
 
 
-def _warn_of_training_images(name: str, checkpoint: Checkpoint, loader: Loader) -> None:
-    """Warn if the loader yields a fold that the checkpoint was trained on."""
+def _warn_of_training_images(name: str, checkpoint: Checkpoint, loader: Loader, asked: str | None) -> None:
+    """Warn if the loader yields a fold, or a train split that was not asked for, that the checkpoint was trained on."""
     trained, evaluated = checkpoint.feeding, loader.state_dict()
     same = {key for key in ("shards", "folds", "fold") if trained.get(key) == evaluated.get(key)}
     if (
@@ -113,3 +141,6 @@ def _warn_of_training_images(name: str, checkpoint: Checkpoint, loader: Loader) 
         how = "on all folds" if checkpoint.fold is None else f"with fold {checkpoint.fold}"
         what = "it saw images of this fold, so the scores say little about new images"
         _log.warning("%s: was trained %s, but is evaluated on fold %d: %s", name, how, loader.fold, what)
+    if asked is None and loader.split == "train" and "shards" in same:
+        what = "was trained on these images, which are the only split, so the scores say little about new images"
+        _log.warning("%s: %s", name, what)

@@ -68,6 +68,11 @@ class Scores:
         return int(self.confusion.sum())
 
     @property
+    def support(self) -> NDArray[np.int64]:
+        """(K,) number of samples of each class; 0 for a class of the checkpoint that the evaluated images lack."""
+        return self.confusion.sum(axis=1)
+
+    @property
     def accuracy(self) -> float:
         """Fraction of correct predictions, in [0, 1]."""
         return float(np.trace(self.confusion) / self.num_samples)
@@ -75,7 +80,7 @@ class Scores:
     @property
     def recall(self) -> Floats:
         """(K,) fraction of each class's samples that are predicted correctly; NaN for a class without samples."""
-        return _ratio(np.diag(self.confusion), self.confusion.sum(axis=1))
+        return _ratio(np.diag(self.confusion), self.support)
 
     @property
     def precision(self) -> Floats:
@@ -85,7 +90,7 @@ class Scores:
     @property
     def macro_f1(self) -> float:
         """Mean F1 over classes, skipping classes with neither samples nor predictions, as in scikit-learn."""
-        correct, both = np.diag(self.confusion), self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
+        correct, both = np.diag(self.confusion), self.confusion.sum(axis=0) + self.support
         return float(np.nanmean(_ratio(2 * correct, both)))
 
     @property

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +21,21 @@ from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
 from fastflower.packing import layout
 from fastflower.packing.columns import Columns
-from fastflower.packing.containers import instead_of_images, unread
+from fastflower.packing.containers import instead_of_images
 from fastflower.packing.finder import Finder
 from fastflower.packing.hidden import entries, ignoring, is_hidden, is_ignored
 from fastflower.packing.labels import Labels
-from fastflower.packing.listing import SPLITS, Listing, classes_of, lists_of, splits_of, tables_naming, unused
+from fastflower.packing.listing import (
+    SPLITS,
+    Listing,
+    OwnSplitError,
+    Tables,
+    classes_of,
+    lists_of,
+    splits_of,
+    tables_naming,
+    warn_of_other_readings,
+)
 from fastflower.packing.missing import no_images
 from fastflower.packing.names import is_image, plain_name, splits_named
 
@@ -182,16 +191,6 @@ class _Collector:
         return Folder(self.root, tuple(classes), splits, files, paths, tuple(self.ignored))
 
 
-class Tables(NamedTuple):
-    """Files that name the images of a folder."""
-
-    labels: Sequence[Path] = ()
-    """Tables or lists of images and labels."""
-    split: Sequence[Path] = ()
-    """Tables or lists that assign images to splits."""
-    columns: Columns = Columns()
-
-
 def scan(
     root: str | Path,
     tables: Tables | None = None,
@@ -199,19 +198,22 @@ def scan(
     resplit: bool = False,
     ignore: Sequence[str] = (),
     drop_empty_classes: bool = False,
+    as_split: str | None = None,
 ) -> Folder:
     """Find the images of a folder by name, without reading them. Without a table of labels, it has one of three layouts:
 
     - `root`/CLASS/**, as ImageFolder reads it;
-    - `root`/train/CLASS/**, next to folders named after other splits; a folder named after a split is never a class;
+    - `root`/train/CLASS/**, next to folders named after other splits, or one of those alone; a folder named after a split
+      is never a class;
     - the lists train.txt and val.txt with lines "PATH LABEL", and classes.txt; each is in `root`/meta or in `root`.
 
     resplit  Whether the caller draws a new split from all images. If so, class folders may contain split folders.
     ignore  Patterns of files and folders to leave out, as for `pack`. Hidden and system names are images only in a list.
     drop_empty_classes  Whether class folders may have no images, or be in val or test only.
+    as_split  The split that all images belong to. Raises OwnSplitError if the folder has splits of its own.
 
     Raises FolderError, with file and line if possible, if the folder fits none of these layouts or more than one, has
-    only one class, or has a class without images.
+    only one class to train on, or has a class without images.
     """
     root, tables = Path(root), tables or Tables()
     try:
@@ -219,11 +221,16 @@ def scan(
             folder = _scan(root, resplit or bool(tables.split), tables, drop_empty_classes)
             if tables.split:
                 folder = _divided(folder, tables)
-            if len(folder.classes) == 1:
+            if as_split and folder.splits not in ((), (as_split,)):
+                what = f"omitted, because {root} has its own splits ({', '.join(folder.splits)})"
+                raise OwnSplitError(f"as_split must be {what}, got {as_split!r}.")
+            if as_split:
+                folder = replace(folder, splits=(as_split,))
+            if len(folder.classes) == 1 and "train" in (folder.splits or ("train",)):
                 only = folder.classes[0]
                 raise FolderError(f"{root}: has one class, {only!r}; a classifier needs at least two class folders.")
             if not (tables.split or tables.labels or lists_of(root)):
-                _warn_of_other_readings(folder)
+                warn_of_other_readings(root, folder.classes, folder.paths)
     except OSError as error:
         blame_the_system(error, error.filename or root)
         raise FolderError(f"{error.filename or root}: cannot be read ({error.strerror}); make it readable.") from error
@@ -253,30 +260,12 @@ def _scan(root: Path, resplit: bool, tables: Tables, drop_empty: bool) -> Folder
             "without labels are for fastflower predict, or for Loader.from_files and a network of your own"
         )
         raise FolderError(f"{root}: has no class folders; {remedy}.")
-    if len(tops) > 1 and (named := splits_named(tops)):
+    named = splits_named(tops)
+    if layout.are_splits(root, tops, named):
         places = layout.places_of_splits(root, named, tops)
         return _scan_splits(root, named, *places, drop_empty=drop_empty)
     layout.check_classes(root, tops, resplit)
     return _scan_classes(root, tops, drop_empty)
-
-
-def _warn_of_other_readings(folder: Folder) -> None:
-    """Warn about files and folders that suggest other labels or splits than those of the class folders."""
-    root = folder.root
-    for remark in (*unused(root), *unread(root)):
-        _log.warning("%s: %s", root, remark)
-    if masks := len(re.findall(rb"[^/]_mask(?:_\d+)?\.(?:png|jpg|bmp|tif)", folder.paths.data)):
-        what = "images have names like masks; leave them out with --ignore '*_mask*'"
-        _log.warning("%s: %d %s", root, masks, what)
-    plain = all((root / name).is_dir() for name in folder.classes)
-    shared = layout.shared_folders(root, folder.classes) if plain else []
-    if len(shared) > 1:
-        command = (
-            f"(cd {layout.quoted(root)} && find -L */ -type f | sed -E 's|^[^/]+/([^/]+)/.*|&,\\1|') > labels.csv && "
-            f"fastflower pack {layout.quoted(root)} --labels labels.csv"
-        )
-        what = f"each class has the folders {', '.join(map(repr, shared[:6]))}; if these are the classes: {command}"
-        _log.warning("%s: %s", root, what)
 
 
 def _scan_lists(
@@ -365,6 +354,8 @@ def _scan_splits(
     collector = _Collector(root)
     train, *_ = bases.values()
     classes, unknown = layout.subfolders(root / train), set[str]()
+    if len(classes) == 1:
+        layout.refuse_wrapper(root / train, classes[0])
     for number, base in enumerate(bases.values()):
         for name in layout.subfolders(root / base):
             place = root / base / name
@@ -388,7 +379,8 @@ def _scan_splits(
         collector.ignore_strays(folder)
     for top in sorted({*named, *unlabeled} - bases.keys()):
         collector.ignore_unlabeled(top)
-    return collector.folder(classes, tuple(named[top] for top in bases) if len(bases) > 1 else ())
+    splits = tuple(named[top] for top in bases)
+    return collector.folder(classes, () if splits == ("train",) else splits)
 
 
 def images_in(root: Path) -> Folder:

@@ -78,6 +78,15 @@ def _inner(root: Path, top: str) -> str:
     return top
 
 
+def are_splits(root: Path, tops: Sequence[str], named: dict[str, str]) -> bool:
+    """Return whether subfolders are splits: some of several, or a val or test split with class folders alone.
+
+    named  Those with the name of a split.
+    """
+    alone = len(tops) == 1 and "train" not in named.values()
+    return bool(named) and (len(tops) > 1 or (alone and _class_parent(root, tops[0]) is not None))
+
+
 def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Map each split folder that has class folders to the parent of its class folders, train first.
 
@@ -96,6 +105,8 @@ def places_of_splits(root: Path, named: dict[str, str], tops: Sequence[str]) -> 
         raise _duplicate_split(root, {top: named[top] for top in full})
     bases = _class_parents(root, full)
     train = next((top for top in bases if named[top] == "train"), None)
+    if train is None and len(full) == len(bases) == 1:
+        return bases, unlabeled  # a val or test split alone
     if train is None:
         what = f"has folders named after splits ({_names(named)}), but no training split with class folders"
         raise _ambiguous(

@@ -9,13 +9,19 @@ from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-from fastflower.errors import FolderError
+import numpy as np
+from numpy.typing import NDArray
+
+from fastflower.errors import ArgumentError, FolderError
+from fastflower.packing import layout
 from fastflower.packing.columns import Columns
+from fastflower.packing.containers import unread
 from fastflower.packing.finder import Finder, Found
 from fastflower.packing.hidden import is_ignored, patterns_ignored
 from fastflower.packing.labels import Labels, read_classes
-from fastflower.packing.lists import Row, rows, usual_table
+from fastflower.packing.lists import LISTS, Row, rows, usual_table
 from fastflower.packing.names import is_image, split_in
 from fastflower.packing.text import read_lines
 
@@ -26,6 +32,20 @@ _MOST_NAMES = 3  # missing images per message
 _PLACES = ("annotations", "splits", "split", "lists", "labels", "ImageSets/Main")  # where lists lie beside images
 _MOST_ROWS = 100_000  # counted of a table beside the images
 _FEW_ROWS = 50  # that decide whether it names these images
+
+
+class Tables(NamedTuple):
+    """Files that name the images of a folder."""
+
+    labels: Sequence[Path] = ()
+    """Tables or lists of images and labels."""
+    split: Sequence[Path] = ()
+    """Tables or lists that assign images to splits."""
+    columns: Columns = Columns()
+
+
+class OwnSplitError(ArgumentError):
+    """Raised if all images are to be in one split, but the folder has splits of its own."""
 
 
 def lists_of(root: Path) -> dict[Path, str | None]:
@@ -273,10 +293,10 @@ def tables_naming(root: Path) -> list[str]:
 
 def _lists_splits(file: Path) -> bool:
     """Return whether a file is named like a list of a split: train_list.txt, val.lst."""
-    return file.suffix.lower() in (".txt", ".lst") and split_in(file.stem) is not None and file.is_file()
+    return file.suffix.lower() in LISTS and split_in(file.stem) is not None and file.is_file()
 
 
-def unused(root: Path) -> Iterator[str]:
+def _unused(root: Path) -> Iterator[str]:
     """Yield a remark for each table or list in a folder that names images of its class folders, but is not used."""
     finder = Finder(root)
     find = partial(_exists, finder.find)
@@ -289,3 +309,24 @@ def unused(root: Path) -> Iterator[str]:
                     option = "--split" if split_in(file.stem) else "--labels"
                     what = f"{file.name} names images of this folder, but is not used"
                     yield f"{what}; to use it, pass {option} {shlex.quote(str(file))}"
+
+
+def warn_of_other_readings(root: Path, classes: Sequence[str], paths: NDArray[np.uint8]) -> None:
+    """Warn about files and folders that suggest other labels or splits than those of the class folders.
+
+    paths  Paths of the images as concatenated bytes.
+    """
+    for remark in (*_unused(root), *unread(root)):
+        _log.warning("%s: %s", root, remark)
+    if masks := len(re.findall(rb"[^/]_mask(?:_\d+)?\.(?:png|jpg|bmp|tif)", paths.data)):
+        what = "images have names like masks; leave them out with --ignore '*_mask*'"
+        _log.warning("%s: %d %s", root, masks, what)
+    plain = all((root / name).is_dir() for name in classes)
+    shared = layout.shared_folders(root, classes) if plain else []
+    if len(shared) > 1:
+        command = (
+            f"(cd {layout.quoted(root)} && find -L */ -type f | sed -E 's|^[^/]+/([^/]+)/.*|&,\\1|') > labels.csv && "
+            f"fastflower pack {layout.quoted(root)} --labels labels.csv"
+        )
+        what = f"each class has the folders {', '.join(map(repr, shared[:6]))}; if these are the classes: {command}"
+        _log.warning("%s: %s", root, what)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastflower.errors import FolderError
+from fastflower.packing.advice import is_file
 from fastflower.packing.columns import Columns, Places, is_usual, places_of
 from fastflower.packing.names import is_image, split_in
 from fastflower.packing.text import encoding_of, read_lines, read_records
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
+LISTS = (".txt", ".lst")
 _SAMPLE = 100  # lines that decide how a file is read
 _MOST_JSON = 1 << 26  # bytes of a JSON file that is read whole only to see whether it is a table
 
@@ -23,6 +25,11 @@ _FIRST_WORD = re.compile(r"([^\s,;]+)[\s,;]+(\S.*)")
 
 Exists = Callable[[str], bool]
 """Returns whether a path names an image."""
+
+
+def is_table(path: Path) -> bool:
+    """Return whether a path is a file that is named like a table or list."""
+    return is_file(path) and path.name.lower().endswith((*TABLES, *LISTS))
 
 
 class Row(NamedTuple):

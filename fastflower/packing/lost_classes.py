@@ -25,6 +25,8 @@ class LostClassError(FolderError):
 def without_lost_classes(plan: Plan, work: Path) -> Plan:
     """Return the plan with all classes without training images as dropped. Rewrites finished shards that have other labels.
 
+    A pack without a train split keeps all classes, unless none of its images can be read.
+
     Raises LostClassError, which names files and reasons, if options.drop_empty_classes is False. Raises FolderError if
     fewer than two classes would be left.
     """
@@ -32,8 +34,10 @@ def without_lost_classes(plan: Plan, work: Path) -> Plan:
     labels, classes = plan.folder.files["label"], plan.folder.classes
     counts = np.zeros(len(classes), np.int64)
     for planned, shard in zip(plan.shards, made, strict=True):
-        if planned.split == "train":
+        if planned.split == plan.splits[0]:
             counts += np.bincount(labels[shard.numbers], minlength=len(classes))
+    if "train" not in plan.splits and counts.any():
+        return plan
     lost: tuple[int, ...] = tuple(np.flatnonzero(counts == 0).tolist())
     new = [label for label in lost if label not in plan.dropped]
     left = len(classes) - len(lost)
@@ -61,12 +65,13 @@ def without_lost_classes(plan: Plan, work: Path) -> Plan:
 def _unreadable(plan: Plan, made: Sequence[MadeShard], lost: Sequence[int]) -> str:
     """Name the first lost class, with its first files and reasons, and the other lost classes, one per line."""
     folder, label = plan.folder, lost[0]
-    planned = [plan.order[start:stop] for split, _, start, stop in plan.shards if split == "train"]
+    planned = [plan.order[start:stop] for split, _, start, stop in plan.shards if split == plan.splits[0]]
     numbers = np.sort(np.concatenate(planned))
     numbers = numbers[folder.files["label"][numbers] == label]
     reasons = {item["path"]: item["reason"] for shard in made for item in shard.skipped}
     paths = [folder.path(number) for number in numbers[:_MOST_NAMES].tolist()]
-    lines = [f"class {folder.classes[label]!r}: none of its {len(numbers)} training images can be read:"]
+    first = f"class {folder.classes[label]!r}: none of its {len(numbers)} training images can be read:"
+    lines = [first if "train" in plan.splits else first.replace("training ", "")]
     lines += [printable(f"{path}: {reasons.get(path, '')}") for path in paths]
     if len(numbers) > len(paths):
         lines.append(f"and {counted(len(numbers) - len(paths), 'other')}")

@@ -24,11 +24,14 @@ from fastflower.packing.advice import is_archive, is_file, refused
 from fastflower.packing.archives import root_in, unpacked
 from fastflower.packing.columns import Columns
 from fastflower.packing.duplicates import Item, Result
-from fastflower.packing.folder import Folder, Tables, scan
+from fastflower.packing.folder import Folder, scan
+from fastflower.packing.listing import Tables
+from fastflower.packing.lists import is_table
 from fastflower.packing.lost_classes import LostClassError, without_lost_classes
 from fastflower.packing.plan import Options, Plan
 from fastflower.packing.publishing import publish, unpublish
 from fastflower.packing.remarks import remarks
+from fastflower.packing.space import check_space
 from fastflower.packing.worker import STOP, make_shard, make_shard_elsewhere
 from fastflower.packing.workspace import load_or_make_plan, workspace
 from fastflower.shards.manifest import FILE, PLAN, WORK, Manifest
@@ -61,6 +64,7 @@ def pack(
     lists: bool = False,
     ignore: Sequence[str] = (),
     drop_empty_classes: bool = False,
+    as_split: Literal["val", "test"] | None = None,
     workers: int | None = None,
     executor: Executor | None = None,
 ) -> Manifest:
@@ -73,8 +77,9 @@ def pack(
     Args:
         folder: The images, in one of three layouts: FOLDER/CLASS/** as torchvision's ImageFolder reads it;
             FOLDER/train/CLASS/** and FOLDER/val/CLASS/** (a folder named after a split is never a class); or the lists
-            FOLDER/meta/train.txt, FOLDER/meta/val.txt and FOLDER/classes.txt. Or a zip or tar archive of such a folder,
-            which is unpacked in OUT while packing.
+            FOLDER/meta/train.txt, FOLDER/meta/val.txt and FOLDER/classes.txt. A val or test folder may be alone. Or a zip
+            or tar archive of such a folder, which is unpacked in OUT while packing. Or a table or list of the images in
+            its folder: data/train.csv is the folder data with labels="data/train.csv".
         out: The folder to write. It must not be inside FOLDER or already contain packed shards.
         labels: A table (CSV, TSV or JSON lines) or list of images and their labels, or one file per split, such as
             train.csv and val.csv. The labels are names or numbers. A column of splits divides the images.
@@ -109,6 +114,8 @@ def pack(
             with a dot and names that systems add, such as Thumbs.db and @eaDir, are left out unless a list names them.
         drop_empty_classes: Leave out classes without a readable training image, with a warning, instead of raising an error.
             At least two classes must remain. The images of such a class in other splits are skipped.
+        as_split: Put all images into this split, for example a test set that comes in a folder of its own. Only for a folder
+            without splits. One class is enough.
         workers: Number of threads; by default one per core.
         executor: A concurrent.futures.Executor that makes the shards instead of threads, one shard per task. Its workers
             must see FOLDER and OUT under the same paths.
@@ -130,7 +137,12 @@ def pack(
     share = 0.0 if folds else _VAL_FRACTION if val_fraction is None else val_fraction
     rule = "at least 0 and, added to val_fraction, less than 1"
     require(_is_fraction(test_fraction) and test_fraction < 1 - share, "test_fraction", rule, test_fraction)
-    tables = Tables(_paths(labels), _paths(split), Columns(path_column, label_column, split_column))
+    root, tables_of_labels = Path(folder), _paths(labels)
+    if is_table(root):
+        require(not tables_of_labels, "labels", f"omitted, because {root} is a table itself", labels)
+        root, tables_of_labels = root.parent, [root]
+    require(as_split is None or not split, "as_split", "omitted with split, which divides the images", as_split)
+    tables = Tables(tables_of_labels, _paths(split), Columns(path_column, label_column, split_column))
     options = Options(
         split_by=split_by,
         val_fraction=None if val_fraction is None else float(val_fraction),
@@ -145,9 +157,10 @@ def pack(
         lists=lists,
         ignore=ignore,
         drop_empty_classes=drop_empty_classes,
+        as_split=as_split,
     )
     require(workers is None or workers >= 1, "workers", "at least 1", workers)
-    return _pack(Path(folder), tables, Path(out), options, workers or cores(), executor)
+    return _pack(root, tables, Path(out), options, workers or cores(), executor)
 
 
 def _is_fraction(value: object) -> bool:
@@ -164,15 +177,17 @@ def _below(root: Path, files: Sequence[Path]) -> list[Path]:
 
 
 def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, executor: Executor | None) -> Manifest:
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):  # Path.resolve raises for a link to itself
+    if is_inside(out, root):
         what = f"is inside the folder to pack ({root}) and would become part of it"
         raise FolderError(f"{out}: {what}; choose another folder with --out.")
     if is_file(root) and (why := refused(root)):
         raise FolderError(f"{root}: {why}.")
     resplit, drop_empty = asked.split_by in ("class", "random"), asked.drop_empty_classes
-    find = partial(scan, tables=tables, resplit=resplit, ignore=asked.ignore, drop_empty_classes=drop_empty)
-    folder = None if is_archive(root) else find(root)
+    find = partial(scan, resplit=resplit, ignore=asked.ignore, drop_empty_classes=drop_empty, as_split=asked.as_split)
+    folder = None if is_archive(root) else find(root, tables)
     options = _resolved(asked, folder) if folder else asked
+    if folder and not os.path.exists(out / FILE):  # noqa: PTH110  (Path.exists can raise)
+        check_space(folder, options, out)
     interrupted = os.path.exists(out / WORK)  # noqa: PTH110  (Path.exists can raise)
     with workspace(out) as work, ThreadPoolExecutor(threads) as pool, ExitStack() as stack:
         packed = (out / FILE).exists()
@@ -182,8 +197,9 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
             used = bool(tables.labels or tables.split)
             content = stack.enter_context(unpacked(root, work, ignore=asked.ignore, tables=used))
             labels, split = (_below(root_in(work), files) for files in (tables.labels, tables.split))
-            folder = find(content, tables=tables._replace(labels=labels, split=split))
+            folder = find(content, tables._replace(labels=labels, split=split))
             options = _resolved(asked, folder)
+            check_space(folder, options, out)
         if packed:
             manifest = Manifest.load(out)
             files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
@@ -194,6 +210,7 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
                 "test_fraction": 0.0,
                 "folds": None,
                 "drop_empty_classes": False,
+                "as_split": None,
                 **manifest.options,
             }
             same = before == options.recorded() and manifest.classes == classes
@@ -219,6 +236,13 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
     return manifest
 
 
+def is_inside(path: Path, root: Path) -> bool:
+    """Return whether a path is a folder, or inside it, whatever links lead there."""
+    return Path(os.path.realpath(path)).is_relative_to(
+        os.path.realpath(root)
+    )  # Path.resolve raises for a link to itself
+
+
 def _already_packed(out: Path) -> FolderError:
     return FolderError(f"{out}: already contains packed shards; choose another folder with --out, or remove this one.")
 
@@ -235,6 +259,11 @@ def _resolved(options: Options, folder: Folder) -> Options:
     if options.folds and split_by == "folder" and "val" in folder.splits:
         _log.warning("%s: its val split is divided into folds together with its train split", folder.root)
     fraction = options.val_fraction
+    if split_by == "folder" and "train" not in folder.splits:
+        given = {"val_fraction": fraction, "test_fraction": options.test_fraction, "folds": options.folds}
+        for name, value in given.items():
+            what = f"omitted, because {folder.root} has no images for training, only a {folder.splits[0]} split"
+            require(not value, name, what, value)
     if split_by == "folder":
         for name, given in (("val", fraction is not None), ("test", options.test_fraction > 0)):
             if given and name in folder.splits:

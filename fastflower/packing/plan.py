@@ -44,7 +44,8 @@ class Options:
     test_fraction: float = 0.0
     folds: int | None = None
     drop_empty_classes: bool = False
-    """The last four are not options of older versions."""
+    as_split: Literal["val", "test"] | None = None
+    """The last five are not options of older versions."""
 
     def __post_init__(self) -> None:
         splits = (None, "class", "random", "folder")
@@ -70,6 +71,10 @@ class Options:
         require(
             self.drop_empty_classes in (True, False), "drop_empty_classes", "True or False", self.drop_empty_classes
         )
+        require(self.as_split in (None, "val", "test"), "as_split", "'val' or 'test'", self.as_split)
+        divided = self.split_by or self.val_fraction is not None or self.test_fraction or self.folds
+        rule = "omitted with split_by, val_fraction, test_fraction and folds, which divide the images"
+        require(self.as_split is None or self.split_by == "folder" or not divided, "as_split", rule, self.as_split)
         make_plain(self)  # JSON cannot store numpy's numbers
 
     def recorded(self) -> dict[str, Any]:
@@ -145,9 +150,9 @@ def make_plan(folder: Folder, options: Options, versions: dict[str, str], mapped
         place = _draw_splits(plan, kept & (split == 0))
         for name in set(plan.splits) - {"train", *folder.splits}:
             split[place == SPLITS.index(name)] = plan.splits.index(name)
-    train = folder.files["label"][kept & (split == plan.splits.index("train"))]
+    train = folder.files["label"][kept & (split == 0)]  # or of the only split
     counts = np.bincount(train, minlength=len(folder.classes))
-    dropped = _empty_classes(folder, counts, int((~kept).sum()), options)
+    dropped = _empty_classes(folder, counts, int((~kept).sum()), options) if "train" in plan.splits else ()
     kept &= ~np.isin(folder.files["label"], dropped)
     rule = f"at most {counts.max()}, the number of images of the largest class"
     require(options.folds is None or options.folds <= counts.max(), "folds", rule, options.folds)

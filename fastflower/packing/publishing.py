@@ -152,6 +152,8 @@ def _unplanned(plan: Plan) -> dict[int, str]:
 
 def _near_duplicates(plan: Plan, splits: Splits) -> Iterator[dict[str, object]]:
     """For each image outside "train", yield its closest near-duplicate in "train", if any, in the folder's order."""
+    if "train" not in splits:
+        return
     train_hashes = np.concatenate([shard.hashes for shard in splits["train"]])
     train_numbers = np.concatenate([shard.numbers for shard in splits["train"]])
     for split, shards in splits.items():

@@ -94,6 +94,10 @@ def _similar_classes(classes: Sequence[str]) -> Iterator[str]:
 
 def _validation(manifest: Manifest, planned: int) -> Iterator[str]:
     val, fraction = manifest.splits.get("val"), manifest.options["val_fraction"]
+    if manifest.splits and "train" not in manifest.splits:
+        if not manifest.options.get("as_split"):
+            yield f"has only a {next(iter(manifest.splits))} split: evaluate on it; training needs a train split"
+        return
     if fraction == 0:  # the caller wants no validation
         return
     if not val or not val.samples:

@@ -43,7 +43,7 @@ def workspace(out: Path) -> Generator[Path]:
                 if not (work / PLAN).exists():
                     (work / RECORD).unlink(missing_ok=True)  # before any unpacked file
                     shutil.rmtree(work, ignore_errors=True)  # NFS keeps open files, which are harmless without a plan
-                    _remove_empty(new)
+                    remove_empty(new)
     except HeldError as error:
         what = f"another pack is writing here ({error}); wait for it to finish, or choose another folder with --out."
         raise FolderError(f"{out}: {what}") from None
@@ -51,7 +51,7 @@ def workspace(out: Path) -> Generator[Path]:
         if not entered and work in new:  # another process may hold the lock in a folder that existed
             with suppress(OSError):
                 (work / "lock").unlink()
-            _remove_empty(new)
+            remove_empty(new)
         blame_the_system(error, out)
         if isinstance(error, MemoryError):
             what = "packing ran out of memory; use fewer workers (--workers 1)."
@@ -65,7 +65,8 @@ def workspace(out: Path) -> Generator[Path]:
         raise FolderError(f"{out}: {what}{again}") from error
 
 
-def _remove_empty(folders: list[Path]) -> None:
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those folders that are empty."""
     for folder in folders:
         with suppress(OSError):  # not empty, a link, or a mount point
             folder.rmdir()

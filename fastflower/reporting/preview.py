@@ -11,6 +11,7 @@ from fastflower.files import write_out
 from fastflower.loading.loader import Loader
 from fastflower.loading.picture import drawable, png
 from fastflower.models.inference import view_of
+from fastflower.packing.source import shards_of
 from fastflower.recipes.recipe import Recipe, checked
 from fastflower.shards.remote import Remote
 
@@ -26,7 +27,8 @@ def preview(
     """Draw images as training will see them: one row per image, with the validation view first, then views from multiple epochs.
 
     Args:
-        shards: The folder written by `pack`, or its URL, as for Loader.
+        shards: The folder written by `pack`, or its URL, as for Loader. Or what `pack` takes, which is then packed into
+            runs/packs, as `train` does.
         recipe: The recipe to preview. Augmentation and sizes are exactly as in training, except that mixup and cutmix choose
             different partners. The partner may make up the larger part of a mixed image.
         images: Number of images, from the start of the train split.
@@ -38,7 +40,7 @@ def preview(
     out = Path(out)
     images, draws = integer("images", images, 1, at_most=100), integer("draws", draws, 1, at_most=100)
     require(out.suffix == ".png", "out", "a .png file", str(out))
-    classes, columns = views(shards, checked(recipe), images, draws)
+    classes, columns = views(shards_of(shards), checked(recipe), images, draws)
     figure = Figure(figsize=(1.6 * len(columns) + 0.4, 1.6 * len(classes) + 0.3), layout="constrained")
     grid = figure.subplots(len(classes), len(columns), squeeze=False)
     for (title, column), cells in zip(columns.items(), grid.T, strict=True):

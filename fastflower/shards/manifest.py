@@ -208,7 +208,10 @@ class Manifest:
         if split is None or not split.samples:
             full = [key for key, value in self.splits.items() if value.samples]
             choice = f"pass a fold from 0 to {self.folds.count - 1}, or " if self.folds and name == "val" else ""
-            raise ShardError(f"{self.folder}: has no samples in split {name!r}; {choice}choose from {', '.join(full)}.")
+            choice += f"choose from {', '.join(full)}"
+            if name == "train":
+                choice = f"it can be evaluated ({', '.join(full)}), but training needs a pack with training images"
+            raise ShardError(f"{self.folder}: has no samples in split {name!r}; {choice}.")
         return split
 
     def identity(self, name: str) -> dict[str, object]:

@@ -12,6 +12,7 @@ from fastflower.devices import fastest_convolutions, resolve_device
 from fastflower.errors import number
 from fastflower.loading.loader import Loader
 from fastflower.loading.stats import Stats
+from fastflower.packing.source import shards_of
 from fastflower.recipes.recipe import Recipe, checked
 from fastflower.shards.remote import Remote
 from fastflower.training.run import Run
@@ -52,7 +53,8 @@ def diagnose(
     """Find the bottleneck of training: time data loading alone, then training on one batch.
 
     Args:
-        shards: The folder written by `pack`, or its URL, as for Loader.
+        shards: The folder written by `pack`, or its URL, as for Loader. Or what `pack` takes, which is then packed into
+            runs/packs, as `train` does.
         recipe: The recipe to diagnose, by default Recipe(). Uses random weights, which take the same time as pretrained ones.
         seconds: Duration of each of the two measurements, not counting the first batch.
         device: None uses CUDA if available, otherwise the CPU.
@@ -61,6 +63,7 @@ def diagnose(
     """
     recipe = replace(checked(recipe), weights=None)
     seconds = number("seconds", seconds, "a number above 0", lambda seconds: seconds > 0)
+    shards = shards_of(shards)
     run = Run(shards, recipe, Path(), resolve_device(device))
     loader = Loader(
         shards,

@@ -8,6 +8,7 @@ from fastflower import distributed, progress
 from fastflower.devices import resolve_device
 from fastflower.errors import ArgumentError, CheckpointError, boolean, integer
 from fastflower.models.checkpoint import LAST, Checkpoint
+from fastflower.packing.source import PACKS, shards_of
 from fastflower.recipes.recipe import Recipe, checked
 from fastflower.reporting.report import Report
 from fastflower.shards.remote import Remote
@@ -34,7 +35,9 @@ def train(
     interrupted and resumed. After SIGTERM, the run saves a checkpoint and stops. Under torchrun, the ranks split each batch.
 
     Args:
-        shards: The folder written by `pack`, or its URL, as for Loader.
+        shards: The folder written by `pack`, or its URL, as for Loader. Or what `pack` takes: a folder of images, an archive,
+            or a table of labels. It is packed once, with the defaults of `pack`, into packs/NAME-HASH beside the run's folder,
+            and again only if its files change. To choose options, pack first.
         recipe: What to train, and how.
         fold: With shards that have folds: the fold to validate on, from 0; the others are for training.
         out: The run's folder. None uses the first unused folder of runs/BACKBONE, runs/BACKBONE-2, ...
@@ -42,7 +45,8 @@ def train(
         save_steps: Number of updates between extra checkpoints within an epoch, for epochs that take hours.
         device: None uses CUDA if available, otherwise the CPU.
 
-    Returns the report of the run. Raises ShardError, CheckpointError, ArgumentError or DeviceError before anything is written.
+    Returns the report of the run. Raises ShardError, FolderError, CheckpointError, ArgumentError or DeviceError before any
+    training.
     Raises StoppedError after SIGTERM, TrainingError if a loss is not finite or a rank fails, DeviceError if memory runs out,
     and CheckpointError or TrainingError if the disk is full.
 
@@ -61,7 +65,6 @@ def train(
     with (
         distributed.process_group(device),
         torch.random.fork_rng(range(torch.cuda.device_count())),  # pyright: ignore[reportUnknownMemberType]  (untyped)
-        preemption() as stop,
     ):
         chosen = resolve_device(device)
         try:
@@ -73,7 +76,10 @@ def train(
                         f"freeze must be 0 when weights is None, got {recipe.freeze}: frozen stages would stay random; "
                         f"pass --freeze 0 (freeze=0), or weights to start from (--weights FILE, weights=FILE)."
                     )
-                return Run(shards, recipe, folder, chosen, start, fold=fold, save_steps=save_steps, stop=stop).train()
+                found = shards_of(shards, folder.parent / PACKS, trained=start and start.feeding.get("shards"))
+                with preemption() as stop:
+                    run = Run(found, recipe, folder, chosen, start, fold=fold, save_steps=save_steps, stop=stop)
+                    return run.train()
         except (RuntimeError, MemoryError, OSError) as error:
             if explanation := explained(error, recipe, chosen):
                 raise explanation from error

@@ -7,7 +7,8 @@ from pathlib import Path
 from packs import touch
 
 from fastflower.packing.columns import Columns
-from fastflower.packing.folder import Folder, Tables
+from fastflower.packing.folder import Folder
+from fastflower.packing.listing import Tables
 
 FLAT = ["1.jpg", "2.jpg"]
 AB = {"1.jpg": "a", "2.jpg": "b"}

@@ -384,10 +384,10 @@ def test_archives_in_place_of_images_are_named_with_the_command(classes: Path, t
 
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "data.txt").write_text("no archive")
+    (tmp_path / "data.dat").write_text("no archive")
     rule = "pass a folder that contains one folder of images per class, or a zip or tar archive of one"
-    with pytest.raises(FolderError, match=exactly(f"{tmp_path / 'data.txt'}: is a file; {rule}.")):
-        pack(tmp_path / "data.txt", tmp_path / "out")
+    with pytest.raises(FolderError, match=exactly(f"{tmp_path / 'data.dat'}: is a file; {rule}.")):
+        pack(tmp_path / "data.dat", tmp_path / "out")
 
 
 def test_a_tar_that_ends_with_a_zip_is_a_tar(classes: Path, tmp_path: Path, expected: dict[str, str]) -> None:

@@ -16,7 +16,8 @@ from fastflower import Manifest, pack
 from fastflower.cli import main
 from fastflower.errors import ArgumentError, FolderError
 from fastflower.packing import hidden
-from fastflower.packing.folder import Folder, Tables, images_in, scan
+from fastflower.packing.folder import Folder, images_in, scan
+from fastflower.packing.listing import Tables
 from fastflower.packing.plan import load_plan
 
 FILES = ["._1.jpg", ".hidden.jpg", "Thumbs.db", "desktop.ini", ".DS_Store"]

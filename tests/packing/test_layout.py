@@ -10,7 +10,8 @@ import pytest
 from packs import exactly, touch
 
 from fastflower.errors import FolderError
-from fastflower.packing.folder import Folder, Tables, scan
+from fastflower.packing.folder import Folder, scan
+from fastflower.packing.listing import Tables
 from fastflower.packing.names import splits_named
 
 TRAIN = ["train/a/1.jpg", "train/b/1.jpg"]

@@ -135,8 +135,8 @@ def test_packing_uses_little_memory(packed: Packed) -> None:
     assert int(found[1]) * 1024 < BYTES
 
 
-def test_only_warnings_are_written_to_stderr(packed: Packed) -> None:
-    odd, *rest = packed.errors.splitlines()
+def test_only_warnings_and_the_space_are_written_to_stderr(packed: Packed) -> None:
+    _space, odd, *rest = packed.errors.splitlines()
     manifest = Manifest.load(packed.out)
     warned = {item["path"] for item in manifest.warnings}
     assert warned >= ONLY_WARNED_OF

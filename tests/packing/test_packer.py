@@ -347,6 +347,7 @@ def test_the_manifest_records_options_and_versions(small: Path, tmp_path: Path) 
     options = {"split_by": "random", "val_fraction": 0.3, "seed": 5, "shard_bytes": 9999, "max_side": 20, "quality": 70}
     options |= {"on_bad": "fail", "on_conflict": "drop", "lists": True, "ignore": ["*.gif"], "test_fraction": 0.1}
     options["drop_empty_classes"] = True
+    options["as_split"] = None
     recorded = options | {"folds": None}
     returned = pack(small, tmp_path / "out", **options)  # pyright: ignore[reportArgumentType]
     assert returned.options == Manifest.load(tmp_path / "out").options == recorded
@@ -370,5 +371,6 @@ def test_the_manifest_records_the_default_options(small: Path, tmp_path: Path) -
         "test_fraction": 0.0,
         "folds": None,
         "drop_empty_classes": False,
+        "as_split": None,
     }
     assert not re.search("classes.txt|meta", " ".join(checksums(tmp_path / "out")))

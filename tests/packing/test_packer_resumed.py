@@ -76,6 +76,7 @@ def changed(name: str) -> dict[str, Any]:
 def test_a_changed_option_is_refused_and_changes_nothing(small: Path, tmp_path: Path, expected: dict[str, str]) -> None:
     assert CHANGED.keys() == inspect.signature(pack).parameters.keys() - TABLES - {
         *("folder", "out", "workers", "executor"),
+        "as_split",  # contradicts others
         "drop_empty_classes",  # may be added, see test_lost_classes.py
     }
     out = interrupted(small, tmp_path / "out", shards=2, **OPTIONS)

@@ -10,7 +10,8 @@ from packs import drawn, exactly, paths, samples, touch
 
 from fastflower import pack
 from fastflower.errors import ArgumentError, FolderError
-from fastflower.packing.folder import EMPTY_CLASS, Tables, scan
+from fastflower.packing.folder import EMPTY_CLASS, scan
+from fastflower.packing.listing import Tables
 
 TABLES = {
     "names of Kaggle": (FLAT, {"t.csv": "image_id,label\n1,a\n2,b\n"}, {}, AB),

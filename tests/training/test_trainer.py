@@ -274,7 +274,9 @@ def test_out_folders_are_new_or_refused(shards: Path, tmp_path: Path, monkeypatc
         train(shards, other, out="runs/resnet18", resume=True, device="cpu")
 
 
-def test_resuming_on_other_classes_is_refused(shards: Path, flowers: Path, tmp_path: Path) -> None:
+def test_resuming_on_fewer_classes_is_refused_but_evaluating_is_not(
+    shards: Path, flowers: Path, tmp_path: Path
+) -> None:
     train(shards, replace(TINY, epochs=1), out=tmp_path / "run", device="cpu")
     other = tmp_path / "other"
     for name in ("rose", "tulip"):
@@ -288,8 +290,7 @@ def test_resuming_on_other_classes_is_refused(shards: Path, flowers: Path, tmp_p
         match=r"was trained on classes daisy, .*, tulip, but these shards have rose, tulip; resume with the original",
     ):
         train(tmp_path / "shards", replace(TINY, epochs=1), out=tmp_path / "run", resume=True, device="cpu")
-    with pytest.raises(CheckpointError, match="has the classes rose, tulip, but the checkpoint was trained on daisy"):
-        evaluate(tmp_path / "run" / "checkpoint-best.pt", tmp_path / "shards", device="cpu")
+    assert evaluate(tmp_path / "run" / "checkpoint-best.pt", tmp_path / "shards", device="cpu").num_samples == 12
 
 
 def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: Path) -> None:

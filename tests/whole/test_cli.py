@@ -106,7 +106,9 @@ def test_the_command_packs_the_same_bytes_as_the_function(mixed: Path, tmp_path:
     (mixed / "b/0.jpg").write_bytes((mixed / "a/0.jpg").read_bytes())
     done = command("pack", mixed, "--out", tmp_path / "by tool", "--on-conflict", "keep", "--max-side", "8")
     pack(mixed, tmp_path / "by function", on_conflict="keep", max_side=8)
-    assert (done.returncode, done.stderr.count("\n")) == (0, 3), done.stderr  # that two files are left out
+    assert (done.returncode, done.stderr.count("\n")) == (0, 4), (
+        done.stderr
+    )  # the space, and that two files are left out
     assert "\nthe same image under two labels: a/0.jpg, a/9.jpg, b/0.jpg\nwrote " in done.stdout
     for path in (tmp_path / "by function").iterdir():
         assert (tmp_path / "by tool" / path.name).read_bytes() == path.read_bytes()
@@ -195,7 +197,7 @@ with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_
 
 def test_a_pack_on_dask_has_the_same_bytes(flowers: Path, shards: Path, tmp_path: Path) -> None:
     done = python("-c", ON_DASK, "pack", flowers, "--out", tmp_path / "out", "--shard-bytes", 1 << 20)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr  # the space
     assert done.stdout.splitlines()[0] == "train: 120 images in 6 shards"
     for path in shards.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
@@ -292,12 +294,11 @@ def test_a_recipe_sets_the_defaults_that_help_shows(name: str, style: str, capsy
         assert found[1] == str(getattr(recipe, flag))
 
 
-def test_training_on_a_folder_that_is_not_a_pack_is_explained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_on_a_folder_without_images_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
     out = tmp_path / "run"
-    text = error(capsys, "train", tmp_path, "--weights", "None", "--device", "cpu", "--out", out)
-    assert text.startswith(f"{tmp_path}: has no manifest.json, so it is not a finished pack; pass a folder")
+    text = error(capsys, "train", tmp_path / "data", "--weights", "None", "--device", "cpu", "--out", out)
+    assert text.startswith(f"{tmp_path / 'data'}: has no class folders; put the images of each class")
     assert not out.exists()
 
 
@@ -311,7 +312,7 @@ def test_evaluate_scores_every_image_of_the_split(
     precisions = ["undefined" if math.isnan(value) else f"{value:.1%}" for value in scores.precision]
     assert "undefined" in precisions  # of a class that it never predicts
     rows = zip(CLASSES, precisions, scores.recall, strict=True)
-    assert rest == [f"  {name}: precision {precision}, recall {recall:.1%}" for name, precision, recall in rows]
+    assert rest == [f"  {name}: precision {one}, recall {other:.1%}, 6 images" for name, one, other in rows]
 
 
 def test_evaluate_refuses_files_that_are_no_checkpoint_and_unknown_splits(

@@ -1,0 +1,241 @@
+"""Accepts what is not packed yet where shards are expected: packs it once, beside the runs, and reuses that pack."""
+
+import glob
+import logging
+import os
+import re
+import time
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from secrets import token_hex
+from typing import Literal
+
+from fastflower import distributed
+from fastflower.errors import FolderError, HeldError, ShardError, require
+from fastflower.files import blame_the_system, locked, remedy_for
+from fastflower.packing.hidden import is_hidden
+from fastflower.packing.layout import quoted, subfolders
+from fastflower.packing.listing import OwnSplitError
+from fastflower.packing.lists import is_table
+from fastflower.packing.names import is_image
+from fastflower.packing.packer import is_inside, pack
+from fastflower.packing.space import bytes_in, readable
+from fastflower.packing.workspace import remove_empty
+from fastflower.shards.manifest import FILE, PLAN, WORK, Manifest
+from fastflower.shards.remote import Remote, remote
+
+_log = logging.getLogger("fastflower")
+
+PACKS = "packs"  # the folder beside runs
+_RUNS = Path("runs", PACKS)
+_POLL_SECONDS = 0.5  # while another process packs
+_MOST_LETTERS = 50  # of the source's name in that of its pack
+_WEIGHTS = (".pt", ".pth")  # zip archives, too; passed by mistake
+_AsSplit = Literal["val", "test"] | None
+
+
+def shards_of(
+    shards: str | Path | Remote, packs: Path = _RUNS, *, trained: object = None, as_split: _AsSplit = None
+) -> str | Path | Remote:
+    """Return shards as they are. Pack anything else that `pack` takes into PACKS/NAME-HASH, once, and return this folder.
+
+    The hash covers the path of the source, `as_split`, and the names, sizes and times of its files. If another process packs
+    the same, waits for it. In a process group, rank 0 packs and the others wait.
+
+    packs  The folder for packs.
+    trained  Identity of the shards of a run to resume or to evaluate (Manifest.identity). Its pack is preferred.
+    as_split  The split for images of a folder without splits. None draws a val split.
+
+    Raises FolderError if the source cannot be packed, and ShardError if it does not exist.
+    """
+    require(bool(str(shards)), "shards", "a folder, an archive, a table or a URL", shards)
+    if remote(shards):
+        return shards
+    source = Path(str(shards).removeprefix("file://"))
+    folder, busy = distributed.of_first_rank(partial(_prepare, source, packs, trained, as_split))
+    return distributed.of_first_rank(partial(_pack_once, source, folder, as_split), busy) if busy else folder
+
+
+def _is_pack(folder: Path) -> bool:
+    """Return whether pack wrote a folder, or began to. Beside class folders, manifest.json belongs to another program."""
+    ours = (folder / WORK).exists() or any(folder.glob("*.index.npy"))
+    return ours or ((folder / FILE).exists() and not subfolders(folder))
+
+
+@dataclass(frozen=True, slots=True)
+class _Packs:
+    """The packs of a source in a folder."""
+
+    source: Path
+    folder: Path
+    state: str
+    """Hash of the source's files."""
+
+    def current(self, as_split: _AsSplit) -> Path:
+        """Return the folder for a pack of the files as they are."""
+        return self.folder / f"{self._start(as_split)}{self.state}"
+
+    def older(self, as_split: _AsSplit) -> list[Path]:
+        """Return the packs of the files as they were."""
+        found = self.folder.glob(f"{glob.escape(self._start(as_split))}{8 * '[0-9a-f]'}")
+        return sorted(path for path in found if path != self.current(as_split))
+
+    def _start(self, as_split: _AsSplit) -> str:
+        path = Path(os.path.realpath(self.source))
+        kind = sha256(os.fsencode(f"{path} {as_split}")).hexdigest()[:4]
+        named = _root(self.source).absolute()
+        return f"{os.path.normpath(named).rpartition('/')[2][:_MOST_LETTERS]}-{kind}"
+
+
+def _root(source: Path) -> Path:
+    """Return the folder of a table, else the source itself."""
+    return source.parent if is_table(source) else source
+
+
+def _prepare(source: Path, folder: Path, trained: object, as_split: _AsSplit) -> tuple[Path, Path | None]:
+    """Return a finished pack and None, or the folder to pack into and a file that exists until that is done."""
+    if not os.path.exists(source):  # noqa: PTH110  (Path.exists raises if a name is too long)
+        raise ShardError(
+            f"{source}: does not exist; pass shards, a folder of images, an archive, or a table of labels."
+        )
+    try:
+        if _is_pack(source) or source.suffix in _WEIGHTS:
+            return source, None
+    except OSError as error:
+        blame_the_system(error, source)
+        raise ShardError(f"{source}: cannot be read ({error.strerror}); make it readable.") from None
+    packs = _Packs(source, folder, _state_of(_root(source)))
+    own = packs.current(None)
+    if trained and (found := next((pack for pack in (own, *packs.older(None)) if _identity(pack) == trained), None)):
+        if found == own or as_split is None:
+            if found != own:
+                what = "has changed since this run began, which resumes on the images that it began with"
+                _log.warning("%s: %s (%s)", source, what, found)
+            return found, None
+        what = "has changed since this network was trained on it, so images of its training count too"
+        _log.warning("%s: %s", source, what)
+    divided = as_split and _is_ready(own) and Manifest.load(own).options["split_by"] == "folder"
+    target = own if divided else packs.current(as_split)
+    if _is_ready(target):
+        _log.info("%s: is packed already, in %s", source, target)
+        return target, None
+    if is_inside(folder, _root(source)):
+        what = f"would hold the pack, but is inside the folder to pack ({_root(source)})"
+        remedy = f"choose a run's folder outside (--out), or pack first: fastflower pack {quoted(source)} --out FOLDER"
+        raise FolderError(f"{folder}: {what}; {remedy}")
+    for old in packs.older(as_split):
+        what = "has changed; remove its old pack if no run on it is to resume"
+        _log.info("%s: %s: %s (%s)", source, what, old, readable(bytes_in(old)))
+    busy = folder / f".{target.name}.{token_hex(4)}"
+    if distributed.world_size() > 1:
+        with _writing(source, folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            busy.touch()
+    return target, busy
+
+
+def _is_ready(folder: Path) -> bool:
+    return (folder / FILE).exists() and not (folder / WORK).exists()
+
+
+def _identity(folder: Path) -> object:
+    """Return what identifies the train split of a pack, or None if there is none."""
+    try:
+        return Manifest.load(folder).identity("train")["shards"]
+    except ShardError:
+        return None
+
+
+def _pack_once(source: Path, folder: Path, as_split: _AsSplit) -> Path:
+    """Pack into a folder, unless another process has done so, and return the folder.
+
+    If `as_split` is given, but the source has splits of its own, packs it as it is into the folder for that.
+    """
+    lock = folder.with_name(f".{folder.name}.lock")
+    new = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
+    with ExitStack() as stack:
+        stack.callback(remove_empty, new)
+        with _writing(source, folder):
+            _take(stack, lock, source, folder)
+        stack.callback(lock.unlink, missing_ok=True)
+        if _is_ready(folder):
+            return folder
+        try:
+            pack(source, folder, as_split=as_split)
+            return folder
+        except OwnSplitError:
+            other = _Packs(source, folder.parent, _state_of(_root(source))).current(None)
+        except FolderError as error:
+            if not re.search(r"--[a-z]|fastflower pack", str(error)):
+                raise
+            out = folder if (folder / WORK / PLAN).exists() else Path("shards")
+            command = f"fastflower pack {quoted(source)} --out {quoted(out)}"
+            raise FolderError(f"{error}\nFlags are those of pack: pack first ({command}), then pass {out}.") from error
+    return _pack_once(source, other, None)
+
+
+def _take(stack: ExitStack, lock: Path, source: Path, folder: Path) -> None:
+    """Hold a lock until the stack closes. While another process holds it, say so and wait."""
+    told = False
+    while True:
+        try:
+            stack.enter_context(locked(lock))
+            return
+        except HeldError as error:
+            if not told:
+                _log.info("%s: waiting for %s, which packs it into %s", source, error, folder)
+            told = True
+            time.sleep(_POLL_SECONDS)
+
+
+@contextmanager
+def _writing(source: Path, folder: Path) -> Generator[None]:
+    """Explain that the folder for packs cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        blame_the_system(error, folder)
+        remedy = remedy_for(error, f"pack first: fastflower pack {quoted(source)} --out FOLDER, then pass that")
+        raise FolderError(f"{folder}: cannot be written ({error.strerror or error}); {remedy}.") from None
+
+
+def _state_of(source: Path) -> str:
+    """Return a hash of the names, sizes and times of a file, or of the files in a folder that `pack` may read."""
+    digest, seen, pending = sha256(), set[tuple[int, int]](), [str(source)]
+    if not source.is_dir():
+        status = source.stat()
+        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+        pending = []
+    while pending:
+        folder = pending.pop()
+        try:
+            status = os.stat(folder)  # noqa: PTH116  (pathlib takes three times as long)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            digest.update(f"{error.errno}".encode())
+            continue
+        digest.update(os.fsencode(f"{os.path.relpath(folder, source)}\0"))
+        for entry in entries:
+            if is_hidden(entry.name) and not is_image(entry.name):
+                continue
+            try:
+                if entry.is_symlink():
+                    digest.update(os.fsencode(f"{Path(entry.path).readlink()}\0"))
+                if entry.is_dir():
+                    digest.update(os.fsencode(f"{entry.name}/\0"))
+                    pending.append(entry.path)
+                    continue
+                status = entry.stat()
+                size, time_ns = status.st_size, status.st_mtime_ns
+            except OSError:  # a broken link
+                size = time_ns = 0
+            digest.update(os.fsencode(f"{entry.name}\0{size} {time_ns}\0"))
+    return digest.hexdigest()[:8]
