@@ -83,13 +83,15 @@ def _run(args: Sequence[str] | None) -> int:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except StoppedError as stopped:
-        print(stopped, file=sys.stderr)
+        if _speaks():
+            print(stopped, file=sys.stderr)
         return 143  # 128 + SIGTERM, as shells report it
     except FastflowerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if _speaks():
+            print("interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -206,18 +208,36 @@ def _preview(prog: str, args: Sequence[str]) -> None:
 
 
 def _train(prog: str, args: Sequence[str]) -> None:
+    from fastflower.training.command import typed
     from fastflower.training.trainer import train
 
-    first = os.environ.get("RANK", "0") == "0"  # set by torchrun; only rank 0 reports
-    if not first:
+    if not _speaks():
         logging.getLogger("fastflower").setLevel(logging.WARNING)
-    report = train(**_parse_recipe(prog, args, train, out=Path | None))
+    values = _parse_recipe(prog, args, train, out=Path | None)
+    with typed():
+        report = train(**values)
     best = report.history[report.best_epoch - 1]
-    if not first:
+    if not _speaks():
         return
     if report.scores:
         print(f"best: epoch {report.best_epoch}, validation accuracy {best['val_accuracy']:.1%}")
     print(f"wrote {report.folder / 'report.html'}")
+
+
+def _reports(prog: str, args: Sequence[str]) -> None:
+    from fastflower.training.command import typed
+    from fastflower.training.reports import reports
+
+    values = _parse(prog, args, reports, out=Path)
+    with typed():
+        text = reports(**values)
+    print(text, end="")
+    print(f"wrote {values['out'] / 'reports.md'}")
+
+
+def _speaks() -> bool:
+    """Return whether this process reports what concerns all: without torchrun, or as rank 0."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _parse_recipe(prog: str, args: Sequence[str], call: Callable[..., object], **types: object) -> dict[str, Any]:
@@ -304,6 +324,7 @@ _COMMANDS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
     "doctor": (_doctor, "find what limits training speed: reading, decoding, augmentation or the neural network"),
     "preview": (_preview, "write a PNG of images augmented by a recipe"),
     "train": (_train, "train a classifier on a folder of images, or on shards"),
+    "reports": (_reports, "repeat the experiments of five student reports, and compare"),
     "evaluate": (_evaluate, "score a checkpoint on a folder of images, or on a split of shards"),
     "predict": (_predict, "classify image files"),
 }

@@ -1,5 +1,6 @@
 """The process group under torchrun, and the few collective operations that training needs."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Generator
@@ -135,3 +136,11 @@ def wait_for_all() -> None:
 
 def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _speaks(record: logging.LogRecord) -> bool:
+    """Return whether a line is logged: what is no warning says the same on all ranks, so only rank 0 logs it."""
+    return record.levelno >= logging.WARNING or rank() == 0
+
+
+logging.getLogger("fastflower").addFilter(_speaks)

@@ -86,11 +86,11 @@ def _unreserved(device: torch.device) -> int:
     return max(0, free_bytes(device) // ranks - Allowance.reserved(device))
 
 
-def allow(cache: Cache, decoded: Decoded, device: torch.device) -> Allowance:
+def allow(cache: Cache, decoded: Decoded, device: torch.device, split: str = "") -> Allowance:
     """Return the cache budget of a loader on a device.
 
     With "auto", the budget is half of the free memory that no other loader has reserved, or 0 if the images do not fit;
-    the choice is logged. Raises ArgumentError if `cache` is invalid.
+    the choice is logged with the name of the `split`. Raises ArgumentError if `cache` is invalid.
     """
     if cache is None or (isinstance(cache, int) and cache >= 0):
         return Allowance(device, min(cache or 0, decoded.most))
@@ -103,7 +103,8 @@ def allow(cache: Cache, decoded: Decoded, device: torch.device) -> Allowance:
         free = _unreserved(device)
     fits = decoded.needed <= _SHARE * free
     _log.info(
-        "cache: decoded images need %.2f GB, and %.1f GB of %s is free: %s",
+        "cache: decoded images%s need %.2f GB, and %.1f GB of %s is free: %s",
+        f" of split {split!r}" if split else "",
         decoded.needed / 1e9,
         free / 1e9,
         "GPU memory" if device.type == "cuda" else "RAM",

@@ -38,6 +38,8 @@ class ImageFiles:
     strict  Whether to raise SampleError at construction if a size cannot be read. If not, reading the file raises it.
     """
 
+    split = ""
+
     def __init__(self, paths: Sequence[Path], *, strict: bool = True) -> None:
         self._paths = tuple(map(str, paths))
         self._warned = set[str]()

@@ -22,6 +22,8 @@ _log = logging.getLogger("fastflower")
 class EncodedFiles:
     """Image files in memory, with the interface of a ShardReader. sizes_N2  (N, 2) height and width of the decoded images."""
 
+    split = ""
+
     def __init__(self, files: Sequence[bytes], sizes_N2: ArrayLike) -> None:
         self.index = np.zeros(len(files), INDEX_DTYPE)
         self.index["height"], self.index["width"] = np.transpose(np.asarray(sizes_N2))
@@ -45,7 +47,7 @@ class SampleSource:
     """
 
     def __init__(self, reader: ShardReader | ImageFiles | EncodedFiles, *, replaces: bool = False) -> None:
-        index = reader.index
+        index, self.split = reader.index, reader.split
         self.clock = Clock()
         self.sizes = np.stack([index["height"], index["width"]], axis=1).astype(np.int64)
         """(N, 2) height and width of the decoded images."""

@@ -4,6 +4,7 @@
 
 import base64
 import io
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -48,6 +49,45 @@ def confusion(scores: Scores) -> bytes:
         for (row, column), count in np.ndenumerate(scores.confusion):
             color = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=color)
+    return png(figure)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """A run next to the results that a report states for it. Accuracies are in percent."""
+
+    name: str
+    accuracies: list[float]
+    """One per epoch."""
+    best: float
+    """Accuracy of the best epoch."""
+    seconds: float
+    reported: float
+    reported_seconds: float | None
+
+
+def comparison(rows: dict[str, list[Compared]]) -> bytes:
+    """Draw a row for each title, as a PNG: accuracy by epoch with the reported accuracy dashed, and bars of both."""
+    figure = Figure(figsize=(11, 3.4 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), 2, squeeze=False)
+    for (lines, bars), (title, runs) in zip(grid, rows.items(), strict=True):
+        for number, run in enumerate(runs):
+            color = f"C{number}"
+            epochs = range(1, len(run.accuracies) + 1)
+            lines.plot(epochs, run.accuracies, marker=".", color=color, label=run.name)
+            lines.axhline(run.reported, color=color, linestyle="--", linewidth=0.8)
+            bars.barh(number - 0.2, run.best, 0.38, color=color)
+            bars.barh(number + 0.2, run.reported, 0.38, color=color, alpha=0.4)
+            seconds = "" if run.reported_seconds is None else f", {run.reported_seconds:.0f} s"
+            bars.text(run.best, number - 0.2, f" here {run.best:.1f}, {run.seconds:.0f} s", va="center", fontsize=8)
+            told = f" reported {run.reported:.1f}{seconds}"
+            bars.text(run.reported, number + 0.2, told, va="center", fontsize=8)
+        lines.set(title=title, xlabel="epoch", ylabel="validation accuracy, %")
+        lines.xaxis.get_major_locator().set_params(integer=True)
+        lines.legend(fontsize=8)
+        bars.set_yticks(range(len(runs)), [run.name for run in runs], fontsize=8)
+        bars.set(xlabel="best validation accuracy, %", xlim=(0, 129))
+        bars.invert_yaxis()
     return png(figure)
 
 

@@ -17,6 +17,7 @@ from fastflower.loading.loader import Loader
 from fastflower.models.metrics import Scores
 from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.figures import confusion, curves, thumbnail
+from fastflower.reporting.record import read
 from fastflower.tables import html
 
 _MISTAKES = 12  # maximum number of images shown
@@ -140,6 +141,8 @@ def write_report(
         scores=scores,
         figures={name: base64.b64encode(data).decode() for name, data in figures.items()},
         mistakes=mistakes,
+        folder=str(folder),
+        record=read(folder),
     )
     write_atomically(folder / "report.html", html.encode("utf-8", "backslashreplace"))
 

@@ -39,6 +39,7 @@ class ShardReader:
         self, manifest: Manifest, split: str, *, strict: bool = True, fetch: Callable[[str], object] | None = None
     ) -> None:
         self._fetch = fetch
+        self.split = split
         self.index = manifest.index(split)
         self._paths = [manifest.folder / shard.name for shard in manifest.split(split).shards]
         for path, shard in zip(self._paths, manifest.split(split).shards if strict else (), strict=strict):

@@ -1,6 +1,7 @@
 """The training loop: epochs, steps, validation, checkpoints and resuming."""
 
 import logging
+import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from copy import deepcopy
@@ -28,8 +29,10 @@ from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report
 from fastflower.shards.remote import Remote
 from fastflower.training.averaging import Average, tensors_of
+from fastflower.training.command import Call
 from fastflower.training.cuda_graphs import graphs_of
 from fastflower.training.optimizer import optimizer_of, plain_state, restore, set_rate, zero_state
+from fastflower.training.resuming import require_same_data, warn_of_changes
 from fastflower.training.step import Stepper
 from fastflower.training.tally import Tally, first_not_finite
 
@@ -56,11 +59,15 @@ class Run:
         *,
         fold: int | None = None,
         save_steps: int | None = None,
-        stop: Callable[[], bool] = lambda: False,
+        stop: Callable[[], int] = lambda: 0,
+        call: Call | None = None,
     ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, resolve_device(device)
         self.precision = precision_of(recipe.precision, self.device)
         self._save_steps, self._stop = save_steps, stop
+        self._call = call or Call(
+            shards=shards, recipe=recipe, fold=fold, out=folder, save_steps=save_steps, device=device
+        )
         self.loader, self.val = self._loaders(shards, fold)
         self.classes = self.loader.manifest.classes
         torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]  (untyped in torch)
@@ -77,6 +84,7 @@ class Run:
         self._interrupted: EpochSoFar = {}
         self._tally: Tally | None = None  # of the current epoch
         self._statistics: dict[str, Tensor] = {}  # old batch norm statistics, to save during a recalibration
+        self._saved, self._saved_at = "", 0.0  # position and time of the last checkpoint, for messages
         if start:
             self._restore(start)
         train_mode(self.network, recipe.freeze)
@@ -101,46 +109,27 @@ class Run:
         return train, None
 
     def _restore(self, start: Checkpoint) -> None:
-        place = self.folder / LAST
-        if start.classes != self.classes:
-            theirs, ours = ", ".join(start.classes), ", ".join(self.classes)
-            raise CheckpointError(
-                f"{place}: was trained on classes {theirs}, but these shards have {ours}; resume with the original shards."
-            )
+        require_same_data(start, self._call, self.loader, self.val)
         try:
             self.loader.load_state_dict(start.feeding)
         except FastflowerError as error:
-            reason = str(error)
-            if start.feeding["shards"] != self.loader.state_dict()["shards"]:
-                remedy = "resume with those, or pass a different folder as out and this file as weights"
-                reason = f"was trained on other shards; {remedy}."
-            raise CheckpointError(f"{place}: {reason}") from None
-        val = self._loader_state()["val"]
-        if start.feeding.get("val", val) != val:
-            raise CheckpointError(f"{place}: was validated on a different val split; resume with the original shards.")
+            raise CheckpointError(f"{self.folder / LAST}: {error}") from None
         self.network.load_state_dict(start.trained or start.model)
         if self.average:
             self.average.network.load_state_dict(start.soup or start.model)
         restore(self.optimizer, start.optimizer)
         self.scaler.load_state_dict(start.scaler)
         self.history, self._interrupted = list(start.history), start.tally
-        self._warn_of_changes(start.environment)
+        self._saved, self._saved_at = (
+            _position(start.epoch, start.step, trained=start.tally.get("trained", False)),
+            perf_counter(),
+        )
+        warn_of_changes(start, self._call, environment(self.device, self.precision))
         if self._finished():
-            _log.info("%s: already finished after epoch %d", self.folder, start.epoch)
+            told = "%s: already finished after epoch %d. To train on from its weights:\n  %s"
+            _log.info(told, self.folder, start.epoch, self._call.onward())
         else:
             _log.info("%s: resumed in epoch %d after %d steps", self.folder, start.epoch + 1, start.step)
-
-    def _warn_of_changes(self, then: dict[str, str]) -> None:
-        """Warn about changes in the environment since the checkpoint that affect results."""
-        now = environment(self.device, self.precision)
-        for name in ("device", "precision", "threads", "torch", "ranks"):
-            effect = "results will differ in the last bits"
-            if name == "ranks" and not self.recipe.sync_batchnorm:
-                effect += ", or more if batch norms are trained, because they see only their rank's part of a batch"
-            if then.get(name) != now[name] and distributed.rank() == 0:
-                _log.warning(
-                    "%s: %s changed from %s to %s; %s", self.folder / LAST, name, then.get(name), now[name], effect
-                )
 
     @property
     def scored(self) -> nn.Module:
@@ -161,8 +150,11 @@ class Run:
         """Return whether an epoch, counted from 0, ends the training or one run of a model soup."""
         return (epoch + 1) % self.recipe.epochs_per_training == 0
 
-    def train(self) -> Report:
-        """Train the remaining epochs; validate, save and log after each one; write the report at the end."""
+    def train(self, record: Callable[[int], None] = lambda _: None) -> Report:
+        """Train the remaining epochs; validate, save and log after each one; write the report at the end.
+
+        record  Called on rank 0 with the number of finished epochs whenever it changes, and before the report is written.
+        """
         first = distributed.rank() == 0
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -178,6 +170,7 @@ class Run:
                 if write_events:  # only on rank 0
                     write_events(row)
                     write_history(self.folder, self.history)
+                    record(len(self.history))
                     _log.info("%s", epoch_line(row, self.recipe.epochs))
                 if not self._finished():
                     self._save_or_stop()
@@ -188,6 +181,7 @@ class Run:
             self.scored.load_state_dict(kept.model)
             scores = self._score(self.val)
         if first:
+            record(len(self.history))
             write_report(self.folder, self.recipe, self.classes, self.history, best, scores, self.val)
         distributed.wait_for_all()
         self._save_or_stop()  # SIGTERM may have come after the last epoch
@@ -319,17 +313,32 @@ class Run:
         return done >= self.recipe.epochs or stale
 
     def _save_or_stop(self, *, due: bool = False) -> None:
-        """Save the current epoch if `due` or if any rank received SIGTERM; raise StoppedError after SIGTERM."""
-        stop, tally = distributed.any_rank(self._stop()), self._tally
-        if tally and (stop or due):
+        """Save the current epoch if `due` or if any rank received a signal.
+
+        Then raises StoppedError after SIGTERM, KeyboardInterrupt after SIGINT.
+        """
+        stop = distributed.any_rank(bool(self._stop()))
+        if self._tally and (stop or due):
             self._save()
         if stop:
-            epoch = len(self.history)
-            place = f"in epoch {epoch + 1}, step {tally.steps}" if tally else f"after epoch {epoch}"
-            if tally and tally.trained:
-                place = f"in the validation of epoch {epoch + 1}"
-            remedy = "pass resume=True (--resume) to continue"
-            raise StoppedError(f"{self.folder}: stopped by SIGTERM {place}, and saved a checkpoint; {remedy}.")
+            if max(distributed.gathered(self._stop())) == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise StoppedError(self.stopped("stopped by SIGTERM"))
+
+    def stopped(self, how: str) -> str:
+        """Describe where a run stopped, what it has saved, and what to type to continue. how  For example "interrupted"."""
+        place = self._place
+        what = f"{self.folder}: {how} {place}"
+        if not self._saved:
+            return f"{what}; nothing was saved yet. To start again:\n  {self._call.again()}"
+        lost = f"; what came after the checkpoint {self._saved}, {perf_counter() - self._saved_at:.0f} s ago, is lost"
+        saved = ", and saved a checkpoint" if place == self._saved else lost
+        return f"{what}{saved}. To continue:\n  {self._call.again(resume=True)}"
+
+    @property
+    def _place(self) -> str:
+        tally = self._tally
+        return _position(len(self.history), tally.steps if tally else 0, trained=tally is not None and tally.trained)
 
     def _loader_state(self) -> dict[str, object]:
         return {**self.loader.state_dict(), "val": self.val.state_dict()["shards"] if self.val else None}
@@ -340,8 +349,11 @@ class Run:
         tensors = [*tensors_of(self.network), *tensors_of(self.scored)]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             raise TrainingError(f"{self.folder}: weights are no longer finite and were not saved; {_ADVICE}.")
-        if distributed.rank() > 0:
-            return
+        if distributed.rank() == 0:
+            self._write(tally)
+        self._saved, self._saved_at = self._place, perf_counter()
+
+    def _write(self, tally: EpochSoFar) -> None:
         checkpoint = Checkpoint(
             recipe=self.recipe,
             classes=self.classes,
@@ -360,6 +372,15 @@ class Run:
         if best:
             checkpoint.save(best)  # before LAST, so that a run resumed from LAST finds BEST
         checkpoint.save(self.folder / LAST, twin=best)
+
+
+def _position(epoch: int, steps: int, *, trained: bool) -> str:
+    """Describe a position: `epoch` finished epochs, and in the next one `steps` steps, or its whole training."""
+    if trained:
+        return f"in the validation of epoch {epoch + 1}"
+    if steps:
+        return f"in epoch {epoch + 1}, step {steps}"
+    return f"after epoch {epoch}" if epoch else "before the first step"
 
 
 def _batches_of(loader: Loader) -> closing[Generator[Batch]]:

@@ -1,17 +1,19 @@
 """The folder of a run: choosing it and locking out other runs."""
 
 import os
+import shutil
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from fastflower import distributed
-from fastflower.errors import ArgumentError, CheckpointError, HeldError
+from fastflower.errors import ArgumentError, CheckpointError, HeldError, StoppedError
 from fastflower.files import PARTIAL, locked, refusal, remedy_for
 from fastflower.models.checkpoint import LAST
+from fastflower.reporting.record import FILE
+from fastflower.training.command import Call
 
 _LOCK = ".lock"  # in a run's folder
-_REMEDY = "pass resume=True (--resume), or pass a different folder as out"
 
 
 def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
@@ -34,16 +36,17 @@ def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
 
 
 @contextmanager
-def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
+def own(call: Call, *, new: bool, resume: bool) -> Generator[None]:
     """Create and lock a run's folder on rank 0; if that fails, raise the same error on all ranks.
 
     new  Whether to fail if the folder already exists.
 
-    A folder created here is removed at the end if it is still empty.
+    A folder created here is removed at the end if it is still empty, or if the run was interrupted before its first checkpoint.
 
     Raises CheckpointError if another run uses the folder, or if it holds a run and `resume` is False. Raises ArgumentError
     if the folder cannot be created or locked.
     """
+    folder = call.out
     created = [place for place in (folder, *folder.parents) if not place.exists()]
     with ExitStack() as stack:
         failed: Exception | None = None
@@ -54,7 +57,7 @@ def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
                 alone = stack.enter_context(locked(folder / _LOCK))
                 stack.callback((folder / _LOCK).unlink, missing_ok=True)
                 if not resume and (folder / LAST).exists():
-                    failed = CheckpointError(f"{folder}: already holds a run; {_REMEDY}.")
+                    failed = CheckpointError(f"{folder}: already holds a run. {_choices(call)}")
                 for partial in folder.glob(PARTIAL) if alone else ():  # left by a killed run
                     partial.unlink(missing_ok=True)
             except FileExistsError:
@@ -62,14 +65,29 @@ def own(folder: Path, *, new: bool, resume: bool) -> Generator[None]:
                     f"{folder}: another run just took it; run again, or pass a folder as out (--out)."
                 )
             except HeldError as error:
-                failed = CheckpointError(f"{folder}: another run is training here ({error}); wait, then {_REMEDY}.")
+                failed = CheckpointError(f"{folder}: another run is training here ({error}); wait. {_choices(call)}")
             except OSError as error:
                 remedy = remedy_for(error, "pass a different folder as out (--out)")
                 what = f"out: {folder} cannot be written ({error.strerror or error}); {remedy}."
                 failed = refusal(error, folder) or ArgumentError(what)
         if failed := distributed.gathered(failed)[0]:
             raise failed
-        yield
+        try:
+            yield
+        except (KeyboardInterrupt, StoppedError):
+            if folder in created and not (folder / LAST).exists():
+                stack.callback(_discard, folder)  # before the folder is removed, because it is empty
+            raise
+
+
+def _choices(call: Call) -> str:
+    return f"To continue it:\n  {call.again(resume=True)}\nTo start another:\n  {call.anew()}"
+
+
+def _discard(folder: Path) -> None:
+    """Remove what a run writes before its first checkpoint."""
+    (folder / FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -1,9 +1,4 @@
-"""Running totals of an epoch, kept without waiting for the device, and the SIGTERM handler."""
-
-import signal
-import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+"""Running totals of an epoch, kept without waiting for the device."""
 
 import torch
 from torch import Tensor
@@ -70,17 +65,3 @@ def first_not_finite(losses: Tensor) -> int | None:
     """Return the first step with an inf or NaN loss in losses (steps,), or None."""
     steps = (~torch.isfinite(losses)).nonzero()
     return int(steps[0]) if len(steps) else None
-
-
-@contextmanager
-def preemption() -> Generator[Callable[[], bool]]:
-    """Catch SIGTERM; yield a function that returns whether it was received. Outside the main thread, catches nothing."""
-    asked: list[int] = []  # not an Event: a second signal during its set() would deadlock
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None if C code set the handler

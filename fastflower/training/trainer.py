@@ -1,21 +1,28 @@
 """Trains a network on shards according to a recipe."""
 
+import logging
 from pathlib import Path
 
 import torch
 
 from fastflower import distributed, progress
-from fastflower.devices import resolve_device
-from fastflower.errors import ArgumentError, CheckpointError, boolean, integer
-from fastflower.models.checkpoint import LAST, Checkpoint
+from fastflower.devices import environment, resolve_device
+from fastflower.errors import ArgumentError, boolean, integer
+from fastflower.models.checkpoint import Checkpoint
 from fastflower.packing.source import PACKS, shards_of
+from fastflower.recipes.flags import changes, nearest
 from fastflower.recipes.recipe import Recipe, checked
+from fastflower.reporting.record import recorded
 from fastflower.reporting.report import Report
 from fastflower.shards.remote import Remote
-from fastflower.training.failures import explained
+from fastflower.training.command import Call
+from fastflower.training.failures import explaining
+from fastflower.training.resuming import start_of
 from fastflower.training.run import Run
 from fastflower.training.run_folder import own, run_folder
-from fastflower.training.tally import preemption
+from fastflower.training.stopping import preemption
+
+_log = logging.getLogger("fastflower")
 
 
 @progress.shown()
@@ -67,10 +74,12 @@ def train(
         torch.random.fork_rng(range(torch.cuda.device_count())),  # pyright: ignore[reportUnknownMemberType]  (untyped)
     ):
         chosen = resolve_device(device)
+        folder = distributed.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
+        call = Call(shards=shards, recipe=recipe, fold=fold, out=folder, save_steps=save_steps, device=device)
+        run = None
         try:
-            folder = distributed.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
-            with own(folder, new=out is None, resume=resume):
-                start = _resumed(folder, recipe, fold) if resume else None
+            with explaining(call, chosen), own(call, new=out is None, resume=resume):
+                start = start_of(call) if resume else None
                 if recipe.freeze and recipe.weights is None and start is None:
                     raise ArgumentError(
                         f"freeze must be 0 when weights is None, got {recipe.freeze}: frozen stages would stay random; "
@@ -78,26 +87,35 @@ def train(
                     )
                 found = shards_of(shards, folder.parent / PACKS, trained=start and start.feeding.get("shards"))
                 with preemption() as stop:
-                    run = Run(found, recipe, folder, chosen, start, fold=fold, save_steps=save_steps, stop=stop)
-                    return run.train()
-        except (RuntimeError, MemoryError, OSError) as error:
-            if explanation := explained(error, recipe, chosen):
-                raise explanation from error
+                    run = Run(
+                        found, recipe, folder, chosen, start, fold=fold, save_steps=save_steps, stop=stop, call=call
+                    )
+                    with recorded(folder, *_facts(run, call, start), resume=resume) as record, explaining(call, chosen):
+                        stop.begun = True
+                        return run.train(record)
+        except KeyboardInterrupt:
+            if distributed.rank() == 0:
+                told = run.stopped("interrupted") if run else f"{folder}: interrupted before training began"
+                _log.warning("%s", told)
             raise
 
 
-def _resumed(folder: Path, recipe: Recipe, fold: int | None) -> Checkpoint | None:
-    """Load the checkpoint to resume from, if there is one. Raises CheckpointError if its recipe or fold differs."""
-    start = Checkpoint.load(folder / LAST) if (folder / LAST).exists() else None
-    if len(set(distributed.gathered((start.epoch, start.step) if start else None))) > 1:
-        raise CheckpointError(f"{folder / LAST}: differs between ranks; set out to a folder that all machines share.")
-    if start and start.recipe.resolved != recipe.resolved:
-        raise CheckpointError(
-            f"{folder / LAST}: was trained with {recipe.differences(start.recipe)}; resume with that recipe, or "
-            f"pass a different folder as out and this file as weights."
-        )
-    if start and start.fold != fold:
-        theirs = "without fold" if start.fold is None else f"with fold {start.fold}"
-        remedy = "omit fold" if start.fold is None else f"pass fold={start.fold} (--fold {start.fold})"
-        raise CheckpointError(f"{folder / LAST}: was trained {theirs}, got fold {fold}; {remedy}, or choose a new out.")
-    return start
+def _facts(run: Run, call: Call, start: Checkpoint | None) -> tuple[dict[str, object], dict[str, object]]:
+    """Return what run.json says about the run, and about this session."""
+    preset = nearest(call.recipe)
+    splits = {"train": run.loader, "val": run.val}
+    data = {
+        "shards": call.address,
+        "fold": call.fold,
+        "classes": len(run.classes),
+        "samples": {name: loader.num_samples if loader else 0 for name, loader in splits.items()},
+        "identity": {name: loader.state_dict()["shards"] if loader else None for name, loader in splits.items()},
+    }
+    recipe = {"preset": preset, "changes": changes(call.recipe, preset)}
+    facts: dict[str, object] = {"command": call.command(), "recipe": recipe, "epochs": call.recipe.epochs, "data": data}
+    session: dict[str, object] = {
+        "resumed_from": {"epoch": start.epoch, "step": start.step} if start else None,
+        "started_from": "command line" if call.typed else "Python",
+        "environment": environment(run.device, run.precision),
+    }
+    return facts, session

@@ -177,8 +177,7 @@ def test_two_writers_of_a_file_have_separate_temporary_files(tmp_path: Path) -> 
 
 
 def held(out: Path) -> str:
-    wait = r"wait, then pass resume=True \(--resume\), or pass a different folder as out\."
-    return rf"^{re.escape(str(out))}: another run is training here \({HOLDER}\); {wait}$"
+    return rf"^{re.escape(str(out))}: another run is training here \({HOLDER}\); wait\. To continue it:\n"
 
 
 @pytest.mark.usefixtures("narrow", "no_figures")
@@ -218,7 +217,7 @@ def test_a_folder_is_locked_only_while_training_runs(
     monkeypatch.setattr(Run, "step", second)
     train(shards, replace(RECIPE, epochs=1), out=out, device="cpu")
     assert f"process {os.getpid()} on" in tries[1]
-    with pytest.raises(CheckpointError, match=r"run: already holds a run; pass resume=True \(--resume\)"):
+    with pytest.raises(CheckpointError, match=r"run: already holds a run\. To continue it:"):
         train(shards, RECIPE, out=out, device="cpu")
     assert not (out / ".lock").exists()
 

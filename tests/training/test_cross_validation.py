@@ -63,7 +63,8 @@ def test_a_run_resumes_only_with_its_fold(shards: Path, others: Path, last: Path
     what = f"{last}: was trained with fold 1, got fold"
     for fold in (0, None):
         with pytest.raises(
-            CheckpointError, match=exactly(f"{what} {fold}; pass fold=1 (--fold 1), or choose a new out.")
+            CheckpointError,
+            match=exactly(f"{what} {fold}; pass fold=1 (--fold 1). To train on other folds:").removesuffix("$"),
         ):
             train(shards, SMALL, fold=fold, out=run, resume=True, device="cpu")
     with pytest.raises(
@@ -110,8 +111,8 @@ def test_training_on_all_folds_validates_nothing(
     choice = "pass a fold from 0 to 2, or choose from train"
     with pytest.raises(ShardError, match=exactly(f"{shards}: has no samples in split 'val'; {choice}.")):
         evaluate(whole, shards, device="cpu")
-    what = f"{whole}: was trained without fold, got fold 1; omit fold, or choose a new out."
-    with pytest.raises(CheckpointError, match=exactly(what)):
+    what = f"{whole}: was trained without fold, got fold 1; omit fold. To train on other folds:"
+    with pytest.raises(CheckpointError, match=exactly(what).removesuffix("$")):
         train(shards, SMALL, fold=1, out=whole.parent, resume=True, device="cpu")
     assert warnings(caplog, whole, shards, fold=2) == [f"was trained on all folds, but is evaluated on fold 2: {SAW}"]
 

@@ -135,8 +135,9 @@ def test_a_command_that_is_stopped_and_killed_equals_an_uninterrupted_one(
         before_call(Run, "step", 6, terminate, patch)
         assert main(arguments(RECIPE, shards, out)) == 143
     printed = capsys.readouterr()
-    said = f"{out}: stopped by SIGTERM in epoch 2, step 1, and saved a checkpoint; pass resume=True (--resume) to continue."
-    assert printed.err.splitlines()[-1] == said
+    *_, said, line = printed.err.splitlines()
+    assert said == f"{out}: stopped by SIGTERM in epoch 2, step 1, and saved a checkpoint. To continue:"
+    assert re.match(rf"  fastflower train {shards} .*--resume$", line)
     assert printed.out == ""
     assert place(out) == (1, 1)
     done = child("SIGKILL", "write", "2", recipe=RECIPE, shards=shards, out=out)
@@ -177,7 +178,7 @@ def test_sigterm_stops_after_the_current_update_and_the_old_handler_is_restored(
         with monkeypatch.context() as patch:
             before_call(*moment, terminate, patch)
             with pytest.raises(
-                StoppedError, match=rf"run: stopped by SIGTERM {said}, and saved a checkpoint; pass resume=True \(--re"
+                StoppedError, match=rf"run: stopped by SIGTERM {said}, and saved a checkpoint\. To continue:\n  train\("
             ):
                 train(shards, recipe, out=out, device="cpu")
         assert signal.getsignal(signal.SIGTERM) is handler
@@ -275,7 +276,8 @@ def test_a_run_resumes_after_its_history_could_not_be_written(shards: Path, tmp_
     with pytest.MonkeyPatch.context() as patch:
         before_call(loop, "write_history", 1, full, patch)
         with pytest.raises(
-            TrainingError, match=r"^history\.csv: cannot be read or written \(No space left on device\); fix"
+            TrainingError,
+            match=r"^history\.csv: cannot be read or written \(No space left on device\); fix this\. To c",
         ):
             train(shards, RECIPE, out=tmp_path / "run", device="cpu")
     train(shards, RECIPE, out=tmp_path / "run", resume=True, device="cpu")
@@ -345,7 +347,8 @@ def test_memory_that_runs_out_is_explained(
     before_call(nn.CrossEntropyLoss, "forward", 1, cause, monkeypatch)
     message = (
         rf"^batch_size 24 does not fit in the memory of cpu \({said}\); halve batch_size and double "
-        r"accumulate to keep the same updates, or lower augment\.size\.$"
+        r"accumulate to keep the same updates, or lower augment\.size\. With half the batch:\n  train\('.*', "
+        rf"replace\(recipe, batch_size=12, accumulate=2\), out='{tmp_path}/run', device='cpu'\)$"
     )
     with pytest.raises(DeviceError, match=message):
         train(shards, RECIPE, out=tmp_path / "run", device="cpu")

@@ -43,6 +43,7 @@ def test_a_run_writes_the_documented_files(run: Report) -> None:
     names = {path.name for path in run.folder.iterdir()}
     assert names == {
         "history.csv",
+        "run.json",
         "checkpoint-best.pt",
         "checkpoint-last.pt",
         "report.html",
@@ -260,7 +261,7 @@ def test_out_folders_are_new_or_refused(shards: Path, tmp_path: Path, monkeypatc
     assert train(shards, recipe, device="cpu").folder == Path("runs/resnet18-2")
     with pytest.raises(
         CheckpointError,
-        match=r"resnet18: already holds a run; pass resume=True \(--resume\), or pass a different folder as out",
+        match=r"resnet18: already holds a run\. To continue it:\n  train\(.*, resume=True\)\nTo start another:\n  train\(.*-3'",
     ):
         train(shards, recipe, out="runs/resnet18", device="cpu")
     with pytest.raises(ArgumentError, match="resume: pass the run's folder as out"):
@@ -268,8 +269,8 @@ def test_out_folders_are_new_or_refused(shards: Path, tmp_path: Path, monkeypatc
     other = replace(recipe, lr=1.0, augment=replace(recipe.augment, flip=0.25))
     with pytest.raises(
         CheckpointError,
-        match=r"was trained with lr 0\.005 \(now 1\.0\), augment\.flip 0\.5 \(now 0\.25\); resume with that recipe, or "
-        r"pass a different folder as out and this file as weights\.$",
+        match=r"was trained with lr 0\.005 \(now 1\.0\), augment\.flip 0\.5 \(now 0\.25\); resume with that recipe\. "
+        r"To train on from its weights:\n  train\(",
     ):
         train(shards, other, out="runs/resnet18", resume=True, device="cpu")
 
@@ -353,6 +354,6 @@ def test_a_run_resumes_only_on_its_own_shards(flowers: Path, shards: Path, tmp_p
     recipe = replace(TINY, epochs=1)
     train(shards, recipe, out=tmp_path / "run", device="cpu")
     pack(flowers, tmp_path / "others", seed=1)
-    rule = r"checkpoint-last\.pt: was trained on other shards; resume with those, or pass a different folder as out and this file"
+    rule = r"checkpoint-last\.pt: was trained on other shards; resume with those\. To train on from its weights:"
     with pytest.raises(CheckpointError, match=rule):
         train(tmp_path / "others", recipe, out=tmp_path / "run", resume=True, device="cpu")

@@ -25,10 +25,11 @@ from fastflower.recipes.presets import PRESETS
 from fastflower.reporting.preview import preview
 from fastflower.shards.verification import verify
 from fastflower.training.diagnosis import diagnose
+from fastflower.training.reports import reports
 
 COMMANDS: dict[str, Callable[..., Any]] = {
-    "pack": pack, "verify": verify, "doctor": diagnose, "preview": preview, "train": train, "evaluate": evaluate,
-    "predict": predict,
+    "pack": pack, "verify": verify, "doctor": diagnose, "preview": preview, "train": train, "reports": reports,
+    "evaluate": evaluate, "predict": predict,
 }  # fmt: skip
 pytestmark = pytest.mark.usefixtures("narrow")
 CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
@@ -262,11 +263,14 @@ def test_help_shows_each_parameter_of_the_signature(name: str, capsys: pytest.Ca
     assert all(re.search(rf"^\W*{name}\b", text, re.MULTILINE) for name in required)
 
 
-def test_tools_pack_is_the_pack_subcommand(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["tools/pack.py", "--help"])
+@pytest.mark.parametrize("name", ["pack", "reports"])
+def test_a_tool_is_the_subcommand(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", "--help"])
     with pytest.raises(SystemExit, match=r"^0$"):
-        runpy.run_path(str(ROOT / "tools" / "pack.py"), run_name="__main__")
-    assert capsys.readouterr().out.startswith("usage: fastflower pack ")
+        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"usage: fastflower {name} ")
 
 
 @pytest.mark.parametrize("name", ["pack", "verify"])

@@ -1,10 +1,8 @@
-"""TensorBoard events of a run, and tools/reports.py, which repeats the reports' experiments."""
+"""TensorBoard events of a run, and `reports`, which repeats the experiments of five reports."""
 
-import importlib.util
 import runpy
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,11 @@ from places import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastflower import Augment, Recipe, Report, pack, train
-from fastflower.errors import CheckpointError
+from fastflower.cli import main
+from fastflower.errors import ArgumentError, CheckpointError
 from fastflower.recipes.presets import PRESETS
 from fastflower.reporting import figures, report
+from fastflower.training import reports as module
 from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -56,25 +56,13 @@ def test_without_tensorboard_training_writes_no_events(
     monkeypatch.setattr(report, "find_spec", lambda _name: None)
     found = train(shards, replace(SMALL, epochs=1), out=tmp_path / "run", device="cpu")
     names = {path.name for path in found.folder.iterdir() if path.suffix != ".png"}
-    assert names == {"history.csv", "checkpoint-best.pt", "checkpoint-last.pt", "report.html"}
+    assert names == {"history.csv", "run.json", "checkpoint-best.pt", "checkpoint-last.pt", "report.html"}
 
 
 def test_training_leaves_no_thread_behind(shards: Path, tmp_path: Path) -> None:
     before = set(threading.enumerate())
     train(shards, replace(SMALL, epochs=1), out=tmp_path / "run", device="cpu")
     assert set(threading.enumerate()) - before == set()
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Iterator[Any]:
-    spec = importlib.util.spec_from_file_location("reports_program", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up annotations there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 @pytest.fixture
@@ -84,34 +72,28 @@ def trained() -> list[str]:
 
 
 @pytest.fixture
-def reports(loaded: Any, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The program with three recipes that take a second each; two of them are compared twice."""
+def reports(trained: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module with three recipes that take a second each; two of them are compared twice."""
     one, two, three = (
-        loaded.Experiment(name, accuracy) for name, accuracy in (("one", 90), ("two", 80), ("three", 70))
+        module.Experiment(name, accuracy) for name, accuracy in (("one", 90), ("two", 80), ("three", 70))
     )
     one = replace(one, seconds=125.4)
-    monkeypatch.setattr(loaded, "REPORTS", {"a": {"first": [one, two], "again": [two]}, "b": {"last": [three, one]}})
+    monkeypatch.setattr(module, "REPORTS", {"a": {"first": [one, two], "again": [two]}, "b": {"last": [three, one]}})
     presets = {name: lambda seed=seed: replace(SMALL, seed=seed) for seed, name in enumerate(("one", "two", "three"))}
-    monkeypatch.setattr(loaded, "PRESETS", presets)
+    monkeypatch.setattr(module, "PRESETS", presets)
 
     def spy(shards: str, recipe: Recipe, *, out: Path, **options: Any) -> Report:
         trained.append(out.name)
         return train(shards, recipe, out=out, **options)
 
-    monkeypatch.setattr(loaded, "train", spy)
-    return loaded
+    monkeypatch.setattr(module, "train", spy)
+    return module
 
 
 @pytest.fixture
-def no_run_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than a tiny run; another test looks at these figures."""
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than a tiny run; other tests look at the figures."""
     monkeypatch.setattr(figures, "png", lambda _: b"")
-
-
-@pytest.fixture
-def no_figures(no_run_figures: None, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001  (is set up first)
-    """Nor does the program draw any."""
-    monkeypatch.setattr(loaded, "png", lambda _: b"")
 
 
 def rows(out: Path) -> list[list[str]]:
@@ -121,16 +103,13 @@ def rows(out: Path) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:] if line.startswith("|")]
 
 
-@pytest.mark.usefixtures("no_run_figures")
 def test_reports_trains_each_recipe_once_and_compares(
     reports: Any,
     trained: list[str],
     shards: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    reports.reports(str(shards), ("a", "b"), tmp_path, None, 1, "cpu")
+    reports.reports(shards, report=("a", "b"), out=tmp_path, weights=None, epochs=1, device="cpu")
     assert trained == ["one", "two", "three"]
     found = rows(tmp_path)
     assert [row[:4] for row in found] == [
@@ -151,16 +130,14 @@ def test_reports_trains_each_recipe_once_and_compares(
         with Image.open(tmp_path / name) as image:
             image.verify()
     text = (tmp_path / "reports.md").read_text()
-    assert capsys.readouterr().out == f"{text}wrote {tmp_path / 'reports.md'}\n"
 
     trained.clear()
-    monkeypatch.setattr(reports, "png", lambda _: b"")
-    reports.reports(str(shards), ("a", "b"), tmp_path, None, 1, "cpu")
+    reports.reports(shards, report=("a", "b"), out=tmp_path, weights=None, epochs=1, device="cpu")
     assert trained == []
     assert (tmp_path / "reports.md").read_text() == text
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("undrawn")
 def test_reports_goes_on_where_it_was_interrupted(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +152,7 @@ def test_reports_goes_on_where_it_was_interrupted(
     with monkeypatch.context() as patch:
         patch.setattr(Run, "train_epoch", killed)
         with pytest.raises(KeyboardInterrupt, match="killed"):
-            reports.reports(str(shards), ("a",), tmp_path, None, None, "cpu")
+            reports.reports(shards, report=("a",), out=tmp_path, weights=None, device="cpu")
     assert [row[2] for row in rows(tmp_path)] == ["one"]
     first = (tmp_path / "two" / "history.csv").read_text().splitlines()[1]
     trained.clear()
@@ -186,63 +163,59 @@ def test_reports_goes_on_where_it_was_interrupted(
         return train_epoch(run, epoch)
 
     monkeypatch.setattr(Run, "train_epoch", spied)
-    reports.reports(str(shards), ("a",), tmp_path, None, None, "cpu")
+    reports.reports(shards, report=("a",), out=tmp_path, weights=None, device="cpu")
     assert trained == ["two"]
     assert epochs == [("two", 1)]
     assert (tmp_path / "two" / "history.csv").read_text().splitlines()[1] == first
     assert [(row[2], row[8]) for row in rows(tmp_path)] == [("one", "2"), ("two", "2"), ("two", "2")]
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("undrawn")
 def test_reports_finishes_a_run_without_a_report_and_does_not_mix_runs_of_other_recipes(
     reports: Any, trained: list[str], shards: Path, tmp_path: Path
 ) -> None:
-    reports.reports(str(shards), ("b",), tmp_path, None, 1, "cpu")
+    reports.reports(shards, report=("b",), out=tmp_path, weights=None, epochs=1, device="cpu")
     text = (tmp_path / "reports.md").read_text()
     assert text.endswith("\n\nPretrained weights: None; epochs: 1.\n")
     (tmp_path / "one" / "report.html").unlink()
     trained.clear()
-    reports.reports(str(shards), ("b",), tmp_path, None, 1, "cpu")
+    reports.reports(shards, report=("b",), out=tmp_path, weights=None, epochs=1, device="cpu")
     assert trained == ["one"]
     assert (tmp_path / "one" / "report.html").exists()
     assert (tmp_path / "reports.md").read_text() == text
     with pytest.raises(
-        CheckpointError, match=r"was trained with epochs 1 \(now 2\); resume with that recipe, or pass a different"
+        CheckpointError, match=r"was trained with epochs 1 \(now 2\); resume with that recipe\. To train on"
     ):
-        reports.reports(str(shards), ("b",), tmp_path, None, 2, "cpu")
+        reports.reports(shards, report=("b",), out=tmp_path, weights=None, epochs=2, device="cpu")
 
 
-def test_reports_refuses_an_unknown_letter(
-    reports: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["reports.py", "shards", "--report", "f"])
+def test_reports_refuses_an_unknown_letter(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        reports.main()
+        main(["reports", "shards", "--report", "f"])
     assert "--report" in capsys.readouterr().err
+    unknown: Any = ("f",)
+    with pytest.raises(ArgumentError, match=r"^report must be letters from a, b, c, d, e, got \('f',\)\.$"):
+        module.reports("shards", report=unknown)
 
 
-def test_reports_prints_errors_in_one_line(
-    reports: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_reports_prints_errors_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    argv = ["reports.py", str(tmp_path), "--weights", "None", "--device", "cpu", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", argv)
-    assert reports.main() == 1
+    assert main(["reports", str(tmp_path), "--weights", "None", "--device", "cpu", "--out", str(out)]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith(f"error: {tmp_path}: has no manifest.json")
     assert not out.exists()
 
 
-def test_exactly_the_report_presets_are_compared(loaded: Any) -> None:
+def test_exactly_the_report_presets_are_compared() -> None:
     named = {
         one.recipe
-        for comparisons in loaded.REPORTS.values()
+        for comparisons in module.REPORTS.values()
         for experiments in comparisons.values()
         for one in experiments
     }
     assert named == {name for name in PRESETS if name.startswith("report-")}
-    assert list(loaded.REPORTS) == ["a", "b", "c", "d", "e"]
+    assert list(module.REPORTS) == ["a", "b", "c", "d", "e"]
 
 
 def test_reports_runs_as_a_program(

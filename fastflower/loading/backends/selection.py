@@ -18,9 +18,11 @@ _WORD_BYTES = 4  # bytes per pixel in GPU memory (RGB and padding), compared wit
 
 
 def choose(
-    name: Name | None, device: torch.device, cache: Cache, decoded: Callable[[], Decoded]
+    name: Name | None, device: torch.device, cache: Cache, decoded: Callable[[], Decoded], split: str = ""
 ) -> tuple[Name, Allowance]:
-    """Return the backend's name and cache budget. decoded  Function that returns the memory needed for decoded images.
+    """Return the backend's name and cache budget.
+
+    decoded  Function that returns the memory needed for decoded images. split  Their split, for the log.
 
     Raises ArgumentError if the backend is unknown or unavailable, or does not support `device` or `cache`.
     """
@@ -38,11 +40,11 @@ def choose(
         raise ArgumentError(f"cache must be None with backend='dali', which caches nothing, got {cache!r}; omit it.")
     if name == "triton" or (name is None and cuda and cache is not None):
         words = Decoded(*(size // 3 * _WORD_BYTES for size in decoded()))
-        allowance = allow(cache, words, device)
+        allowance = allow(cache, words, device, split)
         return ("triton" if name or allowance.left else "dali"), allowance
     if name == "dali" or (name is None and cuda):
         return "dali", Allowance(device, 0)
-    allowance = Allowance(device, 0) if cache is None else allow(cache, decoded(), torch.device("cpu"))
+    allowance = Allowance(device, 0) if cache is None else allow(cache, decoded(), torch.device("cpu"), split)
     return name or ("native" if available() else "opencv"), allowance
 
 
@@ -53,7 +55,9 @@ def create(
 
     seed  Random seed of the draws, used to estimate the memory for decoded images. Raises ArgumentError like `choose`.
     """
-    name, allowance = choose(wanted, setup.device, cache, lambda: decoded_bytes(samples.sizes, augment, seed))
+    name, allowance = choose(
+        wanted, setup.device, cache, lambda: decoded_bytes(samples.sizes, augment, seed), samples.split
+    )
     if name == "dali":
         from fastflower.loading.backends.dali import DaliBackend  # takes half a second to import
 
