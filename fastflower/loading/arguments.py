@@ -216,5 +216,6 @@ def position_in(state: Mapping[str, object], identity: Mapping[str, object], num
                 f"load_state_dict: the state has {name} {state.get(name)!r}, but this loader has {value!r}; "
                 f"resume with the same shards, split, fold, seed and batch_size * world_size."
             )
-    step = integer("state['step']", state["step"], 0, at_most=num_steps - 1)
+    # num_steps: all are done, as in a run that stopped in the validation after them.
+    step = integer("state['step']", state["step"], 0, at_most=num_steps)
     return integer("state['epoch']", state["epoch"], 0), step

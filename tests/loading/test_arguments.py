@@ -256,9 +256,9 @@ def test_a_state_of_something_else_is_refused(shards: Path) -> None:
     for name, value, rule in (
         ("epoch", -1, "at least 0"),
         ("epoch", 1.5, "at least 0"),
-        ("step", -1, "from 0 to 6"),
-        ("step", 7, "from 0 to 6"),
-        ("step", None, "from 0 to 6"),
+        ("step", -1, "from 0 to 7"),
+        ("step", 8, "from 0 to 7"),
+        ("step", None, "from 0 to 7"),
     ):
         with pytest.raises(ArgumentError, match=rf"^state\['{name}'\] must be an integer,? {rule}, got {value}\.$"):
             loader.load_state_dict({**state, name: value})
