@@ -69,11 +69,12 @@ class Predictor:
     Raises CheckpointError if the checkpoint cannot be used, and ArgumentError if an argument is invalid.
 
     Example:
+        >>> from pathlib import Path
         >>> from fastflower import Predictor
         >>> predictor = Predictor("run/checkpoint-best.pt", device="cpu")
-        >>> (prediction,) = predictor(open("photo.jpg", "rb"))
-        >>> prediction.class_name
-        'rose'
+        >>> (prediction,) = predictor(Path("photo.jpg").read_bytes())
+        >>> prediction.class_name in predictor.classes
+        True
     """
 
     def __init__(

@@ -13,8 +13,11 @@ class Skeleton(TorchFunctionMode):
     Computations on constants work, which they do not within `torch.device("meta")`.
 
     Example:
+        >>> from torchvision.models import resnet50
         >>> with Skeleton():
         ...     network = resnet50()
+        >>> network.fc.weight.device
+        device(type='meta')
     """
 
     def __torch_function__(

@@ -44,6 +44,7 @@ def test_an_example_prints_what_it_says(
 ) -> None:
     for folder, made in {"flowers": flowers, "shards": shards, "run": run}.items():
         (tmp_path / folder).symlink_to(made)
+    (tmp_path / "photo.jpg").symlink_to(next((flowers / "rose").iterdir()))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     said: list[str] = []
