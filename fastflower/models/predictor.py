@@ -104,6 +104,7 @@ class Predictor:
         self.device = resolve_device(device)
         self._precision = precision_of(precision, self.device)
         self._view = validation_view(view)
+        self._workers = cores()  # takes a millisecond to read
         self._network = on_device(network, self.device)
         renderer = (NativeRenderer if available() else OpencvRenderer)(self._view, self._precision)
         self._render = cast("NativeRenderer", renderer)  # both have the same methods
@@ -127,7 +128,9 @@ class Predictor:
     def outcomes(self, images: Iterator[Source], on_bad: OnBad) -> Generator[tuple[Source, Prediction | None]]:
         """Yield each image with its prediction, in order, or with None if it is skipped. The next batch loads meanwhile."""
         require(on_bad in ("fail", "skip"), "on_bad", "'fail' or 'skip'", on_bad)
-        pool = ThreadPoolExecutor(cores(), thread_name_prefix="fastflower")  # starts no thread before its first task
+        pool = ThreadPoolExecutor(
+            self._workers, thread_name_prefix="fastflower"
+        )  # starts no thread before its first task
         started = deque[tuple[list[Source], Tensor, Iterable[str | None]]]()
         try:
             while batch := list(islice(images, _BATCH_SIZE)):

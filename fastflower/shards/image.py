@@ -122,7 +122,9 @@ def prepared_pixels(data: bytes, *, warn: Callable[[str], object], name: str) ->
         return jpeg, decode(jpeg)
     check_pixels(*size)
     pixels = _pixels_if_intact(data, cv2.IMREAD_COLOR_RGB, warn)
-    _check_contrast(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), warn)
+    some = np.ascontiguousarray(pixels[::8, ::8])  # which almost always have enough contrast, in a tenth of the time
+    if np.ptp(cv2.cvtColor(some, cv2.COLOR_RGB2GRAY)) < _MIN_CONTRAST:
+        _check_contrast(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), warn)
     return data, pixels
 
 

@@ -226,6 +226,20 @@ def test_hidden_files_alone_are_no_warning(
     ]
 
 
+@pytest.mark.parametrize("spread", [16, 17])
+def test_images_almost_without_contrast_are_named(
+    predictor: Predictor, caplog: pytest.LogCaptureFixture, spread: int
+) -> None:
+    """As `pack` names them, though few pixels are looked at first."""
+    gray = np.full((64, 64), 100, np.uint8)
+    gray[8:16, 17:24] += spread
+    target = io.BytesIO()
+    Image.fromarray(gray).save(target, "JPEG", quality=100)
+    predictor(target.getvalue())
+    text = "image 0: has almost no contrast: its gray levels range from 100 to 116 (out of 0 to 255)"
+    assert caplog.messages == ([text] if spread == 16 else [])
+
+
 def test_a_refusal_by_the_system_is_no_damaged_image(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise OSError(errno.EMFILE, "Too many open files")
