@@ -1,5 +1,6 @@
 """The command line: one subcommand for each public function, with flags derived from its signature and docstring."""
 
+import inspect
 import logging
 import os
 import re
@@ -11,28 +12,17 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastflower.errors import ArgumentError, FastflowerError, SampleError, ShardError, StoppedError
-from fastflower.flags import Flag, Repeated, UsageError, fields_as_flags, flags_of, help_text, parse
+from fastflower.flags import Parser, UsageError
 from fastflower.suggestions import near_command
-
-if TYPE_CHECKING:
-    from fastflower.recipes.recipe import Recipe
 
 _MAX_LINES = 20  # of each kind; manifest.json lists all
 
-_DASK = Flag(
-    name="dask",
-    kind=str | None,
-    default=None,
-    metavar="ADDRESS",
-    text="Address of a Dask scheduler. Its workers do the packing and must see FOLDER and OUT at the same paths.",
-)
 _TYPES: dict[str, object] = {
     "folder": Path,
     "out": Path | None,
@@ -44,9 +34,9 @@ _TYPES: dict[str, object] = {
     "classes": None,
     "augment": None,
     "device": str | None,
-    "labels": Repeated(Path),
-    "executor": _DASK,
-    "ignore": Repeated(str),
+    "labels": list[Path],
+    "executor": None,
+    "ignore": list[str],
 }
 """Command-line types of parameters that accept more types from Python. None: only Python has the parameter."""
 
@@ -118,24 +108,20 @@ def _meant(word: str) -> str:
     return f"; did you mean fastflower {near}?" if near else ""
 
 
-def _parse(prog: str, args: Sequence[str], call: Callable[..., object], **types: object) -> dict[str, Any]:
-    """Parse the command line into keyword arguments for `call`. types  Types of parameters, as in _TYPES."""
-    command, flags = prog.removeprefix("fastflower "), flags_of(call, {**_TYPES, **types})
-    values = parse(command, flags, args)
-    _help_if_asked(command, call, flags, values)
-    return values
-
-
-def _help_if_asked(command: str, call: Callable[..., object], flags: Sequence[Flag], values: dict[str, object]) -> None:
-    if "help" in values:
-        print(help_text(command, call, flags, values["help"]))
-        raise SystemExit(0)
+def _parser(prog: str, call: Callable[..., object], **types: object) -> Parser:
+    """Return the parser of a function's arguments. types  Types of parameters, as in _TYPES."""
+    parser = Parser(prog, inspect.cleandoc(call.__doc__ or "").split("\n\n")[0])
+    parser.add_parameters(call, {**_TYPES, **types})
+    return parser
 
 
 def _pack(prog: str, args: Sequence[str]) -> None:
     from fastflower.packing.packer import pack
 
-    values = _parse(prog, args, pack, out=Path, split=Repeated(Path))
+    parser = _parser(prog, pack, out=Path, split=list[Path])
+    text = "Address of a Dask scheduler. Its workers do the packing and must see FOLDER and OUT at the same paths."
+    parser.add("dask", str | None, text, metavar="ADDRESS")
+    values = parser.parse(args)
     with _dask(values.pop("dask", None)) as executor:
         manifest = pack(**values, executor=executor)
     for name, split in manifest.splits.items():
@@ -184,7 +170,7 @@ def _dask(address: str | None) -> Generator[Executor | None]:
 def _verify(prog: str, args: Sequence[str]) -> None:
     from fastflower.shards.verification import verify
 
-    values = _parse(prog, args, verify)
+    values = _parser(prog, verify).parse(args)
     problems = verify(**values)
     for problem in problems:
         print(problem)
@@ -228,7 +214,7 @@ def _reports(prog: str, args: Sequence[str]) -> None:
     from fastflower.training.command import typed
     from fastflower.training.reports import reports
 
-    values = _parse(prog, args, reports, out=Path)
+    values = _parser(prog, reports, out=Path).parse(args)
     with typed():
         text = reports(**values)
     print(text, end="")
@@ -244,26 +230,24 @@ def _parse_recipe(prog: str, args: Sequence[str], call: Callable[..., object], *
     """Parse the command line for a subcommand that takes a recipe. Each field of the recipe is a flag."""
     from fastflower.recipes.presets import PRESETS, phrase
 
-    if "--recipe=list" in args or ("--recipe", "list") in pairwise(args):
+    text = "Recipe that sets the defaults of the flags below; --recipe list prints all."
+    chosen = Parser(prog)
+    chosen.add("recipe", str, text, metavar="NAME")
+    name = str(vars(chosen.parse_known_args(args)[0]).get("recipe", "default"))
+    if name == "list":
         print(*(f"{name:34}{phrase(name)}" for name in PRESETS), sep="\n")
         raise SystemExit(0)
-    text = "Recipe that sets the defaults of the flags below; --recipe list prints all."
-    chosen = Flag(name="recipe", kind=str, default="default", text=text, metavar="NAME")
-    flags = [flag for flag in flags_of(call, {**_TYPES, **types}) if flag.name != "recipe"]
-
-    def with_fields(recipe: "Recipe", name: str) -> list[Flag]:
-        own = [flag for flag in fields_as_flags(recipe, group=f"recipe {name}") if flag.name != "augment"]
-        return [*flags, chosen, *own, *fields_as_flags(recipe.augment, "augment.", f"augmentation of recipe {name}")]
-
-    command = prog.removeprefix("fastflower ")
-    values = parse(command, with_fields(PRESETS["default"](), "default"), args)
-    name = str(values.pop("recipe", "default"))
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS, 3)
         meant = f"did you mean {' or '.join(near)}? " if near else ""
         raise ArgumentError(f"--recipe {name}: no recipe has this name; {meant}{prog} --recipe list prints all.")
     recipe = PRESETS[name]()
-    _help_if_asked(command, call, with_fields(recipe, name), values)
+    parser = _parser(prog, call, recipe=None, **types)
+    parser.add("recipe", str, text, metavar="NAME", default="default")
+    parser.add_fields(recipe, f"recipe {name}", but="augment")
+    parser.add_fields(recipe.augment, f"augmentation of recipe {name}", "augment.")
+    values = parser.parse(args)
+    values.pop("recipe", None)
     changed = {item.name: values.pop(item.name) for item in fields(recipe) if item.name in values}
     drawn = {key: values.pop(key) for key in list(values) if key.startswith("augment.")}
     try:
@@ -281,7 +265,7 @@ def _flag(owner: str, name: str) -> str:
 def _evaluate(prog: str, args: Sequence[str]) -> None:
     from fastflower.models.evaluation import evaluate
 
-    scores = evaluate(**_parse(prog, args, evaluate))
+    scores = evaluate(**_parser(prog, evaluate).parse(args))
     print(
         f"{scores.num_samples} images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, "
         f"macro-F1 {scores.macro_f1:.2%}, calibration error {scores.calibration_error:.2%}"
@@ -298,7 +282,7 @@ def _predict(prog: str, args: Sequence[str]) -> None:
     from fastflower.models.sources import sources
     from fastflower.models.submission import Table
 
-    values = _parse(prog, args, predict)
+    values = _parser(prog, predict).parse(args)
     if not values["images"]:
         raise ArgumentError("IMAGES must name at least one image file or folder, got none.")
     images, on_bad, out = sources(values.pop("images")), values.pop("on_bad", "fail"), values.pop("out", None)

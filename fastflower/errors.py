@@ -86,13 +86,14 @@ def check_fields(instance: "DataclassInstance", rules: Rules) -> None:
         rule, holds = rules.get(
             item.name, (_RULES.get(kind) or f"one of {', '.join(map(str, get_args(kind)))}", _anything)
         )
-        plain = _fitted(kind, value)
-        right = plain is not _MISFIT and (plain is None or holds(plain))
+        plain = fitted(kind, value)
+        right = plain is not MISFIT and (plain is None or holds(plain))
         require(right, f"{type(instance).__name__}.{item.name}", rule + _limit(value), value)
         object.__setattr__(instance, item.name, plain)
 
 
-_MISFIT = object()
+MISFIT = object()
+"""What `fitted` returns for a value that does not have the type."""
 _RULES: dict[object, str] = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
 
 
@@ -100,28 +101,28 @@ def _anything(_: object) -> bool:
     return True
 
 
-def _fitted(kind: object, value: object) -> object:
-    """Return a value as a plain one of a type, or _MISFIT."""
+def fitted(kind: object, value: object) -> object:
+    """Return a value as a plain one of a type, for example int | None or tuple[float, float]; or MISFIT."""
     kinds = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
-        return next((plain for one in kinds if (plain := _fitted(one, value)) is not _MISFIT), _MISFIT)
+        return next((plain for one in kinds if (plain := fitted(one, value)) is not MISFIT), MISFIT)
     if get_origin(kind) is tuple:
         if not isinstance(value, (tuple, list)):
-            return _MISFIT
+            return MISFIT
         values = cast("Sequence[object]", value)
         kinds = kinds[:1] * len(values) if kinds[-1] is ... else kinds
-        plain = tuple(map(_fitted, kinds, values))
-        return plain if len(kinds) == len(values) and _MISFIT not in plain else _MISFIT
+        plain = tuple(map(fitted, kinds, values))
+        return plain if len(kinds) == len(values) and MISFIT not in plain else MISFIT
     if get_origin(kind) is Literal or kind is str:
         text = str(value) if isinstance(value, Path) else value
         right = isinstance(text, str) and (kind is str or text in kinds)
-        return str.__str__(cast("str", text)) if right else _MISFIT
+        return str.__str__(cast("str", text)) if right else MISFIT
     try:
         if kind in _PLAIN:
             return _PLAIN[kind](value)
     except ArgumentError:
-        return _MISFIT
-    return value if isinstance(kind, type) and isinstance(value, kind) else _MISFIT
+        return MISFIT
+    return value if isinstance(kind, type) and isinstance(value, kind) else MISFIT
 
 
 _PLAIN: dict[object, Callable[[object], object]] = {
