@@ -187,7 +187,7 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
     folder = None if is_archive(root) else find(root, tables)
     options = _resolved(asked, folder) if folder else asked
     if folder and not os.path.exists(out / FILE):  # noqa: PTH110  (Path.exists can raise)
-        check_space(folder, options, out)
+        check_space(root, folder, options, out)
     interrupted = os.path.exists(out / WORK)  # noqa: PTH110  (Path.exists can raise)
     with workspace(out) as work, ThreadPoolExecutor(threads) as pool, ExitStack() as stack:
         packed = (out / FILE).exists()
@@ -199,7 +199,7 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
             labels, split = (_below(root_in(work), files) for files in (tables.labels, tables.split))
             folder = find(content, tables._replace(labels=labels, split=split))
             options = _resolved(asked, folder)
-            check_space(folder, options, out)
+            check_space(root, folder, options, out)
         if packed:
             manifest = Manifest.load(out)
             files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)

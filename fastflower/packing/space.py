@@ -18,8 +18,8 @@ _log = logging.getLogger("fastflower")
 _BESIDES = 2560  # bytes of a sample in a tar besides its image, at least: three headers, label, JSON, padding
 
 
-def check_space(folder: Folder, options: Options, out: Path) -> None:
-    """Log how much space a pack will take. Raises FolderError if it cannot fit into what is free.
+def check_space(source: Path, folder: Folder, options: Options, out: Path) -> None:
+    """Log how much space a pack of a folder or archive will take. Raises FolderError if it cannot fit into what is free.
 
     Images that will be transcoded may shrink to any size, so only JPEG files that are kept must fit for certain.
     """
@@ -30,11 +30,11 @@ def check_space(folder: Folder, options: Options, out: Path) -> None:
     made = sum(path.stat().st_size for path in (*out.glob("*.tar"), *(out / WORK).glob("*.tar"))) if above == out else 0
     free = shutil.disk_usage(above).free
     if (least := kept + frames - made) > free:
-        what = f"has {readable(free)} free, but packing {folder.root} takes {readable(least)}"
+        what = f"has {readable(free)} free, but packing {source} takes {readable(least)}"
         raise FolderError(f"{above}: {what}; free up space, or choose another folder with --out.")
     most = readable(max(int(sizes.sum()) + frames - made, 0))
     what = "packing %d images into %s, which takes up to %s of the %s that are free"
-    _log.info(f"%s: {what}", folder.root, len(folder), out, most, readable(free))
+    _log.info(f"%s: {what}", source, len(folder), out, most, readable(free))
 
 
 def _are_jpeg(folder: Folder) -> NDArray[np.bool_]:

@@ -149,6 +149,13 @@ def test_only_files_that_are_kept_must_fit(
     pack(root, tmp_path / "out", **options)
 
 
+def test_the_space_of_an_archive_is_told_by_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    archive = shutil.make_archive(str(tmp_path / "data"), "zip", drawn(tmp_path / "data", rose=2, tulip=2))
+    caplog.set_level(logging.INFO, "fastflower")
+    pack(archive, tmp_path / "out")
+    assert caplog.messages[0].startswith(f"{archive}: packing 4 images into {tmp_path / 'out'}, which takes up to ")
+
+
 def test_the_least_and_most_space_hold_the_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The estimate for JPEG files is within a tenth of what they take, and never above it."""
     root = tmp_path / "data"
