@@ -214,7 +214,7 @@ def _reports(prog: str, args: Sequence[str]) -> None:
     from fastflower.training.command import typed
     from fastflower.training.reports import reports
 
-    values = _parser(prog, reports, out=Path).parse(args)
+    values: dict[str, Any] = {"out": Path("runs/reports"), **_parser(prog, reports, out=Path).parse(args)}
     with typed():
         text = reports(**values)
     print(text, end="")

@@ -47,7 +47,7 @@ class Parser(ArgumentParser):
         self.command = prog.removeprefix("fastflower ")
         self.required: dict[str, str] = {}  # what the positional arguments are, by name
         self.texts: dict[str, str] = {}  # of the flags
-        self.counts: dict[str, float] = {}  # how many numbers each flag takes at most
+        self.metavars: dict[str, str] = {}  # of the flags, also of --no-resume and the like
 
     @property
     def places(self) -> str:
@@ -69,7 +69,7 @@ class Parser(ArgumentParser):
         kind  Type of the value, for example int | None. A list has the values of a repeated flag.
         """
         flag, add, metavar = f"--{name.replace('_', '-')}", to or self.add_argument, metavar or _metavar(kind)
-        self.texts[flag], self.counts[flag] = f"{flag} {metavar}: {text}", _count(kind)
+        self.texts[flag], self.metavars[flag] = f"{flag} {metavar}: {text}", "" if kind is bool else metavar
         if isinstance(default, tuple):
             default = " ".join(map(str, cast("tuple[object, ...]", default)))
         shown = kind is not bool and default is not None and default != ""
@@ -78,7 +78,7 @@ class Parser(ArgumentParser):
         brief = brief.replace("%", "%%")  # argparse formats it with %
         if kind is bool:
             inverse = re.sub(r"^--(.*\.)?", r"--\1no-", flag)  # for example --no-resume or --augment.no-fixed
-            self.counts[inverse] = 0.0
+            self.metavars[inverse] = ""
             add(flag, inverse, dest=name, action=_Switch, nargs=0, help=brief)
         else:  # without a value, which argparse allows, _value gets an empty text
             (kind,) = get_args(kind) if repeated else (kind,)
@@ -103,7 +103,14 @@ class Parser(ArgumentParser):
             self.required[name] = _brief(text)
             nargs, kind = ("*", str) if kind == list[str] else ("?", kind)
             convert = cast("Callable[[str], object]", kind)
-            self.add_argument(name, nargs=nargs, default=None, type=convert, metavar=name.upper(), help=_brief(text))
+            self.add_argument(
+                name,
+                nargs=nargs,
+                default=None,
+                type=convert,
+                metavar=name.upper(),
+                help=_brief(text).replace("%", "%%"),
+            )
 
     def add_fields(self, instance: "DataclassInstance", group: str, prefix: str = "", *, but: str = "") -> None:
         """Add a dataclass's fields as flags. The instance has the defaults."""
@@ -128,9 +135,9 @@ class Parser(ArgumentParser):
         namespace, rest = self.parse_known_intermixed_args(self.joined(args))
         for word in rest:
             if re.match("--?[A-Za-z]", word):
-                raise UsageError(did_you_mean(self.command, word.partition("=")[0], self.counts, self.places))
+                raise UsageError(did_you_mean(self.command, word.partition("=")[0], self.metavars, self.places))
         if rest:
-            raise UsageError(instead(self.command, rest[0], self.places, self.counts))
+            raise UsageError(instead(self.command, rest[0], self.places, self.metavars))
         values = vars(namespace)
         for name, what in self.required.items():
             if values[name] is None:
@@ -139,21 +146,23 @@ class Parser(ArgumentParser):
         return values
 
     def joined(self, args: Sequence[str]) -> list[str]:
-        """Spell flags with -, and join to each the numbers after it, as many as it takes.
+        """Spell flags with -, and join to each the numbers or choices after it, as many as it takes.
 
-        argparse knows only fixed counts, and takes -1e-3 for a flag.
+        argparse cannot stop at a word of another kind, and takes -1e-3 for a flag.
         """
-        words, more = list[str](), 0.0
+        words, more, choices = list[str](), 0.0, list[str]()
         end = args.index("--") if "--" in args else len(args)
         for word in args[:end]:
             name, equals, value = word.partition("=")
             name = name.replace("_", "-")
-            if more and isinstance(_plain(word), int | float):
+            if more and (word in choices or isinstance(_plain(word), int | float)):
                 words[-1] += f"{' ' if '=' in words[-1] else '='}{word}"
                 more -= 1
             else:
-                words.append(f"{name}{equals}{value}" if name in self.counts else word)
-                more = 0.0 if equals else self.counts.get(name, 0.0)
+                words.append(f"{name}{equals}{value}" if name in self.metavars else word)
+                metavar = "" if equals else self.metavars.get(name, "")
+                counts = [len(re.findall("INT|FLOAT", form)) for form in metavar.split(" or ")]
+                more, choices = inf if "..." in metavar else max(counts), _choices(metavar)
         return [*words, *args[end:]]
 
     def error(self, message: str) -> NoReturn:
@@ -191,7 +200,7 @@ def _value(flag: str, kind: object, metavar: str, text: str) -> object:
             return value
     if not text:
         raise ArgumentTypeError(f"needs a value: {flag} {metavar}")
-    choices = metavar[1:-1].split(",") if metavar.startswith("{") else []
+    choices = [] if " or " in metavar else _choices(metavar)
     rule = f"one of {', '.join(choices)}" if choices else f"as in {flag} {metavar}"
     near = "".join(f". Did you mean {near}?" for near in get_close_matches(text, choices, 1))
     raise ArgumentTypeError(f"must be {_RULES.get(metavar, rule)}, got {text!r}{near}")
@@ -205,13 +214,8 @@ def _plain(word: str) -> object:
     return {"None": None, "True": True, "False": False}.get(word, word)
 
 
-def _count(kind: object) -> float:
-    """Return how many numbers a flag of a type takes at most."""
-    if get_origin(kind) in (Union, UnionType):
-        return max(map(_count, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return inf if ... in get_args(kind) else len(get_args(kind))
-    return float(kind is int or kind is float)
+def _choices(metavar: str) -> list[str]:
+    return re.findall(r"\w+(?=[,}])", metavar)
 
 
 def _metavar(kind: object) -> str:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -230,6 +230,20 @@ def test_help_says_a_sentence_about_each_flag_and_all_about_one(capsys: pytest.C
     assert text.endswith("Empty: `augment.size` in all epochs.")
 
 
+def test_help_shows_percent_signs() -> None:
+    def call(shards: str, fraction: float = 0.1) -> None:
+        """Take 5%.
+
+        Args:
+            shards: All 100%.
+            fraction: Of 20% (s).
+        """
+
+    made = Parser("fastflower call", "Take 5%.")
+    made.add_parameters(call, {})
+    assert re.findall(r"\S*%.*", made.format_help()) == ["5%.", "100%.", "20% (s). (default: 0.1)"]
+
+
 @pytest.mark.parametrize(
     ("line", "values"),
     [
@@ -243,6 +257,7 @@ def test_help_says_a_sentence_about_each_flag_and_all_about_one(capsys: pytest.C
         ("s --augment.erase-value -1e-1 -.5 0", {"augment.erase_value": (-0.1, -0.5, 0.0)}),
         ("--sizes 64 96 s", {"sizes": (64, 96)}),
         ("s --sizes", {"sizes": ()}),
+        ("--augment.resize off s --augment.mean 0 0 0", {"augment.resize": "off", "augment.mean": (0.0, 0.0, 0.0)}),
         ("s --no-graph --augment.no-fixed --resume", {"graph": False, "augment.fixed": False, "resume": True}),
         ("s --epochs 2 --epochs 3", {"epochs": 3}),
         ("--epochs 2 -- s", {"epochs": 2}),
@@ -267,6 +282,18 @@ def test_any_command_line_is_parsed_or_explained(args: list[str]) -> None:
         assert end.code == 0  # noqa: PT017  (help, another)
     else:
         assert "shards" in values
+
+
+def test_a_flag_takes_several_choices() -> None:
+    def parsed(line: str) -> dict[str, Any]:
+        made = Parser("fastflower reports")
+        made.add("report", tuple[Literal["a", "b", "c"], ...], "Reports.")
+        made.add_parameters(verify, {"shards": str})
+        return made.parse(line.split())
+
+    assert parsed("--report a c s") == {"report": ("a", "c"), "shards": "s"}
+    with pytest.raises(UsageError, match=r"^--report must be one of a, b, c, got 'f'\.$"):
+        parsed("s --report f")
 
 
 @pytest.mark.parametrize(("text", "value"), [("True", True), ("False", False), ("None", None)])

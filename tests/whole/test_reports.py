@@ -4,6 +4,7 @@ import runpy
 import sys
 import threading
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,22 @@ def test_reports_prints_errors_in_one_line(capsys: pytest.CaptureFixture[str], t
     assert printed.out == ""
     assert printed.err.startswith(f"error: {tmp_path}: has no manifest.json")
     assert not out.exists()
+
+
+def test_reports_without_out_says_where_the_table_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    @wraps(module.reports)
+    def recorded(**values: Any) -> str:
+        asked.append(values)
+        return "table\n"
+
+    monkeypatch.setattr(module, "reports", recorded)
+    assert main(["reports", "--report", "a", "c", "shards"]) == 0
+    assert asked == [{"shards": "shards", "report": ("a", "c"), "out": Path("runs/reports")}]
+    assert capsys.readouterr().out == "table\nwrote runs/reports/reports.md\n"
 
 
 def test_exactly_the_report_presets_are_compared() -> None:
