@@ -40,8 +40,8 @@ def evaluate(
 
     Args:
         checkpoint: A checkpoint written by `train`.
-        shards: The folder written by `pack`, or its URL, as for Loader. Its classes may be some of the checkpoint's, in any
-            order. Or what `pack` takes: a folder of images, an archive, or a table of labels. It is packed once, into
+        shards: A folder of images, an archive or a table of labels, as `pack` takes them; or the shards that `pack` wrote, or
+            their URL. The classes may be some of the checkpoint's, in any order. Images are packed once, into
             packs/NAME-HASH beside the checkpoint's run. A folder without splits is evaluated wholly, unless `train` drew a
             val split from it for this checkpoint. To choose options, pack first.
         split: The split to evaluate, such as "val" or "test". None means "val" if there is one, else the only split.

@@ -27,8 +27,8 @@ def preview(
     """Draw images as training will see them: one row per image, with the validation view first, then views from multiple epochs.
 
     Args:
-        shards: The folder written by `pack`, or its URL, as for Loader. Or what `pack` takes, which is then packed into
-            runs/packs, as `train` does.
+        shards: A folder of images, an archive or a table of labels, as `pack` takes them; or the shards that `pack` wrote, or
+            their URL. Images are packed into runs/packs, as by `train`.
         recipe: The recipe to preview. Augmentation and sizes are exactly as in training, except that mixup and cutmix choose
             different partners. The partner may make up the larger part of a mixed image.
         images: Number of images, from the start of the train split.

@@ -53,8 +53,8 @@ def diagnose(
     """Find the bottleneck of training: time data loading alone, then training on one batch.
 
     Args:
-        shards: The folder written by `pack`, or its URL, as for Loader. Or what `pack` takes, which is then packed into
-            runs/packs, as `train` does.
+        shards: A folder of images, an archive or a table of labels, as `pack` takes them; or the shards that `pack` wrote, or
+            their URL. Images are packed into runs/packs, as by `train`.
         recipe: The recipe to diagnose, by default Recipe(). Uses random weights, which take the same time as pretrained ones.
         seconds: Duration of each of the two measurements, not counting the first batch.
         device: None uses CUDA if available, otherwise the CPU.

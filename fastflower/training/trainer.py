@@ -42,9 +42,9 @@ def train(
     interrupted and resumed. After SIGTERM, the run saves a checkpoint and stops. Under torchrun, the ranks split each batch.
 
     Args:
-        shards: The folder written by `pack`, or its URL, as for Loader. Or what `pack` takes: a folder of images, an archive,
-            or a table of labels. It is packed once, with the defaults of `pack`, into packs/NAME-HASH beside the run's folder,
-            and again only if its files change. To choose options, pack first.
+        shards: A folder of images, an archive or a table of labels, as `pack` takes them; or the shards that `pack` wrote, or
+            their URL. Images are packed once, with the defaults of `pack`, into packs/NAME-HASH beside the run's folder, and
+            again only if their files change. To choose options, pack first.
         recipe: What to train, and how.
         fold: With shards that have folds: the fold to validate on, from 0; the others are for training.
         out: The run's folder. None uses the first unused folder of runs/BACKBONE, runs/BACKBONE-2, ...

@@ -144,3 +144,10 @@ def test_the_first_rank_packs_and_the_others_wait(tmp_path: Path, monkeypatch: p
     job = partial(one_of_two, store=tmp_path / "store", data=tmp_path / "data", packs=tmp_path / "runs/packs")
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lambda rank: forked(partial(job, rank)), range(2))) == [0, 0]
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "preview", "doctor"])
+def test_the_help_says_that_images_are_taken(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([command, "--help"])
+    assert "A folder of images, an archive or a table of labels" in " ".join(capsys.readouterr().out.split())
