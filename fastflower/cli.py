@@ -92,7 +92,7 @@ def _no_command(args: Sequence[str]) -> int:
     if args and not asked:
         print(f"error: unknown command {args[0]!r}{_meant(args[0])}", file=sys.stderr)
     usage = (
-        "usage: fastflower COMMAND ... (begin with fastflower pack FOLDER; fastflower COMMAND --help lists its flags)"
+        "usage: fastflower COMMAND ... (begin with fastflower train FOLDER; fastflower COMMAND --help lists its flags)"
     )
     lines = [f"  {name:10}{text}" for name, (_, text) in _COMMANDS.items()]
     print(usage, *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
