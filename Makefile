@@ -1,6 +1,7 @@
 # make demo [DATA=folder] [WEIGHTS=file BACKBONE=name]   pack, train, evaluate, compare; writes runs/demo
 # make test                                              lint, types, tests
 # make soak                                              the remaining tests, before a release
+# make backbones                                         tries each backbone of torchvision, which takes an hour
 # make format                                            format and fix with ruff
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BACKBONE ?=
 # Where it is set, each of the processes that the tests start compiles the library again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test soak format clean
+.PHONY: install demo test soak backbones format clean
 
 install: .venv/installed
 
@@ -33,6 +34,9 @@ test: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m soak
+
+backbones: .venv/installed
+	$(BIN)/python tests/helpers/try_backbone.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -262,6 +262,17 @@ def _flag(owner: str, name: str) -> str:
     return f"--{'augment.' if owner == 'Augment' else ''}{name.replace('_', '-')}"
 
 
+def _backbones(prog: str, args: Sequence[str]) -> None:
+    from fastflower.models.catalog import backbones
+
+    for number, each in enumerate(backbones(**_parser(prog, backbones).parse(args or ["*"]))):
+        if number == 0:
+            print(f"{'name':32}{'parameters':>12}{'stages':>8}{'trained at':>12}  {'weights':12}image sizes")
+        weights = "on disk" if each.at_hand else "to download"
+        millions = f"{each.parameters / 1e6:.1f} M"
+        print(f"{each.name:32}{millions:>12}{each.stages:>8}{each.native:>12}  {weights:12}{each.sizes}", flush=True)
+
+
 def _evaluate(prog: str, args: Sequence[str]) -> None:
     from fastflower.models.evaluation import evaluate
 
@@ -311,4 +322,5 @@ _COMMANDS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
     "reports": (_reports, "repeat the experiments of five student reports, and compare"),
     "evaluate": (_evaluate, "score a checkpoint on a folder of images, or on a split of shards"),
     "predict": (_predict, "classify image files"),
+    "backbones": (_backbones, "list networks to train, with their stages and image sizes"),
 }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastflower.errors import CheckpointError, FastflowerError, require
 from fastflower.files import blame_the_system, flush, is_full, written
 from fastflower.models.backbone import build
+from fastflower.models.sizes import require_sizes
 from fastflower.models.weights_file import load_file, not_finite
 from fastflower.recipes.recipe import Recipe
 from fastflower.shards.kinds import image_kind
@@ -136,7 +137,8 @@ class Checkpoint:
     def network(self) -> nn.Module:
         """Build the trained network on the CPU, in evaluation mode. Raises CheckpointError if the weights cannot be used."""
         self._usable("checkpoint")
-        model = build(self.recipe.backbone, len(self.classes), weights=None)
+        require_sizes(self.recipe)
+        model = build(self.recipe.backbone, len(self.classes), weights=None, size=self.recipe.augment.output_size)
         try:
             model.load_state_dict(self.model)
         except RuntimeError as error:

@@ -11,8 +11,8 @@ from fastflower import distributed
 from fastflower.draws.augment import Augment
 from fastflower.errors import CheckpointError
 from fastflower.loading.batch import Batch
-from fastflower.models.backbone import train_mode
 from fastflower.models.metrics import Scores, score
+from fastflower.models.stages import train_mode
 from fastflower.recipes.recipe import Recipe
 
 

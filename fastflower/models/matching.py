@@ -1,7 +1,7 @@
 """Finds a network's weights among the tensors of a file, whatever program wrote it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,8 +23,8 @@ class Match:
 
     own: dict[str, Tensor]
     """The network's state_dict."""
-    head: str
-    """The name of the network's head."""
+    heads: tuple[str, ...]
+    """The names of the network's heads, each with a dot."""
     tensors: dict[str, Tensor]
     """The tensors of the file."""
     names: dict[str, str]
@@ -42,9 +42,7 @@ class Match:
     def body(self) -> list[str]:
         """Names of the tensors that the file must have. Some programs write no batch norm counters, or of shape (1,)."""
         names = self.names.keys()
-        return [
-            name for name in names if not name.startswith(f"{self.head}.") and not name.endswith("num_batches_tracked")
-        ]
+        return [name for name in names if not name.startswith(self.heads) and not name.endswith("num_batches_tracked")]
 
     @cached_property
     def fitting(self) -> dict[str, Tensor]:
@@ -72,10 +70,10 @@ class Match:
                 wrong.append(f"{name} is {tuple(value.shape)} instead of {shape}")
         # ResNet-34 has every name of ResNet-18. Layers with other names are heads, such as those of self-supervised training.
         layers = {spelled.partition(".")[0] for name, spelled in self.names.items() if name in self.body}
-        head = self.prefix + self.names[f"{self.head}.weight"].removesuffix("weight")
+        heads = tuple(self.prefix + self.names[f"{head}weight"].removesuffix("weight") for head in self.heads)
         for name in self.extra:
             place = name.removeprefix(self.prefix)
-            inside = name.startswith(self.prefix) and not name.startswith(head)
+            inside = name.startswith(self.prefix) and not name.startswith(heads)
             if inside and place.partition(".")[0] in layers:
                 wrong.append(f"{place} {tuple(self.tensors[name].shape)} is unexpected")
         return wrong
@@ -88,26 +86,26 @@ class Match:
         return f"{taken}; left out {self.extra[0]}{more}" if self.extra else taken
 
 
-def match(network: nn.Module, head: str, tensors: dict[str, Tensor]) -> Match:
+def match(network: nn.Module, heads: Iterable[str], tensors: dict[str, Tensor]) -> Match:
     """Return the place in a file that fits a network best. Its `problems` are empty if the weights fit."""
     tensors = {_DOTTED.sub(r"\1", name): value for name, value in tensors.items()}
-    found = list(_candidates(network, head, tensors))
+    found = list(_candidates(network, tuple(f"{head}." for head in heads), tensors))
     most = max(len(one.fitting) for one in found)
     best = sorted((one for one in found if len(one.fitting) == most), key=lambda one: _rank(one.prefix))
     others = tuple(dict.fromkeys(one.prefix for one in best[1:] if most and one.prefix != best[0].prefix))
-    return Match(best[0].own, head, tensors, best[0].names, best[0].prefix, others)
+    return Match(best[0].own, best[0].heads, tensors, best[0].names, best[0].prefix, others)
 
 
-def _candidates(network: nn.Module, head: str, tensors: dict[str, Tensor]) -> Iterator[Match]:
+def _candidates(network: nn.Module, heads: tuple[str, ...], tensors: dict[str, Tensor]) -> Iterator[Match]:
     """Yield the places in a file where a network's tensors may be, and at least one."""
     own = network.state_dict()
     number = {name: str(count) for count, (name, _) in enumerate(network.named_children())}
-    numbered = {name: f"{number[top]}.{rest}" for name in own for top, _, rest in [name.partition(".")]}
+    numbered = {name: ".".join([number.get(top, top), *rest]) for name in own for top, *rest in [name.split(".")]}
     for names in ({name: name for name in own}, numbered):  # numbered: nn.Sequential(*network.children())
-        first = Match(own, head, tensors, names, "")
+        first = Match(own, heads, tensors, names, "")
         ends = {names[first.body[0]], names[first.body[-1]]}
         prefixes = {name.removesuffix(end) for name in tensors for end in ends if f".{name}".endswith(f".{end}")}
-        yield from (Match(own, head, tensors, names, prefix) for prefix in dict.fromkeys(["", *sorted(prefixes)]))
+        yield from (Match(own, heads, tensors, names, prefix) for prefix in dict.fromkeys(["", *sorted(prefixes)]))
 
 
 def _rank(prefix: str) -> int:

@@ -26,7 +26,7 @@ class StandIn(list[object]):
 
     state: object = None
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  (a list's is None)
         """Hash by identity: it may be a key of a dict."""
         return id(self)
 

@@ -16,10 +16,10 @@ class Recipe:
     """Hyperparameters of a training run. Raises ArgumentError with the field's name and rule if a value is invalid."""
 
     backbone: str = "resnet18"
-    """torchvision model: resnet18, 34, 50, 101, 152; densenet121, 161, 169, 201; vgg11, 13, 16, 19, also with _bn.
+    """Network: a classifier of torchvision, or timm/NAME; `fastflower backbones 'resnet*'` lists those that match.
     For Caffe or Keras weights: resnet50_v1, 101_v1, 152_v1, with the stride in 1x1 convolutions [He et al. 2016]."""
     weights: str | None = "DEFAULT"
-    """Initial weights: a torchvision name (downloaded), or the path or URL of a file with weights, of any program
+    """Initial weights: a torchvision name or DEFAULT (downloaded), or the path or URL of a file with weights, of any program
     (https://HOST/FILE#sha256=CHECKSUM). None: random weights."""
     freeze: int = 0
     """Number of frozen stages, counted from the input. Their weights and batch norm statistics do not change.

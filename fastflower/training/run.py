@@ -21,10 +21,12 @@ from fastflower.draws.random import stream_key
 from fastflower.errors import CheckpointError, FastflowerError, StoppedError, TrainingError
 from fastflower.loading.batch import Batch
 from fastflower.loading.loader import Loader
-from fastflower.models.backbone import build, on_device, train_mode
+from fastflower.models.backbone import build, on_device
 from fastflower.models.checkpoint import BEST, LAST, Checkpoint, EpochSoFar
 from fastflower.models.inference import measure, recalibrate, view_of
 from fastflower.models.metrics import Scores
+from fastflower.models.sizes import require_sizes
+from fastflower.models.stages import train_mode
 from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report
 from fastflower.shards.remote import Remote
@@ -63,6 +65,7 @@ class Run:
         call: Call | None = None,
     ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, resolve_device(device)
+        require_sizes(recipe)
         self.precision = precision_of(recipe.precision, self.device)
         self._save_steps, self._stop = save_steps, stop
         self._call = call or Call(
@@ -73,8 +76,8 @@ class Run:
         torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]  (untyped in torch)
         # A resumed run takes its weights from the checkpoint, but each run of a model soup starts from the recipe's weights.
         weights = None if start and recipe.soup == 1 else recipe.weights
-        freeze, classes = recipe.freeze, self.classes
-        network = build(recipe.backbone, len(classes), weights=weights, freeze=freeze, classes=classes)
+        freeze, classes, size = recipe.freeze, self.classes, recipe.augment.output_size
+        network = build(recipe.backbone, len(classes), weights=weights, freeze=freeze, classes=classes, size=size)
         self.network = on_device(network, self.device)
         self.optimizer = optimizer_of(self.network, recipe)
         self.average = Average(self.network, recipe.ema) if recipe.ema or recipe.soup > 1 else None
@@ -354,10 +357,12 @@ class Run:
         self._saved, self._saved_at = self._place, perf_counter()
 
     def _write(self, tally: EpochSoFar) -> None:
+        model = self.scored.state_dict()
+        model.update(self._statistics)  # an MNASNet loads no copy of a state_dict, which would lack its version
         checkpoint = Checkpoint(
             recipe=self.recipe,
             classes=self.classes,
-            model=self.scored.state_dict() | self._statistics,
+            model=model,
             trained=self.network.state_dict() if self.average else {},
             soup=self.average.network.state_dict() if self.average and self.recipe.soup > 1 else {},
             epoch=len(self.history),

@@ -301,7 +301,7 @@ def test_a_torchscript_archive_is_refused_with_the_command_that_converts_it(tmp_
 
 @pytest.mark.parametrize(
     ("file", "into"),
-    [("resnet34", "resnet18"), ("resnet18", "resnet34"), ("resnet18", "densenet121"), ("vgg11", "resnet50")],
+    [("resnet34", "resnet18"), ("vgg11", "resnet50")],
 )
 def test_a_file_of_another_backbone_names_it_and_the_first_tensors(tmp_path: Path, file: str, into: str) -> None:
     with torch.device("meta"):
@@ -317,7 +317,8 @@ def test_a_file_of_another_backbone_names_it_and_the_first_tensors(tmp_path: Pat
         build(into, 5, weights=str(tmp_path / "w.pth"))
 
 
-def test_a_file_that_fits_no_known_backbone_says_so(tmp_path: Path) -> None:
+def test_a_file_that_fits_no_known_backbone_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastflower.models.backbone.NAMES", ("squeezenet1_1", "resnet18"))  # all take seconds
     torch.save({"encoder.weight": torch.rand(3, 4)}, tmp_path / "w.pth")
     wanted = (
         r"w\.pth: does not fit resnet18: 100 of its tensors are missing, unexpected or differ in shape "

@@ -21,6 +21,7 @@ from torchvision.models import resnet18
 
 from fastflower import Augment, Checkpoint, Manifest, Recipe, evaluate, pack, predict, train
 from fastflower.cli import main
+from fastflower.models.catalog import backbones
 from fastflower.recipes.presets import PRESETS
 from fastflower.reporting.preview import preview
 from fastflower.shards.verification import verify
@@ -29,7 +30,7 @@ from fastflower.training.reports import reports
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "pack": pack, "verify": verify, "doctor": diagnose, "preview": preview, "train": train, "reports": reports,
-    "evaluate": evaluate, "predict": predict,
+    "evaluate": evaluate, "predict": predict, "backbones": backbones,
 }  # fmt: skip
 pytestmark = pytest.mark.usefixtures("narrow")
 CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")

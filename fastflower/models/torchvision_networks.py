@@ -1,0 +1,75 @@
+"""Networks of torchvision: their names, how they are built, and their pretrained weights."""
+
+import errno
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torchvision import models  # pyright: ignore[reportMissingTypeStubs]
+from torchvision.models import WeightsEnum  # pyright: ignore[reportMissingTypeStubs]
+
+from fastflower.errors import CheckpointError
+from fastflower.files import is_full, remedy_for
+
+# The original ResNets (He et al. 2015) downsample in a block's first 1x1 convolution, torchvision's in the 3x3 convolution.
+# The tensor shapes match, but Caffe or Keras weights lose accuracy in torchvision's variant. GluonCV calls the original "v1".
+V1 = {f"resnet{depth}_v1": f"resnet{depth}" for depth in (50, 101, 152)}
+NAMES = (*models.list_models(models), *V1)
+"""Names of backbones, without timm's."""
+
+# These normalize images as their weights expect, and have further heads for training, which are left out.
+_WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+
+
+def empty(name: str) -> nn.Module:
+    """Build a network with random weights and a head for 1,000 classes."""
+    options = {"transform_input": True, "init_weights": True} if name in _WITH_AUXILIARY_HEADS else {}
+    network = models.get_model(V1.get(name, name), weights=None, **options)
+    for layer in ("layer2", "layer3", "layer4") if name in V1 else ():
+        conv1, conv2 = network.get_submodule(f"{layer}.0.conv1"), network.get_submodule(f"{layer}.0.conv2")
+        conv1.stride, conv2.stride = conv2.stride, conv1.stride
+    return _without_auxiliary_heads(network)
+
+
+def weights_of(name: str) -> Mapping[str, WeightsEnum]:
+    """Return the pretrained weights of a network by name, also under "DEFAULT" if there are any."""
+    return {} if name in V1 else models.get_model_weights(name).__members__  # pyright: ignore[reportUnknownMemberType]
+
+
+def downloaded(name: str, weights: str) -> nn.Module:
+    """Build a network with torchvision's weights. Raises CheckpointError if there are none or they cannot be downloaded."""
+    if name in V1:
+        raise CheckpointError(
+            f"weights={weights!r}: torchvision has no weights for {name}; pass a path or None, or use backbone {V1[name]}."
+        )
+    try:
+        return _without_auxiliary_heads(models.get_model(name, weights=weights))
+    except OSError as error:  # urllib's errors are OSErrors
+        blame_the_cache(weights, error)
+        raise CheckpointError(
+            f"weights={weights!r}: pretrained weights for {name} could not be downloaded ({error}). Download them on a machine "
+            f"with internet access and pass the path, or train from scratch (--recipe scratch; weights=None, freeze=0)."
+        ) from error
+    except (KeyError, ValueError) as error:
+        known = [each for each in weights_of(name) if each != "DEFAULT"]
+        which = f"the weights for {name} are {', '.join(known)}; pass one of these, a path or None."
+        raise CheckpointError(
+            f"weights={weights!r}: {which if known else f'torchvision has no weights for {name}; pass a path or None.'}"
+        ) from error
+
+
+def _without_auxiliary_heads(network: nn.Module) -> nn.Module:
+    if isinstance(network, models.GoogLeNet | models.Inception3):
+        network.aux_logits = False
+        for name in ("aux1", "aux2", "AuxLogits"):
+            setattr(network, name, None)
+    return network
+
+
+def blame_the_cache(weights: str, error: Exception) -> None:
+    """Raise CheckpointError if `error` means that torch's cache of downloaded weights cannot be written."""
+    unwritable = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    if unwritable or is_full(error):
+        what = f"cannot be downloaded to {torch.hub.get_dir()} ({getattr(error, 'strerror', None)})"
+        remedy = remedy_for(error, "set TORCH_HOME to a writable folder, or pass a file (--weights PATH)")
+        raise CheckpointError(f"weights={weights!r}: {what}; {remedy}.") from None
