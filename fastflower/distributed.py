@@ -64,7 +64,11 @@ def share(batch_size: int) -> int:
     """Return the number of samples per rank in a global batch. Raises ArgumentError if the batch does not divide evenly."""
     count = world_size()
     if batch_size % count:
-        raise ArgumentError(f"batch_size {batch_size} must be a multiple of the number of ranks ({count}).")
+        near = batch_size - batch_size % count or count
+        raise ArgumentError(
+            f"batch_size must be a multiple of {count}, the number of ranks, got {batch_size}: Recipe.batch_size (--batch-size) "
+            f"is that of all ranks together; pass {near}."
+        )
     return batch_size // count
 
 

@@ -5,6 +5,7 @@ Each message names the file or argument, the rule and the remedy.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from math import isfinite, nan
 from numbers import Integral, Real
 from pathlib import Path
@@ -74,21 +75,23 @@ Rules = Mapping[str, tuple[str, Callable[[Any], bool]]]
 """By field of a dataclass: what it must be, as text, and a test of a value that has the field's type and is not None."""
 
 
-def check_fields(instance: "DataclassInstance", rules: Rules) -> None:
+def check_fields(instance: "DataclassInstance", rules: Rules, *, owner: str | None = None) -> None:
     """Check the fields of a frozen dataclass against their types and `rules`, and make their values plain.
 
     numpy scalars become Python numbers, integers become floats where the type is float, lists become tuples, and paths
-    become strings. Raises ArgumentError with the class, the field, its rule and the value. A field without a rule of its
-    own has that of its type.
+    become strings. Raises ArgumentError with the field, its rule and the value. A field without a rule of its own has that
+    of its type. owner  Stands before the field's name; by default the class and a dot.
     """
+    owner = f"{type(instance).__name__}." if owner is None else owner
     for item in fields(instance):
         kind, value = item.type, getattr(instance, item.name)
-        rule, holds = rules.get(
-            item.name, (_RULES.get(kind) or f"one of {', '.join(map(str, get_args(kind)))}", _anything)
-        )
+        choices = [text for one in (kind, *get_args(kind)) if get_origin(one) is Literal for text in get_args(one)]
+        rule, holds = rules.get(item.name, (_RULES.get(kind) or f"one of {', '.join(choices)}", _anything))
+        close = get_close_matches(value.lower(), choices, 1) if isinstance(value, str) else []
+        near = "".join(f" (did you mean {one!r}?)" for one in close)
         plain = fitted(kind, value)
         right = plain is not MISFIT and (plain is None or holds(plain))
-        require(right, f"{type(instance).__name__}.{item.name}", rule + _limit(value), value)
+        require(right, f"{owner}{item.name}", rule + near + _limit(value), value)
         object.__setattr__(instance, item.name, plain)
 
 
@@ -130,25 +133,6 @@ _PLAIN: dict[object, Callable[[object], object]] = {
     float: lambda value: number("", value, "", _anything),
     bool: lambda value: boolean("", value),
 }
-
-
-def make_plain(instance: "DataclassInstance") -> None:
-    """Convert the fields of a frozen dataclass to types that a checkpoint can hold.
-
-    numpy scalars become Python numbers, lists become tuples and paths become strings.
-    """
-    for item in fields(instance):
-        object.__setattr__(instance, item.name, _plain(getattr(instance, item.name)))
-
-
-def _plain(value: object) -> object:
-    import numpy as np  # takes a third of the time of `fastflower --help`, which does not need it
-
-    if type(value) in (list, tuple):
-        return tuple(map(_plain, cast("Sequence[object]", value)))
-    if isinstance(value, np.generic):
-        return value.item()  # pyright: ignore[reportUnknownVariableType]
-    return str(value) if isinstance(value, Path) else value
 
 
 class FolderError(FastflowerError):

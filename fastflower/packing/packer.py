@@ -13,12 +13,11 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_complete
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from fastflower import progress
-from fastflower.errors import ArgumentError, FolderError, require
+from fastflower.errors import MISFIT, ArgumentError, FolderError, fitted, integer, require
 from fastflower.machine import cores
 from fastflower.packing.advice import is_archive, is_file, refused
 from fastflower.packing.archives import root_in, unpacked
@@ -130,23 +129,12 @@ def pack(
         >>> {name: split.samples for name, split in manifest.splits.items()}
         {'train': 135, 'val': 15}
     """
-    rule = "at least 0 and less than 1"
-    require(val_fraction is None or _is_fraction(val_fraction), "val_fraction", rule, val_fraction)
     rule = "omitted with folds, because each fold is the val split in turn"
     require(folds is None or val_fraction is None, "val_fraction", rule, val_fraction)
-    share = 0.0 if folds else _VAL_FRACTION if val_fraction is None else val_fraction
-    rule = "at least 0 and, added to val_fraction, less than 1"
-    require(_is_fraction(test_fraction) and test_fraction < 1 - share, "test_fraction", rule, test_fraction)
-    root, tables_of_labels = Path(folder), _paths(labels)
-    if is_table(root):
-        require(not tables_of_labels, "labels", f"omitted, because {root} is a table itself", labels)
-        root, tables_of_labels = root.parent, [root]
-    require(as_split is None or not split, "as_split", "omitted with split, which divides the images", as_split)
-    tables = Tables(tables_of_labels, _paths(split), Columns(path_column, label_column, split_column))
     options = Options(
         split_by=split_by,
-        val_fraction=None if val_fraction is None else float(val_fraction),
-        test_fraction=float(test_fraction),
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
         folds=folds,
         seed=seed,
         shard_bytes=shard_bytes,
@@ -155,20 +143,38 @@ def pack(
         on_bad=on_bad,
         on_conflict=on_conflict,
         lists=lists,
-        ignore=ignore,
+        ignore=cast("tuple[str, ...]", ignore),
         drop_empty_classes=drop_empty_classes,
         as_split=as_split,
     )
-    require(workers is None or workers >= 1, "workers", "at least 1", workers)
-    return _pack(root, tables, Path(out), options, workers or cores(), executor)
+    share = 0.0 if options.folds else _VAL_FRACTION if options.val_fraction is None else options.val_fraction
+    rule = "at least 0 and, added to val_fraction, less than 1"
+    require(options.test_fraction < 1 - share, "test_fraction", rule, test_fraction)
+    threads = cores() if workers is None else integer("workers", workers, 1)
+    require(executor is None or hasattr(executor, "submit"), "executor", "a concurrent.futures.Executor", executor)
+    root, target, tables_of_labels = _path("folder", folder), _path("out", out), _paths("labels", labels)
+    if is_table(root):
+        require(not tables_of_labels, "labels", f"omitted, because {root} is a table itself", labels)
+        root, tables_of_labels = root.parent, [root]
+    require(as_split is None or not split, "as_split", "omitted with split, which divides the images", as_split)
+    columns = {"path_column": path_column, "label_column": label_column, "split_column": split_column}
+    tables = Tables(tables_of_labels, _paths("split", split), Columns(*(_column(*named) for named in columns.items())))
+    return _pack(root, tables, target, options, threads, executor)
 
 
-def _is_fraction(value: object) -> bool:
-    return isinstance(value, Real) and 0 <= float(value) < 1
+def _path(name: str, value: object) -> Path:
+    require(isinstance(value, str | os.PathLike), name, "a path", value)
+    return Path(cast("str", value))
 
 
-def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
-    return list(map(Path, [files] if isinstance(files, str | Path) else files))
+def _paths(name: str, files: object) -> list[Path]:
+    several = cast("Iterable[object]", files) if isinstance(files, Iterable) and not isinstance(files, str) else [files]
+    return [_path(name, file) for file in several]
+
+
+def _column(name: str, value: str | int | None) -> str | None:
+    require(fitted(str | int | None, value) is not MISFIT, name, "a column's name or, from 1, its number", value)
+    return None if value is None else str(value)
 
 
 def _below(root: Path, files: Sequence[Path]) -> list[Path]:

@@ -4,17 +4,15 @@ The plan is saved in the workspace. Workers read it there, and an interrupted pa
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.draws.order import epoch_order
-from fastflower.errors import FolderError, make_plain, require
+from fastflower.errors import FolderError, Rules, check_fields, require
 from fastflower.files import load_array, write_atomically
 from fastflower.packing.duplicates import Groups, MapLike, identical
 from fastflower.packing.folder import Folder
@@ -40,7 +38,7 @@ class Options:
     on_bad: Literal["skip", "fail"]
     on_conflict: Literal["keep", "drop"]
     lists: bool
-    ignore: Sequence[str] = ()
+    ignore: tuple[str, ...] = ()
     test_fraction: float = 0.0
     folds: int | None = None
     drop_empty_classes: bool = False
@@ -48,38 +46,30 @@ class Options:
     """The last five are not options of older versions."""
 
     def __post_init__(self) -> None:
-        splits = (None, "class", "random", "folder")
-        require(self.split_by in splits, "split_by", "'class', 'random' or 'folder'", self.split_by)
-        for name in ("seed", "shard_bytes", "max_side", "quality", "folds"):
-            value = getattr(self, name)
-            empty = value is None and name in ("max_side", "quality", "folds")
-            require(empty or isinstance(value, Integral), name, "an integer", value)
-        require(self.shard_bytes >= 1, "shard_bytes", "at least 1", self.shard_bytes)
-        require(self.max_side is None or self.max_side >= 1, "max_side", "at least 1 pixel", self.max_side)
-        require(self.quality is None or 1 <= self.quality <= 95, "quality", "between 1 and 95", self.quality)
-        require(self.on_bad in ("skip", "fail"), "on_bad", "'skip' or 'fail'", self.on_bad)
-        require(self.on_conflict in ("keep", "drop"), "on_conflict", "'keep' or 'drop'", self.on_conflict)
-        patterns = cast("Sequence[object]", self.ignore)
-        listed = isinstance(patterns, list | tuple) and all(isinstance(pattern, str) for pattern in patterns)
-        require(listed, "ignore", "a list of patterns", self.ignore)
+        check_fields(self, _RULES, owner="")
         for pattern in self.ignore:
             named = bool(pattern.strip("./")) and not pattern.startswith("!")
             require(named, "ignore", "names or paths without a leading !", pattern)
-        require(self.folds is None or self.folds >= 2, "folds", "at least 2", self.folds)
         stratified = self.folds is None or self.split_by != "random"
         require(stratified, "split_by", "'class' or 'folder' with folds, which are stratified", self.split_by)
-        require(
-            self.drop_empty_classes in (True, False), "drop_empty_classes", "True or False", self.drop_empty_classes
-        )
-        require(self.as_split in (None, "val", "test"), "as_split", "'val' or 'test'", self.as_split)
         divided = self.split_by or self.val_fraction is not None or self.test_fraction or self.folds
         rule = "omitted with split_by, val_fraction, test_fraction and folds, which divide the images"
         require(self.as_split is None or self.split_by == "folder" or not divided, "as_split", rule, self.as_split)
-        make_plain(self)  # JSON cannot store numpy's numbers
 
     def recorded(self) -> dict[str, Any]:
         """Return the options as JSON holds them."""
         return json.loads(json.dumps(asdict(self)))
+
+
+_RULES: Rules = {
+    "val_fraction": ("a number, at least 0 and less than 1", lambda share: 0 <= share < 1),
+    "test_fraction": ("a number, at least 0 and less than 1", lambda share: 0 <= share < 1),
+    "shard_bytes": ("an integer, at least 1", lambda size: size >= 1),
+    "max_side": ("an integer, at least 1 pixel", lambda side: side >= 1),
+    "quality": ("an integer from 1 to 95", lambda quality: 1 <= quality <= 95),
+    "folds": ("an integer, at least 2", lambda count: count >= 2),
+    "ignore": ("a list of patterns", lambda _: True),
+}
 
 
 class PlannedShard(NamedTuple):

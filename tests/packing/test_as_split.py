@@ -71,7 +71,7 @@ def test_a_wrapper_is_no_class_of_a_test_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "rule"),
     [
-        ({"as_split": "train"}, "as_split must be 'val' or 'test', got 'train'."),
+        ({"as_split": "train"}, "as_split must be one of val, test, got 'train'."),
         (
             {"as_split": "test", "folds": 2},
             "as_split must be omitted with split_by, val_fraction, test_fraction and folds, which divide the images, "

@@ -248,8 +248,8 @@ def test_classes_that_cannot_be_spread_evenly_are_named(tmp_path: Path, caplog: 
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"folds": 1}, "folds must be at least 2, got 1."),
-    ({"folds": 2.5}, "folds must be an integer, got 2.5."),
+    ({"folds": 1}, "folds must be an integer, at least 2, got 1."),
+    ({"folds": 2.5}, "folds must be an integer, at least 2, got 2.5."),
     ({"folds": 12}, "folds must be at most 11, the number of images of the largest class, got 12."),
     (
         {"folds": 3, "val_fraction": 0.2},

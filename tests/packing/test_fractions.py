@@ -59,16 +59,3 @@ def test_with_folds_the_test_split_is_drawn_from_train_and_val(tmp_path: Path) -
     counts = {name: split.class_counts for name, split in manifest.splits.items()}
     assert counts == {"train": (10, 10), "test": (3, 3)}
     assert len(manifest.fold_numbers()) == 20
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "rule"),
-    [
-        ("val_fraction", "0.2", "at least 0 and less than 1"),
-        ("test_fraction", None, "at least 0 and, added to val_fraction, less than 1"),
-        ("test_fraction", "0.2", "at least 0 and, added to val_fraction, less than 1"),
-    ],
-)
-def test_what_is_no_number_is_refused(tmp_path: Path, name: str, value: Any, rule: str) -> None:
-    with pytest.raises(ArgumentError, match=exactly(f"{name} must be {rule}, got {value!r}.")):
-        pack(tmp_path, tmp_path / "out", **{name: value})

@@ -322,17 +322,26 @@ def test_shards_are_of_about_equal_size_and_as_few_as_fit(flowers: Path, tmp_pat
 
 
 RULES: list[tuple[str, Any, str]] = [
-    ("split_by", "label", "'class', 'random' or 'folder'"),
-    ("val_fraction", 1.0, "at least 0 and less than 1"),
-    ("val_fraction", -0.1, "at least 0 and less than 1"),
-    ("val_fraction", float("nan"), "at least 0 and less than 1"),
-    ("shard_bytes", 0, "at least 1"),
-    ("max_side", 0, "at least 1 pixel"),
-    ("quality", 0, "between 1 and 95"),
-    ("quality", 96, "between 1 and 95"),
-    ("on_bad", "ignore", "'skip' or 'fail'"),
-    ("on_conflict", "merge", "'keep' or 'drop'"),
-    ("workers", 0, "at least 1"),
+    ("split_by", "label", "one of class, random, folder"),
+    *(
+        ("val_fraction", value, "a number, at least 0 and less than 1")
+        for value in (1.0, -0.1, float("nan"), False, "0.2")
+    ),
+    *(("test_fraction", value, "a number, at least 0 and less than 1") for value in (1.0, None, "0.2", True)),
+    ("test_fraction", 0.9, "at least 0 and, added to val_fraction, less than 1"),
+    *(("seed", value, "an integer") for value in (1.5, None, "1", True)),
+    *(("seed", value, "an integer and within 64 bits") for value in (2**64, -(2**64))),
+    *(("shard_bytes", value, "an integer, at least 1") for value in (0, 1e6, None)),
+    *(("max_side", value, "an integer, at least 1 pixel") for value in (0, "64", True)),
+    *(("quality", value, "an integer from 1 to 95") for value in (0, 96, 90.0)),
+    *(("folds", value, "an integer, at least 2") for value in (1, 2.5, True)),
+    ("on_bad", "ignore", "one of skip, fail"),
+    ("on_conflict", "dropped", "one of keep, drop (did you mean 'drop'?)"),
+    *((name, 1, "True or False") for name in ("lists", "drop_empty_classes")),
+    *(("workers", value, "an integer, at least 1") for value in (0, 2.0, "2", True)),
+    ("executor", "dask", "a concurrent.futures.Executor"),
+    ("labels", 3, "a path"),
+    ("label_column", 1.5, "a column's name or, from 1, its number"),
 ]
 
 

@@ -130,7 +130,9 @@ def test_a_recipe_is_frozen_and_can_be_replaced() -> None:
         ("ema", 0.0, "a number in (0, 1)"),
         ("soup", 0, "an integer, at least 1"),
         ("soup", 4, "a divisor of epochs"),
-        ("precision", "float64", "one of auto, bfloat16, float16, float32"),
+        ("precision", "double", "one of auto, bfloat16, float16, float32"),
+        ("precision", "bf16", "one of auto, bfloat16, float16, float32 (did you mean 'bfloat16'?)"),
+        ("optimizer", "AdamW", "one of sgd, adam, adamw (did you mean 'adamw'?)"),
     ],
 )
 def test_a_field_outside_its_rule_is_refused(field: str, value: Any, rule: str) -> None:

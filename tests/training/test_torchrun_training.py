@@ -21,6 +21,12 @@ from fastflower.models.backbone import build
 pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 
+INDIVISIBLE = (
+    "batch_size must be a multiple of 2, the number of ranks, got 15: Recipe.batch_size (--batch-size) "
+    "is that of all ranks together; pass 14."
+)
+
+
 def torchrun(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     """Run `torchrun` on two ranks."""
     options = ["--standalone", "--local-addr", "localhost", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
@@ -107,7 +113,7 @@ def test_a_checkpoint_of_two_ranks_scores_what_the_history_says(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("not divisible", "ArgumentError: batch_size 15 must be a multiple of the number of ranks (2)."),
+        ("not divisible", "ArgumentError: " + INDIVISIBLE),
         (
             "synchronous",
             "ArgumentError: sync_batchnorm: torch supports SyncBatchNorm only on CUDA; omit it on the CPU.",
@@ -146,7 +152,7 @@ def test_only_one_rank_writes_files_and_logs(launch: tuple[Path, str], restarted
     assert len(list((launch[0] / "averaged" / "tensorboard").iterdir())) == 1
 
 
-REFUSED = "error: batch_size 15 must be a multiple of the number of ranks (2)."
+REFUSED = f"error: {INDIVISIBLE}"
 
 
 def test_every_rank_refuses_a_wrong_command_line(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
