@@ -14,13 +14,13 @@ from fastflower.errors import CheckpointError, FastflowerError, require
 from fastflower.files import blame_the_system, flush, is_full, written
 from fastflower.models.backbone import build
 from fastflower.models.sizes import require_sizes
-from fastflower.models.weights_file import load_file, not_finite
+from fastflower.models.weights_file import best_in, load_file, not_finite
 from fastflower.recipes.recipe import Recipe
 from fastflower.shards.kinds import image_kind
 from fastflower.shards.manifest import FILE
 
 FORMAT_VERSION = 2
-LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"  # in a run's folder
+LAST = "checkpoint-last.pt"  # in a run's folder
 
 
 class EpochSoFar(TypedDict, total=False):
@@ -164,8 +164,7 @@ class Checkpoint:
 
 def _file(path: Path) -> Path:
     """Return a checkpoint's file, in a run's folder the best one. Raises CheckpointError for shards and images."""
-    if path.is_dir() and (path / BEST).exists():
-        return path / BEST
+    path = best_in(path)
     what = "a folder of shards" if (path / FILE).exists() else None
     if path.is_file():
         with suppress(OSError), path.open("rb") as file:  # load_file explains what cannot be read

@@ -14,6 +14,8 @@ from torch import Tensor
 from fastflower.errors import CheckpointError
 from fastflower.files import blame_the_system
 
+BEST = "checkpoint-best.pt"  # in a run's folder
+
 # Files from before torch 1.6 do not list the types that they hold. These are the usual ones beside tensors.
 _SCALARS = {"numpy.dtype", "_codecs.encode", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}
 _USUAL = {"argparse.Namespace", "collections.defaultdict", *_SCALARS}
@@ -120,13 +122,18 @@ def _explained(path: Path, error: Exception, *, foreign: bool) -> CheckpointErro
     )
 
 
+def best_in(path: Path) -> Path:
+    """Return the best checkpoint of a run's folder, and any other path as it is."""
+    return path / BEST if (path / BEST).is_file() else path
+
+
 def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     """Return (tensors, classes) from a file of any program. Classes are None unless the file is a fastflower checkpoint.
 
     A tensor's name is its place in the file: `{"state_dict": {"module.fc.bias": ...}}` holds "state_dict.module.fc.bias".
     Raises CheckpointError if the file cannot be used.
     """
-    content: object = load_file(path, foreign=True)
+    content: object = load_file(best_in(path), foreign=True)
     classes = None
     if content.get("format") == "fastflower":
         content, classes = content.get("model"), tuple(content.get("classes", ()))

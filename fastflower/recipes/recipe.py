@@ -20,7 +20,7 @@ class Recipe:
     For Caffe or Keras weights: resnet50_v1, 101_v1, 152_v1, with the stride in 1x1 convolutions [He et al. 2016]."""
     weights: str | None = "DEFAULT"
     """Initial weights: a torchvision name or DEFAULT (downloaded), or the path or URL of a file with weights, of any program
-    (https://HOST/FILE#sha256=CHECKSUM). None: random weights."""
+    (https://HOST/FILE#sha256=CHECKSUM), or the folder of a run. None: random weights."""
     freeze: int = 0
     """Number of frozen stages, counted from the input. Their weights and batch norm statistics do not change.
     The stem belongs to the first stage. 0: train all stages; required if `weights` is None."""

@@ -22,11 +22,12 @@ from fastflower.errors import CheckpointError, FastflowerError, StoppedError, Tr
 from fastflower.loading.batch import Batch
 from fastflower.loading.loader import Loader
 from fastflower.models.backbone import build, on_device
-from fastflower.models.checkpoint import BEST, LAST, Checkpoint, EpochSoFar
+from fastflower.models.checkpoint import LAST, Checkpoint, EpochSoFar
 from fastflower.models.inference import measure, recalibrate, view_of
 from fastflower.models.metrics import Scores
 from fastflower.models.sizes import require_sizes
 from fastflower.models.stages import train_mode
+from fastflower.models.weights_file import BEST
 from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.report import Report, best_epoch, epoch_line, tensorboard, write_history, write_report
 from fastflower.shards.remote import Remote

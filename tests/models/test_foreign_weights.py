@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision import models
 
+from fastflower import Checkpoint, Recipe
 from fastflower.errors import CheckpointError
 from fastflower.models.backbone import build
 from fastflower.models.weights_file import load_file
@@ -192,6 +193,12 @@ def test_a_safetensors_file_of_any_dtype_is_read(
     state = {name: value.to(dtype) for name, value in network().state_dict().items()}
     save_file(renamed(state, "model."), tmp_path / "model")
     assert_loaded(tmp_path / "model", " from model.*", caplog, dtype)
+
+
+def test_a_runs_folder_is_its_best_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = Checkpoint(recipe=Recipe(), classes=("a", "b", "c", "d", "e"), model=network().state_dict(), epoch=1)
+    saved.save(tmp_path / "checkpoint-best.pt")
+    assert_loaded(tmp_path, "", caplog)
 
 
 def test_what_accelerate_saves_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
