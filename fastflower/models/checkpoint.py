@@ -62,6 +62,8 @@ class Checkpoint:
     feeding: dict[str, object] = field(default_factory=dict[str, object])
     """The loader's `state_dict`, which identifies its shards."""
     environment: dict[str, str] = field(default_factory=dict[str, str])
+    file: Path | None = field(default=None, compare=False)
+    """Where it was loaded from, which tells where its run lies. Not stored in the file."""
 
     def __repr__(self) -> str:
         text = f"backbone={self.recipe.backbone!r}, classes={len(self.classes)}, epoch={self.epoch}"
@@ -89,7 +91,7 @@ class Checkpoint:
         """
         path = Path(path)
         content: dict[str, object] = {"format": "fastflower", "version": FORMAT_VERSION}
-        content |= {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        content |= {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "file"}
         content["recipe"] = self.recipe.to_dict()
         try:
             path.with_name(path.name + ".part").unlink(missing_ok=True)  # left by a killed run of an older fastflower
@@ -126,7 +128,7 @@ class Checkpoint:
         try:
             recipe = Recipe.from_dict(content["recipe"])
             rest = {key: content[key] for key in content.keys() - {"format", "version", "recipe", "classes"}}
-            return cls(recipe=recipe, classes=tuple(content["classes"]), **rest)._usable(str(path))
+            return cls(recipe=recipe, classes=tuple(content["classes"]), file=path, **rest)._usable(str(path))
         except CheckpointError:
             raise
         except (KeyError, TypeError, FastflowerError) as error:

@@ -16,7 +16,8 @@ from fastflower.models.backbone import on_device
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.inference import measure, non_finite_outputs, view_of
 from fastflower.models.metrics import Scores
-from fastflower.packing.source import PACKS, shards_of
+from fastflower.models.trained_on import packs_of, warn_of_training_images
+from fastflower.packing.source import shards_of
 from fastflower.shards.manifest import Manifest
 from fastflower.shards.mirror import Mirror
 from fastflower.shards.remote import Remote, remote
@@ -53,16 +54,16 @@ def evaluate(
     Returns the scores over the checkpoint's classes, with labels, probabilities and paths in the order of the split. Raises
     CheckpointError if the checkpoint cannot be used, or does not know a class of the shards, ArgumentError if there are
     several splits, none of them "val", and FolderError if a folder cannot be packed. Logs a warning if images of the
-    training were evaluated unasked.
+    training are evaluated unasked, or if a folder is evaluated wholly and nothing tells which images are.
     """
     rule = "a name, for example val, train or test"
     require(split is None or isinstance(split, str), "split", rule, split)  # pyright: ignore[reportUnnecessaryIsInstance]  (callers may be untyped)
     tta = None if tta is None else boolean("tta", tta)
-    name, packs = "checkpoint", Path("runs", PACKS)
+    name = "checkpoint"
     if not isinstance(checkpoint, Checkpoint):
-        name, packs = str(checkpoint), Path(checkpoint).absolute().parent.parent / PACKS
-        checkpoint = Checkpoint.load(checkpoint)
-    chosen, recipe = resolve_device(device), checkpoint.recipe
+        name, checkpoint = str(checkpoint), Checkpoint.load(checkpoint)
+    chosen, recipe, passed = resolve_device(device), checkpoint.recipe, shards
+    packs, trained = packs_of(checkpoint)
     shards = shards_of(shards, packs, trained=checkpoint.feeding.get("shards"), as_split="test")
     source = remote(shards)
     manifest = Mirror.connect(source).manifest if source else Manifest.load(str(shards))
@@ -81,7 +82,9 @@ def evaluate(
         cache="auto" if chosen.type == "cuda" else None,
         shuffle=False,
     )
-    _warn_of_training_images(name, checkpoint, loader, asked)
+    _warn_of_folds(name, checkpoint, loader)
+    given = Path(str(passed)) == Path(str(shards))
+    warn_of_training_images(name, checkpoint, loader, trained, asked=asked is not None, given=given)
     model = on_device(checkpoint.network(), chosen)
     with progress.bar(loader, desc="evaluate", unit="batch") as batches:
         tta = recipe.tta if tta is None else tta
@@ -128,8 +131,8 @@ def _own_fold(checkpoint: Checkpoint, manifest: Manifest, split: str) -> int | N
     return checkpoint.fold
 
 
-def _warn_of_training_images(name: str, checkpoint: Checkpoint, loader: Loader, asked: str | None) -> None:
-    """Warn if the loader yields a fold, or a train split that was not asked for, that the checkpoint was trained on."""
+def _warn_of_folds(name: str, checkpoint: Checkpoint, loader: Loader) -> None:
+    """Warn if the loader yields a fold that the checkpoint was trained on."""
     trained, evaluated = checkpoint.feeding, loader.state_dict()
     same = {key for key in ("shards", "folds", "fold") if trained.get(key) == evaluated.get(key)}
     if (
@@ -141,6 +144,3 @@ def _warn_of_training_images(name: str, checkpoint: Checkpoint, loader: Loader, 
         how = "on all folds" if checkpoint.fold is None else f"with fold {checkpoint.fold}"
         what = "it saw images of this fold, so the scores say little about new images"
         _log.warning("%s: was trained %s, but is evaluated on fold %d: %s", name, how, loader.fold, what)
-    if asked is None and loader.split == "train" and "shards" in same:
-        what = "was trained on these images, which are the only split, so the scores say little about new images"
-        _log.warning("%s: %s", name, what)

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from fastflower.shards.remote import Remote, remote
 _log = logging.getLogger("fastflower")
 
 PACKS = "packs"  # the folder beside runs
-_RUNS = Path("runs", PACKS)
+RUNS = Path("runs", PACKS)
 _POLL_SECONDS = 0.5  # while another process packs
 _MOST_LETTERS = 50  # of the source's name in that of its pack
 _WEIGHTS = (".pt", ".pth")  # zip archives, too; passed by mistake
@@ -39,7 +39,7 @@ _AsSplit = Literal["val", "test"] | None
 
 
 def shards_of(
-    shards: str | Path | Remote, packs: Path = _RUNS, *, trained: object = None, as_split: _AsSplit = None
+    shards: str | Path | Remote, packs: Path = RUNS, *, trained: object = None, as_split: _AsSplit = None
 ) -> str | Path | Remote:
     """Return shards as they are. Pack anything else that `pack` takes into PACKS/NAME-HASH, once, and return this folder.
 
@@ -110,14 +110,12 @@ def _prepare(source: Path, folder: Path, trained: object, as_split: _AsSplit) ->
         raise ShardError(f"{source}: cannot be read ({error.strerror}); make it readable.") from None
     packs = _Packs(source, folder, _state_of(_root(source)))
     own = packs.current(None)
-    if trained and (found := next((pack for pack in (own, *packs.older(None)) if _identity(pack) == trained), None)):
-        if found == own or as_split is None:
-            if found != own:
-                what = "has changed since this run began, which resumes on the images that it began with"
-                _log.warning("%s: %s (%s)", source, what, found)
-            return found, None
-        what = "has changed since this network was trained on it, so images of its training count too"
-        _log.warning("%s: %s", source, what)
+    candidates = [own] if as_split else [own, *packs.older(None)]
+    if found := trained_pack(candidates, trained):
+        if found != own:
+            what = "has changed since this run began, which resumes on the images that it began with"
+            _log.warning("%s: %s (%s)", source, what, found)
+        return found, None
     divided = as_split and _is_ready(own) and Manifest.load(own).options["split_by"] == "folder"
     target = own if divided else packs.current(as_split)
     if _is_ready(target):
@@ -148,6 +146,11 @@ def _identity(folder: Path) -> object:
         return Manifest.load(folder).identity("train")["shards"]
     except ShardError:
         return None
+
+
+def trained_pack(packs: Iterable[Path], trained: object) -> Path | None:
+    """Return the pack whose train split has the given identity, or None."""
+    return next((pack for pack in packs if _identity(pack) == trained), None) if trained else None
 
 
 def _pack_once(source: Path, folder: Path, as_split: _AsSplit) -> Path:

@@ -1,7 +1,9 @@
 """`evaluate` on folders, on test sets, and on shards with some of the checkpoint's classes."""
 
+import os
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from math import isnan
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from packs import drawn, exactly
+from packs import drawn, exactly, paths
 from training_runs import RECIPE
 
 from fastflower import Checkpoint, evaluate, pack, predict, train
@@ -143,9 +145,93 @@ def test_the_val_split_that_train_drew_is_evaluated(
     (tmp_path / "data/rose").rename(tmp_path / "rose")
     scores = evaluate(report.checkpoint, "data", device="cpu")
     assert (scores.num_samples, scores.support.tolist()) == (120, [30, 30, 0, 30, 30])
-    what = "has changed since this network was trained on it, so images of its training count too"
-    assert caplog.messages == [f"data: {what}"]
+    seen = sum(not path.startswith("rose/") for path in paths(used, "train"))
+    what = f"was trained on {seen} of these 120 images, so the scores say little about new images"
+    assert caplog.messages == [f"{report.checkpoint}: {what}"]
     assert used in Path("runs/packs").iterdir()
+
+
+@pytest.fixture(scope="module")
+def trained(narrow: None, flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001  (is set up first)
+    """A folder with data and runs/a, which was trained on data."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(flowers, home / "data")
+    train(home / "data", replace(RECIPE, epochs=1), out=home / "runs/a", device="cpu")
+    return home
+
+
+def linked(place: str, name: str) -> str:
+    Path(name).symlink_to(place)
+    return name
+
+
+SPELLINGS: dict[str, Callable[[], str | Path | Checkpoint]] = {
+    "the run": lambda: "runs/a",
+    "the file": lambda: "runs/a/checkpoint-best.pt",
+    "the working folder": lambda: os.chdir("runs/a") or ".",
+    "absolute": lambda: Path("runs/a").absolute(),
+    "up and down": lambda: "runs/../runs/a/checkpoint-best.pt",
+    "a link to the file": lambda: linked("runs/a/checkpoint-best.pt", "best.pt"),
+    "a link to the run": lambda: linked("runs/a", "link"),
+    "a copy": lambda: shutil.copy("runs/a/checkpoint-best.pt", "model.pt"),
+    "an object from a run": lambda: Checkpoint.load("runs/a"),
+    "an object from a file": lambda: Checkpoint.load("runs/a/checkpoint-best.pt"),
+    "an object without a file": lambda: replace(Checkpoint.load("runs/a"), file=None),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_way_to_name_a_checkpoint_gives_the_same_scores(
+    spelling: str, trained: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The law: the scores are those on the val split that `train` drew, and nothing is packed anew."""
+    monkeypatch.chdir(trained)
+    scores = evaluate(SPELLINGS[spelling](), trained / "data", device="cpu")
+    assert scores.num_samples == 30
+    assert scores.confusion.tolist() == evaluate(trained / "runs/a", trained / "data").confusion.tolist()
+    assert len(list((trained / "runs/packs").iterdir())) == 1
+    assert not any((place / "packs").exists() for place in (trained, trained.parent))
+    assert caplog.messages == []
+
+
+def test_images_of_the_training_in_another_folder_are_counted(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (pack_,) = (trained / "runs/packs").iterdir()
+    mixed, known, new = (
+        drawn(tmp_path / "mixed", rose=3),
+        *(sorted(paths(pack_, split))[:4] for split in ("train", "val")),
+    )
+    for number, path in enumerate([*known, *new]):
+        (mixed / Path(path).parent).mkdir(exist_ok=True)
+        shutil.copy(trained / "data" / path, mixed / Path(path).with_stem(f"copy{number}"))
+    assert evaluate(trained / "runs/a", mixed, device="cpu").num_samples == 11
+    what = "was trained on 4 of these 11 images, so the scores say little about new images"
+    assert caplog.messages == [f"{trained / 'runs/a'}: {what}"]
+
+
+def test_a_checkpoint_whose_shards_are_not_found_says_so(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(trained / "runs/a/checkpoint-best.pt", "model.pt")
+    for checkpoint, name in (("model.pt", "model.pt"), (Checkpoint.load("model.pt"), "checkpoint")):
+        caplog.clear()
+        assert evaluate(checkpoint, trained / "data", device="cpu").num_samples == 150
+        what = "nothing here tells which images it was trained on; if they are among these, the scores are too good"
+        assert caplog.messages == [f"{name}: {what}"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "runs"]
+
+
+def test_the_shards_that_the_run_records_tell_what_it_was_trained_on(
+    flowers: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pack(flowers, tmp_path / "shards")
+    report = train(tmp_path / "shards", replace(RECIPE, epochs=1), out=tmp_path / "runs/a", device="cpu")
+    caplog.clear()
+    evaluate(report.checkpoint, flowers, device="cpu")
+    what = "was trained on 120 of these 150 images, so the scores say little about new images"
+    assert caplog.messages == [f"{report.checkpoint}: {what}"]
 
 
 def test_a_train_split_that_was_not_asked_for_is_remarked(

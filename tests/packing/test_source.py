@@ -264,10 +264,7 @@ def test_a_run_finds_the_pack_that_it_began_with(data: Path, packs: Path, said: 
     assert shards_of(data, packs, trained=identity) == folder
     what = "has changed since this run began, which resumes on the images that it began with"
     assert said.messages == [f"{data}: {what} ({folder})"]
-    said.clear()
     assert shards_of(data, packs, trained=identity, as_split="test") != folder
-    what = "has changed since this network was trained on it, so images of its training count too"
-    assert said.messages[0] == f"{data}: {what}"
 
 
 def nothing(data: Path) -> tuple[Path, type[Exception], str]:
