@@ -79,8 +79,8 @@ def _run(args: Sequence[str] | None) -> int:
     except FastflowerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        if _speaks():
+    except KeyboardInterrupt as stopped:
+        if _speaks() and not stopped.args:  # train has said what to type
             print("interrupted", file=sys.stderr)
         return 130
     return 0
@@ -247,9 +247,12 @@ def _parse_recipe(prog: str, args: Sequence[str], call: Callable[..., object], *
     parser.add_fields(recipe, f"recipe {name}", but="augment")
     parser.add_fields(recipe.augment, f"augmentation of recipe {name}", "augment.")
     values = parser.parse(args)
+    typed = "recipe" in values
     values.pop("recipe", None)
     changed = {item.name: values.pop(item.name) for item in fields(recipe) if item.name in values}
     drawn = {key: values.pop(key) for key in list(values) if key.startswith("augment.")}
+    if values.get("resume") and not (typed or changed or drawn):
+        return values  # the run's own recipe
     try:
         augment = replace(recipe.augment, **{key.removeprefix("augment."): value for key, value in drawn.items()})
         return {**values, "recipe": replace(recipe, augment=augment, **changed)}

@@ -43,7 +43,8 @@ class Call:
 
     def again(self, *, resume: bool = False) -> str:
         """Return what to type to start or resume this run: a command, or a call if it was started from Python."""
-        return self._line({}, resume=resume)
+        known = resume and (self.out / LAST).exists()  # then recipe and fold are those of the checkpoint
+        return (replace(self, recipe=Recipe(), fold=None) if known else self)._line({}, resume=resume)
 
     def changed(self, **changes: object) -> str:
         """Return what to type to train with other fields of the recipe, from the run's last weights if it has saved any."""
@@ -78,9 +79,12 @@ class Call:
             return replace(self, recipe=recipe).command(resume=resume)
         shards = "shards" if isinstance(self.shards, Remote) else repr(str(self.shards))
         changed = ", ".join(f"{name}={value!r}" for name, value in changes.items())
-        recipe = f"replace(recipe, {changed})" if changed else "recipe"
+        if self.recipe == Recipe():  # the caller need not have named it
+            recipe = [f"Recipe({changed})"] if changed else []
+        else:
+            recipe = [f"replace(recipe, {changed})" if changed else "recipe"]
         options = [f"{name}={value!r}" for name, value in self._given(resume).items()]
-        return f"train({', '.join([shards, recipe, *options])})"
+        return f"train({', '.join([shards, *recipe, *options])})"
 
     def _given(self, resume: bool) -> dict[str, object]:
         """Return the arguments that differ from their defaults."""

@@ -1,6 +1,8 @@
 """Which checkpoint a run resumes from, and refusals to resume with another recipe, fold or data."""
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 
 from fastflower import distributed
 from fastflower.errors import CheckpointError
@@ -11,25 +13,40 @@ from fastflower.training.command import Call
 _log = logging.getLogger("fastflower")
 
 
-def start_of(call: Call) -> Checkpoint | None:
-    """Load the checkpoint to resume from, if there is one. Raises CheckpointError if its recipe or fold differs."""
-    place = call.out / LAST
+def start_of(folder: Path) -> Checkpoint | None:
+    """Load the checkpoint to resume from, if there is one. Raises CheckpointError if it differs between ranks."""
+    place = folder / LAST
     start = Checkpoint.load(place) if place.exists() else None
     if len(set(distributed.gathered((start.epoch, start.step) if start else None))) > 1:
         raise CheckpointError(f"{place}: differs between ranks; set out to a folder that all machines share.")
-    if start and start.recipe.resolved != call.recipe.resolved:
-        what = f"{place}: was trained with {call.recipe.differences(start.recipe)}; resume with that recipe"
+    return start
+
+
+def as_begun(call: Call, start: Checkpoint, *, recipe: bool) -> Call:
+    """Return the call with the run's own recipe, unless `recipe` says that one was passed, and its own fold if it has none.
+
+    Raises CheckpointError if the recipe or the fold differs from that of the run.
+    """
+    place = call.out / LAST
+    if not recipe:
+        call = replace(call, recipe=start.recipe)
+    if call.fold is None:
+        call = replace(call, fold=start.fold)
+    if start.recipe.resolved != call.recipe.resolved:
+        what = (
+            f"{place}: was trained with {call.recipe.differences(start.recipe)}; resume with that recipe, or pass none"
+        )
         if start.recipe.backbone != call.recipe.backbone:
             raise CheckpointError(f"{what}. To train the new one from its start:\n  {call.anew()}")
         raise CheckpointError(f"{what}. {_onward(call)}")
-    if start and start.fold != call.fold:
+    if start.fold != call.fold:
         theirs = "without fold" if start.fold is None else f"with fold {start.fold}"
-        remedy = "omit fold" if start.fold is None else f"pass fold={start.fold} (--fold {start.fold})"
+        remedy = "omit fold" if start.fold is None else f"pass fold={start.fold} (--fold {start.fold}), or omit it"
         # Not from its weights: they come from images that the other fold validates on.
         raise CheckpointError(
             f"{place}: was trained {theirs}, got fold {call.fold}; {remedy}. To train on other folds:\n  {call.anew()}"
         )
-    return start
+    return call
 
 
 def require_same_data(start: Checkpoint, call: Call, train: Loader, val: Loader | None) -> None:

@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from fastflower import distributed
-from fastflower.errors import ArgumentError, CheckpointError, HeldError, StoppedError
+from fastflower.errors import ArgumentError, CheckpointError, FastflowerError, HeldError, StoppedError
 from fastflower.files import PARTIAL, locked, refusal, remedy_for
-from fastflower.models.checkpoint import LAST
+from fastflower.models.checkpoint import LAST, Checkpoint
 from fastflower.reporting.record import FILE
 from fastflower.training.command import Call
 
@@ -81,7 +81,17 @@ def own(call: Call, *, new: bool, resume: bool) -> Generator[None]:
 
 
 def _choices(call: Call) -> str:
-    return f"To continue it:\n  {call.again(resume=True)}\nTo start another:\n  {call.anew()}"
+    """Return what can be typed for a folder that holds a run: only what works with the recipe of the run."""
+    start = None
+    with suppress(FileNotFoundError, FastflowerError):  # a damaged checkpoint is told on resuming
+        start = Checkpoint.load(call.out / LAST)
+    ended = start is not None and start.epoch >= start.recipe.epochs
+    choices = [] if ended else [f"To continue it:\n  {call.again(resume=True)}"]
+    differs = start is not None and start.recipe.resolved != call.recipe.resolved
+    if start is not None and start.recipe.backbone == call.recipe.backbone and (ended or differs):
+        recipe = " with this recipe" if differs else ""
+        choices.append(f"To train on from its weights{recipe}:\n  {call.onward()}")
+    return "\n".join([*choices, f"To start another:\n  {call.anew()}"])
 
 
 def _discard(folder: Path) -> None:

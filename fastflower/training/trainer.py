@@ -17,7 +17,7 @@ from fastflower.reporting.report import Report
 from fastflower.shards.remote import Remote
 from fastflower.training.command import Call
 from fastflower.training.failures import explaining
-from fastflower.training.resuming import start_of
+from fastflower.training.resuming import as_begun, start_of
 from fastflower.training.run import Run
 from fastflower.training.run_folder import own, run_folder
 from fastflower.training.stopping import preemption
@@ -28,7 +28,7 @@ _log = logging.getLogger("fastflower")
 @progress.shown()
 def train(
     shards: str | Path | Remote,
-    recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
+    recipe: Recipe | None = None,
     *,
     fold: int | None = None,
     out: str | Path | None = None,
@@ -45,8 +45,9 @@ def train(
         shards: A folder of images, an archive or a table of labels, as `pack` takes them; or the shards that `pack` wrote, or
             their URL. Images are packed once, with the defaults of `pack`, into packs/NAME-HASH beside the run's folder, and
             again only if their files change. To choose options, pack first.
-        recipe: What to train, and how.
-        fold: With shards that have folds: the fold to validate on, from 0; the others are for training.
+        recipe: What to train, and how. None uses the default recipe, or the run's own with `resume`.
+        fold: With shards that have folds: the fold to validate on, from 0; the others are for training. None uses the run's
+            own with `resume`.
         out: The run's folder. None uses the first unused folder of runs/BACKBONE, runs/BACKBONE-2, ...
         resume: Continue the run in `out` from its last checkpoint, or start it if there is none.
         save_steps: Number of updates between extra checkpoints within an epoch, for epochs that take hours.
@@ -66,7 +67,7 @@ def train(
         >>> sorted(path.name for path in report.folder.glob("*.pt"))
         ['checkpoint-best.pt', 'checkpoint-last.pt']
     """
-    recipe = checked(recipe)
+    given, recipe = recipe is not None, checked(recipe)
     resume = boolean("resume", resume)
     save_steps = None if save_steps is None else integer("save_steps", save_steps, 1)
     with (
@@ -79,23 +80,34 @@ def train(
         run = None
         try:
             with explaining(call, chosen), own(call, new=out is None, resume=resume):
-                start = start_of(call) if resume else None
+                start = start_of(folder) if resume else None
+                call = as_begun(call, start, recipe=given) if start else call
+                recipe = call.recipe
                 if recipe.freeze and recipe.weights is None and start is None:
                     raise ArgumentError(
                         f"freeze must be 0 when weights is None, got {recipe.freeze}: frozen stages would stay random; "
                         f"pass --freeze 0 (freeze=0), or weights to start from (--weights FILE, weights=FILE)."
                     )
                 found = shards_of(shards, folder.parent / PACKS, trained=start and start.feeding.get("shards"))
-                with preemption() as stop:
+                with explaining(call, chosen), preemption() as stop:
                     run = Run(
-                        found, recipe, folder, chosen, start, fold=fold, save_steps=save_steps, stop=stop, call=call
+                        found,
+                        recipe,
+                        folder,
+                        chosen,
+                        start,
+                        fold=call.fold,
+                        save_steps=save_steps,
+                        stop=stop,
+                        call=call,
                     )
                     with recorded(folder, *_facts(run, call, start), resume=resume) as record, explaining(call, chosen):
                         stop.begun = True
                         return run.train(record)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
+            told = run.stopped("interrupted") if run else f"{folder}: interrupted before training began"
+            stopped.args = (told,)
             if distributed.rank() == 0:
-                told = run.stopped("interrupted") if run else f"{folder}: interrupted before training began"
                 _log.warning("%s", told)
             raise
 

@@ -79,7 +79,7 @@ def test_ctrl_c_loses_nothing(
 ) -> None:
     out = tmp_path / "run"
     interrupted(shards, out, moment)
-    call = f"train({str(shards)!r}, recipe, out={str(out)!r}, device='cpu', resume=True)"
+    call = f"train({str(shards)!r}, out={str(out)!r}, device='cpu', resume=True)"
     assert caplog.messages == [
         "interrupted: saving after this step; interrupt again to stop at once",
         f"{out}: interrupted {where}, and saved a checkpoint. To continue:\n  {call}",
@@ -152,11 +152,9 @@ def test_a_command_that_is_interrupted_ends_with_130_and_the_command_to_continue
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (130, ""), done.stderr
-    *_, told, line, last = done.stderr.splitlines()
+    *_, told, line = done.stderr.splitlines()
     assert told == f"{out}: interrupted in epoch 1, step 3, and saved a checkpoint. To continue:"
-    assert line.startswith(f"  fastflower train {shards} --weights None")
-    assert line.endswith("--resume")
-    assert last == "interrupted"
+    assert line == f"  fastflower train {shards} --out {out} --save-steps 2 --device cpu --resume"
     assert place(out) == (0, 3)
     assert not (out / "history.csv").exists()
     assert (out / LAST).exists()

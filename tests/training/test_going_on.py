@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import LAST, RECIPE, flags, timeless, written_history
+from training_runs import LAST, RECIPE, flags, killed, timeless, written_history
 
 from fastflower import Checkpoint, Recipe, pack, train
 from fastflower.cli import main
@@ -132,18 +132,66 @@ def test_a_folder_that_holds_a_run_is_refused_with_both_commands(
     shards: Path, done: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = said(capsys, "train", shards, *flags(SHORT), "--device", "cpu", "--out", done)
-    first, resume, second, start = text.splitlines()
-    assert first == f"{done}: already holds a run. To continue it:"
+    first, onward, second, start = text.splitlines()
+    assert first == f"{done}: already holds a run. To train on from its weights:"
     assert second == "To start another:"
-    assert type_(resume) == type_(start) == 0
-    assert "--resume" in resume
+    assert type_(start) == 0
     assert (done.with_name("my run-2") / LAST).exists()
+    assert "--weights" in onward
+    assert type_(onward.replace("my run-2", "my run-3")) == 0
+
+
+def test_a_folder_whose_run_had_another_recipe_is_refused_with_commands_that_work(
+    shards: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More epochs are no reason to resume: the weights of the run are."""
+    recipe = replace(SHORT, epochs=2)
+    text = said(capsys, "train", shards, *flags(recipe), "--device", "cpu", "--out", done)
+    first, onward, *_ = text.splitlines()
+    assert first == f"{done}: already holds a run. To train on from its weights with this recipe:"
+    assert type_(onward) == 0
+    assert len(written_history(done.with_name("my run-2"))) == 2
+
+    killed(shards, recipe, tmp_path / "half", (Run, "step", 7))
+    text = said(capsys, "train", shards, *flags(replace(recipe, lr=0.1)), "--device", "cpu", "--out", tmp_path / "half")
+    first, resume, second, onward, third, start = text.splitlines()
+    assert first == f"{tmp_path / 'half'}: already holds a run. To continue it:"
+    assert second == "To train on from its weights with this recipe:"
+    assert "--weights" in onward
+    assert third == "To start another:"
+    assert "--lr 0.1" in start
+    assert type_(resume) == 0
+    assert len(written_history(tmp_path / "half")) == 2
+
+
+def test_resume_takes_recipe_and_fold_from_the_run(flowers: Path, tmp_path: Path) -> None:
+    pack(flowers, tmp_path / "folds", folds=3)
+    recipe, out = replace(RECIPE, lr=0.02), tmp_path / "run"
+    killed(tmp_path / "folds", recipe, out, (Run, "step", 7), fold=1)
+    arguments = ["train", str(tmp_path / "folds"), "--out", str(out), "--device", "cpu", "--resume"]
+    assert main(arguments) == 0
+    last = Checkpoint.load(out / LAST)
+    assert (last.recipe, last.fold, last.epoch) == (recipe, 1, 2)
+    assert len(train(tmp_path / "folds", out=out, resume=True, device="cpu").history) == 2
+    for other in (Recipe(), replace(recipe, epochs=3)):
+        with pytest.raises(CheckpointError, match=r"was trained with .*; resume with that recipe, or pass none\."):
+            train(tmp_path / "folds", other, out=out, resume=True, device="cpu")
+    for typed_flags in (["--recipe", "default"], ["--epochs", "3"], ["--augment.flip", "0.1"]):
+        assert main([*arguments, *typed_flags]) == 1
+
+
+def test_a_run_without_a_checkpoint_begins_with_the_default_recipe(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastflower.training.trainer.checked", lambda _: SHORT)  # the default, but quick
+    report = train(shards, out=tmp_path / "run", resume=True, device="cpu")
+    assert len(report.history) == 1
 
 
 def test_another_backbone_cannot_take_the_weights(shards: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = replace(SHORT, backbone="resnet34")
     text = said(capsys, "train", shards, *flags(recipe), "--device", "cpu", "--out", done, "--resume")
-    assert "was trained with backbone 'resnet18' (now 'resnet34'); resume with that recipe." in text
+    assert "was trained with backbone 'resnet18' (now 'resnet34'); resume with that recipe, or pass none." in text
     assert "--weights None" in text.splitlines()[-1]
     assert type_(text) == 0
 
@@ -174,7 +222,7 @@ def test_another_fold_is_refused_without_offering_weights_that_know_its_images(f
     pack(flowers, tmp_path / "folds", folds=3)
     train(tmp_path / "folds", SHORT, fold=1, out=tmp_path / "run", device="cpu")
     with pytest.raises(
-        CheckpointError, match=r"got fold 0; pass fold=1 \(--fold 1\)\. To train on other folds"
+        CheckpointError, match=r"got fold 0; pass fold=1 \(--fold 1\), or omit it\. To train on other folds"
     ) as found:
         train(tmp_path / "folds", SHORT, fold=0, out=tmp_path / "run", resume=True, device="cpu")
     call = str(found.value).splitlines()[-1].strip()
@@ -183,14 +231,15 @@ def test_another_fold_is_refused_without_offering_weights_that_know_its_images(f
 
 def test_commands_are_quoted_and_leave_defaults_out() -> None:
     call = Call(shards="it's here", recipe=Recipe(), out=Path("runs/a b"), save_steps=3, fold=0)
-    assert call.again(resume=True) == (
-        """train("it's here", recipe, fold=0, out='runs/a b', save_steps=3, resume=True)"""
-    )
+    assert call.again(resume=True) == ("""train("it's here", fold=0, out='runs/a b', save_steps=3, resume=True)""")
     with typed():
         assert call.again(resume=True) == f"{call.command()} --resume"
     assert call.command() == """fastflower train 'it'"'"'s here' --fold 0 --out 'runs/a b' --save-steps 3"""
     remote = Call(shards=Remote(url="s3://a/b", options={"secret": "x"}), recipe=Recipe(), out=Path("c"))
-    assert remote.again() == "train(shards, recipe, out='c')"
+    assert remote.again() == "train(shards, out='c')"
+    assert remote.changed(lr=0.1) == "train(shards, Recipe(lr=0.1), out='c')"
+    other = replace(remote, recipe=Recipe(epochs=2))
+    assert other.changed(lr=0.1) == "train(shards, replace(recipe, lr=0.1), out='c')"
     assert remote.command() == "fastflower train s3://a/b --out c"
 
 
