@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.loading.loader import Loader
-from fastflower.models.checkpoint import BEST, LAST, Checkpoint
+from fastflower.models.checkpoint import LAST, Checkpoint
+from fastflower.models.weights_file import BEST
 from fastflower.packing.source import PACKS, RUNS, trained_pack
 from fastflower.shards.manifest import Manifest
 
