@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Literal, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, Never, TypedDict, TypeVar, cast
 
 import torch
 
@@ -49,6 +49,11 @@ _INSTEAD = {
 # The same for attributes of a DataLoader and its data set.
 _ATTRIBUTES = {
     "dataset": "len(loader.dataset) is loader.num_samples; the classes are loader.classes, the paths loader.paths",
+    "batch_sampler": "loader.indices(epoch, step) are the indices of a batch",
+    "collate_fn": "a batch is always (images, labels, index), of loader.batch_size samples",
+    "pin_memory": "batches are on loader.device already",
+    "epoch": "loader.state_dict()['epoch'] is the epoch of the next batch, and loader.set_epoch(epoch) jumps to one",
+    "transform": "the augmentation is loader.augment, and loader.set_augment changes it",
     "sampler": "loader.set_epoch(epoch) jumps to an epoch, and without it each loop is the next one",
     "class_to_idx": "the label of a class is loader.classes.index(name)",
     "samples": "the paths are loader.paths",
@@ -87,9 +92,22 @@ def refuse_unknown(function: str, names: Iterable[str], known: Sequence[str]) ->
             raise ArgumentError(f"{name}: {function} has no such argument; {instead}")
 
 
-def no_attribute(name: str) -> str:
-    """Return the message for an attribute that a Loader lacks."""
-    return f"a Loader has no attribute {name!r}" + (f": {_ATTRIBUTES[name]}" if name in _ATTRIBUTES else "")
+class Answers:
+    """Says what stands for the ways to use a DataLoader that a Loader does not have."""
+
+    if not TYPE_CHECKING:  # a type checker reports these itself
+
+        def __getattr__(self, name: str) -> Never:
+            instead = f": {_ATTRIBUTES[name]}" if name in _ATTRIBUTES else ""
+            raise AttributeError(f"a Loader has no attribute {name!r}{instead}", name=name, obj=self)
+
+        def __next__(self) -> Never:
+            raise TypeError("a Loader is no iterator; next(iter(loader)) is a batch.")
+
+    def __getitem__(self, index: object) -> Never:
+        raise ArgumentError(
+            "a Loader yields batches in a for loop; image(index) is one image, and paths[index] its path."
+        )
 
 
 def check_shards(shards: object, split: object) -> None:
@@ -216,6 +234,33 @@ def position_in(state: Mapping[str, object], identity: Mapping[str, object], num
                 f"load_state_dict: the state has {name} {state.get(name)!r}, but this loader has {value!r}; "
                 f"resume with the same shards, split, fold, seed and batch_size * world_size."
             )
-    # num_steps: all are done, as in a run that stopped in the validation after them.
+    # num_steps: all are done, so the next `for` yields nothing; a run that stopped in its validation goes on there.
     step = integer("state['step']", state["step"], 0, at_most=num_steps)
     return integer("state['epoch']", state["epoch"], 0), step
+
+
+def carried(position: tuple[int, int], num_steps: int) -> tuple[int, int]:
+    """Return a position (epoch, step). The one after the last step is the start of the next epoch."""
+    epoch, step = position
+    return (epoch + 1, 0) if 0 < step == num_steps else position
+
+
+def resumed_step(epoch: int, loaded: tuple[int, int], num_steps: int) -> int:
+    """Return the step at which `epoch` starts if set_epoch follows load_state_dict. It is num_steps if the epoch is finished.
+
+    Logs if the loop yields nothing, or begins elsewhere than at the loaded position.
+    """
+    at, step = carried(loaded, num_steps)
+    if epoch == at:
+        return step
+    if (epoch + 1, 0) == (at, step):
+        _log.info(
+            "set_epoch(%d): the state was saved after epoch %d, so the next loop over it has no batch", epoch, epoch
+        )
+        return num_steps
+    _log.warning(
+        "set_epoch(%d): starting at the first step of epoch %d, and not at the loaded position, step %d of epoch %d; to "
+        "resume there, start the loop over the epochs at state['epoch'], which is %d",
+        *(epoch, epoch, step, at, at),
+    )
+    return 0

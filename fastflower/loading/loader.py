@@ -7,7 +7,7 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, Never, Self, SupportsIndex, Unpack
+from typing import Any, Literal, Never, Self, SupportsIndex, Unpack
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ _log = logging.getLogger("fastflower")
 _REMOTE_WINDOW = 8  # shards: half a gigabyte at the packer's 64 MB per shard, or about ten thousand images
 
 
-class Loader(IterableDataset[Batch]):
+class Loader(arguments.Answers, IterableDataset[Batch]):
     """Iterates over packed shards in batches, one epoch per `for` loop.
 
     Each `for` starts the next epoch, even after a `break`. The order and the augmentation depend only on the seed and
@@ -275,16 +275,6 @@ class Loader(IterableDataset[Batch]):
         """Return the number of steps per epoch. A rank that gets no sample of a kept tail has one fewer step."""
         return self._steps.here
 
-    if not TYPE_CHECKING:  # a type checker reports unknown attributes itself
-
-        def __getattr__(self, name: str) -> Never:
-            raise AttributeError(arguments.no_attribute(name), name=name, obj=self)
-
-    def __getitem__(self, index: object) -> Never:
-        raise ArgumentError(
-            "a Loader yields batches in a for loop; image(index) is one image, and paths[index] its path."
-        )
-
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
@@ -360,17 +350,18 @@ class Loader(IterableDataset[Batch]):
         self._backend = self._backend.with_augment(augment)
 
     def set_epoch(self, epoch: int) -> None:
-        """Start the next `for` at this epoch's first step, or at the loaded step if `load_state_dict` restored this epoch."""
-        epoch = integer("epoch", epoch, 0)
-        if epoch != self._next[0] and self._restored:
-            message = "set_epoch(%d): starting at the first step; discarded the loaded position, step %d of epoch %d"
-            _log.warning(message, epoch, self._next[1], self._next[0])
-        self._next = self._position = (epoch, self._next[1] if epoch == self._next[0] else 0)
-        self._restored = False
+        """Start the next `for` at this epoch's first step. Right after `load_state_dict`, start it where the state stands.
+
+        If the state was saved after the last batch of `epoch`, the next `for` yields no batch, and the one after it is the
+        next epoch.
+        """
+        epoch, (at, step) = integer("epoch", epoch, 0), self._next
+        step = arguments.resumed_step(epoch, self._next, self._steps.count) if self._restored else step * (epoch == at)
+        self._next, self._position, self._restored = (epoch, step), (epoch, step), False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain values. After k batches of an epoch, the position is batch k (zero-based)."""
-        epoch, step = self._position
+        epoch, step = arguments.carried(self._position, self._steps.count)
         return {"epoch": epoch, "step": step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

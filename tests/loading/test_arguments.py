@@ -287,7 +287,8 @@ def test_attributes_of_a_dataloader_and_its_data_set_are_answered(shards: Path) 
     said = "a Loader has no attribute 'dataset': len(loader.dataset) is loader.num_samples; the classes are loader.classes, "
     with pytest.raises(AttributeError, match=f"^{re.escape(said)}"):
         len(loader.dataset)  # pyright: ignore[reportAttributeAccessIssue]  (what a user may try)
-    names = ("sampler", "class_to_idx", "samples", "imgs", "targets", "num_workers", "drop_last")
+    names = ["sampler", "class_to_idx", "samples", "imgs", "targets", "num_workers", "drop_last"]
+    names += ["batch_sampler", "collate_fn", "pin_memory", "epoch", "transform"]
     for name in names:
         with pytest.raises(AttributeError, match=rf"^a Loader has no attribute '{name}': .*loader\.\w+"):
             getattr(loader, name)
@@ -303,6 +304,11 @@ def test_a_loader_is_not_indexed_nor_split(shards: Path) -> None:
     said = "a Loader yields batches in a for loop; image(index) is one image, and paths[index] its path."
     with pytest.raises(ArgumentError, match=exactly(said)):
         part[0]
+
+
+def test_a_loader_is_no_iterator(shards: Path) -> None:
+    with pytest.raises(TypeError, match=exactly("a Loader is no iterator; next(iter(loader)) is a batch.")):
+        next(make(shards))  # pyright: ignore[reportArgumentType, reportCallIssue]  (what a user may try)
 
 
 def test_a_loader_is_one_line(shards: Path) -> None:

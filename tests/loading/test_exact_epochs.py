@@ -5,7 +5,7 @@ The loaders are real except for the pixels: there is a manifest and an index on 
 
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +179,48 @@ def test_an_epoch_interrupted_anywhere_resumes_exactly_at_any_world_size(
     else:
         assert [*(joined(first) if stop else []), *rest] == whole
         assert joined(batches_of(resumed)) == following
+
+
+@EXAMPLES
+@given(
+    counts=COUNTS,
+    world_sizes=st.lists(st.sampled_from([1, 2, 3, 6]), min_size=2, max_size=6),
+    share=st.integers(1, 3).map(lambda number: number * 6),
+    shuffle=st.booleans(),
+    epochs=st.integers(1, 4),
+    own_counter=st.booleans(),
+    data=st.data(),
+)
+def test_a_loop_with_set_epoch_that_is_killed_anywhere_trains_on_every_sample_once_an_epoch(
+    folder: Path,
+    counts: list[int],
+    world_sizes: list[int],
+    share: int,
+    shuffle: bool,
+    epochs: int,
+    own_counter: bool,
+    data: st.DataObject,
+) -> None:
+    """The loop's start is its own number of the epoch, or the state's. Each process has another number of ranks."""
+    written(folder, counts)
+    seen = [Counter[int]() for _ in range(epochs)]
+    state, start, number = None, 0, 0
+    for process, world_size in enumerate(world_sizes):
+        loaders = make(folder, world_size, batch_size=share // world_size, tail="keep", shuffle=shuffle)
+        left = None if process == len(world_sizes) - 1 else data.draw(st.integers(0, 8))
+        for loader in loaders if state else ():
+            loader.load_state_dict(state or {})
+        for epoch in range(start, epochs):
+            for loader in loaders:
+                loader.set_epoch(epoch)
+            for batches in zip_longest(*map(iter, loaders)):
+                if left == 0:
+                    break
+                left = left and left - 1
+                seen[epoch].update(index for batch in batches if batch for index in batch.index.tolist())
+                state, number = loaders[0].state_dict(), epoch  # rank 0 has every step
+            if left == 0:  # killed
+                break
+            state, number = loaders[0].state_dict(), epoch
+        start = number if own_counter or state is None else state["epoch"]
+    assert seen == [Counter(range(sum(counts)))] * epochs

@@ -161,7 +161,7 @@ def test_the_next_epoch_follows_a_break(shards: Path) -> None:
 def test_set_epoch_keeps_a_loaded_step_only_in_the_loaded_epoch(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A training loop calls set_epoch for every epoch, also when it resumes in the middle of one."""
     before, whole = make(shards), make(shards)
-    epochs = [indices(whole) for _ in range(3)]
+    epochs = [indices(whole) for _ in range(4)]
     for epoch, steps in ((0, 7), (1, 3)):
         before.set_epoch(epoch)
         for _ in islice(before, steps):
@@ -177,10 +177,43 @@ def test_set_epoch_keeps_a_loaded_step_only_in_the_loaded_epoch(shards: Path, ca
     assert caplog.messages == []
     for step in (3, 0):  # also at the start of the epoch
         after.load_state_dict({**state, "step": step})
+        after.set_epoch(3)
+        assert indices(after) == epochs[3]
+        assert caplog.messages[-1] == (
+            f"set_epoch(3): starting at the first step of epoch 3, and not at the loaded position, step {step} of epoch 1; to "
+            f"resume there, start the loop over the epochs at state['epoch'], which is 1"
+        )
+
+
+def test_set_epoch_of_a_finished_epoch_yields_nothing_once(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A training loop that saves after the last batch, with its own number of the epoch, does not train the epoch again."""
+    before, after, whole = make(shards), make(shards), make(shards)
+    epochs = [indices(whole) for _ in range(2)]
+    for step, _ in enumerate(before, start=1):
+        state = before.state_dict()
+        assert (state["epoch"], state["step"]) == ((1, 0) if step == len(before) else (0, step))
+    state = before.state_dict()
+    caplog.set_level("INFO", "fastflower")
+    # The second state is what a run of `train` saves that stops in its validation.
+    for saved in (state, {**state, "epoch": 0, "step": len(before)}):
+        caplog.clear()
+        after.load_state_dict(saved)
         after.set_epoch(0)
+        after.set_epoch(0)  # some frameworks call it twice
+        iter(after)
+        assert pickle.loads(pickle.dumps(after)).state_dict() == after.state_dict() == state
+        assert len(after) == len(before)
+        assert indices(after) == []
+        assert after.state_dict() == state
+        (told,) = (message for message in caplog.messages if message.startswith("set_epoch"))
+        assert told == "set_epoch(0): the state was saved after epoch 0, so the next loop over it has no batch"
+        after.set_epoch(1)
+        assert indices(after) == epochs[1]
+        after.set_epoch(0)  # without load_state_dict
         assert indices(after) == epochs[0]
-        discarded = f"discarded the loaded position, step {step} of epoch 1"
-        assert caplog.messages[-1] == f"set_epoch(0): starting at the first step; {discarded}"
+        after.load_state_dict(saved)
+        after.set_epoch(1)
+        assert indices(after) == epochs[1]
 
 
 @pytest.mark.parametrize("backend", ["native", OPENCV, DALI])
