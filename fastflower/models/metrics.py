@@ -64,6 +64,15 @@ class Scores:
         return self.probabilities.max(axis=1)
 
     @property
+    def mistakes(self) -> NDArray[np.int64]:
+        """(M,) int64 indices of the samples that are predicted wrongly, the most confident first.
+
+        Their images are [scores.paths[i] for i in scores.mistakes].
+        """
+        wrong = np.flatnonzero(self.predictions != self.labels)
+        return wrong[np.argsort(-self.confidence[wrong], kind="stable")]
+
+    @property
     def num_samples(self) -> int:
         return int(self.confusion.sum())
 

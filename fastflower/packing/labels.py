@@ -1,5 +1,6 @@
 """Turns the labels of listed images into classes, once all of them are known."""
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from fastflower.errors import FolderError
 from fastflower.packing.names import splits_named
 from fastflower.packing.text import read_lines
+
+_log = logging.getLogger("fastflower")
 
 _NUMBER = re.compile(r"(\d+)(\.0*)?")  # pandas writes 3.0 if a column has gaps
 
@@ -40,7 +43,7 @@ class Labels:
         """Return a number for the label of an image, which `classes` later maps to its class."""
         if text is not None and not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text):
             raise FolderError(f"{where}: the label is not UTF-8; save the file as UTF-8.")
-        depends = text is None or (self._given is None and not self._table)
+        depends = text is None or (self._given is None and not (self._table and _number(text) is None))
         label = _Label(text, listed.rpartition("/")[0] if depends else "", split)
         number = self._numbers.setdefault(label, len(self._numbers))
         if number == len(self._where):
@@ -65,13 +68,14 @@ class Labels:
         ordered = list(self._given or (tops if by_position else ()))
         numeric = all(_number(label.text) is not None for label in labels)
         first = self._first_number(labels, len(ordered))
+        named = self._named(labels, folders) if numeric and self._table and self._given is None else {}
         names: list[str] = []
         for label, folder, where in zip(labels, folders, self._where, strict=True):
             number = _number(label.text)
             if label.text is None:
                 names.append(folder)
             elif number is None or not ordered:
-                names.append(str(number) if numeric else label.text)
+                names.append(named.get(number, str(number)) if numeric and number is not None else label.text)
             elif not 0 <= number - first < len(ordered):
                 what = f"label {number} must be less than the number of classes ({len(ordered)})"
                 raise FolderError(f"{where}: {what}; correct it, or list every class in classes.txt.")
@@ -80,13 +84,39 @@ class Labels:
                 if by_position and folder not in ("", names[-1]):
                     what = f"label {number} is not the position of {folder!r} among the sorted class folders"
                     raise FolderError(f"{where}: {what}; correct it, or add classes.txt.")
-        classes = ordered or sorted({names[number] for number in train}, key=int if numeric else None)
+        numbers = {name: number for number, name in named.items()}
+        used = {names[number] for number in train}
+        classes = ordered or sorted(used, key=(numbers.__getitem__ if named else int) if numeric else None)
         known = {name: position for position, name in enumerate(classes)}
         for name, where in zip(names, self._where, strict=True):
             if name not in known and not drop_empty:
                 raise FolderError(f"{where}: {self._unknown(name, classes)}.")
         unknown = sorted({*names} - known.keys())
         return classes, np.array([known.get(name, -1) for name in names], np.int32), unknown
+
+    def _named(self, labels: Sequence[_Label], folders: Sequence[str]) -> dict[int, str]:
+        """Return the class folder that goes with each number of a table, or {} if a number or a folder has several."""
+        pairs = {
+            (number, folder)
+            for label, folder in zip(labels, folders, strict=True)
+            if (number := _number(label.text)) is not None
+        }
+        named, tops = dict(pairs), {folder for _, folder in pairs}
+        file = self._where[0].rpartition(", ")[0] if self._where else ""
+        if len(pairs) == len(named) == len(tops) and "" not in tops:
+            few = ", ".join(f"{number} is {named[number]!r}" for number in sorted(named)[:3])
+            _log.info(
+                "%s: the labels are numbers, named by the folders of their images: %s",
+                file,
+                few + (", ..." if len(named) > 3 else ""),
+            )
+            return named
+        if len(tops) > 1:
+            what = (
+                "the classes are named by their numbers, because these do not match the folders; to name them, list the"
+            )
+            _log.warning("%s: %s names in label order in classes.txt, in the folder to pack", file, what)
+        return {}
 
     def _first_number(self, labels: Sequence[_Label], count: int) -> int:
         """Return whether labels count from 0 or 1. They count from 1 only if one of them equals the number of classes."""

@@ -144,3 +144,13 @@ def test_calibrated_probabilities_have_no_calibration_error() -> None:
     found = score(CLASSES, labels, np.log(np.maximum(probabilities, 1e-30)))
     assert found.accuracy == 0.5
     assert found.calibration_error == pytest.approx(0, abs=1e-6)
+
+
+def test_mistakes_come_with_the_most_confident_first() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.95, 0.05], [0.4, 0.6]], np.float32)
+    paths = ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg")
+    scores = score(("x", "y"), np.array([0, 1, 0, 1, 1]), np.log(probabilities), paths)
+    assert scores.mistakes.dtype == np.int64
+    assert [paths[i] for i in scores.mistakes] == ["d.jpg", "c.jpg", "b.jpg"]
+    assert len(scores.mistakes) == round((1 - scores.accuracy) * scores.num_samples)
+    assert score(("x", "y"), np.array([0]), np.log(probabilities[:1])).mistakes.shape == (0,)

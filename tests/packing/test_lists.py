@@ -1,5 +1,6 @@
 """Lists: every spelling that has one meaning is read; the others are refused with file and line."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from packs import exactly, touch
 
 from fastflower.errors import FolderError
 from fastflower.packing.folder import scan
+from fastflower.packing.listing import Tables
 
 NESTED = ["a/1.jpg", "b/2.jpg"]
 IN_AB = {"a/1.jpg": "a", "b/2.jpg": "b"}
@@ -196,3 +198,41 @@ def test_a_missing_image_in_the_first_line_is_not_taken_for_a_header(
     root = write(touch(tmp_path, "2.jpg", "3.jpg"), {name: text})
     assert labeled(scan(root, tables(root, name)))["2.jpg"] == "1"
     assert caplog.messages == [f"{root}/{name}: 1 of 3 listed images do not exist: {name}, line 1: '1'"]
+
+
+def test_the_same_lines_give_the_same_classes_in_the_folder_and_as_tables(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fastflower")
+    names = [f"{name}/{number}.jpg" for name in ("daisy", "rose", "tulip") for number in range(3)]
+    lines = {"train.txt": "", "val.txt": ""}
+    for name in names:
+        label = ("daisy", "rose", "tulip").index(name.partition("/")[0])
+        lines["val.txt" if "/2" in name else "train.txt"] += f"{name} {label}\n"
+    outside = write(tmp_path / "lists", lines)
+    found = scan(touch(tmp_path / "data", *names), Tables([outside / "train.txt", outside / "val.txt"]))
+    what = "the labels are numbers, named by the folders of their images: 0 is 'daisy', 1 is 'rose', 2 is 'tulip'"
+    assert caplog.messages == [f"{outside / 'train.txt'}: {what}"]
+    inside = scan(write(tmp_path / "data", lines))
+    assert found.classes == inside.classes == ("daisy", "rose", "tulip")
+    assert labeled(found) == labeled(inside)
+
+
+@pytest.mark.parametrize(
+    ("lines", "classes", "warned"),
+    [
+        ("a/1.jpg 2\nb/1.jpg 1\n", ("b", "a"), False),  # in the order of the numbers
+        ("a/1.jpg 0\nb/1.jpg 0\nb/2.jpg 1\n", ("0", "1"), True),
+        ("a/1.jpg 0\na/2.jpg 1\nb/1.jpg 2\n", ("0", "1", "2"), True),
+        ("a/1.jpg 0\na/2.jpg 1\n", ("0", "1"), False),  # one folder says nothing about classes
+        ("1.jpg 0\n2.jpg 1\n", ("0", "1"), False),
+    ],
+)
+def test_numbers_that_do_not_match_the_folders_stay_numbers(
+    lines: str, classes: tuple[str, ...], warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path / "data", *[line.split()[0] for line in lines.splitlines()])
+    table = write(tmp_path, {"list.txt": lines}) / "list.txt"
+    assert scan(tmp_path / "data", Tables([table])).classes == classes
+    what = "the classes are named by their numbers, because these do not match the folders; to name them, list the names in "
+    assert caplog.messages == [f"{table}: {what}label order in classes.txt, in the folder to pack"] * warned

@@ -158,7 +158,7 @@ def test_the_page_of_messages_quotes_what_the_library_says() -> None:
 @pytest.mark.usefixtures("narrow", "no_figures")
 def test_the_page_of_training_has_a_recipe_and_cross_validates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
-    text, folds = blocks("training.md")
+    text, _, folds = blocks("training.md")
     exec(compile(text, "docs/training.md", "exec"), names)
     assert (names["recipe"].epochs, names["recipe"].batch_size) == (8, 16)
     monkeypatch.chdir(tmp_path)
@@ -171,3 +171,17 @@ def test_the_page_of_training_has_a_recipe_and_cross_validates(tmp_path: Path, m
     assert [Checkpoint.load(report.checkpoint).fold for report in names["reports"]] == list(range(5))
     assert [report.scores.num_samples for report in names["reports"]] == [3] * 5
     assert len(names["accuracies"]) == 5
+
+
+def test_two_runs_are_compared_as_the_page_says(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for name in ("a", "b"):
+        Path("runs", name).symlink_to(run)
+    (block,) = (text for text in blocks("training.md") if "history.csv" in text)
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/training.md", "exec"), names)
+    assert [line.get_label() for line in names["plt"].gca().get_lines()] == ["runs/a", "runs/b"]
+    assert all(len(line.get_xdata()) == 2 for line in names["plt"].gca().get_lines())
+    names["plt"].close()
+    assert Path("compared.png").stat().st_size > 0
