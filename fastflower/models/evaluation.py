@@ -67,7 +67,7 @@ def evaluate(
     shards = shards_of(shards, packs, trained=checkpoint.feeding.get("shards"), as_split="test")
     source = remote(shards)
     manifest = Mirror.connect(source).manifest if source else Manifest.load(str(shards))
-    number_of = _numbers(shards, manifest, checkpoint).to(chosen)
+    number_of = _numbers(shards, manifest, checkpoint)
     asked, split = split, split or _default_split(manifest)
     loader = Loader(
         shards,
@@ -85,7 +85,7 @@ def evaluate(
     _warn_of_folds(name, checkpoint, loader)
     given = Path(str(passed)) == Path(str(shards))
     warn_of_training_images(name, checkpoint, loader, trained, asked=asked is not None, given=given)
-    model = on_device(checkpoint.network(), chosen)
+    model, number_of = on_device(checkpoint.network(), chosen), number_of.to(chosen)
     with progress.bar(loader, desc="evaluate", unit="batch") as batches:
         tta = recipe.tta if tta is None else tta
         labeled = (batch._replace(labels=number_of[batch.labels]) for batch in batches)

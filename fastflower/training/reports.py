@@ -171,7 +171,7 @@ def reports(
 
     Example:
         >>> table = reports("shards", report=("a",), out="try", weights=None, epochs=1, size=32, device="cpu")
-        >>> print(table.splitlines()[2][:59])
+        >>> print(table.splitlines()[2][:36])
         | A | ResNet-18 | report-a | 93.3% |
     """
     require(set(report) <= set(REPORTS), "report", f"letters from {', '.join(REPORTS)}", report)

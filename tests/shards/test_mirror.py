@@ -295,7 +295,7 @@ for name, value in IMPATIENT.items():
     setattr(remote, name, value)
 loader = Loader(Remote(url=sys.argv[2], folder=sys.argv[3]), **OPTIONS, window=1)
 if sys.argv[4] == "deaf exit":
-    deafen(remote.RemoteFiles, loader._shards_ahead(0, 0)[0])
+    deafen(remote.RemoteFiles, loader._steps.shards_ahead(0, 0)[0])
 batches = iter(loader)
 next(batches)
 print("loaded", flush=True)
@@ -306,7 +306,7 @@ raise RuntimeError("with an open iterator")
 @pytest.mark.parametrize("what", ["exit", pytest.param("deaf exit", marks=pytest.mark.soak)])
 def test_an_exit_does_not_wait_for_downloads(what: str, server: BadServer, shards: Path, tmp_path: Path) -> None:
     """It waits neither for a stalled server nor for a thread that does not notice the shutdown."""
-    first = Loader(shards, **OPTIONS, window=1)._shards_ahead(0, 0)[0]
+    first = Loader(shards, **OPTIONS, window=1)._steps.shards_ahead(0, 0)[0]
     server.fault = lambda name, _: "stall" if what == "exit" and name.endswith(".tar") and name != first else None
     paths = os.pathsep.join(map(str, (HELPERS, Path(__file__).parent)))
     command = [sys.executable, "-W", "ignore", "-c", EXITS, paths, server.url, str(tmp_path / "cache"), what]
