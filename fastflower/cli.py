@@ -194,12 +194,17 @@ def _preview(prog: str, args: Sequence[str]) -> None:
 
 
 def _train(prog: str, args: Sequence[str]) -> None:
-    from fastflower.training.command import typed
+    from fastflower.training.command import to_resume, typed
     from fastflower.training.trainer import train
 
     if not _speaks():
         logging.getLogger("fastflower").setLevel(logging.WARNING)
-    values = _parse_recipe(prog, args, train, out=Path | None)
+    try:
+        values = _parse_recipe(prog, args, train, out=Path | None)
+    except UsageError as error:
+        runs = {word: command for word in args if (command := to_resume(Path(word)))}
+        told = "".join(f" {run} is a run. To continue it:\n  {command}" for run, command in runs.items())
+        raise UsageError(f"{error}{told}") from None
     with typed():
         report = train(**values)
     best = report.history[report.best_epoch - 1]

@@ -135,6 +135,18 @@ _PLAIN: dict[object, Callable[[object], object]] = {
 }
 
 
+class UnknownArgumentError(ArgumentError, TypeError):
+    """Raised for a keyword argument that a function or class does not have. The message names the one that is meant."""
+
+
+def shown(instance: "DataclassInstance") -> str:
+    """Return the repr of a dataclass with defaults, without the fields that have these."""
+    default = type(instance)()
+    values = {item.name: getattr(instance, item.name) for item in fields(instance)}
+    text = (f"{name}={value!r}" for name, value in values.items() if value != getattr(default, name))
+    return f"{type(instance).__name__}({', '.join(text)})"
+
+
 class FolderError(FastflowerError):
     """Raised if a folder of images cannot be packed. Fix the folder, or pass other options or a different `out`."""
 

@@ -1,7 +1,16 @@
 """What users of other tools type, and what it is here: near flags and commands, by spelling and by meaning."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
+from typing import ParamSpec, TypeVar
+
+from fastflower.errors import UnknownArgumentError
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+Class = TypeVar("Class")
 
 _TRAINS = ("train", "doctor", "preview")
 _TAKE_SHARDS = (*_TRAINS, "evaluate", "verify")
@@ -241,3 +250,64 @@ def near_command(word: str, commands: Collection[str]) -> str:
     plain = word.lower()
     meant = [command for command, words in _COMMAND_MEANINGS.items() if plain in words.split() or plain == command]
     return next(iter(meant or get_close_matches(plain, {*commands, *_COMMAND_MEANINGS}, 1, 0.6)), "")
+
+
+def refuse_unknown(function: str, names: Iterable[str], known: Collection[str], instead: Mapping[str, str]) -> None:
+    """Raise UnknownArgumentError if a name is not known. The message says what is meant, or which known name is near.
+
+    instead  What to say for some names.
+    """
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            text = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}."
+            text = f"{instead[name]}." if name in instead else _argument(function, name, known) or text
+            raise UnknownArgumentError(f"{name}: {function} has no such argument; {text}")
+
+
+def _argument(function: str, name: str, known: Collection[str]) -> str:
+    """Return what the name of an argument means by the words of other tools, or ""."""
+    command, word = {"Recipe": "train", "Augment": "train"}.get(function, function), _plain(name)
+    for commands, answer, words in _MEANINGS:
+        if command not in commands or not (word in words.split() or answer in (f"--{word}", f"--augment.{word}")):
+            continue
+        if not answer.startswith("--"):
+            text = answer.replace("--weights ", "weights=").replace("--augment.", "").replace("--augment", "Augment's")
+            return "" if "{" in text else f"{text}."
+        field = answer.split()[0].lstrip("-").replace("-", "_")
+        last = field.removeprefix("augment.")
+        if last in known:
+            return f"did you mean {last}?"
+        if commands != _TRAINS:
+            return f"did you mean {commands[0]}({field}=...)?"
+        return f"did you mean Recipe({f'augment=Augment({last}=...)' if last != field else f'{last}=...'})?"
+    return ""
+
+
+def keywords(call: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Decorate a function: an unknown keyword argument is refused with the one that is meant."""
+    known = list(signature(call).parameters)
+
+    @wraps(call)
+    def checked(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        refuse_unknown(getattr(call, "__name__", ""), kwargs, known, {})
+        return call(*args, **kwargs)
+
+    return checked
+
+
+def fields_by_name(cls: type[Class]) -> type[Class]:
+    """Decorate a dataclass with fields that are keywords: others are refused with the one that is meant."""
+    make: Callable[..., None] = cls.__init__
+    known = list(signature(cls).parameters)
+
+    @wraps(make)
+    def checked(self: Class, *args: object, **kwargs: object) -> None:
+        if args:
+            load = f"; to load a file, call {cls.__name__}.load({args[0]!r})" if hasattr(cls, "load") else ""
+            raise UnknownArgumentError(f"{cls.__name__} takes its fields by name, got {args[0]!r}{load}.")
+        refuse_unknown(cls.__name__, kwargs, known, {})
+        make(self, **kwargs)
+
+    cls.__init__ = checked
+    return cls

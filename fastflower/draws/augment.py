@@ -13,9 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
 from fastflower.draws.draw import Draw, Mix
 from fastflower.draws.random import ATTEMPTS, Dice, Floats, Slot, Stream
-from fastflower.errors import Rules, check_fields, require
+from fastflower.errors import Rules, check_fields, require, shown
+from fastflower.suggestions import fields_by_name
 
 
+@fields_by_name
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augment:
     """A distribution of augmentations. `Augment()` is deterministic: it is the validation view.
@@ -102,6 +104,9 @@ class Augment:
     0 disables it. If mixup is enabled too, each pair gets one of the two with equal probability [Yun et al. 2019]."""
     fixed: bool = False
     """Use the same draw for a sample in every epoch."""
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def __post_init__(self) -> None:
         check_fields(self, _RULES)

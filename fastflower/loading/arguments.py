@@ -2,8 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Literal, Never, TypedDict, TypeVar, cast
@@ -28,7 +27,7 @@ AugmentLike = Augment | Callable[..., object] | None
 """An Augment, a torchvision transform, or None for the validation view."""
 
 # What stands for an argument of DataLoader, DistributedSampler or ImageFolder, by its name.
-_INSTEAD = {
+INSTEAD = {
     "num_workers": "pass workers, a number of threads, or leave it out for one more than the cores",
     "drop_last": "pass tail='drop' for drop_last=True, tail='keep' for drop_last=False",
     "sampler": "pass shuffle=True, False or 'balanced'; each rank takes its share (rank, world_size)",
@@ -82,16 +81,6 @@ class FileOptions(TypedDict, total=False):
     workers: int | None
 
 
-def refuse_unknown(function: str, names: Iterable[str], known: Sequence[str]) -> None:
-    """Raise ArgumentError if a name is not known. The message says what stands for it, or which known name is near."""
-    for name in names:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            instead = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}."
-            instead = f"{_INSTEAD[name]}." if name in _INSTEAD else instead
-            raise ArgumentError(f"{name}: {function} has no such argument; {instead}")
-
-
 class Answers:
     """Says what stands for the ways to use a DataLoader that a Loader does not have."""
 
@@ -117,7 +106,8 @@ def check_shards(shards: object, split: object) -> None:
             f"shards must be a folder that pack wrote, its URL or a Remote, got an object of type {type(shards).__name__}; "
             f"for image files, call Loader.from_files."
         )
-    require(isinstance(split, str), "split", "a name such as 'train' or 'val'", split)
+    batch = f" (for batches of {split}, pass batch_size={split})" if isinstance(split, int) else ""
+    require(isinstance(split, str), "split", f"a name such as 'train' or 'val'{batch}", split)
 
 
 def integer_or_none(name: str, value: object, at_least: int, *, unit: str = "") -> int | None:

@@ -34,6 +34,7 @@ from fastflower.shards.manifest import Manifest
 from fastflower.shards.mirror import Mirror
 from fastflower.shards.reader import Paths, ShardReader
 from fastflower.shards.remote import Remote, remote
+from fastflower.suggestions import refuse_unknown
 
 _log = logging.getLogger("fastflower")
 
@@ -121,7 +122,7 @@ class Loader(arguments.Answers, IterableDataset[Batch]):
         executor: Name | None = None,
         **unknown: Never,
     ) -> None:
-        arguments.refuse_unknown("Loader", unknown, _PARAMETERS)
+        refuse_unknown("Loader", unknown, _PARAMETERS, arguments.INSTEAD)
         arguments.check_shards(shards, split)
         self.shards, self.split, self.augment = shards, split, arguments.as_augment(augment)
         self.batch_size = integer("batch_size", batch_size, 1)
@@ -202,7 +203,7 @@ class Loader(arguments.Answers, IterableDataset[Batch]):
             >>> labels.tolist()
             [-1, -1, -1, -1, -1, -1]
         """
-        arguments.refuse_unknown("Loader.from_files", options, list(arguments.FileOptions.__annotations__))
+        refuse_unknown("Loader.from_files", options, list(arguments.FileOptions.__annotations__), arguments.INSTEAD)
         files = ImageFiles(find_images(images), strict=options.get("on_bad") != "skip")
         return cls(files, SPLIT, **options)  # pyright: ignore[reportArgumentType]  (a TypedDict may have other keys)
 

@@ -18,6 +18,7 @@ from fastflower.models.weights_file import best_in, load_file, not_finite
 from fastflower.recipes.recipe import Recipe
 from fastflower.shards.kinds import image_kind
 from fastflower.shards.manifest import FILE
+from fastflower.suggestions import fields_by_name
 
 FORMAT_VERSION = 2
 LAST = "checkpoint-last.pt"  # in a run's folder
@@ -38,6 +39,7 @@ class EpochSoFar(TypedDict, total=False):
     """Whether training for the epoch, including any model soup update, is finished and only validation is left."""
 
 
+@fields_by_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """Training state after an epoch or in the middle of one. The file can be loaded with weights_only=True."""

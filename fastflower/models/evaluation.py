@@ -21,12 +21,14 @@ from fastflower.packing.source import shards_of
 from fastflower.shards.manifest import Manifest
 from fastflower.shards.mirror import Mirror
 from fastflower.shards.remote import Remote, remote
+from fastflower.suggestions import keywords
 
 _log = logging.getLogger("fastflower")
 
 _BATCH_SIZE = 64  # does not change the scores
 
 
+@keywords
 @progress.shown()
 def evaluate(
     checkpoint: str | Path | Checkpoint,

@@ -13,8 +13,10 @@ from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.predictor import URL_BYTES, URL_SECONDS, OnBad, Prediction, Predictor
 from fastflower.models.sources import Images, Source, sources
 from fastflower.models.submission import Ids, Table
+from fastflower.suggestions import keywords
 
 
+@keywords
 @progress.shown()
 def predict(
     checkpoint: str | Path | Checkpoint | nn.Module,

@@ -52,6 +52,10 @@ class Prediction:
     index: int = field(default=0, compare=False)
     """Position of the image among all that were passed, from 0. A folder counts as its images."""
 
+    def __repr__(self) -> str:
+        place = f"name={self.name!r}" if self.path is None else f"path={str(self.path)!r}"
+        return f"Prediction({place}, class_name={self.class_name!r}, probability={self.probability:.4f}, index={self.index})"
+
 
 class Predictor:
     """A trained network, ready to classify images. Calling it is cheap, from any number of threads at once.
@@ -93,6 +97,7 @@ class Predictor:
             self._name, self._tta, precision = "network", False, _precision_of(checkpoint)
             self.classes, view = _named(classes, augment)
             network = deepcopy(checkpoint).eval()
+            self._backbone = type(checkpoint).__name__
         else:
             require(classes is None, "classes", "None unless a network is passed: a checkpoint has its own", classes)
             require(augment is None, "augment", "None unless a network is passed: a checkpoint has its own", augment)
@@ -100,6 +105,7 @@ class Predictor:
             if not isinstance(checkpoint, Checkpoint):
                 checkpoint = Checkpoint.load(checkpoint)
             recipe, network = checkpoint.recipe, checkpoint.network()
+            self._backbone = recipe.backbone
             self.classes, view, self._tta, precision = checkpoint.classes, recipe.augment, recipe.tta, recipe.precision
         self.device = resolve_device(device)
         self._precision = precision_of(precision, self.device)
@@ -108,6 +114,10 @@ class Predictor:
         self._network = on_device(network, self.device)
         renderer = (NativeRenderer if available() else OpencvRenderer)(self._view, self._precision)
         self._render = cast("NativeRenderer", renderer)  # both have the same methods
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self._view.output_size))
+        return f"Predictor({self._backbone!r}, classes={len(self.classes)}, size={size}, device={str(self.device)!r})"
 
     def __call__(self, images: Images, *, on_bad: OnBad = "fail") -> list[Prediction]:
         """Classify images.

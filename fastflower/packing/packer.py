@@ -34,12 +34,14 @@ from fastflower.packing.space import check_space
 from fastflower.packing.worker import STOP, make_shard, make_shard_elsewhere
 from fastflower.packing.workspace import load_or_make_plan, workspace
 from fastflower.shards.manifest import FILE, PLAN, WORK, Manifest
+from fastflower.suggestions import keywords
 
 _log = logging.getLogger("fastflower")
 
 _VAL_FRACTION = 0.2  # by default
 
 
+@keywords
 @progress.shown()
 def pack(
     folder: str | Path,

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from itertools import product
 from typing import cast
 
 from fastflower.draws.augment import Augment
+from fastflower.errors import require
 from fastflower.recipes.recipe import Recipe
 
 
@@ -178,3 +180,13 @@ def phrase(name: str) -> str:
     values = signature(made.func).bind(*made.args, **made.keywords)
     values.apply_defaults()
     return ", ".join([first, *(f"{key.replace('_', ' ')} {value}" for key, value in values.arguments.items())])
+
+
+def checked(recipe: object) -> Recipe:
+    """Return a recipe, also that of a name, and the default one for None. Raises ArgumentError for anything else."""
+    recipe = Recipe() if recipe is None else recipe
+    recipe = PRESETS[recipe]() if isinstance(recipe, str) and recipe in PRESETS else recipe
+    near = get_close_matches(recipe, PRESETS, 3, 0.5) if isinstance(recipe, str) else []
+    names = " or ".join(map(repr, near or ["finetune"]))
+    require(isinstance(recipe, Recipe), "recipe", f"a Recipe, or the name of one, for example {names}", recipe)
+    return cast("Recipe", recipe)

@@ -2,15 +2,17 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from math import cos, pi
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 from fastflower.draws.augment import Augment
-from fastflower.errors import Rules, check_fields, require
+from fastflower.errors import Rules, check_fields, require, shown
+from fastflower.suggestions import fields_by_name
 
 Schedule = Literal["constant", "step", "cosine", "one_cycle", "exponential_cosine", "three_phase"]
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
 
+@fields_by_name
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """Hyperparameters of a training run. Raises ArgumentError with the field's name and rule if a value is invalid."""
@@ -88,6 +90,9 @@ class Recipe:
     """Test-time augmentation: average the probabilities of each image and its horizontal flip."""
     seed: int = 0
     """Random seed for the classifier head, sample order, augmentation and dropout."""
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def __post_init__(self) -> None:
         if type(self.augment).__name__ == "Compose":
@@ -194,14 +199,6 @@ _RULES: Rules = {
     **{name: ("a number in [0, 1)", lambda share: 0 <= share < 1) for name in ("momentum", "label_smoothing")},
     "ema": ("a number in (0, 1)", lambda decay: 0 < decay < 1),
 }
-
-
-def checked(recipe: object) -> Recipe:
-    """Return a recipe, the default one for None. Raises ArgumentError for anything else."""
-    recipe = Recipe() if recipe is None else recipe
-    rule = "a Recipe, for example fastflower.recipes.presets.PRESETS['finetune']()"
-    require(isinstance(recipe, Recipe), "recipe", rule, recipe)
-    return cast("Recipe", recipe)
 
 
 def warm_up(step: int, warmup_steps: float) -> float:

@@ -12,7 +12,8 @@ from fastflower.loading.loader import Loader
 from fastflower.loading.picture import drawable, png
 from fastflower.models.inference import view_of
 from fastflower.packing.source import shards_of
-from fastflower.recipes.recipe import Recipe, checked
+from fastflower.recipes.presets import checked
+from fastflower.recipes.recipe import Recipe
 from fastflower.shards.remote import Remote
 
 
@@ -40,7 +41,8 @@ def preview(
     out = Path(out)
     images, draws = integer("images", images, 1, at_most=100), integer("draws", draws, 1, at_most=100)
     require(out.suffix == ".png", "out", "a .png file", str(out))
-    classes, columns = views(shards_of(shards), checked(recipe), images, draws)
+    recipe = checked(recipe)  # before any packing
+    classes, columns = views(shards_of(shards), recipe, images, draws)
     figure = Figure(figsize=(1.6 * len(columns) + 0.4, 1.6 * len(classes) + 0.3), layout="constrained")
     grid = figure.subplots(len(classes), len(columns), squeeze=False)
     for (title, column), cells in zip(columns.items(), grid.T, strict=True):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -15,6 +16,7 @@ from fastflower.machine import ranks_here
 from fastflower.models.checkpoint import LAST
 from fastflower.recipes.flags import flags, nearest
 from fastflower.recipes.recipe import Recipe
+from fastflower.reporting.record import read
 from fastflower.shards.remote import Remote
 
 _typed = ContextVar("typed", default=False)
@@ -91,6 +93,15 @@ class Call:
         device = None if self.device is None else str(self.device)
         values = {"fold": self.fold, "out": str(self.out), "save_steps": self.save_steps, "device": device}
         return {name: value for name, value in {**values, "resume": resume or None}.items() if value is not None}
+
+
+def to_resume(folder: Path) -> str:
+    """Return the command that resumes the run in a folder, with the shards that its run.json names; "" if it holds no run."""
+    content = read(folder)
+    if content is None and not (folder / LAST).exists():
+        return ""
+    data = cast("dict[str, object]", (content or {}).get("data") or {})
+    return shlex.join(["fastflower", "train", str(data.get("shards", "SHARDS")), "--out", str(folder), "--resume"])
 
 
 def unused(folder: Path) -> Path:

@@ -13,7 +13,8 @@ from fastflower.errors import number
 from fastflower.loading.loader import Loader
 from fastflower.loading.stats import Stats
 from fastflower.packing.source import shards_of
-from fastflower.recipes.recipe import Recipe, checked
+from fastflower.recipes.presets import checked
+from fastflower.recipes.recipe import Recipe
 from fastflower.shards.remote import Remote
 from fastflower.training.run import Run
 

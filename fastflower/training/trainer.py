@@ -11,11 +11,13 @@ from fastflower.errors import ArgumentError, boolean, integer
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.packing.source import PACKS, shards_of
 from fastflower.recipes.flags import changes, nearest
-from fastflower.recipes.recipe import Recipe, checked
+from fastflower.recipes.presets import checked
+from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.record import recorded
 from fastflower.reporting.report import Report
 from fastflower.shards.remote import Remote
-from fastflower.training.command import Call
+from fastflower.suggestions import keywords
+from fastflower.training.command import Call, to_resume
 from fastflower.training.failures import explaining
 from fastflower.training.resuming import as_begun, start_of
 from fastflower.training.run import Run
@@ -25,10 +27,11 @@ from fastflower.training.stopping import preemption
 _log = logging.getLogger("fastflower")
 
 
+@keywords
 @progress.shown()
 def train(
     shards: str | Path | Remote,
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | None = None,
     *,
     fold: int | None = None,
     out: str | Path | None = None,
@@ -45,7 +48,7 @@ def train(
         shards: A folder of images, an archive or a table of labels, as `pack` takes them; or the shards that `pack` wrote, or
             their URL. Images are packed once, with the defaults of `pack`, into packs/NAME-HASH beside the run's folder, and
             again only if their files change. To choose options, pack first.
-        recipe: What to train, and how. None uses the default recipe, or the run's own with `resume`.
+        recipe: What to train, and how, also by name, such as "scratch". None uses the default, or the run's own with `resume`.
         fold: With shards that have folds: the fold to validate on, from 0; the others are for training. None uses the run's
             own with `resume`.
         out: The run's folder. None uses the first unused folder of runs/BACKBONE, runs/BACKBONE-2, ...
@@ -67,6 +70,7 @@ def train(
         >>> sorted(path.name for path in report.folder.glob("*.pt"))
         ['checkpoint-best.pt', 'checkpoint-last.pt']
     """
+    _require_place(shards)
     given, recipe = recipe is not None, checked(recipe)
     resume = boolean("resume", resume)
     save_steps = None if save_steps is None else integer("save_steps", save_steps, 1)
@@ -110,6 +114,14 @@ def train(
             if distributed.rank() == 0:
                 _log.warning("%s", told)
             raise
+
+
+def _require_place(shards: object) -> None:
+    """Raise ArgumentError if what is passed in place of the shards is a recipe, or a run."""
+    if isinstance(shards, Recipe):
+        raise ArgumentError("shards come first: train(shards, recipe).")
+    if isinstance(shards, str | Path) and (command := to_resume(Path(shards))):
+        raise ArgumentError(f"{shards}: is a run; pass images, or shards. To continue this run:\n  {command}")
 
 
 def _facts(run: Run, call: Call, start: Checkpoint | None) -> tuple[dict[str, object], dict[str, object]]:

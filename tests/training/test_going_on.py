@@ -180,6 +180,24 @@ def test_resume_takes_recipe_and_fold_from_the_run(flowers: Path, tmp_path: Path
         assert main([*arguments, *typed_flags]) == 1
 
 
+def test_a_run_in_the_wrong_place_is_answered_with_its_command(
+    shards: Path, done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"  fastflower train {shards} --out '{done}' --resume"
+    text = said(capsys, "train", "--resume", done)
+    assert text == f"{done}: is a run; pass images, or shards. To continue this run:\n{command}\n"
+    for arguments, what in (
+        (["--out", done, "--resume"], "SHARDS is missing"),
+        ([done, shards, "--device", "cpu"], "unexpected"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["train", *map(str, arguments)])
+        text = capsys.readouterr().err
+        assert text.startswith(f"error: {what}")
+        assert text.endswith(f" {done} is a run. To continue it:\n{command}\n")
+    assert type_(command) == 0
+
+
 def test_a_run_without_a_checkpoint_begins_with_the_default_recipe(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

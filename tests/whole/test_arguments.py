@@ -14,7 +14,7 @@ from fastflower.shards.verification import verify
 from fastflower.training.diagnosis import diagnose
 
 SAVED = Checkpoint(recipe=Recipe(), classes=("a", "b"), model={"weight": torch.zeros(1)}, epoch=1)
-RECIPE = "a Recipe, for example fastflower.recipes.presets.PRESETS['finetune']()"
+RECIPE = "a Recipe, or the name of one, for example 'finetune'"
 DEVICE = "cpu, cuda or cuda:NUMBER"
 
 
@@ -22,7 +22,7 @@ DEVICE = "cpu, cuda or cuda:NUMBER"
     ("call", "name", "value", "rule"),
     [
         (train, "recipe", {"epochs": 3}, RECIPE),
-        (train, "recipe", "finetune", RECIPE),
+        (train, "recipe", "zzz", RECIPE),
         (train, "save_steps", 1.5, "an integer, at least 1"),
         (train, "save_steps", True, "an integer, at least 1"),
         (train, "resume", "no", "True or False"),

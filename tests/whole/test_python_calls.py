@@ -1,0 +1,105 @@
+"""Calls of other libraries, in Python: an unknown argument is refused with the one that is meant; short reprs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastflower import Augment, Checkpoint, Loader, Predictor, Recipe, evaluate, pack, predict, train
+from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
+from fastflower.errors import ArgumentError
+from fastflower.models.predictor import Prediction
+from fastflower.recipes.presets import PRESETS
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "answer"),
+    [
+        (Recipe, "learning_rate", "did you mean lr?"),
+        (Recipe, "scheduler", "did you mean schedule?"),
+        (Recipe, "epoch", "did you mean epochs?"),
+        (Recipe, "warmup_epoch", "did you mean warmup_epochs?"),
+        (Recipe, "rotation", "did you mean Recipe(augment=Augment(rotate=...))?"),
+        (Recipe, "flip", "did you mean Recipe(augment=Augment(flip=...))?"),
+        (Recipe, "output_dir", "did you mean train(out=...)?"),
+        (
+            Recipe,
+            "pretrained",
+            "weights are pretrained by default; weights=None starts from random ones, weights=FILE from a file.",
+        ),
+        (Augment, "rotation", "did you mean rotate?"),
+        (Augment, "horizontal_flip", "did you mean flip?"),
+        (Augment, "bananas", "it has size, resize, crop,"),
+        (Augment, "epochs", "did you mean Recipe(epochs=...)?"),
+        (Checkpoint, "class_names", "did you mean "),
+        (train, "epochs", "did you mean Recipe(epochs=...)?"),
+        (train, "output_dir", "did you mean out?"),
+        (pack, "test_size", "did you mean test_fraction?"),
+        (pack, "val_fractoin", "did you mean val_fraction?"),
+        (predict, "batch_size", "the batch size does not change the result and cannot be set."),
+        (evaluate, "batch_size", "the batch size does not change the result and cannot be set."),
+    ],
+)
+def test_an_unknown_argument_is_refused_with_the_one_that_is_meant(
+    call: Callable[..., Any], name: str, answer: str
+) -> None:
+    if call is Checkpoint:
+        name, answer = "class", "did you mean classes?"
+    with pytest.raises(ArgumentError) as error:
+        call(**{name: 1})
+    assert str(error.value).startswith(f"{name}: {call.__name__} has no such argument; {answer}")
+    assert isinstance(error.value, TypeError)  # which Python raises elsewhere
+
+
+def test_replace_is_answered_too() -> None:
+    with pytest.raises(ArgumentError, match=r"^learning_rate: Recipe has no such argument; did you mean lr\?$"):
+        replace(Recipe(), learning_rate=0.1)
+
+
+def test_fields_come_by_name_and_checkpoints_are_loaded() -> None:
+    with pytest.raises(ArgumentError, match=r"^Recipe takes its fields by name, got 'resnet50'\.$"):
+        Recipe("resnet50")  # pyright: ignore[reportCallIssue]  (wrong on purpose)
+    with pytest.raises(ArgumentError, match=r"; to load a file, call Checkpoint\.load\('runs/x'\)\.$"):
+        Checkpoint("runs/x")  # pyright: ignore[reportCallIssue]  (wrong on purpose)
+
+
+def test_a_batch_size_in_place_of_the_split_is_told() -> None:
+    with pytest.raises(ArgumentError, match=r"^split must be .* \(for batches of 8, pass batch_size=8\), got 8\.$"):
+        Loader("shards", 8)  # pyright: ignore[reportArgumentType]  (wrong on purpose)
+
+
+def test_swapped_arguments_of_train_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"^shards come first: train\(shards, recipe\)\.$"):
+        train(Recipe(), tmp_path)  # pyright: ignore[reportArgumentType]  (wrong on purpose)
+
+
+def test_train_takes_the_name_of_a_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"for example 'scratch', got 'scrath'\.$"):
+        train(tmp_path, "scrath")
+    from fastflower.recipes.presets import checked
+
+    assert checked("scratch") == PRESETS["scratch"]()
+
+
+VALUES = [Recipe(), Augment(), *(make() for make in PRESETS.values())]
+VALUES += [Augment(mean=(0.1, 0.2, 0.3), size=(32, 48), resize="off"), Recipe(augment=Augment(), weights=None)]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
+def test_the_repr_of_recipes_is_short_and_evaluates_to_them(value: Recipe | Augment) -> None:
+    assert eval(repr(value)) == value
+
+
+def test_reprs() -> None:
+    assert repr(Recipe(epochs=3)) == "Recipe(epochs=3)"
+    assert repr(Augment()) == "Augment()"
+    prediction = Prediction(Path("a.jpg"), "rose", 0.9312, {}, "a.jpg", 2)
+    assert repr(prediction) == "Prediction(path='a.jpg', class_name='rose', probability=0.9312, index=2)"
+    assert repr(Prediction(None, "rose", 1.0, {}, "image 0")).startswith("Prediction(name='image 0', class_name='rose'")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
+    augment = Augment(size=32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    predictor = Predictor(network, classes=("a", "b"), augment=augment, device="cpu")
+    assert repr(predictor) == "Predictor('Sequential', classes=2, size=32x32, device='cpu')"
