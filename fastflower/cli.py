@@ -310,15 +310,19 @@ def _predict(prog: str, args: Sequence[str]) -> None:
     form = {name: values.pop(name) for name in ("columns", "ids", "sample") if name in values}
     predictor = Predictor(**values)
     lines, skipped = list[str](), 0
-    for source, prediction in tabulated(predictor, images, on_bad, Table(out, predictor.classes, images, **form)):
+    for source, prediction in tabulated(predictor, on_bad, Table(out, predictor.classes, images, **form)):
         if prediction is None:
             skipped += 1
         else:
             lines.append(f"{source.name}: {prediction.class_name} ({prediction.probability:.1%})")
-    print(*lines, sep="\n", end="\n" if lines else "")
+    if out is not None:
+        print(f"wrote {out}")
+    elif lines:
+        print(*lines, sep="\n")
     if skipped and on_bad == "fail":
         what = f"{skipped} of {skipped + len(lines)} images are unusable and have no prediction"
-        raise SampleError(f"{what}; they are named above (to accept that, pass --on-bad skip).")
+        empty = f"; their cells in {out} are empty" if out is not None else ""
+        raise SampleError(f"{what}{empty}; they are named above (to accept that, pass --on-bad skip).")
 
 
 _COMMANDS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {

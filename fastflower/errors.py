@@ -158,6 +158,13 @@ class ShardError(FastflowerError):
 class SampleError(FastflowerError):
     """Raised if an image cannot be decoded or has changed since it was packed. Replace it, or skip damaged images."""
 
+    def __init__(self, message: str, *, reason: str = "", remedy: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
+        """What is wrong, without what to do. A `Predictor` also leaves out the image's name: it is fit for who sent the image."""
+        self.remedy = remedy
+        """What may be passed besides another image, or "": for example a larger limit."""
+
 
 class CheckpointError(FastflowerError):
     """Raised if a checkpoint or weights file cannot be read, used or written. Pass another file or a different `out`."""

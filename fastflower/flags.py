@@ -5,7 +5,7 @@ import inspect
 import re
 import sys
 import textwrap
-from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
+from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _METAVARS: dict[object, str] = {int: "INT", float: "FLOAT", Path: "PATH", bool: "{True,False}", ...: "..."}
+_TRUTHS = ("true", "false", "none", "yes", "no")
 _RULES = {"INT": "an integer", "FLOAT": "a number", "{True,False}": "True or False"}
 _SENTENCE = re.compile(r'\.\s+(?=[A-Z"])(?!None\b)')  # between two sentences; what None means belongs to the first
 
@@ -48,6 +49,7 @@ class Parser(ArgumentParser):
         self.required: dict[str, str] = {}  # what the positional arguments are, by name
         self.texts: dict[str, str] = {}  # of the flags
         self.metavars: dict[str, str] = {}  # of the flags, also of --no-resume and the like
+        self.optional: dict[str, str] = {}  # what flags such as --tta and --no-tta mean without a value
 
     @property
     def places(self) -> str:
@@ -72,14 +74,30 @@ class Parser(ArgumentParser):
         self.texts[flag], self.metavars[flag] = f"{flag} {metavar}: {text}", "" if kind is bool else metavar
         if isinstance(default, tuple):
             default = " ".join(map(str, cast("tuple[object, ...]", default)))
+        inverse = re.sub(r"^--(.*\.)?", r"--\1no-", flag)  # for example --no-resume or --augment.no-fixed
         shown = kind is not bool and default is not None and default != ""
         repeated = get_origin(kind) is list
         brief = _brief(text) + " May be repeated." * repeated + f" (default: {default})" * shown
         brief = brief.replace("%", "%%")  # argparse formats it with %
         if kind is bool:
-            inverse = re.sub(r"^--(.*\.)?", r"--\1no-", flag)  # for example --no-resume or --augment.no-fixed
             self.metavars[inverse] = ""
             add(flag, inverse, dest=name, action=_Switch, nargs=0, help=brief)
+        elif kind == bool | None:  # as a switch, or with True, False or None
+            self.metavars[inverse] = ""
+            self.optional |= {flag: "True", inverse: "False"}
+            self.texts[flag] = f"{flag}, {inverse}: {text}"
+            convert = partial(_value, flag, kind, metavar)
+            add(
+                flag,
+                inverse,
+                dest=name,
+                action=_OptionalSwitch,
+                nargs="?",
+                const="",
+                type=convert,
+                metavar="",
+                help=brief,
+            )
         else:  # without a value, which argparse allows, _value gets an empty text
             (kind,) = get_args(kind) if repeated else (kind,)
             action, convert = "append" if repeated else "store", partial(_value, flag, kind, metavar)
@@ -158,11 +176,14 @@ class Parser(ArgumentParser):
             if more and (word in choices or isinstance(_plain(word), int | float)):
                 words[-1] += f"{' ' if '=' in words[-1] else '='}{word}"
                 more -= 1
+            elif words and words[-1] in self.optional and word.lower() in _TRUTHS:
+                words[-1] += f"={word}"
             else:
                 words.append(f"{name}{equals}{value}" if name in self.metavars else word)
                 metavar = "" if equals else self.metavars.get(name, "")
                 counts = [len(re.findall("INT|FLOAT", form)) for form in metavar.split(" or ")]
                 more, choices = inf if "..." in metavar else max(counts), _choices(metavar)
+        words = [f"{word}={self.optional[word]}" if word in self.optional else word for word in words]
         return [*words, *args[end:]]
 
     def error(self, message: str) -> NoReturn:
@@ -178,10 +199,21 @@ class _Formatter(HelpFormatter):
     def _format_args(self, action: Action, default_metavar: str) -> str:
         return str(action.metavar or default_metavar)  # without [] around it
 
+    def _format_action_invocation(self, action: Action) -> str:
+        switch = isinstance(action, _OptionalSwitch)
+        return ", ".join(action.option_strings) if switch else super()._format_action_invocation(action)
+
 
 class _Switch(Action):
     def __call__(self, _: object, namespace: Namespace, __: object, spelling: str | None = None) -> None:
         setattr(namespace, self.dest, spelling == self.option_strings[0])
+
+
+class _OptionalSwitch(Action):
+    def __call__(self, _: object, namespace: Namespace, value: object, spelling: str | None = None) -> None:
+        if spelling != self.option_strings[0] and value is not False:
+            raise ArgumentError(self, f"takes no value, got {str(value)!r}")
+        setattr(namespace, self.dest, value)
 
 
 class _Help(Action):

@@ -149,6 +149,7 @@ _MEANINGS: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "local-rank world-size dist-url dist-backend multiprocessing-distributed distributed nodes num-nodes strategy rank",
     ),
     (("evaluate",), "--tta", "test-time-augmentation augment ttas"),
+    (("predict",), "--tta", "test-time-augmentation ttas"),
     (("evaluate",), "--split", "subset mode set val train test dataset-split task"),
     (("evaluate", "predict"), "the batch size does not change the result and cannot be set", "b bs batch batch-size"),
     (

@@ -151,5 +151,5 @@ def _file(path: str) -> Path:
 
 def _unusable(path: str, error: OSError | SampleError) -> SampleError:
     blame_the_system(error, path)
-    reason = (isinstance(error, OSError) and error.strerror) or error
-    return SampleError(f"{path}: {reason}; pass image files or folders, or on_bad='skip'.")
+    what = f"{path}: {error.reason if isinstance(error, SampleError) else error.strerror or error}"
+    return SampleError(f"{what}; pass image files or folders, or on_bad='skip'.", reason=what)

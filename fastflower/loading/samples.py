@@ -92,10 +92,10 @@ class SampleSource:
         """Replace the damaged sample in `row` with the next one in the index, or raise `error`."""
         damaged, count = int(request.indices[row]), len(self.sizes)
         if self._replaces and damaged not in self.replaced:
-            self.replaced[damaged] = str(error)
-            _log.warning("replaced a damaged sample with the next one: %s", error)
+            self.replaced[damaged] = error.reason
+            _log.warning("replaced a damaged sample with the next one: %s", error.reason)
         if not self._replaces or len(self.replaced) == count:
             # Raise a new exception, because references to the original one would keep its frames alive.
-            raise SampleError(str(error)) from error
+            raise SampleError(str(error), reason=error.reason) from error
         index = (damaged + 1) % count
         request.put(row, index, self.sizes[index])

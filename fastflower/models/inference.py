@@ -1,7 +1,8 @@
 """Inference: the validation view, log-probabilities, batch norm recalibration and scores over batches."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import log, nan
+from typing import cast
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fastflower import distributed
 from fastflower.draws.augment import Augment
-from fastflower.errors import CheckpointError
+from fastflower.errors import ArgumentError, CheckpointError
 from fastflower.loading.batch import Batch
 from fastflower.models.metrics import Scores, score
 from fastflower.models.stages import train_mode
@@ -36,9 +37,27 @@ def log_probabilities(network: nn.Module, images: Tensor, *, tta: bool) -> Tenso
     precision = images.dtype
     views = [images, images.flip(3)] if tta else [images]
     with torch.inference_mode(), torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-        logarithms = [torch.log_softmax(network(view).float(), dim=1) for view in views]
+        logarithms = [torch.log_softmax(_logits(network(view)), dim=1) for view in views]
         logarithms = [rows.where(rows.isfinite().all(dim=1, keepdim=True), nan) for rows in logarithms]
     return torch.logsumexp(torch.stack(logarithms), dim=0) - log(len(views))
+
+
+def _logits(outputs: object) -> Tensor:
+    """Return what a network returned, in float32. Raises ArgumentError unless it is a tensor (N, K)."""
+    if isinstance(outputs, Tensor) and outputs.ndim == 2:
+        return outputs.float()
+    if isinstance(outputs, Tensor):
+        what, part = f"a tensor of shape {tuple(outputs.shape)}", ".flatten(1)" if outputs.ndim > 2 else "[:, None]"
+    else:
+        keys = list(cast("Mapping[object, object]", outputs)) if isinstance(outputs, Mapping) else []
+        outputs = cast("object", outputs)
+        what = f"a {type(outputs).__name__}" + (f" with {', '.join(map(repr, keys))}" if keys else "")
+        part = f"[{('logits' if 'logits' in keys else keys[0])!r}]" if keys else "[0]"
+        part = ".logits" if not keys and hasattr(outputs, "logits") else part
+    raise ArgumentError(
+        f"checkpoint must be a network that returns logits (N, classes), got {what}; wrap it in an nn.Module with "
+        f"def forward(self, images): return self.network(images){part}."
+    )
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Batch], freeze: int) -> None:

@@ -1,6 +1,6 @@
 """Prediction: classes of images from a trained network, in memory and as a table."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from operator import length_hint
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.predictor import URL_BYTES, URL_SECONDS, OnBad, Prediction, Predictor
 from fastflower.models.sources import Images, Source, sources
 from fastflower.models.submission import Ids, Table
+from fastflower.recipes.recipe import Precision
+from fastflower.shards.image import MAX_PIXELS
 from fastflower.suggestions import keywords
 
 
@@ -29,9 +31,12 @@ def predict(
     sample: str | Path | None = None,
     classes: Sequence[str] | None = None,
     augment: Augment | None = None,
+    tta: bool | None = None,
+    precision: Precision | None = None,
     device: str | torch.device | None = None,
     url_seconds: float = URL_SECONDS,
     url_bytes: int = URL_BYTES,
+    max_pixels: int = MAX_PIXELS,
 ) -> list[Prediction]:
     """Classify images.
 
@@ -51,12 +56,16 @@ def predict(
             their probabilities.
         ids: With columns: "name" writes the file name as id, "stem" the name without its extension. None writes the name.
         sample: A competition's sample_submission.csv: the CSV file has its header, its ids and their order, instead. Each id is
-            the name of an image, with or without extension or folders.
+            the name of an image, with or without extension or folders. Images that it does not list are not predicted.
         classes: With a network of your own in place of a checkpoint, see `Predictor`.
         augment: With a network of your own in place of a checkpoint, see `Predictor`.
+        tta: Test-time augmentation: average the probabilities of each image and its horizontal flip. None uses the recipe's tta.
+        precision: What the network computes in; "auto" is the fastest that the device computes natively. None uses the recipe's.
+            Below float32, logits are rounded, so probabilities of different images may be equal.
         device: None uses CUDA if available, otherwise the CPU.
         url_seconds: Time limit for the download of a URL.
         url_bytes: Size limit for the download of a URL.
+        max_pixels: Largest number of pixels of an image, which is refused before it is decoded if it has more.
 
     Returns one prediction per image, in order, without skipped ones. Raises CheckpointError if the checkpoint cannot be used,
     ArgumentError if an argument is invalid, and SampleError if an image is unusable.
@@ -73,17 +82,23 @@ def predict(
     """
     found = sources(images)
     predictor = Predictor(
-        checkpoint, classes=classes, augment=augment, device=device, url_seconds=url_seconds, url_bytes=url_bytes
+        checkpoint,
+        classes=classes,
+        augment=augment,
+        tta=tta,
+        precision=precision,
+        device=device,
+        url_seconds=url_seconds,
+        url_bytes=url_bytes,
+        max_pixels=max_pixels,
     )
     table = Table(out, predictor.classes, found, columns=columns, ids=ids, sample=sample)
-    return [one for _, one in tabulated(predictor, found, on_bad, table) if one is not None]
+    return [one for _, one in tabulated(predictor, on_bad, table) if one is not None]
 
 
-def tabulated(
-    predictor: Predictor, images: list[Source] | Iterator[Source], on_bad: OnBad, table: Table
-) -> Generator[tuple[Source, Prediction | None]]:
-    """Yield what `Predictor.outcomes` does, with a progress bar, and write the table at the end."""
-    remaining = iter(images)
+def tabulated(predictor: Predictor, on_bad: OnBad, table: Table) -> Generator[tuple[Source, Prediction | None]]:
+    """Yield what `Predictor.outcomes` does of the table's images, with a progress bar, and write the table at the end."""
+    remaining = iter(table.images)
     with progress.bar(desc="predict", unit="image", total=length_hint(remaining) or None) as bar:
         for source, prediction in predictor.outcomes(remaining, on_bad):
             table.add(source, prediction)

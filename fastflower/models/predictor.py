@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from math import isnan
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fastflower.devices import precision_of, resolve_device
 from fastflower.draws.augment import Augment
-from fastflower.errors import ArgumentError, SampleError, integer, number, require
+from fastflower.errors import ArgumentError, SampleError, boolean, integer, number, require
+from fastflower.loading.arguments import one_of
 from fastflower.loading.backends.native import NativeRenderer, available
 from fastflower.loading.backends.opencv import OpencvRenderer
 from fastflower.loading.batch import Stored, as_numpy
@@ -27,6 +28,8 @@ from fastflower.models.backbone import on_device
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.inference import log_probabilities, non_finite_outputs, validation_view
 from fastflower.models.sources import Images, Source, read, sources
+from fastflower.recipes.recipe import Precision
+from fastflower.shards.image import MAX_PIXELS
 
 _log = logging.getLogger("fastflower")
 
@@ -66,9 +69,16 @@ class Predictor:
         classes: Names of the classes, in the order of the logits. Only with a network of your own, which needs them.
         augment: How the images are resized, cropped and normalized: as validation does with this Augment. Only with a network
             of your own, which needs it.
+        tta: Test-time augmentation: average the probabilities of each image and its horizontal flip. None uses the recipe's
+            tta, and no flip with a network of your own.
+        precision: "float32", "bfloat16", "float16", or "auto" for the fastest that the device computes natively. None uses the
+            recipe's, as `evaluate` does, and that of the weights with a network of your own. Below float32, logits are rounded,
+            so probabilities of different images may be equal.
         device: None uses CUDA if available, otherwise the CPU.
         url_seconds: Time limit for the download of a URL.
         url_bytes: Size limit for the download of a URL.
+        max_pixels: Largest number of pixels of an image, at most the default, which is that of `pack`. A larger image is refused
+            before it is decoded. Decoding takes up to 13 bytes of memory per pixel.
 
     Raises CheckpointError if the checkpoint cannot be used, and ArgumentError if an argument is invalid.
 
@@ -87,14 +97,23 @@ class Predictor:
         *,
         classes: Sequence[str] | None = None,
         augment: Augment | None = None,
+        tta: bool | None = None,
+        precision: Precision | None = None,
         device: str | torch.device | None = None,
         url_seconds: float = URL_SECONDS,
         url_bytes: int = URL_BYTES,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        flip = None if tta is None else boolean("tta", tta, rule="True, False or None")
+        if precision is not None:
+            one_of("precision", precision, get_args(Precision))
         self._url_seconds = number("url_seconds", url_seconds, "a number of seconds above 0", lambda value: value > 0)
         self._url_bytes = integer("url_bytes", url_bytes, 1, unit=" byte")
+        self._max_pixels = integer("max_pixels", max_pixels, 1, at_most=MAX_PIXELS)
         if isinstance(checkpoint, nn.Module):
-            self._name, self._tta, precision = "network", False, _precision_of(checkpoint)
+            self._name, own_tta, own = "network", False, _precision_of(checkpoint)
+            rule = f"None or {own!r} with a network whose weights are {own}"
+            require(precision in (None, own) or own == "float32", "precision", rule, precision)
             self.classes, view = _named(classes, augment)
             network = deepcopy(checkpoint).eval()
             self._backbone = type(checkpoint).__name__
@@ -106,9 +125,9 @@ class Predictor:
                 checkpoint = Checkpoint.load(checkpoint)
             recipe, network = checkpoint.recipe, checkpoint.network()
             self._backbone = recipe.backbone
-            self.classes, view, self._tta, precision = checkpoint.classes, recipe.augment, recipe.tta, recipe.precision
-        self.device = resolve_device(device)
-        self._precision = precision_of(precision, self.device)
+            self.classes, view, own_tta, own = checkpoint.classes, recipe.augment, recipe.tta, recipe.precision
+        self.device, self._tta = resolve_device(device), own_tta if flip is None else flip
+        self._precision = precision_of(precision or own, self.device)
         self._view = validation_view(view)
         self._workers = cores()  # takes a millisecond to read
         self._network = on_device(network, self.device)
@@ -141,13 +160,13 @@ class Predictor:
         pool = ThreadPoolExecutor(
             self._workers, thread_name_prefix="fastflower"
         )  # starts no thread before its first task
-        started = deque[tuple[list[Source], Tensor, Iterable[str | None]]]()
+        started = deque[tuple[list[Source], Tensor, Iterable[SampleError | None]]]()
         try:
             while batch := list(islice(images, _BATCH_SIZE)):
                 view = torch.empty((len(batch), *self._view.output_size, 3), dtype=self._precision)
                 alone = len(batch) == 1  # handing one image to a thread takes longer than it saves
-                reasons = (map if alone else pool.map)(self._load, batch, as_numpy(view))
-                started.append((batch, view, reasons))
+                errors = (map if alone else pool.map)(self._load, batch, as_numpy(view))
+                started.append((batch, view, errors))
                 if len(started) == 2:
                     yield from self._predicted(*started.popleft(), skip=on_bad == "skip")
             while started:
@@ -155,30 +174,33 @@ class Predictor:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _load(self, source: Source, out: Stored) -> str | None:
-        """Render the validation view of an image into `out`, (H, W, 3). Return the reason if the image is unusable."""
+    def _load(self, source: Source, out: Stored) -> SampleError | None:
+        """Render the validation view of an image into `out`, (H, W, 3). Return the error if the image is unusable."""
         try:
-            image = read(source, url_seconds=self._url_seconds, url_bytes=self._url_bytes)
+            image = read(source, url_seconds=self._url_seconds, url_bytes=self._url_bytes, max_pixels=self._max_pixels)
         except SampleError as error:
-            return str(error)
+            return SampleError(error.reason, remedy=error.remedy)  # the original would keep its frames alive
         size = np.array([image.pixels.shape[:2]])
         (job,) = self._render.jobs(Request.drawn(self._view, np.zeros(1, np.int64), size, seed=0, epoch=0, step=0))
         self._render(image.at(job.decode_scale), job, out)
         return None
 
     def _predicted(
-        self, batch: Sequence[Source], view: Tensor, reasons: Iterable[str | None], *, skip: bool
+        self, batch: Sequence[Source], view: Tensor, errors: Iterable[SampleError | None], *, skip: bool
     ) -> Generator[tuple[Source, Prediction | None]]:
-        """Yield the outcomes of a batch. view  (N, H, W, 3), rendered where the reason is None."""
+        """Yield the outcomes of a batch. view  (N, H, W, 3), rendered where the error is None."""
         good = list[int]()
-        for row, (source, reason) in enumerate(zip(batch, reasons, strict=True)):
-            if reason is None:
+        for row, (source, error) in enumerate(zip(batch, errors, strict=True)):
+            if error is None:
                 good.append(row)
             elif skip or source.found:
-                _log.warning("skipped %s: %s", source.name, reason)
+                more = f"; pass {error.remedy}" if error.remedy else ""
+                _log.warning("skipped %s: %s%s", source.name, error.reason, more)
             else:
                 instead = "image files or folders" if source.path else "another image"
-                raise SampleError(f"{source.name}: {reason}; pass {instead}, or on_bad='skip' (--on-bad skip).")
+                instead = f"{error.remedy}, {instead}" if error.remedy else instead
+                what = f"{source.name}: {error.reason}; pass {instead}, or on_bad='skip' (--on-bad skip)."
+                raise SampleError(what, reason=error.reason)
         predictions = dict[int, Prediction]()
         if good:
             images = (view if len(good) == len(batch) else view[good]).permute(0, 3, 1, 2).to(self.device)

@@ -8,7 +8,7 @@ from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from time import monotonic
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
@@ -40,6 +40,15 @@ class Readable(Protocol):
 
     def read(self) -> bytes:
         """Return the rest of the file."""
+        ...
+
+
+@runtime_checkable
+class SupportsTell(Protocol):
+    """A file object that knows its position."""
+
+    def tell(self) -> int:
+        """Return the position in bytes."""
         ...
 
 
@@ -151,7 +160,7 @@ def _checked_array(array: NDArray[np.generic], name: str) -> NDArray[np.uint8]:
     if array.dtype == np.uint8 and array.ndim == 3 and shape[2] == 3 and array.size:
         return np.ascontiguousarray(cast("NDArray[np.uint8]", array))
     if array.dtype != np.uint8:
-        how = "convert it: for floats in 0 .. 1, (255 * array).round().astype('uint8')"
+        how = f"convert it: {_as_uint8(array)}"
     elif array.ndim == 2:
         how = "repeat the gray levels: np.stack([array] * 3, axis=2)"
     elif array.ndim == 3 and shape[2] in (1, 4):
@@ -167,11 +176,24 @@ def _checked_array(array: NDArray[np.generic], name: str) -> NDArray[np.uint8]:
     raise ArgumentError(f"{name} must be an (H, W, 3) uint8 array of RGB, got {shape} {array.dtype}; {how}.")
 
 
+def _as_uint8(array: NDArray[np.generic]) -> str:
+    """Return how an array of another dtype becomes uint8, judged by its values."""
+    kind, most = array.dtype.kind, array.max() if array.size and array.dtype.kind in "fiu" else 0
+    if kind == "b":
+        return "255 * array.astype('uint8')"
+    if kind in "iu":
+        plain = "for integers in 0 .. 255, array.astype('uint8')"
+        return "for 16-bit levels, (array / 257).round().astype('uint8')" if most > 255 else plain
+    if most > 1:
+        return "for floats in 0 .. 255, array.round().astype('uint8')"
+    return "for floats in 0 .. 1, (255 * array).round().astype('uint8')"
+
+
 def _described(image: object) -> str:
     return repr(image) if image is None or isinstance(image, (bool, int, float)) else f"a {type(image).__qualname__}"
 
 
-def read(source: Source, *, url_seconds: float, url_bytes: int) -> Upright:
+def read(source: Source, *, url_seconds: float, url_bytes: int, max_pixels: int) -> Upright:
     """Read and decode an image, rotated upright by its EXIF orientation. Raises SampleError with the reason if it is unusable.
 
     Prepares files as `pack` does: those other than JPEG are transcoded. PIL images and arrays are used as they are.
@@ -179,10 +201,10 @@ def read(source: Source, *, url_seconds: float, url_bytes: int) -> Upright:
     image = source.image
     try:
         if isinstance(image, np.ndarray):
-            check_pixels(image.shape[1], image.shape[0])
+            check_pixels(image.shape[1], image.shape[0], max_pixels)
             return Upright(image)
         if isinstance(image, Image.Image):
-            return Upright(_pixels_of(image))
+            return Upright(_pixels_of(image, max_pixels))
         if isinstance(image, Path):
             data = image.read_bytes()
         elif isinstance(image, str):
@@ -193,12 +215,13 @@ def read(source: Source, *, url_seconds: float, url_bytes: int) -> Upright:
         blame_the_system(error, source.name)
         raise SampleError(error.strerror or str(error)) from None
     warn = partial(_log.warning, "%s: %s", source.name)
-    jpeg, pixels = prepared_pixels(data, warn=warn, name=source.file.name if source.file else "")
+    name = source.file.name if source.file else ""
+    jpeg, pixels = prepared_pixels(data, warn=warn, name=name, max_pixels=max_pixels)
     return Upright(pixels, jpeg)
 
 
-def _pixels_of(image: Image.Image) -> Pixels:
-    check_pixels(*image.size)
+def _pixels_of(image: Image.Image, max_pixels: int) -> Pixels:
+    check_pixels(*image.size, max_pixels)
     try:
         pixels = np.asarray(upright_rgb(image), np.uint8)
     except (OSError, ValueError, SyntaxError) as error:  # a file that is damaged or closed; a mode like La
@@ -216,6 +239,8 @@ def _content(file: Readable) -> bytes:
             cast("Coroutine[object, object, object]", data).close()  # otherwise Python warns that it was never awaited
         how = "open it with mode 'rb'; of an upload to FastAPI, pass its .file"
         raise ArgumentError(f"images: read() of a file object must return bytes, got {kind}; {how}.")
+    if not data and isinstance(file, SupportsTell) and file.tell():
+        raise SampleError("is a file object at its end, because it was read before", remedy="it after file.seek(0)")
     return data
 
 
@@ -230,11 +255,11 @@ def _downloaded(url: str, seconds: float, most: int) -> bytes:
             while piece := response.read1(_PIECE):
                 data += piece
                 if len(data) > most:
-                    raise SampleError(f"has more than {most} bytes; pass a larger url_bytes (--url-bytes)")
+                    raise SampleError(f"has more than {most} bytes", remedy="a larger url_bytes (--url-bytes)")
                 if monotonic() > deadline:
                     raise TimeoutError
             if response.length:
-                raise SampleError(f"ended {response.length} bytes too early; try again")
+                raise SampleError(f"ended {response.length} bytes too early", remedy="it again")
     except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, HTTPError):
             error.close()
@@ -242,7 +267,7 @@ def _downloaded(url: str, seconds: float, most: int) -> bytes:
         reason = cause if isinstance(cause, OSError) else error
         blame_the_system(reason, url)
         if isinstance(reason, TimeoutError):
-            what = f"did not arrive within {seconds:g} seconds; pass a larger url_seconds (--url-seconds)"
-            raise SampleError(what) from None
+            remedy = "a larger url_seconds (--url-seconds)"
+            raise SampleError(f"did not arrive within {seconds:g} seconds", remedy=remedy) from None
         raise SampleError(f"could not be downloaded ({reason})") from None
     return bytes(data)

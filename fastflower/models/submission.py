@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -24,9 +25,12 @@ _MOST_NAMES = 3  # per message
 class Table:
     """Collects predictions, and writes them as a CSV file. Without `out`, writes nothing.
 
-    images  The images to predict: a list, unless neither columns nor sample is given. The other arguments are those of
-    `predict`. Raises ArgumentError if one is invalid, `out` cannot be written, or an image of the sample is missing.
+    images  A list, unless neither columns nor sample is given. The other arguments are those of `predict`. Raises ArgumentError
+    if one is invalid, `out` cannot be written, or an image of the sample is missing.
     """
+
+    images: list[Source] | Iterator[Source]
+    """The images to predict: all, or those of the sample."""
 
     def __init__(
         self,
@@ -42,10 +46,12 @@ class Table:
         if self._out and (self._out.is_dir() or not os.access(self._out.parent, os.W_OK)):  # fail before predicting
             raise ArgumentError(f"out: {out} cannot be written; choose a file in an existing folder.")
         for name, value in (("columns", columns), ("sample", sample)):
-            require(value is None or out is not None, name, "used with out (--out), the file to write", value)
+            shown = str(value) if isinstance(value, Path) else value
+            require(value is None or out is not None, name, "used with out (--out), the file to write", shown)
         require(columns is None or sample is None, "columns", "None with sample, which has the header", columns)
         require(ids in ("name", "stem", None), "ids", "'name' or 'stem'", ids)
         require(ids is None or columns is not None, "ids", "used with columns (--columns)", ids)
+        self.images = images
         self._header, self._shown = ["path", "class", "probability", *classes], classes
         self._ids: dict[int, str] | None = None  # by index of the image, in the order of the table
         self._rows: dict[int, list[object]] = {}  # by index of the image
@@ -58,12 +64,13 @@ class Table:
             require(not twice, "columns", "used with images of different names (or use sample)", twice[:_MOST_NAMES])
         elif sample is not None:
             self._ids = self._follow(Path(sample), images)
+            self.images = [one for one in images if one.index in self._ids]
 
     def add(self, source: Source, prediction: Prediction | None) -> None:
         """Add an image. Without a prediction, the cells after its path or id are empty."""
-        first = source.name if self._ids is None else self._ids.get(source.index)
-        if self._out is None or first is None:  # the image is not in the sample
+        if self._out is None:
             return
+        first = source.name if self._ids is None else self._ids[source.index]
         cells: list[object] = [""] * (len(self._header) - 1)
         if prediction is not None:
             whole = [prediction.class_name, prediction.probability] if self._ids is None else [prediction.class_name]
@@ -85,7 +92,7 @@ class Table:
         wrong = [name for name in header[1:] if name not in self._classes]
         if wrong and len(header) > 2:
             raise ArgumentError(
-                f"{where}: {_some(wrong)} is not a class of the network; name the id and the label, or the id and classes "
+                f"{where}: {_are_no_classes(wrong, self._classes)}; name the id and the label, or the id and classes "
                 f"({_some(self._classes)})."
             )
         self._header, self._shown = list(header), () if wrong else header[1:]
@@ -100,16 +107,14 @@ class Table:
         except (FolderError, ValueError, csv.Error) as error:
             raise ArgumentError(f"sample: {sample} has no header and rows ({error}); pass a CSV file.") from None
         header = [name.strip() for name in header]
-        if not rows or len(header) < 2 or any(len(row) != len(header) for row in rows):
+        if not rows or len(header) < 2:
             raise ArgumentError(f"sample: {sample} must have a header, rows, and two or more columns in each.")
+        for number, row in enumerate(rows, 2):
+            if len(row) != len(header):
+                cells = f"row {number} has {len(row)} cell{'s' * (len(row) > 1)}, the header has {len(header)}"
+                raise ArgumentError(f"sample: {sample}: {cells}; download the file again, or correct the row.")
         self._set_header(str(sample), header)
-        labels = {row[1].strip() for row in rows} - {""}
-        if not self._shown and labels and labels.isdisjoint(self._classes):
-            raise ArgumentError(
-                f"{sample}: column {header[1]!r} holds {_some(sorted(labels))}, which is no class of the network "
-                f"({_some(self._classes)}); pass a network that was trained on these classes, or write class names with "
-                f"columns ({header[0]!r}, {header[1]!r}) (--columns {','.join(header)})."
-            )
+        self._compare_classes(sample, header, {row[1].strip() for row in rows} - {""})
         found, depths = defaultdict[str, list[Source]](list), {row[0].count("/") + 1 for row in rows}
         for one, file in _files(images):
             for depth in depths:
@@ -133,8 +138,23 @@ class Table:
             twice = Counter(found[name][0].name for name in ids).most_common(1)[0][0]
             raise ArgumentError(f"{sample}: has two rows for {twice}; remove one.")
         if others := len(images) - len(chosen) if isinstance(images, list) else 0:
-            _log.warning("%s: does not list %d of the images, which get no row", sample, others)
+            _log.warning("%s: does not list %d of the images, which are not predicted", sample, others)
         return chosen
+
+    def _compare_classes(self, sample: Path, header: list[str], labels: set[str]) -> None:
+        """Compare the sample's classes with those of the network. Raises ArgumentError if all of its labels are others."""
+        if self._shown:
+            if absent := [name for name in self._classes if name not in self._shown]:
+                _log.warning("%s: has no column for %s, whose probabilities are left out", sample, _some(absent))
+        elif wrong := sorted(labels.difference(self._classes)):
+            what = f"{sample}: column {header[1]!r}: {_are_no_classes(wrong, self._classes)}"
+            if len(wrong) < len(labels):
+                _log.warning("%s, which never predicts %s", what, "it" if len(wrong) == 1 else "them")
+                return
+            raise ArgumentError(
+                f"{what} ({_some(self._classes)}); pass a network that was trained on these classes, or write class names "
+                f"with columns ({header[0]!r}, {header[1]!r}) (--columns {','.join(header)})."
+            )
 
 
 def _files(images: list[Source] | Iterator[Source]) -> Iterator[tuple[Source, Path]]:
@@ -145,6 +165,15 @@ def _files(images: list[Source] | Iterator[Source]) -> Iterator[tuple[Source, Pa
         if one.file is None:
             raise ArgumentError(f"{one.name}: has no file name for its id; pass paths with columns or sample.")
         yield one, one.file
+
+
+def _are_no_classes(names: Sequence[str], classes: Sequence[str]) -> str:
+    """Say of names that they are no classes of the network, and which are meant if their spelling is near."""
+    plain = {name.casefold(): name for name in classes}
+    near = [plain[close] for name in names[:_MOST_NAMES] for close in get_close_matches(name.casefold(), plain, 1)]
+    meant = f" (did you mean {_some(list(dict.fromkeys(near)))}?)" if near else ""
+    verb = "is not a class" if len(names) == 1 else "are not classes"
+    return f"{_some(names)} {verb} of the network{meant}"
 
 
 def _some(names: Sequence[str]) -> str:

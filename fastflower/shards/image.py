@@ -91,6 +91,7 @@ def prepare(
     quality: int | None,
     warn: Callable[[str], object] = lambda _: None,
     name: str = "",
+    max_pixels: int | None = None,
 ) -> Prepared:
     """Fully decode an image file to check that it is intact, and return the JPEG file to pack.
 
@@ -98,29 +99,32 @@ def prepare(
     max_side  Maximum length of the longer side in pixels.  quality  JPEG quality, 1 .. 95; if given, transcodes every image.
     warn  Called with a message if an image is packed despite damage that decoders only warn about, or despite low contrast.
     name  The file's name. If the file is no image, the reason says what it is and how it is named.
-    Raises SampleError with the reason if the image cannot be decoded or has more than MAX_PIXELS pixels.
+    max_pixels  Refuse images with more pixels, before they are decoded. None means MAX_PIXELS.
+    Raises SampleError with the reason if the image cannot be decoded or has too many pixels.
     """
     size = _kept_jpeg_size(data) if quality is None else None
     if size is None or (max_side is not None and max(size) > max_side):
-        jpeg, gray = _transcode(data, max_side, quality, name)
+        jpeg, gray = _transcode(data, max_side, quality, name, max_pixels)
         if data[:2] == b"\xff\xd8":  # Pillow hides libjpeg's warnings
             _forward_warnings(data, warn)
     else:
-        check_pixels(*size)
+        check_pixels(*size, max_pixels)
         jpeg, gray = data, _pixels_if_intact(data, cv2.IMREAD_GRAYSCALE, warn)
     _check_contrast(gray, warn)
     return Prepared(jpeg, (gray.shape[0], gray.shape[1]), perceptual_hash(gray))
 
 
-def prepared_pixels(data: bytes, *, warn: Callable[[str], object], name: str) -> tuple[bytes, NDArray[np.uint8]]:
+def prepared_pixels(
+    data: bytes, *, warn: Callable[[str], object], name: str, max_pixels: int | None = None
+) -> tuple[bytes, NDArray[np.uint8]]:
     """Return the JPEG file that `prepare` returns without max_side and quality, and its pixels, (H, W, 3) RGB uint8.
 
     A JPEG file is decoded only once. The arguments and errors are those of `prepare`.
     """
     if (size := _kept_jpeg_size(data)) is None:
-        jpeg = prepare(data, max_side=None, quality=None, warn=warn, name=name).encoded
+        jpeg = prepare(data, max_side=None, quality=None, warn=warn, name=name, max_pixels=max_pixels).encoded
         return jpeg, decode(jpeg)
-    check_pixels(*size)
+    check_pixels(*size, max_pixels)
     pixels = _pixels_if_intact(data, cv2.IMREAD_COLOR_RGB, warn)
     some = np.ascontiguousarray(pixels[::8, ::8])  # which almost always have enough contrast, in a tenth of the time
     if np.ptp(cv2.cvtColor(some, cv2.COLOR_RGB2GRAY)) < _MIN_CONTRAST:
@@ -177,11 +181,13 @@ def _follows_pixels(file: IO[bytes]) -> bool:
     return False
 
 
-def _transcode(data: bytes, max_side: int | None, quality: int | None, name: str) -> tuple[bytes, NDArray[np.uint8]]:
+def _transcode(
+    data: bytes, max_side: int | None, quality: int | None, name: str, max_pixels: int | None
+) -> tuple[bytes, NDArray[np.uint8]]:
     """Transcode an image file to JPEG. Return the JPEG bytes and the image in grayscale, (H, W) uint8."""
     try:
-        with Image.open(io.BytesIO(data), formats=_formats(data)) as image:
-            check_pixels(*image.size)
+        with _opened(data, max_pixels) as image:
+            check_pixels(*image.size, max_pixels)
             upright = upright_rgb(image)
     except (SampleError, MemoryError):  # running out of memory says nothing about the image
         raise
@@ -191,10 +197,18 @@ def _transcode(data: bytes, max_side: int | None, quality: int | None, name: str
         upright.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     if max(upright.size) > _MAX_SIDE:
         width, height = upright.size
-        raise SampleError(f"has {width} x {height} pixels, but JPEG allows at most {_MAX_SIDE} per side; set max_side")
+        reason = f"has {width} x {height} pixels, but JPEG allows at most {_MAX_SIDE} per side"
+        raise SampleError(f"{reason}; set max_side", reason=reason)
     target = io.BytesIO()
     upright.save(target, "JPEG", quality=quality or _QUALITY, subsampling=0 if quality is None else "4:2:0")
     return target.getvalue(), np.asarray(upright.convert("L"))
+
+
+def _opened(data: bytes, max_pixels: int | None) -> Image.Image:
+    """Open an image file. The size of a PNG file is checked before Pillow warns about it on stderr."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
+        check_pixels(*struct.unpack_from(">II", data, 16), max_pixels)
+    return Image.open(io.BytesIO(data), formats=_formats(data))
 
 
 def _formats(data: bytes) -> tuple[str, ...]:
@@ -302,10 +316,12 @@ def _scans_are_complete(data: bytes, position: int) -> bool:
     return False
 
 
-def check_pixels(width: int, height: int) -> None:
-    """Raise SampleError if an image has more than MAX_PIXELS pixels."""
-    if width * height > MAX_PIXELS:
-        raise SampleError(f"has {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
+def check_pixels(width: int, height: int, most: int | None = None) -> None:
+    """Raise SampleError if an image has more than `most` pixels. None means MAX_PIXELS."""
+    most = MAX_PIXELS if most is None else most
+    if width * height > most:
+        remedy = "a larger max_pixels (--max-pixels)" if width * height <= MAX_PIXELS else ""
+        raise SampleError(f"has {width} x {height} pixels, more than the limit of {most}", remedy=remedy)
 
 
 def perceptual_hash(gray: NDArray[np.uint8]) -> int:
@@ -376,4 +392,4 @@ def _message(error: BaseException, data: bytes) -> str:
     text = str(error)
     if "cannot identify" in text or "could not create decoder" in text:
         return kinds.damaged(data) or "is not an image"
-    return text.replace("Truncated File Read", "image file is truncated") or type(error).__name__
+    return text.replace("Truncated File Read", "image file is truncated").rstrip(".") or type(error).__name__

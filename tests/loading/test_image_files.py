@@ -181,7 +181,9 @@ def test_a_state_of_another_list_is_refused(folder: Path) -> None:
             make(other).load_state_dict(state)
 
 
-def test_damaged_files_are_named_at_once_or_replaced(folder: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_named_at_once_or_replaced(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     paths = [folder / "a" / "000.jpg", tmp_path / "text.jpg", tmp_path / "nothing.jpg", tmp_path / "pipe.jpg"]
     paths[1].write_text("<html><body>Not found</body></html>")
     os.mkfifo(paths[3])
@@ -194,6 +196,12 @@ def test_damaged_files_are_named_at_once_or_replaced(folder: Path, tmp_path: Pat
     (batch, rest) = loader
     assert [*batch.index.tolist(), *rest.index.tolist()] == [0, 4, 4, 4, 4]
     assert sorted(loader.replaced) == [1, 2, 3]
+    whole = next(iter(make(folder / "gray.jpg"))).images[0]
+    assert all(torch.equal(image, whole) for image in [*batch.images[1:], *rest.images]), (
+        "the pixels of the path at its index"
+    )
+    said = f"{paths[1]}: {reasons[0]}"
+    assert (loader.replaced[1], caplog.messages[0]) == (said, f"replaced a damaged sample with the next one: {said}")
 
 
 def test_a_file_that_is_damaged_or_changes_later_ends_the_epoch(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ import io
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ import pytest
 import torch
 from looking import CLASSES, VIEW, Looking, encoded, looking, oracle, smooth, turned, upright
 from numpy.typing import NDArray
+from packs import exactly
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from fastflower import Augment, Checkpoint, Predictor, Recipe, predict
+from fastflower.cli import main
 from fastflower.errors import ArgumentError, SampleError
 from fastflower.models.backbone import build
 from fastflower.models.predictor import Prediction
@@ -183,6 +186,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"classes": (0, 1)}, r"^classes must be given with a network: .*, got \(0, 1\)\.$"),
     ({"classes": ()}, r"^classes must be given with a network: .*, got \(\)\.$"),
     ({"augment": None}, r"^augment must be given with a network: an Augment, for its size, mean and std, got None\.$"),
+    ({"tta": "no"}, r"^tta must be True, False or None, got 'no'\.$"),
+    ({"precision": "half"}, r"^precision must be 'auto', 'bfloat16', 'float16' or 'float32', got 'half'\.$"),
+    ({"max_pixels": 0}, r"^max_pixels must be an integer from 1 to 178956970, got 0\.$"),
+    ({"max_pixels": 10**9}, r"^max_pixels must be an integer from 1 to 178956970, got 1000000000\.$"),
     ({"url_seconds": 0}, r"^url_seconds must be a number of seconds above 0, got 0\.$"),
     ({"url_seconds": float("inf")}, r"^url_seconds must be a number of seconds above 0, got inf\.$"),
     ({"url_seconds": True}, r"^url_seconds must be a number of seconds above 0, got True\.$"),
@@ -212,3 +219,77 @@ def test_what_does_not_fit_a_network_is_named() -> None:
         rule = f"^{name} must be None unless a network is passed: a checkpoint has its own"
         with pytest.raises(ArgumentError, match=rule):
             Predictor("run/checkpoint-best.pt", **{name: value})
+
+
+class Wrapped(nn.Module):
+    """Returns what `form` makes of the logits."""
+
+    def __init__(self, form: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.network, self.form = Looking(), form
+
+    def forward(self, images: Tensor) -> object:
+        return self.form(self.network(images))
+
+
+class ModelOutput(dict[str, Tensor]):
+    """As transformers has it."""
+
+
+FORMS: list[tuple[Callable[[Tensor], object], str, str]] = [
+    (lambda logits: ModelOutput(loss=logits, logits=logits), "a ModelOutput with 'loss', 'logits'", "['logits']"),
+    (lambda logits: {"out": logits}, "a dict with 'out'", "['out']"),
+    (lambda logits: (logits, logits), "a tuple", "[0]"),
+    (lambda logits: SimpleNamespace(logits=logits), "a SimpleNamespace", ".logits"),
+    (lambda logits: logits[:, :, None, None], "a tensor of shape (1, 27, 1, 1)", ".flatten(1)"),
+]
+
+
+@pytest.mark.parametrize(("form", "what", "part"), FORMS)
+def test_a_network_that_returns_something_else_than_logits_says_how_to_wrap_it(
+    form: Callable[[Tensor], object], what: str, part: str
+) -> None:
+    network = Wrapped(form)
+    message = (
+        f"checkpoint must be a network that returns logits (N, classes), got {what}; wrap it in an nn.Module with "
+        f"def forward(self, images): return self.network(images){part}."
+    )
+    with pytest.raises(ArgumentError, match=exactly(message)):
+        Predictor(network, device="cpu", **NAMED)(RGB)
+    advised = eval(f"lambda outputs: outputs{part}")
+    network = Wrapped(lambda logits: advised(form(logits)))
+    assert Predictor(network, device="cpu", **NAMED)(RGB) == looking()(RGB)
+
+
+def test_tta_and_precision_can_be_chosen(tmp_path: Path) -> None:
+    recipe = Recipe(weights=None, augment=VIEW, precision="bfloat16", tta=False)
+    model = build("resnet18", 3, weights=None).state_dict()
+    kept = Checkpoint(recipe=recipe, classes=tuple("abc"), model=model, epoch=0)
+    exact = replace(kept, recipe=replace(recipe, precision="float32"))
+    assert predict(kept, RGB, precision="float32", device="cpu") == predict(exact, RGB, device="cpu")
+    assert predict(kept, RGB, device="cpu") != predict(exact, RGB, device="cpu")
+    twice = predict(exact, RGB, tta=True, device="cpu")
+    assert twice == predict(replace(exact, recipe=replace(exact.recipe, tta=True)), RGB, device="cpu")
+    alone = [predict(exact, RGB, tta=tta, device="cpu") for tta in (None, False)]
+    assert alone[0] == alone[1] != twice
+    both = rows(looking()([RGB, RGB.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]))
+    assert rows(looking(tta=True)(RGB))[0] == pytest.approx(both.mean(axis=0), abs=2e-3)
+    kept.save(tmp_path / "checkpoint.pt")
+    RGB.save(tmp_path / "image.png")
+    line = ["predict", str(tmp_path / "checkpoint.pt"), str(tmp_path / "image.png"), "--device", "cpu", "--out"]
+    for flags, values in (
+        (["--tta"], {"tta": True}),
+        (["--no-tta", "--precision", "float32"], {"precision": "float32"}),
+    ):
+        assert main([*line, str(tmp_path / "1.csv"), *flags]) == 0
+        predict(kept, tmp_path / "image.png", out=tmp_path / "2.csv", device="cpu", **values)
+        assert (tmp_path / "1.csv").read_text() == (tmp_path / "2.csv").read_text()
+
+
+def test_a_precision_other_than_that_of_the_weights_needs_weights_in_float32() -> None:
+    rounded, exact = (rows(looking(precision=kind)(RGB)) for kind in ("bfloat16", "float32"))
+    assert (rounded != exact).any()
+    assert np.abs(rounded - exact).max() < 0.01
+    said = "precision must be None or 'bfloat16' with a network whose weights are bfloat16, got 'float32'."
+    with pytest.raises(ArgumentError, match=exactly(said)):
+        Predictor(Looking().to(torch.bfloat16), precision="float32", **NAMED)

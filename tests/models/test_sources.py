@@ -6,10 +6,12 @@ import io
 import logging
 import os
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nasty_files
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from fastflower import Predictor
 from fastflower.errors import ArgumentError, ResourceError, SampleError
 from fastflower.models import sources as module
 from fastflower.models.predictor import Prediction
+from fastflower.shards import image as image_module
 
 ARRAY = np.asarray(smooth())
 ACCEPTED = r"a path, an http\(s\) URL, bytes, .* PIL image, an \(H, W, 3\) uint8 array, or an iterable of them"
@@ -39,7 +42,13 @@ WRONG: list[tuple[Any, str]] = [
         ARRAY.astype(np.float32) / 255,
         NEEDED + r"\(48, 64, 3\) float32; convert it: for floats in 0 \.\. 1, \(255 \* arr",
     ),
-    (ARRAY.astype(np.int64), NEEDED + r"\(48, 64, 3\) int64; convert it"),
+    (
+        ARRAY.astype(np.float32),
+        NEEDED + r".* float32; .*: for floats in 0 \.\. 255, array\.round\(\)\.astype\('uint8'\)\.$",
+    ),
+    (ARRAY.astype(np.int64), NEEDED + r".* int64; .*: for integers in 0 \.\. 255, array\.astype\('uint8'\)\.$"),
+    (ARRAY.astype(np.uint16) * 257, NEEDED + r".* uint16; .*: for 16-bit levels, \(array / 257\)\.round\(\)\.astype"),
+    (ARRAY > 9, NEEDED + r".* bool; convert it: 255 \* array\.astype\('uint8'\)\.$"),
     (ARRAY.transpose(2, 0, 1), NEEDED + r"\(3, 48, 64\) uint8; move the channels last: array\.transpose\(1, 2, 0\)\.$"),
     (ARRAY[:, :, 0], NEEDED + r"\(48, 64\) uint8; repeat the gray levels: np\.stack\(\[array\] \* 3, axis=2\)\.$"),
     (ARRAY[:, :, :1], NEEDED + r"\(48, 64, 1\) uint8; repeat the gray levels: array\.repeat\(3, 2\)\.$"),
@@ -86,6 +95,8 @@ def test_what_the_messages_advise_works(predictor: Predictor) -> None:
     advised = [
         *(
             (255 * (ARRAY / 255)).round().astype("uint8"),
+            ARRAY.astype(np.int64).astype("uint8"),
+            (ARRAY.astype(np.uint16) * 257 / 257).round().astype("uint8"),
             ARRAY.transpose(2, 0, 1).transpose(1, 2, 0),
             to_pil_image(tensor),
         ),
@@ -157,13 +168,13 @@ def test_what_goes_wrong_at_a_url_is_named(predictor: Predictor, web: BadServer,
         f"{web.url}/busy.png": r"could not be downloaded \(HTTP Error 503: Service Unavailable\)",
         f"{web.url}/long.jpg": r"has more than 100000 bytes; pass a larger url_bytes \(--url-bytes\)",
         f"{web.url}/stalled.png": r"did not arrive within 0\.5 seconds; pass a larger url_seconds \(--url-seconds\)",
-        f"{web.url}/cut.png": r"ended \d+ bytes too early; try again",
+        f"{web.url}/cut.png": r"ended \d+ bytes too early; pass it again",
         f"{web.url}/page.jpg": r"is HTML, a web page, named \.jpg",
         url: r"could not be downloaded \(\[Errno 111\] Connection refused\)",
         "http://127.0.0.1:x/1.jpg": r"could not be downloaded \(nonnumeric port: 'x'\)",
     }
     for address, reason in reasons.items():
-        with pytest.raises(SampleError, match=f"^{re.escape(address)}: {reason}; pass another image, or on_bad"):
+        with pytest.raises(SampleError, match=f"^{re.escape(address)}: {reason}(, |; pass )another image, or on_bad"):
             predictor(address)
     assert len(predictor([*reasons, f"{web.url}/a.png"], on_bad="skip")) == 1
 
@@ -212,6 +223,42 @@ def test_a_folder_names_damaged_images_and_counts_other_files(
         SampleError, match=rf"^{tmp_path}/2\.jpg: is plain text, .*; pass image files or folders, or on_b"
     ):
         predictor([tmp_path, tmp_path / "2.jpg"])
+
+
+def test_a_file_object_at_its_end_says_to_seek(predictor: Predictor) -> None:
+    file = io.BytesIO()
+    smooth().save(file, "PNG")
+    said = r"^image 0: is a file object at its end, because it was read before; pass it after file\.seek\(0\), another image,"
+    with pytest.raises(SampleError, match=said):
+        predictor(file)
+    file.seek(0)
+    assert len(predictor(file)) == 1
+    with pytest.raises(SampleError, match=r"^image 0: is empty; pass another image"):
+        predictor(io.BytesIO())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_a_large_image_is_refused_before_it_is_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limited, data = looking(max_pixels=64 * 48 - 1), io.BytesIO()
+    smooth().save(data, kind)
+    forms = [data.getvalue(), smooth(), np.asarray(smooth())]
+    assert len(looking(max_pixels=64 * 48)(forms)) == 3
+    for name in ("upright_rgb", "_pixels_if_intact", "decode"):
+        monkeypatch.setattr(image_module, name, None)
+    said = r"^image 0: has 64 x 48 pixels, more than the limit of 3071; pass a larger max_pixels \(--max-pixels\), another image,"
+    for form in forms:
+        with pytest.raises(SampleError, match=said) as caught:
+            limited(form)
+        assert caught.value.reason == "has 64 x 48 pixels, more than the limit of 3071"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_png_file_with_too_many_pixels_is_refused_without_a_warning_of_pillow(predictor: Predictor) -> None:
+    head = nasty_files.chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0))
+    with pytest.raises(
+        SampleError, match=r"^image 0: has 20000 x 20000 pixels, more than the limit of 178956970; pass another"
+    ):
+        predictor(b"\x89PNG\r\n\x1a\n" + head)
 
 
 def test_hidden_files_alone_are_no_warning(

@@ -59,6 +59,13 @@ def test_damaged_images_in_a_folder_fail_the_command_after_all_others_are_predic
     assert command(checkpoint, test, "--out", table) == 1
     out, err = capsys.readouterr()
     expected = predict(checkpoint, test, device="cpu")
+    assert out == f"wrote {table}\n"
+    assert err.splitlines()[-1] == (
+        f"error: 2 of 6 images are unusable and have no prediction; their cells in {table} are empty; they are named above "
+        f"(to accept that, pass --on-bad skip)."
+    )
+    assert command(checkpoint, test) == 1
+    out, err = capsys.readouterr()
     assert out.splitlines() == [f"{one.path}: {one.class_name} ({one.probability:.1%})" for one in expected]
     assert err.splitlines()[-1] == (
         "error: 2 of 6 images are unusable and have no prediction; they are named above (to accept that, pass --on-bad skip)."
@@ -130,15 +137,23 @@ def test_a_sample_gives_header_ids_and_order(checkpoint: Path, test: Path, tmp_p
 def test_a_sample_of_probabilities_is_followed_and_skipped_images_have_empty_cells(
     checkpoint: Path, test: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (test / "z.jpg").write_bytes(b"no image")
+    for name in ("z.jpg", "unlisted.jpg"):
+        (test / name).write_bytes(b"no image")
     (tmp_path / "sample.csv").write_text("id,dog,cat,0\nz,0.3,0.3,0.4\nc,0.3,0.3,0.4\n")
     flags = ["--out", tmp_path / "s.csv", "--sample", tmp_path / "sample.csv"]
     assert command(checkpoint, test, *flags) == 1
+    assert not any("unlisted.jpg" in text for text in caplog.messages)
     one = by_name(predict(checkpoint, test, device="cpu"))["c.png"].probabilities
     header, empty, full = lines(tmp_path / "s.csv")
     assert (header, empty) == (["id", "dog", "cat", "0"], ["z", "", "", ""])
-    assert list(map(float, full[1:])) == [one["dog"], one["cat"], one["0"]]
-    assert f"{tmp_path}/sample.csv: does not list 3 of the images, which get no row" in caplog.messages
+    assert list(map(float, full[1:])) == pytest.approx([one["dog"], one["cat"], one["0"]])  # in a batch of other images
+    assert f"{tmp_path}/sample.csv: does not list 4 of the images, which are not predicted" in caplog.messages
+    (tmp_path / "sample.csv").write_text("id,cat\nc,0.3\n")
+    (test / "unlisted.jpg").rename(tmp_path / "unlisted.jpg")
+    assert command(checkpoint, test, tmp_path / "unlisted.jpg", *flags) == 0
+    assert f"{tmp_path}/sample.csv: has no column for 'dog', '0', whose probabilities are left out" in caplog.messages
+    predicted = predict(checkpoint, test, out=tmp_path / "s.csv", sample=tmp_path / "sample.csv", device="cpu")
+    assert [one.name for one in predicted] == [str(test / "more" / "c.png")]
 
 
 SAMPLE_ERRORS: dict[str, tuple[str | None, str]] = {
@@ -153,16 +168,29 @@ SAMPLE_ERRORS: dict[str, tuple[str | None, str]] = {
     "the same image twice": ("id,label\na,cat\na.jpg,cat\n", "FILE: has two rows for TEST/a.jpg; remove one."),
     "probabilities of one class": (
         "id,is_dog\na,0.5\n",
-        "FILE: column 'is_dog' holds '0.5', which is no class of the network ('cat', 'dog', '0'); pass a network that was "
+        "FILE: column 'is_dog': '0.5' is not a class of the network ('cat', 'dog', '0'); pass a network that was "
         "trained on these classes, or write class names with columns ('id', 'is_dog') (--columns id,is_dog).",
     ),
     "other classes": (
         "id,cat,wolf\na,0.5,0.5\n",
         "FILE: 'wolf' is not a class of the network; name the id and the label, or the id and classes ('cat', 'dog', '0').",
     ),
+    "capitals": (
+        "id,Cat,Dogs\na,0.5,0.5\n",
+        "FILE: 'Cat', 'Dogs' are not classes of the network (did you mean 'cat', 'dog'?); name the id and the label, or the id "
+        "and classes ('cat', 'dog', '0').",
+    ),
+    "capital labels": (
+        "id,label\na,DOG\n",
+        "FILE: column 'label': 'DOG' is not a class of the network (did you mean 'dog'?) ('cat', 'dog', '0'); pass a network "
+        "that was trained on these classes, or write class names with columns ('id', 'label') (--columns id,label).",
+    ),
     "one column": ("id\na\n", "sample: FILE must have a header, rows, and two or more columns in each."),
     "no rows": ("id,label\n", "sample: FILE must have a header, rows, and two or more columns in each."),
-    "uneven rows": ("id,label\na\n", "sample: FILE must have a header, rows, and two or more columns in each."),
+    "uneven rows": (
+        "id,label\na,cat\nb\n",
+        "sample: FILE: row 3 has 1 cell, the header has 2; download the file again, or correct the row.",
+    ),
     "no file": (None, "sample: FILE cannot be read (No such file or directory); pass a CSV file."),
 }
 
@@ -199,6 +227,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "columns must be used with out (--out), the file to write, got ('id', 'la",
     ),
     ({"sample": "s.csv", "out": None}, "sample must be used with out (--out), the file to write, got 's.csv'."),
+    ({"sample": Path("s.csv"), "out": None}, "sample must be used with out (--out), the file to write, got 's.csv'."),
     ({"ids": "stem"}, "ids must be used with columns (--columns), got 'stem'."),
     ({"ids": "path", "columns": ("id", "label")}, "ids must be 'name' or 'stem', got 'path'."),
     ({"columns": "id,label"}, "columns must be two or more different names, such as ('id', 'label'), got 'id,label'."),
@@ -224,6 +253,15 @@ def written(images: Any, **options: Any) -> list[Prediction]:
 def test_wrong_arguments_are_named(test: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}"):
         written(test, **options)
+
+
+def test_some_labels_that_the_network_does_not_know_are_a_warning(
+    checkpoint: Path, test: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "sample.csv").write_text("id,label\na,Cat\nb,dog\n")
+    assert command(checkpoint, test, "--out", tmp_path / "s.csv", "--sample", tmp_path / "sample.csv") == 0
+    what = "column 'label': 'Cat' is not a class of the network (did you mean 'cat'?), which never predicts it"
+    assert f"{tmp_path}/sample.csv: {what}" in caplog.messages
 
 
 def test_images_without_a_unique_name_have_no_id(test: Path) -> None:

@@ -148,9 +148,11 @@ def test_what_is_suggested_exists_and_no_suggested_word_is_a_flag() -> None:
          "type fastflower train SHARDS and then flags."),
         ("train s epochs=10", "unexpected 'epochs=10'; flags are written --epochs 10."),
         ("train s 30", "unexpected '30'; type fastflower train SHARDS and then flags."),
-        ("evaluate c", "SHARDS is missing (The folder written by `pack`, or its URL, as for Loader); "
+        ("evaluate c", "SHARDS is missing (A folder of images, an archive or a table of labels, as `pack` takes them; "
+         "or the shards that `pack` wrote, or their URL); "
          "type fastflower evaluate CHECKPOINT SHARDS."),
-        ("evaluate c s --tta no", "--tta must be True or False, got 'no'."),
+        ("evaluate c s --tta no", "--tta/--no-tta must be True or False, got 'no'."),
+        ("predict c i --no-tta=True", "--tta/--no-tta takes no value, got 'True'."),
         ("pack d --val-fraction 20%", "--val-fraction must be a number, got '20%'."),
         ("pack d --split-by classes", "--split-by must be one of class, random, folder, got 'classes'. Did you mean class?"),
     ],
@@ -296,6 +298,13 @@ def test_a_flag_takes_several_choices() -> None:
         parsed("s --report f")
 
 
-@pytest.mark.parametrize(("text", "value"), [("True", True), ("False", False), ("None", None)])
-def test_a_switch_that_may_be_none_takes_a_value(text: str, value: bool | None) -> None:
-    assert parser("evaluate").parse(["c", "s", "--tta", text])["tta"] is value
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("--tta True", True), ("--tta=False", False), ("--tta None", None), ("--tta", True), ("--no-tta", False)],
+)
+def test_a_switch_that_may_be_none_may_have_a_value(text: str, value: bool | None) -> None:
+    for command in ("evaluate", "predict"):
+        for line in (f"{text} c s", f"c {text} s", f"c s {text}", f"c s {text} --device cpu"):
+            values = parser(command).parse(line.split())
+            assert (values["tta"], values["checkpoint"]) == (value, "c")
+            assert "tta" not in parser(command).parse(["c", "s"])
