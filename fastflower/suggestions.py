@@ -190,6 +190,12 @@ _MEANINGS: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "the folder comes without a flag: fastflower pack {places}",
         "data data-dir input folder d root dataset data-path src source i input-dir path images dataset-dir",
     ),
+    (
+        (*_TRAINS, "evaluate"),
+        "it is a flag of pack: pack first (fastflower pack FOLDER {flag} ... --out shards), then pass shards",
+        "labels ignore folds split-by path-column label-column split-column max-side on-bad on-conflict drop-empty-classes"
+        " as-split",
+    ),
     (("verify",), "--repair", "fix rebuild"),
 )
 
@@ -215,7 +221,9 @@ def did_you_mean(command: str, flag: str, known: Collection[str], places: str) -
     for commands, answer, words in _MEANINGS:
         if command in commands and _plain(flag).removeprefix("augment.") in words.split():
             meant = (
-                f"did you mean {answer}?" if answer.startswith("--") else answer.format(command=command, places=places)
+                f"did you mean {answer}?"
+                if answer.startswith("--")
+                else answer.format(command=command, places=places, flag=flag)
             )
             return text + meant + ("" if meant.endswith("?") else ".")
     if near := _near(_plain(flag), known):

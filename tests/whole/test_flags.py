@@ -17,7 +17,10 @@ from fastflower.flags import Parser, UsageError
 from fastflower.recipes.presets import PRESETS
 from fastflower.reporting.preview import preview
 from fastflower.shards.verification import verify
-from fastflower.suggestions import _MEANINGS  # pyright: ignore[reportPrivateUsage]  (each line is tried)
+from fastflower.suggestions import (
+    _MEANINGS,  # pyright: ignore[reportPrivateUsage]  (each line is tried)
+    did_you_mean,
+)
 from fastflower.training.diagnosis import diagnose
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -308,3 +311,10 @@ def test_a_switch_that_may_be_none_may_have_a_value(text: str, value: bool | Non
             values = parser(command).parse(line.split())
             assert (values["tta"], values["checkpoint"]) == (value, "c")
             assert "tta" not in parser(command).parse(["c", "s"])
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "preview", "doctor"])
+@pytest.mark.parametrize("flag", ["--labels", "--ignore", "--drop-empty-classes"])
+def test_a_flag_of_pack_is_sent_there(command: str, flag: str) -> None:
+    what = f"it is a flag of pack: pack first (fastflower pack FOLDER {flag} ... --out shards), then pass shards."
+    assert did_you_mean(command, flag, ["--out"], "data") == f"unknown flag {flag}; {what}"
