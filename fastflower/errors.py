@@ -78,9 +78,9 @@ Rules = Mapping[str, tuple[str, Callable[[Any], bool]]]
 def check_fields(instance: "DataclassInstance", rules: Rules, *, owner: str | None = None) -> None:
     """Check the fields of a frozen dataclass against their types and `rules`, and make their values plain.
 
-    numpy scalars become Python numbers, integers become floats where the type is float, lists become tuples, and paths
-    become strings. Raises ArgumentError with the field, its rule and the value. A field without a rule of its own has that
-    of its type. owner  Stands before the field's name; by default the class and a dot.
+    numpy scalars become Python numbers, integers become floats where the type is float, lists, arrays and tensors become
+    tuples, and paths become strings. Raises ArgumentError with the field, its rule and the value. A field without a rule
+    of its own has that of its type. owner  Stands before the field's name; by default the class and a dot.
     """
     owner = f"{type(instance).__name__}." if owner is None else owner
     for item in fields(instance):
@@ -104,15 +104,31 @@ def _anything(_: object) -> bool:
     return True
 
 
+def listed(value: object) -> object:
+    """Return an array or tensor as a list of plain numbers, or as a number if it has no dimension; all else as it is.
+
+    A float32 becomes the shortest decimal that rounds to it: 0.485, not 0.48500001430511475.
+    """
+    if not hasattr(value, "tolist"):
+        return value
+    plain = cast("Any", value).tolist()
+    if not str(getattr(value, "dtype", "")).endswith("float32"):
+        return plain
+    import numpy as np  # an array or tensor has imported it
+
+    return np.float32(plain).astype(str).astype(float).tolist()
+
+
 def fitted(kind: object, value: object) -> object:
     """Return a value as a plain one of a type, for example int | None or tuple[float, float]; or MISFIT."""
     kinds = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
         return next((plain for one in kinds if (plain := fitted(one, value)) is not MISFIT), MISFIT)
     if get_origin(kind) is tuple:
+        value = listed(value)
         if not isinstance(value, (tuple, list)):
             return MISFIT
-        values = cast("Sequence[object]", value)
+        values = list(map(listed, cast("Sequence[object]", value)))
         kinds = kinds[:1] * len(values) if kinds[-1] is ... else kinds
         plain = tuple(map(fitted, kinds, values))
         return plain if len(kinds) == len(values) and MISFIT not in plain else MISFIT

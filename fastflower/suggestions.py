@@ -262,16 +262,19 @@ def near_command(word: str, commands: Collection[str]) -> str:
 
 
 def refuse_unknown(function: str, names: Iterable[str], known: Collection[str], instead: Mapping[str, str]) -> None:
-    """Raise UnknownArgumentError if a name is not known. The message says what is meant, or which known name is near.
+    """Raise UnknownArgumentError if a name is not known. A line for each says what is meant, or which known name is near.
 
     instead  What to say for some names.
     """
+    lines: list[str] = []
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, 1)
             text = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}."
             text = f"{instead[name]}." if name in instead else _argument(function, name, known) or text
-            raise UnknownArgumentError(f"{name}: {function} has no such argument; {text}")
+            lines.append(f"{name}: {function} has no such argument; {text}")
+    if lines:
+        raise UnknownArgumentError("\n".join(lines))
 
 
 def _argument(function: str, name: str, known: Collection[str]) -> str:

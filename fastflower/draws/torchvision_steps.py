@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
-from fastflower.errors import ArgumentError
+from fastflower.errors import ArgumentError, listed
 
 _LIBRARIES = ("torchvision", "timm", "torch")  # torch's Sequential holds transforms
 ON_IMAGES = "To apply it to the images of a batch, see docs/augmentation.md."
@@ -29,7 +29,7 @@ class Step:
 
     def numbers(self, attribute: str, default: tuple[float, ...] = ()) -> tuple[float, ...]:
         """Return an attribute, which may be one number or more, as a tuple. Returns `default` if it is missing."""
-        value = self.get(attribute)
+        value = listed(self.get(attribute))
         if isinstance(value, int | float):
             return (value,)
         return default if value is None else tuple(map(float, cast("Iterable[float]", value)))
@@ -79,10 +79,12 @@ def _require_known(transform: object) -> None:
             f"Augment, for example Augment(crop=(0.08, 1.0), flip=0.5) for RandomResizedCrop and HorizontalFlip."
         )
     if isinstance(transform, type) or kind.__name__ == "partial" or hasattr(kind, "get_state_dict"):
-        raise ArgumentError(f"{transform!r} only makes a transform; pass what it makes, such as weights.transforms().")
+        raise ArgumentError(
+            f"{transform!r} only makes a transform; pass what it makes, such as weights.transforms(), with parentheses."
+        )
     if (library not in _LIBRARIES and kind is not list) or kind.__name__ == "Lambda":
         name = getattr(transform, "__qualname__", kind.__name__)
         raise ArgumentError(
             f"{name} of {getattr(transform, '__module__', library)} is code that Augment cannot read; leave it out. Images "
-            f"are always RGB here, so nothing need convert them. {ON_IMAGES}"
+            f"are always RGB here, so no code needs to convert them. {ON_IMAGES}"
         )

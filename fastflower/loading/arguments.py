@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Literal, Never, TypedDict, TypeVar, cast
@@ -35,6 +36,8 @@ INSTEAD = {
     "num_replicas": "pass world_size, or leave it out under torch.distributed",
     "collate_fn": "leave it out: a batch is always (images, labels, index)",
     "pin_memory": "leave it out: batches are on `device` already",
+    "pin_memory_device": "leave it out: batches are on `device` already",
+    "in_order": "leave it out: batches always come in the same order",
     "persistent_workers": "leave it out: workers are threads, and decoded images stay cached over the epochs",
     "prefetch_factor": "leave it out: the next batches are always loaded ahead",
     "multiprocessing_context": "leave it out: workers are threads",
@@ -43,6 +46,10 @@ INSTEAD = {
     "worker_init_fn": "pass seed, on which order and augmentation depend; workers are threads",
     "transform": "pass it as augment, which takes an Augment or a torchvision transform",
     "target_transform": "change batch.labels in the loop",
+    "dataset": "pass the folder that pack wrote, as the first argument",
+    "root": "pass the folder that pack wrote, as the first argument",
+    "loader": "leave it out: images are decoded to RGB",
+    "is_valid_file": "leave it out: pack skips damaged images, and pack takes a list of the files to pack",
 }
 
 # The same for attributes of a DataLoader and its data set.
@@ -119,8 +126,11 @@ def as_augment(augment: AugmentLike) -> Augment:
     """Return the Augment that is meant. Raises ArgumentError for what is neither an Augment nor a torchvision transform."""
     if augment is None or isinstance(augment, Augment):
         return augment or Augment()
-    if type(augment).__module__.startswith(("torchvision.", "torch.nn.")):
-        return Augment.from_torchvision(augment)
+    made = (
+        cast("partial[object]", augment).func if isinstance(augment, partial) else augment
+    )  # weights.transforms is one
+    if str(getattr(made, "__module__", "")).startswith(("torchvision.", "torch.nn.")):
+        return Augment.from_torchvision(cast("object", augment))
     raise ArgumentError(
         f"augment must be an Augment or a torchvision transform, got {augment!r}; a Loader calls no Python function for "
         f"each image: write Augment(crop=(0.08, 1.0), flip=0.5), or call the function on batch.images."

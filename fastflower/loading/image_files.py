@@ -101,6 +101,10 @@ def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
         path = Path(entry)
         if path.is_dir():
             paths += sorted(images_below(path))
+        elif set("*?[") & set(str(path)) and not path.exists():
+            root, pattern = path.anchor and repr(path.anchor), str(path.relative_to(path.anchor))
+            found = f"sorted(Path({root}).glob({pattern!r}))"
+            raise ArgumentError(f"images: no file is called {path}, and patterns are not expanded; pass {found}.")
         else:
             paths.append(path)
     if not paths:

@@ -60,6 +60,7 @@ TAKEN: dict[str, tuple[Any, dict[str, Any]]] = {
         ],
         {**CROP, "size": (176, 176), "flip": 0.5, "erase": 0.1},
     ),
+    "timm: ImageNet's mean, as float32": (create_transform(224), VIEW),
     "timm: evaluation": (create_transform(224, mean=(0.5,) * 3, std=(0.5,) * 3), {**VIEW, **HALF}),
     "timm: training": (
         create_transform(224, is_training=True, mean=(0.5,) * 3, std=(0.5,) * 3, re_prob=0.25),
@@ -239,7 +240,7 @@ TAKEN: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
 }
 
-CODE = "is code that Augment cannot read; leave it out. Images are always RGB here, so nothing need convert them."
+CODE = "is code that Augment cannot read; leave it out. Images are always RGB here, so no code needs to convert them."
 REFUSED: dict[str, tuple[list[Any], str]] = {
     "CIFAR, validation": (
         [T.ToTensor(), T.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))],

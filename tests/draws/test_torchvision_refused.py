@@ -37,7 +37,7 @@ REFUSED: list[tuple[list[Any], str]] = [
     (
         [v1.Lambda(to_rgb), CROP],
         "Lambda of torchvision.transforms.transforms is code that Augment cannot read; leave it out. Images are always RGB "
-        f"here, so nothing need convert them. {ON_IMAGES}",
+        f"here, so no code needs to convert them. {ON_IMAGES}",
     ),
     (
         [CROP, to_rgb],
@@ -47,9 +47,13 @@ REFUSED: list[tuple[list[Any], str]] = [
     ([v1.RandomResizedCrop], "RandomResizedCrop'> only makes a transform; pass what it makes, such as "),
     (
         [WEIGHTS],
-        "ResNet18_Weights.IMAGENET1K_V1 only makes a transform; pass what it makes, such as weights.transforms().",
+        "ResNet18_Weights.IMAGENET1K_V1 only makes a transform; pass what it makes, such as weights.transforms(), with "
+        "parentheses.",
     ),
-    ([partial(v1.RandomCrop, 64)], "only makes a transform; pass what it makes, such as weights.transforms()."),
+    (
+        [partial(v1.RandomCrop, 64)],
+        "only makes a transform; pass what it makes, such as weights.transforms(), with parentheses.",
+    ),
     ([v1.Resize(70), v1.FiveCrop(64)], "CenterCrop; evaluate(tta=True) averages each image and its flip."),
     ([v1.Resize(70), v1.TenCrop(64)], "CenterCrop; evaluate(tta=True) averages each image and its flip."),
     ([CROP, v1.RandomPerspective()], "The closest alternative is RandomAffine(shear=...)."),

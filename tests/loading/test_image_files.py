@@ -247,6 +247,13 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
         said = f"images must be a path of an image file or folder, or a list of them, got an object of type {kind}."
         with pytest.raises(ArgumentError, match=exactly(said)):
             make(images)  # pyright: ignore[reportArgumentType]  (what a user may pass)
+    for pattern, remedy in (("new/*.jpg", "Path().glob('new/*.jpg')"), ("/new/?.jpg", "Path('/').glob('new/?.jpg')")):
+        said = f"images: no file is called {pattern}, and patterns are not expanded; pass sorted({remedy})."
+        with pytest.raises(ArgumentError, match=exactly(said)):
+            make(pattern)
+    Image.new("RGB", (40, 40)).save(tmp_path / "a[1].jpg")
+    assert make(tmp_path / "a[1].jpg").num_samples == 1
+    (tmp_path / "a[1].jpg").unlink()
     with pytest.raises(ArgumentError, match=exactly("images must name at least one image file or folder, got none.")):
         make([])
     with pytest.raises(

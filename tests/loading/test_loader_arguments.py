@@ -130,10 +130,12 @@ def test_numpys_numbers_are_plain_in_the_state_and_in_a_pickle(folds: Path, tmp_
     assert repr(kept[0]) == repr(kept[1]) == repr(kept[2])
 
 
-WORDS = set(inspect.signature(DataLoader.__init__).parameters) | set(
-    inspect.signature(DistributedSampler.__init__).parameters
-)
-OURS = set(inspect.signature(Loader.__init__).parameters) | {"dataset", "in_order", "pin_memory_device"}
+WORDS = {
+    name
+    for kind in (DataLoader, DistributedSampler, ImageFolder)
+    for name in inspect.signature(kind.__init__).parameters
+} - {"allow_empty"}
+OURS = set(inspect.signature(Loader.__init__).parameters)
 SAID = {
     "num_workers": "pass workers, a number of threads, or leave it out for one more than the cores",
     "drop_last": "pass tail='drop' for drop_last=True, tail='keep' for drop_last=False",
@@ -145,13 +147,24 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(WORDS - OURS | {"transform", "target_transform"}))
+@pytest.mark.parametrize("name", sorted(WORDS - OURS | {"pin_memory_device", "in_order"}))
 def test_the_arguments_of_a_dataloader_are_answered_with_what_stands_for_them(shards: Path, name: str) -> None:
     said = rf"{name}: Loader has no such argument; (pass|leave it out:|change) .*\."
     with pytest.raises(
         ArgumentError, match=exactly(f"{name}: Loader has no such argument; {SAID[name]}.") if name in SAID else said
     ):
         make(shards, **{name: 2})
+
+
+def test_all_unknown_arguments_are_named_at_once(shards: Path) -> None:
+    foreign = {"num_workers": 4, "pin_memory": True, "drop_last": True, "collate_fn": list, "sampler": None}
+    with pytest.raises(ArgumentError) as told:
+        make(shards, **foreign)
+    assert str(told.value).splitlines() == [f"{name}: Loader has no such argument; {SAID[name]}." for name in foreign]
+    with pytest.raises(
+        ArgumentError, match=r"^x: Loader.from_files has .*\ntimeout: Loader.from_files has no such argument"
+    ):
+        Loader.from_files("data", x=2, timeout=3)  # pyright: ignore[reportCallIssue]  (what a user may try)
 
 
 def test_an_unknown_argument_is_answered_with_the_near_one(shards: Path) -> None:
@@ -198,6 +211,13 @@ def test_a_torchvision_transform_is_taken_as_augment(shards: Path, transform: An
 
 def test_the_transforms_of_pretrained_weights_are_taken_as_augment(shards: Path) -> None:
     assert make(shards, augment=ResNet18_Weights.DEFAULT.transforms()).augment == Augment(size=(224, 224), resize=256)
+
+
+@pytest.mark.parametrize("made", [ResNet18_Weights.DEFAULT.transforms, ResNet18_Weights.DEFAULT, transforms.RandomCrop])
+def test_what_only_makes_a_transform_is_answered_with_the_call(shards: Path, made: Any) -> None:
+    said = r"only makes a transform; pass what it makes, such as weights\.transforms\(\), with parentheses\.$"
+    with pytest.raises(ArgumentError, match=said):
+        make(shards, augment=made)
 
 
 @pytest.mark.parametrize(

@@ -137,3 +137,20 @@ def test_integers_where_floats_stand_in_an_old_checkpoint_still_load() -> None:
     recipe = Recipe.from_dict({**old, "lr": 1, "warmup_epochs": 2, "clip_norm": 5, "augment": augment})
     assert (recipe.lr, recipe.warmup_epochs, recipe.clip_norm, recipe.augment.rotate) == (1, 2, 5, 10)
     assert recipe.resolved == Recipe.from_dict(recipe.to_dict()).resolved
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, np.float32, torch.tensor])
+def test_three_numbers_are_three_numbers_in_any_container(kind: Any) -> None:
+    """Those of single precision are the decimals that were written."""
+    mean = (0.485, 0.456, 0.406)
+    assert Augment(mean=kind(mean), size=np.array([64, 96])) == Augment(mean=mean, size=(64, 96))  # pyright: ignore[reportArgumentType]  (what a user may pass)
+    assert Augment(mean=[kind([value])[0] for value in mean]) == Augment(mean=mean)  # pyright: ignore[reportArgumentType]  (as above)
+    for wrong in (
+        kind(mean[:2]),
+        kind([mean] * 3),
+        np.array([[1, 2, 3]]),
+        np.array(["a"] * 3),
+        np.array([0.4, nan, 0.4]),
+    ):
+        with pytest.raises(ArgumentError, match=r"^Augment\.mean must be .*, got "):
+            Augment(mean=wrong)  # pyright: ignore[reportArgumentType]  (as above)
