@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fastflower.errors import FolderError
 from fastflower.packing import layout
-from fastflower.packing.hidden import entries
+from fastflower.packing.hidden import entries, is_run_or_pack
 from fastflower.packing.names import is_image, split_in
 
 _FEW = 8  # candidates to compare with a path
@@ -139,7 +139,7 @@ class Finder:
                     path = _joined(folder, entry.name)
                     if not layout.is_folder(entry):
                         yield path
-                    elif not entry.is_symlink():
+                    elif not entry.is_symlink() and not is_run_or_pack(entry.path):
                         pending.append(path)
             except OSError:  # unreadable; its images are reported as missing
                 continue

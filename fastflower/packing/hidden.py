@@ -19,6 +19,13 @@ _SYSTEM = {
     *("lost+found", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
 }
 
+_WRITTEN = ("run.json", ".packing", "train.index.npy", "val.index.npy", "test.index.npy")  # in runs and packs
+
+
+def is_run_or_pack(folder: str) -> bool:
+    """Return whether a folder is a run, or a pack, also an unfinished one."""
+    return any(os.path.exists(f"{folder}/{name}") for name in _WRITTEN)  # noqa: PTH110  (strings, for speed)
+
 
 def is_hidden(name: str) -> bool:
     """Return whether a name begins with a dot or is one that systems add, such as Thumbs.db, @eaDir or lost+found."""

@@ -24,6 +24,7 @@ from fastflower.packing.archives import root_in, unpacked
 from fastflower.packing.columns import Columns
 from fastflower.packing.duplicates import Item, Result
 from fastflower.packing.folder import Folder, scan
+from fastflower.packing.layout import quoted
 from fastflower.packing.listing import Tables
 from fastflower.packing.lists import is_table
 from fastflower.packing.lost_classes import LostClassError, without_lost_classes
@@ -158,10 +159,20 @@ def pack(
     if is_table(root):
         require(not tables_of_labels, "labels", f"omitted, because {root} is a table itself", labels)
         root, tables_of_labels = root.parent, [root]
+        _warn_of_neighbor(tables_of_labels[0])
     require(as_split is None or not split, "as_split", "omitted with split, which divides the images", as_split)
     columns = {"path_column": path_column, "label_column": label_column, "split_column": split_column}
     tables = Tables(tables_of_labels, _paths("split", split), Columns(*(_column(*named) for named in columns.items())))
     return _pack(root, tables, target, options, threads, executor)
+
+
+def _warn_of_neighbor(table: Path) -> None:
+    """Warn if a table of training images lies beside one of validation images, which is not read."""
+    for word in ("val", "valid", "validation"):
+        other = table.with_name(re.sub("train", word, table.name, flags=re.IGNORECASE))
+        if other != table and other.exists():
+            command = f"fastflower pack {quoted(table.parent)} --labels {quoted(table)} --labels {quoted(other)}"
+            _log.warning("%s: %s is not read; to pack both, type %s", table, other, command)
 
 
 def _path(name: str, value: object) -> Path:
@@ -185,7 +196,7 @@ def _below(root: Path, files: Sequence[Path]) -> list[Path]:
 
 
 def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, executor: Executor | None) -> Manifest:
-    if is_inside(out, root):
+    if is_inside(out, root) and (not tables.labels or is_inside(root, out)):  # a table's images are named, so no matter
         what = f"is inside the folder to pack ({root}) and would become part of it"
         raise FolderError(f"{out}: {what}; choose another folder with --out.")
     if is_file(root) and (why := refused(root)):

@@ -17,7 +17,7 @@ from typing import Literal
 from fastflower import distributed
 from fastflower.errors import FolderError, HeldError, ShardError, require
 from fastflower.files import blame_the_system, locked, remedy_for
-from fastflower.packing.hidden import is_hidden
+from fastflower.packing.hidden import is_hidden, is_run_or_pack
 from fastflower.packing.layout import quoted, subfolders
 from fastflower.packing.listing import OwnSplitError
 from fastflower.packing.lists import is_table
@@ -108,7 +108,7 @@ def _prepare(source: Path, folder: Path, trained: object, as_split: _AsSplit) ->
     except OSError as error:
         blame_the_system(error, source)
         raise ShardError(f"{source}: cannot be read ({error.strerror}); make it readable.") from None
-    packs = _Packs(source, folder, _state_of(_root(source)))
+    packs = _Packs(source, folder, _state_of(source))
     own = packs.current(None)
     candidates = [own] if as_split else [own, *packs.older(None)]
     if found := trained_pack(candidates, trained):
@@ -121,7 +121,7 @@ def _prepare(source: Path, folder: Path, trained: object, as_split: _AsSplit) ->
     if _is_ready(target):
         _log.info("%s: is packed already, in %s", source, target)
         return target, None
-    if is_inside(folder, _root(source)):
+    if is_inside(folder, _root(source)) and not is_table(source):
         what = f"would hold the pack, but is inside the folder to pack ({_root(source)})"
         remedy = f"choose a run's folder outside (--out), or pack first: fastflower pack {quoted(source)} --out FOLDER"
         raise FolderError(f"{folder}: {what}; {remedy}")
@@ -171,7 +171,7 @@ def _pack_once(source: Path, folder: Path, as_split: _AsSplit) -> Path:
             pack(source, folder, as_split=as_split)
             return folder
         except OwnSplitError:
-            other = _Packs(source, folder.parent, _state_of(_root(source))).current(None)
+            other = _Packs(source, folder.parent, _state_of(source)).current(None)
         except FolderError as error:
             if not re.search(r"--[a-z]|fastflower pack", str(error)):
                 raise
@@ -207,12 +207,16 @@ def _writing(source: Path, folder: Path) -> Generator[None]:
 
 
 def _state_of(source: Path) -> str:
-    """Return a hash of the names, sizes and times of a file, or of the files in a folder that `pack` may read."""
-    digest, seen, pending = sha256(), set[tuple[int, int]](), [str(source)]
-    if not source.is_dir():
-        status = source.stat()
+    """Return a hash of the names, sizes and times of the files that `pack` may read.
+
+    These are the file itself, or all files in a folder. For a table, they are the table and the images below its folder.
+    """
+    digest, root, table = sha256(), _root(source), source if is_table(source) else None
+    if not root.is_dir():
+        status = root.stat()
         digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-        pending = []
+        return digest.hexdigest()[:8]
+    seen, pending = set[tuple[int, int]](), [str(root)]
     while pending:
         folder = pending.pop()
         try:
@@ -225,20 +229,40 @@ def _state_of(source: Path) -> str:
         except OSError as error:
             digest.update(f"{error.errno}".encode())
             continue
-        digest.update(os.fsencode(f"{os.path.relpath(folder, source)}\0"))
+        entries = [entry for entry in entries if _counts(entry, table)]
+        pending += [entry.path for entry in entries if _is_folder(entry)]
+        if table:
+            entries = [entry for entry in entries if not _is_folder(entry)]
+        if entries or not table:
+            digest.update(os.fsencode(f"{os.path.relpath(folder, root)}\0"))
         for entry in entries:
-            if is_hidden(entry.name) and not is_image(entry.name):
-                continue
-            try:
-                if entry.is_symlink():
-                    digest.update(os.fsencode(f"{Path(entry.path).readlink()}\0"))
-                if entry.is_dir():
-                    digest.update(os.fsencode(f"{entry.name}/\0"))
-                    pending.append(entry.path)
-                    continue
-                status = entry.stat()
-                size, time_ns = status.st_size, status.st_mtime_ns
-            except OSError:  # a broken link
-                size = time_ns = 0
-            digest.update(os.fsencode(f"{entry.name}\0{size} {time_ns}\0"))
+            digest.update(os.fsencode(_described(entry)))
     return digest.hexdigest()[:8]
+
+
+def _counts(entry: os.DirEntry[str], table: Path | None) -> bool:
+    """Return whether `pack` may read an entry of a folder, or of the folder of a table."""
+    if is_hidden(entry.name) and not is_image(entry.name):
+        return False
+    if table is None or is_image(entry.name):
+        return True
+    return not is_run_or_pack(entry.path) if _is_folder(entry) else entry.name == table.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _described(entry: os.DirEntry[str]) -> str:
+    """Return the name of an entry, where it leads to if it is a link, and the size and time of a file."""
+    link = f"{Path(entry.path).readlink()}\0" if entry.is_symlink() else ""
+    if _is_folder(entry):
+        return f"{link}{entry.name}/\0"
+    try:
+        status = entry.stat()
+        return f"{link}{entry.name}\0{status.st_size} {status.st_mtime_ns}\0"
+    except OSError:  # a broken link
+        return f"{link}{entry.name}\0" + "0 0\0"

@@ -340,3 +340,35 @@ def test_a_folder_that_cannot_be_written_is_named(data: Path, packs: Path) -> No
 def test_an_empty_name_is_not_the_working_directory() -> None:
     with pytest.raises(ArgumentError, match=exactly("shards must be a folder, an archive, a table or a URL, got ''.")):
         shards_of("")
+
+
+def test_a_table_in_the_working_folder_is_packed_into_it_once(
+    data: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    lines = [f"{path.relative_to(data)} {path.parent.name}" for path in sorted(data.rglob("*.jpg"))]
+    (data / "train.txt").write_text("\n".join(lines))
+    monkeypatch.chdir(data)
+    first = Path(str(shards_of("train.txt")))
+    assert first.parent == Path("runs/packs")
+    assert sum(split.samples for split in Manifest.load(first).splits.values()) == len(lines)
+    (data / "submission.csv").write_text("id,label\n1,rose\n")
+    run = data / "runs" / "a"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    draw_image(0).save(run / "curves.png")
+    assert shards_of("train.txt") == first
+    assert not [record for record in said.records if "is not in" in record.message]
+    draw_image(1).save(data / "rose" / "more.jpg")
+    assert shards_of("train.txt") != first
+
+
+def test_a_table_that_goes_with_another_is_not_taken_alone_in_silence(
+    data: Path, packs: Path, said: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train.csv", "val.csv"):
+        rows = [f"{path.relative_to(data)},{path.parent.name}" for path in sorted(data.rglob("*.jpg"))]
+        (data / name).write_text("\n".join(["path,label", *rows]))
+    shards_of(data / "train.csv", packs)
+    train, val = data / "train.csv", data / "val.csv"
+    command = f"fastflower pack {data} --labels {train} --labels {val}"
+    assert f"{train}: {val} is not read; to pack both, type {command}" in said.text
