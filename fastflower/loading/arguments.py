@@ -97,9 +97,6 @@ class Answers:
             instead = f": {_ATTRIBUTES[name]}" if name in _ATTRIBUTES else ""
             raise AttributeError(f"a Loader has no attribute {name!r}{instead}", name=name, obj=self)
 
-        def __next__(self) -> Never:
-            raise TypeError("a Loader is no iterator; next(iter(loader)) is a batch.")
-
     def __getitem__(self, index: object) -> Never:
         raise ArgumentError(
             "a Loader yields batches in a for loop; image(index) is one image, and paths[index] its path."

@@ -217,7 +217,9 @@ def test_a_folder_is_locked_only_while_training_runs(
     monkeypatch.setattr(Run, "step", second)
     train(shards, replace(RECIPE, epochs=1), out=out, device="cpu")
     assert f"process {os.getpid()} on" in tries[1]
-    with pytest.raises(CheckpointError, match=r"run: already holds a run\. To continue it:"):
+    with pytest.raises(
+        CheckpointError, match=r"run: already holds a run\. To train on from its weights with this recipe:\n"
+    ):
         train(shards, RECIPE, out=out, device="cpu")
     assert not (out / ".lock").exists()
 

@@ -261,7 +261,7 @@ def test_out_folders_are_new_or_refused(shards: Path, tmp_path: Path, monkeypatc
     assert train(shards, recipe, device="cpu").folder == Path("runs/resnet18-2")
     with pytest.raises(
         CheckpointError,
-        match=r"resnet18: already holds a run\. To continue it:\n  train\(.*, resume=True\)\nTo start another:\n  train\(.*-3'",
+        match=r"resnet18: already holds a run\. To train on from its weights:\n  train\(.*-3'.*\nTo start another:\n  train\(.*-3'",
     ):
         train(shards, recipe, out="runs/resnet18", device="cpu")
     with pytest.raises(ArgumentError, match="resume: pass the run's folder as out"):
