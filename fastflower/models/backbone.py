@@ -15,7 +15,14 @@ from fastflower.models import timm_networks
 from fastflower.models.matching import Match, broken, match
 from fastflower.models.skeleton import Skeleton
 from fastflower.models.stages import freeze_stages, heads_of
-from fastflower.models.torchvision_networks import NAMES, blame_the_cache, downloaded, empty, weights_of
+from fastflower.models.torchvision_networks import (
+    NAMES,
+    blame_the_cache,
+    downloaded,
+    empty,
+    require_weights,
+    weights_of,
+)
 from fastflower.models.weights_file import read_weights
 
 _log = logging.getLogger("fastflower")
@@ -42,11 +49,7 @@ def build(
     Raises ArgumentError if the backbone's name is unknown, `freeze` exceeds the number of stages, or a URL has no checksum.
     Raises CheckpointError if the weights cannot be used.
     """
-    if name not in NAMES and not name.startswith(timm_networks.PREFIX):
-        near = "".join(f" Did you mean {one}?" for one in get_close_matches(name, NAMES, 1))
-        raise ArgumentError(
-            f"backbone must be a classifier of torchvision or timm/NAME, which fastflower backbones lists, got {name!r}.{near}"
-        )
+    require_network(name, weights)
     if weights is None:
         model = _empty(name, num_classes, size)
         _fit_head(model, num_classes)
@@ -54,11 +57,6 @@ def build(
         model, path = _empty(name, num_classes, size), _fetched(weights) if "://" in weights else Path(weights)
         _log.info("%s: loaded into %s%s", path, name, _load_file(model, name, path, num_classes, classes))
     elif name.startswith(timm_networks.PREFIX):
-        if weights != "DEFAULT":
-            raise CheckpointError(
-                f"weights={weights!r}: timm's weights are part of the backbone's name; pass backbone {name.partition('.')[0]}"
-                f".{weights} and weights DEFAULT, a path or None."
-            )
         model = timm_networks.create(name, num_classes, pretrained=True, size=size)
         _log.info("%s: timm's weights, with a new head for %d classes", name, num_classes)
     else:
@@ -66,6 +64,25 @@ def build(
         _log.info("%s: %s", name, _fit_head(model, num_classes))
     freeze_stages(model, freeze)
     return model
+
+
+def require_network(name: str, weights: str | None = None) -> None:
+    """Raise ArgumentError if a backbone's name is unknown, or CheckpointError if the name of its weights is."""
+    of_timm = name.startswith(timm_networks.PREFIX)
+    if name not in NAMES and not of_timm:
+        near = "".join(f" Did you mean {one}?" for one in get_close_matches(name, NAMES, 1))
+        raise ArgumentError(
+            f"backbone must be a classifier of torchvision or timm/NAME, which fastflower backbones lists, got {name!r}.{near}"
+        )
+    if weights is None or "://" in weights or _is_file_name(weights):
+        return
+    if not of_timm:
+        require_weights(name, weights)
+    elif weights != "DEFAULT":
+        raise CheckpointError(
+            f"weights={weights!r}: timm's weights are part of the backbone's name; pass backbone {name.partition('.')[0]}"
+            f".{weights} and weights DEFAULT, a path or None."
+        )
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:

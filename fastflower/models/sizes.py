@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastflower.errors import ArgumentError
-from fastflower.models.backbone import skeleton_of
+from fastflower.models.backbone import require_network, skeleton_of
 from fastflower.models.timm_networks import is_timm, native_size
 from fastflower.recipes.recipe import Recipe
 
@@ -80,7 +80,8 @@ def _takes(name: str, built_for: tuple[int, int], size: tuple[int, int]) -> bool
 
 
 def require_sizes(recipe: Recipe) -> None:
-    """Raise ArgumentError if the recipe's backbone does not take the recipe's image sizes."""
+    """Raise ArgumentError if the recipe's backbone is unknown or does not take the recipe's image sizes."""
+    require_network(recipe.backbone)
     built_for = recipe.augment.output_size
     wanted = {built_for: "augment.size"} | {
         size: "sizes" for epoch in range(recipe.epochs) if (size := recipe.augment_at(epoch).output_size) != built_for

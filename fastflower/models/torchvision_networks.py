@@ -36,12 +36,23 @@ def weights_of(name: str) -> Mapping[str, WeightsEnum]:
     return {} if name in V1 else models.get_model_weights(name).__members__  # pyright: ignore[reportUnknownMemberType]
 
 
-def downloaded(name: str, weights: str) -> nn.Module:
-    """Build a network with torchvision's weights. Raises CheckpointError if there are none or they cannot be downloaded."""
+def require_weights(name: str, weights: str) -> None:
+    """Raise CheckpointError if torchvision has no weights of this name for a network."""
     if name in V1:
         raise CheckpointError(
             f"weights={weights!r}: torchvision has no weights for {name}; pass a path or None, or use backbone {V1[name]}."
         )
+    known = weights_of(name)
+    if weights not in {text for key, one in known.items() for text in (key, f"{type(one).__name__}.{key}")}:
+        names = ", ".join(each for each in known if each != "DEFAULT")
+        which = (
+            f"the weights for {name} are {names}; pass one of these," if names else f"there are none for {name}; pass"
+        )
+        raise CheckpointError(f"weights={weights!r}: {which} a path or None.")
+
+
+def downloaded(name: str, weights: str) -> nn.Module:
+    """Build a network with torchvision's weights. Raises CheckpointError if they cannot be downloaded."""
     try:
         return _without_auxiliary_heads(models.get_model(name, weights=weights))
     except OSError as error:  # urllib's errors are OSErrors
@@ -49,12 +60,6 @@ def downloaded(name: str, weights: str) -> nn.Module:
         raise CheckpointError(
             f"weights={weights!r}: pretrained weights for {name} could not be downloaded ({error}). Download them on a machine "
             f"with internet access and pass the path, or train from scratch (--recipe scratch; weights=None, freeze=0)."
-        ) from error
-    except (KeyError, ValueError) as error:
-        known = [each for each in weights_of(name) if each != "DEFAULT"]
-        which = f"the weights for {name} are {', '.join(known)}; pass one of these, a path or None."
-        raise CheckpointError(
-            f"weights={weights!r}: {which if known else f'torchvision has no weights for {name}; pass a path or None.'}"
         ) from error
 
 

@@ -26,6 +26,8 @@ _NOTES = ("text", "HTML", "XML", "JSON", "SVG", "pointer", "fork", "PDF")  # nex
 
 def instead_of_images(root: Path) -> str | None:
     """Return an error message for a folder without images, or None if there are images, or nothing that can be named."""
+    if any(root.glob("checkpoint-*.pt")):
+        return f"{root}: is the folder of a run, not of images; pass the shards or images (fastflower train SHARDS)."
     found: dict[str, list[str]] = {}
     read = 0
     for parent, folders, files in os.walk(root):
@@ -53,7 +55,7 @@ def instead_of_images(root: Path) -> str | None:
         first = root / paths[0]
         if is_shard(first):
             if (first.parent / FILE).exists():
-                return f"{root}: is packed already; train on it: fastflower train {shlex.quote(str(first.parent))}."
+                return packed_already(root, first.parent)
             return f"{root}: {paths[0]!r} {SHARD}."
         if (why := refused(first)) and "is one part" in why:
             return f"{root}: has no images: {paths[0]!r} {why}."
@@ -64,6 +66,13 @@ def instead_of_images(root: Path) -> str | None:
         unread = "" if advised else unread
         remedy = f"{advised or 'unpack it'}, and pass the folder that has one folder of images per class"
     return f"{root}: has no images: {paths[0]!r} {kind}{others}{unread}; {remedy}."
+
+
+def packed_already(root: Path, shards: Path) -> str:
+    """Return the error message for a folder that is one of shards, or has them inside."""
+    path = shlex.quote(str(shards))
+    what = "is packed already" if root == shards else f"is packed already, in {shards}"
+    return f"{root}: {what}; train on it: fastflower train {path}; or score a checkpoint: fastflower evaluate CHECKPOINT {path}."
 
 
 def _is_data(kind: str) -> bool:

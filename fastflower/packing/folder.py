@@ -244,7 +244,8 @@ def scan(
 
 def _scan(root: Path, resplit: bool, tables: Tables, drop_empty: bool) -> Folder:
     if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
+        kind = "is one image" if is_image(root.name) else "is a file"
+        what = kind if root.exists() else "does not exist"
         rule = "pass a folder that contains one folder of images per class, or a zip or tar archive of one"
         raise FolderError(f"{root}: {what}; {rule}.")
     if tables.labels:

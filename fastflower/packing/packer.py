@@ -22,6 +22,7 @@ from fastflower.machine import cores
 from fastflower.packing.advice import is_archive, is_file, refused
 from fastflower.packing.archives import root_in, unpacked
 from fastflower.packing.columns import Columns
+from fastflower.packing.containers import packed_already
 from fastflower.packing.duplicates import Item, Result
 from fastflower.packing.folder import Folder, scan
 from fastflower.packing.layout import quoted
@@ -196,6 +197,8 @@ def _below(root: Path, files: Sequence[Path]) -> list[Path]:
 
 
 def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, executor: Executor | None) -> Manifest:
+    if any(root.glob("*.index.npy")) and (root / FILE).exists() and not tables.labels:
+        raise FolderError(packed_already(root, root))
     if is_inside(out, root) and (not tables.labels or is_inside(root, out)):  # a table's images are named, so no matter
         what = f"is inside the folder to pack ({root}) and would become part of it"
         raise FolderError(f"{out}: {what}; choose another folder with --out.")

@@ -25,7 +25,6 @@ from fastflower.models.backbone import build, on_device
 from fastflower.models.checkpoint import LAST, Checkpoint, EpochSoFar
 from fastflower.models.inference import measure, recalibrate, view_of
 from fastflower.models.metrics import Scores
-from fastflower.models.sizes import require_sizes
 from fastflower.models.stages import train_mode
 from fastflower.models.weights_file import BEST
 from fastflower.recipes.recipe import Recipe
@@ -66,7 +65,6 @@ class Run:
         call: Call | None = None,
     ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, resolve_device(device)
-        require_sizes(recipe)
         self.precision = precision_of(recipe.precision, self.device)
         self._save_steps, self._stop = save_steps, stop
         self._call = call or Call(

@@ -8,7 +8,9 @@ import torch
 from fastflower import distributed, progress
 from fastflower.devices import environment, resolve_device
 from fastflower.errors import ArgumentError, boolean, integer
+from fastflower.models.backbone import require_network
 from fastflower.models.checkpoint import Checkpoint
+from fastflower.models.sizes import require_sizes
 from fastflower.packing.source import PACKS, shards_of
 from fastflower.recipes.flags import changes, nearest
 from fastflower.recipes.presets import checked
@@ -92,6 +94,8 @@ def train(
                         f"freeze must be 0 when weights is None, got {recipe.freeze}: frozen stages would stay random; "
                         f"pass --freeze 0 (freeze=0), or weights to start from (--weights FILE, weights=FILE)."
                     )
+                require_network(recipe.backbone, None if start else recipe.weights)
+                require_sizes(recipe)
                 found = shards_of(shards, folder.parent / PACKS, trained=start and start.feeding.get("shards"))
                 with explaining(call, chosen), preemption() as stop:
                     run = Run(

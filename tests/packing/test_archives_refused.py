@@ -109,9 +109,32 @@ def test_shards_are_not_packed_again(tmp_path: Path) -> None:
         pack(tmp_path, tmp_path.parent / "out")
     folder, out = drawn(tmp_path / "data", a=2, b=2), tmp_path / "packed"
     pack(folder, out)
-    with pytest.raises(FolderError, match=exactly(f"{out}: is packed already; train on it: fastflower train {out}.")):
-        pack(out, tmp_path / "again")
+    remedy = f"train on it: fastflower train {out}; or score a checkpoint: fastflower evaluate CHECKPOINT {out}."
+    for again in (tmp_path / "again", out):
+        with pytest.raises(FolderError, match=exactly(f"{out}: is packed already; {remedy}")):
+            pack(out, again)
     assert refused(next(out.glob("*.tar"))) == SHARD
+    (tmp_path / "outer").mkdir()
+    inside = out.rename(tmp_path / "outer" / "packed")
+    with pytest.raises(
+        FolderError, match=f"outer: is packed already, in {inside}; train on it: fastflower train {inside};"
+    ):
+        pack(tmp_path / "outer", tmp_path / "again")
+
+
+def test_one_image_and_the_folder_of_a_run_are_no_folder_of_images(tmp_path: Path) -> None:
+    drawn(tmp_path / "data", a=1)
+    image, run = tmp_path / "data/a/000.jpg", tmp_path / "run"
+    with pytest.raises(
+        FolderError, match=f"{image}: is one image; pass a folder that contains one folder of images per class"
+    ):
+        pack(image, tmp_path / "out")
+    run.mkdir()
+    (run / "checkpoint-best.pt").touch()
+    (run / "tensorboard").mkdir()
+    what = "is the folder of a run, not of images; pass the shards or images (fastflower train SHARDS)."
+    with pytest.raises(FolderError, match=exactly(f"{run}: {what}")):
+        pack(run, tmp_path / "out")
 
 
 def test_several_tars_are_unpacked_by_one_loop(tmp_path: Path) -> None:

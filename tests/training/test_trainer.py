@@ -261,7 +261,7 @@ def test_out_folders_are_new_or_refused(shards: Path, tmp_path: Path, monkeypatc
     assert train(shards, recipe, device="cpu").folder == Path("runs/resnet18-2")
     with pytest.raises(
         CheckpointError,
-        match=r"resnet18: already holds a run\. To train on from its weights:\n  train\(.*-3'.*\nTo start another:\n  train\(.*-3'",
+        match=r"resnet18: already holds a run\. To train on from its weights:\n  train\(.*\nTo start another:\n  train\(.*-3'",
     ):
         train(shards, recipe, out="runs/resnet18", device="cpu")
     with pytest.raises(ArgumentError, match="resume: pass the run's folder as out"):
@@ -294,15 +294,29 @@ def test_resuming_on_fewer_classes_is_refused_but_evaluating_is_not(
     assert evaluate(tmp_path / "run" / "checkpoint-best.pt", tmp_path / "shards", device="cpu").num_samples == 12
 
 
+def test_an_unknown_backbone_or_weights_name_is_refused_before_images_are_packed(flowers: Path, tmp_path: Path) -> None:
+    known = r"the weights for resnet18 are IMAGENET1K_V1; pass one of these, a path or None\."
+    for recipe, text in (
+        (replace(TINY, backbone="resnet51"), r"backbone must be a classifier .*, got 'resnet51'\. Did you mean resnet"),
+        (replace(TINY, weights="BEST"), rf"weights='BEST': {known}"),
+        (replace(TINY, weights="ResNet34_Weights.DEFAULT"), rf"weights='ResNet34_Weights\.DEFAULT': {known}"),
+    ):
+        with pytest.raises((ArgumentError, CheckpointError), match=f"^{text}"):
+            train(flowers, recipe, out=tmp_path / "run", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with pytest.raises(ArgumentError, match=r"backbone must be one of .*resnet18.*, got 'resnet19'"):
+    with pytest.raises(
+        ArgumentError, match=r"^backbone must be a classifier .*, got 'resnet19'\. Did you mean resnet18\?"
+    ):
         train(shards, replace(TINY, backbone="resnet19"), out=out, device="cpu")
     with pytest.raises(
         ArgumentError,
-        match=r"recipe must be a Recipe, for example fastflower\.recipes\.presets\.PRESETS.*, got 'scratch'",
+        match=r"recipe must be a Recipe, or the name of one, for example 'scratch', got 'scratsh'\.",
     ):
-        train(shards, "scratch", out=out, device="cpu")  # pyright: ignore[reportArgumentType]
+        train(shards, "scratsh", out=out, device="cpu")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ArgumentError, match="device must be cpu, cuda or cuda:NUMBER, got 'gpu'; omit it to use CUDA"):
         train(shards, TINY, out=out, device="gpu")
     (tmp_path / "file").touch()
