@@ -191,7 +191,7 @@ ON_DASK = """
 import sys
 from distributed import LocalCluster
 from fastflower.cli import main
-with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
+with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0") as cluster:
     status = main([*sys.argv[1:], "--dask", cluster.scheduler_address])
     sys.exit(status or "make_shard_elsewhere" not in cluster.scheduler.task_prefixes)
 """
