@@ -316,7 +316,7 @@ def test_nothing_is_written_when_training_cannot_begin(shards: Path, tmp_path: P
         ArgumentError,
         match=r"recipe must be a Recipe, or the name of one, for example 'scratch', got 'scratsh'\.",
     ):
-        train(shards, "scratsh", out=out, device="cpu")  # pyright: ignore[reportArgumentType]
+        train(shards, "scratsh", out=out, device="cpu")
     with pytest.raises(ArgumentError, match="device must be cpu, cuda or cuda:NUMBER, got 'gpu'; omit it to use CUDA"):
         train(shards, TINY, out=out, device="gpu")
     (tmp_path / "file").touch()
