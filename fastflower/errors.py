@@ -43,12 +43,12 @@ def integer(
     if rule is None:
         limited = at_most < 2**63 - 1
         rule = f"an integer from {at_least} to {at_most}{unit}" if limited else f"an integer, at least {at_least}{unit}"
-        rule = rule if limited else rule + _limit(value)
+        rule = rule if limited else rule + limit_of(value)
     require(holds, name, rule, value)
     return cast("int", whole)
 
 
-def _limit(value: object) -> str:
+def limit_of(value: object) -> str:
     """Return the rest of the rule for an integer that does not fit into 64 bits."""
     return " and within 64 bits" if isinstance(value, Integral) and not -(2**63) <= int(value) < 2**63 else ""
 
@@ -91,7 +91,7 @@ def check_fields(instance: "DataclassInstance", rules: Rules, *, owner: str | No
         near = "".join(f" (did you mean {one!r}?)" for one in close)
         plain = fitted(kind, value)
         right = plain is not MISFIT and (plain is None or holds(plain))
-        require(right, f"{owner}{item.name}", rule + near + _limit(value), value)
+        require(right, f"{owner}{item.name}", rule + near + limit_of(value), value)
         object.__setattr__(instance, item.name, plain)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, cast, get_args, get_origin
 
-from fastflower.errors import MISFIT, fitted
+from fastflower.errors import MISFIT, fitted, limit_of
 from fastflower.suggestions import did_you_mean, instead
 
 if TYPE_CHECKING:
@@ -234,8 +234,8 @@ def _value(flag: str, kind: object, metavar: str, text: str) -> object:
         raise ArgumentTypeError(f"needs a value: {flag} {metavar}")
     choices = [] if " or " in metavar else _choices(metavar)
     rule = f"one of {', '.join(choices)}" if choices else f"as in {flag} {metavar}"
-    near = "".join(f". Did you mean {near}?" for near in get_close_matches(text, choices, 1))
-    raise ArgumentTypeError(f"must be {_RULES.get(metavar, rule)}, got {text!r}{near}")
+    near = "".join(f". Did you mean {near}?" for near in get_close_matches(text.lower(), choices, 1))
+    raise ArgumentTypeError(f"must be {_RULES.get(metavar, rule)}{limit_of(_plain(text))}, got {text!r}{near}")
 
 
 def _plain(word: str) -> object:

@@ -139,6 +139,8 @@ def test_what_is_suggested_exists_and_no_suggested_word_is_a_flag() -> None:
     [
         ("train s --epochs ten", "--epochs must be an integer, got 'ten'."),
         ("train s --epochs 2.0", "--epochs must be an integer, got '2.0'."),
+        ("train s --seed 18446744073709551616", "--seed must be an integer and within 64 bits, got '18446744073709551616'."),
+        ("train s --optimizer AdamW", "--optimizer must be one of sgd, adam, adamw, got 'AdamW'. Did you mean adamw?"),
         ("train s --lr 1e-3,", "--lr must be a number, got '1e-3,'."),
         ("train s --schedule cosin", "--schedule must be one of constant, step, cosine, one_cycle, exponential_cosine, "
          "three_phase, got 'cosin'. Did you mean cosine?"),
