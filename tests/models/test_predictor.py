@@ -277,10 +277,11 @@ def test_tta_and_precision_can_be_chosen(tmp_path: Path) -> None:
     kept.save(tmp_path / "checkpoint.pt")
     RGB.save(tmp_path / "image.png")
     line = ["predict", str(tmp_path / "checkpoint.pt"), str(tmp_path / "image.png"), "--device", "cpu", "--out"]
-    for flags, values in (
+    cases: list[tuple[list[str], dict[str, Any]]] = [
         (["--tta"], {"tta": True}),
         (["--no-tta", "--precision", "float32"], {"precision": "float32"}),
-    ):
+    ]
+    for flags, values in cases:
         assert main([*line, str(tmp_path / "1.csv"), *flags]) == 0
         predict(kept, tmp_path / "image.png", out=tmp_path / "2.csv", device="cpu", **values)
         assert (tmp_path / "1.csv").read_text() == (tmp_path / "2.csv").read_text()
