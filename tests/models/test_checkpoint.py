@@ -210,8 +210,8 @@ def without(name: str) -> Any:
         pytest.param(without("recipe"), "'recipe'", id="no recipe"),
         pytest.param(without("classes"), "'classes'", id="no classes"),
         pytest.param(without("model"), "'model'", id="no model"),
-        pytest.param(lambda content: content.update(more=1), "'more'", id="a name too many"),
-        pytest.param(lambda content: content["recipe"].update(speed=1), "'speed'", id="an unknown field"),
+        pytest.param(lambda content: content.update(more=1), "more: Checkpoint has", id="a name too many"),
+        pytest.param(lambda content: content["recipe"].update(speed=1), "speed: Recipe has", id="an unknown field"),
         pytest.param(
             lambda content: content["recipe"].update(epochs=0),
             "Recipe.epochs must be an integer, at least 1",

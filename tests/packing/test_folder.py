@@ -338,4 +338,4 @@ def test_a_folder_that_fits_no_layout_is_refused(tmp_path: Path, names: list[str
 def test_a_missing_folder_or_a_file_is_refused(tmp_path: Path) -> None:
     remedy = "pass a folder that contains one folder of images per class, or a zip or tar archive of one."
     refused(tmp_path / "no", f"{tmp_path / 'no'}: does not exist; {remedy}")
-    refused(touch(tmp_path, "1.jpg") / "1.jpg", f"{tmp_path / '1.jpg'}: is a file; {remedy}")
+    refused(touch(tmp_path, "1.jpg") / "1.jpg", f"{tmp_path / '1.jpg'}: is one image; {remedy}")

@@ -152,7 +152,7 @@ def test_reports_goes_on_where_it_was_interrupted(
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "train_epoch", killed)
-        with pytest.raises(KeyboardInterrupt, match="killed"):
+        with pytest.raises(KeyboardInterrupt, match="interrupted after epoch 1, and saved a checkpoint"):
             reports.reports(shards, report=("a",), out=tmp_path, weights=None, device="cpu")
     assert [row[2] for row in rows(tmp_path)] == ["one"]
     first = (tmp_path / "two" / "history.csv").read_text().splitlines()[1]
@@ -185,7 +185,8 @@ def test_reports_finishes_a_run_without_a_report_and_does_not_mix_runs_of_other_
     assert (tmp_path / "one" / "report.html").exists()
     assert (tmp_path / "reports.md").read_text() == text
     with pytest.raises(
-        CheckpointError, match=r"was trained with epochs 1 \(now 2\); resume with that recipe\. To train on"
+        CheckpointError,
+        match=r"was trained with epochs 1 \(now 2\); resume with that recipe, or pass none\. To train on",
     ):
         reports.reports(shards, report=("b",), out=tmp_path, weights=None, epochs=2, device="cpu")
 
