@@ -73,7 +73,7 @@ CASES = {
     "hue 0.1": Case({"hue": 0.1}, limit=2.0),
     "hue 0.5": Case({"hue": 0.5}, limit=2.0),
     "grayscale": Case({"grayscale": 0.5}),
-    "hue 0.5 and grayscale": Case({"hue": 0.5, "grayscale": 1.0}, limit=2.0),
+    "hue 0.5 and grayscale": Case({"hue": 0.5, "grayscale": 1.0}),
     "random crop (resize 256, crop 224)": Case({"random_crop": True}, whole=True),
     "random crop, padding 28": Case({"random_crop": True, "padding": 28}),
     "random crop, edge padding 28": Case({"random_crop": True, "padding": 28, "padding_mode": "edge"}),
