@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastflower.errors import ArgumentError, FastflowerError, SampleError, ShardError, StoppedError
 from fastflower.flags import Parser, UsageError
-from fastflower.suggestions import near_command
+from fastflower.suggestions import near_command, typed
 
 _MAX_LINES = 20  # of each kind; manifest.json lists all
 
@@ -67,7 +67,7 @@ def _run(args: Sequence[str] | None) -> int:
     logging.getLogger("fastflower").setLevel(logging.INFO)
     run, _ = _COMMANDS[args[0]]
     try:
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm(), typed(args[0]):
             run(f"fastflower {args[0]}", args[1:])
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -194,7 +194,7 @@ def _preview(prog: str, args: Sequence[str]) -> None:
 
 
 def _train(prog: str, args: Sequence[str]) -> None:
-    from fastflower.training.command import to_resume, typed
+    from fastflower.training.command import to_resume
     from fastflower.training.trainer import train
 
     if not _speaks():
@@ -205,8 +205,7 @@ def _train(prog: str, args: Sequence[str]) -> None:
         runs = {word: command for word in args if (command := to_resume(Path(word)))}
         told = "".join(f" {run} is a run. To continue it:\n  {command}" for run, command in runs.items())
         raise UsageError(f"{error}{told}") from None
-    with typed():
-        report = train(**values)
+    report = train(**values)
     best = report.history[report.best_epoch - 1]
     if not _speaks():
         return
@@ -216,12 +215,10 @@ def _train(prog: str, args: Sequence[str]) -> None:
 
 
 def _reports(prog: str, args: Sequence[str]) -> None:
-    from fastflower.training.command import typed
     from fastflower.training.reports import reports
 
     values: dict[str, Any] = {"out": Path("runs/reports"), **_parser(prog, reports, out=Path).parse(args)}
-    with typed():
-        text = reports(**values)
+    text = reports(**values)
     print(text, end="")
     print(f"wrote {values['out'] / 'reports.md'}")
 

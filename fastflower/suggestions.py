@@ -1,6 +1,9 @@
 """What users of other tools type, and what it is here: near flags and commands, by spelling and by meaning."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import shlex
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
@@ -11,6 +14,9 @@ from fastflower.errors import UnknownArgumentError
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 Class = TypeVar("Class")
+
+_typed = ContextVar("typed", default="")
+_called = ContextVar("called", default="")  # the function that the user called, not those that it calls
 
 _TRAINS = ("train", "doctor", "preview")
 _TAKE_SHARDS = (*_TRAINS, "evaluate", "verify")
@@ -296,14 +302,41 @@ def _argument(function: str, name: str, known: Collection[str]) -> str:
     return ""
 
 
+@contextmanager
+def typed(command: str) -> Generator[None]:
+    """Make messages inside the block name commands, because the user typed this one."""
+    token = _typed.set(command)
+    try:
+        yield
+    finally:
+        _typed.reset(token)
+
+
+def command_typed() -> str:
+    """Return the command that the user typed, or "" if they called a function."""
+    return _typed.get()
+
+
+def with_data(place: object) -> str:
+    """Return what the user typed or called, with another folder of images or shards."""
+    if command := _typed.get():
+        return shlex.join(["fastflower", command, *(["CHECKPOINT"] if command == "evaluate" else []), str(place)])
+    function = _called.get() or "pack"
+    return f"{function}({'checkpoint, ' if function == 'evaluate' else ''}{str(place)!r})"
+
+
 def keywords(call: Callable[Params, Result]) -> Callable[Params, Result]:
     """Decorate a function: an unknown keyword argument is refused with the one that is meant."""
-    known = list(signature(call).parameters)
+    known, name = list(signature(call).parameters), getattr(call, "__name__", "")
 
     @wraps(call)
     def checked(*args: Params.args, **kwargs: Params.kwargs) -> Result:
-        refuse_unknown(getattr(call, "__name__", ""), kwargs, known, {})
-        return call(*args, **kwargs)
+        refuse_unknown(name, kwargs, known, {})
+        token = _called.set(_called.get() or name)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _called.reset(token)
 
     return checked
 

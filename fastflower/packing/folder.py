@@ -36,7 +36,7 @@ from fastflower.packing.listing import (
     tables_naming,
     warn_of_other_readings,
 )
-from fastflower.packing.missing import no_images
+from fastflower.packing.missing import no_class_folders, no_images
 from fastflower.packing.names import is_image, plain_name, splits_named
 
 _log = logging.getLogger("fastflower")
@@ -256,11 +256,7 @@ def _scan(root: Path, resplit: bool, tables: Tables, drop_empty: bool) -> Folder
         return _scan_lists(root, lists, Columns(), table=False, drop_empty=drop_empty)
     tops = layout.subfolders(root)
     if not tops:
-        remedy = (
-            "put the images of each class into a folder of its own, or pass a table of their labels (--labels FILE); images "
-            "without labels are for fastflower predict, or for Loader.from_files and a network of your own"
-        )
-        raise FolderError(f"{root}: has no class folders; {remedy}.")
+        raise no_class_folders(root)
     named = splits_named(tops)
     if layout.are_splits(root, tops, named):
         places = layout.places_of_splits(root, named, tops)

@@ -70,7 +70,7 @@ def _inner(root: Path, top: str) -> str:
     """Descend from `top` while there is only one subfolder. For data/flowers/CLASS, return data/flowers."""
     for _ in range(_DEEPEST):
         inside = subfolders(root / top)
-        if len(inside) != 1 or _has_own_images(root / top):
+        if len(inside) != 1 or has_own_images(root / top):
             break
         if splits_named(inside) and inside[0].lower() != Path(top).name.lower():
             break
@@ -182,7 +182,7 @@ def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
         command = list_and_pack(root, f"*/{quoted(generic[0])}")
         raise _ambiguous(root, what, [(reading, command), _as_classes(root, tops)])
     folds = len(shared) > 1 and all(FOLDS.issuperset(words_of(top)) for top in tops)
-    if (folds or len(shared) >= len(tops)) and not any(_has_own_images(root / inner[top]) for top in tops):
+    if (folds or len(shared) >= len(tops)) and not any(has_own_images(root / inner[top]) for top in tops):
         what = f"has the same folders ({_names(shared)}) in each of {_names(inner.values())}"
         raise _ambiguous(root, what, [*_subfolders_as_classes(root, tops), _as_classes(root, tops)])
     if len({re.sub(r"\d+$", "", top) for top in tops}) == 1 and FOLDS.intersection(words_of(tops[0])):
@@ -195,12 +195,13 @@ def check_classes(root: Path, tops: Sequence[str], resplit: bool) -> None:
 
 def shared_folders(root: Path, tops: Sequence[str]) -> list[str]:
     """Return the folders that each of `tops` has, if none of `tops` has images besides."""
-    if any(_has_own_images(root / top) for top in tops):
+    if any(has_own_images(root / top) for top in tops):
         return []
     return sorted(set[str].intersection(*(set(subfolders(root / top)) for top in tops)))
 
 
-def _has_own_images(folder: Path) -> bool:
+def has_own_images(folder: Path) -> bool:
+    """Return whether a file directly in the folder has an image extension."""
     return any(is_image(entry.name) for entry in entries(folder))
 
 

@@ -1,4 +1,4 @@
-"""Says why a class folder has no images: what it holds instead, or images without an extension."""
+"""Says why a folder has no class folders, or a class folder no images, and what it is or holds instead."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -7,9 +7,30 @@ from fastflower.errors import FolderError
 from fastflower.packing import layout
 from fastflower.packing.containers import instead_of_images
 from fastflower.packing.hidden import entries, patterns_ignored
+from fastflower.packing.names import splits_named
 from fastflower.shards.kinds import image_kind
+from fastflower.suggestions import with_data
 
 _MOST_READ = 6  # files
+_MOST_NAMES = 3  # per message
+
+
+def no_class_folders(root: Path) -> FolderError:
+    """Return the error for a folder without class folders. Others beside it may be the classes, of which it is one."""
+    parent = root.parent if root.name not in ("", "..") else root / ".."
+    with suppress(FolderError, OSError):  # they are no classes, or cannot be read
+        tops = layout.subfolders(parent)
+        if len(tops) > 1 and not splits_named(tops) and all(layout.has_own_images(parent / top) for top in tops):
+            layout.check_classes(parent, tops, resplit=False)
+            others = [top for top in tops if not (parent / top).samefile(root)]
+            few = ", ".join(map(repr, others[:_MOST_NAMES])) + (", ..." if len(others) > _MOST_NAMES else "")
+            remedy = f"if it is one class, beside {few}, pass the folder that holds them:\n  {with_data(parent)}"
+            return FolderError(f"{root}: has no class folders; {remedy}")
+    remedy = (
+        "put the images of each class into a folder of its own, or pass a table of their labels (--labels FILE); images "
+        "without labels are for fastflower predict, or for Loader.from_files and a network of your own"
+    )
+    return FolderError(f"{root}: has no class folders; {remedy}.")
 
 
 def no_images(root: Path, name: str, can_drop: bool) -> FolderError:

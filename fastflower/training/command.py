@@ -2,9 +2,6 @@
 
 import os
 import shlex
-from collections.abc import Generator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -18,18 +15,7 @@ from fastflower.recipes.flags import flags, nearest
 from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.record import read
 from fastflower.shards.remote import Remote
-
-_typed = ContextVar("typed", default=False)
-
-
-@contextmanager
-def typed() -> Generator[None]:
-    """Make messages inside the block name commands, because the user typed one."""
-    token = _typed.set(True)
-    try:
-        yield
-    finally:
-        _typed.reset(token)
+from fastflower.suggestions import command_typed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +54,7 @@ class Call:
     @property
     def typed(self) -> bool:
         """Whether the user typed a command, and did not call a function."""
-        return _typed.get()
+        return bool(command_typed())
 
     @property
     def address(self) -> str:

@@ -15,7 +15,8 @@ from fastflower import Checkpoint, Recipe, pack, train
 from fastflower.cli import main
 from fastflower.errors import CheckpointError
 from fastflower.shards.remote import Remote
-from fastflower.training.command import Call, typed, unused
+from fastflower.suggestions import typed
+from fastflower.training.command import Call, unused
 from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
@@ -250,7 +251,7 @@ def test_another_fold_is_refused_without_offering_weights_that_know_its_images(f
 def test_commands_are_quoted_and_leave_defaults_out() -> None:
     call = Call(shards="it's here", recipe=Recipe(), out=Path("runs/a b"), save_steps=3, fold=0)
     assert call.again(resume=True) == ("""train("it's here", fold=0, out='runs/a b', save_steps=3, resume=True)""")
-    with typed():
+    with typed("train"):
         assert call.again(resume=True) == f"{call.command()} --resume"
     assert call.command() == """fastflower train 'it'"'"'s here' --fold 0 --out 'runs/a b' --save-steps 3"""
     remote = Call(shards=Remote(url="s3://a/b", options={"secret": "x"}), recipe=Recipe(), out=Path("c"))
