@@ -25,7 +25,7 @@ def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
         if resume:
             raise ArgumentError("resume: pass the run's folder as out (--out).")
         tries = (Path("runs", backbone + (f"-{number}" if number > 1 else "")) for number in range(1, 10**6))
-        out = next(folder for folder in tries if not folder.exists())
+        out = next(filter(_is_unused, tries))
     folder = Path(out)
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
@@ -39,7 +39,7 @@ def run_folder(out: str | Path | None, backbone: str, *, resume: bool) -> Path:
 def own(call: Call, *, new: bool, resume: bool) -> Generator[None]:
     """Create and lock a run's folder on rank 0; if that fails, raise the same error on all ranks.
 
-    new  Whether to fail if the folder already exists.
+    new  Whether to fail if another run has used the folder.
 
     A folder created here is removed at the end if it is still empty, or if the run was interrupted before its first checkpoint.
 
@@ -47,25 +47,24 @@ def own(call: Call, *, new: bool, resume: bool) -> Generator[None]:
     if the folder cannot be created or locked.
     """
     folder = call.out
-    created = [place for place in (folder, *folder.parents) if not place.exists()]
+    created = [place for place in (folder, *folder.parents) if not place.exists() or (new and place == folder)]
     with ExitStack() as stack:
         failed: Exception | None = None
         if distributed.rank() == 0:
             stack.callback(_remove_empty, created)
             try:
-                folder.mkdir(parents=True, exist_ok=not new)
+                folder.mkdir(parents=True, exist_ok=True)
                 alone = stack.enter_context(locked(folder / _LOCK))
                 stack.callback((folder / _LOCK).unlink, missing_ok=True)
-                if not resume and (folder / LAST).exists():
+                if new and not _holds_nothing(folder):
+                    failed = _taken(folder)
+                elif not resume and (folder / LAST).exists():
                     failed = CheckpointError(f"{folder}: already holds a run. {_choices(call)}")
                 for partial in folder.glob(PARTIAL) if alone else ():  # left by a killed run
                     partial.unlink(missing_ok=True)
-            except FileExistsError:
-                failed = CheckpointError(
-                    f"{folder}: another run just took it; run again, or pass a folder as out (--out)."
-                )
             except HeldError as error:
-                failed = CheckpointError(f"{folder}: another run is training here ({error}); wait. {_choices(call)}")
+                what = f"{folder}: another run is training here ({error}); wait. {_choices(call)}"
+                failed = _taken(folder) if new else CheckpointError(what)
             except OSError as error:
                 remedy = remedy_for(error, "pass a different folder as out (--out)")
                 what = f"out: {folder} cannot be written ({error.strerror or error}); {remedy}."
@@ -78,6 +77,28 @@ def own(call: Call, *, new: bool, resume: bool) -> Generator[None]:
             if folder in created and not (folder / LAST).exists():
                 stack.callback(_discard, folder)  # before the folder is removed, because it is empty
             raise
+
+
+def _is_unused(folder: Path) -> bool:
+    """Return whether a folder does not exist, or holds nothing but the lock of a run that was killed."""
+    if not folder.exists():
+        return True
+    try:
+        if (unused := _holds_nothing(folder)) and (folder / _LOCK).exists():
+            with locked(folder / _LOCK):
+                pass
+        return unused
+    except (HeldError, OSError):
+        return False
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Return whether a folder holds nothing but a lock."""
+    return {path.name for path in folder.iterdir()} <= {_LOCK}
+
+
+def _taken(folder: Path) -> CheckpointError:
+    return CheckpointError(f"{folder}: another run just took it; run again, or pass a folder as out (--out).")
 
 
 def _choices(call: Call) -> str:

@@ -1,6 +1,7 @@
 """Trains a network on shards according to a recipe."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,7 +82,7 @@ def train(
         torch.random.fork_rng(range(torch.cuda.device_count())),  # pyright: ignore[reportUnknownMemberType]  (untyped)
     ):
         chosen = resolve_device(device)
-        folder = distributed.gathered(run_folder(out, recipe.backbone, resume=resume))[0]
+        folder = distributed.of_first_rank(partial(run_folder, out, recipe.backbone, resume=resume))
         call = Call(shards=shards, recipe=recipe, fold=fold, out=folder, save_steps=save_steps, device=device)
         run = None
         try:
