@@ -5,11 +5,13 @@ Transforms are recognized by library and class name and read by attribute, so to
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from fastflower.errors import ArgumentError, listed
 
 _LIBRARIES = ("torchvision", "timm", "torch")  # torch's Sequential holds transforms
+_MODULES = ("torchvision.", "torch.nn.", "timm.", "albumentations.")
 ON_IMAGES = "To apply it to the images of a batch, see docs/augmentation.md."
 
 
@@ -54,6 +56,12 @@ class Step:
         rule = f"with {what} ({low}, {high}) is not symmetric; use {wanted}"
         self.require(abs(low + high - 2 * about) < 1e-9, rule)
         return round(float(high - about), 12)  # 1.2 - 1 is not exactly 0.2
+
+
+def is_transform(value: object) -> bool:
+    """Return whether a value comes from a library of transforms, also if it only makes one, as weights.transforms does."""
+    made = cast("partial[object]", value).func if isinstance(value, partial) else value
+    return str(getattr(made, "__module__", "")).startswith(_MODULES)
 
 
 def steps_of(transform: object) -> Iterator[Step]:

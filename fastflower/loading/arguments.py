@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Literal, Never, TypedDict, TypeVar, cast
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Never, TypedDict, TypeVar, cast
 import torch
 
 from fastflower.draws.augment import Augment
+from fastflower.draws.torchvision_steps import is_transform
 from fastflower.errors import ArgumentError, ShardError, boolean, integer, require
 from fastflower.loading.backends.base import Name
 from fastflower.loading.cache import Cache
@@ -123,11 +123,8 @@ def as_augment(augment: AugmentLike) -> Augment:
     """Return the Augment that is meant. Raises ArgumentError for what is neither an Augment nor a torchvision transform."""
     if augment is None or isinstance(augment, Augment):
         return augment or Augment()
-    made = (
-        cast("partial[object]", augment).func if isinstance(augment, partial) else augment
-    )  # weights.transforms is one
-    if str(getattr(made, "__module__", "")).startswith(("torchvision.", "torch.nn.")):
-        return Augment.from_torchvision(cast("object", augment))
+    if is_transform(augment):
+        return Augment.from_torchvision(augment)
     raise ArgumentError(
         f"augment must be an Augment or a torchvision transform, got {augment!r}; a Loader calls no Python function for "
         f"each image: write Augment(crop=(0.08, 1.0), flip=0.5), or call the function on batch.images."

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastflower import progress
-from fastflower.draws.augment import Augment
+from fastflower.loading.arguments import AugmentLike
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.predictor import URL_BYTES, URL_SECONDS, OnBad, Prediction, Predictor
 from fastflower.models.sources import Images, Source, sources
@@ -30,7 +30,7 @@ def predict(
     ids: Ids | None = None,
     sample: str | Path | None = None,
     classes: Sequence[str] | None = None,
-    augment: Augment | None = None,
+    augment: AugmentLike = None,
     tta: bool | None = None,
     precision: Precision | None = None,
     device: str | torch.device | None = None,

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from fastflower.devices import precision_of, resolve_device
 from fastflower.draws.augment import Augment
+from fastflower.draws.torchvision_steps import is_transform
 from fastflower.errors import ArgumentError, SampleError, boolean, integer, number, require
-from fastflower.loading.arguments import one_of
+from fastflower.loading.arguments import AugmentLike, one_of
 from fastflower.loading.backends.native import NativeRenderer, available
 from fastflower.loading.backends.opencv import OpencvRenderer
 from fastflower.loading.batch import Stored, as_numpy
@@ -67,8 +68,8 @@ class Predictor:
         checkpoint: A checkpoint written by `train`, its path, or a network of your own. The network maps normalized images
             (N, 3, H, W) to logits (N, classes); it is copied, and the copy put into evaluation mode.
         classes: Names of the classes, in the order of the logits. Only with a network of your own, which needs them.
-        augment: How the images are resized, cropped and normalized: as validation does with this Augment. Only with a network
-            of your own, which needs it.
+        augment: How the images are resized, cropped and normalized: as validation does with this Augment, or this torchvision
+            transform. Only with a network of your own, which needs it.
         tta: Test-time augmentation: average the probabilities of each image and its horizontal flip. None uses the recipe's
             tta, and no flip with a network of your own.
         precision: "float32", "bfloat16", "float16", or "auto" for the fastest that the device computes natively. None uses the
@@ -96,7 +97,7 @@ class Predictor:
         checkpoint: str | Path | Checkpoint | nn.Module,
         *,
         classes: Sequence[str] | None = None,
-        augment: Augment | None = None,
+        augment: AugmentLike = None,
         tta: bool | None = None,
         precision: Precision | None = None,
         device: str | torch.device | None = None,
@@ -224,15 +225,15 @@ class Predictor:
         return [dict(zip(self.classes, row, strict=True)) for row in cast("list[list[float]]", rows.tolist())]  # pyright: ignore[reportUnknownMemberType]  (torch's types)
 
 
-def _named(classes: Sequence[str] | None, augment: Augment | None) -> tuple[tuple[str, ...], Augment]:
+def _named(classes: Sequence[str] | None, augment: AugmentLike) -> tuple[tuple[str, ...], Augment]:
     """Return the classes and the augment that describe a network of the caller. Raises ArgumentError if one is missing."""
     listed = classes is not None and not isinstance(classes, str) and all(type(name) is str for name in classes)
+    augment = Augment.from_torchvision(augment) if is_transform(augment) else augment
     rule = "given with a network: different names, in the order of its outputs"
     require(listed and len(set(classes or ())) == len(classes or ()) > 0, "classes", rule, classes)
-    require(
-        isinstance(augment, Augment), "augment", "given with a network: an Augment, for its size, mean and std", augment
-    )
-    return tuple(classes or ()), augment or Augment()
+    rule = "given with a network: an Augment or a torchvision transform, for its size, mean and std"
+    require(isinstance(augment, Augment), "augment", rule, augment)
+    return tuple(classes or ()), cast("Augment", augment)
 
 
 def _precision_of(network: nn.Module) -> str:

@@ -5,7 +5,8 @@ from math import cos, pi
 from typing import Any, Literal, Self
 
 from fastflower.draws.augment import Augment
-from fastflower.errors import Rules, check_fields, require, shown
+from fastflower.draws.torchvision_steps import is_transform
+from fastflower.errors import ArgumentError, Rules, check_fields, require, shown
 from fastflower.suggestions import fields_by_name
 
 Schedule = Literal["constant", "step", "cosine", "one_cycle", "exponential_cosine", "three_phase"]
@@ -27,7 +28,7 @@ class Recipe:
     """Number of frozen stages, counted from the input. Their weights and batch norm statistics do not change.
     The stem belongs to the first stage. 0: train all stages; required if `weights` is None."""
     augment: Augment = field(default_factory=lambda: Augment(crop=(0.08, 1.0), flip=0.5))
-    """Augmentation of training images, also as a torchvision Compose. Validation uses only its size, resize and normalization."""
+    """Augmentation of training images, also as a torchvision transform. Validation uses only size, resize and normalization."""
     sizes: tuple[int, ...] = ()
     """Progressive resizing: heights of training images in pixels, each used for an equal share of the epochs.
     Empty: `augment.size` in all epochs."""
@@ -95,8 +96,11 @@ class Recipe:
         return shown(self)
 
     def __post_init__(self) -> None:
-        if type(self.augment).__name__ == "Compose":
-            object.__setattr__(self, "augment", Augment.from_torchvision(self.augment))
+        if is_transform(self.augment):
+            try:
+                object.__setattr__(self, "augment", Augment.from_torchvision(self.augment))
+            except ArgumentError as error:
+                raise ArgumentError(f"Recipe.augment: {error}") from None
         check_fields(self, _RULES)
         alone, one_cycle = self.ema is None and self.patience is None, self.schedule == "one_cycle"
         rules = [
@@ -187,7 +191,7 @@ class Recipe:
 
 _RULES: Rules = {
     "weights": ("a string or None", lambda _: True),
-    "augment": ("an Augment, or a torchvision Compose", lambda _: True),
+    "augment": ("an Augment, or a torchvision transform", lambda _: True),
     "sizes": ("integers, sizes in pixels, each at least 1", lambda sizes: all(size >= 1 for size in sizes)),
     "freeze": ("an integer, at least 0", lambda count: count >= 0),
     **{

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from packs import exactly
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models import ResNet18_Weights
 
 from fastflower import Augment, Checkpoint, Predictor, Recipe, predict
 from fastflower.cli import main
@@ -185,7 +186,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"classes": ("a", "a")}, r"^classes must be given with a network: different names, .*, got \('a', 'a'\)\.$"),
     ({"classes": (0, 1)}, r"^classes must be given with a network: .*, got \(0, 1\)\.$"),
     ({"classes": ()}, r"^classes must be given with a network: .*, got \(\)\.$"),
-    ({"augment": None}, r"^augment must be given with a network: an Augment, for its size, mean and std, got None\.$"),
+    (
+        {"augment": None},
+        r"^augment must be given with a network: an Augment or a torchvision transform, .*, got None\.$",
+    ),
     ({"tta": "no"}, r"^tta must be True, False or None, got 'no'\.$"),
     ({"precision": "half"}, r"^precision must be 'auto', 'bfloat16', 'float16' or 'float32', got 'half'\.$"),
     ({"max_pixels": 0}, r"^max_pixels must be an integer from 1 to 178956970, got 0\.$"),
@@ -219,6 +223,13 @@ def test_what_does_not_fit_a_network_is_named() -> None:
         rule = f"^{name} must be None unless a network is passed: a checkpoint has its own"
         with pytest.raises(ArgumentError, match=rule):
             Predictor("run/checkpoint-best.pt", **{name: value})
+
+
+def test_a_transform_of_torchvision_describes_a_network_too() -> None:
+    weights = ResNet18_Weights.DEFAULT.transforms(crop_size=32, resize_size=36)
+    ours = Augment.from_torchvision(weights)
+    one, other = (Predictor(Looking(), classes=CLASSES, augment=augment, device="cpu") for augment in (weights, ours))
+    assert one(RGB) == other(RGB)
 
 
 class Wrapped(nn.Module):

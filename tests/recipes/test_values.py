@@ -13,6 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms_factory import create_transform
+from torch import nn
+from torchvision.models import ResNet18_Weights
 from torchvision.transforms import v2
 
 from fastflower import Augment, Recipe
@@ -57,7 +61,7 @@ def check(kind: type[Recipe] | type[Augment], name: str, value: Any) -> None:
     try:
         made = kind(**{name: value})
     except ArgumentError as error:
-        assert str(error).startswith(f"{kind.__name__}.{name} must be ")  # noqa: PT017  (an error is one of two outcomes)
+        assert str(error).startswith((f"{kind.__name__}.{name} must be ", "Recipe.augment: "))  # noqa: PT017  (an error is one of two outcomes)
         return
     recipe = made if isinstance(made, Recipe) else Recipe(augment=made)
     (item,) = (item for item in fields(kind) if item.name == name)
@@ -95,7 +99,7 @@ def test_any_value_is_refused_by_name_or_becomes_plain(field: Any, value: Any) -
         ("tta", 1, "True or False, got 1"),
         ("backbone", None, "a string, got None"),
         ("weights", True, "a string or None, got True"),
-        ("augment", {"size": 64}, "an Augment, or a torchvision Compose, got {'size': 64}"),
+        ("augment", {"size": 64}, "an Augment, or a torchvision transform, got {'size': 64}"),
         ("sizes", 128, "integers, sizes in pixels, each at least 1, got 128"),
     ],
 )
@@ -125,10 +129,28 @@ def test_what_an_augment_refuses(field: str, value: Any, message: str) -> None:
     assert str(error.value) == f"Augment.{field} must be {message}."
 
 
-def test_a_compose_is_converted() -> None:
-    compose = v2.Compose([v2.RandomResizedCrop(96), v2.RandomHorizontalFlip(0.25)])
-    recipe = Recipe(augment=compose)  # pyright: ignore[reportArgumentType]  (converted at run time)
-    assert recipe.augment == Augment.from_torchvision(compose)
+@pytest.mark.parametrize(
+    "transform",
+    [
+        v2.Compose([v2.RandomResizedCrop(96), v2.RandomHorizontalFlip(0.25)]),
+        nn.Sequential(v2.RandomResizedCrop(96), v2.RandomHorizontalFlip(0.25)),
+        v2.RandomResizedCrop(96),
+        ResNet18_Weights.DEFAULT.transforms(),
+        create_transform(64, is_training=True, auto_augment=None),
+        RandomResizedCropAndInterpolation(64, interpolation="bilinear"),
+    ],
+    ids=lambda transform: type(transform).__name__,
+)
+def test_a_transform_is_converted(transform: Any) -> None:
+    assert Recipe(augment=transform).augment == Augment.from_torchvision(transform)
+
+
+@pytest.mark.parametrize("made_by", [ResNet18_Weights.DEFAULT, ResNet18_Weights.DEFAULT.transforms])
+def test_what_only_makes_a_transform_is_answered(made_by: Any) -> None:
+    with pytest.raises(
+        ArgumentError, match=r"^Recipe\.augment: .* such as weights\.transforms\(\), with parentheses\.$"
+    ):
+        Recipe(augment=made_by)
 
 
 def test_integers_where_floats_stand_in_an_old_checkpoint_still_load() -> None:
