@@ -4,6 +4,7 @@ import inspect
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -11,6 +12,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ _TYPES: dict[str, object] = {
     "folder": Path,
     "out": Path | None,
     "shards": str,
-    "checkpoint": Path,
+    "checkpoint": str,
     "images": list[str],  # paths and URLs
     "columns": str | None,
     "sample": Path,
@@ -279,9 +281,12 @@ def _backbones(prog: str, args: Sequence[str]) -> None:
 
 
 def _evaluate(prog: str, args: Sequence[str]) -> None:
+    from fastflower.models.checkpoint import require_order
     from fastflower.models.evaluation import evaluate
 
-    scores = evaluate(**_parser(prog, evaluate).parse(args))
+    values = _parser(prog, evaluate).parse(args)
+    require_order(values["checkpoint"], values["shards"], partial(_reordered, prog, args))
+    scores = evaluate(**values)
     print(
         f"{scores.num_samples} images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, "
         f"macro-F1 {scores.macro_f1:.2%}, calibration error {scores.calibration_error:.2%}"
@@ -293,6 +298,7 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
 
 
 def _predict(prog: str, args: Sequence[str]) -> None:
+    from fastflower.models.checkpoint import require_order
     from fastflower.models.prediction import predict, tabulated
     from fastflower.models.predictor import Predictor
     from fastflower.models.sources import sources
@@ -301,6 +307,7 @@ def _predict(prog: str, args: Sequence[str]) -> None:
     values = _parser(prog, predict).parse(args)
     if not values["images"]:
         raise ArgumentError("IMAGES must name at least one image file or folder, got none.")
+    require_order(values["checkpoint"], values["images"], partial(_reordered, prog, args))
     images, on_bad, out = sources(values.pop("images")), values.pop("on_bad", "fail"), values.pop("out", None)
     if values.get("columns") is not None:
         values["columns"] = tuple(values["columns"].split(","))
@@ -320,6 +327,12 @@ def _predict(prog: str, args: Sequence[str]) -> None:
         what = f"{skipped} of {skipped + len(lines)} images are unusable and have no prediction"
         empty = f"; their cells in {out} are empty" if out is not None else ""
         raise SampleError(f"{what}{empty}; they are named above (to accept that, pass --on-bad skip).")
+
+
+def _reordered(prog: str, args: Sequence[str], checkpoint: str, others: list[str]) -> str:
+    """Return a command line with its positional arguments in this order, before its flags."""
+    flags = [word for word in args if word not in ("--", checkpoint, *others)]
+    return shlex.join([*prog.split(), checkpoint, *others, *flags])
 
 
 _COMMANDS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {

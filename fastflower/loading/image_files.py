@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,7 @@ def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
             raise ArgumentError(f"images must be {rule}, got an object of type {type(entry).__name__}.")
         path = Path(entry)
         if path.is_dir():
-            paths += sorted(images_below(path))
+            paths += images_below(path)
         elif set("*?[") & set(str(path)) and not path.exists():
             root, pattern = path.anchor and repr(path.anchor), str(path.relative_to(path.anchor))
             found = f"sorted(Path({root}).glob({pattern!r}))"
@@ -112,8 +112,11 @@ def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
     return paths
 
 
-def images_below(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder and its subfolders, after logging what is left out. Raises SampleError if there are none."""
+def images_below(folder: Path) -> list[Path]:
+    """Return the images in a folder and its subfolders, sorted by path, and log what is left out.
+
+    Raises SampleError if there are none.
+    """
     found = images_in(folder)
     if not len(found):
         known = ", ".join(EXTENSIONS)
@@ -125,8 +128,7 @@ def images_below(folder: Path) -> Iterator[Path]:
         each = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
         level = logging.INFO if hidden else logging.WARNING
         _log.log(level, "%s: left out %d that are no images (%s)", folder, len(found.ignored), each)
-    for number in range(len(found)):
-        yield folder / found.path(number)
+    return sorted(folder / found.path(number) for number in range(len(found)))
 
 
 def _size(path: str, *, strict: bool) -> tuple[int, int]:

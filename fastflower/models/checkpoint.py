@@ -2,10 +2,12 @@
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, TypedDict, cast
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +180,33 @@ def _file(path: Path) -> Path:
             f"{path}: is {what}, not a checkpoint; pass the checkpoint first, then the shards or images."
         )
     return path
+
+
+def require_order(checkpoint: object, others: object, call: Callable[[str, list[str]], str]) -> None:
+    """Raise CheckpointError if the checkpoint, or its run's folder, is among the other arguments, with images in its place.
+
+    others  A path, or a list of them. Anything else is not looked at.
+    call  Returns what to type, given the checkpoint and then the other paths.
+    """
+    listed = cast("list[object]", others) if isinstance(others, (list, tuple)) else [others]
+    first, *rest = map(_path, (checkpoint, *listed))
+    if not first or _is_checkpoint(first) or not ("://" in first or os.path.lexists(first)):
+        return
+    paths = list(filter(None, rest))
+    if own := next(filter(_is_checkpoint, paths), None):
+        line = call(own, [first, *(one for one in paths if one != own)])
+        raise CheckpointError(f"{first}: is not a checkpoint, but {own} is; pass the checkpoint first:\n  {line}")
+
+
+def _path(value: object) -> str:
+    return str(cast("object", value)) if isinstance(value, (str, os.PathLike)) else ""
+
+
+def _is_checkpoint(path: str) -> bool:
+    """Return whether a path is a file that torch.save wrote, or the folder of a run that has one."""
+    with suppress(OSError, ValueError, BadZipFile), ZipFile(best_in(Path(path))) as file:
+        return any(name.endswith("/data.pkl") for name in file.namelist())
+    return False
 
 
 def _linked(file: Path, name: Path) -> bool:

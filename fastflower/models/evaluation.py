@@ -13,7 +13,7 @@ from fastflower.devices import precision_of, resolve_device
 from fastflower.errors import ArgumentError, CheckpointError, boolean, require
 from fastflower.loading.loader import Loader
 from fastflower.models.backbone import on_device
-from fastflower.models.checkpoint import Checkpoint
+from fastflower.models.checkpoint import Checkpoint, require_order
 from fastflower.models.inference import measure, non_finite_outputs, view_of
 from fastflower.models.metrics import Scores
 from fastflower.models.trained_on import packs_of, warn_of_training_images
@@ -61,6 +61,7 @@ def evaluate(
     rule = "a name, for example val, train or test"
     require(split is None or isinstance(split, str), "split", rule, split)  # pyright: ignore[reportUnnecessaryIsInstance]  (callers may be untyped)
     tta = None if tta is None else boolean("tta", tta)
+    require_order(checkpoint, shards, lambda own, rest: f"evaluate({own!r}, {rest[0]!r})")
     name = "checkpoint"
     if not isinstance(checkpoint, Checkpoint):
         name, checkpoint = str(checkpoint), Checkpoint.load(checkpoint)

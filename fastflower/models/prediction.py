@@ -9,7 +9,7 @@ from torch import nn
 
 from fastflower import progress
 from fastflower.loading.arguments import AugmentLike
-from fastflower.models.checkpoint import Checkpoint
+from fastflower.models.checkpoint import Checkpoint, require_order
 from fastflower.models.predictor import URL_BYTES, URL_SECONDS, OnBad, Prediction, Predictor
 from fastflower.models.sources import Images, Source, sources
 from fastflower.models.submission import Ids, Table
@@ -80,6 +80,7 @@ def predict(
         >>> len(predictions[0].probabilities)  # one per class
         5
     """
+    require_order(checkpoint, images, lambda own, rest: f"predict({own!r}, {rest if rest[1:] else rest[0]!r})")
     found = sources(images)
     predictor = Predictor(
         checkpoint,

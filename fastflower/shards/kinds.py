@@ -29,6 +29,7 @@ _TEXTS = {
 }
 _OTHERS = {
     rb"PK\x03\x04.{26}[^/]{1,80}\.npy": "is a NumPy archive (.npz)",
+    rb"PK\x03\x04.{26}[^/]{1,80}/data\.pkl": "is a checkpoint or other file of PyTorch",
     rb"PK(?:\x03\x04|\x05\x06)": "is a ZIP archive",
     rb"\x1f\x8b\x08": _GZIP,
     rb".{257}ustar": "is a tar archive",

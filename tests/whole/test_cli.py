@@ -326,8 +326,7 @@ def test_evaluate_refuses_files_that_are_no_checkpoint_and_unknown_splits(
     text = "not a checkpoint; pass the checkpoint first, then the shards or images."
     image = next(flowers.glob("rose/*.jpg"))
     assert error(capsys, "evaluate", image, shards) == f"{image}: is an image, {text}"
-    assert error(capsys, "evaluate", shards, checkpoint) == f"{shards}: is a folder of shards, {text}"
-    assert error(capsys, "predict", image, checkpoint) == f"{image}: is an image, {text}"
+    assert error(capsys, "evaluate", shards, shards) == f"{shards}: is a folder of shards, {text}"
     text = error(capsys, "evaluate", checkpoint, checkpoint)
     assert (
         text
