@@ -1,4 +1,4 @@
-"""The head and the stages of a network: which parameters `freeze` freezes.
+"""The head, the stages and the layers of a network: which parameters `freeze` freezes, and how `layer_decay` groups them.
 
 A stage holds the layers that work at one resolution, and the stem belongs to the first. A network without resolutions, such as a
 ViT, has its blocks in four stages. Layers after the pooling belong to the head, which is in no stage.
@@ -6,11 +6,12 @@ ViT, has its blocks in four stages. Layers after the pooling belong to the head,
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import groupby
 
 from torch import nn
 
 from fastflower.errors import ArgumentError
-from fastflower.models.timm_networks import heads_of_timm, is_timm, modules_of, stages_of_timm
+from fastflower.models.timm_networks import heads_of_timm, is_timm, layers_of_timm, modules_of, stages_of_timm
 
 
 def _after_pools(network: nn.Module) -> list[str]:
@@ -59,6 +60,12 @@ _BEGINS: dict[str, str | Callable[[nn.Module], list[str]]] = {
 }
 """The first layers of the stages after the first, by the file of torchvision.models that defines the network."""
 
+_BLOCK = re.compile(
+    "BasicBlock|(ResBottleneck|SwinTransformer|Encoder)Block|SwinTransformerBlockV2|Bottleneck|CNBlock|_DenseLayer|Fire"
+    "|(Fused)?MBConv|Inception[A-E]?|_?InvertedResidual|MaxVitLayer"
+)
+"""torchvision's classes of blocks."""
+
 
 def heads_of(network: nn.Module) -> list[str]:
     """Return the name of the head: of the last linear layer or convolution, which gives the logits.
@@ -93,6 +100,42 @@ def stages_of(network: nn.Module) -> list[list[str]]:
             stages.append([])
         stages[-1].append(name)
     return stages
+
+
+def blocks_of(network: nn.Module) -> list[str]:
+    """Return the names of the blocks of a network of torchvision, such as residual blocks; none if it is a plain stack."""
+    found: list[str] = []
+    for name, module in modules_of(network):
+        inside = found and name.startswith(f"{found[-1]}.")  # a MaxVitLayer holds an MBConv
+        if name and not inside and _BLOCK.fullmatch(type(module).__name__):
+            found.append(name)
+    return found
+
+
+def layers_of(network: nn.Module) -> list[list[str]]:
+    """Return the names of the parameters of each layer from the input, in the sense of layer-wise decay; the head is the last.
+
+    For timm, the groups of timm. For torchvision, the stem, then the blocks (or convolutions, if there are none). What leads into
+    a stage belongs to its first block, and what follows a block to that block.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> [len(layer) for layer in layers_of(resnet18())]
+        [3, 6, 6, 9, 6, 9, 6, 9, 6, 2]
+    """
+    if is_timm(network):
+        return layers_of_timm(network)
+    units = blocks_of(network) or [name for name, module in modules_of(network) if isinstance(module, nn.Conv2d)]
+    unit_of = {f"{unit}.{name}": unit for unit in units for name, _ in network.get_submodule(unit).named_parameters()}
+    layers: list[list[str]] = []
+    stages = stages_of(network)
+    for number, stage in enumerate(stages):
+        # The stem is a layer of its own.
+        unit = next((unit_of[name] for name in stage if name in unit_of), "") if number else ""
+        homes = [(unit := unit_of.get(name, unit), name) for name in stage]
+        layers += [[name for _, name in group] for _, group in groupby(homes, lambda home: home[0])]
+    inside = {name for stage in stages for name in stage}
+    return [*layers, [name for name, _ in network.named_parameters() if name not in inside]]
 
 
 def freeze_stages(network: nn.Module, stages: int) -> None:

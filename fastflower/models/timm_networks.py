@@ -93,10 +93,7 @@ def heads_of_timm(network: nn.Module) -> list[str]:
 
 def stages_of_timm(network: nn.Module, heads: list[str]) -> list[list[str]]:
     """Return the names of the parameters of each stage, from the groups that timm defines."""
-    grouped = cast("Callable[..., dict[str, str]] | None", getattr(network, "group_matcher", None))
-    matcher = grouped(coarse=True) if grouped else _MATCHER
-    by_number: dict[int, list[str]] = library(PREFIX).models.group_parameters(network, matcher)
-    groups = [by_number[number] for number in sorted(by_number)]
+    groups = _groups(network, coarse=True)
     tops = tuple(f"{name.partition('.')[0]}." for name in heads)
     *groups, rest = groups  # the last group holds all others: the head, but sometimes also the last norm
     rest = [name for name in rest if not name.startswith(tops) and not _AFTER_POOLING.match(name)]
@@ -107,6 +104,19 @@ def stages_of_timm(network: nn.Module, heads: list[str]) -> list[list[str]]:
     ends = _ends(network, groups)
     spans = zip([0, *ends[:-1]], ends, strict=True)
     return [[name for group in groups[start:end] for name in group] for start, end in spans]
+
+
+def layers_of_timm(network: nn.Module) -> list[list[str]]:
+    """Return the names of the parameters of each layer, as timm's param_groups_layer_decay groups them; the head is last."""
+    return _groups(network, coarse=False)
+
+
+def _groups(network: nn.Module, *, coarse: bool) -> list[list[str]]:
+    """Return the groups of parameters that timm defines, from the input. The last one holds all others."""
+    grouped = cast("Callable[..., dict[str, str]] | None", getattr(network, "group_matcher", None))
+    matcher = grouped(coarse=coarse) if grouped else _MATCHER
+    by_number: dict[int, list[str]] = library(PREFIX).models.group_parameters(network, matcher)
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def _ends(network: nn.Module, groups: list[list[str]]) -> list[int]:

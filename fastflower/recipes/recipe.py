@@ -43,6 +43,11 @@ class Recipe:
     """Draw all classes equally often. Within an epoch, samples of rare classes repeat, and some others are skipped."""
     lr: float = 0.001
     """Peak learning rate of the schedule, above 0."""
+    layer_decay: float | None = None
+    """Layer-wise decay of the learning rate, in (0, 1]: a layer with N layers above it has lr * layer_decay ** N, and
+    the head has lr [Clark et al. 2020; as in BEiT, MAE and timm]. Layers are blocks and the stem. None: lr for all layers."""
+    head_lr: float | None = None
+    """Peak learning rate of the head, the last layer, above 0. The schedule applies to it too. None: lr."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimizer from torch.optim: SGD with momentum, Adam or AdamW."""
     momentum: float = 0.9
@@ -198,9 +203,10 @@ _RULES: Rules = {
         name: ("an integer, at least 1", lambda count: count >= 1)
         for name in ("epochs", "patience", "batch_size", "accumulate", "step_epochs", "soup")
     },
-    **{name: ("a number above 0", lambda size: size > 0) for name in ("lr", "clip_norm", "gamma")},
+    **{name: ("a number above 0", lambda size: size > 0) for name in ("lr", "head_lr", "clip_norm", "gamma")},
     **{name: ("a number, 0 or more", lambda size: size >= 0) for name in ("weight_decay", "warmup_epochs")},
     **{name: ("a number in [0, 1)", lambda share: 0 <= share < 1) for name in ("momentum", "label_smoothing")},
+    "layer_decay": ("a number in (0, 1]", lambda decay: 0 < decay <= 1),
     "ema": ("a number in (0, 1)", lambda decay: 0 < decay < 1),
 }
 

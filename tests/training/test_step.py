@@ -56,7 +56,7 @@ def with_rate_in_a_tensor(model: nn.Module, recipe: Recipe) -> torch.optim.Optim
     optimizer = optimizer_of(model, recipe)
     rate = torch.tensor(recipe.lr, dtype=torch.float64)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.float64) if "lr_scale" in group else rate
     return optimizer
 
 
@@ -95,6 +95,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "adam": ({"optimizer": "adam", "lr": 0.001}, 1),
     "adamw, clipped": (ADAMW, 1),
     "progressive, averaged": ({"sizes": (24, 32), "ema": 0.9}, 2),
+    "rates by layer": ({"layer_decay": 0.5, "head_lr": 0.05}, 1),
     "mixed images, bfloat16": ({"augment": MIXED, "precision": "bfloat16"}, 1),
 }
 """Changes of the recipe, and the number of graphs."""
@@ -114,7 +115,9 @@ def test_a_run_with_captured_steps_equals_an_eager_run(
     assert_same_run(tmp_path / "run", expected)
 
 
-@pytest.mark.parametrize("changes", [{}, {**ADAMW, "ema": 0.9, "sizes": (24, 32)}], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "changes", [{}, {**ADAMW, "ema": 0.9, "sizes": (24, 32), "layer_decay": 0.5}], ids=["sgd", "adamw"]
+)
 def test_a_run_with_captured_steps_resumes_in_the_middle_of_an_epoch(
     shards: Path, tmp_path: Path, eager: Callable[[Recipe], Path], recorder: Recorder, changes: dict[str, Any]
 ) -> None:
