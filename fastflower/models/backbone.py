@@ -36,6 +36,7 @@ def build(
     freeze: int = 0,
     classes: Sequence[str] = (),
     size: tuple[int, int] | None = None,
+    quiet: bool = False,
 ) -> nn.Module:
     """Build a network on the CPU that maps images (N, 3, H, W) to logits (N, num_classes).
 
@@ -45,23 +46,25 @@ def build(
     (downloaded once); or None for random weights. The head is replaced if it does not have `num_classes` outputs or comes from
     a checkpoint for other `classes`.
     size  Height and width of the images, for networks of timm that are built for one size.
+    quiet  Whether not to log what the weights are.
 
     Raises ArgumentError if the backbone's name is unknown, `freeze` exceeds the number of stages, or a URL has no checksum.
     Raises CheckpointError if the weights cannot be used.
     """
     require_network(name, weights)
+    told = logging.DEBUG if quiet else logging.INFO
     if weights is None:
         model = _empty(name, num_classes, size)
         _fit_head(model, num_classes)
     elif weights.startswith(("https://", "http://")) or _is_file_name(weights):
         model, path = _empty(name, num_classes, size), _fetched(weights) if "://" in weights else Path(weights)
-        _log.info("%s: loaded into %s%s", path, name, _load_file(model, name, path, num_classes, classes))
+        _log.log(told, "%s: loaded into %s%s", path, name, _load_file(model, name, path, num_classes, classes))
     elif name.startswith(timm_networks.PREFIX):
         model = timm_networks.create(name, num_classes, pretrained=True, size=size)
-        _log.info("%s: timm's weights, with a new head for %d classes", name, num_classes)
+        _log.log(told, "%s: timm's weights, with a new head for %d classes", name, num_classes)
     else:
         model = downloaded(name, weights)
-        _log.info("%s: %s", name, _fit_head(model, num_classes))
+        _log.log(told, "%s: %s", name, _fit_head(model, num_classes))
     freeze_stages(model, freeze)
     return model
 

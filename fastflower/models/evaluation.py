@@ -1,12 +1,13 @@
 """Evaluation of a trained network on a split."""
 
 import logging
+from collections.abc import Sequence
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastflower import progress
 from fastflower.devices import precision_of, resolve_device
@@ -67,10 +68,19 @@ def evaluate(
         name, checkpoint = str(checkpoint), Checkpoint.load(checkpoint)
     chosen, recipe, passed = resolve_device(device), checkpoint.recipe, shards
     packs, trained = packs_of(checkpoint)
-    shards = shards_of(shards, packs, trained=checkpoint.feeding.get("shards"), as_split="test")
+    refuse = partial(_refuse_unknown, shards.url if isinstance(shards, Remote) else str(shards), checkpoint)
+    shards = shards_of(
+        shards,
+        packs,
+        trained=checkpoint.feeding.get("shards"),
+        as_split="test",
+        fold=fold,
+        accept=lambda images: refuse(images.classes),
+    )
     source = remote(shards)
     manifest = Mirror.connect(source).manifest if source else Manifest.load(str(shards))
-    number_of = _numbers(shards, manifest, checkpoint)
+    refuse(manifest.classes)
+    number_of = torch.tensor([checkpoint.classes.index(name) for name in manifest.classes])
     asked, split = split, split or _default_split(manifest)
     loader = Loader(
         shards,
@@ -99,15 +109,14 @@ def evaluate(
     return scores
 
 
-def _numbers(shards: str | Path | Remote, manifest: Manifest, checkpoint: Checkpoint) -> Tensor:
-    """Return the checkpoint's number of each class of the shards. Raises CheckpointError if it does not know one."""
-    known = {name: number for number, name in enumerate(checkpoint.classes)}
-    if unknown := [name for name in manifest.classes if name not in known]:
-        what = f"has the classes {', '.join(unknown)}, which the checkpoint was not trained on"
+def _refuse_unknown(passed: str, checkpoint: Checkpoint, classes: Sequence[str]) -> None:
+    """Raise CheckpointError if the checkpoint does not know one of the classes of the shards or images that were passed."""
+    if unknown := [name for name in classes if name not in checkpoint.classes]:
+        what = f"has the {'class' if len(unknown) == 1 else 'classes'} {', '.join(unknown)}"
         raise CheckpointError(
-            f"{shards}: {what}; pass shards with some or all of its classes: {', '.join(checkpoint.classes)}."
+            f"{passed}: {what}, which the checkpoint was not trained on; pass shards or images with some or all of its "
+            f"classes: {', '.join(checkpoint.classes)}."
         )
-    return torch.tensor([known[name] for name in manifest.classes])
 
 
 def _default_split(manifest: Manifest) -> str:

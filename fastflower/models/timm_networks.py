@@ -9,6 +9,7 @@ from typing import cast
 from torch import nn
 
 from fastflower.errors import ArgumentError, CheckpointError
+from fastflower.models.weights_file import OFFLINE
 
 PREFIX = "timm/"
 
@@ -67,8 +68,7 @@ def create(name: str, num_classes: int, *, pretrained: bool = False, size: tuple
         if not pretrained:
             raise
         raise CheckpointError(
-            f"weights: timm's weights for {name} could not be downloaded ({str(error).strip().splitlines()[0]}). Download them "
-            f"on a machine with internet access and pass the path, or train from scratch (--weights None --freeze 0)."
+            f"weights: timm's weights for {name} could not be downloaded ({str(error).strip().splitlines()[0]}). {OFFLINE}"
         ) from error
 
 

@@ -10,6 +10,7 @@ from torchvision.models import WeightsEnum  # pyright: ignore[reportMissingTypeS
 
 from fastflower.errors import CheckpointError
 from fastflower.files import is_full, remedy_for
+from fastflower.models.weights_file import OFFLINE
 
 # The original ResNets (He et al. 2015) downsample in a block's first 1x1 convolution, torchvision's in the 3x3 convolution.
 # The tensor shapes match, but Caffe or Keras weights lose accuracy in torchvision's variant. GluonCV calls the original "v1".
@@ -58,8 +59,7 @@ def downloaded(name: str, weights: str) -> nn.Module:
     except OSError as error:  # urllib's errors are OSErrors
         blame_the_cache(weights, error)
         raise CheckpointError(
-            f"weights={weights!r}: pretrained weights for {name} could not be downloaded ({error}). Download them on a machine "
-            f"with internet access and pass the path, or train from scratch (--recipe scratch; weights=None, freeze=0)."
+            f"weights={weights!r}: pretrained weights for {name} could not be downloaded ({error}). {OFFLINE}"
         ) from error
 
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,9 @@ from fastflower.suggestions import keywords
 _log = logging.getLogger("fastflower")
 
 _VAL_FRACTION = 0.2  # by default
+
+accepting: ContextVar[Callable[[Folder], None]] = ContextVar("accepting", default=lambda _: None)
+"""What may refuse a folder that was listed, before any image is read."""
 
 
 @keywords
@@ -271,6 +275,7 @@ def _already_packed(out: Path) -> FolderError:
 
 def _resolved(options: Options, folder: Folder) -> Options:
     """Resolve the defaults of split_by and val_fraction for a folder. val_fraction is None if no val split is to be drawn."""
+    accepting.get()(folder)
     split_by = options.split_by or ("folder" if folder.splits else "class")
     if split_by == "folder" and not folder.splits:
         what = f"because {folder.root} has no split of its own, got 'folder'."

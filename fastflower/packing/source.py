@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +15,15 @@ from secrets import token_hex
 from typing import Literal
 
 from fastflower import distributed
-from fastflower.errors import FolderError, HeldError, ShardError, require
+from fastflower.errors import ArgumentError, FolderError, HeldError, ShardError, require
 from fastflower.files import blame_the_system, locked, remedy_for
+from fastflower.packing.folder import Folder
 from fastflower.packing.hidden import is_hidden, is_run_or_pack
 from fastflower.packing.layout import quoted, subfolders
 from fastflower.packing.listing import OwnSplitError
 from fastflower.packing.lists import is_table
 from fastflower.packing.names import is_image
-from fastflower.packing.packer import is_inside, pack
+from fastflower.packing.packer import accepting, is_inside, pack
 from fastflower.packing.space import bytes_in, readable
 from fastflower.packing.workspace import remove_empty
 from fastflower.shards.manifest import FILE, PLAN, WORK, Manifest
@@ -39,7 +40,13 @@ _AsSplit = Literal["val", "test"] | None
 
 
 def shards_of(
-    shards: str | Path | Remote, packs: Path = RUNS, *, trained: object = None, as_split: _AsSplit = None
+    shards: str | Path | Remote,
+    packs: Path = RUNS,
+    *,
+    trained: object = None,
+    as_split: _AsSplit = None,
+    fold: int | None = None,
+    accept: Callable[[Folder], None] = lambda _: None,
 ) -> str | Path | Remote:
     """Return shards as they are. Pack anything else that `pack` takes into PACKS/NAME-HASH, once, and return this folder.
 
@@ -49,15 +56,23 @@ def shards_of(
     packs  The folder for packs.
     trained  Identity of the shards of a run to resume or to evaluate (Manifest.identity). Its pack is preferred.
     as_split  The split for images of a folder without splits. None draws a val split.
+    fold  The fold that is asked for. Only shards have folds.
+    accept  Called with the images that were found, before any is packed. May raise an error.
 
-    Raises FolderError if the source cannot be packed, and ShardError if it does not exist.
+    Raises FolderError if the source cannot be packed, ArgumentError if it has no folds, and ShardError if it does not exist.
     """
     require(bool(str(shards)), "shards", "a folder, an archive, a table or a URL", shards)
     if remote(shards):
         return shards
     source = Path(str(shards).removeprefix("file://"))
-    folder, busy = distributed.of_first_rank(partial(_prepare, source, packs, trained, as_split))
-    return distributed.of_first_rank(partial(_pack_once, source, folder, as_split), busy) if busy else folder
+    folder, busy = distributed.of_first_rank(partial(_prepare, source, packs, trained, as_split, fold))
+    if not busy:
+        return folder
+    token = accepting.set(accept)
+    try:
+        return distributed.of_first_rank(partial(_pack_once, source, folder, as_split), busy)
+    finally:
+        accepting.reset(token)
 
 
 def _is_pack(folder: Path) -> bool:
@@ -96,7 +111,9 @@ def _root(source: Path) -> Path:
     return source.parent if is_table(source) else source
 
 
-def _prepare(source: Path, folder: Path, trained: object, as_split: _AsSplit) -> tuple[Path, Path | None]:
+def _prepare(
+    source: Path, folder: Path, trained: object, as_split: _AsSplit, fold: int | None
+) -> tuple[Path, Path | None]:
     """Return a finished pack and None, or the folder to pack into and a file that exists until that is done."""
     if not os.path.exists(source):  # noqa: PTH110  (Path.exists raises if a name is too long)
         raise ShardError(
@@ -108,6 +125,12 @@ def _prepare(source: Path, folder: Path, trained: object, as_split: _AsSplit) ->
     except OSError as error:
         blame_the_system(error, source)
         raise ShardError(f"{source}: cannot be read ({error.strerror}); make it readable.") from None
+    if fold is not None:
+        command = f"fastflower pack {quoted(source)} --folds 5 --out shards"
+        raise ArgumentError(
+            f"fold must be None, because {source} is not packed with folds, got {fold!r}; pack it first, then pass shards:\n"
+            f"  {command}"
+        )
     packs = _Packs(source, folder, _state_of(source))
     own = packs.current(None)
     candidates = [own] if as_split else [own, *packs.older(None)]

@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -73,11 +73,7 @@ class Run:
         self.loader, self.val = self._loaders(shards, fold)
         self.classes = self.loader.manifest.classes
         torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]  (untyped in torch)
-        # A resumed run takes its weights from the checkpoint, but each run of a model soup starts from the recipe's weights.
-        weights = None if start and recipe.soup == 1 else recipe.weights
-        freeze, classes, size = recipe.freeze, self.classes, recipe.augment.output_size
-        network = build(recipe.backbone, len(classes), weights=weights, freeze=freeze, classes=classes, size=size)
-        self.network = on_device(network, self.device)
+        self.network = on_device(network_of(recipe, self.classes, start), self.device)
         self.optimizer = optimizer_of(self.network, recipe)
         self.average = Average(self.network, recipe.ema) if recipe.ema or recipe.soup > 1 else None
         self._first_weights = deepcopy(self.network.state_dict()) if recipe.soup > 1 else {}
@@ -376,6 +372,14 @@ class Run:
         if best:
             checkpoint.save(best)  # before LAST, so that a run resumed from LAST finds BEST
         checkpoint.save(self.folder / LAST, twin=best)
+
+
+def network_of(recipe: Recipe, classes: Sequence[str], start: Checkpoint | None, *, quiet: bool = False) -> nn.Module:
+    """Build the network to train. quiet  Whether to log nothing."""
+    # A resumed run takes its weights from the checkpoint, but each run of a model soup starts from the recipe's weights.
+    weights = None if start and recipe.soup == 1 else recipe.weights
+    freeze, size = recipe.freeze, recipe.augment.output_size
+    return build(recipe.backbone, len(classes), weights=weights, freeze=freeze, classes=classes, size=size, quiet=quiet)
 
 
 def _position(epoch: int, steps: int, *, trained: bool) -> str:

@@ -12,6 +12,7 @@ from fastflower.errors import ArgumentError, boolean, integer
 from fastflower.models.backbone import require_network
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.sizes import require_sizes
+from fastflower.packing.folder import Folder
 from fastflower.packing.source import PACKS, shards_of
 from fastflower.recipes.flags import changes, nearest
 from fastflower.recipes.presets import checked
@@ -23,7 +24,7 @@ from fastflower.suggestions import keywords
 from fastflower.training.command import Call, to_resume
 from fastflower.training.failures import explaining
 from fastflower.training.resuming import as_begun, start_of
-from fastflower.training.run import Run
+from fastflower.training.run import Run, network_of
 from fastflower.training.run_folder import own, run_folder
 from fastflower.training.stopping import preemption
 
@@ -97,7 +98,7 @@ def train(
                     )
                 require_network(recipe.backbone, None if start else recipe.weights)
                 require_sizes(recipe)
-                found = shards_of(shards, folder.parent / PACKS, trained=start and start.feeding.get("shards"))
+                found = _shards_of(call, start)
                 with explaining(call, chosen), preemption() as stop:
                     run = Run(
                         found,
@@ -127,6 +128,16 @@ def _require_place(shards: object) -> None:
         raise ArgumentError("shards come first: train(shards, recipe).")
     if isinstance(shards, str | Path) and (command := to_resume(Path(shards))):
         raise ArgumentError(f"{shards}: is a run; pass images, or shards. To continue this run:\n  {command}")
+
+
+def _shards_of(call: Call, start: Checkpoint | None) -> str | Path | Remote:
+    """Return the shards to train on. Images are packed after the network could be built: then the weights are at hand."""
+    trained = start and start.feeding.get("shards")
+
+    def accept(images: Folder) -> None:
+        network_of(call.recipe, images.classes, start, quiet=True)
+
+    return shards_of(call.shards, call.out.parent / PACKS, trained=trained, fold=call.fold, accept=accept)
 
 
 def _facts(run: Run, call: Call, start: Checkpoint | None) -> tuple[dict[str, object], dict[str, object]]:

@@ -88,9 +88,29 @@ def test_classes_in_another_order_are_matched_by_name(checkpoint: Path, tmp_path
 
 def test_a_class_that_the_checkpoint_does_not_know_is_named(checkpoint: Path, tmp_path: Path) -> None:
     pack(drawn(tmp_path / "data", orchid=2, rose=2, violet=2), tmp_path / "out", as_split="test")
-    what = f"{tmp_path / 'out'}: has the classes orchid, violet, which the checkpoint was not trained on; pass shards with "
-    with pytest.raises(CheckpointError, match=exactly(f"{what}some or all of its classes: {', '.join(CLASSES)}.")):
+    what = (
+        f"{tmp_path / 'out'}: has the classes orchid, violet, which the checkpoint was not trained on; pass shards or "
+    )
+    with pytest.raises(
+        CheckpointError, match=exactly(f"{what}images with some or all of its classes: {', '.join(CLASSES)}.")
+    ):
         evaluate(checkpoint, tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_a_folder_with_a_class_that_the_checkpoint_does_not_know_is_refused_before_packing(
+    archive: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, packs = drawn(tmp_path / "data", lilies=2, rose=2), checkpoint.parent.parent / "packs"
+    data = Path(shutil.make_archive(str(data), "zip", data)) if archive else data
+    monkeypatch.setattr("fastflower.packing.packer.load_or_make_plan", None)
+    before = sorted(packs.glob("*"))
+    what = (
+        f"{data}: has the class lilies, which the checkpoint was not trained on; pass shards or images with some or all"
+    )
+    with pytest.raises(CheckpointError, match=exactly(f"{what} of its classes: {', '.join(CLASSES)}.")):
+        evaluate(checkpoint, data, device="cpu")
+    assert sorted(packs.glob("*")) == before
 
 
 def test_absent_classes_count_in_the_macro_f1_only_if_they_are_predicted() -> None:

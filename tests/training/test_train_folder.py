@@ -97,8 +97,8 @@ def test_a_test_set_cannot_be_trained_on(tmp_path: Path) -> None:
 
 
 def test_a_fold_needs_a_pack_with_folds(data: Path, tmp_path: Path) -> None:
-    rule = "fold must be None, because these shards have no folds, got 0; pack with --folds K."
-    with pytest.raises(ArgumentError, match=exactly(rule)):
+    rule = f"fold must be None, because {data} is not packed with folds, got 0; pack it first, then pass shards:\n  "
+    with pytest.raises(ArgumentError, match=exactly(f"{rule}fastflower pack {data} --folds 5 --out shards")):
         train(data, ONE, fold=0, out=tmp_path / "runs/a", device="cpu")
 
 
