@@ -288,7 +288,7 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
     require_order(values["checkpoint"], values["shards"], partial(_reordered, prog, args))
     scores = evaluate(**values)
     print(
-        f"{scores.num_samples} images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, "
+        f"{scores.split}: {scores.num_samples} images, accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, "
         f"macro-F1 {scores.macro_f1:.2%}, calibration error {scores.calibration_error:.2%}"
     )
     rows = zip(scores.classes, scores.support, scores.precision, scores.recall, strict=True)

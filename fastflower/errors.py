@@ -155,6 +155,10 @@ class UnknownArgumentError(ArgumentError, TypeError):
     """Raised for a keyword argument that a function or class does not have. The message names the one that is meant."""
 
 
+class MissingArgumentError(ArgumentError, TypeError):
+    """Raised if an argument that a function needs is missing. The message shows a call with it."""
+
+
 def shown(instance: "DataclassInstance") -> str:
     """Return the repr of a dataclass with defaults, without the fields that have these."""
     default = type(instance)()

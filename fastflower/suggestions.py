@@ -9,11 +9,13 @@ from functools import wraps
 from inspect import signature
 from typing import ParamSpec, TypeVar
 
-from fastflower.errors import UnknownArgumentError
+from fastflower.errors import MissingArgumentError, UnknownArgumentError
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 Class = TypeVar("Class")
+
+_EXAMPLES = {"checkpoint": "'runs/a'", "shards": "'data'", "folder": "'data'", "images": "'photo.jpg'"}
 
 _typed = ContextVar("typed", default="")
 _called = ContextVar("called", default="")  # the function that the user called, not those that it calls
@@ -326,12 +328,17 @@ def with_data(place: object) -> str:
 
 
 def keywords(call: Callable[Params, Result]) -> Callable[Params, Result]:
-    """Decorate a function: an unknown keyword argument is refused with the one that is meant."""
+    """Decorate a function: an unknown keyword argument is refused with the one that is meant, a missing one with an example."""
     known, name = list(signature(call).parameters), getattr(call, "__name__", "")
+    needed = [word for word, each in signature(call).parameters.items() if each.default is each.empty]
 
     @wraps(call)
     def checked(*args: Params.args, **kwargs: Params.kwargs) -> Result:
         refuse_unknown(name, kwargs, known, {})
+        given = {**dict(zip(needed, args, strict=False)), **kwargs}
+        if missing := [word for word in needed if word not in given]:
+            texts = [repr(given[word]) if isinstance(given.get(word), str) else _EXAMPLES[word] for word in needed]
+            raise MissingArgumentError(f"{name} needs {' and '.join(missing)}, as in {name}({', '.join(texts)}).")
         token = _called.set(_called.get() or name)
         try:
             return call(*args, **kwargs)

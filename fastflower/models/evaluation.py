@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -106,7 +107,7 @@ def evaluate(
     if not isfinite(scores.loss):
         bad = np.flatnonzero(np.isnan(scores.probabilities[:, 0]))
         raise non_finite_outputs(name, scores.paths[int(bad[0])], len(bad))
-    return scores
+    return replace(scores, split=split)
 
 
 def _refuse_unknown(passed: str, checkpoint: Checkpoint, classes: Sequence[str]) -> None:

@@ -31,6 +31,8 @@ class Scores:
     """(N, K) predicted probabilities."""
     paths: Sequence[str] = ()
     """(N,) image paths relative to the packed folder, read from the shards when accessed."""
+    split: str = ""
+    """The split that `evaluate` scored."""
 
     def __repr__(self) -> str:
         return f"Scores({self._summary()}, classes={len(self.classes)})"

@@ -271,6 +271,6 @@ def test_the_command_prints_each_class(checkpoint: Path, tmp_path: Path, capsys:
     data = drawn(tmp_path / "data", rose=2, tulip=1)
     assert main(["evaluate", str(checkpoint), str(data), "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("3 images: accuracy ")
+    assert lines[0].startswith("test: 3 images, accuracy ")
     assert [line.rpartition(", ")[2] for line in lines[1:]] == ["0 images", "0 images", "2 images", "1 images"]
     assert lines[1].endswith("recall undefined, 0 images")

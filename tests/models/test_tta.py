@@ -117,6 +117,6 @@ def test_the_evaluate_command_prints_macro_f1_and_calibration_error_and_takes_tt
     assert main(["evaluate", str(tmp_path / "checkpoint.pt"), str(shards), "--device", "cpu", *flags]) == 0
     scores = evaluate(augmented, shards, tta=tta, device="cpu")
     assert capsys.readouterr().out.splitlines()[0] == (
-        f"30 images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, macro-F1 {scores.macro_f1:.2%}, "
+        f"val: 30 images, accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, macro-F1 {scores.macro_f1:.2%}, "
         f"calibration error {scores.calibration_error:.2%}"
     )

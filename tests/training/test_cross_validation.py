@@ -131,4 +131,4 @@ def test_the_command_line_takes_a_fold(
     assert Checkpoint.load(tmp_path / "run" / LAST).fold == 2
     capsys.readouterr()
     assert main(["evaluate", str(last), str(shards), "--fold", "1", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("8 images: accuracy")
+    assert capsys.readouterr().out.startswith("val: 8 images, accuracy")

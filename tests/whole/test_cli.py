@@ -313,7 +313,7 @@ def test_evaluate_scores_every_image_of_the_split(
     assert main(["evaluate", str(checkpoint), str(shards), "--device", "cpu"]) == 0
     first, *rest = capsys.readouterr().out.splitlines()
     scores = evaluate(checkpoint, shards, device="cpu")
-    assert first.startswith(f"30 images: accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, macro-F1 ")
+    assert first.startswith(f"val: 30 images, accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, macro-F1 ")
     precisions = ["undefined" if math.isnan(value) else f"{value:.1%}" for value in scores.precision]
     assert "undefined" in precisions  # of a class that it never predicts
     rows = zip(CLASSES, precisions, scores.recall, strict=True)

@@ -1,5 +1,6 @@
 """Calls of other libraries, in Python: an unknown argument is refused with the one that is meant; short reprs."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,27 @@ def test_an_unknown_argument_is_refused_with_the_one_that_is_meant(
         call(**{name: 1})
     assert str(error.value).startswith(f"{name}: {call.__name__} has no such argument; {answer}")
     assert isinstance(error.value, TypeError)  # which Python raises elsewhere
+
+
+@pytest.mark.parametrize(
+    ("call", "given", "message"),
+    [
+        (evaluate, ["runs/x"], "evaluate needs shards, as in evaluate('runs/x', 'data')."),
+        (evaluate, [], "evaluate needs checkpoint and shards, as in evaluate('runs/a', 'data')."),
+        (predict, ["runs/x"], "predict needs images, as in predict('runs/x', 'photo.jpg')."),
+        (train, [], "train needs shards, as in train('data')."),
+        (pack, [], "pack needs folder, as in pack('data')."),
+    ],
+)
+def test_a_missing_argument_is_answered_with_a_call(call: Callable[..., Any], given: list[str], message: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$") as error:
+        call(*given)
+    assert isinstance(error.value, TypeError)
+
+
+def test_a_missing_argument_is_seen_beside_those_that_are_given_by_name() -> None:
+    with pytest.raises(ArgumentError, match=r"^evaluate needs checkpoint, as in evaluate\('runs/a', 'flowers'\)\.$"):
+        evaluate(shards="flowers")  # pyright: ignore[reportCallIssue]
 
 
 def test_replace_is_answered_too() -> None:
