@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from functools import partial
@@ -20,7 +20,7 @@ from typing import Any
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastflower.errors import ArgumentError, FastflowerError, SampleError, ShardError, StoppedError
-from fastflower.flags import Parser, UsageError
+from fastflower.flags import EXAMPLES, Parser, UsageError, inverse
 from fastflower.suggestions import near_command, typed
 
 _MAX_LINES = 20  # of each kind; manifest.json lists all
@@ -41,6 +41,11 @@ _TYPES: dict[str, object] = {
     "ignore": list[str],
 }
 """Command-line types of parameters that accept more types from Python. None: only Python has the parameter."""
+
+
+_NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_b0", "convnext_tiny", "vit_b_16", "swin_t")
+_WORDS = {"--device": ("cpu", "cuda", "cuda:0"), "--split": ("train", "val", "test")}
+"""By flag: words that are meant as its value if they stand without it."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -79,13 +84,24 @@ def _run(args: Sequence[str] | None) -> int:
             print(stopped, file=sys.stderr)
         return 143  # 128 + SIGTERM, as shells report it
     except FastflowerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_by_flag(str(error), args)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:
         if _speaks() and not stopped.args:  # train has said what to type
             print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _by_flag(text: str, args: Sequence[str]) -> str:
+    """Return the text of an error with the flag that was typed in place of the argument, and an example of it."""
+    name = text.partition(" must be ")[0]
+    flag = _flag("", name)
+    if flag not in {word.partition("=")[0].replace("_", "-") for word in args}:
+        return text
+    text, example = f"{flag}{text.removeprefix(name)}", EXAMPLES.get(name, "")
+    refused = re.fullmatch(r".* must be (?!used|None).*, got ([^;]*)\.", text)
+    return f"{text[:-1]}; for example {flag} {example}." if refused and example not in ("", refused[1]) else text
 
 
 def _no_command(args: Sequence[str]) -> int:
@@ -114,6 +130,7 @@ def _parser(prog: str, call: Callable[..., object], **types: object) -> Parser:
     """Return the parser of a function's arguments. types  Types of parameters, as in _TYPES."""
     parser = Parser(prog, inspect.cleandoc(call.__doc__ or "").split("\n\n")[0])
     parser.add_parameters(call, {**_TYPES, **types})
+    parser.choices |= {flag: words for flag, words in _WORDS.items() if flag in parser.texts}
     return parser
 
 
@@ -122,6 +139,7 @@ def _pack(prog: str, args: Sequence[str]) -> None:
 
     parser = _parser(prog, pack, out=Path, split=list[Path])
     text = "Address of a Dask scheduler. Its workers do the packing and must see FOLDER and OUT at the same paths."
+    parser.choices["--out"] = ["*"]  # as in pack(folder, out)
     parser.add("dask", str | None, text, metavar="ADDRESS")
     values = parser.parse(args)
     with _dask(values.pop("dask", None)) as executor:
@@ -232,6 +250,26 @@ def _speaks() -> bool:
 
 def _parse_recipe(prog: str, args: Sequence[str], call: Callable[..., object], **types: object) -> dict[str, Any]:
     """Parse the command line for a subcommand that takes a recipe. Each field of the recipe is a flag."""
+    try:
+        return {**_with_recipe(prog, args, call, **types)}
+    except ArgumentError as error:
+        flag = str(error).partition(" ")[0]
+        name = flag.rpartition(".")[2].removeprefix("--").replace("-", "_")
+        tries = [[flag, *text.split()] for text in (EXAMPLES.get(name), "0", "1", "constant") if text]
+        works = (one for one in (*tries, [inverse(flag)]) if _is_accepted(prog, [*args, *one], call, **types))
+        example = next(works, tries[0] if name in EXAMPLES else [])
+        told = f"; for example {' '.join(example)}." if example and flag != "--recipe" else "."
+        raise ArgumentError(str(error).removesuffix(".") + told) from None
+
+
+def _is_accepted(prog: str, args: Sequence[str], call: Callable[..., object], **types: object) -> bool:
+    with suppress(ArgumentError, UsageError):
+        return bool(_with_recipe(prog, args, call, **types))
+    return False
+
+
+def _with_recipe(prog: str, args: Sequence[str], call: Callable[..., object], **types: object) -> dict[str, object]:
+    """Return what `_parse_recipe` does. Raises ArgumentError for the first field with a wrong value."""
     from fastflower.recipes.presets import PRESETS, phrase
 
     text = "Recipe that sets the defaults of the flags below; --recipe list prints all."
@@ -248,6 +286,7 @@ def _parse_recipe(prog: str, args: Sequence[str], call: Callable[..., object], *
     recipe = PRESETS[name]()
     parser = _parser(prog, call, recipe=None, **types)
     parser.add("recipe", str, text, metavar="NAME", default="default")
+    parser.choices |= {"--recipe": PRESETS, "--backbone": _NETWORKS}
     parser.add_fields(recipe, f"recipe {name}", but="augment")
     parser.add_fields(recipe.augment, f"augmentation of recipe {name}", "augment.")
     values = parser.parse(args)

@@ -3,15 +3,16 @@
 import ast
 import inspect
 import re
+import shlex
 import sys
 import textwrap
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from math import inf
 from pathlib import Path
 from types import NoneType, UnionType
@@ -26,7 +27,38 @@ if TYPE_CHECKING:
 _METAVARS: dict[object, str] = {int: "INT", float: "FLOAT", Path: "PATH", bool: "{True,False}", ...: "..."}
 _TRUTHS = ("true", "false", "none", "yes", "no")
 _RULES = {"INT": "an integer", "FLOAT": "a number", "{True,False}": "True or False"}
+EXAMPLES: dict[str, str] = {
+    **{"device": "cpu", "fold": "0", "save_steps": "100", "seconds": "5", "images": "6", "draws": "6", "tta": "True"},
+    **{"val_fraction": "0.2", "test_fraction": "0.1", "folds": "5", "max_side": "512", "quality": "90", "workers": "4"},
+    **{"shard_bytes": "67108864", "split_by": "class", "as_split": "test", "ids": "stem"},
+    **{"url_seconds": "10", "url_bytes": "67108864", "max_pixels": "40000000", "report": "a b"},
+    **{"epochs": "15", "batch_size": "32", "accumulate": "2", "patience": "5", "freeze": "2", "sizes": "128 160 192"},
+    **{"lr": "0.001", "weight_decay": "0.0001", "clip_norm": "1.0", "ema": "0.999", "warmup_epochs": "1"},
+    **{
+        "label_smoothing": "0.1",
+        "layer_decay": "0.75",
+        "head_lr": "0.01",
+        "precision": "float32",
+        "weights": "DEFAULT",
+    },
+    **{"size": "224", "resize": "256", "crop": "0.25 1.0", "translate": "0.1 0.1", "scale": "0.9 1.1", "shear": "5 5"},
+    **{
+        "flip": "0.5",
+        "flip_vertical": "0.5",
+        "rotate": "15",
+        "affine_rotate": "15",
+        "grayscale": "0.1",
+        "erase": "0.25",
+    },
+    **{"brightness": "0.2", "contrast": "0.2", "saturation": "0.2", "hue": "0.05", "mixup": "0.2", "cutmix": "1.0"},
+}
+"""By parameter: a value to type, where the default is none or says little."""
 _SENTENCE = re.compile(r'\.\s+(?=[A-Z"])(?!None\b)')  # between two sentences; what None means belongs to the first
+
+
+def inverse(flag: str) -> str:
+    """Return the flag that switches another off, for example --no-resume or --augment.no-fixed."""
+    return re.sub(r"^--(.*\.)?", r"--\1no-", flag)
 
 
 class UsageError(Exception):
@@ -49,6 +81,8 @@ class Parser(ArgumentParser):
         self.required: dict[str, str] = {}  # what the positional arguments are, by name
         self.texts: dict[str, str] = {}  # of the flags
         self.metavars: dict[str, str] = {}  # of the flags, also of --no-resume and the like
+        self.examples: dict[str, str] = {}  # by flag: a value that it takes
+        self.choices: dict[str, Collection[str]] = {}  # by flag: values that are meant without it; "*" means any word
         self.optional: dict[str, str] = {}  # what flags such as --tta and --no-tta mean without a value
 
     @property
@@ -74,22 +108,25 @@ class Parser(ArgumentParser):
         self.texts[flag], self.metavars[flag] = f"{flag} {metavar}: {text}", "" if kind is bool else metavar
         if isinstance(default, tuple):
             default = " ".join(map(str, cast("tuple[object, ...]", default)))
-        inverse = re.sub(r"^--(.*\.)?", r"--\1no-", flag)  # for example --no-resume or --augment.no-fixed
+        if values := _choices(metavar) if kind is not bool and " or " not in metavar else []:
+            self.choices[flag] = values
+        last = name.removeprefix("augment.")
+        self.examples[flag] = EXAMPLES.get(last, "" if default is None or kind is bool else str(default))
         shown = kind is not bool and default is not None and default != ""
         repeated = get_origin(kind) is list
         brief = _brief(text) + " May be repeated." * repeated + f" (default: {default})" * shown
         brief = brief.replace("%", "%%")  # argparse formats it with %
         if kind is bool:
-            self.metavars[inverse] = ""
-            add(flag, inverse, dest=name, action=_Switch, nargs=0, help=brief)
+            self.metavars[inverse(flag)] = ""
+            add(flag, inverse(flag), dest=name, action=_Switch, nargs=0, help=brief)
         elif kind == bool | None:  # as a switch, or with True, False or None
-            self.metavars[inverse] = ""
-            self.optional |= {flag: "True", inverse: "False"}
-            self.texts[flag] = f"{flag}, {inverse}: {text}"
-            convert = partial(_value, flag, kind, metavar)
+            self.metavars[inverse(flag)] = ""
+            self.optional |= {flag: "True", inverse(flag): "False"}
+            self.texts[flag] = f"{flag}, {inverse(flag)}: {text}"
+            convert = partial(_value, flag, kind, metavar, self.examples[flag])
             add(
                 flag,
-                inverse,
+                inverse(flag),
                 dest=name,
                 action=_OptionalSwitch,
                 nargs="?",
@@ -100,7 +137,10 @@ class Parser(ArgumentParser):
             )
         else:  # without a value, which argparse allows, _value gets an empty text
             (kind,) = get_args(kind) if repeated else (kind,)
-            action, convert = "append" if repeated else "store", partial(_value, flag, kind, metavar)
+            action, convert = (
+                "append" if repeated else "store",
+                partial(_value, flag, kind, metavar, self.examples[flag]),
+            )
             add(flag, dest=name, action=action, type=convert, nargs="?", const="", metavar=metavar, help=brief)
 
     def add_parameters(self, call: Callable[..., object], types: Mapping[str, object]) -> None:
@@ -151,17 +191,26 @@ class Parser(ArgumentParser):
         self.usage = f"fastflower {self.command} {self.places} [--FLAG VALUE ...]"
         self.add_argument("-h", "--help", action=_Help, nargs="*", help=SUPPRESS)
         namespace, rest = self.parse_known_intermixed_args(self.joined(args))
-        for word in rest:
-            if re.match("--?[A-Za-z]", word):
-                raise UsageError(did_you_mean(self.command, word.partition("=")[0], self.metavars, self.places))
+        if unknown := dict.fromkeys(word for word in rest if re.match("--?[A-Za-z]", word)):
+            raise UsageError("\n".join(self._unknown(word, args) for word in unknown))
         if rest:
-            raise UsageError(instead(self.command, rest[0], self.places, self.metavars))
+            raise UsageError(instead(self.command, rest, args, self.metavars, self.choices))
         values = vars(namespace)
         for name, what in self.required.items():
             if values[name] is None:
                 usage = f"fastflower {self.command} {self.places}"
                 raise UsageError(f"{name.upper()} is missing ({what.rstrip('.')}); type {usage}.")
         return values
+
+    def _unknown(self, word: str, args: Sequence[str]) -> str:
+        """Return the error for an unknown flag."""
+        flag, _, value = word.partition("=")
+        words = list(takewhile(_is_plain, args))
+        if word in args:
+            value = value or next(takewhile(_is_plain, args[args.index(word) + 1 :]), "")
+        places = shlex.join(words) if len(words) == len(self.required) else self.places
+        known = {flag: self.examples.get(flag, "") for flag in self.metavars}
+        return did_you_mean(self.command, flag, value, known, places)
 
     def joined(self, args: Sequence[str]) -> list[str]:
         """Spell flags with -, and join to each the numbers or choices after it, as many as it takes.
@@ -224,18 +273,41 @@ class _Help(Action):
         parser.exit()
 
 
-def _value(flag: str, kind: object, metavar: str, text: str) -> object:
+def _value(flag: str, kind: object, metavar: str, example: str, text: str) -> object:
     """Return a text as a value of a type. Raises ArgumentTypeError if it is none, or empty."""
-    for candidate in (_plain(text), tuple(map(_plain, text.split())), text, Path(text)):
-        value = fitted(kind, candidate)
-        if value is not MISFIT and (text or value == ()):
-            return value
+    value = _read(kind, text)
+    if value is not MISFIT and (text or value == ()):
+        return value
     if not text:
-        raise ArgumentTypeError(f"needs a value: {flag} {metavar}")
+        raise ArgumentTypeError(f"needs a value: {flag} {example or metavar}")
     choices = [] if " or " in metavar else _choices(metavar)
-    rule = f"one of {', '.join(choices)}" if choices else f"as in {flag} {metavar}"
-    near = "".join(f". Did you mean {near}?" for near in get_close_matches(text.lower(), choices, 1))
-    raise ArgumentTypeError(f"must be {_RULES.get(metavar, rule)}{limit_of(_plain(text))}, got {text!r}{near}")
+    rule = _RULES.get(metavar, f"one of {', '.join(choices)}" if choices else f"as in {flag} {metavar}")
+    near = [*_corrected(kind, text), *get_close_matches(text.lower(), choices, 1)]
+    remedy = f"did you mean {flag} {near[0]}?" if near else f"for example {flag} {example or metavar}"
+    raise ArgumentTypeError(f"must be {rule}{limit_of(_plain(text))}, got {text!r}; {remedy}")
+
+
+def _read(kind: object, text: str) -> object:
+    """Return a text as a value of a type, or MISFIT."""
+    candidates = (_plain(text), tuple(map(_plain, text.split())), text, Path(text))
+    return next((value for one in candidates if (value := fitted(kind, one)) is not MISFIT), MISFIT)
+
+
+def _corrected(kind: object, text: str) -> Iterator[str]:
+    """Yield texts that have the type where this one has a decimal comma, a percent sign, or other signs around its numbers."""
+    point = re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", text.strip())
+    percent = re.fullmatch(r"([\d.]+) ?%", text)
+    numbers = re.findall(r"-?\d+(?:\.\d*)?(?:e-?\d+)?|-?\.\d+", text)
+    several = " ".join(numbers) if re.fullmatch(r"[-\d.e,;:x*()\[\] ]+", text) else ""
+    whole = re.sub(r"\.0*$", "", text)
+    for one in (point, f"{float(percent[1]) / 100:g}" if percent else "", whole, several):
+        ambiguous = one == several and point != text and "FLOAT" in _metavar(kind)  # 0,25 is no pair
+        if one and one != text and not ambiguous and isinstance(_read(kind, one), int | float | tuple):
+            yield one
+
+
+def _is_plain(word: str) -> bool:
+    return not word.startswith("-")
 
 
 def _plain(word: str) -> object:

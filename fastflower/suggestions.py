@@ -1,7 +1,8 @@
-"""What users of other tools type, and what it is here: near flags and commands, by spelling and by meaning."""
+"""Near flags, commands and arguments, by spelling and by meaning."""
 
+import re
 import shlex
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
@@ -10,6 +11,7 @@ from inspect import signature
 from typing import ParamSpec, TypeVar
 
 from fastflower.errors import MissingArgumentError, UnknownArgumentError
+from fastflower.words import COMMAND_MEANINGS, MEANINGS, TORCHRUN, TRAINS
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -20,227 +22,57 @@ _EXAMPLES = {"checkpoint": "'runs/a'", "shards": "'data'", "folder": "'data'", "
 _typed = ContextVar("typed", default="")
 _called = ContextVar("called", default="")  # the function that the user called, not those that it calls
 
-_TRAINS = ("train", "doctor", "preview")
-_TAKE_SHARDS = (*_TRAINS, "evaluate", "verify")
-_THREADS = (
-    "all cores that the process may use are used; to use fewer, type taskset -c 0-3 fastflower {command} {places}"
-)
 
-# (commands, what to type instead, what users of timm, torchvision, ultralytics, fastai, Lightning, Keras and others type)
-_MEANINGS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (
-        _TRAINS,
-        "--batch-size",
-        "b bs batch train-batch-size per-device-train-batch-size per-gpu-train-batch-size batchsize imgs-per-gpu train-bs",
-    ),
-    (_TRAINS, "--backbone", "a m arch architecture model model-name model-arch net network encoder cnn base-model"),
-    (_TRAINS, "--weight-decay", "wd decay l2 l2-reg weight-decay-rate"),
-    (_TRAINS, "--lr", "learning-rate learningrate lr0 base-lr lr-max max-lr init-lr initial-lr lr-base blr"),
-    (_TRAINS, "--epochs", "e ep n-epochs num-epochs nb-epochs max-epochs num-train-epochs epoch n-epoch"),
-    (_TRAINS, "--optimizer", "opt optim optimizer-name"),
-    (
-        _TRAINS,
-        "--schedule",
-        "sched scheduler lr-scheduler lr-schedule lr-scheduler-type lr-policy lr-decay cos-lr cosine lr-strategy",
-    ),
-    (_TRAINS, "--warmup-epochs", "warmup warm-up lr-warmup-epochs warmup-steps warmup-ratio num-warmup-steps wu"),
-    (_TRAINS, "--step-epochs", "lr-step-size step-size decay-epochs lr-decay-epochs lr-steps milestones"),
-    (_TRAINS, "--gamma", "lr-gamma decay-rate lr-decay-rate"),
-    (_TRAINS, "--clip-norm", "clip-grad clip-grad-norm max-grad-norm gradient-clip-val grad-clip clip max-norm"),
-    (
-        _TRAINS,
-        "--accumulate",
-        "grad-accum grad-accum-steps gradient-accumulation-steps accumulate-grad-batches nbs accum-iter",
-    ),
-    (_TRAINS, "--ema", "model-ema ema-decay model-ema-decay use-ema"),
-    (_TRAINS, "--label-smoothing", "smoothing label-smoothing-factor ls"),
-    (
-        _TRAINS,
-        "--precision",
-        "amp fp16 bf16 half mixed-precision dtype amp-dtype use-amp no-amp fp32 native-amp apex-amp",
-    ),
-    (_TRAINS, "--compile", "torchcompile torch-compile"),
-    (_TRAINS, "--balanced", "class-weights weighted-sampler balance oversample cls-weights class-weight weighted"),
-    (_TRAINS, "--patience", "early-stopping early-stop early-stopping-patience es-patience"),
-    (_TRAINS, "--freeze", "freeze-backbone freeze-layers frozen freeze-epochs freeze-stages freeze-base unfreeze"),
-    (_TRAINS, "--sync-batchnorm", "sync-bn syncbn dist-bn"),
-    (_TRAINS, "--seed", "random-seed manual-seed random-state"),
-    (
-        _TRAINS,
-        "--augment.size",
-        "img-size imgsz image-size input-size size resolution train-crop-size val-crop-size crop-size img-dim im-size"
-        " input-shape target-size image-shape",
-    ),
-    (_TRAINS, "--augment.resize", "val-resize-size resize-size test-size"),
-    (_TRAINS, "--augment.crop", "crop-pct rrc random-resized-crop random-crop crop-scale scale-range"),
-    (_TRAINS, "--augment.scale", "zoom zoom-range random-zoom"),
-    (_TRAINS, "--augment.crop-ratio", "ratio"),
-    (_TRAINS, "--augment.flip", "hflip fliplr horizontal-flip flip-prob random-flip do-flip mirror no-hflip"),
-    (_TRAINS, "--augment.flip-vertical", "vflip flipud vertical-flip flip-vert"),
-    (_TRAINS, "--augment.rotate", "degrees rotation rotation-range max-rotate random-rotation"),
-    (_TRAINS, "--augment.brightness", "color-jitter jitter hsv-v brightness-range max-lighting"),
-    (_TRAINS, "--augment.saturation", "hsv-s"),
-    (_TRAINS, "--augment.hue", "hsv-h"),
-    (_TRAINS, "--augment.erase", "reprob random-erase random-erasing erasing cutout re-prob"),
-    (_TRAINS, "--augment.mixup", "mixup-alpha mixup-prob"),
-    (_TRAINS, "--augment.cutmix", "cutmix-alpha cutmix-prob"),
-    (
-        _TRAINS,
-        "there is no policy of that kind; --augment.rotate, --augment.brightness and the other --augment flags stand for it",
-        "aa auto-augment autoaugment randaugment rand-augment trivial-augment augmix ra-magnitude aug-splits augmix-severity",
-    ),
-    (
-        _TRAINS,
-        "weights are pretrained by default; --weights None starts from random ones, --weights FILE from a file",
-        "pretrained no-pretrained use-pretrained pre-trained pretrain from-scratch imagenet",
-    ),
-    (
-        _TRAINS,
-        "--weights",
-        "initial-checkpoint init-weights finetune-from pretrained-weights weight pretrained-path load-from ckpt checkpoint",
-    ),
-    (_TRAINS, "--recipe", "cfg config preset c config-file yaml config-path"),
-    (
-        ("train",),
-        "--out",
-        "output output-dir save-dir o outdir out-dir name project experiment save-path log-dir logdir",
-    ),
-    (
-        ("train",),
-        "--out",
-        "exp run-name default-root-dir checkpoint-dir ckpt-dir model-dir work-dir save results-dir save-folder out-path",
-    ),
-    (
-        ("train",),
-        "--save-steps",
-        "save-freq checkpoint-freq save-period save-interval checkpoint-hist every-n-train-steps",
-    ),
-    (("train",), "--resume", "continue resume-from resume-from-checkpoint restart ckpt-path start-epoch auto-resume"),
-    (("train",), "--fold", "k-fold kfold cv"),
-    (
-        ("train",),
-        "train always validates; to score a checkpoint, type fastflower evaluate CHECKPOINT SHARDS",
-        "evaluate eval test test-only validate only-test val evaluate-only do-eval",
-    ),
-    (("preview",), "--out", "output o save-path output-dir save outfile"),
-    (("preview",), "--images", "n num-images count num n-images"),
-    (("doctor",), "--seconds", "time duration timeout"),
-    (
-        _TRAINS,
-        "pack divides the images: fastflower pack FOLDER --val-fraction 0.2",
-        "val-split valid-pct test-split validation-split val-fraction val-size val-ratio train-split valid-split"
-        " split-ratio val-percent valid-size validation-fraction test-fraction",
-    ),
-    (
-        _TAKE_SHARDS,
-        "the shards come without a flag: fastflower {command} {places}",
-        "d data data-dir data-path dataset dataset-dir root shards train-dir input data-root train-data path dataset-path i",
-    ),
-    (
-        _TRAINS,
-        "the classes are those of the shards",
-        "num-classes n-classes nc classes nb-classes class-names num-labels n-class",
-    ),
-    (
-        ("train", "doctor", "evaluate", "predict"),
-        "--device cuda",
-        "gpu gpus gpu-id gpu-ids cuda no-cuda use-cuda use-gpu accelerator devices device-id cpu no-gpu ngpus num-gpus ngpu",
-    ),
-    (
-        (*_TRAINS, "evaluate", "predict"),
-        _THREADS,
-        "j workers num-workers nworkers n-workers threads num-threads nthreads n-cpu cores",
-    ),
-    (
-        ("train",),
-        "start one process per GPU with torchrun --nproc-per-node=2 -m fastflower train {places}",
-        "local-rank world-size dist-url dist-backend multiprocessing-distributed distributed nodes num-nodes strategy rank",
-    ),
-    (("evaluate",), "--tta", "test-time-augmentation augment ttas"),
-    (("predict",), "--tta", "test-time-augmentation ttas"),
-    (("evaluate",), "--split", "subset mode set val train test dataset-split task"),
-    (("evaluate", "predict"), "the batch size does not change the result and cannot be set", "b bs batch batch-size"),
-    (
-        ("evaluate", "predict"),
-        "the checkpoint comes without a flag: fastflower {command} {places}",
-        "checkpoint ckpt weights model resume model-path c m w ckpt-path weight load arch backbone model-weights model-file",
-    ),
-    (
-        ("predict",),
-        "the images come without a flag: fastflower {command} {places}",
-        "source image images input data data-dir img i path file folder img-path image-path input-dir dir input-path img-dir",
-    ),
-    (("predict",), "--out", "output o save save-txt csv output-dir save-dir results-file results outfile out-file"),
-    (
-        ("predict",),
-        "the probabilities of all classes are written by --out FILE.csv",
-        "topk top-k k conf threshold probs save-conf include-probs top5 prob",
-    ),
-    (
-        ("pack",),
-        "--val-fraction",
-        "val-split valid-pct validation-split val-size val-ratio val valid-split split-ratio valid-size",
-    ),
-    (("pack",), "--val-fraction", "train-ratio train-size train-fraction val-percent ratio train-split"),
-    (("pack",), "--test-fraction", "test-size test-split test-ratio test"),
-    (("pack",), "--max-side", "size img-size resize image-size imgsz max-size max-resolution max-dim"),
-    (("pack",), "--quality", "jpeg-quality q jpg-quality"),
-    (("pack",), "--shard-bytes", "shard-size maxsize maxcount shard-mb max-shard-size"),
-    (("pack",), "--workers", "j num-workers threads nworkers n-workers processes num-threads jobs n-jobs num-proc"),
-    (("pack",), "--out", "output o output-dir out-dir dest dst save-dir output-folder shards target"),
-    (("pack",), "--folds", "k kfold k-folds n-splits n-folds num-folds cv"),
-    (("pack",), "--labels", "csv annotations label ann-file labels-csv metadata annotation train-csv ann"),
-    (("pack",), "--ignore", "exclude skip excludes filter"),
-    (("pack",), "--seed", "random-seed random-state"),
-    (("pack",), "--split-by", "stratify stratified group"),
-    (
-        ("pack",),
-        "the folder comes without a flag: fastflower pack {places}",
-        "data data-dir input folder d root dataset data-path src source i input-dir path images dataset-dir",
-    ),
-    (
-        (*_TRAINS, "evaluate"),
-        "it is a flag of pack: pack first (fastflower pack FOLDER {flag} ... --out shards), then pass shards",
-        "labels ignore folds split-by path-column label-column split-column max-side on-bad on-conflict drop-empty-classes"
-        " as-split",
-    ),
-    (("verify",), "--repair", "fix rebuild"),
-)
-
-_COMMAND_MEANINGS = {
-    "pack": "convert prepare create build make split import shard prep dataset",
-    "verify": "check validate-data checksum integrity fsck repair fix",
-    "doctor": "diagnose profile benchmark bench bottleneck speed",
-    "preview": "show view visualize augment plot display",
-    "train": "fit finetune fine-tune run learn training fit-one-cycle tune",
-    "evaluate": "eval test val validate score metrics validation evaluation",
-    "predict": "infer inference classify detect prediction label predictions",
-    "--help": "help usage commands",
-    "--version": "version -V -v",
-}
-
-
-def did_you_mean(command: str, flag: str, known: Collection[str], places: str) -> str:
+def did_you_mean(command: str, flag: str, value: str, known: Mapping[str, str], places: str) -> str:
     """Return the error for an unknown flag: what it means here, or the flags that are spelled nearly so.
 
-    known  The flags. places  The positional arguments.
+    value  What follows the flag, or "". known  The flags, each with a value that it takes. places  The positional arguments.
     """
-    text = f"unknown flag {flag}; "
-    for commands, answer, words in _MEANINGS:
-        if command in commands and _plain(flag).removeprefix("augment.") in words.split():
-            meant = (
-                f"did you mean {answer}?"
-                if answer.startswith("--")
-                else answer.format(command=command, places=places, flag=flag)
-            )
-            return text + meant + ("" if meant.endswith("?") else ".")
-    if near := _near(_plain(flag), known):
+    text, name = f"unknown flag {flag}; ", _plain(flag)
+    if name == "augment" and (near := _flag(command, value.partition("=")[0], known)):
+        return f"{text}did you mean {near} {known[near.split()[0]]}".rstrip() + "?"
+    answer = _meaning(command, name)
+    if answer == "--device cuda":
+        answer = _on_gpus(command, name, value)
+    if answer and not answer.startswith("--"):
+        return text + answer.format(command=command, places=places, flag=flag, count=_count(name, value)) + "."
+    if near := [answer] if answer else _near(name, known):
         return f"{text}did you mean {' or '.join(near)}?"
     return f"{text}fastflower {command} --help lists the flags."
 
 
+def _meaning(command: str, name: str) -> str:
+    """Return what stands for a word of another tool, or "". Lightning's flags have prefixes: trainer.max_epochs."""
+    last = name.rpartition(".")[2]
+    return next((answer for commands, answer, words in MEANINGS if command in commands and last in words.split()), "")
+
+
+def _on_gpus(command: str, name: str, value: str) -> str:
+    """Return the answer to a flag that chooses GPUs: by their number, or by a number each."""
+    if name.endswith(("gpu", "-id")) and not name.startswith("n") and value.isdigit():
+        return f"--device cuda:{value}"
+    return TORCHRUN if command == "train" and _count(name, value) > 1 and value else "--device cuda"
+
+
+def _count(name: str, value: str) -> int:
+    """Return how many GPUs a value means, 2 if it is no number."""
+    if re.fullmatch(r"\[?\d+(,\d+)+\]?", value):
+        return value.count(",") + 1
+    return int(value) if re.fullmatch(r"\d{1,4}", value) and (name[-1] == "s" or "n" in name[:1]) else 2
+
+
 def _plain(flag: str) -> str:
     return flag.lstrip("-").replace("_", "-").lower()
+
+
+def _flag(command: str, word: str, known: Collection[str]) -> str:
+    """Return the flag that a word without dashes means, or ""."""
+    name = _plain(word)
+    answer = _meaning(command, name)
+    exact = [flag for flag in (f"--{name}", f"--augment.{name}") if name and flag in known]
+    return next(
+        iter(exact or ([answer] if answer.startswith("--") else _near(name, known) if len(name) > 2 else [])), ""
+    )
 
 
 def _near(name: str, known: Collection[str]) -> list[str]:
@@ -253,20 +85,57 @@ def _near(name: str, known: Collection[str]) -> list[str]:
     return [{**lasts, **names}[match] for match in close]
 
 
-def instead(command: str, word: str, places: str, known: Collection[str]) -> str:
-    """Return the error for an argument that is too many."""
-    key, equals, value = word.partition("=")
-    if equals and (near := _near(_plain(key), known)):
-        return f"unexpected {word!r}; flags are written {near[0]} {value}."
-    switches = "; a switch such as --resume takes no value" if word.lower() in ("true", "false", "yes", "no") else ""
-    return f"unexpected {word!r}{switches}; type fastflower {command} {places} and then flags."
+def instead(
+    command: str,
+    words: Sequence[str],
+    args: Sequence[str],
+    known: Collection[str],
+    choices: Mapping[str, Collection[str]],
+) -> str:
+    """Return the error for arguments that are too many, with a command that has a flag for each, or only those before them.
+
+    words  What is too many. args  The whole command line. known  The flags. choices  By flag: values that are known.
+    """
+    kept, meant, position = list[str](), False, 0
+    own = {word: args.count(word) - words.count(word) for word in words}  # how often it is not too many
+    while position < len(args):
+        word, after, flags = args[position], args[position + 1 : position + 2], list[str]()
+        position += 1
+        if own.get(word, 1) > 0:
+            own[word] = own.get(word, 1) - 1 if word in words else 1
+            kept.append(word)
+            continue
+        key, equals, value = word.partition("=")
+        flag = next(iter(_flag(command, key, known).split()), "")
+        if flag and equals:
+            flags = [flag, value]
+        elif flag and after and after[0] in words:
+            flags, position = [flag, after[0]], position + 1
+        else:
+            flags = _chosen(word, choices)
+        kept, meant = [*kept, *flags], meant or bool(flags)
+    switches = (
+        "; a switch such as --resume takes no value" if words[0].lower() in ("true", "false", "yes", "no") else ""
+    )
+    line = shlex.join(["fastflower", command, *kept]) + " and then flags" * (not meant)
+    return f"unexpected {', '.join(map(repr, words))}{switches}; type {line}."
+
+
+def _chosen(word: str, choices: Mapping[str, Collection[str]]) -> list[str]:
+    """Return the flag that takes a word, and its value: one of those that are known, or one spelled nearly so."""
+    for flag, values in choices.items():
+        if "*" in values and not re.fullmatch(r"[\d.]+|(?i:true|false|yes|no|none)", word):
+            return [flag, word]
+        if close := [value for value in values if value == word] or get_close_matches(word.lower(), values, 1, 0.75):
+            return [flag, close[0]]
+    return []
 
 
 def near_command(word: str, commands: Collection[str]) -> str:
     """Return the command that a word means, or ""."""
     plain = word.lower()
-    meant = [command for command, words in _COMMAND_MEANINGS.items() if plain in words.split() or plain == command]
-    return next(iter(meant or get_close_matches(plain, {*commands, *_COMMAND_MEANINGS}, 1, 0.6)), "")
+    meant = [command for command, words in COMMAND_MEANINGS.items() if plain in words.split() or plain == command]
+    return next(iter(meant or get_close_matches(plain, {*commands, *COMMAND_MEANINGS}, 1, 0.6)), "")
 
 
 def refuse_unknown(function: str, names: Iterable[str], known: Collection[str], instead: Mapping[str, str]) -> None:
@@ -285,20 +154,31 @@ def refuse_unknown(function: str, names: Iterable[str], known: Collection[str], 
         raise UnknownArgumentError("\n".join(lines))
 
 
+def _in_python(answer: str) -> str:
+    """Return an answer with arguments in place of its flags: --weights None is weights=None. Commands stay."""
+    if "fastflower " in answer:
+        return answer
+    text = answer.replace("--augment flags", "fields of Augment")
+    return re.sub(
+        r"--(?:augment\.)?([\w-]+)( (?=[A-Z\d]))?",
+        lambda found: found[1].replace("-", "_") + "=" * bool(found[2]),
+        text,
+    )
+
+
 def _argument(function: str, name: str, known: Collection[str]) -> str:
     """Return what the name of an argument means by the words of other tools, or ""."""
     command, word = {"Recipe": "train", "Augment": "train"}.get(function, function), _plain(name)
-    for commands, answer, words in _MEANINGS:
+    for commands, answer, words in MEANINGS:
         if command not in commands or not (word in words.split() or answer in (f"--{word}", f"--augment.{word}")):
             continue
         if not answer.startswith("--"):
-            text = answer.replace("--weights ", "weights=").replace("--augment.", "").replace("--augment", "Augment's")
-            return "" if "{" in text else f"{text}."
+            return "" if "{" in answer else f"{_in_python(answer)}."
         field = answer.split()[0].lstrip("-").replace("-", "_")
         last = field.removeprefix("augment.")
         if last in known:
             return f"did you mean {last}?"
-        if commands != _TRAINS:
+        if not {*TRAINS} <= {*commands}:
             return f"did you mean {commands[0]}({field}=...)?"
         return f"did you mean Recipe({f'augment=Augment({last}=...)' if last != field else f'{last}=...'})?"
     return ""

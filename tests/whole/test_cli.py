@@ -213,7 +213,7 @@ def test_a_missing_dask_is_explained(mixed: Path, tmp_path: Path) -> None:
 
 
 def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rule = "val_fraction must be a number, at least 0 and less than 1, got 1.5."
+    rule = "--val-fraction must be a number, at least 0 and less than 1, got 1.5; for example --val-fraction 0.2."
     assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--val-fraction", "1.5") == rule
     missing = (
         "does not exist; pass a folder that contains one folder of images per class, or a zip or tar archive of one."

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +18,8 @@ from fastflower.flags import Parser, UsageError
 from fastflower.recipes.presets import PRESETS
 from fastflower.reporting.preview import preview
 from fastflower.shards.verification import verify
-from fastflower.suggestions import (
-    _MEANINGS,  # pyright: ignore[reportPrivateUsage]  (each line is tried)
-    did_you_mean,
-)
 from fastflower.training.diagnosis import diagnose
+from fastflower.words import MEANINGS
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "pack": pack, "verify": verify, "doctor": diagnose, "preview": preview, "train": train, "evaluate": evaluate,
@@ -60,7 +58,7 @@ def test_a_missing_argument_is_a_usage_error_that_names_it(name: str, capsys: py
         ("train s -a resnet50", "--backbone"), ("train s --net=resnet50", "--backbone"), ("train s --wd 1", "--weight-decay"),
         ("train s --learning_rate 0.1", "--lr"), ("train s --lr0 0.1", "--lr"), ("train s --num-epochs 3", "--epochs"),
         ("train s --opt sgd", "--optimizer"), ("train s --sched cosine", "--schedule"), ("train s --lr-policy x", "--schedule"),
-        ("train s --amp", "--precision"), ("train s --output o", "--out"), ("train s --name o", "--out"),
+        ("train s --amp", "--precision bfloat16"), ("train s --output o", "--out"), ("train s --name o", "--out"),
         ("train s --gpus 0", "--device cuda"), ("train s --imgsz 64", "--augment.size"), ("train s --size 64", "--augment.size"),
         ("train s --rotate 10", "--augment.rotate"), ("train s --degrees 10", "--augment.rotate"),
         ("train s --augment.rotation 10", "--augment.rotate"), ("train s --mixup-alpha 1", "--augment.mixup"),
@@ -81,7 +79,7 @@ def test_an_unknown_flag_suggests_the_near_one(line: str, flag: str, capsys: pyt
     [
         (
             "train s -j 4",
-            "all cores that the process may use are used; to use fewer, type taskset -c 0-3 fastflower train SHARDS.",
+            "all cores that the process may use are used; to use fewer, type taskset -c 0-3 fastflower train s.",
         ),
         ("train --data shards", "the shards come without a flag: fastflower train SHARDS."),
         (
@@ -92,7 +90,7 @@ def test_an_unknown_flag_suggests_the_near_one(line: str, flag: str, capsys: pyt
         ("train s --num-classes 5", "the classes are those of the shards."),
         (
             "train s --local_rank 0",
-            "start one process per GPU with torchrun --nproc-per-node=2 -m fastflower train SHARDS.",
+            "one process trains on each GPU: torchrun --nproc-per-node 2 -m fastflower train s.",
         ),
         (
             "train s --aa rand-m9",
@@ -111,12 +109,36 @@ def test_a_flag_that_does_not_exist_here_says_what_stands_for_it(
     assert usage_error(capsys, line).partition("; ")[2].startswith(answer)
 
 
+@pytest.mark.parametrize(
+    "words", ["scratch", "finetuen --epochs 3", "resnet34 adamw cpu", "lr0=0.1 epochs=10", "wd 0.1"]
+)
+def test_the_command_for_arguments_that_are_too_many_is_understood(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = usage_error(capsys, f"train no-such-folder {words}").rpartition("; type fastflower ")[2].removesuffix(".")
+    assert main(line.split()) == 1
+    assert (
+        capsys.readouterr().err.rpartition("error: ")[2].startswith("no-such-folder: does not exist")
+    )  # all flags are accepted
+
+
+def test_all_unknown_flags_are_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["train", "s", "--bs", "3", "--zzz", "4", "--lr", "1", "--amp", "--bs", "3", "--num_classes=5"])
+    assert capsys.readouterr().err.splitlines() == [
+        "error: unknown flag --bs; did you mean --batch-size?",
+        "unknown flag --zzz; fastflower train --help lists the flags.",
+        "unknown flag --amp; did you mean --precision bfloat16?",
+        "unknown flag --num_classes; the classes are those of the shards.",
+    ]
+
+
 def parser(command: str, *, recipes: bool = False) -> Parser:
     made = Parser(f"fastflower {command}")
     images = {"images": list[str]} if command == "predict" else {}
     made.add_parameters(COMMANDS[command], {"folder": str, "shards": str, "checkpoint": str, **images})
     if recipes:
-        made.add_fields(Recipe(), "recipe")
+        made.add_fields(Recipe(), "recipe", but="augment")
         made.add_fields(Augment(), "augmentation", "augment.")
     return made
 
@@ -127,7 +149,7 @@ def all_flags(command: str) -> set[str]:
 
 
 def test_what_is_suggested_exists_and_no_suggested_word_is_a_flag() -> None:
-    for commands, answer, words in _MEANINGS:
+    for commands, answer, words in MEANINGS:
         for command in commands:
             known = all_flags(command)
             assert not {f"--{word}" for word in words.split()} & known, command
@@ -137,29 +159,44 @@ def test_what_is_suggested_exists_and_no_suggested_word_is_a_flag() -> None:
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("train s --epochs ten", "--epochs must be an integer, got 'ten'."),
-        ("train s --epochs 2.0", "--epochs must be an integer, got '2.0'."),
-        ("train s --seed 18446744073709551616", "--seed must be an integer and within 64 bits, got '18446744073709551616'."),
-        ("train s --optimizer AdamW", "--optimizer must be one of sgd, adam, adamw, got 'AdamW'. Did you mean adamw?"),
-        ("train s --lr 1e-3,", "--lr must be a number, got '1e-3,'."),
+        ("train s --epochs ten", "--epochs must be an integer, got 'ten'; for example --epochs 15."),
+        ("train s --epochs 2.0", "--epochs must be an integer, got '2.0'; did you mean --epochs 2?"),
+        ("train s --seed 18446744073709551616", "--seed must be an integer and within 64 bits, got '18446744073709551616'; "
+         "for example --seed 0."),
+        ("train s --optimizer AdamW",
+         "--optimizer must be one of sgd, adam, adamw, got 'AdamW'; did you mean --optimizer adamw?"),
+        ("train s --lr 1e-3,", "--lr must be a number, got '1e-3,'; did you mean --lr 1e-3?"),
         ("train s --schedule cosin", "--schedule must be one of constant, step, cosine, one_cycle, exponential_cosine, "
-         "three_phase, got 'cosin'. Did you mean cosine?"),
-        ("train s --augment.crop 0.5", "--augment.crop must be as in --augment.crop FLOAT FLOAT, got '0.5'."),
-        ("train s --epochs", "--epochs needs a value: --epochs INT."),
-        ("train s --epochs --lr 1", "--epochs needs a value: --epochs INT."),
+         "three_phase, got 'cosin'; did you mean --schedule cosine?"),
+        ("train s --augment.crop 0.5", "--augment.crop must be as in --augment.crop FLOAT FLOAT, got '0.5'; "
+         "for example --augment.crop 0.25 1.0."),
+        ("train s --epochs", "--epochs needs a value: --epochs 15."),
+        ("train s --epochs --lr 1", "--epochs needs a value: --epochs 15."),
         ("train s --recipe", "--recipe needs a value: --recipe NAME."),
         ("train s --resume=True", "--resume/--no-resume takes no value, got 'True'."),
         ("train s --resume True", "unexpected 'True'; a switch such as --resume takes no value; "
-         "type fastflower train SHARDS and then flags."),
-        ("train s epochs=10", "unexpected 'epochs=10'; flags are written --epochs 10."),
-        ("train s 30", "unexpected '30'; type fastflower train SHARDS and then flags."),
+         "type fastflower train s --resume and then flags."),
+        ("train s epochs=10", "unexpected 'epochs=10'; type fastflower train s --epochs 10."),
+        ("train s 30", "unexpected '30'; type fastflower train s and then flags."),
+        ("train s s", "unexpected 's'; type fastflower train s and then flags."),
+        ("train s scratch", "unexpected 'scratch'; type fastflower train s --recipe scratch."),
+        ("train s --lr 1 finetuen --epochs 3",
+         "unexpected 'finetuen'; type fastflower train s --lr 1 --recipe finetune --epochs 3."),
+        ("train s model=resnet34 lr0=0.1", "unexpected 'model=resnet34', 'lr0=0.1'; "
+         "type fastflower train s --backbone resnet34 --lr 0.1."),
+        ("train s epochs 10", "unexpected 'epochs', '10'; type fastflower train s --epochs 10."),
+        ("train s resnet50 adamw cpu", "unexpected 'resnet50', 'adamw', 'cpu'; "
+         "type fastflower train s --backbone resnet50 --optimizer adamw --device cpu."),
+        ("evaluate c s test", "unexpected 'test'; type fastflower evaluate c s --split test."),
+        ("pack d out", "unexpected 'out'; type fastflower pack d --out out."),
         ("evaluate c", "SHARDS is missing (A folder of images, an archive or a table of labels, as `pack` takes them; "
          "or the shards that `pack` wrote, or their URL); "
          "type fastflower evaluate CHECKPOINT SHARDS."),
-        ("evaluate c s --tta no", "--tta/--no-tta must be True or False, got 'no'."),
+        ("evaluate c s --tta no", "--tta/--no-tta must be True or False, got 'no'; for example --tta True."),
         ("predict c i --no-tta=True", "--tta/--no-tta takes no value, got 'True'."),
-        ("pack d --val-fraction 20%", "--val-fraction must be a number, got '20%'."),
-        ("pack d --split-by classes", "--split-by must be one of class, random, folder, got 'classes'. Did you mean class?"),
+        ("pack d --val-fraction 20%", "--val-fraction must be a number, got '20%'; did you mean --val-fraction 0.2?"),
+        ("pack d --split-by classes", "--split-by must be one of class, random, folder, got 'classes'; "
+         "did you mean --split-by class?"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_or_argument_is_explained(line: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,10 +206,17 @@ def test_a_wrong_value_or_argument_is_explained(line: str, text: str, capsys: py
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("--epochs 0", "--epochs must be an integer, at least 1, got 0."),
-        ("--lr -1e-3", "--lr must be a number above 0, got -0.001."),
-        ("--augment.flip 2", "--augment.flip must be a probability in [0, 1], got 2.0."),
-        ("--epochs 3 --soup 2", "--soup must be a divisor of epochs, got 2."),
+        ("--epochs 0", "--epochs must be an integer, at least 1, got 0; for example --epochs 15."),
+        ("--lr -1e-3", "--lr must be a number above 0, got -0.001; for example --lr 0.001."),
+        ("--augment.flip 2", "--augment.flip must be a probability in [0, 1], got 2.0; for example --augment.flip 0.5."),
+        ("--epochs 3 --soup 2", "--soup must be a divisor of epochs, got 2; for example --soup 1."),
+        ("--soup 3 --patience 3", "--soup must be 1 if ema or patience is set, got 3; for example --soup 1."),
+        ("--recipe scratch --warmup-epochs 3",
+         "--warmup-epochs must be 0 if schedule is one_cycle, got 3.0; for example --warmup-epochs 0."),
+        ("--augment.random-crop", "--augment.random-crop must be False if crop is set, got True; "
+         "for example --augment.no-random-crop."),
+        ("--device gpu0", "--device must be cpu, cuda or cuda:NUMBER, got 'gpu0'; omit it to use CUDA if available."),
+        ("--save-steps 0", "--save-steps must be an integer, at least 1, got 0; for example --save-steps 100."),
         ("--recipe fine-tune", "--recipe fine-tune: no recipe has this name; did you mean finetune or finetune-long or "
          "finetune-unfrozen? fastflower train --recipe list prints all."),
         ("--recipe xyz", "--recipe xyz: no recipe has this name; fastflower train --recipe list prints all."),
@@ -181,6 +225,42 @@ def test_a_wrong_value_or_argument_is_explained(line: str, text: str, capsys: py
 def test_a_value_outside_its_rule_names_the_flag(line: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "shards", *line.split()]) == 1
     assert capsys.readouterr().err == f"error: {text}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--lr 0,01", "--lr 0.01"), ("--lr 1e-3;", "--lr 1e-3"), ("--augment.rotate 7,5", "--augment.rotate 7.5"),
+        ("--augment.flip 50%", "--augment.flip 0.5"), ("--epochs 10.0", "--epochs 10"), ("--sizes 128,160", "--sizes 128 160"),
+        ("--augment.crop 0.25,1.0", "--augment.crop 0.25 1.0"), ("--augment.crop=(0.25,1)", "--augment.crop 0.25 1"),
+        ("--augment.size 64x96", "--augment.size 64 96"), ("--augment.mean [0.5,0.5,0.5]", "--augment.mean 0.5 0.5 0.5"),
+    ],
+)  # fmt: skip
+def test_a_value_in_another_notation_is_told_in_ours(
+    typed: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert usage_error(capsys, f"train s {typed}").endswith(f"; did you mean {meant}?")
+    assert parser("train", recipes=True).parse(["s", *meant.split()])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_each_flag_works(command: str) -> None:
+    """Of each flag that refuses values: the others take any text, or none."""
+    made = parser(command, recipes=command in ("train", "doctor", "preview"))
+    for flag, metavar in made.metavars.items():
+        if not re.search(r"INT|FLOAT|\{", metavar) or flag in made.optional:
+            continue
+        with pytest.raises(UsageError) as error:
+            parser(command, recipes=command in ("train", "doctor", "preview")).parse(["a", flag, "?!"])
+        example = str(error.value).rpartition("; for example ")[2].removesuffix(".")
+        assert example.split()[0] == flag
+        again = parser(command, recipes=command in ("train", "doctor", "preview"))
+        values = again.parse([*("a" for _ in made.required), *example.split()])
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in {field.name for field in fields(Recipe)}:
+            Recipe(**{name: values[name]})
+        elif name.startswith("augment."):
+            Augment(**{name.removeprefix("augment."): values[name]})
 
 
 @pytest.mark.parametrize("line", ["train --recipe list", "doctor x --recipe=list"])
@@ -299,7 +379,7 @@ def test_a_flag_takes_several_choices() -> None:
         return made.parse(line.split())
 
     assert parsed("--report a c s") == {"report": ("a", "c"), "shards": "s"}
-    with pytest.raises(UsageError, match=r"^--report must be one of a, b, c, got 'f'\.$"):
+    with pytest.raises(UsageError, match=r"^--report must be one of a, b, c, got 'f'; for example --report a b\.$"):
         parsed("s --report f")
 
 
@@ -313,10 +393,3 @@ def test_a_switch_that_may_be_none_may_have_a_value(text: str, value: bool | Non
             values = parser(command).parse(line.split())
             assert (values["tta"], values["checkpoint"]) == (value, "c")
             assert "tta" not in parser(command).parse(["c", "s"])
-
-
-@pytest.mark.parametrize("command", ["train", "evaluate", "preview", "doctor"])
-@pytest.mark.parametrize("flag", ["--labels", "--ignore", "--drop-empty-classes"])
-def test_a_flag_of_pack_is_sent_there(command: str, flag: str) -> None:
-    what = f"it is a flag of pack: pack first (fastflower pack FOLDER {flag} ... --out shards), then pass shards."
-    assert did_you_mean(command, flag, ["--out"], "data") == f"unknown flag {flag}; {what}"
