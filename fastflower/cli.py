@@ -107,23 +107,23 @@ def _by_flag(text: str, args: Sequence[str]) -> str:
 def _no_command(args: Sequence[str]) -> int:
     """Print what can be typed if the command line does not start with a command."""
     asked = args[:1] in (["-h"], ["--help"])
-    if args and not asked:
-        print(f"error: unknown command {args[0]!r}{_meant(args[0])}", file=sys.stderr)
     usage = (
         "usage: fastflower COMMAND ... (begin with fastflower train FOLDER; fastflower COMMAND --help lists its flags)"
     )
     lines = [f"  {name:10}{text}" for name, (_, text) in _COMMANDS.items()]
     print(usage, *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
+    if args and not asked:  # last, where it is seen
+        print(f"error: unknown command {args[0]!r}{_meant(args[0], args[1:])}", file=sys.stderr)
     return 0 if asked else 2
 
 
-def _meant(word: str) -> str:
+def _meant(word: str, rest: Sequence[str]) -> str:
     if Path(word, "manifest.json").exists():
         return f"; to train on these shards, type fastflower train {word}"
     if Path(word).is_dir():
         return f"; to pack this folder, type fastflower pack {word}"
     near = near_command(word, _COMMANDS)
-    return f"; did you mean fastflower {near}?" if near else ""
+    return f"; did you mean:\n  {shlex.join(['fastflower', near, *rest])}" if near else "."
 
 
 def _parser(prog: str, call: Callable[..., object], **types: object) -> Parser:

@@ -284,13 +284,12 @@ def test_recipe_list_prints_a_phrase_for_each(line: str, capsys: pytest.CaptureF
 def test_an_unknown_command_suggests_one_and_lists_all(
     word: str, meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([word]) == 2
+    assert main([word, "my data", "--lr", "1"]) == 2
     out, err = capsys.readouterr()
-    first, usage, *rest = err.splitlines()
-    assert (out, first) == (
-        "",
-        f"error: unknown command {word!r}" + (f"; did you mean fastflower {meant}?" if meant else ""),
-    )
+    listed, _, told = err.partition("error: ")
+    command = f"; did you mean:\n  fastflower {meant} 'my data' --lr 1\n"
+    assert (out, told) == ("", f"unknown command {word!r}" + (command if meant else ".\n"))
+    usage, *rest = listed.splitlines()
     assert usage.startswith("usage: fastflower COMMAND")
     assert {line.split()[0] for line in rest} >= set(COMMANDS)
 
