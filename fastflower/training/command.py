@@ -12,6 +12,7 @@ from fastflower import distributed
 from fastflower.machine import ranks_here
 from fastflower.models.checkpoint import LAST
 from fastflower.recipes.flags import flags, nearest
+from fastflower.recipes.presets import PRESETS
 from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.record import read
 from fastflower.shards.remote import Remote
@@ -62,17 +63,15 @@ class Call:
         return self.shards.url if isinstance(self.shards, Remote) else str(self.shards)
 
     def _line(self, changes: dict[str, object], *, resume: bool = False) -> str:
+        recipe = Recipe.from_dict(self.recipe.to_dict() | changes)
         if self.typed:
-            recipe = Recipe.from_dict(self.recipe.to_dict() | changes)
             return replace(self, recipe=recipe).command(resume=resume)
         shards = "shards" if isinstance(self.shards, Remote) else repr(str(self.shards))
-        changed = ", ".join(f"{name}={value!r}" for name, value in changes.items())
-        if self.recipe == Recipe():  # the caller need not have named it
-            recipe = [f"Recipe({changed})"] if changed else []
-        else:
-            recipe = [f"replace(recipe, {changed})" if changed else "recipe"]
+        preset = nearest(recipe)
+        text = repr(preset) if PRESETS[preset]() == recipe else repr(recipe)  # whatever the caller named it
+        named = [] if recipe == Recipe() else [text]
         options = [f"{name}={value!r}" for name, value in self._given(resume).items()]
-        return f"train({', '.join([shards, *recipe, *options])})"
+        return f"train({', '.join([shards, *named, *options])})"
 
     def _given(self, resume: bool) -> dict[str, object]:
         """Return the arguments that differ from their defaults."""

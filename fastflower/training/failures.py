@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import torch
 
 from fastflower import distributed
-from fastflower.errors import DeviceError, FastflowerError, TrainingError
+from fastflower.errors import CheckpointError, DeviceError, FastflowerError, TrainingError
 from fastflower.files import refusal
+from fastflower.models.checkpoint import LAST
 from fastflower.training.command import Call
 
 _NO_MEMORY = ("t allocate memory", "out of memory")  # texts of torch's errors on the CPU and on CUDA
@@ -22,6 +23,16 @@ def explaining(call: Call, device: torch.device) -> Generator[None]:
         if explanation := _explained(error, call, device):
             raise explanation from error
         raise
+
+
+@contextmanager
+def resumable(call: Call) -> Generator[None]:
+    """Add what to type to a CheckpointError that is raised inside the block, because a checkpoint could not be saved."""
+    try:
+        yield
+    except CheckpointError as error:
+        other = "" if (call.out / LAST).exists() else " (or pass another folder as out, --out)"
+        raise CheckpointError(f"{error} To resume{other}, type:\n  {call.again(resume=True)}") from error
 
 
 def _explained(error: Exception, call: Call, device: torch.device) -> FastflowerError | None:

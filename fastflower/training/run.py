@@ -33,6 +33,7 @@ from fastflower.shards.remote import Remote
 from fastflower.training.averaging import Average, tensors_of
 from fastflower.training.command import Call
 from fastflower.training.cuda_graphs import graphs_of
+from fastflower.training.failures import resumable
 from fastflower.training.optimizer import optimizer_of, plain_state, restore, set_rate, zero_state
 from fastflower.training.resuming import require_same_data, warn_of_changes
 from fastflower.training.step import Stepper
@@ -122,11 +123,11 @@ class Run:
             _position(start.epoch, start.step, trained=start.tally.get("trained", False)),
             perf_counter(),
         )
-        warn_of_changes(start, self._call, environment(self.device, self.precision))
         if self._finished():
             told = "%s: already finished after epoch %d. To train on from its weights:\n  %s"
             _log.info(told, self.folder, start.epoch, self._call.onward())
         else:
+            warn_of_changes(start, self._call, environment(self.device, self.precision))
             _log.info("%s: resumed in epoch %d after %d steps", self.folder, start.epoch + 1, start.step)
 
     @property
@@ -348,7 +349,8 @@ class Run:
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             raise TrainingError(f"{self.folder}: weights are no longer finite and were not saved; {_ADVICE}.")
         if distributed.rank() == 0:
-            self._write(tally)
+            with resumable(self._call):
+                self._write(tally)
         self._saved, self._saved_at = self._place, perf_counter()
 
     def _write(self, tally: EpochSoFar) -> None:

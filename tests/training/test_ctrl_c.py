@@ -105,7 +105,7 @@ def test_before_the_first_checkpoint_nothing_is_left_that_blocks_the_next_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     interrupted(shards, tmp_path / "deep" / "run", (Run, "step", 2), twice)
-    call = f"train({str(shards)!r}, recipe, out={str(tmp_path / 'deep' / 'run')!r}, device='cpu')"
+    call = f"train({str(shards)!r}, {RECIPE!r}, out={str(tmp_path / 'deep' / 'run')!r}, device='cpu')"
     told = f"interrupted in epoch 1, step 1; nothing was saved yet. To start again:\n  {call}"
     assert caplog.messages[-1] == f"{tmp_path / 'deep' / 'run'}: {told}"
     assert list(tmp_path.iterdir()) == []

@@ -11,9 +11,10 @@ import pytest
 import torch
 from training_runs import LAST, RECIPE, flags, killed, timeless, written_history
 
-from fastflower import Checkpoint, Recipe, pack, train
+from fastflower import Augment, Checkpoint, Recipe, pack, train
 from fastflower.cli import main
 from fastflower.errors import CheckpointError
+from fastflower.recipes.presets import PRESETS
 from fastflower.shards.remote import Remote
 from fastflower.suggestions import typed
 from fastflower.training.command import Call, unused
@@ -95,10 +96,9 @@ def test_from_python_the_message_holds_the_call(shards: Path, done: Path) -> Non
         train(shards, recipe, out=done, resume=True, device="cpu")
     call = str(caught.value).splitlines()[-1].strip()
     new = done.with_name("my run-2")
-    assert (
-        call == f"train({str(shards)!r}, replace(recipe, weights={str(done / LAST)!r}), out={str(new)!r}, device='cpu')"
-    )
-    report = eval(call, {"train": train, "replace": replace, "recipe": recipe})
+    other = replace(recipe, weights=str(done / LAST))
+    assert call == f"train({str(shards)!r}, {other!r}, out={str(new)!r}, device='cpu')"
+    report = eval(call, {"train": train, "Recipe": Recipe, "Augment": Augment})
     assert (report.folder, len(report.history)) == (new, 2)
 
 
@@ -245,7 +245,7 @@ def test_another_fold_is_refused_without_offering_weights_that_know_its_images(f
     ) as found:
         train(tmp_path / "folds", SHORT, fold=0, out=tmp_path / "run", resume=True, device="cpu")
     call = str(found.value).splitlines()[-1].strip()
-    assert call.startswith(f"train({str(tmp_path / 'folds')!r}, recipe, fold=0, out={str(tmp_path / 'run-2')!r}")
+    assert call.startswith(f"train({str(tmp_path / 'folds')!r}, {SHORT!r}, fold=0, out={str(tmp_path / 'run-2')!r}")
 
 
 def test_commands_are_quoted_and_leave_defaults_out() -> None:
@@ -258,7 +258,10 @@ def test_commands_are_quoted_and_leave_defaults_out() -> None:
     assert remote.again() == "train(shards, out='c')"
     assert remote.changed(lr=0.1) == "train(shards, Recipe(lr=0.1), out='c')"
     other = replace(remote, recipe=Recipe(epochs=2))
-    assert other.changed(lr=0.1) == "train(shards, replace(recipe, lr=0.1), out='c')"
+    assert other.changed(lr=0.1) == "train(shards, Recipe(epochs=2, lr=0.1), out='c')"
+    named = replace(remote, recipe=PRESETS["finetune"]())
+    assert named.again() == "train(shards, 'finetune', out='c')"
+    assert replace(named, recipe=replace(named.recipe, lr=0.1)).changed(lr=named.recipe.lr) == named.again()
     assert remote.command() == "fastflower train s3://a/b --out c"
 
 
