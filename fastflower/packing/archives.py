@@ -304,7 +304,7 @@ class _Unpacking:
         """Raise FolderError if the content is too large."""
         if total > self.space:
             what = f"needs more than the {self.space} bytes that are free in {self.target.parents[1]} to be unpacked"
-            raise FolderError(f"{self.archive}: {what}; free up space, or choose another folder with --out.")
+            raise FolderError(f"{self.archive}: {what}; free up space, or choose another folder as out (--out).")
         if total > self.most:
             what = f"contains more than {self.most} bytes, which is suspicious for an archive of its size"
             raise FolderError(f"{self.archive}: {what}; if it is right, unpack it first ({command_for(self.archive)}).")

@@ -205,7 +205,7 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
         raise FolderError(packed_already(root, root))
     if is_inside(out, root) and (not tables.labels or is_inside(root, out)):  # a table's images are named, so no matter
         what = f"is inside the folder to pack ({root}) and would become part of it"
-        raise FolderError(f"{out}: {what}; choose another folder with --out.")
+        raise FolderError(f"{out}: {what}; choose another folder as out (--out).")
     if is_file(root) and (why := refused(root)):
         raise FolderError(f"{root}: {why}.")
     resplit, drop_empty = asked.split_by in ("class", "random"), asked.drop_empty_classes
@@ -270,7 +270,9 @@ def is_inside(path: Path, root: Path) -> bool:
 
 
 def _already_packed(out: Path) -> FolderError:
-    return FolderError(f"{out}: already contains packed shards; choose another folder with --out, or remove this one.")
+    return FolderError(
+        f"{out}: already contains packed shards; choose another folder as out (--out), or remove this one."
+    )
 
 
 def _resolved(options: Options, folder: Folder) -> Options:

@@ -31,7 +31,7 @@ def check_space(source: Path, folder: Folder, options: Options, out: Path) -> No
     free = shutil.disk_usage(above).free
     if (least := kept + frames - made) > free:
         what = f"has {readable(free)} free, but packing {source} takes {readable(least)}"
-        raise FolderError(f"{above}: {what}; free up space, or choose another folder with --out.")
+        raise FolderError(f"{above}: {what}; free up space, or choose another folder as out (--out).")
     most = readable(max(int(sizes.sum()) + frames - made, 0))
     what = "packing %d images into %s, which takes up to %s of the %s that are free"
     _log.info(f"%s: {what}", source, len(folder), out, most, readable(free))

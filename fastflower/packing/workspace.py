@@ -45,7 +45,9 @@ def workspace(out: Path) -> Generator[Path]:
                     shutil.rmtree(work, ignore_errors=True)  # NFS keeps open files, which are harmless without a plan
                     remove_empty(new)
     except HeldError as error:
-        what = f"another pack is writing here ({error}); wait for it to finish, or choose another folder with --out."
+        what = (
+            f"another pack is writing here ({error}); wait for it to finish, or choose another folder as out (--out)."
+        )
         raise FolderError(f"{out}: {what}") from None
     except (OSError, BrokenExecutor, MemoryError) as error:  # never caused by an unreadable image, which is skipped
         if not entered and work in new:  # another process may hold the lock in a folder that existed
@@ -56,7 +58,7 @@ def workspace(out: Path) -> Generator[Path]:
         if isinstance(error, MemoryError):
             what = "packing ran out of memory; use fewer workers (--workers 1)."
         elif isinstance(error, OSError):
-            remedy = remedy_for(error, "choose another folder with --out")
+            remedy = remedy_for(error, "choose another folder as out (--out)")
             what = f"cannot be written ({error.strerror or error}); {remedy}."
         else:
             what = f"a worker died ({error}); if it ran out of memory, use fewer workers."
@@ -82,7 +84,7 @@ def load_or_make_plan(folder: Folder, options: Options, work: Path, mapped: MapL
         names = [INFO, "classes.txt", "meta"] if options.lists else [INFO]
         taken = [path.name for path in sorted(out.iterdir()) if path.name in names or path.suffix in _ENDINGS]
         if taken:
-            what = f"already contains {taken[0]}; choose another folder with --out, or remove this one."
+            what = f"already contains {taken[0]}; choose another folder as out (--out), or remove this one."
             raise FolderError(f"{out}: {what}")
         save_plan(make_plan(folder, options, versions, mapped), work)
     plan = load_plan(work, folder.root.absolute(), whole=True)

@@ -233,7 +233,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(
     what = (
         f"needs more than the 1000 bytes that are free in {tmp_path / 'out'} to be unpacked; free up space, or choose"
     )
-    with pytest.raises(FolderError, match=re.escape(f"{archive}: {what} another folder with --out.")):
+    with pytest.raises(FolderError, match=re.escape(f"{archive}: {what} another folder as out (--out).")):
         pack(archive, tmp_path / "out")
     assert everything(tmp_path) == before
 

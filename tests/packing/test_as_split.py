@@ -129,7 +129,7 @@ def test_too_little_space_is_an_error_before_anything_is_written(
     kept = sum(path.stat().st_size for path in root.rglob("*.jpg")) + 6 * 2560
     free(monkeypatch, kept - 1)
     what = f"{tmp_path}: has {kept / 1000:.1f} kB free, but packing {root} takes {kept / 1000:.1f} kB; free up space, "
-    with pytest.raises(FolderError, match=exactly(f"{what}or choose another folder with --out.")):
+    with pytest.raises(FolderError, match=exactly(f"{what}or choose another folder as out (--out).")):
         pack(root, tmp_path / "new" / "out")
     assert not (tmp_path / "new").exists()
     free(monkeypatch, kept)

@@ -250,7 +250,7 @@ def test_out_inside_the_folder_is_refused(small: Path, tmp_path: Path, where: st
     before = checksums(tmp_path)
     out = small / where
     what = f"is inside the folder to pack ({small}) and would become part of it"
-    text = f"{out}: {what}; choose another folder with --out."
+    text = f"{out}: {what}; choose another folder as out (--out)."
     with pytest.raises(FolderError, match=exactly(text)):
         pack(small, out)
     assert checksums(tmp_path) == before
@@ -269,7 +269,7 @@ def test_out_with_files_of_another_pack_is_refused(small: Path, tmp_path: Path, 
         (out / name).mkdir()
     else:
         (out / name).write_text("mine")
-    text = f"{out}: already contains {name}; choose another folder with --out, or remove this one."
+    text = f"{out}: already contains {name}; choose another folder as out (--out), or remove this one."
     with pytest.raises(FolderError, match=exactly(text)):
         pack(small, out, lists=True)
     assert [path.name for path in out.iterdir()] == [name]
@@ -281,7 +281,9 @@ def test_out_with_files_of_another_pack_is_refused(small: Path, tmp_path: Path, 
 def test_a_pack_is_not_overwritten(small: Path, tmp_path: Path) -> None:
     pack(small, tmp_path / "out")
     before = checksums(tmp_path / "out")
-    text = f"{tmp_path / 'out'}: already contains packed shards; choose another folder with --out, or remove this one."
+    text = (
+        f"{tmp_path / 'out'}: already contains packed shards; choose another folder as out (--out), or remove this one."
+    )
     for seed in (0, 1):
         with pytest.raises(FolderError, match=exactly(text)):
             pack(small, tmp_path / "out", seed=seed)
@@ -296,7 +298,7 @@ def test_out_that_cannot_be_created_is_explained(small: Path, tmp_path: Path) ->
         (tmp_path / "loop", "Too many levels of symbolic links"),
         (tmp_path / ("long" * 100), "File name too long"),
     ):
-        text = f"{out}: cannot be written ({reason}); choose another folder with --out."
+        text = f"{out}: cannot be written ({reason}); choose another folder as out (--out)."
         with pytest.raises(FolderError, match=exactly(text)):
             pack(small, out)
 

@@ -79,7 +79,7 @@ def test_a_full_disk_is_explained_and_the_pack_resumes_with_free_space(
     out = tmp_path / "out"
     command = [sys.executable, "-c", program, "pack", small, "--out", out, "--shard-bytes", "4000", "--lists"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    text = f"{out}: cannot be written (File too large); choose another folder with --out. {RESUME}"
+    text = f"{out}: cannot be written (File too large); choose another folder as out (--out). {RESUME}"
     assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (1, "", f"error: {text}")
     assert "Traceback" not in done.stderr
     assert [path.name for path in out.iterdir()] == [".packing"]
@@ -113,7 +113,9 @@ def test_the_same_call_resumes_after_an_error_at_any_rename(
             raise OSError(ENOSPC, os.strerror(ENOSPC))
         return replace(self, target)
 
-    text = f"{out}: cannot be written (No space left on device); free up space, or choose another folder with --out."
+    text = (
+        f"{out}: cannot be written (No space left on device); free up space, or choose another folder as out (--out)."
+    )
     while True:
         number += 1
         calls = 0
@@ -163,7 +165,7 @@ def test_a_second_pack_into_the_same_folder_is_refused(
         time.sleep(0.01)
     before = checksums(out)
     holder = rf"process {first.pid} on {re.escape(os.uname().nodename)}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
-    remedy = r"wait for it to finish, or choose another folder with --out\."
+    remedy = r"wait for it to finish, or choose another folder as out \(--out\)\."
     with pytest.raises(
         FolderError, match=rf"^{re.escape(str(out))}: another pack is writing here \({holder}\); {remedy}$"
     ):
@@ -316,7 +318,7 @@ def test_a_failing_pack_leaves_what_was_there(
     text = r"bad\.jpg: is plain text"
     if number:
         monkeypatch.setattr(fcntl, "flock", refuse)
-        text = r": cannot be written \(Refused, when locking lock\); choose another folder with --out\.$"
+        text = r": cannot be written \(Refused, when locking lock\); choose another folder as out \(--out\)\.$"
     for out in (there, there / "x/y"):
         with pytest.raises(FolderError, match=text):
             pack(folder, out, on_bad="fail")

@@ -230,7 +230,7 @@ def test_a_pack_killed_after_publishing_is_not_taken_for_another(
     out = killed(small, tmp_path / "out", BEFORE_CLEARING, **OPTIONS)
     one_more, other_class = drawn(tmp_path / "one-more", a=5, b=5), drawn(tmp_path / "other-class", a=5, c=4)
     others = [*((small, changed(name)) for name in CHANGED), (one_more, OPTIONS), (other_class, OPTIONS)]
-    text = f"{out}: already contains packed shards; choose another folder with --out, or remove this one."
+    text = f"{out}: already contains packed shards; choose another folder as out (--out), or remove this one."
     for folder, options in others:
         with pytest.raises(FolderError, match=exactly(text)):
             pack(folder, out, **options)

@@ -255,7 +255,7 @@ def test_a_pack_that_cannot_be_finished_shows_no_shard_and_can_be_resumed(tmp_pa
     interrupted(folder, out, shards=1, shard_bytes=4000)
     (out / "_info.json").mkdir()
     text = (
-        f"{out}: cannot be written (Is a directory); choose another folder with --out. "
+        f"{out}: cannot be written (Is a directory); choose another folder as out (--out). "
         f"Run the same command again to resume."
     )
     with pytest.raises(FolderError, match=exactly(text)):

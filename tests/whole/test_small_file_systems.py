@@ -116,7 +116,7 @@ def failed_run(folder: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("fail", "remedy"),
     [
-        (failed_pack, "choose another folder with --out."),
+        (failed_pack, "choose another folder as out (--out)."),
         (failed_preview, "choose a file in an existing, writable folder (--out)."),
         (failed_repair, "check what is at this path and that its folder is writable,"),
         (failed_cache, "set XDG_CACHE_HOME to a writable folder, or pass Remote(folder=...) from Python."),
