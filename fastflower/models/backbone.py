@@ -21,6 +21,7 @@ from fastflower.models.torchvision_networks import (
     downloaded,
     empty,
     require_weights,
+    set_drop_path,
     weights_of,
 )
 from fastflower.models.weights_file import read_weights
@@ -37,6 +38,7 @@ def build(
     classes: Sequence[str] = (),
     size: tuple[int, int] | None = None,
     quiet: bool = False,
+    drop_path: float | None = None,
 ) -> nn.Module:
     """Build a network on the CPU that maps images (N, 3, H, W) to logits (N, num_classes).
 
@@ -47,6 +49,7 @@ def build(
     a checkpoint for other `classes`.
     size  Height and width of the images, for networks of timm that are built for one size.
     quiet  Whether not to log what the weights are.
+    drop_path  Probability of stochastic depth in the last block; None: the network's own.
 
     Raises ArgumentError if the backbone's name is unknown, `freeze` exceeds the number of stages, or a URL has no checksum.
     Raises CheckpointError if the weights cannot be used.
@@ -54,16 +57,19 @@ def build(
     require_network(name, weights)
     told = logging.DEBUG if quiet else logging.INFO
     if weights is None:
-        model = _empty(name, num_classes, size)
+        model = _empty(name, num_classes, size, drop_path)
         _fit_head(model, num_classes)
     elif weights.startswith(("https://", "http://")) or _is_file_name(weights):
-        model, path = _empty(name, num_classes, size), _fetched(weights) if "://" in weights else Path(weights)
+        model, path = (
+            _empty(name, num_classes, size, drop_path),
+            _fetched(weights) if "://" in weights else Path(weights),
+        )
         _log.log(told, "%s: loaded into %s%s", path, name, _load_file(model, name, path, num_classes, classes))
     elif name.startswith(timm_networks.PREFIX):
-        model = timm_networks.create(name, num_classes, pretrained=True, size=size)
+        model = _of_timm(name, num_classes, size, drop_path, pretrained=True)
         _log.log(told, "%s: timm's weights, with a new head for %d classes", name, num_classes)
     else:
-        model = downloaded(name, weights)
+        model = _with_drop_path(name, downloaded(name, weights), drop_path)
         _log.log(told, "%s: %s", name, _fit_head(model, num_classes))
     freeze_stages(model, freeze)
     return model
@@ -94,15 +100,44 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     return network
 
 
-def skeleton_of(name: str, num_classes: int = 1000, *, size: tuple[int, int] | None = None) -> nn.Module:
+def skeleton_of(
+    name: str, num_classes: int = 1000, *, size: tuple[int, int] | None = None, drop_path: float | None = None
+) -> nn.Module:
     """Build a network on the meta device, quickly and without memory for its weights."""
     with Skeleton():
-        return _empty(name, num_classes, size).to("meta")
+        return _empty(name, num_classes, size, drop_path).to("meta")
 
 
-def _empty(name: str, num_classes: int, size: tuple[int, int] | None) -> nn.Module:
+def _empty(name: str, num_classes: int, size: tuple[int, int] | None, drop_path: float | None) -> nn.Module:
     """Build a network with random weights. One of torchvision has a head for 1,000 classes."""
-    return timm_networks.create(name, num_classes, size=size) if name.startswith(timm_networks.PREFIX) else empty(name)
+    if name.startswith(timm_networks.PREFIX):
+        return _of_timm(name, num_classes, size, drop_path)
+    return _with_drop_path(name, empty(name), drop_path)
+
+
+def _of_timm(
+    name: str, num_classes: int, size: tuple[int, int] | None, drop_path: float | None, *, pretrained: bool = False
+) -> nn.Module:
+    try:
+        return timm_networks.create(name, num_classes, pretrained=pretrained, size=size, drop_path=drop_path)
+    except TypeError as error:
+        if drop_path is None or "drop_path_rate" not in str(error):
+            raise
+        raise _no_drop_path(name, drop_path) from None
+
+
+def _with_drop_path(name: str, model: nn.Module, drop_path: float | None) -> nn.Module:
+    if drop_path is not None and not set_drop_path(model, drop_path):
+        raise _no_drop_path(name, drop_path)
+    return model
+
+
+def _no_drop_path(name: str, drop_path: float) -> ArgumentError:
+    return ArgumentError(
+        f"drop_path must be None with backbone {name}, which has no stochastic depth, got {drop_path}. convnext, efficientnet, "
+        f"maxvit and swin networks have it, and most of timm, such as timm/resnet50 and timm/vit_base_patch16_224; pass one "
+        f"of these as backbone (--backbone convnext_tiny), or omit drop_path."
+    )
 
 
 def _fit_head(model: nn.Module, num_classes: int, *, keep: bool = True) -> str:

@@ -41,10 +41,18 @@ def library(name: str) -> ModuleType:
     return timm
 
 
-def create(name: str, num_classes: int, *, pretrained: bool = False, size: tuple[int, int] | None = None) -> nn.Module:
+def create(
+    name: str,
+    num_classes: int,
+    *,
+    pretrained: bool = False,
+    size: tuple[int, int] | None = None,
+    drop_path: float | None = None,
+) -> nn.Module:
     """Build `timm/NAME` with a head for `num_classes` classes, with timm's weights if `pretrained`.
 
     size  Height and width of the images, for a network that is built for one size. Positions are resampled to it.
+    drop_path  timm's drop_path_rate; None: that of the network. A TypeError tells that it has none.
 
     Raises ArgumentError if timm is not installed or has no such network, and CheckpointError if it has no weights for it or
     they cannot be downloaded.
@@ -63,9 +71,10 @@ def create(name: str, num_classes: int, *, pretrained: bool = False, size: tuple
             f"(--weights FILE) or None as weights."
         )
     try:
-        return _sized(timm.create_model, plain, size, pretrained=pretrained, num_classes=num_classes)
+        options = {"pretrained": pretrained, "num_classes": num_classes, "drop_path_rate": drop_path}
+        return _sized(timm.create_model, plain, size, **options)  # timm leaves out what is None
     except Exception as error:  # of huggingface_hub and what it uses
-        if not pretrained:
+        if not pretrained or "drop_path_rate" in str(error):
             raise
         raise CheckpointError(
             f"weights: timm's weights for {name} could not be downloaded ({str(error).strip().splitlines()[0]}). {OFFLINE}"

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torchvision import models  # pyright: ignore[reportMissingTypeStubs]
 from torchvision.models import WeightsEnum  # pyright: ignore[reportMissingTypeStubs]
+from torchvision.ops import StochasticDepth  # pyright: ignore[reportMissingTypeStubs]
 
 from fastflower.errors import CheckpointError
 from fastflower.files import is_full, remedy_for
@@ -30,6 +31,21 @@ def empty(name: str) -> nn.Module:
         conv1, conv2 = network.get_submodule(f"{layer}.0.conv1"), network.get_submodule(f"{layer}.0.conv2")
         conv1.stride, conv2.stride = conv2.stride, conv1.stride
     return _without_auxiliary_heads(network)
+
+
+def set_drop_path(network: nn.Module, rate: float) -> bool:
+    """Set the probabilities of stochastic depth as the constructor's stochastic_depth_prob does; return whether there are any.
+
+    They grow linearly over the blocks. The arguments of Swin's and MaxViT's functions do not include stochastic_depth_prob.
+    """
+    found = [module for module in network.modules() if isinstance(module, StochasticDepth)]
+    if found:
+        # An EfficientNet's last block of N has (N - 1) / N of the rate; that of the others has the rate.
+        last = rate * (1 - 1 / len(found)) if isinstance(network, models.EfficientNet) else rate
+        factor = last / found[-1].p
+        for module in found:
+            module.p *= factor
+    return bool(found)
 
 
 def weights_of(name: str) -> Mapping[str, WeightsEnum]:

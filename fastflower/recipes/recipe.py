@@ -82,14 +82,20 @@ class Recipe:
     """Factor of each drop with "step", or of each epoch's decay with "exponential_cosine" and "three_phase"."""
     label_smoothing: float = 0.0
     """Target probability to spread evenly over all classes, in [0, 1). 0 disables it [Szegedy et al. 2016]."""
+    drop_path: float | None = None
+    """Stochastic depth: probability that a sample skips the last block, in [0, 1) [Huang et al. 2016]. It grows linearly from 0
+    at the first block. None: the backbone's own. Only for backbones that have it, such as convnext_tiny."""
     precision: Precision = "auto"
     """dtype of autocast. float16 also scales the loss; float32 disables autocast.
     "auto": bfloat16 if the device supports it natively, else float16 on CUDA and float32 on the CPU."""
+    checkpointing: bool = False
+    """Gradient checkpointing: keep only the inputs of blocks for the backward pass and compute the rest again [Chen et al. 2016].
+    Takes less memory and more time, with the same results. Only for backbones with blocks; must be False with `compile`."""
     compile: bool = False
     """Use torch.compile (with CUDA graphs on CUDA). Helps with small batches. It was no faster on a two-core CPU."""
     graph: bool = True
     """Capture the training step as a CUDA graph, once per image size, and replay it.
-    Ignored on the CPU, with multiple ranks, and with accumulate, compile or float16."""
+    Ignored on the CPU, with multiple ranks, and with accumulate, checkpointing, compile or float16."""
     sync_batchnorm: bool = False
     """Compute batch norm statistics across all ranks [SyncBatchNorm]. CUDA only."""
     tta: bool = False
@@ -112,6 +118,7 @@ class Recipe:
             ("soup", self.epochs % self.soup == 0, "a divisor of epochs"),
             ("soup", self.soup == 1 or alone, "1 if ema or patience is set"),
             ("recalibrate", not self.recalibrate or self.patience is None, "False if patience is set"),
+            ("checkpointing", not self.checkpointing or not self.compile, "False if compile is True"),
             ("warmup_epochs", self.warmup_epochs == 0 or not one_cycle, "0 if schedule is one_cycle"),
         ]
         for name, holds, rule in rules:
@@ -205,7 +212,10 @@ _RULES: Rules = {
     },
     **{name: ("a number above 0", lambda size: size > 0) for name in ("lr", "head_lr", "clip_norm", "gamma")},
     **{name: ("a number, 0 or more", lambda size: size >= 0) for name in ("weight_decay", "warmup_epochs")},
-    **{name: ("a number in [0, 1)", lambda share: 0 <= share < 1) for name in ("momentum", "label_smoothing")},
+    **{
+        name: ("a number in [0, 1)", lambda share: 0 <= share < 1)
+        for name in ("momentum", "label_smoothing", "drop_path")
+    },
     "layer_decay": ("a number in (0, 1]", lambda decay: 0 < decay <= 1),
     "ema": ("a number in (0, 1)", lambda decay: 0 < decay < 1),
 }

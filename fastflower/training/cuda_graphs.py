@@ -45,11 +45,13 @@ def unchanged(network: nn.Module, optimizer: Optimizer, generator: torch.Generat
 def graphs_of(recipe: Recipe, device: torch.device, precision: torch.dtype) -> Capture | None:
     """Return a function that captures a run's training steps, or None if they cannot be captured.
 
-    Steps cannot be captured on the CPU, with multiple ranks, with gradient accumulation, or with float16 (the loss scaler
-    decides in Python whether to skip an update). With torch.compile, returns None: torch.compile captures its own graphs.
+    Steps cannot be captured on the CPU, with multiple ranks, with gradient accumulation, with checkpointing (which reads the
+    state of the random generator), or with float16 (the loss scaler decides in Python whether to skip an update). With
+    torch.compile, returns None: torch.compile captures its own graphs.
     """
     same = distributed.world_size() == 1 and recipe.accumulate == 1 and precision != torch.float16
-    return Graphs(device) if recipe.graph and device.type == "cuda" and same and not recipe.compile else None
+    other = recipe.compile or recipe.checkpointing
+    return Graphs(device) if recipe.graph and device.type == "cuda" and same and not other else None
 
 
 class Graphs:

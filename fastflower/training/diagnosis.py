@@ -12,6 +12,7 @@ from fastflower.devices import fastest_convolutions, resolve_device
 from fastflower.errors import number
 from fastflower.loading.loader import Loader
 from fastflower.loading.stats import Stats
+from fastflower.models.recomputation import require_options
 from fastflower.models.sizes import require_sizes
 from fastflower.packing.source import shards_of
 from fastflower.recipes.presets import checked
@@ -66,6 +67,7 @@ def diagnose(
     recipe = replace(checked(recipe), weights=None)
     seconds = number("seconds", seconds, "a number above 0", lambda seconds: seconds > 0)
     require_sizes(recipe)
+    require_options(recipe)
     shards = shards_of(shards)
     run = Run(shards, recipe, Path(), resolve_device(device))
     loader = Loader(

@@ -380,8 +380,8 @@ def network_of(recipe: Recipe, classes: Sequence[str], start: Checkpoint | None,
     """Build the network to train. quiet  Whether to log nothing."""
     # A resumed run takes its weights from the checkpoint, but each run of a model soup starts from the recipe's weights.
     weights = None if start and recipe.soup == 1 else recipe.weights
-    freeze, size = recipe.freeze, recipe.augment.output_size
-    return build(recipe.backbone, len(classes), weights=weights, freeze=freeze, classes=classes, size=size, quiet=quiet)
+    make = partial(build, recipe.backbone, len(classes), classes=classes, size=recipe.augment.output_size, quiet=quiet)
+    return make(weights=weights, freeze=recipe.freeze, drop_path=recipe.drop_path)
 
 
 def _position(epoch: int, steps: int, *, trained: bool) -> str:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from fastflower import distributed
 from fastflower.devices import generator_of
 from fastflower.errors import ArgumentError
+from fastflower.models.recomputation import no_blocks, recompute_blocks, still_statistics
 from fastflower.recipes.recipe import Recipe
 from fastflower.training.cuda_graphs import Capture, Outcome, unchanged
 
@@ -68,7 +69,8 @@ class Stepper:
             with torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision != torch.float32):
                 logits = self._model(images)
                 loss: Tensor = self._criterion(logits, labels)
-            self._scaler.scale(loss / together).backward()  # pyright: ignore[reportUnknownMemberType]  (untyped)
+            with still_statistics(self._network) if self._recipe.checkpointing else nullcontext():
+                self._scaler.scale(loss / together).backward()  # pyright: ignore[reportUnknownMemberType]  (untyped)
         correct = (logits.argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))).sum()
         if update:
             if self._recipe.clip_norm is not None:
@@ -103,6 +105,8 @@ class Stepper:
     def _wrapped(self) -> Callable[[Tensor], Tensor]:
         """Wrap the network in DistributedDataParallel if there are multiple ranks; compile it if the recipe says so."""
         model: nn.Module = self._network
+        if self._recipe.checkpointing and not recompute_blocks(model):
+            raise no_blocks(self._recipe.backbone)
         cuda = self._device.type == "cuda"
         if distributed.world_size() > 1:
             if self._recipe.sync_batchnorm and not cuda:

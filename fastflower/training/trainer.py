@@ -11,6 +11,7 @@ from fastflower.devices import environment, resolve_device
 from fastflower.errors import ArgumentError, boolean, integer
 from fastflower.models.backbone import require_network
 from fastflower.models.checkpoint import Checkpoint
+from fastflower.models.recomputation import require_options
 from fastflower.models.sizes import require_sizes
 from fastflower.packing.folder import Folder
 from fastflower.packing.source import PACKS, shards_of
@@ -98,6 +99,7 @@ def train(
                     )
                 require_network(recipe.backbone, None if start else recipe.weights)
                 require_sizes(recipe)
+                require_options(recipe)
                 found = _shards_of(call, start)
                 with explaining(call, chosen), preemption() as stop:
                     run = Run(

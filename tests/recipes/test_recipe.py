@@ -22,7 +22,7 @@ UNUSUAL = Recipe(
     sizes=(64, 96),
     patience=4,
     ema=0.99,
-    compile=True,
+    checkpointing=True,
     graph=False,
     sync_batchnorm=True,
     tta=True,
@@ -55,6 +55,7 @@ UNUSUAL = Recipe(
     lr=0.3,
     layer_decay=0.75,
     head_lr=0.5,
+    drop_path=0.1,
     momentum=0.0,
     weight_decay=0.01,
     schedule="cosine",
@@ -80,7 +81,7 @@ def test_a_recipe_survives_a_dictionary_and_json(recipe: Recipe) -> None:
 
 def test_the_unusual_recipe_differs_from_the_default_in_every_field() -> None:
     same = [field.name for field in fields(Recipe) if getattr(UNUSUAL, field.name) == getattr(Recipe(), field.name)]
-    assert same == ["soup", "recalibrate"]  # not allowed with patience
+    assert same == ["soup", "recalibrate", "compile"]  # not allowed with patience, nor with checkpointing
 
 
 BUILT = {(made.backbone, made.freeze, made.augment.output_size) for made in (preset() for preset in PRESETS.values())}

@@ -303,6 +303,7 @@ def test_a_step_returns_the_mean_loss_and_the_number_of_correct_predictions(
         ({"graph": False}, "cuda:0", torch.bfloat16, False),
         ({"accumulate": 2}, "cuda:0", torch.bfloat16, False),
         ({"compile": True}, "cuda:0", torch.bfloat16, False),
+        ({"checkpointing": True}, "cuda:0", torch.bfloat16, False),
     ],
 )
 def test_graphs_are_used_only_if_all_steps_are_the_same(

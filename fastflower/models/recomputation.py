@@ -1,0 +1,75 @@
+"""Gradient checkpointing: the activations inside blocks are not kept, but computed again in the backward pass."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import MethodType
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
+
+from fastflower.errors import ArgumentError
+from fastflower.models.backbone import skeleton_of
+from fastflower.models.stages import blocks_of
+from fastflower.models.timm_networks import is_timm
+from fastflower.recipes.recipe import Recipe
+
+
+def recompute_blocks(network: nn.Module) -> bool:
+    """Keep only the inputs of each block for the backward pass; return whether the network has blocks that allow it."""
+    if is_timm(network):
+        try:
+            network.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+        except (AttributeError, AssertionError):  # timm's networks without blocks
+            return False
+        return True
+    blocks = [network.get_submodule(name) for name in blocks_of(network)]
+    for block in blocks:
+        block.forward = MethodType(_recomputed, block)
+    return bool(blocks)
+
+
+def _recomputed(block: nn.Module, *inputs: object) -> Tensor:
+    forward = MethodType(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    if inputs and isinstance(inputs[0], list):  # of a DenseNet, which appends to it afterwards
+        first = cast("list[Tensor]", inputs[0])
+        return cast("Tensor", checkpoint(lambda *each: forward([*each]), *first, use_reentrant=False))
+    return cast("Tensor", checkpoint(forward, *inputs, use_reentrant=False))
+
+
+@contextmanager
+def still_statistics(network: nn.Module) -> Generator[None]:
+    """Keep the statistics of batch norms inside the block, a backward pass that computes forward passes again.
+
+    With momentum 0 they keep their values exactly. Without statistics at all, other tensors would be saved than at first.
+    """
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, counter) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counter
+
+
+def require_options(recipe: Recipe) -> None:
+    """Raise ArgumentError if the backbone does not have the recipe's stochastic depth or checkpointing."""
+    if recipe.drop_path is None and not recipe.checkpointing:
+        return
+    network = skeleton_of(recipe.backbone, size=recipe.augment.output_size, drop_path=recipe.drop_path)
+    if recipe.checkpointing and not recompute_blocks(network):
+        raise no_blocks(recipe.backbone)
+
+
+def no_blocks(backbone: str) -> ArgumentError:
+    """Return the error for a backbone whose activations cannot be computed again."""
+    return ArgumentError(
+        f"checkpointing must be False with backbone {backbone}, which has no blocks that can be computed again, got True; "
+        f"omit it (--no-checkpointing), or pass a backbone with residual blocks (--backbone resnet50)."
+    )
