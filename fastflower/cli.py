@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
@@ -22,8 +22,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fastflower.errors import ArgumentError, FastflowerError, SampleError, ShardError, StoppedError
 from fastflower.flags import EXAMPLES, Parser, UsageError, inverse
 from fastflower.suggestions import near_command, typed
-
-_MAX_LINES = 20  # of each kind; manifest.json lists all
 
 _TYPES: dict[str, object] = {
     "folder": Path,
@@ -88,7 +86,7 @@ def _run(args: Sequence[str] | None) -> int:
         return 1
     except KeyboardInterrupt as stopped:
         if _speaks() and not stopped.args:  # train has said what to type
-            print("interrupted", file=sys.stderr)
+            print(f"interrupted. To run it again:\n  {shlex.join(['fastflower', *args])}", file=sys.stderr)
         return 130
     return 0
 
@@ -136,6 +134,7 @@ def _parser(prog: str, call: Callable[..., object], **types: object) -> Parser:
 
 def _pack(prog: str, args: Sequence[str]) -> None:
     from fastflower.packing.packer import pack
+    from fastflower.packing.remarks import summary
 
     parser = _parser(prog, pack, out=Path, split=list[Path])
     text = "Address of a Dask scheduler. Its workers do the packing and must see FOLDER and OUT at the same paths."
@@ -144,28 +143,7 @@ def _pack(prog: str, args: Sequence[str]) -> None:
     values = parser.parse(args)
     with _dask(values.pop("dask", None)) as executor:
         manifest = pack(**values, executor=executor)
-    for name, split in manifest.splits.items():
-        folds = f", {manifest.folds.count} folds" if manifest.folds and name == "train" else ""
-        print(f"{name}: {split.samples} images in {len(split.shards)} shards{folds}")
-    identical = [group for group in manifest.duplicates if group not in manifest.label_conflicts]
-    _listed("warning", [f"{item['path']}: {item['warning']}" for item in manifest.warnings])
-    _listed("the same image under two labels:", map(", ".join, manifest.label_conflicts))
-    _listed("identical:", map(", ".join, identical))
-    near = [f"{item['path']} in {item['split']}, {item['train_path']} in train" for item in manifest.near_duplicates]
-    _listed("near-duplicate:", near)
-    if near:
-        print(f"near-duplicates of training images in other splits: {len(near)}; accuracy on them is optimistic")
-    print(f"wrote {manifest.folder}")
-
-
-def _listed(what: str, lines: Iterable[str]) -> None:
-    from fastflower.packing.remarks import printable
-
-    lines = list(lines)
-    for line in lines[:_MAX_LINES]:
-        print(what, printable(line))
-    if len(lines) > _MAX_LINES:
-        print(f"{what} {len(lines) - _MAX_LINES} more; see manifest.json")
+    print(*summary(manifest), sep="\n")
 
 
 @contextmanager
@@ -226,12 +204,8 @@ def _train(prog: str, args: Sequence[str]) -> None:
         told = "".join(f" {run} is a run. To continue it:\n  {command}" for run, command in runs.items())
         raise UsageError(f"{error}{told}") from None
     report = train(**values)
-    best = report.history[report.best_epoch - 1]
-    if not _speaks():
-        return
-    if report.scores:
-        print(f"best: epoch {report.best_epoch}, validation accuracy {best['val_accuracy']:.1%}")
-    print(f"wrote {report.folder / 'report.html'}")
+    if _speaks():
+        print(*report.last_lines(), sep="\n")
 
 
 def _reports(prog: str, args: Sequence[str]) -> None:

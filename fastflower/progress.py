@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from fastflower.suggestions import called_directly
+
 if TYPE_CHECKING:
     from IPython.core.display_functions import DisplayHandle
 
@@ -57,6 +59,12 @@ def shown() -> Generator[None]:
     finally:
         _log.setLevel(level)
         _log.removeHandler(handler)
+
+
+def tell(function: str, lines: Iterable[str]) -> None:
+    """Log the last lines of a function, which say what it has made, if the user called it. The command line prints them."""
+    for line in lines if called_directly(function) else ():
+        _log.info("%s", line)
 
 
 class _Lines(logging.Handler):

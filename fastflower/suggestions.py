@@ -199,6 +199,11 @@ def command_typed() -> str:
     return _typed.get()
 
 
+def called_directly(function: str) -> bool:
+    """Return whether the user called a function: not a command, nor another function that calls it."""
+    return not _typed.get() and _called.get() in ("", function)
+
+
 def with_data(place: object) -> str:
     """Return what the user typed or called, with another folder of images or shards."""
     if command := _typed.get():

@@ -38,8 +38,9 @@ def packs_of(checkpoint: Checkpoint) -> tuple[Path, Path | None]:
 def _recorded(run: Path) -> Path | None:
     """Return the shards that a run's run.json names, or None."""
     try:
-        return Path(json.loads((run / "run.json").read_text("utf-8"))["data"]["shards"])
-    except (OSError, ValueError, KeyError, TypeError):
+        data = json.loads((run / "run.json").read_text("utf-8"))["data"]
+        return Path(data.get("pack") or data["shards"])  # runs of older versions name no pack
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -32,7 +32,7 @@ from fastflower.packing.lists import is_table
 from fastflower.packing.lost_classes import LostClassError, without_lost_classes
 from fastflower.packing.plan import Options, Plan
 from fastflower.packing.publishing import publish, unpublish
-from fastflower.packing.remarks import remarks
+from fastflower.packing.remarks import remarks, summary
 from fastflower.packing.space import check_space
 from fastflower.packing.worker import STOP, make_shard, make_shard_elsewhere
 from fastflower.packing.workspace import load_or_make_plan, workspace
@@ -168,7 +168,8 @@ def pack(
     require(as_split is None or not split, "as_split", "omitted with split, which divides the images", as_split)
     columns = {"path_column": path_column, "label_column": label_column, "split_column": split_column}
     tables = Tables(tables_of_labels, _paths("split", split), Columns(*(_column(*named) for named in columns.items())))
-    return _pack(root, tables, target, options, threads, executor)
+    progress.tell("pack", summary(manifest := _pack(root, tables, target, options, threads, executor)))
+    return manifest
 
 
 def _warn_of_neighbor(table: Path) -> None:

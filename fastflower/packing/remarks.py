@@ -1,7 +1,7 @@
-"""Warnings about a finished pack: skipped files, missing classes and unusual splits."""
+"""What is said of a finished pack: its content, and warnings of skipped files, missing classes and unusual splits."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -9,9 +9,33 @@ from fastflower.packing.folder import EMPTY_CLASS
 from fastflower.packing.names import plain_name
 from fastflower.shards.manifest import Manifest
 
+_MOST_LINES = 20  # of each kind in the summary; manifest.json lists all
 _MOST_NAMES = 10  # class names per warning
 _MOST_REASONS, _MOST_FILES = 20, 3  # named for skipped files
 _TOLERANCE = 0.05  # fraction of all images by which the val split may exceed val_fraction without a warning
+
+
+def summary(manifest: Manifest) -> Iterator[str]:
+    """Yield the lines that say what a pack holds, and where it is."""
+    for name, split in manifest.splits.items():
+        folds = f", {manifest.folds.count} folds" if manifest.folds and name == "train" else ""
+        yield f"{name}: {split.samples} images in {len(split.shards)} shards{folds}"
+    identical = [group for group in manifest.duplicates if group not in manifest.label_conflicts]
+    yield from _listed("warning", [f"{item['path']}: {item['warning']}" for item in manifest.warnings])
+    yield from _listed("the same image under two labels:", map(", ".join, manifest.label_conflicts))
+    yield from _listed("identical:", map(", ".join, identical))
+    near = [f"{item['path']} in {item['split']}, {item['train_path']} in train" for item in manifest.near_duplicates]
+    yield from _listed("near-duplicate:", near)
+    if near:
+        yield f"near-duplicates of training images in other splits: {len(near)}; accuracy on them is optimistic"
+    yield f"wrote {manifest.folder}"
+
+
+def _listed(what: str, lines: Iterable[str]) -> Iterator[str]:
+    lines = list(lines)
+    yield from (f"{what} {printable(line)}" for line in lines[:_MOST_LINES])
+    if len(lines) > _MOST_LINES:
+        yield f"{what} {len(lines) - _MOST_LINES} more; see manifest.json"
 
 
 def remarks(manifest: Manifest, ignored: Collection[str] = (), validation: int = 0) -> Iterator[str]:

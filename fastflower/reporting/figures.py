@@ -7,7 +7,9 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -26,11 +28,17 @@ def curves(history: list[dict[str, float]]) -> bytes:
         for split in ("train", "val"):
             if f"{split}_{name}" in history[-1]:
                 axes.plot(epochs, [row[f"{split}_{name}"] for row in history], marker="o", markersize=3, label=split)
-        axes.set(xlabel="epoch", ylabel=name, xlim=(0, len(epochs) + 1))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(ylabel=name)
+        _number_epochs(axes, len(epochs))
         axes.grid(alpha=0.3)
         axes.legend()
     return png(figure)
+
+
+def _number_epochs(axes: Axes, epochs: int) -> None:
+    """Let the x axis show epochs 1 to `epochs`, with whole numbers."""
+    axes.set(xlabel="epoch", xlim=(0.5, epochs + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
 def confusion(scores: Scores) -> bytes:
@@ -82,8 +90,8 @@ def comparison(rows: dict[str, list[Compared]]) -> bytes:
             bars.text(run.best, number - 0.2, f" here {run.best:.1f}, {run.seconds:.0f} s", va="center", fontsize=8)
             told = f" reported {run.reported:.1f}{seconds}"
             bars.text(run.reported, number + 0.2, told, va="center", fontsize=8)
-        lines.set(title=title, xlabel="epoch", ylabel="validation accuracy, %")
-        lines.xaxis.get_major_locator().set_params(integer=True)
+        lines.set(title=title, ylabel="validation accuracy, %")
+        _number_epochs(lines, max(len(run.accuracies) for run in runs))
         lines.legend(fontsize=8)
         bars.set_yticks(range(len(runs)), [run.name for run in runs], fontsize=8)
         bars.set(xlabel="best validation accuracy, %", xlim=(0, 129))

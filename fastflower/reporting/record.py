@@ -42,7 +42,9 @@ def recorded(
         if earlier["status"] == "running":  # and yet the folder's lock is free
             earlier["status"] = "killed"
     now: Json = {"status": "running", "error": None, "started": _now(), "ended": None, "seconds": 0.0}
-    now |= {"host": platform.node(), "pid": os.getpid(), **session, "git": git_state(Path.cwd())}
+    here = Path.cwd()
+    now |= {"host": platform.node(), "pid": os.getpid(), "working_directory": str(here)}
+    now |= {**session, "git": git_state(here)}
     content: Json = {"format": "fastflower run", "version": 1, "status": "running", "error": None, **facts}
     sessions = [*before, now]
     content |= {"finished_epochs": 0, "seconds": 0.0, "sessions": sessions}
@@ -65,10 +67,9 @@ def recorded(
         yield write
     except BaseException as error:
         stopped = isinstance(error, (KeyboardInterrupt, StoppedError))
-        line = str(error).partition("\n")[0]
-        line = line if isinstance(error, FastflowerError) else f"{type(error).__name__}: {line}".removesuffix(": ")
+        told = str(error) if stopped or isinstance(error, FastflowerError) else ""
         with suppress(OSError):  # the disk may be full, which `error` says
-            end("interrupted" if stopped else "failed", line)
+            end("interrupted" if stopped else "failed", told or f"{type(error).__name__}: {error}".removesuffix(": "))
         raise
     end("finished")
 

@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from jinja2 import Environment, PackageLoader
 from fastflower.files import write_atomically
 from fastflower.loading.loader import Loader
 from fastflower.models.metrics import Scores
+from fastflower.recipes.flags import changes, nearest
 from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.figures import confusion, curves, thumbnail
 from fastflower.reporting.record import read
@@ -55,6 +57,12 @@ class Report:
             if len(self.scores.classes) <= _MOST_CONFUSED:
                 parts.append(_image(confusion(self.scores), 480))
         return "".join(parts)
+
+    def last_lines(self) -> list[str]:
+        """Return the best epoch, if there is a val split, and where the report is."""
+        accuracy = self.history[self.best_epoch - 1].get("val_accuracy", 0.0)
+        best = f"best: epoch {self.best_epoch}, validation accuracy {accuracy:.1%}"
+        return [best] * (self.scores is not None) + [f"wrote {self.folder / 'report.html'}"]
 
     @property
     def checkpoint(self) -> Path:
@@ -124,7 +132,7 @@ def write_report(
     val: Loader | None,
 ) -> None:
     """Write the figures and report.html into the run's folder."""
-    figures = {"curves": curves(history)}
+    figures, preset = {"curves": curves(history)}, nearest(recipe)
     mistakes: list[dict[str, object]] = []
     if scores is not None and val is not None:
         figures["confusion"] = confusion(scores)
@@ -133,7 +141,9 @@ def write_report(
         write_atomically(folder / f"{name}.png", data)
     template = Environment(loader=PackageLoader("fastflower.reporting"), autoescape=True).get_template("report.html")
     html = template.render(
-        recipe=recipe.to_dict(),
+        name=Path(os.path.abspath(folder)).name,  # noqa: PTH100  (Path.absolute keeps ..)
+        preset=preset if not changes(recipe, preset) else f"{preset}, changed",
+        recipe=recipe.resolved.to_dict(),
         classes=classes,
         fold=val.fold if val else None,
         history=history,

@@ -35,6 +35,10 @@ class Call:
         known = resume and (self.out / LAST).exists()  # then recipe and fold are those of the checkpoint
         return (replace(self, recipe=Recipe(), fold=None) if known else self)._line({}, resume=resume)
 
+    def again_told(self, *, resume: bool) -> str:
+        """Return what to type to start or resume this run, and that it does so."""
+        return f"To {'continue' if resume else 'start again'}:\n  {self.again(resume=resume)}"
+
     def changed(self, **changes: object) -> str:
         """Return what to type to train with other fields of the recipe, from the run's last weights if it has saved any."""
         return self.onward(**changes) if (self.out / LAST).exists() else self._line(changes)

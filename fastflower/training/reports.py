@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from fastflower import progress
 from fastflower.errors import require
 from fastflower.files import write_atomically
 from fastflower.loading.loader import Loader
@@ -133,6 +134,7 @@ def _draw(letter: Letter, histories: Histories, path: Path) -> None:
     write_atomically(path, comparison(rows))
 
 
+@progress.shown()
 def reports(
     shards: str | Path | Remote,
     *,
@@ -192,6 +194,7 @@ def reports(
     others = [f"Pretrained weights: {weights}", f"epochs: {epochs or 'as in the reports'}", *others]
     text += f"\n{'; '.join(others)}.\n"
     write_atomically(out / "reports.md", text.encode())
+    progress.tell("reports", [f"wrote {out / 'reports.md'}"])
     return text
 
 

@@ -329,10 +329,10 @@ class Run:
         place = self._place
         what = f"{self.folder}: {how} {place}"
         if not self._saved:
-            return f"{what}; nothing was saved yet. To start again:\n  {self._call.again()}"
+            return f"{what}; nothing was saved yet. {self._call.again_told(resume=False)}"
         lost = f"; what came after the checkpoint {self._saved}, {perf_counter() - self._saved_at:.0f} s ago, is lost"
         saved = ", and saved a checkpoint" if place == self._saved else lost
-        return f"{what}{saved}. To continue:\n  {self._call.again(resume=True)}"
+        return f"{what}{saved}. {self._call.again_told(resume=True)}"
 
     @property
     def _place(self) -> str:

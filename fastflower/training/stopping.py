@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and stop: SIGTERM, and Ctrl-C once training has begun."""
+"""Signals that ask a run to save and stop: SIGTERM and Ctrl-C. Before training has begun, they stop it at once."""
 
 import logging
 import signal
@@ -12,12 +12,21 @@ from fastflower import distributed
 _log = logging.getLogger("fastflower")
 
 
+class TerminatedError(KeyboardInterrupt):
+    """Raised by SIGTERM before training has begun."""
+
+
+def stopped_by(error: KeyboardInterrupt) -> str:
+    """Return which signal has stopped a run, for messages."""
+    return "stopped by SIGTERM" if isinstance(error, TerminatedError) else "interrupted by SIGINT"
+
+
 class Stop:
     """Whether a signal has asked this process to stop."""
 
     def __init__(self) -> None:
         self.begun = False
-        """Whether training has begun. Before that, Ctrl-C raises KeyboardInterrupt at once, because there is nothing to save."""
+        """Whether training has begun. Before that, signals raise KeyboardInterrupt at once, because there is nothing to save."""
         self._received: list[int] = []  # not an Event: a second signal during its set() would deadlock
 
     def __call__(self) -> int:
@@ -26,6 +35,8 @@ class Stop:
 
     def terminate(self, number: int, _frame: FrameType | None) -> None:
         """Handle SIGTERM: save at the next step."""
+        if not self.begun:
+            raise TerminatedError
         self._received.append(number)
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:

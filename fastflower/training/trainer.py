@@ -1,6 +1,10 @@
 """Trains a network on shards according to a recipe."""
 
 import logging
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import torch
 
 from fastflower import distributed, progress
 from fastflower.devices import environment, resolve_device
-from fastflower.errors import ArgumentError, boolean, integer
+from fastflower.errors import ArgumentError, StoppedError, boolean, integer
 from fastflower.models.backbone import require_network
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.recomputation import require_options
@@ -20,14 +24,14 @@ from fastflower.recipes.presets import checked
 from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.record import recorded
 from fastflower.reporting.report import Report
-from fastflower.shards.remote import Remote
+from fastflower.shards.remote import Remote, remote
 from fastflower.suggestions import keywords
 from fastflower.training.command import Call, to_resume
 from fastflower.training.failures import explaining
 from fastflower.training.resuming import as_begun, start_of
 from fastflower.training.run import Run, network_of
 from fastflower.training.run_folder import own, run_folder
-from fastflower.training.stopping import preemption
+from fastflower.training.stopping import TerminatedError, preemption, stopped_by
 
 _log = logging.getLogger("fastflower")
 
@@ -88,20 +92,13 @@ def train(
         call = Call(shards=shards, recipe=recipe, fold=fold, out=folder, save_steps=save_steps, device=device)
         run = None
         try:
-            with explaining(call, chosen), own(call, new=out is None, resume=resume):
+            with preemption() as stop, explaining(call, chosen), own(call, new=out is None, resume=resume):
                 start = start_of(folder) if resume else None
                 call = as_begun(call, start, recipe=given) if start else call
                 recipe = call.recipe
-                if recipe.freeze and recipe.weights is None and start is None:
-                    raise ArgumentError(
-                        f"freeze must be 0 when weights is None, got {recipe.freeze}: frozen stages would stay random; "
-                        f"pass --freeze 0 (freeze=0), or weights to start from (--weights FILE, weights=FILE)."
-                    )
-                require_network(recipe.backbone, None if start else recipe.weights)
-                require_sizes(recipe)
-                require_options(recipe)
+                _require_possible(recipe, start)
                 found = _shards_of(call, start)
-                with explaining(call, chosen), preemption() as stop:
+                with explaining(call, chosen):
                     run = Run(
                         found,
                         recipe,
@@ -113,15 +110,34 @@ def train(
                         stop=stop,
                         call=call,
                     )
-                    with recorded(folder, *_facts(run, call, start), resume=resume) as record, explaining(call, chosen):
+                    facts = _facts(run, call, found, start)
+                    with recorded(folder, *facts, resume=resume) as record, explaining(call, chosen), _described(run):
                         stop.begun = True
-                        return run.train(record)
+                        report = run.train(record)
         except KeyboardInterrupt as stopped:
-            told = run.stopped("interrupted") if run else f"{folder}: interrupted before training began"
+            how = stopped_by(stopped)
+            told = (
+                run.stopped(how) if run else f"{folder}: {how} before training began. {call.again_told(resume=resume)}"
+            )
+            if isinstance(stopped, TerminatedError):
+                raise StoppedError(told) from None
             stopped.args = (told,)
             if distributed.rank() == 0:
                 _log.warning("%s", told)
             raise
+        if distributed.rank() == 0:
+            progress.tell("train", report.last_lines())
+        return report
+
+
+@contextmanager
+def _described(run: Run) -> Generator[None]:
+    """Describe a KeyboardInterrupt, for run.json."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        stopped.args = (run.stopped(stopped_by(stopped)),)
+        raise
 
 
 def _require_place(shards: object) -> None:
@@ -142,18 +158,34 @@ def _shards_of(call: Call, start: Checkpoint | None) -> str | Path | Remote:
     return shards_of(call.shards, call.out.parent / PACKS, trained=trained, fold=call.fold, accept=accept)
 
 
-def _facts(run: Run, call: Call, start: Checkpoint | None) -> tuple[dict[str, object], dict[str, object]]:
-    """Return what run.json says about the run, and about this session."""
+def _require_possible(recipe: Recipe, start: Checkpoint | None) -> None:
+    """Raise an error, before anything is packed, if the network cannot be built or take the recipe's images."""
+    if recipe.freeze and recipe.weights is None and start is None:
+        raise ArgumentError(
+            f"freeze must be 0 when weights is None, got {recipe.freeze}: frozen stages would stay random; "
+            f"pass --freeze 0 (freeze=0), or weights to start from (--weights FILE, weights=FILE)."
+        )
+    require_network(recipe.backbone, None if start else recipe.weights)
+    require_sizes(recipe)
+    require_options(recipe)
+
+
+def _facts(
+    run: Run, call: Call, found: str | Path | Remote, start: Checkpoint | None
+) -> tuple[dict[str, object], dict[str, object]]:
+    """Return what run.json says about the run, and about this session. found  The shards that it uses."""
+    pack = replace(call, shards=found).address
     preset = nearest(call.recipe)
     splits = {"train": run.loader, "val": run.val}
     data = {
         "shards": call.address,
+        "pack": pack if remote(found) else os.path.abspath(pack),  # noqa: PTH100  (Path.absolute keeps ..)
         "fold": call.fold,
         "classes": len(run.classes),
         "samples": {name: loader.num_samples if loader else 0 for name, loader in splits.items()},
         "identity": {name: loader.state_dict()["shards"] if loader else None for name, loader in splits.items()},
     }
-    recipe = {"preset": preset, "changes": changes(call.recipe, preset)}
+    recipe = {"preset": preset, "changes": changes(call.recipe, preset), "resolved": call.recipe.resolved.to_dict()}
     facts: dict[str, object] = {"command": call.command(), "recipe": recipe, "epochs": call.recipe.epochs, "data": data}
     session: dict[str, object] = {
         "resumed_from": {"epoch": start.epoch, "step": start.step} if start else None,

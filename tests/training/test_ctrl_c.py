@@ -82,7 +82,7 @@ def test_ctrl_c_loses_nothing(
     call = f"train({str(shards)!r}, out={str(out)!r}, device='cpu', resume=True)"
     assert caplog.messages == [
         "interrupted: saving after this step; interrupt again to stop at once",
-        f"{out}: interrupted {where}, and saved a checkpoint. To continue:\n  {call}",
+        f"{out}: interrupted by SIGINT {where}, and saved a checkpoint. To continue:\n  {call}",
     ]
     eval(call, {"train": train, "recipe": RECIPE})
     assert_same_run(out, whole)
@@ -95,7 +95,9 @@ def test_a_second_ctrl_c_stops_at_once_and_says_what_is_lost(
     interrupted(shards, out, (Run, "step", 9), twice, save_steps=2)
     assert place(out) == (1, 2)
     lost = r"what came after the checkpoint in epoch 2, step 2, \d+ s ago, is lost\. To continue:\n  train\("
-    assert re.search(rf"run: interrupted in epoch 2, step 3; {lost}.*, save_steps=2, .*, resume=True\)$", caplog.text)
+    assert re.search(
+        rf"run: interrupted by SIGINT in epoch 2, step 3; {lost}.*, save_steps=2, .*, resume=True\)$", caplog.text
+    )
     train(shards, RECIPE, out=out, resume=True, device="cpu")
     assert_same_run(out, whole)
 
@@ -106,7 +108,7 @@ def test_before_the_first_checkpoint_nothing_is_left_that_blocks_the_next_run(
     monkeypatch.chdir(tmp_path)
     interrupted(shards, tmp_path / "deep" / "run", (Run, "step", 2), twice)
     call = f"train({str(shards)!r}, {RECIPE!r}, out={str(tmp_path / 'deep' / 'run')!r}, device='cpu')"
-    told = f"interrupted in epoch 1, step 1; nothing was saved yet. To start again:\n  {call}"
+    told = f"interrupted by SIGINT in epoch 1, step 1; nothing was saved yet. To start again:\n  {call}"
     assert caplog.messages[-1] == f"{tmp_path / 'deep' / 'run'}: {told}"
     assert list(tmp_path.iterdir()) == []
     with pytest.MonkeyPatch.context() as patch:
@@ -128,7 +130,9 @@ def test_before_training_begins_ctrl_c_stops_at_once(
     shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     interrupted(shards, tmp_path / "run", (loop, "optimizer_of", 1))
-    assert caplog.messages == [f"{tmp_path / 'run'}: interrupted before training began"]
+    call = f"train({str(shards)!r}, {RECIPE!r}, out={str(tmp_path / 'run')!r}, device='cpu')"
+    told = "interrupted by SIGINT before training began. To start again:"
+    assert caplog.messages == [f"{tmp_path / 'run'}: {told}\n  {call}"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -153,7 +157,7 @@ def test_a_command_that_is_interrupted_ends_with_130_and_the_command_to_continue
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (130, ""), done.stderr
     *_, told, line = done.stderr.splitlines()
-    assert told == f"{out}: interrupted in epoch 1, step 3, and saved a checkpoint. To continue:"
+    assert told == f"{out}: interrupted by SIGINT in epoch 1, step 3, and saved a checkpoint. To continue:"
     assert line == f"  fastflower train {shards} --out {out} --save-steps 2 --device cpu --resume"
     assert place(out) == (0, 3)
     assert not (out / "history.csv").exists()

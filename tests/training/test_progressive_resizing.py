@@ -75,7 +75,7 @@ def test_a_resumed_run_uses_the_size_of_its_epoch(
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "train_epoch", killed)
-        with pytest.raises(KeyboardInterrupt, match="interrupted after epoch 1, and saved a checkpoint"):
+        with pytest.raises(KeyboardInterrupt, match="interrupted by SIGINT after epoch 1, and saved a checkpoint"):
             train(shards, recipe, out=tmp_path / "part", device="cpu")
     rest = train(shards, recipe, out=tmp_path / "part", resume=True, device="cpu")
     assert [row["size"] for row in rest.history] == [32, 48]

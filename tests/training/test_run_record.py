@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ from training_runs import (
     terminate,
 )
 
-from fastflower import Loader, train
+from fastflower import Loader, Manifest, Recipe, train
 from fastflower.cli import main
 from fastflower.errors import StoppedError, TrainingError
 from fastflower.reporting import record
@@ -64,12 +65,15 @@ def test_a_finished_run_says_what_it_was(shards: Path, tmp_path: Path, monkeypat
     train_loader, val = (Loader(shards, split, batch_size=1, device="cpu") for split in ("train", "val"))
     assert found["data"] == {
         "shards": str(shards),
+        "pack": str(shards),
         "fold": None,
         "classes": 5,
         "samples": {"train": 120, "val": 30},
         "identity": {"train": train_loader.state_dict()["shards"], "val": val.state_dict()["shards"]},
     }
+    assert Recipe.from_dict(found["recipe"]["resolved"]) == RECIPE.resolved
     (session,) = found["sessions"]
+    assert session["working_directory"] == str(tmp_path)
     assert (session["host"], session["pid"]) == (platform.node(), os.getpid())
     assert (session["status"], session["resumed_from"], session["started_from"]) == ("finished", None, "Python")
     assert session["git"] is None
@@ -140,8 +144,9 @@ def test_a_resumed_run_lists_its_sessions(shards: Path, tmp_path: Path) -> None:
             train(shards, RECIPE, out=out, device="cpu")
     found = kept(out)
     assert found["status"] == "interrupted"
-    assert found["error"].startswith(f"{out}: stopped by SIGTERM in epoch 2, step 2, and saved a checkpoint")
-    assert "\n" not in found["error"]
+    call = f"train({str(shards)!r}, out={str(out)!r}, device='cpu', resume=True)"
+    told = f"{out}: stopped by SIGTERM in epoch 2, step 2, and saved a checkpoint. To continue:\n  {call}"
+    assert found["error"] == found["sessions"][0]["error"] == told
     killed(shards, RECIPE, out, (Run, "step", 2))
     assert kept(out)["status"] == "failed"
     assert kept(out)["error"] == "KilledError: killed"
@@ -153,6 +158,35 @@ def test_a_resumed_run_lists_its_sessions(shards: Path, tmp_path: Path) -> None:
     assert found["error"] is None
     html = (out / "report.html").read_text()
     assert "in 3 sessions" in html
+
+
+def test_an_interrupted_run_says_where_and_what_it_has_saved(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    call = f"train({str(shards)!r}, out={str(out)!r}, device='cpu', resume=True)"
+    lost = r"what came after the checkpoint after epoch 1, 0 s ago, is lost"
+    for presses, saved in ((1, "in epoch 1, step 2, and saved a checkpoint"), (2, f"in epoch 2, step 1; {lost}")):
+        with pytest.MonkeyPatch.context() as patch:
+            for _ in range(presses):
+                before_call(Run, "step", {1: 2, 2: 5}[presses], lambda: signal.raise_signal(signal.SIGINT), patch)
+            with pytest.raises(KeyboardInterrupt):
+                train(shards, RECIPE, out=out, resume=True, device="cpu")
+        assert kept(out)["status"] == "interrupted"
+        assert kept(out)["error"] == f"{out}: interrupted by SIGINT {saved}. To continue:\n  {call}"
+
+
+def test_a_folder_that_is_packed_first_is_recorded_with_its_pack(
+    flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(flowers)
+    train("data", replace(RECIPE, epochs=1), out="runs/a", device="cpu")
+    (pack,) = (tmp_path / "runs" / "packs").iterdir()
+    data = kept(Path("runs/a"))["data"]
+    assert (data["shards"], data["pack"]) == ("data", str(pack))
+    identity = Manifest.load(pack).identity("train")["shards"]
+    html = Path("runs/a/report.html").read_text()
+    assert f"from data, packed as {pack.name} (identity {identity})." in html
+    assert str(tmp_path) not in html
 
 
 def test_a_damaged_record_is_replaced_with_a_warning(

@@ -152,7 +152,7 @@ def test_reports_goes_on_where_it_was_interrupted(
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "train_epoch", killed)
-        with pytest.raises(KeyboardInterrupt, match="interrupted after epoch 1, and saved a checkpoint"):
+        with pytest.raises(KeyboardInterrupt, match="interrupted by SIGINT after epoch 1, and saved a checkpoint"):
             reports.reports(shards, report=("a",), out=tmp_path, weights=None, device="cpu")
     assert [row[2] for row in rows(tmp_path)] == ["one"]
     first = (tmp_path / "two" / "history.csv").read_text().splitlines()[1]
