@@ -212,7 +212,10 @@ def _reports(prog: str, args: Sequence[str]) -> None:
     from fastflower.training.reports import reports
 
     values: dict[str, Any] = {"out": Path("runs/reports"), **_parser(prog, reports, out=Path).parse(args)}
-    text = reports(**values)
+    try:
+        text = reports(**values)
+    except ArgumentError as error:
+        raise ArgumentError(_with_flag(error, "")) from None
     print(text, end="")
     print(f"wrote {values['out'] / 'reports.md'}")
 
@@ -273,13 +276,18 @@ def _with_recipe(prog: str, args: Sequence[str], call: Callable[..., object], **
     try:
         augment = replace(recipe.augment, **{key.removeprefix("augment."): value for key, value in drawn.items()})
         return {**values, "recipe": replace(recipe, augment=augment, **changed)}
-    except ArgumentError as error:  # names the flag in place of the field
-        text = re.sub(r"^(Recipe|Augment)\.(\w+)", lambda found: _flag(*found.groups()), str(error))
-        raise ArgumentError(text) from None
+    except ArgumentError as error:
+        raise ArgumentError(_with_flag(error)) from None
 
 
-def _flag(owner: str, name: str) -> str:
-    return f"--{'augment.' if owner == 'Augment' else ''}{name.replace('_', '-')}"
+def _with_flag(error: ArgumentError, prefix: str = "augment.") -> str:
+    """Return a message with the flag in place of the field of a recipe. prefix  That of flags for fields of Augment."""
+    owners = {"Recipe": "", "Augment": prefix}
+    return re.sub(r"^(Recipe|Augment)\.(\w+)", lambda found: _flag(owners[found[1]], found[2]), str(error))
+
+
+def _flag(prefix: str, name: str) -> str:
+    return f"--{prefix}{name.replace('_', '-')}"
 
 
 def _backbones(prog: str, args: Sequence[str]) -> None:

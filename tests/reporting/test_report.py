@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from training_runs import RECIPE
 
@@ -31,6 +32,27 @@ def test_the_report_is_one_file_that_opens_anywhere(run: Report) -> None:
     assert f"{100 * run.scores.accuracy:.1f}%" in html
     assert html.count("<img") == 2 + min(12, round(30 * (1 - run.scores.accuracy)))
     assert all(name in html for name in run.scores.classes)
+
+
+def test_the_heading_names_the_run_and_its_recipe(run: Report) -> None:
+    html = (run.folder / "report.html").read_text()
+    assert re.search(r"<title>run: resnet18, \d+\.\d%</title>", html)
+    assert "<h1>run: resnet18 (recipe default, changed) on 5 classes</h1>" in html
+    assert "classified correctly\nafter one epoch." in html
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 50])
+def test_curves_have_whole_epochs_from_the_first(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "png", lambda figure: drawn.append(figure) or b"")
+    names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    figures.curves([{"epoch": epoch, **dict.fromkeys(names, 1 / epoch)} for epoch in range(1, epochs + 1)])
+    for axes in drawn[0].axes:
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert all(float(tick).is_integer() and 1 <= tick <= epochs for tick in ticks)
+        assert ticks == list(range(1, epochs + 1)) if epochs <= 3 else len(ticks) > 3
+        assert all(line.get_marker() == "o" and len(line.get_xdata()) == epochs for line in axes.get_lines())  # pyright: ignore[reportArgumentType]  (matplotlib's types)
 
 
 def test_names_in_the_report_are_escaped(flowers: Path, tmp_path: Path) -> None:

@@ -209,6 +209,20 @@ def test_reports_prints_errors_in_one_line(capsys: pytest.CaptureFixture[str], t
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--batch-size", "0"), "--batch-size must be an integer, at least 1, got 0."),
+        (("--size", "-1"), "--size must be one or two integers, each at least 1, got -1."),
+    ],
+)
+def test_reports_names_its_own_flags(
+    flags: tuple[str, str], message: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reports", str(shards), "--out", str(tmp_path / "out"), "--device", "cpu", *flags]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
+
+
 def test_reports_without_out_says_where_the_table_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
