@@ -152,7 +152,7 @@ def test_only_one_rank_writes_files_and_logs(launch: tuple[Path, str], restarted
     assert len(list((launch[0] / "averaged" / "tensorboard").iterdir())) == 1
 
 
-REFUSED = f"error: {INDIVISIBLE}"
+REFUSED = f"error: --batch-size{INDIVISIBLE.removeprefix('batch_size')}"
 
 
 def test_every_rank_refuses_a_wrong_command_line(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
