@@ -21,7 +21,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastflower.errors import ArgumentError, FastflowerError, SampleError, ShardError, StoppedError
 from fastflower.flags import EXAMPLES, Parser, UsageError, inverse
-from fastflower.suggestions import near_command, typed
+from fastflower.no_command import answer
+from fastflower.suggestions import typed
 
 _TYPES: dict[str, object] = {
     "folder": Path,
@@ -60,6 +61,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(args: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if args is None else args)
+    if args[:1] == ["help"]:
+        args = [*args[1:2], "--help"]
     if args == ["--version"]:
         print("fastflower", version("fastflower"))
         return 0
@@ -111,17 +114,8 @@ def _no_command(args: Sequence[str]) -> int:
     lines = [f"  {name:10}{text}" for name, (_, text) in _COMMANDS.items()]
     print(usage, *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
     if args and not asked:  # last, where it is seen
-        print(f"error: unknown command {args[0]!r}{_meant(args[0], args[1:])}", file=sys.stderr)
+        print(f"error: {answer(args, _COMMANDS)}", file=sys.stderr)
     return 0 if asked else 2
-
-
-def _meant(word: str, rest: Sequence[str]) -> str:
-    if Path(word, "manifest.json").exists():
-        return f"; to train on these shards, type fastflower train {word}"
-    if Path(word).is_dir():
-        return f"; to pack this folder, type fastflower pack {word}"
-    near = near_command(word, _COMMANDS)
-    return f"; did you mean:\n  {shlex.join(['fastflower', near, *rest])}" if near else "."
 
 
 def _parser(prog: str, call: Callable[..., object], **types: object) -> Parser:

@@ -12,7 +12,7 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import Tensor, nn
 
-from fastflower.errors import CheckpointError, FastflowerError, require
+from fastflower.errors import ArgumentError, CheckpointError, FastflowerError, require
 from fastflower.files import blame_the_system, flush, is_full, written
 from fastflower.models.backbone import build
 from fastflower.models.sizes import require_sizes
@@ -185,14 +185,20 @@ def _file(path: Path) -> Path:
 def require_order(checkpoint: object, others: object, call: Callable[[str, list[str]], str]) -> None:
     """Raise CheckpointError if the checkpoint, or its run's folder, is among the other arguments, with images in its place.
 
+    Raises ArgumentError if a run is among them, too: its figures are no images to classify.
+
     others  A path, or a list of them. Anything else is not looked at.
     call  Returns what to type, given the checkpoint and then the other paths.
     """
     listed = cast("list[object]", others) if isinstance(others, (list, tuple)) else [others]
     first, *rest = map(_path, (checkpoint, *listed))
-    if not first or _is_checkpoint(first) or not ("://" in first or os.path.lexists(first)):
-        return
     paths = list(filter(None, rest))
+    if first and _is_checkpoint(first):
+        if run := next((path for path in paths if os.path.isdir(path) and _is_checkpoint(path)), None):  # noqa: PTH112
+            raise ArgumentError(f"{run}: is a run, not images; pass images or shards after the checkpoint.")
+        return
+    if not first or not ("://" in first or os.path.lexists(first)):
+        return
     if own := next(filter(_is_checkpoint, paths), None):
         line = call(own, [first, *(one for one in paths if one != own)])
         raise CheckpointError(f"{first}: is not a checkpoint, but {own} is; pass the checkpoint first:\n  {line}")

@@ -12,7 +12,7 @@ from torchvision.models import resnet18
 
 from fastflower import Augment, Checkpoint, Loader, Predictor, Recipe, evaluate, predict
 from fastflower.cli import main
-from fastflower.errors import CheckpointError, SampleError
+from fastflower.errors import ArgumentError, CheckpointError, SampleError
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -124,3 +124,13 @@ def test_predict_and_a_loader_take_the_images_of_a_folder_in_the_same_order(run:
     loader = Loader.from_files(folder, batch_size=3, augment=Augment(size=32), device="cpu")
     assert [one.path for one in predict(run, folder, device="cpu")] == sorted(folder.rglob("*.png"))
     assert list(loader.paths) == list(map(str, sorted(folder.rglob("*.png"))))
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_runs_figures_are_no_images(command: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(run / "checkpoint-best.pt"), str(run)]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == f"error: {run}: is a run, not images; pass images or shards after the checkpoint.\n"
+    with pytest.raises(ArgumentError, match="is a run, not images"):
+        predict(run, [run.parent.parent / "1.png", run])

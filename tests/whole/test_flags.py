@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -279,7 +278,7 @@ def test_recipe_list_prints_a_phrase_for_each(line: str, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("word", "meant"),
     [("trian", "train"), ("Pack", "pack"), ("fit", "train"), ("val", "evaluate"), ("infer", "predict"), ("benchmark", "doctor"),
-     ("--versions", "--version"), ("help", "--help"), ("convert", "pack"), ("fly", "")],
+     ("--versions", "--version"), ("usage", "--help"), ("convert", "pack"), ("fly", "")],
 )  # fmt: skip
 def test_an_unknown_command_suggests_one_and_lists_all(
     word: str, meant: str, capsys: pytest.CaptureFixture[str]
@@ -292,16 +291,6 @@ def test_an_unknown_command_suggests_one_and_lists_all(
     usage, *rest = listed.splitlines()
     assert usage.startswith("usage: fastflower COMMAND")
     assert {line.split()[0] for line in rest} >= set(COMMANDS)
-
-
-def test_a_folder_in_place_of_a_command_is_packed_or_trained_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([str(tmp_path)]) == 2
-    assert f"; to pack this folder, type fastflower pack {tmp_path}\n" in capsys.readouterr().err
-    (tmp_path / "manifest.json").touch()
-    assert main([str(tmp_path)]) == 2
-    assert f"; to train on these shards, type fastflower train {tmp_path}\n" in capsys.readouterr().err
 
 
 def test_help_says_a_sentence_about_each_flag_and_all_about_one(capsys: pytest.CaptureFixture[str]) -> None:

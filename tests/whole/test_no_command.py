@@ -1,0 +1,115 @@
+"""A command line that does not begin with a command is answered with the one that works."""
+
+import json
+import shlex
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from packs import drawn
+
+from fastflower import pack
+from fastflower.cli import main
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with images, a table, an archive's name, shards and two runs."""
+    monkeypatch.chdir(tmp_path)
+    drawn(tmp_path / "my data", rose=3, tulip=3)
+    pack("my data", "shards")
+    for path in ("photo.jpg", "data.zip", "labels.csv", "runs/a/checkpoint-best.pt", "runs/b/checkpoint-last.pt"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).touch()
+    for run in ("a", "b"):
+        Path("runs", run, "run.json").write_text(
+            json.dumps({"format": "fastflower run", "version": 1, "data": {"shards": "my data"}})
+        )
+    return tmp_path
+
+
+def answer(capsys: pytest.CaptureFixture[str], line: str) -> str:
+    """Return the error for a command line without a command."""
+    capsys.readouterr()
+    assert main(shlex.split(line)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.partition("error: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "works"),
+    [
+        ("--epochs 3 train 'my data'", "train 'my data' --epochs 3"),
+        ("--resume train 'my data' --out a", "train 'my data' --out a --resume"),
+        ("--split train evaluate runs/a shards", "evaluate runs/a shards --split train"),
+        ("'my data' train --epochs 3", "train 'my data' --epochs 3"),
+        ("runs/a shards evaluate --split train", "evaluate runs/a shards --split train"),
+        ("s3://bucket/shards train", "train s3://bucket/shards"),
+    ],
+)
+def test_the_command_comes_first(line: str, works: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert here.exists()
+    word = shlex.split(line)[0]
+    assert answer(capsys, line) == f"unknown command {word!r}; the command comes first:\n  fastflower {works}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "works"),
+    [
+        ("'my data'", "train on this folder", "train 'my data'"),
+        ("'my data' --epochs 3", "train on this folder", "train 'my data' --epochs 3"),
+        ("shards", "train on these shards", "train shards"),
+        ("s3://bucket/shards", "train on these shards", "train s3://bucket/shards"),
+        ("data.zip", "train on this archive", "train data.zip"),
+        ("labels.csv", "train on this table", "train labels.csv"),
+        ("photo.jpg", "classify this image", "predict runs/a photo.jpg"),
+        ("runs/a", "score this run", "evaluate runs/a 'my data'"),
+        ("runs/a --device cpu", "score this run", "evaluate runs/a 'my data' --device cpu"),
+        ("runs/a shards", "score this run", "evaluate runs/a shards"),
+        ("runs/a/checkpoint-best.pt", "score this run", "evaluate runs/a/checkpoint-best.pt 'my data'"),
+        ("runs/a photo.jpg", "classify with this run", "predict runs/a photo.jpg"),
+        ("runs/b", "continue this run", "train 'my data' --out runs/b --resume"),
+    ],
+)
+def test_a_path_in_place_of_a_command(
+    line: str, what: str, works: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert here.exists()
+    word = shlex.split(line)[0]
+    assert answer(capsys, line) == f"unknown command {word!r}; to {what}, type fastflower {works}\n"
+
+
+def test_an_image_without_any_run_needs_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photo.jpg").touch()
+    assert answer(capsys, "photo.jpg").endswith(
+        "; to classify this image, type fastflower predict CHECKPOINT photo.jpg\n"
+    )
+    assert answer(capsys, "--epochs 3") == "unknown command '--epochs'; the command comes before its flags.\n"
+
+
+@pytest.mark.parametrize("line", ["--epochs 0 train 'my data'", "'my data' train --epochs 0", "'my data' --epochs 0"])
+def test_the_command_in_the_answer_can_be_typed(line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert here.exists()
+    command = "fastflower " + answer(capsys, line).rpartition("fastflower ")[2]
+    assert main(shlex.split(command)[1:]) == 1
+    assert "error: --epochs must be an integer, at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "same"), [("help", "--help"), ("help train", "train --help"), ("help pack", "pack -h")]
+)
+def test_help_is_that_of_the_command(line: str, same: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts: list[str] = []
+    for words in (line, same):
+        with suppress(SystemExit):
+            assert main(words.split()) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""
+
+
+def test_help_on_an_unknown_command_names_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(capsys, "help trian") == "unknown command 'trian'; did you mean:\n  fastflower train --help\n"
