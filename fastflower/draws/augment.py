@@ -4,7 +4,7 @@ A sample's draw does not depend on the batch size, the worker, the rank or which
 Shape suffixes: N samples, A attempts, S slots.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import numpy as np
@@ -27,11 +27,13 @@ class Augment:
     Raises ArgumentError with the field's name and rule if a value is invalid.
     """
 
-    size: int | tuple[int, int] = 224
-    """Output size in pixels: (height, width), or one number for a square."""
+    size: int | tuple[int, int] | None = None
+    """Output size in pixels: (height, width), or one number for a square. None: 224; in `train`, the size of the pretrained
+    weights."""
     resize: int | tuple[int, int] | Literal["off"] | None = None
     """Resize before the center crop or `random_crop`, in pixels: the shorter side, or exact (height, width). "off": images
-    keep their size. Ignored if `crop` is set. None: 8/7 of the longer side of `size`, for example 256 for 224 [torchvision]."""
+    keep their size. Ignored if `crop` is set. None: 8/7 of the longer side of `size`, for example 256 for 224 [torchvision];
+    in `train`, in proportion to `size` as the pretrained weights expect."""
     crop: tuple[float, float] | None = None
     """Area of the random crop as a fraction of the image, uniform in (min, max).
     None: center crop, or `random_crop` [RandomResizedCrop]."""
@@ -92,10 +94,12 @@ class Augment:
     fill: Literal["black", "photo"] = "black"
     """Fill for areas uncovered by rotation, shift, scale or shear: "black" [torchvision],
     or "photo" for the image's own pixels outside the crop."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean (red, green, blue) for normalization: (pixel / 255 - mean) / std [Normalize]."""
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Standard deviation (red, green, blue) for normalization, on the same scale as `mean` [Normalize]."""
+    mean: tuple[float, float, float] | None = None
+    """Mean (red, green, blue) for normalization: (pixel / 255 - mean) / std [Normalize].
+    None: ImageNet's; in `train`, that of the pretrained weights."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation (red, green, blue) for normalization, on the same scale as `mean` [Normalize].
+    None: ImageNet's; in `train`, that of the pretrained weights."""
     mixup: float = 0.0
     """Blend each image and label with its neighbor in the batch. The weight is drawn from Beta(mixup, mixup).
     0 disables it [Zhang et al. 2018]."""
@@ -122,7 +126,23 @@ class Augment:
     @property
     def output_size(self) -> tuple[int, int]:
         """(height, width) of the output images."""
-        return _pair(self.size)
+        return _pair(self.resolved_size)
+
+    @property
+    def resolved_size(self) -> int | tuple[int, int]:
+        """`size`, or its default if it is None."""
+        return 224 if self.size is None else self.size
+
+    @property
+    def normalization(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """(mean, std), each ImageNet's if it is None."""
+        return self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD
+
+    @property
+    def resolved(self) -> Self:
+        """The same distribution with the view written out: size, resize, mean and std are not None."""
+        mean, std = self.normalization
+        return replace(self, size=self.resolved_size, resize=self.resized, mean=mean, std=std)
 
     @property
     def resized(self) -> int | tuple[int, int] | Literal["off"]:
@@ -149,7 +169,8 @@ class Augment:
     @property
     def erase_levels(self) -> tuple[float, ...]:
         """`erase_value` as pixel values, clipped to [0, 255]."""
-        levels = 255 * (np.array(self.erase_value) * np.array(self.std) + np.array(self.mean))
+        mean, std = map(np.array, self.normalization)
+        levels = 255 * (np.array(self.erase_value) * std + mean)
         return tuple(float(level) for level in np.clip(levels, 0, 255))
 
     @classmethod

@@ -67,7 +67,8 @@ class Batch(_Tensors):
                 "Batch: its normalization is not known, because it is a copy or was not made by a Loader; set "
                 "batch.classes and batch.augment to those of the loader."
             )
-        scaled = images.float().numpy() * np.array(self.augment.std) + np.array(self.augment.mean)
+        mean, std = map(np.array, self.augment.normalization)
+        scaled = images.float().numpy() * std + mean
         return np.rint(255 * scaled.clip(0, 1)).astype(np.uint8)
 
     def show(self, images: int = 16) -> "Picture":

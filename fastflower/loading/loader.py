@@ -250,12 +250,12 @@ class Loader(arguments.Answers, IterableDataset[Batch]):
     @property
     def mean(self) -> tuple[float, float, float]:
         """Mean (red, green, blue) that images are normalized with: (pixel / 255 - mean) / std. Images in uint8 are not."""
-        return self.augment.mean
+        return self.augment.normalization[0]
 
     @property
     def std(self) -> tuple[float, float, float]:
         """Standard deviation (red, green, blue) that images are normalized with, like `mean`."""
-        return self.augment.std
+        return self.augment.normalization[1]
 
     @property
     def backend(self) -> Name:

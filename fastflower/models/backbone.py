@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastflower.errors import ArgumentError, CheckpointError
 from fastflower.models import timm_networks
 from fastflower.models.matching import Match, broken, match
+from fastflower.models.packaged import PACKAGED, load_packaged, require_packaged
 from fastflower.models.skeleton import Skeleton
 from fastflower.models.stages import freeze_stages, heads_of
 from fastflower.models.torchvision_networks import (
@@ -43,10 +44,10 @@ def build(
     """Build a network on the CPU that maps images (N, 3, H, W) to logits (N, num_classes).
 
     name  A classifier of torchvision.models, resnet50_v1, 101_v1 or 152_v1, or timm/NAME or timm/NAME.TAG.
-    weights  The name of pretrained weights ("DEFAULT": the best of torchvision, or those of timm's TAG); the path of a file that
-    holds the network's weights (of any program and floating-point dtype), or its URL as https://HOST/FILE#sha256=CHECKSUM
-    (downloaded once); or None for random weights. The head is replaced if it does not have `num_classes` outputs or comes from
-    a checkpoint for other `classes`.
+    weights  The name of pretrained weights ("DEFAULT": the best of torchvision, or those of timm's TAG; "lite0": those of the
+    extra `demo`); the path of a file that holds the network's weights (of any program and floating-point dtype), or its URL as
+    https://HOST/FILE#sha256=CHECKSUM (downloaded once); or None for random weights. The head is replaced if it does not have
+    `num_classes` outputs or comes from a checkpoint for other `classes`.
     size  Height and width of the images, for networks of timm that are built for one size.
     quiet  Whether not to log what the weights are.
     drop_path  Probability of stochastic depth in the last block; None: the network's own.
@@ -59,11 +60,12 @@ def build(
     if weights is None:
         model = _empty(name, num_classes, size, drop_path)
         _fit_head(model, num_classes)
-    elif weights.startswith(("https://", "http://")) or _is_file_name(weights):
-        model, path = (
-            _empty(name, num_classes, size, drop_path),
-            _fetched(weights) if "://" in weights else Path(weights),
-        )
+    elif weights in PACKAGED:
+        model = _empty(name, 1000, size, drop_path)
+        load_packaged(model, name, weights)
+        _log.log(told, "%s: %s", name, _fit_head(model, num_classes))
+    elif path := local_file(weights):
+        model = _empty(name, num_classes, size, drop_path)
         _log.log(told, "%s: loaded into %s%s", path, name, _load_file(model, name, path, num_classes, classes))
     elif name.startswith(timm_networks.PREFIX):
         model = _of_timm(name, num_classes, size, drop_path, pretrained=True)
@@ -83,9 +85,11 @@ def require_network(name: str, weights: str | None = None) -> None:
         raise ArgumentError(
             f"backbone must be a classifier of torchvision or timm/NAME, which fastflower backbones lists, got {name!r}.{near}"
         )
-    if weights is None or "://" in weights or _is_file_name(weights):
+    if weights in PACKAGED:
+        require_packaged(name, weights)
+    elif weights is None or "://" in weights or _is_file_name(weights):
         return
-    if not of_timm:
+    elif not of_timm:
         require_weights(name, weights)
     elif weights != "DEFAULT":
         raise CheckpointError(
@@ -157,6 +161,13 @@ def _head_like(head: nn.Module, num_classes: int) -> nn.Linear | nn.Conv2d:
         return nn.Conv2d(head.in_channels, num_classes, kernel_size=1, bias="bias" in dict(head.named_parameters()))
     assert isinstance(head, nn.Linear)
     return nn.Linear(head.in_features, num_classes, bias="bias" in dict(head.named_parameters()))
+
+
+def local_file(weights: str) -> Path | None:
+    """Return the file that `weights` names as a path, or as a URL, which is downloaded; None if it is another name."""
+    if weights.startswith(("https://", "http://")):
+        return _fetched(weights)
+    return Path(weights) if weights not in PACKAGED and _is_file_name(weights) else None
 
 
 def _is_file_name(weights: str) -> bool:

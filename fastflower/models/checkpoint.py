@@ -130,7 +130,7 @@ class Checkpoint:
                 f"{FORMAT_VERSION}; train again, or use the version of fastflower that wrote it."
             )
         try:
-            recipe = Recipe.from_dict(content["recipe"])
+            recipe = Recipe.from_dict(content["recipe"]).resolved
             rest = {key: content[key] for key in content.keys() - {"format", "version", "recipe", "classes"}}
             return cls(recipe=recipe, classes=tuple(content["classes"]), file=path, **rest)._usable(str(path))
         except CheckpointError:

@@ -75,7 +75,8 @@ def takes(network: nn.Module, size: tuple[int, int]) -> bool:
 
 
 @cache
-def _takes(name: str, built_for: tuple[int, int], size: tuple[int, int]) -> bool:
+def takes_size(name: str, built_for: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Return whether a backbone that is built for images of one size takes those of another."""
     return takes(skeleton_of(name, size=built_for).eval(), size)
 
 
@@ -88,7 +89,7 @@ def require_sizes(recipe: Recipe) -> None:
     }
     name = recipe.backbone
     for size, field in wanted.items():
-        known = None if _takes(name, built_for, size) else sizes_of(name, built_for) or sizes_of(name)
+        known = None if takes_size(name, built_for, size) else sizes_of(name, built_for) or sizes_of(name)
         if known:
             got, near = size[0] if size[0] == size[1] else size, known.nearest(size[0])
             raise ArgumentError(

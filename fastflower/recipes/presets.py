@@ -12,6 +12,9 @@ from fastflower.draws.augment import Augment
 from fastflower.errors import require
 from fastflower.recipes.recipe import Recipe
 
+# As in the reports' own programs, whatever the weights expect.
+_VIEW = Augment(crop=(0.08, 1.0), flip=0.5).resolved
+
 
 def default() -> Recipe:
     """Return the default: ResNet-18 from ImageNet weights, SGD, 15 epochs, random crop and flip."""
@@ -25,8 +28,8 @@ def report_a() -> Recipe:
     jitter and an affine transform. The report does not state the strengths of the last two. We use the second report's:
     jitter 0.2, hue 0.1 and a shift of 10%.
     """
-    augment = Augment(crop=(0.08, 1.0), flip=0.5, rotate=10, translate=(0.1, 0.1))
-    return Recipe(augment=replace(augment, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1))
+    augment = replace(_VIEW, rotate=10, translate=(0.1, 0.1), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
+    return Recipe(augment=augment)
 
 
 def report_b(batch_size: int = 32, backbone: str = "resnet18") -> Recipe:
@@ -71,11 +74,10 @@ def report_e(backbone: str = "resnet101", freeze: int = 2, *, fixed: bool = Fals
     Adam with pretrained weights), the batch size (here 32), batches per update (here 2), the schedule (here one
     epoch of linear warm-up, then constant), or the strengths of crop and erasing (here torchvision's defaults).
     """
-    augment = Augment(crop=(0.08, 1.0), flip=0.5, erase=0.5, fixed=fixed)
     return Recipe(
         backbone=backbone,
         freeze=freeze,
-        augment=augment,
+        augment=replace(_VIEW, erase=0.5, fixed=fixed),
         epochs=10,
         accumulate=2,
         lr=1e-4,
@@ -109,9 +111,10 @@ def scratch() -> Recipe:
     )
 
 
-def finetune(freeze: int = 2) -> Recipe:
+def finetune(freeze: int | None = None) -> Recipe:
     """Return our fine-tuning recipe: ResNet-50, 5 epochs of one-cycle SGD, growing sizes.
 
+    It suits other backbones too: half of the stages are frozen, and sizes do not grow if the backbone takes only one.
     Image sizes grow, which halves the number of pixels to process. The last epoch trains near the validation size, and
     batch norm statistics are recomputed at that size. Otherwise, a network trained only at up to 160 pixels would be
     less confident at 224 (Touvron et al. 2019; measurements in docs/log.md).
@@ -120,7 +123,7 @@ def finetune(freeze: int = 2) -> Recipe:
         backbone="resnet50",
         freeze=freeze,
         augment=Augment(crop=(0.25, 1.0), flip=0.5),
-        sizes=(128, 128, 144, 160, 192),
+        sizes=(0.57, 0.57, 0.64, 0.71, 0.86),  # 128, 128, 144, 160, 192 of 224
         epochs=5,
         lr=0.01,
         weight_decay=1e-4,
@@ -130,7 +133,7 @@ def finetune(freeze: int = 2) -> Recipe:
     )
 
 
-def finetune_long(freeze: int = 2) -> Recipe:
+def finetune_long(freeze: int | None = None) -> Recipe:
     """Return our long fine-tuning recipe: the mean of two runs of 10 epochs, larger sizes, more augmentation.
 
     finetune with rotation, jitter, erasing and mixup.
@@ -139,7 +142,7 @@ def finetune_long(freeze: int = 2) -> Recipe:
     augment = replace(
         short.augment, rotate=15, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, erase=0.25, mixup=0.2
     )
-    return replace(short, augment=augment, epochs=20, soup=2, sizes=(160, 160, 192, 192, 224))
+    return replace(short, augment=augment, epochs=20, soup=2, sizes=(0.71, 0.71, 0.86, 0.86, 1.0))
 
 
 PRESETS: dict[str, Callable[[], Recipe]] = {

@@ -24,13 +24,16 @@ class Recipe:
     weights: str | None = "DEFAULT"
     """Initial weights: a torchvision name or DEFAULT (downloaded), or the path or URL of a file with weights, of any program
     (https://HOST/FILE#sha256=CHECKSUM), or the folder of a run. None: random weights."""
-    freeze: int = 0
+    freeze: int | None = 0
     """Number of frozen stages, counted from the input. Their weights and batch norm statistics do not change.
-    The stem belongs to the first stage. 0: train all stages; required if `weights` is None."""
+    The stem belongs to the first stage. 0: train all stages; required if `weights` is None.
+    None: the first half of the backbone's stages, or 0 if `weights` is None."""
     augment: Augment = field(default_factory=lambda: Augment(crop=(0.08, 1.0), flip=0.5))
-    """Augmentation of training images, also as a torchvision transform. Validation uses only size, resize and normalization."""
-    sizes: tuple[int, ...] = ()
-    """Progressive resizing: heights of training images in pixels, each used for an equal share of the epochs.
+    """Augmentation of training images, also as a torchvision transform. Validation uses only its size, resize and normalization.
+    Of these four, `train` takes what is left out (None) from the pretrained weights."""
+    sizes: tuple[int | float, ...] = ()
+    """Progressive resizing: heights of training images in pixels, each used for an equal share of the epochs. Numbers up
+    to 1 are fractions of `augment.size`, which `train` rounds to multiples of 16 pixels and to sizes that the backbone takes.
     Empty: `augment.size` in all epochs."""
     epochs: int = 15
     """Number of passes over the training images, at least 1."""
@@ -136,11 +139,11 @@ class Recipe:
         epochs_seen = min(epoch, self.epochs - 1) % self.epochs_per_training + 1  # including this one
         # Round up, so the last epoch has the last size.
         stage = -(-epochs_seen * len(self.sizes) // self.epochs_per_training)
-        factor = self.sizes[stage - 1] / self.augment.output_size[0]
-        resize = self.augment.resize
+        size, resize = self.sizes[stage - 1], self.augment.resize
+        factor = size if size <= 1 else size / self.augment.output_size[0]
         if resize is not None and resize != "off":
             resize = _scaled(resize, factor)
-        return replace(self.augment, size=_scaled(self.augment.size, factor), resize=resize)
+        return replace(self.augment, size=_scaled(self.augment.resolved_size, factor), resize=resize)
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate at a step, counted from 0 over all epochs. Each soup run restarts the schedule."""
@@ -179,8 +182,11 @@ class Recipe:
 
     @property
     def resolved(self) -> "Recipe":
-        """The recipe with its defaults resolved. Two recipes train identically if their resolved recipes are equal."""
-        return replace(self, augment=replace(self.augment, resize=self.augment.resized))
+        """The recipe with the view of images written out, with the defaults of a Loader where it is left out.
+
+        Two recipes train identically if their resolved recipes are equal.
+        """
+        return replace(self, augment=self.augment.resolved)
 
     def differences(self, other: "Recipe") -> str:
         """Return the fields in which another recipe differs, as text: NAME OTHER_VALUE (now VALUE), ..."""
@@ -204,7 +210,10 @@ class Recipe:
 _RULES: Rules = {
     "weights": ("a string or None", lambda _: True),
     "augment": ("an Augment, or a torchvision transform", lambda _: True),
-    "sizes": ("integers, sizes in pixels, each at least 1", lambda sizes: all(size >= 1 for size in sizes)),
+    "sizes": (
+        "sizes in pixels, or fractions of the size above 0 and up to 1",
+        lambda sizes: all(0 < size <= 1 or (size > 1 and size == int(size)) for size in sizes),
+    ),
     "freeze": ("an integer, at least 0", lambda count: count >= 0),
     **{
         name: ("an integer, at least 1", lambda count: count >= 1)

@@ -10,6 +10,7 @@ from fastflower.errors import integer, require
 from fastflower.files import write_out
 from fastflower.loading.loader import Loader
 from fastflower.loading.picture import drawable, png
+from fastflower.models.defaults import complete
 from fastflower.models.inference import view_of
 from fastflower.packing.source import shards_of
 from fastflower.recipes.presets import checked
@@ -41,7 +42,7 @@ def preview(
     out = Path(out)
     images, draws = integer("images", images, 1, at_most=100), integer("draws", draws, 1, at_most=100)
     require(out.suffix == ".png", "out", "a .png file", str(out))
-    recipe = checked(recipe)  # before any packing
+    recipe = complete(checked(recipe))  # before any packing
     classes, columns = views(shards_of(shards), recipe, images, draws)
     figure = Figure(figsize=(1.6 * len(columns) + 0.4, 1.6 * len(classes) + 0.3), layout="constrained")
     grid = figure.subplots(len(classes), len(columns), squeeze=False)

@@ -8,6 +8,7 @@ from fastflower import distributed
 from fastflower.errors import CheckpointError
 from fastflower.loading.loader import Loader
 from fastflower.models.checkpoint import LAST, Checkpoint
+from fastflower.models.defaults import complete, seen_as
 from fastflower.training.command import Call
 
 _log = logging.getLogger("fastflower")
@@ -32,10 +33,9 @@ def as_begun(call: Call, start: Checkpoint, *, recipe: bool) -> Call:
         call = replace(call, recipe=start.recipe)
     if call.fold is None:
         call = replace(call, fold=start.fold)
-    if start.recipe.resolved != call.recipe.resolved:
-        what = (
-            f"{place}: was trained with {call.recipe.differences(start.recipe)}; resume with that recipe, or pass none"
-        )
+    passed = complete(seen_as(call.recipe, start.recipe))
+    if passed != start.recipe:
+        what = f"{place}: was trained with {passed.differences(start.recipe)}; resume with that recipe, or pass none"
         if start.recipe.backbone != call.recipe.backbone:
             raise CheckpointError(f"{what}. To train the new one from its start:\n  {call.anew()}")
         raise CheckpointError(f"{what}. {_onward(call)}")

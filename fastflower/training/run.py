@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -21,8 +21,9 @@ from fastflower.draws.random import stream_key
 from fastflower.errors import CheckpointError, FastflowerError, StoppedError, TrainingError
 from fastflower.loading.batch import Batch
 from fastflower.loading.loader import Loader
-from fastflower.models.backbone import build, on_device
+from fastflower.models.backbone import on_device
 from fastflower.models.checkpoint import LAST, Checkpoint, EpochSoFar
+from fastflower.models.defaults import complete, network_of
 from fastflower.models.inference import measure, recalibrate, view_of
 from fastflower.models.metrics import Scores
 from fastflower.models.stages import train_mode
@@ -65,7 +66,8 @@ class Run:
         stop: Callable[[], int] = lambda: 0,
         call: Call | None = None,
     ) -> None:
-        self.recipe, self.folder, self.device = recipe, folder, resolve_device(device)
+        self.recipe = recipe = complete(recipe)
+        self.folder, self.device = folder, resolve_device(device)
         self.precision = precision_of(recipe.precision, self.device)
         self._save_steps, self._stop = save_steps, stop
         self._call = call or Call(
@@ -74,7 +76,8 @@ class Run:
         self.loader, self.val = self._loaders(shards, fold)
         self.classes = self.loader.manifest.classes
         torch.manual_seed(recipe.seed)  # pyright: ignore[reportUnknownMemberType]  (untyped in torch)
-        self.network = on_device(network_of(recipe, self.classes, start), self.device)
+        self._freeze = recipe.freeze or 0
+        self.network = on_device(network_of(recipe, self.classes, resumed=start is not None), self.device)
         self.optimizer = optimizer_of(self.network, recipe)
         self.average = Average(self.network, recipe.ema) if recipe.ema or recipe.soup > 1 else None
         self._first_weights = deepcopy(self.network.state_dict()) if recipe.soup > 1 else {}
@@ -86,7 +89,7 @@ class Run:
         self._saved, self._saved_at = "", 0.0  # position and time of the last checkpoint, for messages
         if start:
             self._restore(start)
-        train_mode(self.network, recipe.freeze)
+        train_mode(self.network, self._freeze)
         capture = graphs_of(recipe, self.device, self.precision)
         # Created after restoring, because CUDA graphs refer to the restored tensors.
         self.stepper = Stepper(self.network, self.optimizer, self.scaler, recipe, self.device, self.precision, capture)
@@ -250,7 +253,7 @@ class Run:
 
     def _begin_epoch(self, epoch: int) -> Tally:
         """Prepare network, loader and tally to start an epoch or to resume an interrupted one."""
-        train_mode(self.network, self.recipe.freeze)
+        train_mode(self.network, self._freeze)
         tally = self._tally = Tally(len(self.loader), self.device, self._interrupted)
         self._interrupted = {}
         if self._first_weights and epoch % self.recipe.epochs_per_training == 0 and tally.steps == 0:
@@ -287,7 +290,7 @@ class Run:
         self.loader.set_augment(view_of(self.recipe))
         self._statistics = {name: value.clone() for name, value in self.scored.named_buffers()}
         batches = self._watched(self.loader, min(_RECALIBRATION, len(self.loader)))
-        recalibrate(self.scored, batches, self.recipe.freeze)
+        recalibrate(self.scored, batches, self._freeze)
         self._statistics = {}
         self.loader.load_state_dict(position)
 
@@ -374,14 +377,6 @@ class Run:
         if best:
             checkpoint.save(best)  # before LAST, so that a run resumed from LAST finds BEST
         checkpoint.save(self.folder / LAST, twin=best)
-
-
-def network_of(recipe: Recipe, classes: Sequence[str], start: Checkpoint | None, *, quiet: bool = False) -> nn.Module:
-    """Build the network to train. quiet  Whether to log nothing."""
-    # A resumed run takes its weights from the checkpoint, but each run of a model soup starts from the recipe's weights.
-    weights = None if start and recipe.soup == 1 else recipe.weights
-    make = partial(build, recipe.backbone, len(classes), classes=classes, size=recipe.augment.output_size, quiet=quiet)
-    return make(weights=weights, freeze=recipe.freeze, drop_path=recipe.drop_path)
 
 
 def _position(epoch: int, steps: int, *, trained: bool) -> str:

@@ -15,6 +15,7 @@ from fastflower.devices import environment, resolve_device
 from fastflower.errors import ArgumentError, StoppedError, boolean, integer
 from fastflower.models.backbone import require_network
 from fastflower.models.checkpoint import Checkpoint
+from fastflower.models.defaults import complete, network_of
 from fastflower.models.recomputation import require_options
 from fastflower.models.sizes import require_sizes
 from fastflower.packing.folder import Folder
@@ -29,7 +30,7 @@ from fastflower.suggestions import keywords
 from fastflower.training.command import Call, to_resume
 from fastflower.training.failures import explaining
 from fastflower.training.resuming import as_begun, start_of
-from fastflower.training.run import Run, network_of
+from fastflower.training.run import Run
 from fastflower.training.run_folder import own, run_folder
 from fastflower.training.stopping import TerminatedError, preemption, stopped_by
 
@@ -95,9 +96,8 @@ def train(
             with preemption() as stop, explaining(call, chosen), own(call, new=out is None, resume=resume):
                 start = start_of(folder) if resume else None
                 call = as_begun(call, start, recipe=given) if start else call
-                recipe = call.recipe
-                _require_possible(recipe, start)
-                found = _shards_of(call, start)
+                recipe = _possible(start.recipe if start else call.recipe, start)
+                found = _shards_of(call, recipe, start)
                 with explaining(call, chosen):
                     run = Run(
                         found,
@@ -148,26 +148,28 @@ def _require_place(shards: object) -> None:
         raise ArgumentError(f"{shards}: is a run; pass images, or shards. To continue this run:\n  {command}")
 
 
-def _shards_of(call: Call, start: Checkpoint | None) -> str | Path | Remote:
+def _shards_of(call: Call, recipe: Recipe, start: Checkpoint | None) -> str | Path | Remote:
     """Return the shards to train on. Images are packed after the network could be built: then the weights are at hand."""
     trained = start and start.feeding.get("shards")
 
     def accept(images: Folder) -> None:
-        network_of(call.recipe, images.classes, start, quiet=True)
+        network_of(recipe, images.classes, resumed=start is not None, quiet=True)
 
     return shards_of(call.shards, call.out.parent / PACKS, trained=trained, fold=call.fold, accept=accept)
 
 
-def _require_possible(recipe: Recipe, start: Checkpoint | None) -> None:
-    """Raise an error, before anything is packed, if the network cannot be built or take the recipe's images."""
+def _possible(recipe: Recipe, start: Checkpoint | None) -> Recipe:
+    """Return the complete recipe. Raises, before anything is packed, if the network cannot be built or take the images."""
     if recipe.freeze and recipe.weights is None and start is None:
         raise ArgumentError(
             f"freeze must be 0 when weights is None, got {recipe.freeze}: frozen stages would stay random; "
             f"pass --freeze 0 (freeze=0), or weights to start from (--weights FILE, weights=FILE)."
         )
     require_network(recipe.backbone, None if start else recipe.weights)
+    recipe = complete(recipe)
     require_sizes(recipe)
     require_options(recipe)
+    return recipe
 
 
 def _facts(

@@ -55,6 +55,8 @@ def test_a_students_resized_crop_flip_rotation_jitter_and_affine(
         )
     )
     assert augment == Augment(
+        mean=MEAN,
+        std=STD,
         size=(224, 224),
         crop=(0.08, 1.0),
         flip=0.1,
@@ -129,11 +131,13 @@ def test_color_before_geometry_is_logged_for_each_following_transform(caplog: py
 @pytest.mark.parametrize("version", VERSIONS)
 def test_resize_and_center_crop_are_the_validation_view(version: Any, caplog: pytest.LogCaptureFixture) -> None:
     steps = [version.Resize(256), version.CenterCrop(224), *to_tensor(version), version.Normalize(MEAN, STD)]
-    assert Augment.from_torchvision(version.Compose(steps)) == Augment(size=(224, 224), resize=256)
+    assert Augment.from_torchvision(version.Compose(steps)) == Augment(size=(224, 224), resize=256, mean=MEAN, std=STD)
     steps[:2] = [version.Resize([300]), version.CenterCrop((100, 200))]
-    assert Augment.from_torchvision(version.Compose(steps)) == Augment(size=(100, 200), resize=300)
+    assert Augment.from_torchvision(version.Compose(steps)) == Augment(size=(100, 200), resize=300, mean=MEAN, std=STD)
     steps[:2] = [version.Resize((300, 310)), version.CenterCrop([224])]
-    assert Augment.from_torchvision(version.Compose(steps)) == Augment(size=(224, 224), resize=(300, 310))
+    assert Augment.from_torchvision(version.Compose(steps)) == Augment(
+        size=(224, 224), resize=(300, 310), mean=MEAN, std=STD
+    )
     assert notes(caplog) == []
 
 

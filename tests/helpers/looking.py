@@ -62,7 +62,7 @@ def upright(data: bytes) -> Image.Image:
 def oracle(image: Image.Image, augment: Augment = VIEW) -> NDArray[np.float32]:
     """Return the probabilities that torchvision's validation transform and the network give."""
     size = augment.resized
-    chain: list[Any] = [Resize(size), CenterCrop(augment.output_size), ToTensor(), Normalize(augment.mean, augment.std)]
+    chain: list[Any] = [Resize(size), CenterCrop(augment.output_size), ToTensor(), Normalize(*augment.normalization)]
     with torch.inference_mode():
         view: Any = Compose(chain)(image)
         return Looking()(view[None]).softmax(1)[0].numpy()

@@ -125,7 +125,7 @@ def test_a_network_that_cannot_be_tried_out_is_not_refused(monkeypatch: pytest.M
         require_sizes(Recipe(backbone="resnet34", augment=Augment(size=57)))
     finally:
         sizes_of.cache_clear()
-        sizes._takes.cache_clear()  # pyright: ignore[reportPrivateUsage]
+        sizes.takes_size.cache_clear()
 
 
 def test_timms_networks_are_built_for_the_size_of_the_images() -> None:
@@ -214,7 +214,6 @@ def test_the_view_of_pretrained_weights_is_theirs() -> None:
     assert view_of_weights("timm/vit_base_patch16_224", "DEFAULT") == View(224, 248, half, half, "bicubic")
     for name, weights in (
         ("resnet50", None),
-        ("resnet50", "w.pth"),
         ("resnet50_v1", "DEFAULT"),
         ("timm/resnet50", None),
     ):

@@ -84,7 +84,9 @@ def test_the_unusual_recipe_differs_from_the_default_in_every_field() -> None:
     assert same == ["soup", "recalibrate", "compile"]  # not allowed with patience, nor with checkpointing
 
 
-BUILT = {(made.backbone, made.freeze, made.augment.output_size) for made in (preset() for preset in PRESETS.values())}
+BUILT = {
+    (made.backbone, made.freeze or 0, made.augment.output_size) for made in (preset() for preset in PRESETS.values())
+}
 
 
 @pytest.mark.parametrize(("backbone", "freeze", "size"), sorted(BUILT))
@@ -127,7 +129,7 @@ def test_a_recipe_is_frozen_and_can_be_replaced() -> None:
         ("gamma", 0.0, "a number above 0"),
         ("label_smoothing", 1.0, "a number in [0, 1)"),
         ("label_smoothing", -0.1, "a number in [0, 1)"),
-        ("sizes", (128, 0), "integers, sizes in pixels, each at least 1"),
+        ("sizes", (128, 0), "sizes in pixels, or fractions of the size above 0 and up to 1"),
         ("patience", 0, "an integer, at least 1"),
         ("ema", 1.0, "a number in (0, 1)"),
         ("ema", 0.0, "a number in (0, 1)"),

@@ -100,7 +100,7 @@ def test_any_value_is_refused_by_name_or_becomes_plain(field: Any, value: Any) -
         ("backbone", None, "a string, got None"),
         ("weights", True, "a string or None, got True"),
         ("augment", {"size": 64}, "an Augment, or a torchvision transform, got {'size': 64}"),
-        ("sizes", 128, "integers, sizes in pixels, each at least 1, got 128"),
+        ("sizes", 128, "sizes in pixels, or fractions of the size above 0 and up to 1, got 128"),
     ],
 )
 def test_what_a_recipe_refuses(field: str, value: Any, message: str) -> None:

@@ -21,7 +21,8 @@ RECIPE = Recipe(augment=AUGMENT, epochs=5, sizes=(32, 48), seed=4)
 
 def levels(images: np.ndarray) -> np.ndarray:
     """Convert normalized images (N, 3, H, W) to pixel values (N, H, W, 3)."""
-    return np.rint(255 * np.clip(images.transpose(0, 2, 3, 1) * AUGMENT.std + AUGMENT.mean, 0, 1))
+    mean, std = AUGMENT.normalization
+    return np.rint(255 * np.clip(images.transpose(0, 2, 3, 1) * std + mean, 0, 1))
 
 
 @pytest.mark.parametrize("count", [3, 4])

@@ -218,7 +218,7 @@ def rendered(images: Node, augment: Augment, dtype: torch.dtype, gpu: bool) -> N
     factors = {name: _given(name, types.FLOAT, 3) for field, name in _COLORS.items() if getattr(augment, field)}
     images = _color(images, augment, {name: node.gpu() if gpu else node for name, node in factors.items()})
     raw = dtype == torch.uint8
-    mean, std = 255 * np.array(augment.mean), 255 * np.array(augment.std)
+    mean, std = 255 * np.array(augment.normalization)
     images = fn.reshape(images, layout="HWC")
     if augment.erase:
         images = fn.erase(  # before normalization, in float32, because the GPU operator does not support float16

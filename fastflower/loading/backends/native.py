@@ -84,7 +84,7 @@ class NativeRenderer:
     def __init__(self, augment: Augment, dtype: torch.dtype) -> None:
         self._kernel = _kernel()
         self._size = augment.output_size
-        multiply, add = color.normalize_factors(augment.mean, augment.std)
+        multiply, add = color.normalize_factors(*augment.normalization)
         self._output = _Output(*self._size, _KINDS[dtype], tuple(multiply.tolist()), tuple(add.tolist()))
         self._scratch = local()
 

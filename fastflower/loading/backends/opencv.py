@@ -47,7 +47,7 @@ class OpencvRenderer:
     def __init__(self, augment: Augment, dtype: torch.dtype) -> None:
         self._size = augment.output_size
         self._dtype = dtype
-        multiply, add = color.normalize_factors(augment.mean, augment.std)
+        multiply, add = color.normalize_factors(*augment.normalization)
         levels = np.arange(256, dtype=np.float32)[:, None]
         self._table = as_numpy(torch.as_tensor(levels * multiply + add).to(dtype))[:, None, :]
         height, width = self._size

@@ -129,7 +129,7 @@ class TritonBackend(Backend[_Decoding, DeviceImages]):
     def __init__(self, augment: Augment, samples: SampleSource, setup: Setup, kept: DeviceImages) -> None:
         super().__init__(augment, samples, setup, kept)
         self.stream = kept.stream
-        multiply, add = color.normalize_factors(augment.mean, augment.std)
+        multiply, add = color.normalize_factors(*augment.normalization)
         with self._ours():
             constants = np.concatenate([multiply, add, self.erased()])
             self._constants = torch.tensor(constants, dtype=torch.float32, device=kept.device)

@@ -95,7 +95,8 @@ def test_hue_is_rotated_as_by_colorsys(rng: np.random.Generator) -> None:
     augment = Augment(size=16, resize=16, hue=0.5)
     turns = float(request(augment, [image]).draw.hue[0])
     made = render(NativeRenderer, augment, [image], torch.float32)[0].numpy()
-    levels = 255 * (made * np.array(augment.std) + np.array(augment.mean))
+    mean, std = map(np.array, augment.normalization)
+    levels = 255 * (made * std + mean)
     for pixel, found in zip(image.reshape(-1, 3), levels.reshape(-1, 3), strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*(pixel / 255).tolist())
         wanted = 255 * np.array(colorsys.hsv_to_rgb((hue + turns) % 1, saturation, value))
