@@ -1,7 +1,10 @@
 """The view of an image that pretrained weights expect: its size and normalization."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
+
+from torchvision.models import WeightsEnum  # pyright: ignore[reportMissingTypeStubs]
 
 from fastflower.draws.augment import Augment
 from fastflower.models.backbone import local_file
@@ -50,7 +53,7 @@ def view_of_weights(name: str, weights: str | None) -> View | None:
     if name.startswith(PREFIX):
         return _of_timm(name)
     tag = "IMAGENET1K_V1" if path else weights.rpartition(".")[2]
-    known = weights_of(V1.get(name, name) if path else name) if name in NAMES else {}
+    known: Mapping[str, WeightsEnum] = weights_of(V1.get(name, name) if path else name) if name in NAMES else {}
     entry = known.get(tag) or (next(iter(known.values()), None) if path else None)
     if entry is None:
         return None

@@ -18,7 +18,7 @@ from fastflower.errors import ArgumentError
 # torchvision accepts more than its annotations allow.
 v1: Any = transforms
 v2: Any = transforms_v2
-MEAN, STD = list(IMAGENET_MEAN), list(IMAGENET_STD)
+MEAN, STD = IMAGENET_MEAN, IMAGENET_STD
 PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 CROP = v1.RandomResizedCrop(64)
 VERSIONS = [pytest.param(v1, id="v1"), pytest.param(v2, id="v2")]

@@ -17,8 +17,8 @@ from fastflower.models.defaults import complete
 from fastflower.models.stages import stages_of
 from fastflower.recipes.presets import PRESETS
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
 
 
 def view(recipe: Recipe) -> tuple[object, ...]:
@@ -34,13 +34,13 @@ def test_a_view_that_is_left_out_is_that_of_torchvisions_weights(name: str) -> N
 
 
 def test_random_weights_and_files_of_others_keep_what_a_loader_has(tmp_path: Path) -> None:
-    lone = (224, 256, *IMAGENET.values())
+    lone = (224, 256, MEAN, STD)
     assert view(complete(Recipe(backbone="efficientnet_v2_s", weights=None))) == lone
     torch.save(models.resnet50().state_dict(), tmp_path / "resnet50.pth")
     assert view(complete(Recipe(backbone="resnet50", weights=str(tmp_path / "resnet50.pth")))) == lone
     assert view(complete(Recipe(backbone="resnet50_v1", weights=str(tmp_path / "resnet50.pth")))) == lone
     timms = Recipe(backbone="timm/vit_tiny_patch16_224", weights=str(tmp_path / "resnet50.pth"))
-    assert view(complete(timms)) == (224, 248, *HALF.values())
+    assert view(complete(timms)) == (224, 248, HALF, HALF)
 
 
 def test_what_is_given_stays(caplog: pytest.LogCaptureFixture) -> None:
@@ -49,7 +49,7 @@ def test_what_is_given_stays(caplog: pytest.LogCaptureFixture) -> None:
     recipe = Recipe(augment=given, freeze=1, sizes=(64, 96))
     assert complete(recipe) == recipe
     assert not caplog.records
-    assert view(complete(replace(recipe, augment=Augment(mean=(0, 0, 0))))) == (224, 256, (0, 0, 0), IMAGENET["std"])
+    assert view(complete(replace(recipe, augment=Augment(mean=(0, 0, 0))))) == (224, 256, (0, 0, 0), STD)
     assert view(complete(replace(recipe, augment=Augment(size=256, resize="off"))))[:2] == (256, "off")
 
 
@@ -86,7 +86,7 @@ def test_finetune_is_what_it_was_for_its_own_backbone_and_a_file(tmp_path: Path)
     torch.save(models.resnet50().state_dict(), tmp_path / "resnet50.pth")
     recipe = complete(replace(PRESETS["finetune"](), weights=str(tmp_path / "resnet50.pth")))
     assert (recipe.freeze, recipe.sizes) == (2, (128, 128, 144, 160, 192))
-    assert view(recipe) == (224, 256, *IMAGENET.values())
+    assert view(recipe) == (224, 256, MEAN, STD)
     long = complete(replace(PRESETS["finetune-long"](), weights=str(tmp_path / "resnet50.pth")))
     assert (long.freeze, long.sizes) == (2, (160, 160, 192, 192, 224))
     assert complete(replace(PRESETS["finetune"](), weights=None)).freeze == 0
@@ -102,7 +102,7 @@ def test_what_was_filled_in_is_said_once(
 ) -> None:
     caplog.set_level(logging.INFO, "fastflower")
     name = "timm/vit_tiny_patch16_224"
-    start = Recipe(backbone=name, weights=None, augment=Augment(size=32, **HALF), epochs=1, batch_size=24)
+    start = Recipe(backbone=name, weights=None, augment=Augment(size=32, mean=HALF, std=HALF), epochs=1, batch_size=24)
     first = train(shards, start, out=tmp_path / "first", device="cpu")
     caplog.clear()
     recipe = Recipe(
@@ -115,7 +115,7 @@ def test_what_was_filled_in_is_said_once(
         f"expect; the first 2 stages are frozen; training sizes 32"
     ]
     trained = Checkpoint.load(report.checkpoint).recipe
-    assert (trained.freeze, trained.sizes, view(trained)) == (2, (), (32, 37, *HALF.values()))
+    assert (trained.freeze, trained.sizes, view(trained)) == (2, (), (32, 37, HALF, HALF))
     caplog.clear()
     train(shards, recipe, out=tmp_path / "second", resume=True, device="cpu")  # is the same recipe
     assert not any("expect" in record.getMessage() for record in caplog.records)
@@ -131,7 +131,7 @@ def test_an_old_checkpoint_keeps_its_view(shards: Path, tmp_path: Path) -> None:
     content["recipe"]["augment"] |= {"resize": None}  # as older versions wrote it
     torch.save(content, report.folder / "checkpoint-last.pt")
     loaded = Checkpoint.load(report.folder / "checkpoint-last.pt").recipe
-    assert view(loaded) == (32, 37, *IMAGENET.values())
+    assert view(loaded) == (32, 37, MEAN, STD)
     assert train(shards, recipe, out=report.folder, resume=True, device="cpu").history == report.history
 
 
