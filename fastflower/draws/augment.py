@@ -33,7 +33,7 @@ class Augment:
     resize: int | tuple[int, int] | Literal["off"] | None = None
     """Resize before the center crop or `random_crop`, in pixels: the shorter side, or exact (height, width). "off": images
     keep their size. Ignored if `crop` is set. None: 8/7 of the longer side of `size`, for example 256 for 224 [torchvision];
-    in `train`, in proportion to `size` as the pretrained weights expect."""
+    in `train`, that of the pretrained weights, if `size` is None, too."""
     crop: tuple[float, float] | None = None
     """Area of the random crop as a fraction of the image, uniform in (min, max).
     None: center crop, or `random_crop` [RandomResizedCrop]."""

@@ -63,8 +63,8 @@ def _seen(recipe: Recipe, left_out: list[str]) -> Augment:
     if view is None:
         return augment.resolved
     own = {name: getattr(view, name) for name in left_out}
-    if augment.size and augment.resize is None and view.resize != "off":  # in proportion
-        own["resize"] = round(max(augment.output_size) * max(_pair(view.resize)) / max(_pair(view.size)))
+    if augment.size:  # the weights' resize is for another one
+        own["resize"] = augment.resized
     return replace(augment, **own)
 
 
@@ -110,7 +110,3 @@ def _told(recipe: Recipe, filled: Recipe) -> Iterator[str]:
 
 def _text(size: object) -> str:
     return "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return size if isinstance(size, tuple) else (size, size)

@@ -29,7 +29,8 @@ class View(NamedTuple):
     """Of the resize: "bilinear" or "bicubic"."""
 
 
-_PACKAGED = {"lite0": View(224, 256, (127 / 255,) * 3, (128 / 255,) * 3, "bicubic")}  # (pixel - 127) / 128
+_MEAN, _STD = 127 / 255, 128 / 255  # (pixel - 127) / 128 [github.com/tensorflow/tpu, efficientnet/lite]
+_PACKAGED = {"lite0": View(224, 256, (_MEAN, _MEAN, _MEAN), (_STD, _STD, _STD), "bicubic")}
 
 
 def view_of_weights(name: str, weights: str | None) -> View | None:
@@ -71,7 +72,7 @@ def _of_timm(name: str) -> View | None:
     resize = int(min(height, width) / config.crop_pct)
     if config.crop_mode == "squash":  # both sides, whatever the image's aspect ratio
         resize = (int(height / config.crop_pct), int(width / config.crop_pct))
-    return View(size, resize, tuple(config.mean), tuple(config.std), config.interpolation)
+    return View(size, resize, config.mean, config.std, config.interpolation)
 
 
 def _of_file(path: Path) -> View | None:

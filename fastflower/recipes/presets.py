@@ -9,11 +9,12 @@ from itertools import product
 from typing import cast
 
 from fastflower.draws.augment import Augment
+from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
 from fastflower.errors import require
 from fastflower.recipes.recipe import Recipe
 
-# As in the reports' own programs, whatever the weights expect.
-_VIEW = Augment(crop=(0.08, 1.0), flip=0.5).resolved
+# The view of the reports' own programs, whatever the weights expect.
+_VIEW = Augment(size=224, crop=(0.08, 1.0), flip=0.5, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def default() -> Recipe:

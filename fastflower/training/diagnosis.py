@@ -12,6 +12,7 @@ from fastflower.devices import fastest_convolutions, resolve_device
 from fastflower.errors import number
 from fastflower.loading.loader import Loader
 from fastflower.loading.stats import Stats
+from fastflower.models.defaults import complete
 from fastflower.models.recomputation import require_options
 from fastflower.models.sizes import require_sizes
 from fastflower.packing.source import shards_of
@@ -64,7 +65,7 @@ def diagnose(
 
     Returns a Diagnosis; print it to see the bottleneck. Raises ShardError, ArgumentError or DeviceError as Loader does.
     """
-    recipe = replace(checked(recipe), weights=None)
+    recipe = replace(complete(checked(recipe)), weights=None)
     seconds = number("seconds", seconds, "a number above 0", lambda seconds: seconds > 0)
     require_sizes(recipe)
     require_options(recipe)

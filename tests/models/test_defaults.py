@@ -53,10 +53,11 @@ def test_what_is_given_stays(caplog: pytest.LogCaptureFixture) -> None:
     assert view(complete(replace(recipe, augment=Augment(size=256, resize="off"))))[:2] == (256, "off")
 
 
-def test_resize_is_in_proportion_to_the_weights_own() -> None:
+def test_a_given_size_has_the_resize_of_a_loader() -> None:
     recipe = Recipe(backbone="resnet50", weights="IMAGENET1K_V2")  # 224 of 232
-    assert view(complete(replace(recipe, augment=Augment(size=160))))[:2] == (160, round(160 * 232 / 224))
-    assert view(complete(replace(recipe, augment=Augment(size=(96, 160)))))[:2] == ((96, 160), round(160 * 232 / 224))
+    for size, resize in ((160, 183), ((96, 160), 183), (224, 256)):
+        augment = Augment(size=size)
+        assert view(complete(replace(recipe, augment=augment)))[:2] == (size, augment.resized) == (size, resize)
     assert complete(complete(recipe)) == complete(recipe)
 
 
@@ -94,7 +95,8 @@ def test_finetune_is_what_it_was_for_its_own_backbone_and_a_file(tmp_path: Path)
 
 def test_the_reports_presets_are_complete() -> None:
     for name in [name for name in PRESETS if name.startswith("report-")]:
-        assert complete(PRESETS[name]()) == PRESETS[name](), name
+        assert complete(PRESETS[name]()) == PRESETS[name]().resolved, name
+        assert view(complete(PRESETS[name]())) == (224, 256, MEAN, STD)
 
 
 def test_what_was_filled_in_is_said_once(

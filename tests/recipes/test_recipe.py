@@ -213,7 +213,7 @@ def test_the_recipe_of_a_report_is_what_the_report_says(name: str) -> None:
         recipe.accumulate,
     )
     assert found == expected
-    assert recipe.augment == Augment(crop=(0.08, 1.0), **drawn).resolved
+    assert recipe.resolved.augment == Augment(crop=(0.08, 1.0), **drawn).resolved
     assert (recipe.momentum, recipe.weights, recipe.weight_decay) == (0.9, "DEFAULT", 0)
     assert (recipe.sizes, recipe.ema, recipe.tta, recipe.patience) == ((), None, False, None)
 
