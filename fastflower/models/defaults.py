@@ -9,6 +9,7 @@ from torch import nn
 
 from fastflower import distributed
 from fastflower.draws.augment import Augment
+from fastflower.errors import FastflowerError
 from fastflower.models.backbone import build, require_network, skeleton_of
 from fastflower.models.sizes import sizes_of, takes_size
 from fastflower.models.stages import stages_of
@@ -20,8 +21,10 @@ _log = logging.getLogger("fastflower")
 _VIEW = ("size", "resize", "mean", "std")
 
 
-def complete(recipe: Recipe) -> Recipe:
+def complete(recipe: Recipe, *, quiet: bool = False) -> Recipe:
     """Return a recipe with nothing left out, and log what was filled in. A complete recipe is returned as it is.
+
+    quiet  Whether to log nothing.
 
     The augment's size, resize, mean and std are those that the pretrained weights expect, or a Loader's defaults with random
     weights. `freeze` is half of the stages, and `sizes` are pixels.
@@ -33,7 +36,7 @@ def complete(recipe: Recipe) -> Recipe:
     filled = replace(recipe, augment=_seen(recipe, left_out))
     filled = replace(filled, freeze=_frozen(filled), sizes=_sides(filled))
     told = "; ".join(_told(recipe, filled))
-    if told and distributed.rank() == 0:
+    if told and not quiet and distributed.rank() == 0:
         _log.info("%s: %s", recipe.backbone, told)
     return filled
 
@@ -47,6 +50,15 @@ def network_of(recipe: Recipe, classes: Sequence[str], *, resumed: bool = False,
     weights = None if resumed and recipe.soup == 1 else recipe.weights
     make = partial(build, recipe.backbone, len(classes), classes=classes, size=recipe.augment.output_size, quiet=quiet)
     return make(weights=weights, freeze=recipe.freeze or 0, drop_path=recipe.drop_path)
+
+
+def brief(recipe: Recipe) -> Recipe:
+    """Return a recipe without the view if `complete` fills in the same, for messages that repeat it."""
+    short = replace(recipe, augment=replace(recipe.augment, **dict.fromkeys(_VIEW)))
+    try:
+        return short if complete(short, quiet=True).augment == recipe.augment.resolved else recipe
+    except FastflowerError:  # the weights are gone
+        return recipe
 
 
 def seen_as(recipe: Recipe, other: Recipe) -> Recipe:

@@ -11,6 +11,7 @@ import torch
 from fastflower import distributed
 from fastflower.machine import ranks_here
 from fastflower.models.checkpoint import LAST
+from fastflower.models.defaults import brief
 from fastflower.recipes.flags import flags, nearest
 from fastflower.recipes.presets import PRESETS
 from fastflower.recipes.recipe import Recipe
@@ -67,7 +68,7 @@ class Call:
         return self.shards.url if isinstance(self.shards, Remote) else str(self.shards)
 
     def _line(self, changes: dict[str, object], *, resume: bool = False) -> str:
-        recipe = Recipe.from_dict(self.recipe.to_dict() | changes)
+        recipe = brief(Recipe.from_dict(self.recipe.to_dict() | changes))
         if self.typed:
             return replace(self, recipe=recipe).command(resume=resume)
         shards = "shards" if isinstance(self.shards, Remote) else repr(str(self.shards))

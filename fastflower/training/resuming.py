@@ -33,7 +33,7 @@ def as_begun(call: Call, start: Checkpoint, *, recipe: bool) -> Call:
         call = replace(call, recipe=start.recipe)
     if call.fold is None:
         call = replace(call, fold=start.fold)
-    passed = complete(seen_as(call.recipe, start.recipe))
+    passed = complete(seen_as(call.recipe, start.recipe), quiet=True)
     if passed != start.recipe:
         what = f"{place}: was trained with {passed.differences(start.recipe)}; resume with that recipe, or pass none"
         if start.recipe.backbone != call.recipe.backbone:

@@ -187,7 +187,7 @@ def _facts(
         "samples": {name: loader.num_samples if loader else 0 for name, loader in splits.items()},
         "identity": {name: loader.state_dict()["shards"] if loader else None for name, loader in splits.items()},
     }
-    recipe = {"preset": preset, "changes": changes(call.recipe, preset), "resolved": call.recipe.resolved.to_dict()}
+    recipe = {"preset": preset, "changes": changes(call.recipe, preset), "resolved": run.recipe.to_dict()}
     facts: dict[str, object] = {"command": call.command(), "recipe": recipe, "epochs": call.recipe.epochs, "data": data}
     session: dict[str, object] = {
         "resumed_from": {"epoch": start.epoch, "step": start.step} if start else None,

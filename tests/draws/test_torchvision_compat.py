@@ -95,6 +95,8 @@ def test_nothing_is_logged_when_nothing_differs(version: Any, caplog: pytest.Log
     )
     assert augment == Augment(
         size=(96, 128),
+        mean=MEAN,
+        std=STD,
         crop=(0.25, 0.9),
         crop_ratio=(0.5, 2.0),
         flip=0.5,

@@ -82,7 +82,7 @@ def test_resuming_with_another_recipe_prints_a_command_that_trains_on(
     next_run = done.with_name("my run-2")
     assert len(written_history(next_run)) == recipe.epochs
     last = Checkpoint.load(next_run / LAST)
-    assert replace(last.recipe, weights=None) == recipe
+    assert replace(last.recipe, weights=None) == recipe.resolved
     assert last.recipe.weights == str(done / LAST)
     model = Checkpoint.load(done / LAST).model
     assert found.keys() == model.keys()
@@ -172,7 +172,7 @@ def test_resume_takes_recipe_and_fold_from_the_run(flowers: Path, tmp_path: Path
     arguments = ["train", str(tmp_path / "folds"), "--out", str(out), "--device", "cpu", "--resume"]
     assert main(arguments) == 0
     last = Checkpoint.load(out / LAST)
-    assert (last.recipe, last.fold, last.epoch) == (recipe, 1, 2)
+    assert (last.recipe, last.fold, last.epoch) == (recipe.resolved, 1, 2)
     assert len(train(tmp_path / "folds", out=out, resume=True, device="cpu").history) == 2
     for other in (Recipe(), replace(recipe, epochs=3)):
         with pytest.raises(CheckpointError, match=r"was trained with .*; resume with that recipe, or pass none\."):

@@ -36,7 +36,7 @@ def test_a_recipe_converts_numpy_numbers_lists_and_paths_to_plain_values(shards:
     assert {type(getattr(recipe, name)) for name in ("batch_size", "epochs")} == {int}
     assert type(recipe.augment.flip) is float
     done = train(shards, recipe, out=tmp_path / "run", device="cpu")
-    assert Checkpoint.load(done.checkpoint).recipe == recipe
+    assert Checkpoint.load(done.checkpoint).recipe == recipe.resolved
     assert evaluate(done.checkpoint, shards, device="cpu").accuracy == done.history[-1]["val_accuracy"]
     train(shards, plain, out=tmp_path / "run", resume=True, device="cpu")
     again: Any = replace(plain, weights=tmp_path / "run" / "checkpoint-best.pt")

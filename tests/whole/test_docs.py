@@ -62,7 +62,7 @@ def test_a_loader_does_what_the_page_on_dataloader_says(
     # Two epochs of ImageFolder (150 images), two of the loader (120), and one that is interrupted and resumed.
     assert len(names["trained"]) == 2 * 4 + 2 * 3 + 3
     loader, dataset = names["loader"], names["dataset"]
-    assert loader.augment == Augment(size=(32, 32), crop=(0.08, 1.0), flip=0.5)
+    assert loader.augment.resolved == Augment(size=(32, 32), crop=(0.08, 1.0), flip=0.5).resolved
     assert list(loader.classes) == dataset.classes
     assert names["names"] == [str(path) for path in sorted(Path("data/rose").iterdir())]
     assert (list(names["features"]), names["damaged"]) == (names["names"], [])
