@@ -38,6 +38,7 @@ EXAMPLES: dict[str, str] = {
         "label_smoothing": "0.1",
         "layer_decay": "0.75",
         "head_lr": "0.01",
+        "drop_path": "0.1",
         "precision": "float32",
         "weights": "DEFAULT",
     },
@@ -295,13 +296,14 @@ def _read(kind: object, text: str) -> object:
 
 def _corrected(kind: object, text: str) -> Iterator[str]:
     """Yield texts that have the type where this one has a decimal comma, a percent sign, or other signs around its numbers."""
-    point = re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", text.strip())
+    listed = get_args(kind)[-1:] == (...,)
+    point = text if listed else re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", text.strip())
     percent = re.fullmatch(r"([\d.]+) ?%", text)
     numbers = re.findall(r"-?\d+(?:\.\d*)?(?:e-?\d+)?|-?\.\d+", text)
     several = " ".join(numbers) if re.fullmatch(r"[-\d.e,;:x*()\[\] ]+", text) else ""
     whole = re.sub(r"\.0*$", "", text)
     for one in (point, f"{float(percent[1]) / 100:g}" if percent else "", whole, several):
-        ambiguous = one == several and point != text and "FLOAT" in _metavar(kind)  # 0,25 is no pair
+        ambiguous = one == several and point != text and "FLOAT" in _metavar(kind) and not listed  # 0,25 is no pair
         if one and one != text and not ambiguous and isinstance(_read(kind, one), int | float | tuple):
             yield one
 

@@ -237,8 +237,8 @@ MEANINGS: tuple[tuple[tuple[str, ...], str, str], ...] = (
         TRAINS,
         "the backbone stays as torchvision or timm define it; --weight-decay, --augment.erase and"
         " --augment.mixup also regularize",
-        "dropout drop drop-rate drop-path drop-connect drop-block drop-path-rate dropout-rate"
-        " stochastic-depth bn-momentum bn-eps"
+        "dropout drop drop-rate drop-block dropout-rate"
+        " bn-momentum bn-eps"
         " head-init-scale head-init-bias model-kwargs fast-norm hidden-dim num-layers depth dense-units bn-tf",
     ),
     (
@@ -270,9 +270,12 @@ MEANINGS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ),
     (
         TRAINS,
-        "if memory runs out, halve --batch-size and double --accumulate",
+        "--checkpointing",
         "grad-checkpointing gradient-checkpointing checkpoint-activations activation-checkpointing",
     ),
+    (TRAINS, "--drop-path", "drop-path-rate stochastic-depth drop-connect stochastic-depth-prob"),
+    (TRAINS, "--layer-decay", "layer-lr-decay llrd lr-layer-decay layerwise-decay"),
+    (TRAINS, "--head-lr", "lr-head classifier-lr lr-classifier"),
     (
         ("train",),
         "history.csv, run.json and report.html in the folder of the run have every epoch",

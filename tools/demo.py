@@ -50,8 +50,8 @@ def main(
 
     Args:
         data: Folder of class folders. By default, flowers are drawn.
-        weights: A state_dict to start from. By default, torchvision's weights, or random weights if the download fails.
-        backbone: By default, resnet18, or resnet50 with --weights.
+        weights: A state_dict to start from. By default, the backbone's pretrained weights, or random ones if these are not at hand.
+        backbone: By default, EfficientNet-Lite0 from the extra `demo`, or resnet50 with --weights.
         epochs: Overrides the recipe's number of epochs.
         out: Folder of the run. The output of an earlier demo is removed from it; any other folder must be empty.
     """
@@ -104,14 +104,14 @@ def _clear(out: Path) -> None:
 
 
 def _trained(out: Path, weights: Path | None, backbone: str | None, epochs: int | None) -> Report:
-    """Train from the weights file if given, otherwise from torchvision's weights, or from scratch if they are unavailable."""
-    tries = [replace(PRESETS["finetune"](), weights=str(weights), backbone=backbone or "resnet50", epochs=3)]
-    if weights is None:
-        name = backbone or "resnet18"
-        tries = [
-            replace(PRESETS["finetune"](), weights="DEFAULT", backbone=name, freeze=0),
-            replace(PRESETS["scratch"](), backbone=name),
-        ]
+    """Train from the weights file if given, otherwise from pretrained weights, or from scratch if they are unavailable."""
+    finetune = PRESETS["finetune"]()
+    if weights:
+        tries = [replace(finetune, weights=str(weights), backbone=backbone or "resnet50", epochs=3)]
+    elif backbone:
+        tries = [replace(finetune, backbone=backbone), replace(PRESETS["scratch"](), backbone=backbone)]
+    else:
+        tries = [replace(PRESETS["finetune-small"](), epochs=3), PRESETS["scratch"]()]
     for recipe in tries:
         chosen = replace(recipe, epochs=epochs or recipe.epochs)
         _step(f"training {chosen.backbone}, {chosen.epochs} epochs, weights: {chosen.weights or 'none, from scratch'}")

@@ -55,7 +55,8 @@ def backbones(pattern: str) -> Iterator[Backbone]:
     for name in names:
         network, view = skeleton_of(name), view_of_weights(name, "DEFAULT")
         count = sum(parameter.numel() for parameter in network.parameters())
-        native = view.size if view else native_side(network)
+        size = view.size if view else native_side(network)
+        native = size if isinstance(size, int) else size[0]
         yield Backbone(name, count, len(stages_of(network)), str(sizes_of(name) or "?"), native, at_hand(name))
 
 

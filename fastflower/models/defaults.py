@@ -120,5 +120,5 @@ def _told(recipe: Recipe, filled: Recipe) -> Iterator[str]:
         yield f"training sizes {', '.join(map(str, filled.sizes)) or _text(seen.size)}"
 
 
-def _text(size: object) -> str:
+def _text(size: int | tuple[int, ...] | str | None) -> str:
     return "x".join(map(str, size)) if isinstance(size, tuple) else str(size)

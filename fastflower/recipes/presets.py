@@ -183,7 +183,8 @@ def phrase(name: str) -> str:
     first = (made.func.__doc__ or "").partition("\n")[0].removeprefix("Return ").removesuffix(".")
     values = signature(made.func).bind(*made.args, **made.keywords)
     values.apply_defaults()
-    return ", ".join([first, *(f"{key.replace('_', ' ')} {value}" for key, value in values.arguments.items())])
+    said = {key.replace("_", " "): value for key, value in values.arguments.items() if value is not None}
+    return ", ".join([first, *(f"{key} {value}" for key, value in said.items())])
 
 
 def checked(recipe: object) -> Recipe:

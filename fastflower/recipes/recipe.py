@@ -31,7 +31,7 @@ class Recipe:
     augment: Augment = field(default_factory=lambda: Augment(crop=(0.08, 1.0), flip=0.5))
     """Augmentation of training images, also as a torchvision transform. Validation uses only its size, resize and normalization.
     Of these four, `train` takes what is left out (None) from the pretrained weights."""
-    sizes: tuple[int | float, ...] = ()
+    sizes: tuple[float, ...] = ()
     """Progressive resizing: heights of training images in pixels, each used for an equal share of the epochs. Numbers up
     to 1 are fractions of `augment.size`, which `train` rounds to multiples of 16 pixels and to sizes that the backbone takes.
     Empty: `augment.size` in all epochs."""
@@ -116,6 +116,8 @@ class Recipe:
             except ArgumentError as error:
                 raise ArgumentError(f"Recipe.augment: {error}") from None
         check_fields(self, _RULES)
+        sizes = (int(size) if size > 1 else size for size in self.sizes)
+        object.__setattr__(self, "sizes", tuple(sizes))
         alone, one_cycle = self.ema is None and self.patience is None, self.schedule == "one_cycle"
         rules = [
             ("soup", self.epochs % self.soup == 0, "a divisor of epochs"),

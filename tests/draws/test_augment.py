@@ -231,7 +231,8 @@ def test_one_draw_equals_the_recorded_one() -> None:
 def test_erased_levels_are_those_that_normalize_to_the_value() -> None:
     augment = Augment(erase_value=(0.5, -0.25, 1.0))
     image = torch.tensor(augment.erase_levels).reshape(3, 1, 1) / 255
-    value = F.normalize(image, *map(list, augment.normalization)).flatten().tolist()
+    mean, std = map(list, augment.normalization)
+    value = F.normalize(image, mean, std).flatten().tolist()
     assert value == pytest.approx(augment.erase_value, abs=1e-6)
     assert Augment(erase_value=(99.0, -99.0, 0.0)).erase_levels == pytest.approx((255, 0, 255 * 0.406))
 

@@ -96,7 +96,8 @@ def test_from_python_the_message_holds_the_call(shards: Path, done: Path) -> Non
         train(shards, recipe, out=done, resume=True, device="cpu")
     call = str(caught.value).splitlines()[-1].strip()
     new = done.with_name("my run-2")
-    other = replace(recipe, weights=str(done / LAST))
+    seen = replace(recipe.augment, size=None, resize=None)  # as the weights were trained
+    other = replace(recipe, weights=str(done / LAST), augment=seen)
     assert call == f"train({str(shards)!r}, {other!r}, out={str(new)!r}, device='cpu')"
     report = eval(call, {"train": train, "Recipe": Recipe, "Augment": Augment})
     assert (report.folder, len(report.history)) == (new, 2)

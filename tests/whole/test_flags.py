@@ -270,8 +270,7 @@ def test_recipe_list_prints_a_phrase_for_each(line: str, capsys: pytest.CaptureF
     assert [line.split()[0] for line in lines] == list(PRESETS)
     assert len({line.split(maxsplit=1)[1] for line in lines}) == len(PRESETS)
     assert (
-        lines[-4].split(maxsplit=1)[1]
-        == "our fine-tuning recipe: ResNet-50, 5 epochs of one-cycle SGD, growing sizes, freeze 2"
+        lines[-4].split(maxsplit=1)[1] == "our fine-tuning recipe: ResNet-50, 5 epochs of one-cycle SGD, growing sizes"
     )
 
 
@@ -301,7 +300,7 @@ def test_help_says_a_sentence_about_each_flag_and_all_about_one(capsys: pytest.C
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["train", "--help", "sizes"])
     text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith("--sizes INT ...: Progressive resizing: ")
+    assert text.startswith("--sizes FLOAT ...: Progressive resizing: ")
     assert text.endswith("Empty: `augment.size` in all epochs.")
 
 

@@ -18,7 +18,7 @@ LOSS, RGB, ONCE, POLICY = (
 )
 SHARDS, SPLIT, LABELS = "the shards come without a flag", "pack divides the images", "pack reads labels"
 PRETRAINED, CLASSES, CORES = "weights are pretrained by default", "the classes are those", "taskset"
-MEMORY, CUDA, SIZE = "double --accumulate", "--device cuda", "--augment.size"
+CUDA, SIZE = "--device cuda", "--augment.size"
 
 # By tool: its flags, by the flag or sentence that answers them. Flags of the same name are left out.
 TOOLS: dict[str, dict[str, str]] = {
@@ -33,8 +33,9 @@ TOOLS: dict[str, dict[str, str]] = {
         "--augment.resize": "crop-pct",
         "--augment.mean": "mean", "--augment.std": "std", "--batch-size": "b",
         "validation has no batch size": "vb validation-batch-size",
-        "--accumulate": "grad-accum-steps", MEMORY: "grad-checkpointing", "--compile": "torchcompile torchscript",
-        NETWORK: "fast-norm model-kwargs head-init-scale head-init-bias drop drop-connect drop-path drop-block"
+        "--accumulate": "grad-accum-steps", "--drop-path": "drop-connect", "--checkpointing": "grad-checkpointing",
+        "--compile": "torchcompile torchscript",
+        NETWORK: "fast-norm model-kwargs head-init-scale head-init-bias drop drop-block"
         " bn-momentum bn-eps",
         "--precision bfloat16": "amp amp-dtype amp-impl model-dtype", "--optimizer": "opt", "--momentum": "opt-betas",
         OPTIMIZER: "opt-eps opt-kwargs clip-mode", "--clip-norm": "clip-grad", "--schedule": "sched",
@@ -115,7 +116,7 @@ TOOLS: dict[str, dict[str, str]] = {
         LOG: "logging_strategy logging_steps report_to", "--precision float16": "fp16 fp16_opt_level half_precision_backend",
         "--precision bfloat16": "bf16", "--precision float32": "tf32", TORCHRUN: "local_rank ddp_backend deepspeed fsdp",
         BEST: "save_strategy save_total_limit load_best_model_at_end", "highest validation accuracy": "metric_for_best_model",
-        MEMORY: "gradient_checkpointing", LABELS: "image_column_name label_column_name", "--optimizer": "optim",
+        "--checkpointing": "gradient_checkpointing", LABELS: "image_column_name label_column_name", "--optimizer": "optim",
         "--compile": "torch_compile", "--resume": "resume_from_checkpoint", "--label-smoothing": "label_smoothing_factor",
         "is searched for": "auto_find_batch_size", ONCE: "group_by_length", "--device cpu": "no_cuda use_cpu",
     },
