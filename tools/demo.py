@@ -50,7 +50,7 @@ def main(
 
     Args:
         data: Folder of class folders. By default, flowers are drawn.
-        weights: A state_dict to start from. By default, the backbone's pretrained weights, or random ones if these are not at hand.
+        weights: A state_dict to start from. By default, the backbone's pretrained weights, or random ones without them.
         backbone: By default, EfficientNet-Lite0 from the extra `demo`, or resnet50 with --weights.
         epochs: Overrides the recipe's number of epochs.
         out: Folder of the run. The output of an earlier demo is removed from it; any other folder must be empty.

@@ -146,6 +146,15 @@ def finetune_long(freeze: int | None = None) -> Recipe:
     return replace(short, augment=augment, epochs=20, soup=2, sizes=(0.71, 0.71, 0.86, 0.86, 1.0))
 
 
+def finetune_small() -> Recipe:
+    """Return our fine-tuning recipe for a small network: EfficientNet-Lite0, 6 epochs, weights from a Python package.
+
+    `finetune` with larger sizes, a higher rate and flipped views. The weights are those of the extra `demo`.
+    """
+    small = replace(finetune(), backbone="timm/tf_efficientnet_lite0", weights="lite0", lr=0.02, tta=True)
+    return replace(small, epochs=6, sizes=(0.57, 0.71, 0.71, 0.86, 0.86, 1.0))
+
+
 PRESETS: dict[str, Callable[[], Recipe]] = {
     "default": default,
     "report-a": report_a,
@@ -168,6 +177,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     },
     "report-e-resnet101-40": report_e_long,
     "scratch": scratch,
+    "finetune-small": finetune_small,
     "finetune": finetune,
     "finetune-unfrozen": partial(finetune, freeze=0),
     "finetune-long": finetune_long,

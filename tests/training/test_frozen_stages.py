@@ -29,7 +29,13 @@ def test_freezing_random_weights_is_refused_before_anything_is_written(
         "weights to start from (--weights FILE, weights=FILE)."
     )
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
-        train(shards, replace(PRESETS["finetune"](), weights=None), out=tmp_path / "run", resume=resume, device="cpu")
+        train(
+            shards,
+            replace(PRESETS["finetune"](), weights=None, freeze=2),
+            out=tmp_path / "run",
+            resume=resume,
+            device="cpu",
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -50,7 +56,7 @@ def test_an_older_run_that_froze_random_weights_can_be_resumed_and_evaluated(sha
     )
 
 
-def test_on_the_command_line_a_preset_with_frozen_stages_needs_weights(
+def test_on_the_command_line_frozen_stages_need_weights(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["--augment.size", "32", "--sizes", "32", "--epochs", "1", "--device", "cpu"]
@@ -61,14 +67,15 @@ def test_on_the_command_line_a_preset_with_frozen_stages_needs_weights(
         "finetune",
         "--weights",
         "None",
+        *small,
         "--out",
         str(tmp_path / "run"),
-        *small,
     ]
-    assert main(command) == 1
+    assert main([*command, "--freeze", "2"]) == 1
     assert capsys.readouterr().err.startswith("error: freeze must be 0 when weights is None, got 2: ")
     assert not (tmp_path / "run").exists()
-    assert main([*command, "--freeze", "0"]) == 0
+    assert main(command) == 0  # the recipe's freeze is half of the stages of a pretrained network
+    assert Checkpoint.load(tmp_path / "run").recipe.freeze == 0
 
 
 def test_the_doctor_accepts_frozen_stages_without_weights(shards: Path) -> None:
