@@ -42,6 +42,7 @@ EXAMPLES: dict[str, str] = {
         "precision": "float32",
         "weights": "DEFAULT",
     },
+    **{"mean": "0.485 0.456 0.406", "std": "0.229 0.224 0.225"},
     **{"size": "224", "resize": "256", "crop": "0.25 1.0", "translate": "0.1 0.1", "scale": "0.9 1.1", "shear": "5 5"},
     **{
         "flip": "0.5",
@@ -326,6 +327,8 @@ def _choices(metavar: str) -> list[str]:
 
 def _metavar(kind: object) -> str:
     kinds = get_args(kind)
+    if kind == int | float:
+        return "FLOAT"
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(_metavar(one) for one in kinds if one is not NoneType)
     if get_origin(kind) is Literal:

@@ -237,9 +237,8 @@ MEANINGS: tuple[tuple[tuple[str, ...], str, str], ...] = (
         TRAINS,
         "the backbone stays as torchvision or timm define it; --weight-decay, --augment.erase and"
         " --augment.mixup also regularize",
-        "dropout drop drop-rate drop-block dropout-rate"
-        " bn-momentum bn-eps"
-        " head-init-scale head-init-bias model-kwargs fast-norm hidden-dim num-layers depth dense-units bn-tf",
+        "dropout drop drop-rate drop-block dropout-rate bn-momentum bn-eps head-init-scale head-init-bias model-kwargs"
+        " fast-norm hidden-dim num-layers depth dense-units bn-tf",
     ),
     (
         TRAINS,
@@ -268,11 +267,7 @@ MEANINGS: tuple[tuple[tuple[str, ...], str, str], ...] = (
         " device-modules dataset-trust-remote-code trust-remote-code"
         " is-train no-resume-opt metrics full-determinism use-mps-device backend",
     ),
-    (
-        TRAINS,
-        "--checkpointing",
-        "grad-checkpointing gradient-checkpointing checkpoint-activations activation-checkpointing",
-    ),
+    (TRAINS, "--checkpointing", "grad-checkpointing gradient-checkpointing activation-checkpointing"),
     (TRAINS, "--drop-path", "drop-path-rate stochastic-depth drop-connect stochastic-depth-prob"),
     (TRAINS, "--layer-decay", "layer-lr-decay llrd lr-layer-decay layerwise-decay"),
     (TRAINS, "--head-lr", "lr-head classifier-lr lr-classifier"),

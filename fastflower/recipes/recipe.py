@@ -31,7 +31,7 @@ class Recipe:
     augment: Augment = field(default_factory=lambda: Augment(crop=(0.08, 1.0), flip=0.5))
     """Augmentation of training images, also as a torchvision transform. Validation uses only its size, resize and normalization.
     Of these four, `train` takes what is left out (None) from the pretrained weights."""
-    sizes: tuple[float, ...] = ()
+    sizes: tuple[int | float, ...] = ()
     """Progressive resizing: heights of training images in pixels, each used for an equal share of the epochs. Numbers up
     to 1 are fractions of `augment.size`, which `train` rounds to multiples of 16 pixels and to sizes that the backbone takes.
     Empty: `augment.size` in all epochs."""
