@@ -72,7 +72,7 @@ def test_on_the_command_line_frozen_stages_need_weights(
         str(tmp_path / "run"),
     ]
     assert main([*command, "--freeze", "2"]) == 1
-    assert capsys.readouterr().err.startswith("error: freeze must be 0 when weights is None, got 2: ")
+    assert capsys.readouterr().err.startswith("error: --freeze must be 0 when weights is None, got 2: ")
     assert not (tmp_path / "run").exists()
     assert main(command) == 0  # the recipe's freeze is half of the stages of a pretrained network
     assert Checkpoint.load(tmp_path / "run").recipe.freeze == 0

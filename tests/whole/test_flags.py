@@ -217,7 +217,7 @@ def test_a_wrong_value_or_argument_is_explained(line: str, text: str, capsys: py
         ("--device gpu0", "--device must be cpu, cuda or cuda:NUMBER, got 'gpu0'; omit it to use CUDA if available."),
         ("--save-steps 0", "--save-steps must be an integer, at least 1, got 0; for example --save-steps 100."),
         ("--recipe fine-tune", "--recipe fine-tune: no recipe has this name; did you mean finetune or finetune-long or "
-         "finetune-unfrozen? fastflower train --recipe list prints all."),
+         "finetune-small? fastflower train --recipe list prints all."),
         ("--recipe xyz", "--recipe xyz: no recipe has this name; fastflower train --recipe list prints all."),
     ],
 )  # fmt: skip
