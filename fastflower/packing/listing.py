@@ -21,7 +21,7 @@ from fastflower.packing.containers import unread
 from fastflower.packing.finder import Finder, Found
 from fastflower.packing.hidden import is_ignored, patterns_ignored
 from fastflower.packing.labels import Labels, read_classes
-from fastflower.packing.lists import LISTS, Row, rows, usual_table
+from fastflower.packing.lists import LISTS, Row, neighbors, rows, usual_table
 from fastflower.packing.names import is_image, split_in
 from fastflower.packing.text import read_lines
 
@@ -256,6 +256,38 @@ def _split_named(where: str, word: str | None) -> str | None:
     if split is None:
         raise FolderError(f"{where}: {word!r} is not a split; write train, val or test.")
     return split
+
+
+def with_neighbors(table: Path, columns: Columns, *, divided: bool) -> list[Path]:
+    """Return a list or table, and those for other splits beside it that name labeled images, or warn that they are not read.
+
+    divided  Whether the images keep the split that the files give.
+    """
+    found, finder = neighbors(table), Finder(table.parent)
+    usable = [file for file in found if _names_labeled(file, columns, finder)]
+    if not found or usable[:1] != found[:1]:
+        for other in found[:1]:
+            _log.warning("%s: %s is not read, because it names no images of this folder with labels", table, other)
+        return [table]
+    files = [table, *usable]
+    if divided:
+        what = " and ".join(f"{file.name} (its {split_in(file.stem)} split)" for file in usable)
+        _log.info("%s: is packed together with %s", table, what)
+        return files
+    command = (
+        f"fastflower pack {layout.quoted(table.parent)} {' '.join(f'--labels {layout.quoted(file)}' for file in files)}"
+    )
+    others = " and ".join(map(str, usable))
+    _log.warning("%s: %s %s not read; to pack all, type %s", table, others, "are" if usable[1:] else "is", command)
+    return [table]
+
+
+def _names_labeled(file: Path, columns: Columns, finder: Finder) -> bool:
+    find = partial(_exists, partial(finder.find, split=split_in(file.stem)))
+    with suppress(FolderError, OSError):
+        sample = islice(rows(file, columns, find), _FEW_ROWS)
+        return any(find(path) for row in sample for path, _ in row.readings)
+    return False
 
 
 def tables_naming(root: Path) -> list[str]:

@@ -32,6 +32,17 @@ def is_table(path: Path) -> bool:
     return is_file(path) and path.name.lower().endswith((*TABLES, *LISTS))
 
 
+def neighbors(table: Path) -> list[Path]:
+    """Return the files beside a list or table of the train split that are named like it for val, and for test if val has one."""
+    if split_in(table.stem) != "train":
+        return []
+    found: list[Path] = []
+    for words in (("val", "valid", "validation"), ("test",)):
+        files = [table.with_name(re.sub("train", word, table.name, flags=re.IGNORECASE)) for word in words]
+        found += [file for file in files if file != table and is_file(file)][:1]
+    return found if any(split_in(file.stem) == "val" for file in found) else []
+
+
 class Row(NamedTuple):
     """One image of a list or table."""
 

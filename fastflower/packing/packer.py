@@ -26,8 +26,7 @@ from fastflower.packing.columns import Columns
 from fastflower.packing.containers import packed_already
 from fastflower.packing.duplicates import Item, Result
 from fastflower.packing.folder import Folder, scan
-from fastflower.packing.layout import quoted
-from fastflower.packing.listing import Tables
+from fastflower.packing.listing import Tables, with_neighbors
 from fastflower.packing.lists import is_table
 from fastflower.packing.lost_classes import LostClassError, without_lost_classes
 from fastflower.packing.plan import Options, Plan
@@ -86,7 +85,8 @@ def pack(
             FOLDER/train/CLASS/** and FOLDER/val/CLASS/** (a folder named after a split is never a class); or the lists
             FOLDER/meta/train.txt, FOLDER/meta/val.txt and FOLDER/classes.txt. A val or test folder may be alone. Or a zip
             or tar archive of such a folder, which is unpacked in OUT while packing. Or a table or list of the images in
-            its folder: data/train.csv is the folder data with labels="data/train.csv".
+            its folder: data/train.csv is the folder data with labels="data/train.csv". If data/val.csv lies beside it, it is
+            the val split, and data/test.csv the test split, unless you ask for another split.
         out: The folder to write. It must not be inside FOLDER or already contain packed shards.
         labels: A table (CSV, TSV or JSON lines) or list of images and their labels, or one file per split, such as
             train.csv and val.csv. The labels are names or numbers. A column of splits divides the images.
@@ -161,24 +161,15 @@ def pack(
     threads = cores() if workers is None else integer("workers", workers, 1)
     require(executor is None or hasattr(executor, "submit"), "executor", "a concurrent.futures.Executor", executor)
     root, target, tables_of_labels = _path("folder", folder), _path("out", out), _paths("labels", labels)
+    require(as_split is None or not split, "as_split", "omitted with split, which divides the images", as_split)
+    columns = _columns(path_column=path_column, label_column=label_column, split_column=split_column)
     if is_table(root):
         require(not tables_of_labels, "labels", f"omitted, because {root} is a table itself", labels)
-        root, tables_of_labels = root.parent, [root]
-        _warn_of_neighbor(tables_of_labels[0])
-    require(as_split is None or not split, "as_split", "omitted with split, which divides the images", as_split)
-    columns = {"path_column": path_column, "label_column": label_column, "split_column": split_column}
-    tables = Tables(tables_of_labels, _paths("split", split), Columns(*(_column(*named) for named in columns.items())))
+        other = split or as_split or folds or test_fraction or split_by in ("class", "random")
+        root, tables_of_labels = root.parent, with_neighbors(root, columns, divided=not other and val_fraction is None)
+    tables = Tables(tables_of_labels, _paths("split", split), columns)
     progress.tell("pack", summary(manifest := _pack(root, tables, target, options, threads, executor)))
     return manifest
-
-
-def _warn_of_neighbor(table: Path) -> None:
-    """Warn if a table of training images lies beside one of validation images, which is not read."""
-    for word in ("val", "valid", "validation"):
-        other = table.with_name(re.sub("train", word, table.name, flags=re.IGNORECASE))
-        if other != table and other.exists():
-            command = f"fastflower pack {quoted(table.parent)} --labels {quoted(table)} --labels {quoted(other)}"
-            _log.warning("%s: %s is not read; to pack both, type %s", table, other, command)
 
 
 def _path(name: str, value: object) -> Path:
@@ -191,9 +182,10 @@ def _paths(name: str, files: object) -> list[Path]:
     return [_path(name, file) for file in several]
 
 
-def _column(name: str, value: str | int | None) -> str | None:
-    require(fitted(str | int | None, value) is not MISFIT, name, "a column's name or, from 1, its number", value)
-    return None if value is None else str(value)
+def _columns(**columns: str | int | None) -> Columns:
+    for name, value in columns.items():
+        require(fitted(str | int | None, value) is not MISFIT, name, "a column's name or, from 1, its number", value)
+    return Columns(*(None if value is None else str(value) for value in columns.values()))
 
 
 def _below(root: Path, files: Sequence[Path]) -> list[Path]:

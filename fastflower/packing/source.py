@@ -21,7 +21,7 @@ from fastflower.packing.folder import Folder
 from fastflower.packing.hidden import is_hidden, is_run_or_pack
 from fastflower.packing.layout import quoted, subfolders
 from fastflower.packing.listing import OwnSplitError
-from fastflower.packing.lists import is_table
+from fastflower.packing.lists import is_table, neighbors
 from fastflower.packing.names import is_image
 from fastflower.packing.packer import accepting, is_inside, pack
 from fastflower.packing.space import bytes_in, readable
@@ -232,9 +232,11 @@ def _writing(source: Path, folder: Path) -> Generator[None]:
 def _state_of(source: Path) -> str:
     """Return a hash of the names, sizes and times of the files that `pack` may read.
 
-    These are the file itself, or all files in a folder. For a table, they are the table and the images below its folder.
+    These are the file itself, or all files in a folder. For a table, they are the table, those of other splits beside it, and
+    the images below its folder.
     """
-    digest, root, table = sha256(), _root(source), source if is_table(source) else None
+    digest, root = sha256(), _root(source)
+    table = {source.name, *(file.name for file in neighbors(source))} if is_table(source) else None
     if not root.is_dir():
         status = root.stat()
         digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
@@ -263,13 +265,13 @@ def _state_of(source: Path) -> str:
     return digest.hexdigest()[:8]
 
 
-def _counts(entry: os.DirEntry[str], table: Path | None) -> bool:
-    """Return whether `pack` may read an entry of a folder, or of the folder of a table."""
+def _counts(entry: os.DirEntry[str], table: set[str] | None) -> bool:
+    """Return whether `pack` may read an entry of a folder, or of the folder of a table. table  Names of the tables."""
     if is_hidden(entry.name) and not is_image(entry.name):
         return False
     if table is None or is_image(entry.name):
         return True
-    return not is_run_or_pack(entry.path) if _is_folder(entry) else entry.name == table.name
+    return not is_run_or_pack(entry.path) if _is_folder(entry) else entry.name in table
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from fastflower import distributed, progress
 from fastflower.devices import environment, resolve_device
-from fastflower.errors import ArgumentError, StoppedError, boolean, integer
+from fastflower.errors import ArgumentError, FolderError, StoppedError, boolean, integer
 from fastflower.models.backbone import require_network
 from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.defaults import complete, network_of
@@ -153,9 +153,23 @@ def _shards_of(call: Call, recipe: Recipe, start: Checkpoint | None) -> str | Pa
     trained = start and start.feeding.get("shards")
 
     def accept(images: Folder) -> None:
+        _require_training(images, recipe.batch_size)
         network_of(recipe, images.classes, resumed=start is not None, quiet=True)
 
     return shards_of(call.shards, call.out.parent / PACKS, trained=trained, fold=call.fold, accept=accept)
+
+
+def _require_training(images: Folder, batch_size: int) -> None:
+    """Raise an error, before anything is packed, if a folder has no train split, or too few images for a batch."""
+    if images.splits and "train" not in images.splits:
+        what = (
+            f"has no train split; it can be evaluated ({', '.join(images.splits)}), but training needs training images"
+        )
+        raise FolderError(f"{images.root}: {what}.")
+    count = int((images.files["split"] == images.splits.index("train")).sum()) if images.splits else len(images)
+    if batch_size > count:
+        what = f"the batch of {batch_size} samples exceeds the {count} images for training in {images.root}"
+        raise ArgumentError(f"batch_size: {what}; lower batch_size (--batch-size {max(1, count // 2)}).")
 
 
 def _possible(recipe: Recipe, start: Checkpoint | None) -> Recipe:

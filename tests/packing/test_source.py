@@ -360,15 +360,3 @@ def test_a_table_in_the_working_folder_is_packed_into_it_once(
     assert not [record for record in said.records if "is not in" in record.message]
     draw_image(1).save(data / "rose" / "more.jpg")
     assert shards_of("train.txt") != first
-
-
-def test_a_table_that_goes_with_another_is_not_taken_alone_in_silence(
-    data: Path, packs: Path, said: pytest.LogCaptureFixture
-) -> None:
-    for name in ("train.csv", "val.csv"):
-        rows = [f"{path.relative_to(data)},{path.parent.name}" for path in sorted(data.rglob("*.jpg"))]
-        (data / name).write_text("\n".join(["path,label", *rows]))
-    shards_of(data / "train.csv", packs)
-    train, val = data / "train.csv", data / "val.csv"
-    command = f"fastflower pack {data} --labels {train} --labels {val}"
-    assert f"{train}: {val} is not read; to pack both, type {command}" in said.text

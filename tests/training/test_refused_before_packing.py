@@ -30,7 +30,7 @@ def data(flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     [
         (
             ["--fold", "0"],
-            "fold must be None, because data is not packed with folds, got 0; pack it first, then pass shards:",
+            "--fold must be None, because data is not packed with folds, got 0; pack it first, then pass shards:",
         ),
         (["--weights", "no.pth"], "no.pth: does not exist; check the path."),
         (["--weights", "data"], "data: is a folder; pass a file, such as a run's checkpoint-best.pt."),
@@ -76,3 +76,23 @@ def test_the_log_names_the_weights_once(data: Path, caplog: pytest.LogCaptureFix
     train(data, replace(RECIPE, weights=str(first.checkpoint)), device="cpu")
     assert sum(": loaded into resnet18" in text for text in caplog.messages) == 1
     assert any(": packing " in text for text in caplog.messages)
+
+
+@pytest.mark.parametrize(("divided", "count"), [(False, 150), (True, 140)])
+def test_a_batch_larger_than_the_train_split_is_refused_first(
+    divided: bool, count: int, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if divided:  # two images of each class for validation
+        for folder in sorted(data.iterdir()):
+            for split, files in (("val", sorted(folder.iterdir())[:2]), ("train", sorted(folder.iterdir())[2:])):
+                Path("divided", split, folder.name).mkdir(parents=True)
+                for file in files:
+                    file.rename(Path("divided", split, folder.name, file.name))
+        data = Path("divided")
+    sizes = [*flags(RECIPE), "--device", "cpu", "--epochs", "1", "--weights", "None"]
+    assert main(["train", str(data), *sizes, "--batch-size", str(count + 1)]) == 1
+    told = f"batch_size: the batch of {count + 1} samples exceeds the {count} images for training in {data}; lower batch_size"
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == f"error: {told} (--batch-size {count // 2})."
+    assert not Path("runs").exists()
+    assert main(["train", str(data), *sizes, *last.rpartition("(")[2].removesuffix(").").split()]) == 0

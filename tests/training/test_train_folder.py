@@ -87,13 +87,11 @@ def test_a_folder_that_cannot_be_packed_leaves_no_run(tmp_path: Path) -> None:
 
 def test_a_test_set_cannot_be_trained_on(tmp_path: Path) -> None:
     drawn(tmp_path / "data/test", rose=3, tulip=3)
-    with pytest.raises(ShardError) as failed:
+    with pytest.raises(FolderError) as failed:
         train(tmp_path / "data", ONE, out=tmp_path / "runs/a", device="cpu")
-    (folder,) = (tmp_path / "runs/packs").iterdir()
-    what = (
-        "has no samples in split 'train'; it can be evaluated (test), but training needs a pack with training images."
-    )
-    assert str(failed.value) == f"{folder}: {what}"
+    what = "has no train split; it can be evaluated (test), but training needs training images."
+    assert str(failed.value) == f"{tmp_path / 'data'}: {what}"
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]  # nothing was packed
 
 
 def test_a_fold_needs_a_pack_with_folds(data: Path, tmp_path: Path) -> None:
