@@ -76,7 +76,7 @@ def recorded(
 
 def read(folder: Path) -> Json | None:
     """Return the content of a run's run.json; None if there is none, as in runs of older versions, or if it is damaged."""
-    with suppress(FileNotFoundError, ValueError):
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError):
         content: object = json.loads((folder / FILE).read_text("utf-8"))
         if isinstance(content, dict):
             found = cast("Json", content)

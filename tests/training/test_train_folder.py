@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 from forks import forked
 from packs import drawn, exactly
-from training_runs import LAST, RECIPE, killed
+from training_runs import LAST, RECIPE, flags, killed
 
 from fastflower import Checkpoint, Manifest, train
 from fastflower.cli import main
@@ -149,3 +149,12 @@ def test_the_help_says_that_images_are_taken(command: str, capsys: pytest.Captur
     with pytest.raises(SystemExit, match=r"^0$"):
         main([command, "--help"])
     assert "A folder of images, an archive or a table of labels" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_list_and_an_archive_are_trained_on_by_the_command(data: Path, tmp_path: Path) -> None:
+    (data / "train.txt").write_text("\n".join(str(path.relative_to(data)) for path in sorted(data.rglob("*.jpg"))))
+    archive = shutil.make_archive(str(tmp_path / "archive"), "zip", data)
+    for number, place in enumerate((data / "train.txt", archive)):
+        out = tmp_path / "runs" / str(number)
+        assert main(["train", str(place), *flags(ONE), "--weights", "None", "--device", "cpu", "--out", str(out)]) == 0
+        assert (out / "run.json").exists()
