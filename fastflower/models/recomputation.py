@@ -7,12 +7,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from fastflower.errors import ArgumentError
 from fastflower.models.backbone import skeleton_of
-from fastflower.models.stages import blocks_of
+from fastflower.models.stages import blocks_of, freeze_stages, train_mode
 from fastflower.models.timm_networks import is_timm
 from fastflower.recipes.recipe import Recipe
 
@@ -56,6 +57,35 @@ def still_statistics(network: nn.Module) -> Generator[None]:
     finally:
         for norm, (momentum, counter) in zip(norms, before, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, counter
+
+
+def kept_bytes(network: nn.Module, images: Tensor) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass besides weights, also on the meta device."""
+    own = [value.untyped_storage() for value in (*network.parameters(), *network.buffers())]
+    known, kept = {id(storage) for storage in own}, dict[int, torch.UntypedStorage]()
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if id(storage) not in known:
+            kept[id(storage)] = storage
+        return value
+
+    with saved_tensors_hooks(pack, lambda value: cast("Tensor", value)):
+        network(images)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def bytes_per_image(recipe: Recipe) -> int:
+    """Estimate what an image of the largest size takes in a training step, from the tensors that are kept, in float32."""
+    size = max(
+        (recipe.augment_at(epoch).output_size for epoch in range(recipe.epochs)), key=lambda size: size[0] * size[1]
+    )
+    network = skeleton_of(recipe.backbone, size=recipe.augment.output_size, drop_path=recipe.drop_path)
+    freeze_stages(network, recipe.freeze)
+    train_mode(network, recipe.freeze)
+    if recipe.checkpointing:
+        recompute_blocks(network)
+    return kept_bytes(network, torch.empty(2, 3, *size, device="meta")) // 2
 
 
 def require_options(recipe: Recipe) -> None:

@@ -346,9 +346,10 @@ def test_memory_that_runs_out_is_explained(
 ) -> None:
     before_call(nn.CrossEntropyLoss, "forward", 1, cause, monkeypatch)
     message = (
-        rf"^batch_size 24 does not fit in the memory of cpu \({said}\); halve batch_size and double "
-        r"accumulate to keep the same updates, or lower augment\.size\. With half the batch:\n  train\('.*', "
-        rf"replace\(recipe, batch_size=12, accumulate=2\), out='{tmp_path}/run', device='cpu'\)$"
+        rf"^batch_size 24 does not fit in the memory of cpu \({said}\); try --batch-size 12 --accumulate 2, which may still be "
+        r"too much and keeps the number of images per update, or keep fewer activations \(--checkpointing, checkpointing=True\), "
+        r"or lower augment\.size \(--augment\.size\)\. With the smaller batch:\n  train\('.*', .*batch_size=12.*accumulate=2.*, "
+        rf"out='{tmp_path}/run', device='cpu'\)$"
     )
     with pytest.raises(DeviceError, match=message):
         train(shards, RECIPE, out=tmp_path / "run", device="cpu")
