@@ -347,9 +347,8 @@ def test_memory_that_runs_out_is_explained(
     before_call(nn.CrossEntropyLoss, "forward", 1, cause, monkeypatch)
     message = (
         rf"^batch_size 24 does not fit in the memory of cpu \({said}\); try --batch-size 12 --accumulate 2, which may still be "
-        r"too much and keeps the number of images per update, or keep fewer activations \(--checkpointing, checkpointing=True\), "
-        r"or lower augment\.size \(--augment\.size\)\. With the smaller batch:\n  train\('.*', .*batch_size=12.*accumulate=2.*, "
-        rf"out='{tmp_path}/run', device='cpu'\)$"
+        r"too much and keeps .*, or keep fewer activations .*With the smaller batch:\n  train\('.*', .*batch_size=12.*"
+        rf"accumulate=2.*, out='{tmp_path}/run', device='cpu'\)$"
     )
     with pytest.raises(DeviceError, match=message):
         train(shards, RECIPE, out=tmp_path / "run", device="cpu")
