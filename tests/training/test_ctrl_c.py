@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("fastflower.training.run.build", small)
+    monkeypatch.setattr("fastflower.models.defaults.build", small)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -43,7 +43,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastflower.training.run.build", small)
+        patch.setattr("fastflower.models.defaults.build", small)
         return train(shards, RECIPE, out=tmp_path_factory.mktemp("whole") / "run", device="cpu").folder
 
 

@@ -41,7 +41,7 @@ def network(_backbone: str, classes: int, **_: Any) -> nn.Module:
 @pytest.fixture
 def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use the same kernels in every run: no benchmarking of convolutions, which may choose differently each time."""
-    monkeypatch.setattr("fastflower.training.run.build", network)
+    monkeypatch.setattr("fastflower.models.defaults.build", network)
     monkeypatch.setattr("fastflower.training.run.fastest_convolutions", lambda _: nullcontext())
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True

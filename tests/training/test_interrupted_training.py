@@ -51,14 +51,14 @@ def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "resnet" not in request.fixturenames:
-        monkeypatch.setattr("fastflower.training.run.build", small)
+        monkeypatch.setattr("fastflower.models.defaults.build", small)
 
 
 @pytest.fixture(scope="module")
 def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of the small network."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastflower.training.run.build", small)
+        patch.setattr("fastflower.models.defaults.build", small)
         return train(shards, RECIPE, out=tmp_path_factory.mktemp("whole") / "run", device="cpu").folder
 
 

@@ -134,7 +134,7 @@ def test_an_update_equals_that_of_an_optimizer_for_each_layer(optimizer: Any) ->
 def test_factors_of_one_give_the_run_without_them(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastflower.training.run.build", small)
+    monkeypatch.setattr("fastflower.models.defaults.build", small)
     recipe = replace(RECIPE, epochs=1)
     folders: list[Path] = []
     for name, changes in (("plain", {}), ("one", {"layer_decay": 1.0, "head_lr": RECIPE.lr})):
@@ -145,7 +145,7 @@ def test_factors_of_one_give_the_run_without_them(
 
 
 def test_the_history_has_the_rate_of_the_recipe(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastflower.training.run.build", small)
+    monkeypatch.setattr("fastflower.models.defaults.build", small)
     recipe = replace(RECIPE, epochs=1, schedule="constant", lr=0.01, head_lr=0.02, layer_decay=0.5)
     report = train(shards, recipe, out=tmp_path / "run", device="cpu")
     assert [row["lr"] for row in written_history(report.folder)] == [0.01]
@@ -170,7 +170,7 @@ def test_a_checkpoint_without_the_fields_resumes_as_before(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Any
 ) -> None:
     """Its recipe lacks them, and its optimizer has two groups without a factor."""
-    monkeypatch.setattr("fastflower.training.run.build", small)
+    monkeypatch.setattr("fastflower.models.defaults.build", small)
     recipe, out = replace(RECIPE, optimizer=optimizer), tmp_path / "run"
     whole = train(shards, recipe, out=tmp_path / "whole", device="cpu").folder
     killed(shards, recipe, out, (Run, "step", 4), save_steps=2)

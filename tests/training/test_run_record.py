@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastflower.training.run.build", small)
+    monkeypatch.setattr("fastflower.models.defaults.build", small)
 
 
 def kept(out: Path) -> dict[str, Any]:

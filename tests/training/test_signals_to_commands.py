@@ -29,7 +29,7 @@ MOMENTS: list[Any] = [
     pytest.param(source, "_state_of", 1, BEFORE, id="before packing"),
     pytest.param(packer, "_make_shards", 1, BEFORE, id="packing"),
     pytest.param(packer, "publish", 1, BEFORE, id="packed"),
-    pytest.param(loop, "build", 1, BEFORE, id="building the network"),
+    pytest.param(loop, "network_of", 1, BEFORE, id="building the network"),
     pytest.param(Run, "step", 1, FIRST, id="the first step"),
     pytest.param(Run, "step", 7, LATER, id="in an epoch"),
     pytest.param(loop, "measure", 1, "in the validation of epoch 1, and saved", id="validation"),
@@ -40,7 +40,7 @@ SIGNALS = [("SIGINT", 130, "interrupted by SIGINT"), ("SIGTERM", 143, "stopped b
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("fastflower.training.run.build", small)
+    monkeypatch.setattr("fastflower.models.defaults.build", small)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -114,7 +114,7 @@ def test_a_process_that_gets_a_signal_while_it_packs_ends_with_its_status(
 def test_a_resumed_run_that_is_stopped_before_its_first_step_is_resumed_again(data: Path, capsys: Any) -> None:
     command = ["train", str(data), "--device", "cpu", *flags(RECIPE), "--batch-size", "5", "--out", "runs/a"]
     assert signalled("SIGINT", (Run, "step", 2), command) == 130
-    assert signalled("SIGTERM", (loop, "build", 1), ["train", str(data), "--out", "runs/a", "--resume"]) == 143
+    assert signalled("SIGTERM", (loop, "network_of", 1), ["train", str(data), "--out", "runs/a", "--resume"]) == 143
     *_, told, typed = capsys.readouterr().err.splitlines()
     assert told == "runs/a: stopped by SIGTERM before training began. To continue:"
     assert typed == "  fastflower train data --out runs/a --resume"

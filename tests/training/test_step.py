@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the small network and write no report."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr("fastflower.training.run.build", small)
+    monkeypatch.setattr("fastflower.models.defaults.build", small)
     monkeypatch.setattr("fastflower.training.run.write_report", lambda *_: None)
 
 

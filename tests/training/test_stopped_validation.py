@@ -31,7 +31,7 @@ VARIANTS: list[Any] = [
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastflower.training.run.build", small)
+    monkeypatch.setattr("fastflower.models.defaults.build", small)
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 

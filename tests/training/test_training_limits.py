@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastflower.training.run.build", small)
+    monkeypatch.setattr("fastflower.models.defaults.build", small)
 
 
 def test_the_seconds_before_an_interruption_count(

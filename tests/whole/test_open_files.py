@@ -309,7 +309,7 @@ def test_train_pack_and_checkpoints_name_a_refusal_by_the_system(
 
     message = REFUSED[errno.EMFILE]
     monkeypatch.setattr("fastflower.training.run.write_history", refuse)
-    monkeypatch.setattr("fastflower.training.run.build", small)
+    monkeypatch.setattr("fastflower.models.defaults.build", small)
     recipe = Recipe(weights=None, freeze=0, augment=SMALL, epochs=1)
     with pytest.raises(ResourceError, match=rf"^history\.csv: cannot be opened or read: {message}"):
         train(shards, recipe, out=tmp_path / "run", device="cpu")
