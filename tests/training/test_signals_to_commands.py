@@ -101,13 +101,13 @@ def test_a_process_that_gets_a_signal_while_it_packs_ends_with_its_status(
         "packer.make_shard = dying\nsys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, "train", str(data), "--recipe", "scratch", "--device", "cpu"],
+        [sys.executable, "-c", program, "train", str(data), "--recipe", "scratch", "--batch-size", "8", "--device", "cpu"],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == status, done.stderr
     *_, told, typed = done.stderr.splitlines()
     assert told == f"runs/resnet18: {how} before training began. To start again:"
-    assert typed == "  fastflower train data --recipe scratch --out runs/resnet18 --device cpu"
+    assert typed == "  fastflower train data --recipe scratch --batch-size 8 --out runs/resnet18 --device cpu"
     assert not Path("runs/resnet18").exists()
 
 
