@@ -81,8 +81,8 @@ def bytes_per_image(recipe: Recipe) -> int:
         (recipe.augment_at(epoch).output_size for epoch in range(recipe.epochs)), key=lambda size: size[0] * size[1]
     )
     network = skeleton_of(recipe.backbone, size=recipe.augment.output_size, drop_path=recipe.drop_path)
-    freeze_stages(network, recipe.freeze)
-    train_mode(network, recipe.freeze)
+    freeze_stages(network, recipe.freeze or 0)
+    train_mode(network, recipe.freeze or 0)
     if recipe.checkpointing:
         recompute_blocks(network)
     return kept_bytes(network, torch.empty(2, 3, *size, device="meta")) // 2

@@ -10,6 +10,7 @@ from fastflower.errors import CheckpointError, DeviceError, FastflowerError, Tra
 from fastflower.files import refusal
 from fastflower.models.backbone import skeleton_of
 from fastflower.models.checkpoint import LAST
+from fastflower.models.defaults import complete
 from fastflower.models.recomputation import bytes_per_image, recompute_blocks
 from fastflower.recipes.recipe import Recipe
 from fastflower.training.command import Call
@@ -85,6 +86,7 @@ def _factor(recipe: Recipe, device: torch.device) -> tuple[int, bool]:
     ranks, factor, room = distributed.world_size(), 1, _room(device)
     each = weights = 0
     with suppress(Exception):  # each network has its own
+        recipe = complete(recipe, quiet=True)
         network = skeleton_of(recipe.backbone, size=recipe.augment.output_size)
         weights = (
             4 * 4 * sum(parameter.numel() for parameter in network.parameters())
