@@ -24,6 +24,8 @@ class _Label(NamedTuple):
     parent: str
     """Folders in the listed path, or "" if the label does not depend on them."""
     split: str | None
+    place: str = ""
+    """Folders above the image, which may name a label that is a number."""
 
 
 class Labels:
@@ -39,12 +41,16 @@ class Labels:
         self._where: list[str] = []  # of the first image with each label
         self._unlabeled = ""
 
-    def add(self, text: str | None, listed: str, split: str | None, where: str) -> int:
-        """Return a number for the label of an image, which `classes` later maps to its class."""
+    def add(self, text: str | None, listed: str, split: str | None, where: str, path: str = "") -> int:
+        """Return a number for the label of an image, which `classes` later maps to its class.
+
+        listed  The end of the path that the list gives. path  The image's path in the folder to pack.
+        """
         if text is not None and not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text):
             raise FolderError(f"{where}: the label is not UTF-8; save the file as UTF-8.")
         depends = text is None or (self._given is None and not (self._table and _number(text) is None))
-        label = _Label(text, listed.rpartition("/")[0] if depends else "", split)
+        place = path.rpartition("/")[0] if self._given is None and _number(text) is not None else ""
+        label = _Label(text, listed.rpartition("/")[0] if depends else "", split, place)
         number = self._numbers.setdefault(label, len(self._numbers))
         if number == len(self._where):
             self._where.append(where)
@@ -64,11 +70,11 @@ class Labels:
         folders = _class_folders(labels)
         train = [number for number, label in enumerate(labels) if label.split in (None, "train")]
         tops = sorted({folders[number] for number in train if folders[number]})
-        by_position = self._given is None and not self._table and len(tops) > 1
-        ordered = list(self._given or (tops if by_position else ()))
         numeric = all(_number(label.text) is not None for label in labels)
+        named = self._named(labels) if numeric and self._given is None else {}
+        by_position = self._given is None and not self._table and len(tops) > 1 and not named
+        ordered = list(self._given or (tops if by_position else ()))
         first = self._first_number(labels, len(ordered))
-        named = self._named(labels, folders) if numeric and self._table and self._given is None else {}
         names: list[str] = []
         for label, folder, where in zip(labels, folders, self._where, strict=True):
             number = _number(label.text)
@@ -87,6 +93,8 @@ class Labels:
         numbers = {name: number for number, name in named.items()}
         used = {names[number] for number in train}
         classes = ordered or sorted(used, key=(numbers.__getitem__ if named else int) if numeric else None)
+        if numeric and not named and not ordered:
+            self._tell_digits(classes, {label.place.rpartition("/")[2] for label in labels})
         known = {name: position for position, name in enumerate(classes)}
         for name, where in zip(names, self._where, strict=True):
             if name not in known and not drop_empty:
@@ -94,29 +102,34 @@ class Labels:
         unknown = sorted({*names} - known.keys())
         return classes, np.array([known.get(name, -1) for name in names], np.int32), unknown
 
-    def _named(self, labels: Sequence[_Label], folders: Sequence[str]) -> dict[int, str]:
-        """Return the class folder that goes with each number of a table, or {} if a number or a folder has several."""
-        pairs = {
-            (number, folder)
-            for label, folder in zip(labels, folders, strict=True)
-            if (number := _number(label.text)) is not None
-        }
-        named, tops = dict(pairs), {folder for _, folder in pairs}
-        file = self._where[0].rpartition(", ")[0] if self._where else ""
-        if len(pairs) == len(named) == len(tops) and "" not in tops:
-            few = ", ".join(f"{number} is {named[number]!r}" for number in sorted(named)[:3])
-            _log.info(
-                "%s: the labels are numbers, named by the folders of their images: %s",
-                file,
-                few + (", ..." if len(named) > 3 else ""),
-            )
-            return named
-        if len(tops) > 1:
-            what = (
-                "the classes are named by their numbers, because these do not match the folders; to name them, list the"
-            )
-            _log.warning("%s: %s names in label order in classes.txt, in the folder to pack", file, what)
+    def _named(self, labels: Sequence[_Label]) -> dict[int, str]:
+        """Return the class folder that goes with each number, or {} if a number or a folder has several.
+
+        It is the outermost folder for which this holds, or that directly above the image.
+        """
+        numbers = [number for label in labels if (number := _number(label.text)) is not None]
+        places = [label.place.split("/") for label in labels]
+        for depth in (*range(min(map(len, places), default=0)), -1):
+            pairs = {(number, place[depth]) for number, place in zip(numbers, places, strict=True)}
+            named, folders = dict(pairs), {folder for _, folder in pairs}
+            if len(pairs) == len(named) == len(folders) > 1 and "" not in folders:
+                few = ", ".join(f"{number} is {named[number]!r}" for number in sorted(named)[:3])
+                what = "the labels are numbers, named by the folders of their images"
+                _log.info("%s: %s: %s", self._file(), what, few + (", ..." if len(named) > 3 else ""))
+                return named
         return {}
+
+    def _tell_digits(self, classes: Sequence[str], folders: set[str]) -> None:
+        """Say that numbers are the names of the classes. folders  Names of those directly above the images."""
+        matched = len(folders - splits_named(folders).keys()) <= 1  # no folders suggest other names
+        what = f"classes are named {classes[0]} ... {classes[-1]}" + (
+            "" if matched else ", which do not match the folders"
+        )
+        remedy = "to name them, list the names in label order in classes.txt, in the folder to pack"
+        _log.log(logging.INFO if matched else logging.WARNING, "%s: %s; %s", self._file(), what, remedy)
+
+    def _file(self) -> str:
+        return self._where[0].rpartition(", ")[0]
 
     def _first_number(self, labels: Sequence[_Label], count: int) -> int:
         """Return whether labels count from 0 or 1. They count from 1 only if one of them equals the number of classes."""

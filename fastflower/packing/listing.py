@@ -141,7 +141,7 @@ class Listing:
                     unlabeled = label == "" or (label is None and place == "test" and "/" not in listed)
                     if unlabeled and place != "test":
                         raise FolderError(f"{row.where}: {path!r} has no label; add it, or remove the line.")
-                    number = -1 if unlabeled else self._labels.add(label, listed, place, row.where)
+                    number = -1 if unlabeled else self._labels.add(label, listed, place, row.where, path)
                 if self._is_new(row.where, path, number):
                     self._images += missing == len(self._missing)
                     if self._labels is not None and number < 0:

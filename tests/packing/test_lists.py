@@ -233,6 +233,46 @@ def test_numbers_that_do_not_match_the_folders_stay_numbers(
 ) -> None:
     touch(tmp_path / "data", *[line.split()[0] for line in lines.splitlines()])
     table = write(tmp_path, {"list.txt": lines}) / "list.txt"
+    caplog.set_level(logging.INFO, "fastflower")
     assert scan(tmp_path / "data", Tables([table])).classes == classes
-    what = "the classes are named by their numbers, because these do not match the folders; to name them, list the names in "
-    assert caplog.messages == [f"{table}: {what}label order in classes.txt, in the folder to pack"] * warned
+    rule = ", which do not match the folders" * warned
+    remedy = "to name them, list the names in label order in classes.txt, in the folder to pack"
+    named = f"{table}: classes are named {classes[0]} ... {classes[-1]}{rule}; {remedy}"
+    assert [(record.levelname, record.message) for record in caplog.records if record.message == named] == (
+        [("WARNING" if warned else "INFO", named)] if classes[0] == "0" else []
+    )
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(
+    ("place", "folders"),
+    [
+        ("flowers/", ""),  # the list is above the folder of the classes
+        ("a/images/", ""),
+        ("flowers/", "/monday"),  # classes have folders
+        ("flowers/train/", ""),
+    ],
+)
+def test_folders_name_the_classes_however_deep_they_are(
+    tmp_path: Path, place: str, folders: str, inside: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Numbers count against the alphabet, so that positions among sorted folders would be wrong."""
+    names = ("tulip", "rose", "daisy")
+    paths = {f"{place}{name}{folders}/{copy}{name}.jpg": label for label, name in enumerate(names) for copy in "xyz"}
+    if folders:  # no other folder goes with one number
+        paths |= {f"{place}{name}/sunday/{name}.jpg": label for label, name in enumerate(names)}
+    text = "".join(f"{path} {label}\n" for path, label in paths.items())
+    root = touch(tmp_path / "data", *paths)
+    table = write(root if inside else tmp_path, {"train.txt": text}) / "train.txt"
+    caplog.set_level(logging.INFO, "fastflower")
+    found = scan(root) if inside else scan(root, Tables([table]))
+    assert found.classes == names
+    assert labeled(found) == {path: names[label] + " train" * inside for path, label in paths.items()}
+    what = "the labels are numbers, named by the folders of their images: 0 is 'tulip', 1 is 'rose', 2 is 'daisy'"
+    assert caplog.messages == [f"{table}: {what}"]
+
+
+def test_folders_name_the_classes_of_a_list_of_names_alone(tmp_path: Path) -> None:
+    touch(tmp_path, "images/rose/1.jpg", "images/daisy/2.jpg", "images/daisy/3.jpg")
+    table = write(tmp_path, {"list.csv": "image,label\n1.jpg,0\n2.jpg,1\n3.jpg,1\n"}) / "list.csv"
+    assert scan(tmp_path, Tables([table])).classes == ("rose", "daisy")
