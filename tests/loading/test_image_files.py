@@ -278,8 +278,9 @@ def test_the_options_have_the_types_of_the_loaders_arguments() -> None:
     assert {name for name in options if options[name] != arguments[name]} == {"shuffle"}, "only labels can be balanced"
 
 
-def test_pack_names_what_takes_images_without_labels(folder: Path) -> None:
+def test_pack_names_what_takes_images_without_labels(folder: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(folder / "a", tmp_path / "alone" / "images")
     with pytest.raises(FolderError, match=r"has no class folders; .*fastflower predict.*Loader\.from_files"):
-        pack(folder / "a", folder.parent / "out")
+        pack(alone, tmp_path / "out")
     with pytest.raises(ArgumentError, match=r"got an object of type list; for image files, call Loader\.from_files\.$"):
         Loader([folder / "gray.jpg"])  # pyright: ignore[reportArgumentType]  (what a user may try)

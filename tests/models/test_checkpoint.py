@@ -75,7 +75,7 @@ def assert_equal(one: Any, other: Any) -> None:
 def test_a_loaded_checkpoint_equals_the_saved_one(tmp_path: Path, checkpoint: Checkpoint) -> None:
     checkpoint.save(tmp_path / "checkpoint.pt")
     loaded = Checkpoint.load(tmp_path / "checkpoint.pt")
-    assert loaded.recipe == checkpoint.recipe
+    assert loaded.recipe == checkpoint.recipe.resolved
     assert dict(loaded.model).keys() == dict(checkpoint.model).keys()
     for name in ("classes", "epoch", "step", "history", "trained", "tally", "environment"):
         assert_equal(getattr(loaded, name), getattr(checkpoint, name))
