@@ -20,9 +20,9 @@ def no_class_folders(root: Path) -> FolderError:
     parent = root.parent if root.name not in ("", "..") else root / ".."
     with suppress(FolderError, OSError):  # they are no classes, or cannot be read
         tops = layout.subfolders(parent)
-        if len(tops) > 1 and not splits_named(tops) and all(layout.has_own_images(parent / top) for top in tops):
+        others = [top for top in tops if not (parent / top).samefile(root)]  # links to the folder are none
+        if others and not splits_named(tops) and all(layout.has_own_images(parent / top) for top in tops):
             layout.check_classes(parent, tops, resplit=False)
-            others = [top for top in tops if not (parent / top).samefile(root)]
             few = ", ".join(map(repr, others[:_MOST_NAMES])) + (", ..." if len(others) > _MOST_NAMES else "")
             remedy = f"if it is one class, beside {few}, pass the folder that holds them:\n  {with_data(parent)}"
             return FolderError(f"{root}: has no class folders; {remedy}")
