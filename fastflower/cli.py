@@ -341,7 +341,10 @@ def _predict(prog: str, args: Sequence[str]) -> None:
     if skipped and on_bad == "fail":
         what = f"{skipped} of {skipped + len(lines)} images are unusable and have no prediction"
         empty = f"; their cells in {out} are empty" if out is not None else ""
-        raise SampleError(f"{what}{empty}; they are named above (to accept that, pass --on-bad skip).")
+        if form:
+            rows = f"{skipped} row{'s' * (skipped > 1)} with empty cells, which a competition may reject"
+            empty = f"; {out} has {rows}: fill them, for example with the most frequent class"
+        raise SampleError(f"{what}{empty}; the images are named above (to accept that, pass --on-bad skip).")
 
 
 def _reordered(prog: str, args: Sequence[str], checkpoint: str, others: list[str]) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from fastflower import distributed
-from fastflower.errors import ArgumentError, DeviceError
+from fastflower.errors import ArgumentError, DeviceError, quoted
 from fastflower.machine import version_of
 
 _log = logging.getLogger("fastflower")
@@ -30,19 +30,20 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         chosen = None
     if chosen is None or chosen.type not in ("cpu", "cuda"):
         raise ArgumentError(
-            f"device must be cpu, cuda or cuda:NUMBER, got {device!r}; omit it to use CUDA if available."
+            f"device must be cpu, cuda or cuda:NUMBER, got {quoted(device)}; omit it to use CUDA if available."
         )
+    named = repr(
+        str(device) if isinstance(device, torch.device) else device
+    )  # an integer is that of a GPU, as in torch
     if chosen.type == "cuda" and not available:
         raise DeviceError(
-            f"device={str(device)!r}: this machine, or this build of torch ({torch.__version__}), has no CUDA; "
+            f"device={named}: this machine, or this build of torch ({torch.__version__}), has no CUDA; "
             f"omit device to use the CPU, or install an NVIDIA driver and a CUDA build of torch."
         )
     if str(chosen) == "cuda":  # without a number
         chosen = torch.device("cuda", torch.cuda.current_device())
     if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
-        raise DeviceError(
-            f"device={str(device)!r}: this machine has only {torch.cuda.device_count()} GPUs; omit device."
-        )
+        raise DeviceError(f"device={named}: this machine has only {torch.cuda.device_count()} GPUs; omit device.")
     return chosen
 
 

@@ -27,7 +27,21 @@ class ArgumentError(FastflowerError, ValueError):
 def require(holds: bool, name: str, rule: str, value: object) -> None:
     """Raise ArgumentError with the argument's name, rule and value unless `holds` is True."""
     if not holds:
-        raise ArgumentError(f"{name} must be {rule}, got {value!r}.")
+        raise ArgumentError(f"{name} must be {rule}, got {quoted(value)}.")
+
+
+def quoted(value: object) -> str:
+    """Return a value's repr for a message. A long one is cut in the middle; of long bytes, only the size is named."""
+    text = repr(value)
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    if isinstance(value, (bytes, bytearray)):
+        return f"{type(value).__name__} ({len(value)} bytes)"
+    half = _MOST_CHARACTERS // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+_MOST_CHARACTERS = 80
 
 
 def integer(

@@ -10,7 +10,7 @@ from functools import wraps
 from inspect import signature
 from typing import ParamSpec, TypeVar
 
-from fastflower.errors import MissingArgumentError, UnknownArgumentError
+from fastflower.errors import MissingArgumentError, UnknownArgumentError, quoted
 from fastflower.words import COMMAND_MEANINGS, MEANINGS, TORCHRUN, TRAINS
 
 Params = ParamSpec("Params")
@@ -18,6 +18,13 @@ Result = TypeVar("Result")
 Class = TypeVar("Class")
 
 _EXAMPLES = {"checkpoint": "'runs/a'", "shards": "'data'", "folder": "'data'", "images": "'photo.jpg'"}
+
+_OF_TRAINING: tuple[str, ...] = (
+    "Recipe",
+    "Augment",
+    "Loader",
+    "Loader.from_files",
+)  # whose words are those of the command train
 
 _typed = ContextVar("typed", default="")
 _called = ContextVar("called", default="")  # the function that the user called, not those that it calls
@@ -168,7 +175,7 @@ def _in_python(answer: str) -> str:
 
 def _argument(function: str, name: str, known: Collection[str]) -> str:
     """Return what the name of an argument means by the words of other tools, or ""."""
-    command, word = {"Recipe": "train", "Augment": "train"}.get(function, function), _plain(name)
+    command, word = dict.fromkeys(_OF_TRAINING, "train").get(function, function), _plain(name)
     for commands, answer, words in MEANINGS:
         if command not in commands or not (word in words.split() or answer in (f"--{word}", f"--augment.{word}")):
             continue
@@ -178,6 +185,8 @@ def _argument(function: str, name: str, known: Collection[str]) -> str:
         last = field.removeprefix("augment.")
         if last in known:
             return f"did you mean {last}?"
+        if last != field and function.startswith("Loader"):
+            return f"did you mean augment=Augment({last}=...)?"
         if not {*TRAINS} <= {*commands}:
             return f"did you mean {commands[0]}({field}=...)?"
         return f"did you mean Recipe({f'augment=Augment({last}=...)' if last != field else f'{last}=...'})?"
@@ -241,8 +250,8 @@ def fields_by_name(cls: type[Class]) -> type[Class]:
     @wraps(make)
     def checked(self: Class, *args: object, **kwargs: object) -> None:
         if args:
-            load = f"; to load a file, call {cls.__name__}.load({args[0]!r})" if hasattr(cls, "load") else ""
-            raise UnknownArgumentError(f"{cls.__name__} takes its fields by name, got {args[0]!r}{load}.")
+            load = f"; to load a file, call {cls.__name__}.load({quoted(args[0])})" if hasattr(cls, "load") else ""
+            raise UnknownArgumentError(f"{cls.__name__} takes its fields by name, got {quoted(args[0])}{load}.")
         refuse_unknown(cls.__name__, kwargs, known, {})
         make(self, **kwargs)
 

@@ -183,7 +183,7 @@ MEANINGS: tuple[tuple[tuple[str, ...], str, str], ...] = (
         ("train",),
         TORCHRUN,
         "local-rank world-size dist-url dist-backend multiprocessing-distributed distributed nodes num-nodes"
-        " strategy rank ddp"
+        " strategy rank ddp nproc nproc-per-gpu"
         " nproc-per-node nnodes node-rank master-addr master-port ddp-backend deepspeed fsdp dp data-parallel num-processes"
         " multi-gpu horovod no-ddp-bb gp find-unused-parameters rdzv-endpoint use-ddp parallel num-machines",
     ),

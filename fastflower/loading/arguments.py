@@ -3,24 +3,30 @@
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import TYPE_CHECKING, Literal, Never, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, Never, ParamSpec, TypedDict, TypeVar, cast
 
 import torch
 
 from fastflower.draws.augment import Augment
 from fastflower.draws.torchvision_steps import is_transform
-from fastflower.errors import ArgumentError, ShardError, boolean, integer, require
+from fastflower.errors import ArgumentError, MissingArgumentError, ShardError, boolean, integer, quoted, require
 from fastflower.loading.backends.base import Name
 from fastflower.loading.cache import Cache
 from fastflower.loading.image_files import ImageFiles
 from fastflower.loading.steps import Shuffle, Steps, Tail
+from fastflower.packing.folder import images_in
+from fastflower.shards.manifest import FILE, WORK, Manifest
 from fastflower.shards.remote import Remote
+from fastflower.suggestions import called_directly, refuse_unknown
 
 _log = logging.getLogger("fastflower")
 
 Choice = TypeVar("Choice")
+Params = ParamSpec("Params")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
@@ -46,8 +52,11 @@ INSTEAD = {
     "worker_init_fn": "pass seed, on which order and augmentation depend; workers are threads",
     "transform": "pass it as augment, which takes an Augment or a torchvision transform",
     "target_transform": "change batch.labels in the loop",
-    "dataset": "pass the folder that pack wrote, as the first argument",
-    "root": "pass the folder that pack wrote, as the first argument",
+    "transforms": "pass it as augment, which takes an Augment or a torchvision transform",
+    **dict.fromkeys(
+        ("dataset", "root", "data", "folder", "path", "data_dir"),
+        "pass shards, the folder that pack wrote, in its place",
+    ),
     "loader": "leave it out: images are decoded to RGB",
     "is_valid_file": "leave it out: pack skips damaged images, and pack takes a list of the files to pack",
 }
@@ -103,6 +112,19 @@ class Answers:
         )
 
 
+def needs_shards(make: Callable[Params, None]) -> Callable[Params, None]:
+    """Decorate Loader.__init__: without shards, arguments that it does not have are answered all the same."""
+
+    @wraps(make)
+    def checked(*args: Params.args, **options: Params.kwargs) -> None:
+        if len(args) < 2 and "shards" not in options:  # the first is the loader
+            refuse_unknown("Loader", options, [name for name in signature(make).parameters if name != "self"], INSTEAD)
+            raise MissingArgumentError("Loader needs shards, the folder that pack wrote, as in Loader('shards').")
+        make(*args, **options)
+
+    return checked
+
+
 def check_shards(shards: object, split: object) -> None:
     """Raise ArgumentError unless these are a place and a name."""
     if not isinstance(shards, (str, Path, Remote, ImageFiles)):
@@ -112,6 +134,26 @@ def check_shards(shards: object, split: object) -> None:
         )
     batch = f" (for batches of {split}, pass batch_size={split})" if isinstance(split, int) else ""
     require(isinstance(split, str), "split", f"a name such as 'train' or 'val'{batch}", split)
+
+
+def manifest_of(shards: str) -> Manifest:
+    """Read the manifest. For the name of a split below a pack, and for a folder of images, the error shows the call."""
+    try:
+        return Manifest.load(shards)
+    except ShardError:
+        place = Path(shards)
+        if any((place / name).exists() for name in (FILE, WORK)) or not called_directly("Loader"):
+            raise
+        above = str(place.parent)
+        if (place.parent / FILE).exists() and place.name in Manifest.load(above).splits:
+            what = f"is a split of the pack {above}; pass Loader({above!r}, {place.name!r})."
+            raise ShardError(f"{place}: {what}") from None
+        if place.is_dir() and len(images_in(place)):
+            calls = f"  pack({str(place)!r}, 'shards')\n  Loader('shards', 'train')"
+            raise ShardError(
+                f"{place}: is a folder of images, not shards; pack it once, then load it:\n{calls}"
+            ) from None
+        raise
 
 
 def integer_or_none(name: str, value: object, at_least: int, *, unit: str = "") -> int | None:
@@ -126,7 +168,7 @@ def as_augment(augment: AugmentLike) -> Augment:
     if is_transform(augment):
         return Augment.from_torchvision(augment)
     raise ArgumentError(
-        f"augment must be an Augment or a torchvision transform, got {augment!r}; a Loader calls no Python function for "
+        f"augment must be an Augment or a torchvision transform, got {quoted(augment)}; a Loader calls no Python function for "
         f"each image: write Augment(crop=(0.08, 1.0), flip=0.5), or call the function on batch.images."
     )
 
@@ -137,7 +179,7 @@ def backend_of(backend: Name | None, executor: Name | None) -> Name | None:
         return backend
     if backend is not None:
         raise ArgumentError(f"executor is a deprecated alias for backend; pass only backend={backend!r}.")
-    warnings.warn(f"Loader(executor=) is deprecated; pass backend={executor!r}.", FutureWarning, stacklevel=3)
+    warnings.warn(f"Loader(executor=) is deprecated; pass backend={executor!r}.", FutureWarning, stacklevel=4)
     return executor
 
 

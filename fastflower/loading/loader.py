@@ -30,7 +30,6 @@ from fastflower.loading.steps import Order, Shuffle, Steps, Tail
 from fastflower.loading.transfer import Pacing, put
 from fastflower.machine import cores
 from fastflower.shards.folds import FoldView, check_fold
-from fastflower.shards.manifest import Manifest
 from fastflower.shards.mirror import Mirror
 from fastflower.shards.reader import Paths, ShardReader
 from fastflower.shards.remote import Remote, remote
@@ -99,6 +98,7 @@ class Loader(arguments.Answers, IterableDataset[Batch]):
         (32, 3, 96, 96) torch.float32 (32,) torch.int64
     """
 
+    @arguments.needs_shards
     def __init__(
         self,
         shards: str | Path | Remote | ImageFiles,
@@ -165,7 +165,7 @@ class Loader(arguments.Answers, IterableDataset[Batch]):
         if isinstance(shards, ImageFiles):
             self.manifest, self.fold = shards.manifest, None
             return shards
-        self.manifest = self._mirror.manifest if self._mirror else Manifest.load(str(shards))
+        self.manifest = self._mirror.manifest if self._mirror else arguments.manifest_of(str(shards))
         self.fold = check_fold(self.manifest, self.split, fold)
         if self._mirror:
             self._mirror.open_split(self.split, self.window or 1, self.fold)

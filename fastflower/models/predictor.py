@@ -230,6 +230,7 @@ def _named(classes: Sequence[str] | None, augment: AugmentLike) -> tuple[tuple[s
     listed = classes is not None and not isinstance(classes, str) and all(type(name) is str for name in classes)
     augment = Augment.from_torchvision(augment) if is_transform(augment) else augment
     rule = "given with a network: different names, in the order of its outputs"
+    rule += ", as in Predictor(network, classes=['cat', 'dog'], augment=Augment(size=224))" if classes is None else ""
     require(listed and len(set(classes or ())) == len(classes or ()) > 0, "classes", rule, classes)
     rule = "given with a network: an Augment or a torchvision transform, for its size, mean and std"
     require(isinstance(augment, Augment), "augment", rule, augment)

@@ -211,6 +211,8 @@ class Manifest:
             choice += f"choose from {', '.join(full)}"
             if name == "train":
                 choice = f"it can be evaluated ({', '.join(full)}), but training needs a pack with training images"
+            if near := [key for key in full if name.lower().startswith(key)]:  # valid, validation, training
+                raise ShardError(f"{self.folder}: has no split {name!r}; did you mean {near[0]!r}?")
             raise ShardError(f"{self.folder}: has no samples in split {name!r}; {choice}.")
         return split
 

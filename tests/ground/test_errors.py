@@ -1,11 +1,15 @@
 """Checks of arguments: numpy's numbers are plain numbers, anything else is an error that states the rule."""
 
+from collections.abc import Callable
 from math import inf, nan
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fastflower.errors import ArgumentError, boolean, integer, number
+from fastflower import Augment, Loader, Predictor, Recipe, evaluate, predict
+from fastflower.errors import ArgumentError, boolean, integer, number, quoted
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)])
@@ -49,3 +53,26 @@ def test_booleans() -> None:
     for value in (None, 1, 0, "yes"):
         with pytest.raises(ArgumentError, match="tta must be True or False, got "):
             boolean("tta", value)
+
+
+def test_a_long_value_is_cut_in_a_message(shards: Path) -> None:
+    uses: tuple[Callable[[Any], object], ...] = (
+        Predictor,
+        lambda value: Recipe(value),  # pyright: ignore[reportCallIssue]  (what a user may try)
+        lambda value: predict(value, "a.jpg"),
+        lambda value: evaluate(value, "shards"),
+        lambda value: Recipe(backbone=value),
+        lambda value: Augment(size=value),
+        lambda value: Loader(shards, device=value),
+        lambda value: Loader(shards, augment=value),
+        lambda value: Loader(shards, device="cpu", backend=value),
+    )
+    for use in uses:
+        with pytest.raises(ArgumentError, match=r", got bytes \(400000 bytes\)") as told:
+            use(bytes(400_000))
+        assert len(str(told.value)) < 400
+        with pytest.raises(ArgumentError, match=r", got \[0, 0, .* \.\.\. .*, 0\]") as told:
+            use([0] * 1000)
+        assert len(str(told.value)) < 400
+    assert quoted("a" * 78) == repr("a" * 78)
+    assert quoted("x" * 60 + "y" * 60) == f"'{'x' * 39} ... {'y' * 39}'"

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 from ranks import launch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastflower import Augment, Batch, Loader
 
@@ -51,6 +53,23 @@ def train(batches: Iterable[Batch]) -> tuple[Batches, list[int]]:
     return found, sums
 
 
+def validate(batches: Iterable[Batch]) -> tuple[int, list[float]]:
+    """Return this rank's number of steps, and its batch norm's statistic: after them, and after a step with the wrapper.
+
+    The statistic is the rank until DDP broadcasts that of rank 0.
+    """
+    norm, steps = nn.BatchNorm2d(3), list(batches)
+    network = DistributedDataParallel(nn.Sequential(norm, nn.Conv2d(3, 1, 1))).eval()
+    norm.running_mean.fill_(dist.get_rank())  # pyright: ignore[reportOptionalMemberAccess]  (it has statistics)
+    seen: list[float] = []
+    for images, *_ in steps:
+        network.module(images)
+    for call in (network.module, network):
+        call(steps[0].images)
+        seen.append(float(norm.running_mean[0]))  # pyright: ignore[reportOptionalSubscript]  (as above)
+    return len(steps), seen
+
+
 def rank(shards: str, out: str) -> None:
     dist.init_process_group("gloo")
     world_size = dist.get_world_size()
@@ -63,6 +82,7 @@ def rank(shards: str, out: str) -> None:
     report["state"] = loader.state_dict()
     report["broken"].append(train(loader))
     report["val"] = batches_of(make(shards, "val", world_size))
+    report["validated"] = validate(make(shards, "val", world_size))
     if world_size == 2:
         loader = make(shards, "train", world_size)
         loader.load_state_dict(json.loads(Path(out, "0_of_4.json").read_text())["state"])

@@ -58,6 +58,8 @@ def test_arguments_outside_their_rule_are_named(
 def test_cuda_without_a_gpu_is_an_error_with_the_remedy(shards: Path) -> None:
     with pytest.raises(DeviceError, match=r"device='cuda': this machine.*has no CUDA; omit device to use the CPU"):
         make(shards, device="cuda")
+    with pytest.raises(DeviceError, match=r"^device=0: this machine.*has no CUDA; omit device"):
+        make(shards, device=0)
 
 
 NO_INTEGER: list[Any] = [None, 1.0, True, np.inf, -1, 2**64, "4", [4], np.float32(4), torch.tensor(4)]
@@ -113,6 +115,8 @@ def test_a_gpu_that_the_machine_lacks_is_named(shards: Path, monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(DeviceError, match=exactly("device='cuda:2': this machine has only 2 GPUs; omit device.")):
         make(shards, device="cuda:2")
+    with pytest.raises(DeviceError, match=exactly("device=2: this machine has only 2 GPUs; omit device.")):
+        make(shards, device=2)
 
 
 def test_numpys_numbers_are_plain_in_the_state_and_in_a_pickle(folds: Path, tmp_path: Path) -> None:
@@ -175,6 +179,57 @@ def test_an_unknown_argument_is_answered_with_the_near_one(shards: Path) -> None
         ArgumentError, match=r"^x: Loader has no such argument; it has shards, split, fold, .*, workers\.$"
     ):
         make(shards, x=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bs": 16}, "bs: Loader has no such argument; did you mean batch_size?"),
+        ({"size": 64}, "size: Loader has no such argument; did you mean augment=Augment(size=...)?"),
+        ({"image_size": 64}, "image_size: Loader has no such argument; did you mean augment=Augment(size=...)?"),
+        ({"transforms": None}, f"transforms: Loader has no such argument; {SAID['transform']}."),
+    ],
+)
+def test_words_of_other_tools_are_answered(shards: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ArgumentError, match=exactly(said)):
+        make(shards, **options)
+    said = said.replace("Loader has", "Loader.from_files has")
+    with pytest.raises(ArgumentError, match=exactly(said)):
+        Loader.from_files("data", **options)
+
+
+def test_shards_by_another_name_or_none_are_asked_for(shards: Path) -> None:
+    said = "dataset: Loader has no such argument; pass shards, the folder that pack wrote, in its place."
+    with pytest.raises(ArgumentError, match=exactly(said)):
+        Loader(dataset=shards, batch_size=16)  # pyright: ignore[reportCallIssue]  (what a user may try)
+    with pytest.raises(
+        ArgumentError, match=exactly("Loader needs shards, the folder that pack wrote, as in Loader('shards').")
+    ):
+        Loader(batch_size=16)  # pyright: ignore[reportCallIssue]  (as above)
+    assert Loader(shards=shards, device="cpu").num_samples == 120
+
+
+def test_a_split_in_the_place_of_shards_and_one_by_another_name_are_answered(shards: Path) -> None:
+    said = f"{shards}/train: is a split of the pack {shards}; pass Loader({str(shards)!r}, 'train')."
+    with pytest.raises(ShardError, match=exactly(said)):
+        make(shards / "train")
+    for name, near in (("valid", "val"), ("Validation", "val"), ("training", "train")):
+        with pytest.raises(ShardError, match=exactly(f"{shards}: has no split '{name}'; did you mean '{near}'?")):
+            make(shards, split=name)
+
+
+def test_a_folder_of_images_is_answered_with_calls_that_work(
+    flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(flowers)
+    with pytest.raises(
+        ShardError, match=r"^data: is a folder of images, not shards; pack it once, then load it:\n"
+    ) as told:
+        Loader("data")
+    first, second = str(told.value).splitlines()[1:]
+    assert (first, second) == ("  pack('data', 'shards')", "  Loader('shards', 'train')")
+    assert eval(f"{first.strip()} and {second.strip()}").num_samples == 120
 
 
 def test_a_type_checker_still_refuses_unknown_arguments() -> None:

@@ -181,7 +181,10 @@ def test_an_error_in_a_stream_comes_after_the_predictions_before_it(predictor: P
 
 NAMED = {"classes": CLASSES, "augment": VIEW}
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"classes": None}, r"^classes must be given with a network: different names, in the order .*, got None\.$"),
+    (
+        {"classes": None},
+        r"^classes must be given .* outputs, as in Predictor\(network, classes=\[.*\], augment=.*\), got None\.$",
+    ),
     ({"classes": "rose"}, r"^classes must be given with a network: different names, .*, got 'rose'\.$"),
     ({"classes": ("a", "a")}, r"^classes must be given with a network: different names, .*, got \('a', 'a'\)\.$"),
     ({"classes": (0, 1)}, r"^classes must be given with a network: .*, got \(0, 1\)\.$"),

@@ -61,14 +61,15 @@ def test_damaged_images_in_a_folder_fail_the_command_after_all_others_are_predic
     expected = predict(checkpoint, test, device="cpu")
     assert out == f"wrote {table}\n"
     assert err.splitlines()[-1] == (
-        f"error: 2 of 6 images are unusable and have no prediction; their cells in {table} are empty; they are named above "
+        f"error: 2 of 6 images are unusable and have no prediction; their cells in {table} are empty; the images are named above "
         f"(to accept that, pass --on-bad skip)."
     )
     assert command(checkpoint, test) == 1
     out, err = capsys.readouterr()
     assert out.splitlines() == [f"{one.path}: {one.class_name} ({one.probability:.1%})" for one in expected]
     assert err.splitlines()[-1] == (
-        "error: 2 of 6 images are unusable and have no prediction; they are named above (to accept that, pass --on-bad skip)."
+        "error: 2 of 6 images are unusable and have no prediction; the images are named above (to accept that, pass "
+        "--on-bad skip)."
     )
     assert f"skipped {test / 'broken.jpg'}: is plain text, named .jpg" in caplog.messages
     header, *rows = lines(table)
@@ -135,13 +136,18 @@ def test_a_sample_gives_header_ids_and_order(checkpoint: Path, test: Path, tmp_p
 
 
 def test_a_sample_of_probabilities_is_followed_and_skipped_images_have_empty_cells(
-    checkpoint: Path, test: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    checkpoint: Path, test: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("z.jpg", "unlisted.jpg"):
         (test / name).write_bytes(b"no image")
     (tmp_path / "sample.csv").write_text("id,dog,cat,0\nz,0.3,0.3,0.4\nc,0.3,0.3,0.4\n")
     flags = ["--out", tmp_path / "s.csv", "--sample", tmp_path / "sample.csv"]
     assert command(checkpoint, test, *flags) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: 1 of 2 images are unusable and have no prediction; {tmp_path}/s.csv has 1 row with empty cells, which a "
+        "competition may reject: fill them, for example with the most frequent class; the images are named above (to accept "
+        "that, pass --on-bad skip)."
+    )
     assert not any("unlisted.jpg" in text for text in caplog.messages)
     one = by_name(predict(checkpoint, test, device="cpu"))["c.png"].probabilities
     header, empty, full = lines(tmp_path / "s.csv")

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from packs import drawn
 from places import ROOT
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import models
 
 from fastflower import Augment, Batch, Checkpoint, Loader, Recipe, predict, train
@@ -81,6 +83,24 @@ def test_a_loader_does_what_the_page_on_dataloader_says(
     view = Loader("shards", "val", batch_size=32, device="cpu")
     assert (view.augment.resized, view.augment.output_size) == (256, (224, 224))
     assert sum(len(index) for _, _, index in view) == view.num_samples == 30
+
+
+def test_packing_and_validation_under_torchrun_run_again_as_the_page_on_loading_says(
+    flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(flowers)
+    texts = [text for text in blocks("loading.md") if "dist." in text or "network.module" in text]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        network = DistributedDataParallel(torch.nn.Sequential(torch.nn.AvgPool2d(224), torch.nn.Conv2d(3, 5, 1)))
+        names: dict[str, Any] = {"network": network}
+        for _ in range(2):
+            for text in texts:
+                exec(compile(text, "docs/loading.md", "exec"), names)
+    finally:
+        dist.destroy_process_group()
+    assert (len(texts), names["loader"].num_samples, names["logits"].shape) == (2, 120, (30, 5, 1, 1))
 
 
 def test_a_network_elsewhere_says_what_predict_says(

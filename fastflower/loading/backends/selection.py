@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 
 from fastflower.draws.augment import Augment
-from fastflower.errors import ArgumentError
+from fastflower.errors import ArgumentError, quoted
 from fastflower.loading.backends.base import AnyBackend, Name, Setup
 from fastflower.loading.backends.native import available
 from fastflower.loading.backends.threads import NativeBackend, OpencvBackend
@@ -27,7 +27,7 @@ def choose(
     Raises ArgumentError if the backend is unknown or unavailable, or does not support `device` or `cache`.
     """
     if name not in (*get_args(Name), None):
-        raise ArgumentError(f"backend must be one of {', '.join(get_args(Name))}, got {name!r}.")
+        raise ArgumentError(f"backend must be one of {', '.join(get_args(Name))}, got {quoted(name)}.")
     cuda = device.type == "cuda"
     if name == "triton" and not cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ArgumentError(f"backend='triton' needs device='cuda', got {str(device)!r}; leave backend out.")
