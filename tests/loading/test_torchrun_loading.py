@@ -131,6 +131,6 @@ def test_two_processes_resume_what_four_began(reports: Reports, alone: dict[str,
 def test_validation_without_the_wrapper_waits_for_no_rank(reports: Reports) -> None:
     """DDP's forward broadcasts buffers also in evaluation mode, for which a rank with fewer steps would be missing."""
     steps, seen = zip(*(rank["validated"] for rank in reports[4]), strict=True)
-    assert steps == (2, 2, 1, 1)
+    assert sorted(steps) == [1, 1, 2, 2]
     assert [own for own, _ in seen] == [0, 1, 2, 3]
     assert [broadcast for _, broadcast in seen] == [0, 0, 0, 0]
