@@ -57,7 +57,7 @@ def test_booleans() -> None:
 
 def test_a_long_value_is_cut_in_a_message(shards: Path) -> None:
     uses: tuple[Callable[[Any], object], ...] = (
-        Predictor,
+        lambda value: Predictor(value, device="cpu"),
         lambda value: Recipe(value),  # pyright: ignore[reportCallIssue]  (what a user may try)
         lambda value: predict(value, "a.jpg"),
         lambda value: evaluate(value, "shards"),
