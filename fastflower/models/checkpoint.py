@@ -171,6 +171,11 @@ class Checkpoint:
 def _file(path: Path) -> Path:
     """Return a checkpoint's file, in a run's folder the best one. Raises CheckpointError for shards and images."""
     path = best_in(path)
+    if path.is_dir() and (path / LAST).is_file():
+        raise CheckpointError(
+            f"{path}: no epoch of this run is finished; resume it (fastflower train SHARDS --out {path} --resume), or pass "
+            f"{path / LAST}, its weights as they are."
+        )
     what = "a folder of shards" if (path / FILE).exists() else None
     if path.is_file():
         with suppress(OSError), path.open("rb") as file:  # load_file explains what cannot be read

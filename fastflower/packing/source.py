@@ -24,6 +24,7 @@ from fastflower.packing.listing import OwnSplitError
 from fastflower.packing.lists import is_table, neighbors
 from fastflower.packing.names import is_image
 from fastflower.packing.packer import accepting, is_inside, pack
+from fastflower.packing.remarks import summary
 from fastflower.packing.space import bytes_in, readable
 from fastflower.packing.workspace import remove_empty
 from fastflower.shards.manifest import FILE, PLAN, WORK, Manifest
@@ -191,7 +192,11 @@ def _pack_once(source: Path, folder: Path, as_split: _AsSplit) -> Path:
         if _is_ready(folder):
             return folder
         try:
-            pack(source, folder, as_split=as_split)
+            *lines, _ = summary(
+                pack(source, folder, as_split=as_split)
+            )  # the last names the folder, as the log did before
+            for line in lines:
+                _log.info("%s", line)
             return folder
         except OwnSplitError:
             other = _Packs(source, folder.parent, _state_of(source)).current(None)

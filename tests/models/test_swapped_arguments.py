@@ -90,6 +90,13 @@ def test_a_checkpoint_that_is_missing_is_not_taken_for_an_image(run: Path) -> No
         predict(run / "no.jpg", run)
 
 
+def test_a_run_without_a_finished_epoch_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-last.pt").touch()
+    message = r"no epoch of this run is finished; resume it \(fastflower train SHARDS --out .* --resume\), or pass .*-last\.pt, "
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.load(tmp_path)
+
+
 def test_a_predictor_says_which_of_its_arguments_is_no_checkpoint_and_no_image(run: Path) -> None:
     image, data = run.parent.parent / "1.png", run.parent.parent / "data"
     with pytest.raises(CheckpointError, match=r"/1\.png: is an image, not a checkpoint; pass the checkpoint first"):

@@ -34,9 +34,14 @@ def data(flowers: Path, tmp_path: Path) -> Path:
 def test_the_pack_lies_beside_the_run_and_a_second_run_uses_it(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "fastflower")
     one = train(data, ONE, out=tmp_path / "runs/a", device="cpu")
     (folder,) = (tmp_path / "runs/packs").iterdir()
-    caplog.set_level(logging.INFO, "fastflower")
+    splits = Manifest.load(folder).splits
+    assert [line for line in caplog.messages if "images in" in line and "shards" in line] == [
+        f"{name}: {split.samples} images in {len(split.shards)} shards" for name, split in splits.items()
+    ]
+    caplog.clear()
     other = train(data, ONE, out=tmp_path / "runs/b", device="cpu")
     assert caplog.messages[0] == f"{data}: is packed already, in {folder}"
     third = train(folder, ONE, out=tmp_path / "runs/c", device="cpu")
