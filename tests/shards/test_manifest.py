@@ -166,6 +166,8 @@ def test_json_of_another_shape_is_rejected(tmp_path: Path, text: str) -> None:
 def test_an_unknown_or_empty_split_lists_the_available_ones(tmp_path: Path, name: str) -> None:
     manifest = Manifest.load(write_manifest(tmp_path))
     text = f"{tmp_path}: has no samples in split '{name}'; choose from train."
+    if name == "Train":
+        text = f"{tmp_path}: has no split 'Train'; did you mean 'train'?"
     with pytest.raises(ShardError, match=exactly(text)):
         manifest.split(name)
     with pytest.raises(ShardError, match=exactly(text)):

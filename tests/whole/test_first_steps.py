@@ -170,7 +170,8 @@ def test_resuming_on_another_number_of_ranks_warns(
 ) -> None:
     recipe = replace(RECIPE, epochs=1)
     train(shards, recipe, out=tmp_path, device="cpu")
-    checkpoint, recipe = Checkpoint.load(tmp_path / "checkpoint-last.pt"), replace(recipe, sync_batchnorm=together)
+    checkpoint = Checkpoint.load(tmp_path / "checkpoint-last.pt")
+    recipe = replace(recipe, epochs=2, sync_batchnorm=together)  # an epoch is left
     checkpoint.environment["ranks"] = "2"
     replace(checkpoint, recipe=recipe).save(tmp_path / "checkpoint-last.pt")
     caplog.clear()
