@@ -89,7 +89,7 @@ def _run(data: Path | None, weights: Path | None, backbone: str | None, epochs: 
     _step("evaluating the best checkpoint")
     scores = evaluate(report.checkpoint, out / "shards")
     _step("timing epochs against ImageFolder")
-    timing = _timed(folder, out, Checkpoint.load(report.checkpoint).recipe.augment.output_size[0])
+    timing = _timed(folder, out, Checkpoint.load(report.checkpoint).recipe.augment_at(0).output_size[0])
     _summary(report, scores, timing, time.perf_counter() - start)
 
 
@@ -125,7 +125,7 @@ def _trained(out: Path, weights: Path | None, backbone: str | None, epochs: int 
 
 
 def _timed(folder: Path, out: Path, size: int) -> dict[str, list[Timed]]:
-    """Run benchmarks/epoch_time.py on 640 of the same images, at the training resolution."""
+    """Run benchmarks/epoch_time.py on 640 of the same images, at the size of the first epoch."""
     command = [sys.executable, ROOT / "benchmarks" / "epoch_time.py", "--data", folder, "--out", out]
     options = {"rounds": 3, "train-rounds": 1, "size": size, "max-images": 640}
     subprocess.run([*command, *(f"--{name}={value}" for name, value in options.items())], check=True)
