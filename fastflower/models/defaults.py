@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,8 @@ from fastflower.models.backbone import build, require_network, skeleton_of
 from fastflower.models.sizes import sizes_of, takes_size
 from fastflower.models.stages import stages_of
 from fastflower.models.views import view_of_weights
+from fastflower.recipes.flags import nearest
+from fastflower.recipes.presets import PRESETS
 from fastflower.recipes.recipe import Recipe
 
 _log = logging.getLogger("fastflower")
@@ -53,12 +56,17 @@ def network_of(recipe: Recipe, classes: Sequence[str], *, resumed: bool = False,
 
 
 def brief(recipe: Recipe) -> Recipe:
-    """Return a recipe without the view if `complete` fills in the same, for messages that repeat it."""
-    short = replace(recipe, augment=replace(recipe.augment, **dict.fromkeys(_VIEW)))
-    try:
-        return short if complete(short, quiet=True).augment == recipe.augment.resolved else recipe
-    except FastflowerError:  # the weights are gone
-        return recipe
+    """Return a recipe as its nearest preset leaves it out, if `complete` fills in the same. For messages and run.json."""
+    preset = PRESETS[nearest(recipe)]()
+    with suppress(FastflowerError):  # the weights may be gone
+        full = complete(recipe, quiet=True)
+        for name in (*_VIEW, "freeze", "sizes"):
+            if name in _VIEW:
+                short = replace(recipe, augment=replace(recipe.augment, **{name: getattr(preset.augment, name)}))
+            else:
+                short = replace(recipe, **{name: getattr(preset, name)})
+            recipe = short if complete(short, quiet=True) == full else recipe
+    return recipe
 
 
 def seen_as(recipe: Recipe, other: Recipe) -> Recipe:
@@ -113,7 +121,8 @@ def _told(recipe: Recipe, filled: Recipe) -> Iterator[str]:
         if seen.normalization != Augment().normalization:
             mean, std = ([round(value, 4) for value in values] for values in seen.normalization)
             normal = f"mean {mean} and std {std}"
-        yield f"images of {_text(seen.size)} pixels after a resize to {_text(seen.resize)}, {normal}, as its weights expect"
+        size = f"images of {_text(seen.size)} pixels after a resize to {_text(seen.resize)}, "
+        yield f"{'' if augment.size else size}{normal}, as its weights expect"
     if recipe.freeze != filled.freeze:
         yield f"the first {filled.freeze} stages are frozen"
     if recipe.sizes != filled.sizes:

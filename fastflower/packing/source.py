@@ -192,10 +192,8 @@ def _pack_once(source: Path, folder: Path, as_split: _AsSplit) -> Path:
         if _is_ready(folder):
             return folder
         try:
-            *lines, _ = summary(
-                pack(source, folder, as_split=as_split)
-            )  # the last names the folder, as the log did before
-            for line in lines:
+            manifest = pack(source, folder, as_split=as_split)
+            for line in [*summary(manifest)][:-1]:  # the last one names the folder, which the log has done
                 _log.info("%s", line)
             return folder
         except OwnSplitError:

@@ -8,7 +8,7 @@ from fastflower import distributed
 from fastflower.errors import CheckpointError
 from fastflower.loading.loader import Loader
 from fastflower.models.checkpoint import LAST, Checkpoint
-from fastflower.models.defaults import complete, seen_as
+from fastflower.models.defaults import brief, complete, seen_as
 from fastflower.training.command import Call
 
 _log = logging.getLogger("fastflower")
@@ -30,7 +30,7 @@ def as_begun(call: Call, start: Checkpoint, *, recipe: bool) -> Call:
     """
     place = call.out / LAST
     if not recipe:
-        call = replace(call, recipe=start.recipe)
+        call = replace(call, recipe=brief(start.recipe))
     if call.fold is None:
         call = replace(call, fold=start.fold)
     passed = complete(seen_as(call.recipe, start.recipe), quiet=True)

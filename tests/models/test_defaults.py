@@ -13,7 +13,7 @@ from fastflower import Augment, Recipe, train
 from fastflower.cli import main
 from fastflower.errors import CheckpointError
 from fastflower.models.checkpoint import Checkpoint
-from fastflower.models.defaults import complete
+from fastflower.models.defaults import brief, complete
 from fastflower.models.stages import stages_of
 from fastflower.recipes.presets import PRESETS
 
@@ -97,6 +97,23 @@ def test_the_reports_presets_are_complete() -> None:
     for name in [name for name in PRESETS if name.startswith("report-")]:
         assert complete(PRESETS[name]()) == PRESETS[name]().resolved, name
         assert view(complete(PRESETS[name]())) == (224, 256, MEAN, STD)
+
+
+@pytest.mark.parametrize(
+    "name", ["default", "finetune", "finetune-long", "report-a", "report-c-resnet50-frozen", "scratch"]
+)
+def test_a_complete_preset_is_repeated_as_the_preset(name: str) -> None:
+    """So messages and run.json of a resumed run name no field that the user left out."""
+    assert brief(complete(PRESETS[name]())) == PRESETS[name]()
+    other = replace(PRESETS[name](), lr=0.123)
+    assert brief(complete(other)) == other
+
+
+def test_only_what_comes_from_the_weights_is_said_to(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fastflower")
+    complete(Recipe(augment=Augment(size=160)))
+    (record,) = caplog.records
+    assert record.getMessage() == "resnet18: ImageNet's mean and std, as its weights expect"
 
 
 def test_what_was_filled_in_is_said_once(

@@ -55,7 +55,8 @@ def test_a_run_validates_on_its_fold_and_remembers_it(shards: Path, last: Path) 
     assert scores.accuracy == checkpoint.history[-1]["val_accuracy"]
     assert scores.loss == pytest.approx(checkpoint.history[-1]["val_loss"])
     assert evaluate(last, shards, split="train", device="cpu").num_samples == 24 - scores.num_samples
-    assert " on 3 classes, validated on fold 1</h1>" in (last.parent / "report.html").read_text()
+    assert f"<h1>{last.parent.name}: resnet18 (recipe " in (text := (last.parent / "report.html").read_text())
+    assert " on 3 classes, validated on fold 1</h1>" in text
 
 
 def test_a_run_resumes_only_with_its_fold(shards: Path, others: Path, last: Path) -> None:
