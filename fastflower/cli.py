@@ -1,6 +1,5 @@
 """The command line: one subcommand for each public function, with flags derived from its signature and docstring."""
 
-import inspect
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fastflower.errors import ArgumentError, FastflowerError, SampleError, ShardError, StoppedError
 from fastflower.flags import EXAMPLES, Parser, UsageError, inverse
 from fastflower.no_command import answer
+from fastflower.outline import Outline
 from fastflower.suggestions import typed
 
 _TYPES: dict[str, object] = {
@@ -118,23 +118,28 @@ def _no_command(args: Sequence[str]) -> int:
     return 0 if asked else 2
 
 
-def _parser(prog: str, call: Callable[..., object], **types: object) -> Parser:
-    """Return the parser of a function's arguments. types  Types of parameters, as in _TYPES."""
-    parser = Parser(prog, inspect.cleandoc(call.__doc__ or "").split("\n\n")[0])
-    parser.add_parameters(call, {**_TYPES, **types})
+def _parser(prog: str, function: str, **types: object) -> Parser:
+    """Return the parser of a function's arguments. types  Types of parameters, as in _TYPES.
+
+    The function, such as "training.trainer.train", is not imported: wrong flags are refused before torch is.
+    """
+    types, (module, _, name) = {**_TYPES, **types}, function.rpartition(".")
+    call = Outline(f"fastflower.{module}", name, types)
+    parser = Parser(prog, (call.__doc__ or "").split("\n\n")[0])
+    parser.add_parameters(call, types)
     parser.choices |= {flag: words for flag, words in _WORDS.items() if flag in parser.texts}
     return parser
 
 
 def _pack(prog: str, args: Sequence[str]) -> None:
-    from fastflower.packing.packer import pack
-    from fastflower.packing.remarks import summary
-
-    parser = _parser(prog, pack, out=Path, split=list[Path])
+    parser = _parser(prog, "packing.packer.pack", out=Path, split=list[Path])
     text = "Address of a Dask scheduler. Its workers do the packing and must see FOLDER and OUT at the same paths."
     parser.choices["--out"] = ["*"]  # as in pack(folder, out)
     parser.add("dask", str | None, text, metavar="ADDRESS")
     values = parser.parse(args)
+    from fastflower.packing.packer import pack
+    from fastflower.packing.remarks import summary
+
     with _dask(values.pop("dask", None)) as executor:
         manifest = pack(**values, executor=executor)
     print(*summary(manifest), sep="\n")
@@ -160,9 +165,9 @@ def _dask(address: str | None) -> Generator[Executor | None]:
 
 
 def _verify(prog: str, args: Sequence[str]) -> None:
+    values = _parser(prog, "shards.verification.verify").parse(args)
     from fastflower.shards.verification import verify
 
-    values = _parser(prog, verify).parse(args)
     problems = verify(**values)
     for problem in problems:
         print(problem)
@@ -173,39 +178,49 @@ def _verify(prog: str, args: Sequence[str]) -> None:
 
 
 def _doctor(prog: str, args: Sequence[str]) -> None:
+    values = _parse_recipe(prog, args, "training.diagnosis.diagnose")
     from fastflower.training.diagnosis import diagnose
 
-    print(diagnose(**_parse_recipe(prog, args, diagnose)))
+    print(diagnose(**values))
 
 
 def _preview(prog: str, args: Sequence[str]) -> None:
+    args = [text.replace("--photographs", "--images") for text in args]  # the flag's previous name
+    values = _parse_recipe(prog, args, "reporting.preview.preview", out=Path, images=int)
     from fastflower.reporting.preview import preview
 
-    args = [text.replace("--photographs", "--images") for text in args]  # the flag's previous name
-    print(f"wrote {preview(**_parse_recipe(prog, args, preview, out=Path, images=int))}")
+    print(f"wrote {preview(**values)}")
 
 
 def _train(prog: str, args: Sequence[str]) -> None:
-    from fastflower.training.command import to_resume
-    from fastflower.training.trainer import train
-
     if not _speaks():
         logging.getLogger("fastflower").setLevel(logging.WARNING)
     try:
-        values = _parse_recipe(prog, args, train, out=Path | None)
+        values = _parse_recipe(prog, args, "training.trainer.train", out=Path | None)
     except UsageError as error:
-        runs = {word: command for word in args if (command := to_resume(Path(word)))}
-        told = "".join(f" {run} is a run. To continue it:\n  {command}" for run, command in runs.items())
-        raise UsageError(f"{error}{told}") from None
+        raise UsageError(f"{error}{_of_runs(args)}") from None
+    from fastflower.training.trainer import train
+
     report = train(**values)
     if _speaks():
         print(*report.last_lines(), sep="\n")
 
 
+def _of_runs(args: Sequence[str]) -> str:
+    """Return how to continue the runs among the arguments."""
+    if not any(map(os.path.isdir, args)):
+        return ""
+    from fastflower.training.command import to_resume
+
+    runs = {word: command for word in args if (command := to_resume(Path(word)))}
+    return "".join(f" {run} is a run. To continue it:\n  {command}" for run, command in runs.items())
+
+
 def _reports(prog: str, args: Sequence[str]) -> None:
+    parsed = _parser(prog, "training.reports.reports", out=Path).parse(args)
+    values: dict[str, Any] = {"out": Path("runs/reports"), **parsed}
     from fastflower.training.reports import reports
 
-    values: dict[str, Any] = {"out": Path("runs/reports"), **_parser(prog, reports, out=Path).parse(args)}
     try:
         text = reports(**values)
     except ArgumentError as error:
@@ -219,27 +234,27 @@ def _speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _parse_recipe(prog: str, args: Sequence[str], call: Callable[..., object], **types: object) -> dict[str, Any]:
+def _parse_recipe(prog: str, args: Sequence[str], function: str, **types: object) -> dict[str, Any]:
     """Parse the command line for a subcommand that takes a recipe. Each field of the recipe is a flag."""
     try:
-        return {**_with_recipe(prog, args, call, **types)}
+        return {**_with_recipe(prog, args, function, **types)}
     except ArgumentError as error:
         flag = str(error).partition(" ")[0]
         name = flag.rpartition(".")[2].removeprefix("--").replace("-", "_")
         tries = [[flag, *text.split()] for text in (EXAMPLES.get(name), "0", "1", "constant") if text]
-        works = (one for one in (*tries, [inverse(flag)]) if _is_accepted(prog, [*args, *one], call, **types))
+        works = (one for one in (*tries, [inverse(flag)]) if _is_accepted(prog, [*args, *one], function, **types))
         example = next(works, tries[0] if name in EXAMPLES else [])
         told = f"; for example {' '.join(example)}." if example and flag != "--recipe" else "."
         raise ArgumentError(str(error).removesuffix(".") + told) from None
 
 
-def _is_accepted(prog: str, args: Sequence[str], call: Callable[..., object], **types: object) -> bool:
+def _is_accepted(prog: str, args: Sequence[str], function: str, **types: object) -> bool:
     with suppress(ArgumentError, UsageError):
-        return bool(_with_recipe(prog, args, call, **types))
+        return bool(_with_recipe(prog, args, function, **types))
     return False
 
 
-def _with_recipe(prog: str, args: Sequence[str], call: Callable[..., object], **types: object) -> dict[str, object]:
+def _with_recipe(prog: str, args: Sequence[str], function: str, **types: object) -> dict[str, object]:
     """Return what `_parse_recipe` does. Raises ArgumentError for the first field with a wrong value."""
     from fastflower.recipes.presets import PRESETS, phrase
 
@@ -255,7 +270,7 @@ def _with_recipe(prog: str, args: Sequence[str], call: Callable[..., object], **
         meant = f"did you mean {' or '.join(near)}? " if near else ""
         raise ArgumentError(f"--recipe {name}: no recipe has this name; {meant}{prog} --recipe list prints all.")
     recipe = PRESETS[name]()
-    parser = _parser(prog, call, recipe=None, **types)
+    parser = _parser(prog, function, recipe=None, **types)
     parser.add("recipe", str, text, metavar="NAME", default="default")
     parser.choices |= {"--recipe": PRESETS, "--backbone": _NETWORKS}
     parser.add_fields(recipe, f"recipe {name}", but="augment")
@@ -285,9 +300,10 @@ def _flag(prefix: str, name: str) -> str:
 
 
 def _backbones(prog: str, args: Sequence[str]) -> None:
+    values = _parser(prog, "models.catalog.backbones").parse(args or ["*"])
     from fastflower.models.catalog import backbones
 
-    for number, each in enumerate(backbones(**_parser(prog, backbones).parse(args or ["*"]))):
+    for number, each in enumerate(backbones(**values)):
         if number == 0:
             print(f"{'name':32}{'parameters':>12}{'stages':>8}{'trained at':>12}  {'weights':12}image sizes")
         weights = "on disk" if each.at_hand else "to download"
@@ -296,10 +312,10 @@ def _backbones(prog: str, args: Sequence[str]) -> None:
 
 
 def _evaluate(prog: str, args: Sequence[str]) -> None:
+    values = _parser(prog, "models.evaluation.evaluate").parse(args)
     from fastflower.models.checkpoint import require_order
     from fastflower.models.evaluation import evaluate
 
-    values = _parser(prog, evaluate).parse(args)
     require_order(values["checkpoint"], values["shards"], partial(_reordered, prog, args))
     scores = evaluate(**values)
     print(
@@ -313,15 +329,15 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
 
 
 def _predict(prog: str, args: Sequence[str]) -> None:
+    values = _parser(prog, "models.prediction.predict").parse(args)
+    if not values["images"]:
+        raise ArgumentError("IMAGES must name at least one image file or folder, got none.")
     from fastflower.models.checkpoint import require_order
-    from fastflower.models.prediction import predict, tabulated
+    from fastflower.models.prediction import tabulated
     from fastflower.models.predictor import Predictor
     from fastflower.models.sources import sources
     from fastflower.models.submission import Table
 
-    values = _parser(prog, predict).parse(args)
-    if not values["images"]:
-        raise ArgumentError("IMAGES must name at least one image file or folder, got none.")
     require_order(values["checkpoint"], values["images"], partial(_reordered, prog, args))
     images, on_bad, out = sources(values.pop("images")), values.pop("on_bad", "fail"), values.pop("out", None)
     if values.get("columns") is not None:

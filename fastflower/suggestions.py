@@ -26,6 +26,8 @@ _OF_TRAINING: tuple[str, ...] = (
     "Loader.from_files",
 )  # whose words are those of the command train
 
+_homes: dict[str, str] = {}  # by field: the dataclass that has it
+
 _typed = ContextVar("typed", default="")
 _called = ContextVar("called", default="")  # the function that the user called, not those that it calls
 
@@ -155,6 +157,7 @@ def refuse_unknown(function: str, names: Iterable[str], known: Collection[str], 
         if name not in known:
             near = get_close_matches(name, known, 1)
             text = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}."
+            text = f"it is a field of {_homes[name]}." if name in _homes else text
             text = f"{instead[name]}." if name in instead else _argument(function, name, known) or text
             lines.append(f"{name}: {function} has no such argument; {text}")
     if lines:
@@ -180,7 +183,8 @@ def _argument(function: str, name: str, known: Collection[str]) -> str:
         if command not in commands or not (word in words.split() or answer in (f"--{word}", f"--augment.{word}")):
             continue
         if not answer.startswith("--"):
-            return "" if "{" in answer else f"{_in_python(answer)}."
+            said = answer.partition("; ")[0] if "{" in answer else answer  # without the command
+            return "" if "{" in said else f"{_in_python(said)}."
         field = answer.split()[0].lstrip("-").replace("-", "_")
         last = field.removeprefix("augment.")
         if last in known:
@@ -221,14 +225,33 @@ def with_data(place: object) -> str:
     return f"{function}({'checkpoint, ' if function == 'evaluate' else ''}{str(place)!r})"
 
 
-def keywords(call: Callable[Params, Result]) -> Callable[Params, Result]:
-    """Decorate a function: an unknown keyword argument is refused with the one that is meant, a missing one with an example."""
+def flag_meant(command: str, name: str, known: Collection[str]) -> list[str]:
+    """Return the flag that the name of an argument means, and its value where the name implies one; [] if it is unclear."""
+    words = _flag(command, name, known).split()
+    return words if len(words) < 3 else []
+
+
+def _nothing(_: Sequence[object], __: Mapping[str, object]) -> str:
+    return ""
+
+
+def keywords(
+    call: Callable[Params, Result],
+    whole: Callable[[Sequence[object], Mapping[str, object]], str] = _nothing,
+) -> Callable[Params, Result]:
+    """Decorate a function: an unknown keyword argument is refused with the one that is meant, a missing one with an example.
+
+    whole  Returns the whole call that is meant, from the arguments of one that is refused, or "".
+    """
     known, name = list(signature(call).parameters), getattr(call, "__name__", "")
     needed = [word for word, each in signature(call).parameters.items() if each.default is each.empty]
 
     @wraps(call)
     def checked(*args: Params.args, **kwargs: Params.kwargs) -> Result:
-        refuse_unknown(name, kwargs, known, {})
+        try:
+            refuse_unknown(name, kwargs, known, {})
+        except UnknownArgumentError as error:
+            raise UnknownArgumentError(f"{error}{whole(args, kwargs)}") from None
         given = {**dict(zip(needed, args, strict=False)), **kwargs}
         if missing := [word for word in needed if word not in given]:
             texts = [repr(given[word]) if isinstance(given.get(word), str) else _EXAMPLES[word] for word in needed]
@@ -246,6 +269,7 @@ def fields_by_name(cls: type[Class]) -> type[Class]:
     """Decorate a dataclass with fields that are keywords: others are refused with the one that is meant."""
     make: Callable[..., None] = cls.__init__
     known = list(signature(cls).parameters)
+    _homes.update(dict.fromkeys(known, cls.__name__) if cls.__name__ in _OF_TRAINING else {})
 
     @wraps(make)
     def checked(self: Class, *args: object, **kwargs: object) -> None:

@@ -4,6 +4,7 @@ A sample's draw does not depend on the batch size, the worker, the rank or which
 Shape suffixes: N samples, A attempts, S slots.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
 from fastflower.draws.draw import Draw, Mix
 from fastflower.draws.random import ATTEMPTS, Dice, Floats, Slot, Stream
-from fastflower.errors import Rules, check_fields, require, shown
+from fastflower.errors import ArgumentError, Rules, check_fields, require, shown
 from fastflower.suggestions import fields_by_name
 
 
@@ -177,11 +178,17 @@ class Augment:
     def from_torchvision(cls, transform: object) -> Self:
         """Convert a torchvision v1 or v2 transform to an Augment with the same distribution.
 
-        Raises ArgumentError if the transform has no equivalent.
+        Raises ArgumentError if the transform has no equivalent. The message ends with an Augment that comes near to it.
         """
         from fastflower.draws.torchvision_compat import fields_of
 
-        return cls(**fields_of(transform))
+        try:
+            return cls(**fields_of(transform))
+        except ArgumentError as error:
+            near = ""
+            with suppress(ArgumentError):
+                near = f" What comes nearest is:\n  {cls(**fields_of(transform, lenient=True))!r}"
+            raise ArgumentError(f"{error}{near}") from None
 
     def draw(self, seed: int, epoch: int, indices: ArrayLike, sizes: ArrayLike) -> Draw:
         """Return the draws of the samples at `indices`, (N,) integers.

@@ -7,6 +7,7 @@ once per call.
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import exp
 from typing import Any, cast
@@ -39,6 +40,20 @@ _ALTERNATIVES = {
     "RandomOrder": "its transforms in a fixed order",
     "list": "Compose, with this list in it",
 }
+_STRENGTHS: dict[str, object] = {
+    "rotate": 15.0,
+    "translate": (0.1, 0.1),
+    "brightness": 0.2,
+    "contrast": 0.2,
+    "saturation": 0.2,
+}
+_NEAREST: dict[str, dict[str, object]] = {  # fields of Augment that come near to a transform
+    "RandomPerspective": {"shear": (7.0, 7.0)},  # an edge that moves by an eighth, with distortion_scale=0.5
+    "RandomPhotometricDistort": {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05},
+    **dict.fromkeys(("TrivialAugmentWide", "RandAugment", "AutoAugment", "AugMix"), _STRENGTHS),
+    "MixUp": {"mixup": 1.0},
+    "CutMix": {"cutmix": 1.0},
+}
 # Transforms of image tensors that ON_IMAGES helps with.
 _TENSOR_TRANSFORMS = {
     "TrivialAugmentWide", "RandAugment", "AutoAugment", "AugMix", "RandomPerspective", "RandomPhotometricDistort",
@@ -47,25 +62,36 @@ _TENSOR_TRANSFORMS = {
 }  # fmt: skip
 
 
-def fields_of(transform: object) -> dict[str, Any]:
+def fields_of(transform: object, *, lenient: bool = False) -> dict[str, Any]:
     """Return keyword arguments for `Augment` from a torchvision transform or a Compose of transforms.
 
     Raises ArgumentError if a transform is unsupported. The message names it and the closest alternative, if any.
+    lenient  Whether to return what comes near instead. Then only what is no transform is refused, and nothing is logged.
     """
     reading = _Reading()
-    for step in steps_of(transform):
-        if step.name in _CONVERSIONS:
-            _convert(reading, step)
-        elif step.name == "RandomApply":
-            _apply(reading, step)
-        else:
-            _read(reading, step)
-    return reading.finish()
+    for step in steps_of(transform, lenient=lenient):
+        with suppress(*([ArgumentError, ValueError] if lenient else [])):  # ValueError: no number where one belongs
+            _read_any(reading, step)
+    fields = reading.finish(lenient=lenient)
+    for note in [] if lenient else reading.notes:
+        _log.warning("Augment.from_torchvision: %s", note)
+    return fields
+
+
+def _read_any(reading: "_Reading", step: Step) -> None:
+    if step.name in _CONVERSIONS:
+        _convert(reading, step)
+    elif step.name == "RandomApply":
+        _apply(reading, step)
+    else:
+        _read(reading, step)
 
 
 def _read(reading: "_Reading", step: Step) -> None:
-    reader = _READERS.get(step.name)
+    crops = step.lenient and step.name in ("FiveCrop", "TenCrop")
+    reader = _center_crop if crops else _READERS.get(step.name)
     if reader is None:
+        reading.near |= _NEAREST.get(step.name, {})
         hint = f" The closest alternative is {_ALTERNATIVES[step.name]}." if step.name in _ALTERNATIVES else ""
         hint += f" {ON_IMAGES}" if step.name in _TENSOR_TRANSFORMS else ""
         raise ArgumentError(
@@ -88,11 +114,16 @@ class _Reading:
     """True if pixel values are floats in [0, 1] at this point."""
     converted: bool = False
     """True if a transform has made them floats."""
+    near: dict[str, object] = field(default_factory=dict[str, object])
+    """What comes near to transforms that Augment does not have."""
     pad: tuple[int, str] | None = None
     """Padding and padding mode of a Pad, for the next RandomCrop."""
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, *, lenient: bool = False) -> dict[str, Any]:
         fields = self.fields
+        if lenient:
+            side = fields.get("resize", "off")  # without a crop
+            return {**({} if side == "off" else {"size": side}), **self.near, **fields}
         if "size" not in fields:
             if "resize" in fields:
                 raise ArgumentError("Resize with one number gives images of different sizes; add CenterCrop(size).")
@@ -108,8 +139,6 @@ class _Reading:
         if [name for name in self.seen if name in ("RandomErasing", "Normalize")] == ["RandomErasing", "Normalize"]:
             channels = zip(fields["erase_value"], fields["mean"], fields["std"], strict=True)
             fields["erase_value"] = tuple((value - mean) / std for value, mean, std in channels)
-        for note in self.notes:
-            _log.warning("Augment.from_torchvision: %s", note)
         return fields
 
     def view_first(self, step: Step) -> None:
@@ -181,10 +210,18 @@ _PROBABILITIES = {  # fields with the probability of a transform, and their defa
 
 
 def _apply(reading: _Reading, step: Step) -> None:
-    inner = [one for each in cast("Iterable[object]", step.get("transforms")) for one in steps_of(each)]
+    inner = [
+        one for each in cast("Iterable[object]", step.get("transforms")) for one in steps_of(each, lenient=step.lenient)
+    ]
     names = ", ".join(one.name for one in inner)
+    if step.lenient and len(inner) != 1:
+        for one in inner:
+            _read(reading, one)
+        return
     step.require(len(inner) == 1, f"of {names} switches all of them at once; give each a RandomApply of its own")
     _read(reading, inner[0])
+    if step.lenient and names not in _PROBABILITIES:
+        return
     step.require(names in _PROBABILITIES, f"of {names} is not supported; it takes {', '.join(_PROBABILITIES)}")
     field, default = _PROBABILITIES[names]
     reading.fields[field] = step.probability() * reading.fields.get(field, default)
@@ -192,6 +229,9 @@ def _apply(reading: _Reading, step: Step) -> None:
 
 def _resize(reading: _Reading, step: Step) -> None:
     step.require("size" not in reading.fields, "comes after a crop; resize first, and crop to the output size")
+    if "size" in reading.fields:  # only if what comes near is read
+        reading.fields["size"] = step.size()
+        return
     reading.view_first(step)
     reading.bilinear(step)
     step.require(step.get("max_size") is None, "with max_size is not supported; omit max_size")
@@ -232,7 +272,7 @@ def _padding(reading: _Reading, step: Step) -> tuple[int, str]:
         return 0, "constant"
     step.require(mode in ("constant", "edge"), f"with padding_mode={mode!r} is not supported; use constant or edge")
     reading.black(step, "omit fill for black, or use padding_mode='edge'")
-    return int(sides[0]), str(mode)
+    return int(max(sides)), "constant" if mode == "constant" else "edge"
 
 
 def _random_crop(reading: _Reading, step: Step) -> None:
@@ -242,7 +282,9 @@ def _random_crop(reading: _Reading, step: Step) -> None:
     padding, mode = reading.pad or own
     turned = "move_first" in reading.fields and mode == "edge"
     step.require(not turned, "with padding_mode='edge' comes after a rotation or affine; crop first")
-    reading.fields |= {"random_crop": True, "padding": padding, "padding_mode": mode}
+    mode = "constant" if turned else mode
+    if "crop" not in reading.fields:  # it is only if what comes near is read
+        reading.fields |= {"random_crop": True, "padding": padding, "padding_mode": mode}
     reading.pad = None
 
 
@@ -318,7 +360,7 @@ def _erasing(reading: _Reading, step: Step) -> None:
         return
     random = step.get("value") is None or isinstance(step.get("value"), str)
     step.require(not random, "with random values is not supported; use value=0")
-    values = tuple(map(float, step.numbers("value")))
+    values = (0.0,) if random else tuple(map(float, step.numbers("value")))
     late = "with a nonzero value is applied to integer pixels (up to 255); erase after the conversion to float"
     step.require(reading.floating or not any(values), late)
     reading.fields |= {

@@ -6,6 +6,7 @@ Transforms are recognized by library and class name and read by attribute, so to
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import cast
 
 from fastflower.errors import ArgumentError, listed
@@ -20,6 +21,8 @@ class Step:
     """A torchvision transform, with its name and its attributes as plain values."""
 
     transform: object
+    lenient: bool = False
+    """Whether what Augment cannot do is read as what comes near to it."""
 
     @property
     def name(self) -> str:
@@ -47,7 +50,7 @@ class Step:
 
     def require(self, holds: bool, rule: str) -> None:
         """Raise ArgumentError with the transform's name and the rule unless `holds`."""
-        if not holds:
+        if not (holds or self.lenient):
             raise ArgumentError(f"{self.name} {rule}.")
 
     def symmetric(self, what: str, low: float, high: float, about: float = 0.0) -> float:
@@ -55,7 +58,7 @@ class Step:
         wanted = f"({about:g} - x, {about:g} + x)" if about else "(-x, x)"
         rule = f"with {what} ({low}, {high}) is not symmetric; use {wanted}"
         self.require(abs(low + high - 2 * about) < 1e-9, rule)
-        return round(float(high - about), 12)  # 1.2 - 1 is not exactly 0.2
+        return round(float(max(high - about, about - low)), 12)  # 1.2 - 1 is not exactly 0.2
 
 
 def is_transform(value: object) -> bool:
@@ -64,17 +67,21 @@ def is_transform(value: object) -> bool:
     return str(getattr(made, "__module__", "")).startswith(_MODULES)
 
 
-def steps_of(transform: object) -> Iterator[Step]:
+def steps_of(transform: object, *, lenient: bool = False) -> Iterator[Step]:
     """Yield the transforms of a Compose or Sequential, which may be nested, or a transform alone.
 
-    Raises ArgumentError for code that is not a transform of torchvision or timm.
+    Raises ArgumentError for code that is not a transform of torchvision or timm. lenient  Whether to leave out such code.
     """
+    name = type(transform).__name__
+    if lenient and name in ("Lambda", "function"):
+        return
     _require_known(transform)
-    if type(transform).__name__ in ("Compose", "Sequential"):
-        for inner in cast("Iterable[object]", getattr(transform, "transforms", transform)):
-            yield from steps_of(inner)
+    if name in ("Compose", "Sequential") or (lenient and name in ("list", "RandomOrder", "RandomChoice")):
+        parts = cast("Iterable[object]", getattr(transform, "transforms", transform))
+        for inner in islice(parts, 1 if name == "RandomChoice" else None):
+            yield from steps_of(inner, lenient=lenient)
     else:
-        yield Step(transform)
+        yield Step(transform, lenient)
 
 
 def _require_known(transform: object) -> None:

@@ -35,7 +35,8 @@ from fastflower.shards.image import MAX_PIXELS
 _log = logging.getLogger("fastflower")
 
 _BATCH_SIZE = 32
-URL_SECONDS, URL_BYTES = 10.0, 64 << 20
+URL_SECONDS = 10.0
+URL_BYTES = 64 << 20
 OnBad = Literal["fail", "skip"]
 
 

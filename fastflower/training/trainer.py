@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,12 +21,13 @@ from fastflower.models.sizes import require_sizes
 from fastflower.packing.folder import Folder
 from fastflower.packing.source import PACKS, shards_of
 from fastflower.recipes.flags import changes, nearest
+from fastflower.recipes.keywords import call_meant
 from fastflower.recipes.presets import checked
 from fastflower.recipes.recipe import Recipe
 from fastflower.reporting.record import recorded
 from fastflower.reporting.report import Report
 from fastflower.shards.remote import Remote, remote
-from fastflower.suggestions import keywords
+from fastflower.suggestions import Params, Result, keywords
 from fastflower.training.command import Call, to_resume
 from fastflower.training.failures import explaining
 from fastflower.training.resuming import as_begun, start_of
@@ -37,7 +38,11 @@ from fastflower.training.stopping import TerminatedError, preemption, stopped_by
 _log = logging.getLogger("fastflower")
 
 
-@keywords
+def _checked(call: Callable[Params, Result]) -> Callable[Params, Result]:
+    return keywords(call, call_meant)
+
+
+@_checked
 @progress.shown()
 def train(
     shards: str | Path | Remote,

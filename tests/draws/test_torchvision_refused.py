@@ -1,6 +1,7 @@
 """Transforms that Augment cannot draw are refused by name, with what to do."""
 
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -212,6 +213,67 @@ def test_an_unsupported_transform_is_refused_by_name(
     with pytest.raises(ArgumentError, match=re.escape(message)):
         Augment.from_torchvision(v1.Compose(steps))
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("steps", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
+def test_what_comes_nearest_works_when_pasted(steps: list[Any], message: str) -> None:
+    with pytest.raises(ArgumentError) as error:
+        Augment.from_torchvision(v1.Compose(steps))
+    told, _, pasted = str(error.value).rpartition(" What comes nearest is:\n  ")
+    if "only makes a transform" in message:
+        assert not told
+        return
+    near = eval(pasted)
+    assert isinstance(near, Augment)
+    sizes = [side for step in steps for side in _sides(step)]
+    assert not sizes or ("size=" in pasted and set(near.output_size) <= {*sizes, sizes[0] + 8})  # a Pad of 4 pixels
+
+
+def _sides(step: Any) -> list[int]:
+    size = getattr(step, "size", ())
+    return [size] if isinstance(size, int) else list(size or ())
+
+
+@pytest.mark.parametrize(
+    ("step", "near"),
+    [
+        (v1.GaussianBlur(3), {}),
+        (v1.Lambda(to_rgb), {}),
+        (v1.RandomApply([v1.GaussianBlur(3)], 0.3), {}),
+        (v1.RandomPerspective(), {"shear": (7.0, 7.0)}),
+        (v1.RandomRotation((0, 30)), {"rotate": 30.0}),
+        (v1.RandomRotation(30, expand=True), {"rotate": 30.0}),
+        (v1.RandomRotation(30, fill=128), {"rotate": 30.0}),
+        (v1.RandomAffine(0, shear=(0, 9)), {"shear": (9.0, 0.0)}),
+        (v1.ColorJitter(brightness=(0.5, 1.2)), {"brightness": 0.5}),
+        (v1.RandomErasing(value="random"), {"erase": 0.5}),
+        (v1.RandomChoice([v1.RandomRotation(5), v1.GaussianBlur(3)]), {"rotate": 5.0}),
+        (v1.RandomOrder([v1.RandomRotation(5), v1.RandomGrayscale(0.2)]), {"rotate": 5.0, "grayscale": 0.2}),
+        (v1.RandomApply([v1.RandomRotation(5), v1.ColorJitter(0.5)]), {"rotate": 5.0, "brightness": 0.5}),
+        (v2.CutMix(num_classes=5), {"cutmix": 1.0}),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_comes_nearest_keeps_the_rest(step: Any, near: dict[str, Any]) -> None:
+    """The oracle is the transform without this step, which is taken as it is."""
+    rest = [
+        v1.RandomResizedCrop(64, scale=(0.5, 1.0)),
+        v1.RandomHorizontalFlip(0.3),
+        v1.ToTensor(),
+        v1.Normalize(*[(0.5,)] * 2),
+    ]
+    with pytest.raises(ArgumentError) as error:
+        Augment.from_torchvision(v1.Compose([*rest[:2], step, *rest[2:]]))
+    pasted = eval(str(error.value).partition(" What comes nearest is:\n  ")[2])
+    assert pasted == replace(Augment.from_torchvision(v1.Compose(rest)), **near)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "symmetric"])
+def test_the_padding_that_comes_nearest_to_a_reflection_is_the_edge(mode: str) -> None:
+    with pytest.raises(ArgumentError) as error:
+        Augment.from_torchvision(v1.RandomCrop(32, padding=4, padding_mode=mode))
+    pasted = eval(str(error.value).partition(" What comes nearest is:\n  ")[2])
+    assert pasted == Augment.from_torchvision(v1.RandomCrop(32, padding=4, padding_mode="edge"))
 
 
 @pytest.mark.parametrize("transform", [WEIGHTS, WEIGHTS.transforms])

@@ -36,7 +36,12 @@ from fastflower.recipes.presets import PRESETS
         (Augment, "bananas", "it has size, resize, crop,"),
         (Augment, "epochs", "did you mean Recipe(epochs=...)?"),
         (Checkpoint, "class_names", "did you mean "),
-        (train, "epochs", "did you mean Recipe(epochs=...)?"),
+        (train, "epochs", "did you mean Recipe(epochs=...)?\nType:\n"),
+        (train, "num_epochs", "did you mean Recipe(epochs=...)?\nType:\n"),
+        (train, "soup", "it is a field of Recipe.\nType:\n"),
+        (train, "num_workers", "all cores that the process may use are used."),
+        (Recipe, "contrast", "it is a field of Augment."),
+        (Augment, "soup", "it is a field of Recipe."),
         (train, "output_dir", "did you mean out?"),
         (pack, "test_size", "did you mean test_fraction?"),
         (pack, "val_fractoin", "did you mean val_fraction?"),
@@ -69,6 +74,67 @@ def test_a_missing_argument_is_answered_with_a_call(call: Callable[..., Any], gi
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$") as error:
         call(*given)
     assert isinstance(error.value, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("given", "call", "recipe"),
+    [
+        ({"epochs": 2}, "train('shards', Recipe(epochs=2))", Recipe(epochs=2)),
+        (
+            {"num_epochs": 2, "bs": 16},
+            "train('shards', Recipe(epochs=2, batch_size=16))",
+            Recipe(epochs=2, batch_size=16),
+        ),
+        (
+            {"flip": 0.1, "out": "runs/x"},
+            "train('shards', Recipe(augment=Augment(crop=(0.08, 1.0), flip=0.1)), out='runs/x')",
+            Recipe(augment=replace(Recipe().augment, flip=0.1)),
+        ),
+        (
+            {"recipe": "scratch", "epochs": 2},
+            "train('shards', replace(recipe, epochs=2))",
+            replace(PRESETS["scratch"](), epochs=2),
+        ),
+        (
+            {"recipe": "scratch", "hflip": 0.1, "lr": 0.1, "save_dir": Path("x"), "gpu": 0},
+            "train('shards', replace(recipe, lr=0.1, augment=replace(recipe.augment, flip=0.1)), out='x', device='cuda')",
+            replace(PRESETS["scratch"](), lr=0.1, augment=replace(PRESETS["scratch"]().augment, flip=0.1)),
+        ),
+        (
+            {"recipe": Recipe(lr=0.1), "epochs": 2},
+            "train('shards', Recipe(epochs=2, lr=0.1))",
+            Recipe(epochs=2, lr=0.1),
+        ),
+        (
+            {"config": "scratch", "lr": 0.1},
+            "train('shards', replace(recipe, lr=0.1))",
+            replace(PRESETS["scratch"](), lr=0.1),
+        ),
+        ({"amp": False, "fp16": True}, "train('shards', Recipe(precision='float16'))", Recipe(precision="float16")),
+        ({"warmup_steps": 500, "lr": 0.1}, "train('shards', Recipe(lr=0.1))", Recipe(lr=0.1)),
+        ({"epohcs": 2, "foo": 1}, "train('shards', Recipe(epochs=2))", Recipe(epochs=2)),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_fields_of_a_recipe_that_are_passed_to_train_are_answered_with_the_call_that_works(
+    given: dict[str, Any], call: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines are run, with a `train` that only returns its recipe."""
+    with pytest.raises(ArgumentError) as error:
+        train("shards", **given)
+    lines = [line.strip() for line in str(error.value).partition("\nType:\n")[2].splitlines()]
+    assert lines[-1] == call
+    monkeypatch.setattr("fastflower.train", lambda shards, recipe, **_: (shards, recipe))
+    names = dict[str, Any]()
+    exec("\n".join([*lines[:-1], f"made = {lines[-1]}"]), names)
+    assert names["made"] == ("shards", recipe)
+
+
+@pytest.mark.parametrize("given", [{"hflip": True}, {"epochs": "two"}, {"foo": 1}, {"output_dir": "x"}])
+def test_a_keyword_whose_value_does_not_fit_is_answered_without_a_call(given: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError) as error:
+        train("shards", **given)
+    assert "Type:" not in str(error.value)
 
 
 def test_a_missing_argument_is_seen_beside_those_that_are_given_by_name() -> None:
