@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastflower.errors import ArgumentError, FastflowerError, SampleError, ShardError, StoppedError
 from fastflower.flags import EXAMPLES, Parser, UsageError, inverse
-from fastflower.no_command import answer
+from fastflower.no_command import answer, splits_together
 from fastflower.outline import Outline
 from fastflower.suggestions import typed
 
@@ -238,6 +238,8 @@ def _parse_recipe(prog: str, args: Sequence[str], function: str, **types: object
     """Parse the command line for a subcommand that takes a recipe. Each field of the recipe is a flag."""
     try:
         return {**_with_recipe(prog, args, function, **types)}
+    except UsageError as error:
+        raise UsageError(splits_together(prog, args) or str(error)) from None
     except ArgumentError as error:
         flag = str(error).partition(" ")[0]
         name = flag.rpartition(".")[2].removeprefix("--").replace("-", "_")

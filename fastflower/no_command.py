@@ -4,11 +4,10 @@ import os
 import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import cast
 
 from fastflower.packing.advice import is_archive
-from fastflower.packing.lists import is_table
-from fastflower.packing.names import is_image
+from fastflower.packing.lists import is_table, neighbors
+from fastflower.packing.names import is_image, split_in
 from fastflower.suggestions import near_command
 
 
@@ -50,17 +49,32 @@ def _of_place(word: str, rest: Sequence[str]) -> str:
 
 def _of_run(path: Path, rest: Sequence[str]) -> str:
     from fastflower.models.weights_file import best_in
-    from fastflower.reporting.record import read
+    from fastflower.reporting.record import read, shards_of_run
     from fastflower.training.command import to_resume
 
     if not best_in(path).is_file():
         return f"; to continue this run, type {to_resume(path)}"
     if any(map(is_image, rest)):
         return f"; to classify with this run, type fastflower {shlex.join(['predict', str(path), *rest])}"
-    content = read(path if path.is_dir() else path.parent) or {}
-    data = cast("dict[str, object]", content.get("data") or {})
-    shards = [] if rest and not rest[0].startswith("-") else [str(data.get("shards", "SHARDS"))]
+    content = read(path if path.is_dir() else path.parent)
+    shards = [] if rest and not rest[0].startswith("-") else [shards_of_run(content)]
     return f"; to score this run, type fastflower {shlex.join(['evaluate', str(path), *shards, *rest])}"
+
+
+def splits_together(prog: str, args: Sequence[str]) -> str:
+    """Return what to type if the arguments are files or folders of several splits, such as train.txt val.txt; else ""."""
+    first, *others = [Path(word) for word in args if os.path.lexists(word)] or [Path()]
+    flags = [word for word in args if word not in map(str, (first, *others))]
+    found = [path for path in others if split_in(path.stem) and path.is_dir() == first.is_dir()]
+    if not others or others != found or split_in(first.stem) != "train":
+        return ""
+    if first.is_dir() and {path.absolute().parent for path in others} == {first.absolute().parent}:
+        line = shlex.join([*prog.split(), str(first.parent), *flags])
+        return f"one folder holds all splits; type {line}"
+    if is_table(first) and {path.absolute() for path in others} <= {path.absolute() for path in neighbors(first)}:
+        line = shlex.join([*prog.split(), str(first), *flags])
+        return f"{first} is packed with {' and '.join(map(str, others))} beside it; type {line}"
+    return ""
 
 
 def _newest_run() -> str:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self, TypedDict, cast
 from zipfile import BadZipFile, ZipFile
@@ -16,7 +17,7 @@ from fastflower.errors import ArgumentError, CheckpointError, FastflowerError, r
 from fastflower.files import blame_the_system, flush, is_full, written
 from fastflower.models.backbone import build
 from fastflower.models.sizes import require_sizes
-from fastflower.models.weights_file import best_in, load_file, not_finite
+from fastflower.models.weights_file import BEST, best_in, load_file, not_finite
 from fastflower.recipes.recipe import Recipe
 from fastflower.shards.kinds import image_kind
 from fastflower.shards.manifest import FILE
@@ -176,6 +177,14 @@ def _file(path: Path) -> Path:
             f"{path}: no epoch of this run is finished; resume it (fastflower train SHARDS --out {path} --resume), or pass "
             f"{path / LAST}, its weights as they are."
         )
+    folder = path.parent if path.suffix == ".pt" else path
+    names = [] if folder.exists() else [file.parent.name for file in folder.parent.glob(f"*/{BEST}")]
+    if near := get_close_matches(folder.name, names, 1):
+        raise CheckpointError(f"{path}: does not exist; did you mean {folder.with_name(near[0])}?")
+    if path.is_file() and path.suffix != ".pt" and (path.parent / BEST).is_file():
+        raise CheckpointError(f"{path}: is no checkpoint, but lies in the folder of a run; pass {path.parent}.")
+    if runs := sorted(path.glob(f"*/{BEST}"), key=lambda file: file.stat().st_mtime):
+        raise CheckpointError(f"{path}: is a folder of runs; pass one of them, such as the newest, {runs[-1].parent}.")
     what = "a folder of shards" if (path / FILE).exists() else None
     if path.is_file():
         with suppress(OSError), path.open("rb") as file:  # load_file explains what cannot be read

@@ -84,6 +84,15 @@ def read(folder: Path) -> Json | None:
     return None
 
 
+def shards_of_run(content: Json | None) -> str:
+    """Return the shards that a run.json names, as they can be typed here; "SHARDS" if it names none."""
+    data = cast("Json", (content or {}).get("data") or {})
+    shards = str(data.get("shards", "SHARDS"))
+    sessions = cast("list[Json]", (content or {}).get("sessions") or [{}])
+    began = Path(str(sessions[-1].get("working_directory", "")))
+    return str(began / shards) if began != Path.cwd() and (began / shards).exists() else shards
+
+
 def _read_or_warn(folder: Path) -> Json | None:
     content = read(folder)
     if content is None and (folder / FILE).exists():

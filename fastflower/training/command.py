@@ -4,7 +4,6 @@ import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -15,7 +14,7 @@ from fastflower.models.defaults import brief
 from fastflower.recipes.flags import flags, nearest
 from fastflower.recipes.presets import PRESETS
 from fastflower.recipes.recipe import Recipe
-from fastflower.reporting.record import read
+from fastflower.reporting.record import read, shards_of_run
 from fastflower.shards.remote import Remote
 from fastflower.suggestions import command_typed
 
@@ -90,8 +89,7 @@ def to_resume(folder: Path) -> str:
     content = read(folder)
     if content is None and not (folder / LAST).exists():
         return ""
-    data = cast("dict[str, object]", (content or {}).get("data") or {})
-    return shlex.join(["fastflower", "train", str(data.get("shards", "SHARDS")), "--out", str(folder), "--resume"])
+    return shlex.join(["fastflower", "train", shards_of_run(content), "--out", str(folder), "--resume"])
 
 
 def unused(folder: Path) -> Path:

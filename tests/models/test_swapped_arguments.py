@@ -141,3 +141,25 @@ def test_a_runs_figures_are_no_images(command: str, run: Path, capsys: pytest.Ca
     assert told.err == f"error: {run}: is a run, not images; pass images or shards after the checkpoint.\n"
     with pytest.raises(ArgumentError, match="is a run, not images"):
         predict(run, [run.parent.parent / "1.png", run])
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("runs", "runs: is a folder of runs; pass one of them, such as the newest, runs/my run."),
+        ("runs/my_run", "runs/my_run: does not exist; did you mean runs/my run?"),
+        ("runs/myrun/checkpoint-best.pt", "runs/myrun/checkpoint-best.pt: does not exist; did you mean runs/my run?"),
+        (
+            "runs/my run/history.csv",
+            "runs/my run/history.csv: is no checkpoint, but lies in the folder of a run; pass runs/my run.",
+        ),
+    ],
+)
+def test_what_lies_near_a_run_is_answered_with_the_run(
+    typed: str, said: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    with pytest.raises(CheckpointError) as error:
+        Predictor(typed)
+    assert str(error.value) == said
+    assert Predictor("runs/my run", device="cpu")("1.png")[0].class_name in "ab"  # what the messages name

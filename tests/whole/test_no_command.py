@@ -113,3 +113,51 @@ def test_help_is_that_of_the_command(line: str, same: str, capsys: pytest.Captur
 
 def test_help_on_an_unknown_command_names_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(capsys, "help trian") == "unknown command 'trian'; did you mean:\n  fastflower train --help\n"
+
+
+def test_a_run_of_another_working_folder_is_continued_with_shards_that_are_found_from_here(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = {"working_directory": str(here)}
+    content = {"format": "fastflower run", "version": 1, "data": {"shards": "shards"}, "sessions": [session]}
+    Path("runs/b/run.json").write_text(json.dumps(content))
+    assert answer(capsys, "runs/b").endswith("type fastflower train shards --out runs/b --resume\n")
+    (here / "job").mkdir()
+    monkeypatch.chdir(here / "job")
+    assert answer(capsys, "../runs/b").endswith(f"type fastflower train {here / 'shards'} --out ../runs/b --resume\n")
+    session["working_directory"] = str(here / "gone")
+    (here / "runs/b/run.json").write_text(json.dumps(content))
+    assert answer(capsys, "../runs/b").endswith("type fastflower train shards --out ../runs/b --resume\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (
+            "lists/train.txt lists/val.txt",
+            "lists/train.txt is packed with lists/val.txt beside it; type fastflower train lists/train.txt",
+        ),
+        (
+            "lists/train.txt lists/val.txt lists/test.txt --epochs 3",
+            "lists/train.txt is packed with lists/val.txt and lists/test.txt beside it; type fastflower train lists/train.txt "
+            "--epochs 3",
+        ),
+        ("parts/train parts/val", "one folder holds all splits; type fastflower train parts"),
+        ("parts/train parts/val --lr 0.1", "one folder holds all splits; type fastflower train parts --lr 0.1"),
+        (
+            "lists/train.txt lists/other.txt",
+            "unexpected 'lists/other.txt'; type fastflower train lists/train.txt and then flags.",
+        ),
+        ("parts/train lists/val.txt", "unexpected 'lists/val.txt'; type fastflower train parts/train and then flags."),
+    ],
+)
+def test_the_splits_as_several_arguments_are_answered_with_one(
+    typed: str, said: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train", "val", "test", "other"):
+        (here / "parts" / name).mkdir(parents=True)
+        (here / "lists").mkdir(exist_ok=True)
+        (here / "lists" / f"{name}.txt").touch()
+    with pytest.raises(SystemExit):
+        main(["train", *shlex.split(typed)])
+    assert capsys.readouterr().err == f"error: {said}\n"
