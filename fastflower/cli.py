@@ -1,10 +1,12 @@
 """The command line: one subcommand for each public function, with flags derived from its signature and docstring."""
 
+import json
 import logging
 import os
 import re
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor
@@ -20,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastflower.errors import ArgumentError, FastflowerError, SampleError, ShardError, StoppedError
 from fastflower.flags import EXAMPLES, Parser, UsageError, inverse
+from fastflower.machine import speaks
 from fastflower.no_command import answer, splits_together
 from fastflower.outline import Outline
 from fastflower.suggestions import typed
@@ -78,20 +81,28 @@ def _run(args: Sequence[str] | None) -> int:
         with logging_redirect_tqdm(), typed(args[0]):
             run(f"fastflower {args[0]}", args[1:])
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         raise SystemExit(2) from None
     except StoppedError as stopped:
-        if _speaks():
+        if speaks():
             print(stopped, file=sys.stderr)
         return 143  # 128 + SIGTERM, as shells report it
     except FastflowerError as error:
-        print(f"error: {_by_flag(str(error), args)}", file=sys.stderr)
+        _say(f"error: {_by_flag(str(error), args)}")
         return 1
     except KeyboardInterrupt as stopped:
-        if _speaks() and not stopped.args:  # train has said what to type
+        if speaks() and not stopped.args:  # train has said what to type
             print(f"interrupted. To run it again:\n  {shlex.join(['fastflower', *args])}", file=sys.stderr)
         return 130
     return 0
+
+
+def _say(error: str) -> None:
+    """Print an error. torchrun repeats it below its own lines, which follow and are long."""
+    print(error, file=sys.stderr)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": error, "timestamp": int(time.time())}), "utf-8")
 
 
 def _by_flag(text: str, args: Sequence[str]) -> str:
@@ -193,7 +204,7 @@ def _preview(prog: str, args: Sequence[str]) -> None:
 
 
 def _train(prog: str, args: Sequence[str]) -> None:
-    if not _speaks():
+    if not speaks():
         logging.getLogger("fastflower").setLevel(logging.WARNING)
     try:
         values = _parse_recipe(prog, args, "training.trainer.train", out=Path | None)
@@ -202,7 +213,7 @@ def _train(prog: str, args: Sequence[str]) -> None:
     from fastflower.training.trainer import train
 
     report = train(**values)
-    if _speaks():
+    if speaks():
         print(*report.last_lines(), sep="\n")
 
 
@@ -227,11 +238,6 @@ def _reports(prog: str, args: Sequence[str]) -> None:
         raise ArgumentError(_with_flag(error, "")) from None
     print(text, end="")
     print(f"wrote {values['out'] / 'reports.md'}")
-
-
-def _speaks() -> bool:
-    """Return whether this process reports what concerns all: without torchrun, or as rank 0."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _parse_recipe(prog: str, args: Sequence[str], function: str, **types: object) -> dict[str, Any]:

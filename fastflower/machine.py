@@ -21,6 +21,11 @@ _MEMORY_FILES = (
 )
 
 
+def speaks() -> bool:
+    """Return whether this process reports what concerns all: without torchrun, or as rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def ranks_here() -> int:
     """Return the number of ranks on this machine, as set by torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

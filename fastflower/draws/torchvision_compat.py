@@ -15,6 +15,7 @@ from typing import Any, cast
 from fastflower.draws.color import FACTORS
 from fastflower.draws.torchvision_steps import ON_IMAGES, Step, steps_of
 from fastflower.errors import ArgumentError
+from fastflower.machine import speaks
 
 _log = logging.getLogger("fastflower")
 
@@ -73,7 +74,7 @@ def fields_of(transform: object, *, lenient: bool = False) -> dict[str, Any]:
         with suppress(*([ArgumentError, ValueError] if lenient else [])):  # ValueError: no number where one belongs
             _read_any(reading, step)
     fields = reading.finish(lenient=lenient)
-    for note in [] if lenient else reading.notes:
+    for note in reading.notes if speaks() and not lenient else ():
         _log.warning("Augment.from_torchvision: %s", note)
     return fields
 

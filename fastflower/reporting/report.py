@@ -34,8 +34,9 @@ class Report:
     """The run's folder. Contains history.csv, checkpoint-best.pt, checkpoint-last.pt, report.html, figures (*.png), and
     tensorboard/ if that package is installed."""
     history: list[dict[str, float]]
-    """One row per epoch: epoch, lr, size (pixels), train_loss, train_accuracy, images_per_second, train_seconds,
-    wait_seconds, and, if there is a val split, val_loss, val_accuracy and val_seconds."""
+    """One row per epoch: epoch, lr, size (pixels), images (trained on: those that do not fill a last batch are left out),
+    train_loss, train_accuracy, images_per_second, train_seconds, wait_seconds, and, if there is a val split, val_loss,
+    val_accuracy and val_seconds."""
     best_epoch: int
     """Epoch with the highest validation accuracy, counted from 1; ties go to the lowest validation loss."""
     scores: Scores | None

@@ -244,6 +244,7 @@ class Run:
         return {
             "lr": recipe.lr_at(epoch * steps + steps - 1, steps),
             "size": loader.augment.output_size[0],
+            "images": steps * batch_size,
             "train_loss": losses.mean().item(),
             "train_accuracy": correct / (steps * batch_size),
             "images_per_second": steps * batch_size / seconds,

@@ -302,3 +302,12 @@ def test_a_random_apply_multiplies_the_probabilities_inside(version: Any, caplog
 def test_gray_before_jitter_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     Augment.from_torchvision(v1.Compose([CROP, v1.Grayscale(3), v1.ColorJitter(0.5)]))
     assert notes(caplog) == ["gray is drawn as specified but applied after ColorJitter"]
+
+
+def test_only_the_first_rank_notes_differences(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rank, notes in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        Augment.from_torchvision(v1.Compose([v1.RandomResizedCrop(64), v1.ColorJitter(0.5, 0.5)]))
+        assert len(caplog.records) == notes

@@ -44,7 +44,7 @@ def work() -> None:
 
 def configured(level: int) -> io.StringIO:
     text = io.StringIO()
-    logging.basicConfig(level=level, stream=text, format="mine: %(message)s")
+    logging.basicConfig(level=level, stream=text, format="mine: %(message)s", force=True)
     return text
 
 
@@ -168,3 +168,50 @@ def test_a_saved_notebook_holds_each_line_once_and_one_bar_for_each_call(tmp_pat
     assert notebooks.printed(mine) == ""
     assert len(notebooks.shown(mine)) == 1
     assert "tqdm" not in str(outputs)
+
+
+class TestLinesInPlaceOfABar:
+    @pytest.fixture(autouse=True)
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        """The time, in seconds, which the test sets."""
+        now = [0.0]
+        monkeypatch.setattr(progress, "perf_counter", lambda: now[0])
+        monkeypatch.setattr(progress._LoggedBar, "last", -60.0)  # pyright: ignore[reportPrivateUsage]
+        return now
+
+    def lines(self, clock: list[float], *, step: float, hidden: bool = False) -> list[str]:
+        text = configured(logging.INFO)
+        with progress.bar(desc="epoch 1/5", unit="image", total=300 * 32, hidden=hidden) as bar:
+            for _ in range(300):
+                clock[0] += step
+                bar.update(32)
+        return text.getvalue().splitlines()
+
+    def test_the_first_comes_after_half_a_minute_and_the_others_every_minute(self, clock: list[float]) -> None:
+        """Steps of a second, 300 of 32 images: the first is at second 30, the last at second 270."""
+        lines = self.lines(clock, step=1)
+        assert lines[0] == "mine: epoch 1/5: 960 of 9600 images, 32 images/s, about 4 minutes left"
+        assert [line.split()[3] for line in lines] == [str(32 * second) for second in range(30, 300, 60)]
+        assert lines[-1].endswith("about 30 seconds left")
+
+    def test_slow_steps_have_one_line_each(self, clock: list[float]) -> None:
+        lines = self.lines(clock, step=64)
+        assert lines[0] == "mine: epoch 1/5: 64 of 9600 images, 0.5 images/s, about 5.3 hours left"
+        assert len(lines) == 299  # the first step, which takes longer, is not measured
+
+    def test_a_short_epoch_has_none_and_bars_share_the_minute(self, clock: list[float]) -> None:
+        assert self.lines(clock, step=0.09) == []
+        clock[0] = 0
+        short = [self.lines(clock, step=0.11) for _ in range(4)]  # 33 s each
+        assert [len(lines) for lines in short] == [1, 0, 1, 0]
+
+    def test_other_ranks_and_terminals_have_none(self, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.lines(clock, step=1, hidden=True) == []
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        assert self.lines(clock, step=1) == []
+
+    def test_a_bar_of_something_to_iterate_over_has_them_too(self, clock: list[float]) -> None:
+        text = configured(logging.INFO)
+        for _ in progress.bar(range(40), desc="evaluate", unit="batch"):
+            clock[0] += 1
+        assert text.getvalue() == "mine: evaluate: 30 of 40 batches, 1 batches/s, about 10 seconds left\n"

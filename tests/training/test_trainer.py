@@ -1,6 +1,7 @@
 """`train`, `evaluate` and `predict` together."""
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -56,6 +57,9 @@ def test_a_run_writes_the_documented_files(run: Report) -> None:
     assert rows == run.history
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert all(0 <= row["wait_seconds"] <= row["train_seconds"] for row in rows)
+    recipe = Checkpoint.load(run.checkpoint).recipe
+    samples = json.loads((run.folder / "run.json").read_text())["data"]["samples"]["train"]
+    assert {row["images"] for row in rows} == {samples - samples % recipe.batch_size}
 
 
 def test_training_learns(shards: Path, tmp_path: Path) -> None:

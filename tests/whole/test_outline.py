@@ -1,13 +1,17 @@
-"""The command line refuses wrong flags before it imports torch: it reads signatures from the source."""
+"""The command line refuses wrong flags before it imports torch: it reads signatures from the source. torchrun repeats errors."""
 
 import inspect
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from fastflower.cli import _TYPES  # pyright: ignore[reportPrivateUsage]
+from fastflower.cli import _TYPES, main  # pyright: ignore[reportPrivateUsage]
 from fastflower.outline import Outline
 
 FUNCTIONS = (
@@ -63,3 +67,17 @@ def test_a_wrong_command_line_is_answered_without_torch(line: str, status: int, 
     assert done.returncode == status
     assert said in done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("line", ["train nowhere --epochs 1", "train data --foo"])
+def test_torchrun_is_told_the_error_so_that_its_last_lines_have_it(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with suppress(SystemExit):
+        main(line.split())
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
+    assert failure.message == capsys.readouterr().err.splitlines()[-1]
+    assert failure.message.startswith("error: ")
+    assert abs(failure.timestamp - time.time()) < 60
