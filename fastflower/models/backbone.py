@@ -207,7 +207,11 @@ def _load_file(model: nn.Module, name: str, path: Path, num_classes: int, classe
     found = match(model, heads, tensors)
     if wrong := found.problems:
         other = _that_fits(tensors, name)
-        remedy = f"it fits {other}: pass --backbone {other}" if other else "pass the file's backbone (--backbone)"
+        remedy = (
+            f"it fits {other}: pass --backbone {other} (backbone={other!r})"
+            if other
+            else "pass the file's backbone (--backbone)"
+        )
         raise CheckpointError(
             f"{path}: does not fit {name}: {len(wrong)} of its tensors are missing, unexpected or differ in shape "
             f"({'; '.join(wrong[:3])}{'; ...' * (len(wrong) > 3)}); {remedy}."

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
+from shlex import quote
 from typing import Any, Self, TypedDict, cast
 from zipfile import BadZipFile, ZipFile
 
@@ -21,7 +22,7 @@ from fastflower.models.weights_file import BEST, best_in, load_file, not_finite
 from fastflower.recipes.recipe import Recipe
 from fastflower.shards.kinds import image_kind
 from fastflower.shards.manifest import FILE
-from fastflower.suggestions import fields_by_name
+from fastflower.suggestions import command_typed, fields_by_name
 
 FORMAT_VERSION = 2
 LAST = "checkpoint-last.pt"  # in a run's folder
@@ -173,8 +174,10 @@ def _file(path: Path) -> Path:
     """Return a checkpoint's file, in a run's folder the best one. Raises CheckpointError for shards and images."""
     path = best_in(path)
     if path.is_dir() and (path / LAST).is_file():
+        line = f"fastflower train SHARDS --out {quote(str(path))} --resume"
+        line = line if command_typed() else f"train(shards, out={str(path)!r}, resume=True)"
         raise CheckpointError(
-            f"{path}: no epoch of this run is finished; resume it (fastflower train SHARDS --out {path} --resume), or pass "
+            f"{path}: no epoch of this run is finished; resume it ({line}), or pass "
             f"{path / LAST}, its weights as they are."
         )
     folder = path.parent if path.suffix == ".pt" else path

@@ -58,7 +58,7 @@ def check_fold(manifest: Manifest, split: str, fold: int | None) -> int | None:
         return None
     if manifest.folds is None:
         raise ArgumentError(
-            f"fold must be None, because these shards have no folds, got {fold!r}; pack with --folds K."
+            f"fold must be None, because these shards have no folds, got {fold!r}; pack with --folds K (folds=K)."
         )
     last = manifest.folds.count - 1
     number = integer("fold", fold, 0, at_most=last, rule=f"from 0 to {last}")

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shlex import quote
 from tokenize import TokenError
 from typing import Any, Self
 
@@ -138,7 +139,7 @@ class Manifest:
             changed = stored["version"] > _FIRST and stored["sha256"] != _checksum(stored)
         except (KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{path}: has a missing or invalid key ({error}); {_RESTORE}.") from None
-        repair = f"restore it from a backup, or rebuild it with fastflower verify {folder} --repair."
+        repair = f"restore it from a backup, or rebuild it with fastflower verify {quote(str(folder))} --repair."
         if changed and sealed:
             raise ShardError(f"{path}: has changed since it was written (checksum mismatch); {repair}")
         twice = next((name for name, count in Counter(manifest.classes).items() if count > 1), None)
@@ -225,7 +226,7 @@ class Manifest:
         """Return a split's memory-mapped index, (samples,) of INDEX_DTYPE. Raises ShardError if it has changed or is invalid."""
         split = self.split(name)
         path = self.folder / f"{name}.index.npy"
-        repair = f"restore it from a backup, or rebuild it with fastflower verify {self.folder} --repair."
+        repair = f"restore it from a backup, or rebuild it with fastflower verify {quote(str(self.folder))} --repair."
         rows = _load_array(path, INDEX_DTYPE, split.samples, split.index_sha256, repair)
         problem = _find_problem(rows, split, self.classes)
         if problem:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,14 +120,16 @@ def _repair_or_report(
             continue
         if not repair:
             what = f"{path}: {'does not match the tars' if path.exists() else 'is missing'}"
-            problems.append(f"{kept or what}; rebuild it with fastflower verify {folder} --repair.")
+            problems.append(f"{kept or what}; rebuild it with fastflower verify {quote(str(folder))} --repair.")
             continue
         try:
             write_atomically(path, data)
         except OSError as error:
             remedy = remedy_for(error, "check what is at this path and that its folder is writable")
             what = f"cannot be written ({error.strerror or error}); {remedy}"
-            raise ShardError(f"{path}: {what}, then run fastflower verify {folder} --repair again.") from error
+            raise ShardError(
+                f"{path}: {what}, then run fastflower verify {quote(str(folder))} --repair again."
+            ) from error
         _log.info("rebuilt %s", path)
         if kept:
             _log.warning("%s: kept entries that the tars cannot confirm, such as options and skipped files", path)

@@ -72,8 +72,10 @@ def _smaller(call: Call, device: torch.device) -> str:
         return f"{other}."
     batch, accumulate = recipe.batch_size // factor, recipe.accumulate * factor
     how = "which should fit by an estimate" if estimated else "which may still be too much"
+    smaller = f"batch_size={batch}, accumulate={accumulate}"
+    smaller = f"--batch-size {batch} --accumulate {accumulate}" if call.typed else smaller
     return (
-        f"try --batch-size {batch} --accumulate {accumulate}, {how} and keeps the number of images per update, or {other}. "
+        f"try {smaller}, {how} and keeps the number of images per update, or {other}. "
         f"With the smaller batch:\n  {call.changed(batch_size=batch, accumulate=accumulate)}"
     )
 

@@ -138,7 +138,7 @@ def test_an_invalid_fold_is_refused(shards: Path, fold: Any, split: str, rule: s
 
 
 def test_a_pack_without_folds_says_how_to_get_them(plain: Path, shards: Path) -> None:
-    rule = "None, because these shards have no folds, got 0; pack with --folds K."
+    rule = "None, because these shards have no folds, got 0; pack with --folds K (folds=K)."
     with pytest.raises(ArgumentError, match=exactly(f"fold must be {rule}")):
         make(plain, "val", 0)
     with pytest.raises(ShardError, match=exactly(f"{plain}: has no folds; pack with --folds K (folds=K).")):

@@ -318,7 +318,7 @@ def test_a_file_of_another_backbone_names_it_and_the_first_tensors(tmp_path: Pat
     tensor = rf"[\w.]+ (is {shape} instead of {shape}|{shape} is (missing|unexpected))"
     message = (
         rf"w\.pth: does not fit {into}: \d+ of its tensors are missing, unexpected or differ in shape "
-        rf"\({tensor}; {tensor}; {tensor}; \.\.\.\); it fits {file}: pass --backbone {file}\.$"
+        rf"\({tensor}; {tensor}; {tensor}; \.\.\.\); it fits {file}: pass --backbone {file} \(backbone={file!r}\)\.$"
     )
     with pytest.raises(CheckpointError, match=message):
         build(into, 5, weights=str(tmp_path / "w.pth"))

@@ -90,11 +90,19 @@ def test_a_checkpoint_that_is_missing_is_not_taken_for_an_image(run: Path) -> No
         predict(run / "no.jpg", run)
 
 
-def test_a_run_without_a_finished_epoch_is_named(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-last.pt").touch()
-    message = r"no epoch of this run is finished; resume it \(fastflower train SHARDS --out .* --resume\), or pass .*-last\.pt, "
-    with pytest.raises(CheckpointError, match=message):
-        Checkpoint.load(tmp_path)
+def test_a_run_without_a_finished_epoch_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my run").mkdir()
+    Path("my run/checkpoint-last.pt").touch()
+    message = (
+        r"resume it \(train\(shards, out='my run', resume=True\)\), or pass my run/checkpoint-last\.pt, its weights"
+    )
+    with pytest.raises(CheckpointError, match=f"^my run: no epoch of this run is finished; {message}"):
+        Checkpoint.load("my run")
+    assert main(["predict", "my run", "a.jpg"]) == 1
+    assert "; resume it (fastflower train SHARDS --out 'my run' --resume), or pass" in capsys.readouterr().err
 
 
 def test_a_predictor_says_which_of_its_arguments_is_no_checkpoint_and_no_image(run: Path) -> None:

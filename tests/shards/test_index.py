@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from packs import BEFORE_MANIFEST, drawn, exactly, killed, resealed
 from PIL import Image
 
 from fastflower import Augment, Loader, Manifest, pack
+from fastflower.cli import main
 from fastflower.errors import SampleError, ShardError
 from fastflower.shards.manifest import Split
 from fastflower.shards.remote import Remote
@@ -107,6 +109,16 @@ def swap(rows: NDArray[Any]) -> None:
     first = rows["label"][0]
     other = int(np.flatnonzero(rows["label"] != first)[0])
     rows["label"][[0, other]] = rows["label"][[other, 0]]
+
+
+def test_the_repair_is_typed_as_the_message_says_it_also_if_the_folder_has_a_space(copy: Path) -> None:
+    folder = copy.rename(copy.with_name("my shards"))
+    edit_index(folder, swap)
+    with pytest.raises(ShardError) as error:
+        make_loader(folder)
+    _, _, line = str(error.value).removesuffix(".").partition("rebuild it with fastflower ")
+    assert main(shlex.split(line)) == 0
+    make_loader(folder)
 
 
 @pytest.mark.parametrize(

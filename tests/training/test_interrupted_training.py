@@ -346,7 +346,7 @@ def test_memory_that_runs_out_is_explained(
 ) -> None:
     before_call(nn.CrossEntropyLoss, "forward", 1, cause, monkeypatch)
     message = (
-        rf"^batch_size 24 does not fit in the memory of cpu \({said}\); try --batch-size 12 --accumulate 2, which may still be "
+        rf"^batch_size 24 does not fit in the memory of cpu \({said}\); try batch_size=12, accumulate=2, which may still be "
         r"too much and keeps .*, or keep fewer activations .*With the smaller batch:\n  train\('.*', .*batch_size=12.*"
         rf"accumulate=2.*, out='{tmp_path}/run', device='cpu'\)$"
     )

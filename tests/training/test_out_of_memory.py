@@ -42,7 +42,9 @@ def test_the_batch_size_fits_by_an_estimate_and_keeps_the_images_per_update(
     start = (
         "batch_size 64 does not fit in the memory of cuda:0 (CUDA out of memory. Tried to allocate 20.00 MiB.); try "
     )
-    flags = f"--batch-size {batch} --accumulate {64 // batch}, which should fit by an estimate and keeps the number of images "
+    flags = (
+        f"batch_size={batch}, accumulate={64 // batch}, which should fit by an estimate and keeps the number of images "
+    )
     assert text.startswith(start + flags)
     found = re.search(r"train\('shards', (.*), out='runs/none'\)$", text)
     assert found
@@ -51,14 +53,14 @@ def test_the_batch_size_fits_by_an_estimate_and_keeps_the_images_per_update(
 
 def test_bfloat16_takes_half_and_checkpointing_less(monkeypatch: pytest.MonkeyPatch) -> None:
     room = needed(RECIPE, 16)
-    assert "--batch-size 32 " in message(monkeypatch, replace(RECIPE, precision="bfloat16"), room)
+    assert "batch_size=32," in message(monkeypatch, replace(RECIPE, precision="bfloat16"), room)
     frugal = message(monkeypatch, replace(RECIPE, checkpointing=True), room)
-    assert "--batch-size 32 " in frugal or "--batch-size 16 " in frugal
+    assert "batch_size=32," in frugal or "batch_size=16," in frugal
     assert "--checkpointing," not in frugal
 
 
 def test_if_nothing_fits_the_smallest_batch_is_named_without_a_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "try --batch-size 1 --accumulate 64, which may still be too much" in message(monkeypatch, RECIPE, 1e6)
+    assert "try batch_size=1, accumulate=64, which may still be too much" in message(monkeypatch, RECIPE, 1e6)
 
 
 def test_a_batch_that_cannot_be_halved_leaves_the_other_ways(monkeypatch: pytest.MonkeyPatch) -> None:
