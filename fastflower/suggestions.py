@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import wraps
-from inspect import signature
+from inspect import Parameter, signature
 from typing import ParamSpec, TypeVar
 
 from fastflower.errors import MissingArgumentError, UnknownArgumentError, quoted
@@ -25,6 +25,8 @@ _OF_TRAINING: tuple[str, ...] = (
     "Loader",
     "Loader.from_files",
 )  # whose words are those of the command train
+
+_COMMANDS = {**dict.fromkeys(_OF_TRAINING, "train"), "Predictor": "predict", "diagnose": "doctor"}
 
 _homes: dict[str, str] = {}  # by field: the dataclass that has it
 
@@ -178,11 +180,13 @@ def _in_python(answer: str) -> str:
 
 def _argument(function: str, name: str, known: Collection[str]) -> str:
     """Return what the name of an argument means by the words of other tools, or ""."""
-    command, word = dict.fromkeys(_OF_TRAINING, "train").get(function, function), _plain(name)
+    command, word = _COMMANDS.get(function, function), _plain(name)
     for commands, answer, words in MEANINGS:
         if command not in commands or not (word in words.split() or answer in (f"--{word}", f"--augment.{word}")):
             continue
         if not answer.startswith("--"):
+            if (found := re.match(r"the (\w+) comes? without a flag", answer)) and found[1] in known:
+                return f"did you mean {found[1]}?"
             said = answer.partition("; ")[0] if "{" in answer else answer  # without the command
             return "" if "{" in said else f"{_in_python(said)}."
         field = answer.split()[0].lstrip("-").replace("-", "_")
@@ -243,8 +247,13 @@ def keywords(
 
     whole  Returns the whole call that is meant, from the arguments of one that is refused, or "".
     """
-    known, name = list(signature(call).parameters), getattr(call, "__name__", "")
-    needed = [word for word, each in signature(call).parameters.items() if each.default is each.empty]
+    parameters = signature(call).parameters
+    path = getattr(call, "__qualname__", "").split(".")
+    name = path[-2] if path[-1] == "__init__" else path[-1]
+    known = [word for word in parameters if word != "self"]
+    needed = [word for word in known if parameters[word].default is Parameter.empty]
+    places = [word for word, each in parameters.items() if each.kind is not Parameter.KEYWORD_ONLY]
+    method = "self" in parameters
 
     @wraps(call)
     def checked(*args: Params.args, **kwargs: Params.kwargs) -> Result:
@@ -252,7 +261,11 @@ def keywords(
             refuse_unknown(name, kwargs, known, {})
         except UnknownArgumentError as error:
             raise UnknownArgumentError(f"{error}{whole(args, kwargs)}") from None
-        given = {**dict(zip(needed, args, strict=False)), **kwargs}
+        if len(args) > len(places):
+            taken, others = places[method:], ", ".join(word for word in known if word not in places)
+            told = f"{name} takes only {' and '.join(taken)} without a name"
+            raise UnknownArgumentError(f"{told}; pass {quoted(args[len(places)])} by its name, one of {others}.")
+        given = {**dict(zip(needed, args[method:], strict=False)), **kwargs}
         if missing := [word for word in needed if word not in given]:
             texts = [repr(given[word]) if isinstance(given.get(word), str) else _EXAMPLES[word] for word in needed]
             raise MissingArgumentError(f"{name} needs {' and '.join(missing)}, as in {name}({', '.join(texts)}).")

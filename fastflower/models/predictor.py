@@ -31,6 +31,7 @@ from fastflower.models.inference import log_probabilities, non_finite_outputs, v
 from fastflower.models.sources import Images, Source, read, sources
 from fastflower.recipes.recipe import Precision
 from fastflower.shards.image import MAX_PIXELS
+from fastflower.suggestions import keywords
 
 _log = logging.getLogger("fastflower")
 
@@ -93,6 +94,7 @@ class Predictor:
         True
     """
 
+    @keywords
     def __init__(
         self,
         checkpoint: str | Path | Checkpoint | nn.Module,

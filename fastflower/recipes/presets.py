@@ -1,16 +1,17 @@
 """Named recipes, as functions: the experiments of the student reports, and our own."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from itertools import product
-from typing import cast
+from typing import Any, cast
 
 from fastflower.draws.augment import Augment
 from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
-from fastflower.errors import require
+from fastflower.errors import ArgumentError, require
 from fastflower.recipes.recipe import Recipe
 
 # The view of the reports' own programs, whatever the weights expect.
@@ -202,7 +203,15 @@ def checked(recipe: object) -> Recipe:
     """Return a recipe, also that of a name, and the default one for None. Raises ArgumentError for anything else."""
     recipe = Recipe() if recipe is None else recipe
     recipe = PRESETS[recipe]() if isinstance(recipe, str) and recipe in PRESETS else recipe
-    near = get_close_matches(recipe, PRESETS, 3, 0.5) if isinstance(recipe, str) else []
-    names = " or ".join(map(repr, near or ["finetune"]))
-    require(isinstance(recipe, Recipe), "recipe", f"a Recipe, or the name of one, for example {names}", recipe)
+    rule = f"a Recipe, or the name of one, for example {_example(recipe)}"
+    require(isinstance(recipe, Recipe), "recipe", rule, recipe)
     return cast("Recipe", recipe)
+
+
+def _example(recipe: object) -> str:
+    """Return what was meant in place of a name that is not known, or of a dictionary of fields."""
+    if isinstance(recipe, dict):
+        with suppress(ArgumentError):
+            return repr(Recipe(**cast("dict[str, Any]", recipe)))
+    near = get_close_matches(recipe, PRESETS, 3, 0.5) if isinstance(recipe, str) else []
+    return " or ".join(map(repr, near or ["finetune"]))

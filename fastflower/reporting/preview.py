@@ -16,8 +16,10 @@ from fastflower.packing.source import shards_of
 from fastflower.recipes.presets import checked
 from fastflower.recipes.recipe import Recipe
 from fastflower.shards.remote import Remote
+from fastflower.suggestions import keywords
 
 
+@keywords
 def preview(
     shards: str | Path | Remote,
     recipe: Recipe | None = None,

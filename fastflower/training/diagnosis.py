@@ -19,6 +19,7 @@ from fastflower.packing.source import shards_of
 from fastflower.recipes.presets import checked
 from fastflower.recipes.recipe import Recipe
 from fastflower.shards.remote import Remote
+from fastflower.suggestions import keywords
 from fastflower.training.run import Run
 
 
@@ -47,6 +48,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
+@keywords
 def diagnose(
     shards: str | Path | Remote,
     recipe: Recipe | None = None,

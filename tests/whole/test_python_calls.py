@@ -14,6 +14,8 @@ from fastflower.draws.color import IMAGENET_MEAN, IMAGENET_STD
 from fastflower.errors import ArgumentError
 from fastflower.models.predictor import Prediction
 from fastflower.recipes.presets import PRESETS
+from fastflower.reporting.preview import preview
+from fastflower.training.diagnosis import diagnose
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,14 @@ from fastflower.recipes.presets import PRESETS
         (pack, "test_size", "did you mean test_fraction?"),
         (pack, "val_fractoin", "did you mean val_fraction?"),
         (predict, "batch_size", "the batch size does not change the result and cannot be set."),
+        (predict, "model", "did you mean checkpoint?"),
+        (predict, "source", "did you mean images?"),
+        (train, "data_dir", "did you mean shards?"),
+        (Predictor, "batch_size", "the batch size does not change the result and cannot be set."),
+        (Predictor, "model", "did you mean checkpoint?"),
+        (Predictor, "bf16", "did you mean precision?"),
+        (preview, "flip", "did you mean Recipe(augment=Augment(flip=...))?"),
+        (diagnose, "num_epochs", "did you mean Recipe(epochs=...)?"),
         (evaluate, "batch_size", "the batch size does not change the result and cannot be set."),
     ],
 )
@@ -68,6 +78,13 @@ def test_an_unknown_argument_is_refused_with_the_one_that_is_meant(
         (predict, ["runs/x"], "predict needs images, as in predict('runs/x', 'photo.jpg')."),
         (train, [], "train needs shards, as in train('data')."),
         (pack, [], "pack needs folder, as in pack('data')."),
+        (Predictor, [], "Predictor needs checkpoint, as in Predictor('runs/a')."),
+        (
+            train,
+            ["data", "scratch", "runs/x"],
+            "train takes only shards and recipe without a name; pass 'runs/x' by its name, one of fold, out, resume, save_steps, "
+            "device.",
+        ),
     ],
 )
 def test_a_missing_argument_is_answered_with_a_call(call: Callable[..., Any], given: list[str], message: str) -> None:
@@ -167,6 +184,8 @@ def test_swapped_arguments_of_train_are_told(tmp_path: Path) -> None:
 def test_train_takes_the_name_of_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"for example 'scratch', got 'scrath'\.$"):
         train(tmp_path, "scrath")
+    with pytest.raises(ArgumentError, match=r"for example Recipe\(epochs=2\), got \{'epochs': 2\}\.$"):
+        train(tmp_path, {"epochs": 2})  # pyright: ignore[reportArgumentType]  (wrong on purpose)
     from fastflower.recipes.presets import checked
 
     assert checked("scratch") == PRESETS["scratch"]()
