@@ -210,7 +210,7 @@ def checked(recipe: object) -> Recipe:
 
 def _example(recipe: object) -> str:
     """Return what was meant in place of a name that is not known, or of a dictionary of fields."""
-    if isinstance(recipe, dict):
+    if isinstance(recipe, dict) and recipe:
         with suppress(ArgumentError):
             return repr(Recipe(**cast("dict[str, Any]", recipe)))
     near = get_close_matches(recipe, PRESETS, 3, 0.5) if isinstance(recipe, str) else []

@@ -21,7 +21,8 @@ DEVICE = "cpu, cuda or cuda:NUMBER"
 @pytest.mark.parametrize(
     ("call", "name", "value", "rule"),
     [
-        (train, "recipe", {"epochs": 3}, RECIPE),
+        (train, "recipe", {"epochs": 3}, "a Recipe, or the name of one, for example Recipe(epochs=3)"),
+        (train, "recipe", {"epochs": "3"}, RECIPE),
         (train, "recipe", "zzz", RECIPE),
         (train, "save_steps", 1.5, "an integer, at least 1"),
         (train, "save_steps", True, "an integer, at least 1"),
