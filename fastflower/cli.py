@@ -78,7 +78,7 @@ def _run(args: Sequence[str] | None) -> int:
     logging.getLogger("fastflower").setLevel(logging.INFO)
     run, _ = _COMMANDS[args[0]]
     try:
-        with logging_redirect_tqdm(), typed(args[0]):
+        with logging_redirect_tqdm(), typed(args):
             run(f"fastflower {args[0]}", args[1:])
     except UsageError as error:
         _say(f"error: {error}")

@@ -52,6 +52,12 @@ def written(path: Path) -> Generator[Path]:
     sync(path.parent)
 
 
+def unused(folder: Path) -> Path:
+    """Return the first of FOLDER-2, FOLDER-3, ... that does not exist."""
+    tries = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10**6))
+    return next(path for path in tries if not path.exists())
+
+
 def write_atomically(path: Path, *pieces: bytes | bytearray | memoryview) -> None:
     """Write a file atomically: even after a power failure, it is either complete or unchanged."""
     with written(path) as part, part.open("wb") as file:

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, signature
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from fastflower.errors import MissingArgumentError, UnknownArgumentError, quoted
 from fastflower.words import COMMAND_MEANINGS, MEANINGS, TORCHRUN, TRAINS
@@ -30,8 +30,19 @@ _COMMANDS = {**dict.fromkeys(_OF_TRAINING, "train"), "Predictor": "predict", "di
 
 _homes: dict[str, str] = {}  # by field: the dataclass that has it
 
-_typed = ContextVar("typed", default="")
-_called = ContextVar("called", default="")  # the function that the user called, not those that it calls
+
+class Call(NamedTuple):
+    """A call of one of our functions."""
+
+    name: str
+    names: Sequence[str]
+    """Of the parameters that may be passed without their names."""
+    given: Mapping[str, object]
+    """The arguments."""
+
+
+_typed: ContextVar[Sequence[str]] = ContextVar("typed", default=())
+_calls: ContextVar[tuple[Call, ...]] = ContextVar("calls", default=())
 
 
 def did_you_mean(command: str, flag: str, value: str, known: Mapping[str, str], places: str) -> str:
@@ -202,9 +213,9 @@ def _argument(function: str, name: str, known: Collection[str]) -> str:
 
 
 @contextmanager
-def typed(command: str) -> Generator[None]:
-    """Make messages inside the block name commands, because the user typed this one."""
-    token = _typed.set(command)
+def typed(words: Sequence[str]) -> Generator[None]:
+    """Make messages inside the block name commands, because the user typed one. words  The command and what follows it."""
+    token = _typed.set(words)
     try:
         yield
     finally:
@@ -213,20 +224,22 @@ def typed(command: str) -> Generator[None]:
 
 def command_typed() -> str:
     """Return the command that the user typed, or "" if they called a function."""
+    return next(iter(_typed.get()), "")
+
+
+def words_typed() -> Sequence[str]:
+    """Return the command that the user typed and the words after it, or () if they called a function."""
     return _typed.get()
+
+
+def calls() -> tuple[Call, ...]:
+    """Return the call by the user, or by the command line, and those of our other functions that it makes."""
+    return _calls.get()
 
 
 def called_directly(function: str) -> bool:
     """Return whether the user called a function: not a command, nor another function that calls it."""
-    return not _typed.get() and _called.get() in ("", function)
-
-
-def with_data(place: object) -> str:
-    """Return what the user typed or called, with another folder of images or shards."""
-    if command := _typed.get():
-        return shlex.join(["fastflower", command, *(["CHECKPOINT"] if command == "evaluate" else []), str(place)])
-    function = _called.get() or "pack"
-    return f"{function}({'checkpoint, ' if function == 'evaluate' else ''}{str(place)!r})"
+    return not _typed.get() and all(call.name == function for call in _calls.get()[:1])
 
 
 def flag_meant(command: str, name: str, known: Collection[str]) -> list[str]:
@@ -265,15 +278,15 @@ def keywords(
             taken, others = places[method:], ", ".join(word for word in known if word not in places)
             told = f"{name} takes only {' and '.join(taken)} without a name"
             raise UnknownArgumentError(f"{told}; pass {quoted(args[len(places)])} by its name, one of {others}.")
-        given = {**dict(zip(needed, args[method:], strict=False)), **kwargs}
+        given = {**dict(zip(known, args[method:], strict=False)), **kwargs}
         if missing := [word for word in needed if word not in given]:
             texts = [repr(given[word]) if isinstance(given.get(word), str) else _EXAMPLES[word] for word in needed]
             raise MissingArgumentError(f"{name} needs {' and '.join(missing)}, as in {name}({', '.join(texts)}).")
-        token = _called.set(_called.get() or name)
+        token = _calls.set((*_calls.get(), Call(name, places[method:], given)))
         try:
             return call(*args, **kwargs)
         finally:
-            _called.reset(token)
+            _calls.reset(token)
 
     return checked
 

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 from fastflower.errors import FolderError
+from fastflower.packing.again import packing
 from fastflower.packing.names import is_image, split_in
 
 # Names of columns, in lower case and without punctuation, the likeliest first. Kaggle, Hugging Face, fastai and others use these.
@@ -70,7 +72,9 @@ class Places:
         ones = [self.names[place] for place in self.labels if _BOOLEAN.get(cells[place].lower())]
         if len(ones) != 1:
             what = f"has {len(ones)} labels; each image must have exactly one"
-            raise FolderError(f"{where}: {what}; remove the row, or choose one column with --label-column.")
+            raise FolderError(
+                _choose(f"{where}: {what}; remove the row, or choose one column", "label", self.names[self.labels[0]])
+            )
         return ones[0]
 
 
@@ -117,7 +121,8 @@ def _asked(file: Path, names: Sequence[str], name: str | None, kind: str) -> int
         return None if name is None else names.index(name)
     if name.isdecimal() and 1 <= int(name) <= len(names):
         return int(name) - 1
-    raise FolderError(f"{file}: has no column {name!r}; choose --{kind}-column from {_listed(names)}.")
+    (near,) = get_close_matches(name, names, 1, 0.0)
+    raise FolderError(_choose(f"{file}: has no column {name!r}; choose one of {_listed(names)}", kind, near))
 
 
 def _path_column(
@@ -141,10 +146,12 @@ def _path_column(
         return fits[0]
     known = [place for place in known if place in (fits or files or free)]
     if not known and fits:
-        fitting = _listed([names[place] for place in fits])
-        raise FolderError(f"{file}: more than one column names images; choose one with --path-column: {fitting}.")
+        fitting = [names[place] for place in fits]
+        what = f"more than one column names images; choose one of {_listed(fitting)}"
+        raise FolderError(_choose(f"{file}: {what}", "path", fitting[0]))
     if not known:
-        raise FolderError(f"{file}: has no column of paths among {_listed(names)}; name it with --path-column.")
+        what = f"has no column of paths; choose one of {_listed(names)}"
+        raise FolderError(_choose(f"{file}: {what}", "path", names[0]))
     return known[0]
 
 
@@ -188,14 +195,21 @@ def _label_columns(
     if len(rest) == 1:
         return list(rest)
     if usual:
-        known = _listed([names[place] for place in usual])
-        raise FolderError(f"{file}: has more than one column of labels; choose one with --label-column: {known}.")
+        known = [names[place] for place in usual]
+        what = f"has more than one column of labels; choose one of {_listed(known)}"
+        raise FolderError(_choose(f"{file}: {what}", "label", known[0]))
     if header and all(cell.lower() in _BOOLEAN for place in rest for cell in values[place]) and any(map(any, values)):
         return list(rest)
     if labels:
-        known = _listed([names[place] for place in rest])
-        raise FolderError(f"{file}: has no column named 'label' or 'class'; choose one with --label-column: {known}.")
+        known = [names[place] for place in rest]
+        what = f"has no column named 'label' or 'class'; choose one of {_listed(known)}"
+        raise FolderError(_choose(f"{file}: {what}", "label", known[0]))
     return []
+
+
+def _choose(what: str, kind: str, name: str) -> str:
+    """Return a message that ends with what to type to choose a column of a kind."""
+    return f"{what}, for example:\n  {packing({f'{kind}_column': name})}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
 from fastflower.packing import layout
+from fastflower.packing.again import packing
 from fastflower.packing.columns import Columns
 from fastflower.packing.containers import instead_of_images
 from fastflower.packing.finder import Finder
@@ -238,7 +239,9 @@ def scan(
         if instead := instead_of_images(root):
             raise FolderError(instead) from error
         lines = [] if tables.labels or tables.split or lists_of(root) else tables_naming(root)
-        raise FolderError("\n  ".join([str(error), *lines])) from error
+        head, *rest = str(error).split("\n  ")
+        first, last = (lines, []) if head.endswith("choose one:") else ([], lines)  # the likeliest reading
+        raise FolderError("\n  ".join([head, *first, *rest, *last])) from error
     return folder
 
 
@@ -367,7 +370,8 @@ def _scan_splits(
                 ):
                     what += f", but differs from {similar[0]!r} only in case, spaces, punctuation or Unicode form; rename it"
                     raise FolderError(f"{place}: {what}.")
-                raise FolderError(f"{place}: {what}; add the class there, or leave it out with --drop-empty-classes.")
+                remedy = f"add the class there, or leave it out:\n  {packing({'drop_empty_classes': True})}"
+                raise FolderError(f"{place}: {what}; {remedy}")
             full = collector.add_class(f"{base}/{name}", classes.index(name), number)
             if not full and base == train and not drop_empty:
                 raise no_images(root, f"{base}/{name}", len(classes) > 2)

@@ -7,8 +7,11 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from fastflower.packing.again import packing
 
 _log = logging.getLogger("fastflower")
 
@@ -92,8 +95,15 @@ def ignoring(root: Path, patterns: Sequence[str], archive: Path | None = None) -
         _ignoring.reset(token)
     for pattern in patterns:
         if pattern not in state.matched:
-            what = f"nothing matches --ignore {pattern!r}; write a name, or a path relative to this folder"
-            _log.warning("%s: %s", archive or root, what)
+            what = f"nothing matches the pattern {pattern!r}; write a name, or a path relative to this folder"
+            _log.warning("%s: %s%s", archive or root, what, _meant(root, pattern))
+
+
+def _meant(root: Path, pattern: str) -> str:
+    """Return what to type to ignore what a pattern without a match means, or ""."""
+    names = {path.name.lower(): path.name for path in (root.iterdir() if root.is_dir() else ())}
+    near = get_close_matches(pattern.strip("/").lower(), names, 1)
+    return "".join(f"; did you mean {names[one]}?\n  {packing({'ignore': [names[one]]}, goes_on=True)}" for one in near)
 
 
 def patterns_ignored() -> Sequence[str]:

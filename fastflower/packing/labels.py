@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.errors import FolderError
+from fastflower.packing.again import packing
 from fastflower.packing.names import splits_named
 from fastflower.packing.text import read_lines
 
@@ -98,7 +99,7 @@ class Labels:
         known = {name: position for position, name in enumerate(classes)}
         for name, where in zip(names, self._where, strict=True):
             if name not in known and not drop_empty:
-                raise FolderError(f"{where}: {self._unknown(name, classes)}.")
+                raise FolderError(f"{where}: {self._unknown(name, classes)}")
         unknown = sorted({*names} - known.keys())
         return classes, np.array([known.get(name, -1) for name in names], np.int32), unknown
 
@@ -144,14 +145,14 @@ class Labels:
         return int(0 not in numbers and count in numbers)
 
     def _unknown(self, name: str, classes: Sequence[str]) -> str:
-        """Return what is wrong with a label that is not a class."""
+        """Return what is wrong with a label that is not a class, and what to do."""
         few = ", ".join(map(repr, classes[:3])) + (", ..." if len(classes) > 3 else "")
         if self._given is not None:
-            return f"label {name!r} is not one of the classes ({few}); correct it, or add the class to classes.txt"
+            return f"label {name!r} is not one of the classes ({few}); correct it, or add the class to classes.txt."
         if name.isdecimal() and not any(map(str.isdecimal, classes)):
-            return f"label {name!r} is a number, but the classes are names ({few}); list them in label order in classes.txt"
+            return f"label {name!r} is a number, but the classes are names ({few}); list them in label order in classes.txt."
         what = f"class {name!r} has no training image; correct the label, list an image for training, or leave it out"
-        return f"{what} with --drop-empty-classes"
+        return f"{what}:\n  {packing({'drop_empty_classes': True})}"
 
 
 def _class_folders(labels: Sequence[_Label]) -> list[str]:

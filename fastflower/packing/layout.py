@@ -7,13 +7,13 @@ lists first, then for splits, then for class folders. In this module, `tops` are
 import glob
 import os
 import re
-import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from fastflower.errors import FolderError
 from fastflower.files import blame_the_system
+from fastflower.packing.again import packing, quoted
 from fastflower.packing.hidden import entries, patterns_ignored
 from fastflower.packing.names import (
     FOLDS,
@@ -306,7 +306,7 @@ def _duplicate_split(root: Path, named: dict[str, str]) -> FolderError:
         by_split = Path(f"{root.absolute()}-by-split")
         links = [f"ln -s {quoted(root.absolute() / top)} {quoted(by_split / place)}" for top, place in places.items()]
         folders = " ".join(quoted(by_split / split) for split in dict.fromkeys(splits))
-        command = " && ".join([f"mkdir -p {folders}", *links, f"fastflower pack {quoted(by_split)}"])
+        command = " && ".join([f"mkdir -p {folders}", *links, packing(source=by_split, shell=True)])
         readings.append(("use each folder as one class of its split", command))
     what = f"has more than one folder for the same split ({_names(twice)})"
     return _ambiguous(root, what, [*readings, _as_classes(root, list(named))])
@@ -318,20 +318,21 @@ def _nested_splits(root: Path, tops: Sequence[str], nested: Sequence[tuple[str, 
     for top in dict.fromkeys(top for top, _ in nested):
         named = splits_named(subfolders(root / top))
         if _splits_fit(root / top, named, _class_parents(root / top, named)):
-            readings.append((f"use the splits in {top!r}", f"fastflower pack {quoted(root / top)}"))
+            readings.append((f"use the splits in {top!r}", packing(source=root / top, shell=True)))
     classes = [(top, split) for top, split in nested if "/" not in top]
     if len({top for top, _ in classes}) > 1:
-        by_split = quoted(f"{root.absolute()}-by-split")
+        place = f"{root.absolute()}-by-split"
+        by_split = quoted(place)
         splits = " ".join(map(quoted, sorted({split for _, split in classes})))
         command = (
             f'(cd {quoted(root)} && for split in {splits}; do mkdir -p {by_split}/"$split"; for class in '
             f'*/; do [ -d "$class$split" ] && ln -s "$PWD/$class$split" {by_split}/"$split/${{class%/}}"; done; done); '
-            f"fastflower pack {by_split}"
+            f"{packing(source=place, shell=True)}"
         )
         readings.append(("keep the splits inside each class", command))
     try:
         check_classes(root, tops, resplit=True)
-        readings.append(("draw a new split from all images", f"{_pack(root)} --split-by class"))
+        readings.append(("draw a new split from all images", _pack(root, split_by="class")))
     except FolderError:  # `tops` cannot be classes
         readings.append(_as_classes(root, tops))
     (top, split), *_ = nested
@@ -343,7 +344,7 @@ def _subfolders_as_classes(root: Path, tops: Iterable[str], also: str = "") -> l
     """For each folder with several subfolders, return the line of an error message that suggests using these as classes."""
     several = [top for top in (_inner(root, top) for top in tops) if len(subfolders(root / top)) > 1]
     return [
-        (f"use the folders in {top!r} as classes{also}", f"fastflower pack {quoted(root / top)}")
+        (f"use the folders in {top!r} as classes{also}", packing(source=root / top, shell=True))
         for top in several[:_MOST_NAMES]
     ]
 
@@ -353,15 +354,15 @@ def _skip_and_pack(root: Path, tops: Sequence[str]) -> str:
     return _pack(root, [top for top in tops if (root / top).exists()])
 
 
-def _pack(root: Path, skipped: Sequence[str] = ()) -> str:
+def _pack(root: Path, skipped: Sequence[str] = (), **changes: object) -> str:
     """Return the command that packs a folder without `skipped` and without what is ignored already."""
     patterns = [*patterns_ignored(), *(f"/{glob.escape(top)}" for top in skipped)]
-    return " ".join(["fastflower pack", quoted(root), *(f"--ignore {quoted(pattern)}" for pattern in patterns)])
+    return packing({"ignore": patterns, **changes}, source=root, shell=True)
 
 
 def _to_label(root: Path, tops: Sequence[str]) -> tuple[str, str]:
     """Return the line of an error message that suggests labeling the unlabeled images."""
-    command = f"fastflower pack {quoted(root)} --labels FILE"
+    command = packing({"labels": ["FILE"]}, source=root, shell=True)
     return f"label the images in {_names(tops)}", f"put them into {root / tops[0]}/CLASS, or pass a table: {command}"
 
 
@@ -374,15 +375,7 @@ def _as_classes(root: Path, tops: Sequence[str]) -> tuple[str, str]:
 def list_and_pack(root: Path, names: str) -> str:
     """Return the command that lists all files in the folders `names` and then packs them."""
     hidden = "-not -path '*/.*' -not -path '*/@eaDir/*'"  # a list could name them
-    return f"(cd {quoted(root)} && find -L {names} -type f {hidden} > train.txt) && {_pack(root)} --split-by class"
-
-
-def quoted(path: Path | str) -> str:
-    """Quote a path for the shell. Unprintable names (not UTF-8, line breaks) use bash's $'...' syntax."""
-    if str(path).isprintable():
-        return shlex.quote(str(path))
-    shown = (chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\{byte:03o}" for byte in os.fsencode(path))
-    return f"$'{''.join(shown)}'"
+    return f"(cd {quoted(root)} && find -L {names} -type f {hidden} > train.txt) && {_pack(root, split_by='class')}"
 
 
 def _names(names: Iterable[str]) -> str:

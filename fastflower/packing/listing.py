@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastflower.errors import ArgumentError, FolderError
 from fastflower.packing import layout
+from fastflower.packing.again import packing, quoted, with_data
 from fastflower.packing.columns import Columns
 from fastflower.packing.containers import unread
 from fastflower.packing.finder import Finder, Found
@@ -24,6 +24,7 @@ from fastflower.packing.labels import Labels, read_classes
 from fastflower.packing.lists import LISTS, Row, neighbors, rows, usual_table
 from fastflower.packing.names import is_image, split_in
 from fastflower.packing.text import read_lines
+from fastflower.suggestions import command_typed
 
 _log = logging.getLogger("fastflower")
 
@@ -274,11 +275,10 @@ def with_neighbors(table: Path, columns: Columns, *, divided: bool) -> list[Path
         what = " and ".join(f"{file.name} (its {split_in(file.stem)} split)" for file in usable)
         _log.info("%s: is packed together with %s", table, what)
         return files
-    command = (
-        f"fastflower pack {layout.quoted(table.parent)} {' '.join(f'--labels {layout.quoted(file)}' for file in files)}"
-    )
+    other = dict.fromkeys(("split_by", "val_fraction", "test_fraction", "folds", "as_split"))
+    command = packing({"labels": files, **other}, source=table.parent, goes_on=True)
     others = " and ".join(map(str, usable))
-    _log.warning("%s: %s %s not read; to pack all, type %s", table, others, "are" if usable[1:] else "is", command)
+    _log.warning("%s: %s %s not read; to pack all:\n  %s", table, others, "are" if usable[1:] else "is", command)
     return [table]
 
 
@@ -296,7 +296,7 @@ def tables_naming(root: Path) -> list[str]:
     places = [root, *(root / name for name in _PLACES), *root.glob("*/metadata.*"), root.parent]
     files = [file for place in places for file in ([place] if place.is_file() else sorted(place.glob("*")))]
     counts: dict[Path, int] = {}
-    options: dict[Path, str] = {}
+    options: dict[Path, dict[str, object]] = {}
     for file in files if root.is_dir() else ():
         with suppress(FolderError, OSError):  # it is not a table that names images
             find = partial(_exists, partial(finder.find, split=split_in(file.stem)))
@@ -305,22 +305,28 @@ def tables_naming(root: Path) -> list[str]:
             sample = list(islice(rows(file, Columns(), find, labels=None), _FEW_ROWS))
             if not any(find(path) for row in sample for path, _ in row.readings):
                 continue
-            options[file] = f" --labels {shlex.quote(str(file))}"
+            options[file] = {"labels": [file]}
             try:
                 next(rows(file, Columns(), find))
             except FolderError:  # it has several columns that may be labels
-                options[file] += " --label-column COLUMN"
+                options[file]["label_column"] = "COLUMN"
             named = islice(rows(file, Columns(), find, labels=None), _MOST_ROWS)
             counts[file] = sum(any(find(path) for path, _ in row.readings) for row in named)
     splits = [split_in(file.stem) for file in counts]
     if "train" in splits and None not in splits and len(set(splits)) == len(splits) > 1:
         what = f"{' and '.join(file.name for file in counts)} name {sum(counts.values()):,} of these images"
-        return [f"{what}: fastflower pack {shlex.quote(str(root))}{''.join(options[file] for file in counts)}"]
+        return [f"{what}: {packing({'labels': [*counts]}, source=root, shell=True)}"]
     return [
         f"{file.name} names {count:,}{' or more' if count == _MOST_ROWS else ''} of these images: "
-        f"fastflower pack {shlex.quote(str(root))}{options[file]}"
+        f"{_with_table(root, options[file], file)}"
         for file, count in sorted(counts.items(), key=lambda item: -item[1])
     ]
+
+
+def _with_table(root: Path, options: dict[str, object], file: Path) -> str:
+    """Return what to type to use a table. All commands but `pack` take one in place of its folder, but no options."""
+    alone = command_typed() not in ("", "pack") and file.parent == root and len(options) == 1
+    return with_data(file) if alone else packing(options, source=root, shell=True)
 
 
 def _lists_splits(file: Path) -> bool:
@@ -338,9 +344,9 @@ def _unused(root: Path) -> Iterator[str]:
                 sample = list(islice(rows(file, Columns(), find, labels=None), _FEW_ROWS))
                 named = sum(any(find(path) for path, _ in row.readings) for row in sample)
                 if named and 2 * named >= len(sample):
-                    option = "--split" if split_in(file.stem) else "--labels"
-                    what = f"{file.name} names images of this folder, but is not used"
-                    yield f"{what}; to use it, pass {option} {shlex.quote(str(file))}"
+                    option = {"split" if split_in(file.stem) else "labels": [file]}
+                    what = f"{file.name} names images of this folder, but is not used; to use it"
+                    yield f"{what}:\n  {packing(option, goes_on=True)}"
 
 
 def warn_of_other_readings(root: Path, classes: Sequence[str], paths: NDArray[np.uint8]) -> None:
@@ -351,14 +357,14 @@ def warn_of_other_readings(root: Path, classes: Sequence[str], paths: NDArray[np
     for remark in (*_unused(root), *unread(root)):
         _log.warning("%s: %s", root, remark)
     if masks := len(re.findall(rb"[^/]_mask(?:_\d+)?\.(?:png|jpg|bmp|tif)", paths.data)):
-        what = "images have names like masks; leave them out with --ignore '*_mask*'"
-        _log.warning("%s: %d %s", root, masks, what)
+        what = "images have names like masks; to leave them out"
+        _log.warning("%s: %d %s:\n  %s", root, masks, what, packing({"ignore": ["*_mask*"]}, goes_on=True))
     plain = all((root / name).is_dir() for name in classes)
     shared = layout.shared_folders(root, classes) if plain else []
     if len(shared) > 1:
         command = (
-            f"(cd {layout.quoted(root)} && find -L */ -type f | sed -E 's|^[^/]+/([^/]+)/.*|&,\\1|') > labels.csv && "
-            f"fastflower pack {layout.quoted(root)} --labels labels.csv"
+            f"(cd {quoted(root)} && find -L */ -type f | sed -E 's|^[^/]+/([^/]+)/.*|&,\\1|') > labels.csv && "
+            f"{packing({'labels': ['labels.csv']}, source=root, shell=True, goes_on=True)}"
         )
         what = f"each class has the folders {', '.join(map(repr, shared[:6]))}; if these are the classes: {command}"
         _log.warning("%s: %s", root, what)

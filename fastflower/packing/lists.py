@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from fastflower.errors import FolderError
 from fastflower.packing.advice import is_file
+from fastflower.packing.again import packing
 from fastflower.packing.columns import Columns, Places, is_usual, places_of
 from fastflower.packing.names import is_image, split_in
 from fastflower.packing.text import encoding_of, read_lines, read_records
@@ -135,7 +136,8 @@ def _check_list(file: Path, head: Sequence[tuple[int, str]], exists: Exists) -> 
         numbers = [all(re.fullmatch(r"[\d.,+-]+", row[place]) for row in words) for place in range(len(words[0]))]
         if any(numbers):
             count = len(words[0]) + 1
-            raise FolderError(f"{file}: has {count} columns; choose the labels with --label-column 2 .. {count}.")
+            what = f"has {count} columns; choose that of the labels, 2 to {count}, for example"
+            raise FolderError(f"{file}: {what}:\n  {packing({'label_column': '2'})}")
 
 
 def _readings(text: str) -> Iterator[tuple[str, str | None]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastflower.errors import FolderError
 from fastflower.files import write_atomically
+from fastflower.packing.again import once_more, packing
 from fastflower.packing.folder import LEFT_OUT
 from fastflower.packing.plan import Plan
 from fastflower.packing.remarks import counted, printable
@@ -45,18 +46,18 @@ def without_lost_classes(plan: Plan, work: Path) -> Plan:
         rule = f"A classifier needs at least two classes, but only {left} would be left: replace these files."
         raise FolderError(f"{_unreadable(plan, made, new)}\n{rule}")
     if new and not plan.options.drop_empty_classes:
-        resume = (
-            "To leave out such classes, run the same command with --drop-empty-classes; it keeps the finished shards."
-        )
         text = _unreadable(plan, made, new)
-        mend = "run pip install pillow-heif" if "pip install pillow-heif" in text else "replace the files"
-        mend += " or choose another --seed" if "another --seed" in text else ""
-        raise LostClassError(f"{text}\n{resume} Or {mend}, remove {work}, and pack again.")
+        mend = "Run pip install pillow-heif" if "pip install pillow-heif" in text else "Replace the files"
+        mend += " or choose another seed" if "another seed" in text else ""
+        resume = (
+            f"Or leave out such classes, which keeps the finished shards:\n  {packing({'drop_empty_classes': True})}"
+        )
+        raise LostClassError(f"{text}\n{mend}, remove {work}, and pack again. {resume}")
     for planned, shard in zip(plan.shards, made, strict=True):
         if shard.dropped not in (plan.dropped, lost):  # a file could not be read before, but now it can
             (work / f"{planned.name}.npz").unlink()
             what = "images can be read that could not be read before"
-            raise LostClassError(f"{plan.folder.root}: {what}; run the same command again.")
+            raise LostClassError(f"{plan.folder.root}: {what}; to resume:\n  {once_more()}")
         if shard.dropped != lost:
             _rewrite(plan, work, planned.name, shard, lost)
     return replace(plan, dropped=lost)
@@ -81,7 +82,7 @@ def _unreadable(plan: Plan, made: Sequence[MadeShard], lost: Sequence[int]) -> s
         count = sum(int((folder.files["label"][shard.numbers] == label).sum()) for shard in shards)
         if count and name not in own:
             what = "image that can be read was" if count == 1 else "images that can be read were"
-            lines.append(f"{count} {what} drawn for the {name} split; another --seed may draw others")
+            lines.append(f"{count} {what} drawn for the {name} split; another seed may draw others")
     if len(lost) > 1:
         also = ", ".join(repr(folder.classes[other]) for other in lost[1 : 1 + _MOST_NAMES])
         lines.append(f"The same is true of {also}{' and others' if len(lost) > 1 + _MOST_NAMES else ''}.")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from fastflower.errors import FolderError
 from fastflower.packing import layout
+from fastflower.packing.again import packing, with_data
 from fastflower.packing.containers import instead_of_images
 from fastflower.packing.hidden import entries, patterns_ignored
 from fastflower.packing.names import splits_named
 from fastflower.shards.kinds import image_kind
-from fastflower.suggestions import with_data
 
 _MOST_READ = 6  # files
 _MOST_NAMES = 3  # per message
@@ -27,10 +27,10 @@ def no_class_folders(root: Path) -> FolderError:
             remedy = f"if it is one class, beside {few}, pass the folder that holds them:\n  {with_data(parent)}"
             return FolderError(f"{root}: has no class folders; {remedy}")
     remedy = (
-        "put the images of each class into a folder of its own, or pass a table of their labels (--labels FILE); images "
-        "without labels are for fastflower predict, or for Loader.from_files and a network of your own"
+        "put the images of each class into a folder of its own. Images without labels are for fastflower predict, or for "
+        "Loader.from_files and a network of your own. To pass a table of labels"
     )
-    return FolderError(f"{root}: has no class folders; {remedy}.")
+    return FolderError(f"{root}: has no class folders; {remedy}:\n  {packing({'labels': ['FILE']}, source=root)}")
 
 
 def no_images(root: Path, name: str, can_drop: bool) -> FolderError:
@@ -44,6 +44,10 @@ def no_images(root: Path, name: str, can_drop: bool) -> FolderError:
                 if "/" in name:
                     return FolderError(f"{root}: {what}; add the extension to its name.")
                 return FolderError(f"{root}: {what}; a list can name such files: {layout.list_and_pack(root, '*/')}")
-    remedy = "leave out such classes with --drop-empty-classes" if can_drop else "remove the class folder"
-    besides = " besides those that --ignore matches" if patterns_ignored() else ""
-    return FolderError(f"{root / name}: has no images (.jpg, .png and others){besides}; add some, or {remedy}.")
+    drop = (
+        f"leave out such classes:\n  {packing({'drop_empty_classes': True})}"
+        if can_drop
+        else "remove the class folder."
+    )
+    besides = " besides those that are ignored" if patterns_ignored() else ""
+    return FolderError(f"{root / name}: has no images (.jpg, .png and others){besides}; add some, or {drop}")

@@ -21,6 +21,7 @@ from fastflower import progress
 from fastflower.errors import MISFIT, ArgumentError, FolderError, fitted, integer, require
 from fastflower.machine import cores
 from fastflower.packing.advice import is_archive, is_file, refused
+from fastflower.packing.again import packing
 from fastflower.packing.archives import root_in, unpacked
 from fastflower.packing.columns import Columns
 from fastflower.packing.containers import packed_already
@@ -33,7 +34,7 @@ from fastflower.packing.plan import Options, Plan
 from fastflower.packing.publishing import publish, unpublish
 from fastflower.packing.remarks import remarks, summary
 from fastflower.packing.space import check_space
-from fastflower.packing.worker import STOP, make_shard, make_shard_elsewhere
+from fastflower.packing.worker import STOP, DamagedError, make_shard, make_shard_elsewhere
 from fastflower.packing.workspace import load_or_make_plan, workspace
 from fastflower.shards.manifest import FILE, PLAN, WORK, Manifest
 from fastflower.suggestions import keywords
@@ -198,7 +199,8 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
         raise FolderError(packed_already(root, root))
     if is_inside(out, root) and (not tables.labels or is_inside(root, out)):  # a table's images are named, so no matter
         what = f"is inside the folder to pack ({root}) and would become part of it"
-        raise FolderError(f"{out}: {what}; choose another folder as out (--out).")
+        beside = os.path.normpath(root / os.pardir / (out.name or "shards"))
+        raise FolderError(f"{out}: {what}; choose another folder:\n  {packing({'out': beside})}")
     if is_file(root) and (why := refused(root)):
         raise FolderError(f"{root}: {why}.")
     resplit, drop_empty = asked.split_by in ("class", "random"), asked.drop_empty_classes
@@ -220,21 +222,7 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
             options = _resolved(asked, folder)
             check_space(root, folder, options, out)
         if packed:
-            manifest = Manifest.load(out)
-            files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
-            classes = tuple(name for name in folder.classes if name in manifest.classes)
-            dropped = len(folder.classes) - len(classes)  # listed in manifest.skipped
-            before: dict[str, Any] = {
-                "ignore": [],
-                "test_fraction": 0.0,
-                "folds": None,
-                "drop_empty_classes": False,
-                "as_split": None,
-                **manifest.options,
-            }
-            same = before == options.recorded() and manifest.classes == classes
-            if not same or files != len(folder) + len(folder.ignored) + dropped:
-                raise _already_packed(out)
+            manifest = _same(out, folder, options)
             (work / PLAN).unlink(missing_ok=True)  # the pack was killed before it removed the workspace
             return manifest
         plan = load_or_make_plan(folder, options, work, partial(_bounded_map, pool, 2 * threads))
@@ -246,12 +234,36 @@ def _pack(root: Path, tables: Tables, out: Path, asked: Options, threads: int, e
             manifest = publish(plan, work)
             for remark in remarks(manifest, {reason for _, reason in plan.folder.ignored}, plan.count("val")):
                 _log.warning("%s: %s", manifest.folder, remark)
+        except DamagedError as error:
+            (work / PLAN).unlink()
+            skip = f"remove or replace it, or skip damaged images:\n  {packing({'on_bad': None})}"
+            raise FolderError(f"{error}; {skip}") from error
         except LostClassError:  # the plan and the shards remain
             raise
         except FolderError:  # the images are at fault, so resuming would not help
             (work / PLAN).unlink()
             raise
         (work / PLAN).unlink()
+    return manifest
+
+
+def _same(out: Path, folder: Folder, options: Options) -> Manifest:
+    """Return the manifest of a finished pack. Raises FolderError if it is one of another folder, or has other options."""
+    manifest = Manifest.load(out)
+    files = sum(split.samples for split in manifest.splits.values()) + len(manifest.skipped)
+    classes = tuple(name for name in folder.classes if name in manifest.classes)
+    dropped = len(folder.classes) - len(classes)  # listed in manifest.skipped
+    before: dict[str, Any] = {
+        "ignore": [],
+        "test_fraction": 0.0,
+        "folds": None,
+        "drop_empty_classes": False,
+        "as_split": None,
+        **manifest.options,
+    }
+    same = before == options.recorded() and manifest.classes == classes
+    if not same or files != len(folder) + len(folder.ignored) + dropped:
+        raise _already_packed(out)
     return manifest
 
 
@@ -264,7 +276,7 @@ def is_inside(path: Path, root: Path) -> bool:
 
 def _already_packed(out: Path) -> FolderError:
     return FolderError(
-        f"{out}: already contains packed shards; choose another folder as out (--out), or remove this one."
+        f"{out}: already contains packed shards; remove them, or choose another folder:\n  {packing({'out': out})}"
     )
 
 
@@ -277,7 +289,9 @@ def _resolved(options: Options, folder: Folder) -> Options:
         raise ArgumentError(f"split_by must be 'class' or 'random' {what}")
     if options.lists and (line_break := re.search(rb"[\n\r]", folder.paths.data)):
         path = folder.root / folder.path(folder.image_at(line_break.start()))
-        raise FolderError(f"{str(path)!r}: has a line break in its name; rename it, or pack without --lists.")
+        raise FolderError(
+            f"{str(path)!r}: has a line break in its name; rename it, or pack without lists:\n  {packing({'lists': None})}"
+        )
     if options.folds and split_by == "folder" and "val" in folder.splits:
         _log.warning("%s: its val split is divided into folds together with its train split", folder.root)
     fraction = options.val_fraction
@@ -290,7 +304,8 @@ def _resolved(options: Options, folder: Folder) -> Options:
         for name, given in (("val", fraction is not None), ("test", options.test_fraction > 0)):
             if given and name in folder.splits:
                 what = f"{name}_fraction cannot be used because {folder.root} has its own {name} split"
-                raise ArgumentError(f"{what}; leave it out, or pass --split-by class.")
+                remedy = f"leave it out, or draw all splits anew:\n  {packing({'split_by': 'class'})}"
+                raise ArgumentError(f"{what}; {remedy}")
         fraction = fraction or None
     elif fraction is None and not options.folds:
         fraction = _VAL_FRACTION

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fastflower.draws.order import epoch_order
 from fastflower.errors import FolderError, Rules, check_fields, require
 from fastflower.files import load_array, write_atomically
+from fastflower.packing.again import packing
 from fastflower.packing.duplicates import Groups, MapLike, identical
 from fastflower.packing.folder import Folder
 from fastflower.packing.listing import SPLITS
@@ -170,7 +171,7 @@ def _empty_classes(folder: Folder, counts: NDArray[np.int64], conflicts: int, op
     if len(folder.classes) - len(empty) < 2:
         raise FolderError(f"{what}; add images, because a classifier needs at least two classes.")
     if not options.drop_empty_classes:
-        raise FolderError(f"{what}; add images, or leave out such classes with --drop-empty-classes.")
+        raise FolderError(f"{what}; add images, or leave out such classes:\n  {packing({'drop_empty_classes': True})}")
     return tuple(empty)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from fastflower.packing.again import packing
 from fastflower.packing.folder import EMPTY_CLASS
 from fastflower.packing.names import plain_name
 from fastflower.shards.manifest import Manifest
@@ -131,11 +132,12 @@ def _validation(manifest: Manifest, planned: int) -> Iterator[str]:
             remedy += " If an older version planned this pack, pack again"
         if planned:
             remedy = f"{counted(planned, 'image')} for it cannot be read: replace damaged files"
-            remedy += ", or draw others with another --seed" if fraction else ""
+            seed = int(manifest.options["seed"]) + 1
+            remedy += f", or draw others:\n  {packing({'seed': seed}, goes_on=True)}" if fraction else ""
         elif fraction is None and val:
-            remedy = "add images to it, or draw a new split with --split-by class"
+            remedy = f"add images to it, or draw a new split:\n  {packing({'split_by': 'class'}, goes_on=True)}"
         elif fraction is None:
-            remedy = "draw one from the training images with --val-fraction 0.2"
+            remedy = f"draw one from the training images:\n  {packing({'val_fraction': 0.2}, goes_on=True)}"
         yield f"has no images in split 'val', so training on these shards has nothing to validate on; {remedy}"
     elif fraction is not None:
         share = val.samples / sum(split.samples for split in manifest.splits.values())

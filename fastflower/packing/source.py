@@ -3,12 +3,12 @@
 import glob
 import logging
 import os
-import re
 import time
+import zlib
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
@@ -17,17 +17,17 @@ from typing import Literal
 from fastflower import distributed
 from fastflower.errors import ArgumentError, FolderError, HeldError, ShardError, require
 from fastflower.files import blame_the_system, locked, remedy_for
+from fastflower.packing.again import packing
 from fastflower.packing.folder import Folder
-from fastflower.packing.hidden import is_hidden, is_run_or_pack
-from fastflower.packing.layout import quoted, subfolders
+from fastflower.packing.layout import subfolders
 from fastflower.packing.listing import OwnSplitError
-from fastflower.packing.lists import is_table, neighbors
-from fastflower.packing.names import is_image
+from fastflower.packing.lists import is_table
 from fastflower.packing.packer import accepting, is_inside, pack
 from fastflower.packing.remarks import summary
+from fastflower.packing.source_files import FILES, Files, difference, files_of, read, root_of, write
 from fastflower.packing.space import bytes_in, readable
 from fastflower.packing.workspace import remove_empty
-from fastflower.shards.manifest import FILE, PLAN, WORK, Manifest
+from fastflower.shards.manifest import FILE, WORK, Manifest
 from fastflower.shards.remote import Remote, remote
 
 _log = logging.getLogger("fastflower")
@@ -65,13 +65,13 @@ def shards_of(
     require(bool(str(shards)), "shards", "a folder, an archive, a table or a URL", shards)
     if remote(shards):
         return shards
-    source = Path(str(shards).removeprefix("file://"))
-    folder, busy = distributed.of_first_rank(partial(_prepare, source, packs, trained, as_split, fold))
+    known = _Packs(Path(str(shards).removeprefix("file://")), packs)
+    folder, busy = distributed.of_first_rank(partial(_prepare, known, trained, as_split, fold))
     if not busy:
         return folder
     token = accepting.set(accept)
     try:
-        return distributed.of_first_rank(partial(_pack_once, source, folder, as_split), busy)
+        return distributed.of_first_rank(partial(_pack_once, known, folder, as_split), busy)
     finally:
         accepting.reset(token)
 
@@ -82,18 +82,28 @@ def _is_pack(folder: Path) -> bool:
     return ours or ((folder / FILE).exists() and not subfolders(folder))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Packs:
     """The packs of a source in a folder."""
 
     source: Path
     folder: Path
-    state: str
-    """Hash of the source's files."""
+
+    @cached_property
+    def files(self) -> Files:
+        """The source's files, as they were when first asked for."""
+        return files_of(self.source)
+
+    def difference(self, pack: Path) -> str:
+        """Return in parentheses which file is not as it was for a pack, or "" if the pack does not tell."""
+        with suppress(OSError, zlib.error):
+            if changed := difference(read(pack / FILES), self.files.listing):
+                return f" ({changed})"
+        return ""
 
     def current(self, as_split: _AsSplit) -> Path:
         """Return the folder for a pack of the files as they are."""
-        return self.folder / f"{self._start(as_split)}{self.state}"
+        return self.folder / f"{self._start(as_split)}{self.files.state}"
 
     def older(self, as_split: _AsSplit) -> list[Path]:
         """Return the packs of the files as they were."""
@@ -103,19 +113,13 @@ class _Packs:
     def _start(self, as_split: _AsSplit) -> str:
         path = Path(os.path.realpath(self.source))
         kind = sha256(os.fsencode(f"{path} {as_split}")).hexdigest()[:4]
-        named = _root(self.source).absolute()
+        named = root_of(self.source).absolute()
         return f"{os.path.normpath(named).rpartition('/')[2][:_MOST_LETTERS]}-{kind}"
 
 
-def _root(source: Path) -> Path:
-    """Return the folder of a table, else the source itself."""
-    return source.parent if is_table(source) else source
-
-
-def _prepare(
-    source: Path, folder: Path, trained: object, as_split: _AsSplit, fold: int | None
-) -> tuple[Path, Path | None]:
+def _prepare(packs: _Packs, trained: object, as_split: _AsSplit, fold: int | None) -> tuple[Path, Path | None]:
     """Return a finished pack and None, or the folder to pack into and a file that exists until that is done."""
+    source, folder = packs.source, packs.folder
     if not os.path.exists(source):  # noqa: PTH110  (Path.exists raises if a name is too long)
         raise ShardError(
             f"{source}: does not exist; pass shards, a folder of images, an archive, or a table of labels."
@@ -127,17 +131,13 @@ def _prepare(
         blame_the_system(error, source)
         raise ShardError(f"{source}: cannot be read ({error.strerror}); make it readable.") from None
     if fold is not None:
-        command = f"fastflower pack {quoted(source)} --folds 5 --out shards"
-        raise ArgumentError(
-            f"fold must be None, because {source} is not packed with folds, got {fold!r}; pack it first, then pass shards:\n"
-            f"  {command}"
-        )
-    packs = _Packs(source, folder, _state_of(source))
+        what = f"fold must be None, because {source} is not packed with folds, got {fold!r}; pack it first"
+        raise ArgumentError(f"{what}:\n  {packing({'folds': 5}, source=source)}")
     own = packs.current(None)
     candidates = [own] if as_split else [own, *packs.older(None)]
     if found := trained_pack(candidates, trained):
         if found != own:
-            what = "has changed since this run began, which resumes on the images that it began with"
+            what = f"has changed since this run began{packs.difference(found)}, which resumes on the images that it began with"
             _log.warning("%s: %s (%s)", source, what, found)
         return found, None
     divided = as_split and _is_ready(own) and Manifest.load(own).options["split_by"] == "folder"
@@ -145,12 +145,13 @@ def _prepare(
     if _is_ready(target):
         _log.info("%s: is packed already, in %s", source, target)
         return target, None
-    if is_inside(folder, _root(source)) and not is_table(source):
-        what = f"would hold the pack, but is inside the folder to pack ({_root(source)})"
-        remedy = f"choose a run's folder outside (--out), or pack first: fastflower pack {quoted(source)} --out FOLDER"
+    if is_inside(folder, root_of(source)) and not is_table(source):
+        what = f"would hold the pack, but is inside the folder to pack ({root_of(source)})"
+        beside = os.path.normpath(root_of(source) / os.pardir / "shards")
+        remedy = f"choose a run's folder outside (--out), or pack first:\n  {packing({'out': beside}, source=source)}"
         raise FolderError(f"{folder}: {what}; {remedy}")
     for old in packs.older(as_split):
-        what = "has changed; remove its old pack if no run on it is to resume"
+        what = f"has changed{packs.difference(old)}; remove its old pack if no run on it is to resume"
         _log.info("%s: %s: %s (%s)", source, what, old, readable(bytes_in(old)))
     busy = folder / f".{target.name}.{token_hex(4)}"
     if distributed.world_size() > 1:
@@ -177,11 +178,12 @@ def trained_pack(packs: Iterable[Path], trained: object) -> Path | None:
     return next((pack for pack in packs if _identity(pack) == trained), None) if trained else None
 
 
-def _pack_once(source: Path, folder: Path, as_split: _AsSplit) -> Path:
+def _pack_once(packs: _Packs, folder: Path, as_split: _AsSplit) -> Path:
     """Pack into a folder, unless another process has done so, and return the folder.
 
     If `as_split` is given, but the source has splits of its own, packs it as it is into the folder for that.
     """
+    source = packs.source
     lock = folder.with_name(f".{folder.name}.lock")
     new = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
     with ExitStack() as stack:
@@ -195,16 +197,12 @@ def _pack_once(source: Path, folder: Path, as_split: _AsSplit) -> Path:
             manifest = pack(source, folder, as_split=as_split)
             for line in [*summary(manifest)][:-1]:  # the last one names the folder, which the log has done
                 _log.info("%s", line)
+            with suppress(OSError):  # the list only explains later packs
+                write(packs.files.listing, folder / FILES)
             return folder
         except OwnSplitError:
-            other = _Packs(source, folder.parent, _state_of(source)).current(None)
-        except FolderError as error:
-            if not re.search(r"--[a-z]|fastflower pack", str(error)):
-                raise
-            out = folder if (folder / WORK / PLAN).exists() else Path("shards")
-            command = f"fastflower pack {quoted(source)} --out {quoted(out)}"
-            raise FolderError(f"{error}\nFlags are those of pack: pack first ({command}), then pass {out}.") from error
-    return _pack_once(source, other, None)
+            pass
+    return _pack_once(packs, packs.current(None), None)
 
 
 def _take(stack: ExitStack, lock: Path, source: Path, folder: Path) -> None:
@@ -228,69 +226,5 @@ def _writing(source: Path, folder: Path) -> Generator[None]:
         yield
     except OSError as error:
         blame_the_system(error, folder)
-        remedy = remedy_for(error, f"pack first: fastflower pack {quoted(source)} --out FOLDER, then pass that")
-        raise FolderError(f"{folder}: cannot be written ({error.strerror or error}); {remedy}.") from None
-
-
-def _state_of(source: Path) -> str:
-    """Return a hash of the names, sizes and times of the files that `pack` may read.
-
-    These are the file itself, or all files in a folder. For a table, they are the table, those of other splits beside it, and
-    the images below its folder.
-    """
-    digest, root = sha256(), _root(source)
-    table = {source.name, *(file.name for file in neighbors(source))} if is_table(source) else None
-    if not root.is_dir():
-        status = root.stat()
-        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-        return digest.hexdigest()[:8]
-    seen, pending = set[tuple[int, int]](), [str(root)]
-    while pending:
-        folder = pending.pop()
-        try:
-            status = os.stat(folder)  # noqa: PTH116  (pathlib takes three times as long)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except OSError as error:
-            digest.update(f"{error.errno}".encode())
-            continue
-        entries = [entry for entry in entries if _counts(entry, table)]
-        pending += [entry.path for entry in entries if _is_folder(entry)]
-        if table:
-            entries = [entry for entry in entries if not _is_folder(entry)]
-        if entries or not table:
-            digest.update(os.fsencode(f"{os.path.relpath(folder, root)}\0"))
-        for entry in entries:
-            digest.update(os.fsencode(_described(entry)))
-    return digest.hexdigest()[:8]
-
-
-def _counts(entry: os.DirEntry[str], table: set[str] | None) -> bool:
-    """Return whether `pack` may read an entry of a folder, or of the folder of a table. table  Names of the tables."""
-    if is_hidden(entry.name) and not is_image(entry.name):
-        return False
-    if table is None or is_image(entry.name):
-        return True
-    return not is_run_or_pack(entry.path) if _is_folder(entry) else entry.name in table
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _described(entry: os.DirEntry[str]) -> str:
-    """Return the name of an entry, where it leads to if it is a link, and the size and time of a file."""
-    link = f"{Path(entry.path).readlink()}\0" if entry.is_symlink() else ""
-    if _is_folder(entry):
-        return f"{link}{entry.name}/\0"
-    try:
-        status = entry.stat()
-        return f"{link}{entry.name}\0{status.st_size} {status.st_mtime_ns}\0"
-    except OSError:  # a broken link
-        return f"{link}{entry.name}\0" + "0 0\0"
+        remedy = remedy_for(error, f"pack first, to another folder:\n  {packing({'out': 'shards'}, source=source)}")
+        raise FolderError(f"{folder}: cannot be written ({error.strerror or error}); {remedy}") from None

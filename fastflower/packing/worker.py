@@ -35,6 +35,10 @@ _SMALL = 1 << 12  # bytes; smaller images count as this size, because of their o
 _LOADING = threading.Lock()
 
 
+class DamagedError(FolderError):
+    """Raised if an image is damaged and on_bad is "fail", without what to type, which only the process of `pack` knows."""
+
+
 @dataclass(frozen=True, slots=True)
 class MadeShard:
     """Record of a finished shard, saved in the workspace."""
@@ -146,7 +150,7 @@ class _Chunk:
 
 
 def _prepare_chunk(plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
-    """Read and check images. Raises FolderError if an image is damaged and on_bad is "fail"."""
+    """Read and check images. Raises DamagedError if an image is damaged and on_bad is "fail"."""
     folder, chunk = plan.folder, _Chunk()
     for number in numbers.tolist():
         path, label, warnings = folder.path(number), int(folder.files["label"][number]), list[str]()
@@ -164,7 +168,7 @@ def _prepare_chunk(plan: Plan, numbers: NDArray[np.int64]) -> _Chunk:
 
 
 def read_image(plan: Plan, number: int, warn: Callable[[str], object] = lambda _: None) -> Prepared:
-    """Read and check one image. Raises SampleError with the reason, or FolderError if on_bad is "fail"."""
+    """Read and check one image. Raises SampleError with the reason, or DamagedError if on_bad is "fail"."""
     path, size, options = plan.folder.path(number), int(plan.folder.files["size"][number]), plan.options
     file = plan.folder.root / path
     try:
@@ -177,7 +181,7 @@ def read_image(plan: Plan, number: int, warn: Callable[[str], object] = lambda _
         if isinstance(error, OSError) and ".git/annex/objects/" in os.path.realpath(file):  # a link without its content
             reason = ANNEX
         if options.on_bad == "fail":
-            raise FolderError(f"{file}: {reason}; remove or replace it, or pack with --on-bad skip.") from error
+            raise DamagedError(f"{file}: {reason}") from error
         raise SampleError(reason) from error
 
 

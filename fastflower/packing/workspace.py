@@ -14,6 +14,7 @@ import PIL
 from fastflower.errors import FolderError, HeldError
 from fastflower.files import blame_the_system, locked, remedy_for
 from fastflower.machine import NOT_INSTALLED, version_of
+from fastflower.packing.again import once_more, packing
 from fastflower.packing.archives import RECORD
 from fastflower.packing.duplicates import MapLike
 from fastflower.packing.folder import Folder
@@ -45,10 +46,8 @@ def workspace(out: Path) -> Generator[Path]:
                     shutil.rmtree(work, ignore_errors=True)  # NFS keeps open files, which are harmless without a plan
                     remove_empty(new)
     except HeldError as error:
-        what = (
-            f"another pack is writing here ({error}); wait for it to finish, or choose another folder as out (--out)."
-        )
-        raise FolderError(f"{out}: {what}") from None
+        what = f"another pack is writing here ({error}); wait for it to finish, or choose another folder"
+        raise FolderError(f"{out}: {what}:\n  {packing({'out': out})}") from None
     except (OSError, BrokenExecutor, MemoryError) as error:  # never caused by an unreadable image, which is skipped
         if not entered and work in new:  # another process may hold the lock in a folder that existed
             with suppress(OSError):
@@ -56,14 +55,15 @@ def workspace(out: Path) -> Generator[Path]:
             remove_empty(new)
         blame_the_system(error, out)
         if isinstance(error, MemoryError):
-            what = "packing ran out of memory; use fewer workers (--workers 1)."
-        elif isinstance(error, OSError):
+            what = f"packing ran out of memory; to resume with fewer workers:\n  {packing({'workers': 1})}"
+            raise FolderError(f"{out}: {what}") from error
+        if isinstance(error, OSError):
             remedy = remedy_for(error, "choose another folder as out (--out)")
             what = f"cannot be written ({error.strerror or error}); {remedy}."
         else:
             what = f"a worker died ({error}); if it ran out of memory, use fewer workers."
         resumable = os.path.exists(work / PLAN)  # noqa: PTH110  (Path.exists raises if a name is too long)
-        again = " Run the same command again to resume." if resumable else ""
+        again = f" To resume:\n  {once_more()}" if resumable else ""
         raise FolderError(f"{out}: {what}{again}") from error
 
 
@@ -84,8 +84,8 @@ def load_or_make_plan(folder: Folder, options: Options, work: Path, mapped: MapL
         names = [INFO, "classes.txt", "meta"] if options.lists else [INFO]
         taken = [path.name for path in sorted(out.iterdir()) if path.name in names or path.suffix in _ENDINGS]
         if taken:
-            what = f"already contains {taken[0]}; choose another folder as out (--out), or remove this one."
-            raise FolderError(f"{out}: {what}")
+            what = f"already contains {taken[0]}; remove it, or choose another folder"
+            raise FolderError(f"{out}: {what}:\n  {packing({'out': out})}")
         save_plan(make_plan(folder, options, versions, mapped), work)
     plan = load_plan(work, folder.root.absolute(), whole=True)
     check_same(plan, folder, options, versions, work)

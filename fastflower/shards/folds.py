@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflower.errors import ArgumentError, integer, require
-from fastflower.shards.manifest import Manifest, Split
+from fastflower.shards.manifest import Manifest, Split, with_folds
 
 _PARTS = ("train", "val")  # of the pack's train split
 
@@ -57,9 +57,8 @@ def check_fold(manifest: Manifest, split: str, fold: int | None) -> int | None:
     if fold is None:
         return None
     if manifest.folds is None:
-        raise ArgumentError(
-            f"fold must be None, because these shards have no folds, got {fold!r}; pack with --folds K (folds=K)."
-        )
+        what = f"fold must be None, because these shards have no folds, got {fold!r}"
+        raise ArgumentError(f"{what}; pack the images again, with folds:\n  {with_folds()}")
     last = manifest.folds.count - 1
     number = integer("fold", fold, 0, at_most=last, rule=f"from 0 to {last}")
     require(split in _PARTS, "fold", f"None with split {split!r}, which is not divided into folds", number)

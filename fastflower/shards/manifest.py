@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fastflower.errors import ShardError
 from fastflower.files import blame_the_system, load_array
 from fastflower.shards.image import MAX_PIXELS
+from fastflower.suggestions import command_typed
 from fastflower.tables import MOST_ROWS, html, html_table
 
 FORMAT_VERSION = 2
@@ -236,9 +237,14 @@ class Manifest:
     def fold_numbers(self) -> NDArray[np.uint32]:
         """Return the fold of each sample of the train split, (samples,). Raises ShardError if the file has changed."""
         if self.folds is None:
-            raise ShardError(f"{self.folder}: has no folds; pack with --folds K (folds=K).")
+            raise ShardError(f"{self.folder}: has no folds; pack the images again, with folds:\n  {with_folds()}")
         remedy = f"{_RESTORE}, because the tars do not record folds."
         return _load_array(self.folder / FOLDS, FOLDS_DTYPE, self.splits["train"].samples, self.folds.sha256, remedy)
+
+
+def with_folds() -> str:
+    """Return what to type to pack with folds. Shards do not know the folder of their images."""
+    return "fastflower pack FOLDER --folds 5 --out folds" if command_typed() else "pack(folder, 'folds', folds=5)"
 
 
 def _load_array(path: Path, dtype: np.dtype[Any], samples: int, sha256: str | None, remedy: str) -> NDArray[Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fastflower import distributed
+from fastflower.files import unused
 from fastflower.machine import ranks_here
 from fastflower.models.checkpoint import LAST
 from fastflower.models.defaults import brief
@@ -90,12 +91,6 @@ def to_resume(folder: Path) -> str:
     if content is None and not (folder / LAST).exists():
         return ""
     return shlex.join(["fastflower", "train", shards_of_run(content), "--out", str(folder), "--resume"])
-
-
-def unused(folder: Path) -> Path:
-    """Return the first of FOLDER-2, FOLDER-3, ... that does not exist."""
-    tries = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10**6))
-    return next(path for path in tries if not path.exists())
 
 
 def _flag(name: str, value: object) -> list[str]:

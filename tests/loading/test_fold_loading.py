@@ -138,10 +138,11 @@ def test_an_invalid_fold_is_refused(shards: Path, fold: Any, split: str, rule: s
 
 
 def test_a_pack_without_folds_says_how_to_get_them(plain: Path, shards: Path) -> None:
-    rule = "None, because these shards have no folds, got 0; pack with --folds K (folds=K)."
+    again = "pack the images again, with folds:\n  pack(folder, 'folds', folds=5)"
+    rule = f"None, because these shards have no folds, got 0; {again}"
     with pytest.raises(ArgumentError, match=exactly(f"fold must be {rule}")):
         make(plain, "val", 0)
-    with pytest.raises(ShardError, match=exactly(f"{plain}: has no folds; pack with --folds K (folds=K).")):
+    with pytest.raises(ShardError, match=exactly(f"{plain}: has no folds; {again}")):
         Manifest.load(plain).fold_numbers()
     choice = "pass a fold from 0 to 2, or choose from train"
     with pytest.raises(ShardError, match=exactly(f"{shards}: has no samples in split 'val'; {choice}.")):

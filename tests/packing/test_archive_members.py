@@ -200,7 +200,7 @@ def test_patterns_count_from_the_archive_and_from_the_folder_that_is_packed(
         assert all("9.txt" in skipped["path"] for skipped in made.skipped)
     caplog.clear()
     pack(archive, tmp_path / "out", ignore=["docs", "w/raw", "/old", "w/none"])
-    what = f"{archive}: nothing matches --ignore 'w/none'; write a name, or a path relative to this folder"
+    what = f"{archive}: nothing matches the pattern 'w/none'; write a name, or a path relative to this folder"
     assert caplog.messages.count(what) == 1
     assert not any("nothing matches" in message for message in set(caplog.messages) - {what})
 

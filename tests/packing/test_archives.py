@@ -306,7 +306,7 @@ def test_an_interrupted_pack_resumes_without_unpacking_again(
     archive, out = archived(classes, tmp_path / "data.zip"), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(worker, "prepare", stop)
-        with pytest.raises(FolderError, match="Run the same command again to resume"):
+        with pytest.raises(FolderError, match="to resume with fewer workers:"):
             pack(archive, out, lists=True)
     other = archived(classes, tmp_path / "other.zip")
     what = f"is not the archive ('data.zip'), or has been changed, since the pack into {out} was interrupted"

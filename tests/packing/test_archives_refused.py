@@ -159,7 +159,7 @@ def test_a_table_in_an_archive_is_offered_with_the_archive(tmp_path: Path, prefi
         opened.writestr(f"{prefix}my train.csv", "path,label\n" + "".join(rows))
     with pytest.raises(FolderError) as caught:
         pack(archive, tmp_path / "out")
-    command = f"fastflower pack '{archive}' --labels '{prefix}my train.csv'"
+    command = f"fastflower pack '{archive}' --out {tmp_path / 'out'} --labels '{prefix}my train.csv'"
     assert str(caught.value).endswith(f"my train.csv names 4 of these images: {command}")
     assert str(caught.value).startswith(f"{archive}: has one class, 'images'; a classifier needs")
     assert "unpack" not in str(caught.value)

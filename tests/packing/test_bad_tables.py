@@ -13,22 +13,23 @@ BAD_TABLES = {
     "no column of paths": (
         {"t.csv": "x,y\n7,a\n"},
         {"label": "y"},
-        "t.csv: has no column of paths among 'x', 'y'; name it with --path-column.",
+        "t.csv: has no column of paths; choose one of 'x', 'y', for example:\n  pack(folder, path_column='x')",
     ),
     "several columns": (
         {"t.csv": "image,x,y\n1,a,b\n"},
         {},
-        "t.csv: has no column named 'label' or 'class'; choose one with --label-column: 'x', 'y'.",
+        "t.csv: has no column named 'label' or 'class'; choose one of 'x', 'y', for example:\n  pack(folder, label_column='x')",
     ),
     "several columns of labels": (
         {"t.csv": "image,label,class\n1,a,b\n2,a,c\n"},
         {},
-        "t.csv: has more than one column of labels; choose one with --label-column: 'label', 'class'.",
+        "t.csv: has more than one column of labels; choose one of 'label', 'class', for example:\n  "
+        "pack(folder, label_column='label')",
     ),
     "a column that does not exist": (
         {"t.csv": "image,label\n1,a\n"},
-        {"label": "z"},
-        "t.csv: has no column 'z'; choose --label-column from 'image', 'label'.",
+        {"label": "labels"},
+        "t.csv: has no column 'labels'; choose one of 'image', 'label', for example:\n  pack(folder, label_column='label')",
     ),
     "a short row": (
         {"t.csv": "image,label\n1,a\n2\n"},
@@ -87,7 +88,7 @@ BAD_TABLES = {
         {"t.csv": "image,a,b\n1,1,0\n2,1,1\n"},
         {},
         "t.csv, line 3: has 2 labels; each image must have exactly one; "
-        "remove the row, or choose one column with --label-column.",
+        "remove the row, or choose one column, for example:\n  pack(folder, label_column='a')",
     ),
     "a list as a label": (
         {"t.jsonl": '{"image": "1.jpg", "label": ["a", "b"]}\n'},
@@ -124,12 +125,13 @@ BAD_TABLES = {
     "columns of numbers": (
         {"t.txt": "1.jpg 1 1 2\n2.jpg 2 1 2\n"},
         {},
-        "t.txt: has 4 columns; choose the labels with --label-column 2 .. 4.",
+        "t.txt: has 4 columns; choose that of the labels, 2 to 4, for example:\n  pack(folder, label_column='2')",
     ),
     "two columns of paths": (
         {"t.csv": "first,second,label\n1.jpg,2.jpg,a\n2.jpg,1.jpg,b\n"},
         {},
-        "t.csv: more than one column names images; choose one with --path-column: 'first', 'second'.",
+        "t.csv: more than one column names images; choose one of 'first', 'second', for example:\n  "
+        "pack(folder, path_column='first')",
     ),
     "two labels for one image": (
         {"t.csv": "image,label\n1,a\n2,b\n1,b\n"},

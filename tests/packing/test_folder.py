@@ -309,16 +309,15 @@ def test_names_that_only_start_like_a_split_are_classes(tmp_path: Path) -> None:
 
 TWO = ["train/a/1.jpg", "train/b/1.jpg"]
 REMEDY = (
-    "put the images of each class into a folder of its own, or pass a table of their labels (--labels FILE); images without "
-    "labels are for fastflower predict, or for Loader.from_files and a network of your own"
+    "put the images of each class into a folder of its own. Images without labels are for fastflower predict, or for "
+    "Loader.from_files and a network of your own. To pass a table of labels"
 )
-NO_CLASSES = f"{{root}}: has no class folders; {REMEDY}."
+NO_CLASSES = f"{{root}}: has no class folders; {REMEDY}:\n  pack('{{root}}', labels=['FILE'])"
 ONE_CLASS = "{root}: has one class, 'a'; a classifier needs at least two class folders."
 NO_IMAGES = f": has no images {ENDINGS}; add some, or remove the class folder."
-CAN_DROP = NO_IMAGES.replace("remove the class folder", "leave out such classes with --drop-empty-classes")
-NO_CLASS = (
-    "{root}/val/c: is not a class in {root}/train; add the class there, or leave it out with --drop-empty-classes."
-)
+DROP = "\n  pack(folder, drop_empty_classes=True)"
+CAN_DROP = NO_IMAGES.replace("remove the class folder.", f"leave out such classes:{DROP}")
+NO_CLASS = f"{{root}}/val/c: is not a class in {{root}}/train; add the class there, or leave it out:{DROP}"
 MISFITS = [
     ([], NO_CLASSES),
     (["1.jpg", ".git/1.jpg"], NO_CLASSES),

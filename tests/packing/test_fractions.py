@@ -36,7 +36,9 @@ def test_a_fraction_for_a_split_that_the_folder_has_is_refused(
 ) -> None:
     root = divided(tmp_path / "data", own)
     what = f"{own}_fraction cannot be used because {root} has its own {own} split"
-    with pytest.raises(ArgumentError, match=exactly(f"{what}; leave it out, or pass --split-by class.")):
+    (given,) = (f"{name}={value}" for name, value in fractions.items())
+    again = f"pack({str(root)!r}, '{tmp_path / 'out'}', {given}, split_by='class')"
+    with pytest.raises(ArgumentError, match=exactly(f"{what}; leave it out, or draw all splits anew:\n  {again}")):
         pack(root, tmp_path / "out", **fractions)
     assert not (tmp_path / "out").exists()
     assert own in pack(root, tmp_path / "out").splits

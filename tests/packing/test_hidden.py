@@ -164,7 +164,11 @@ def test_a_pattern_without_a_match_is_named_before_packing(tmp_path: Path, caplo
     assert caplog.messages == []
     scan(root, ignore=["Raw", "1.jpg/", "b/1.jpg", "a/2.jpg"][:2])
     rule = "write a name, or a path relative to this folder"
-    assert caplog.messages == [f"{root}: nothing matches --ignore {name!r}; {rule}" for name in ("Raw", "1.jpg/")]
+    assert caplog.messages == [f"{root}: nothing matches the pattern {name!r}; {rule}" for name in ("Raw", "1.jpg/")]
+    caplog.clear()
+    scan(root, ignore=["Notes.txt"])
+    meant = "did you mean notes.txt?\n  pack(folder, 'shards-2', ignore=['notes.txt'])"
+    assert caplog.messages == [f"{root}: nothing matches the pattern 'Notes.txt'; {rule}; {meant}"]
 
 
 @pytest.mark.parametrize(

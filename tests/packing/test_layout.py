@@ -154,13 +154,15 @@ def test_folders_that_each_class_has_may_be_the_classes(tmp_path: Path, caplog: 
     assert said == f"{root}: each class has the folders 'ill', 'well'"
     labels, _, rest = command.partition(" && fastflower pack ")
     subprocess.run(["bash", "-c", labels], cwd=tmp_path, check=True)
-    assert rest == f"{root} --labels labels.csv"
+    assert rest == f"{root} --labels labels.csv --out shards-2"
     assert scan(root, Tables([tmp_path / "labels.csv"])).classes == ("ill", "well")
 
 
 def test_images_named_like_masks_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scan(touch(tmp_path, "a/1.png", "a/1_mask.png", "b/1.png", "b/1_mask.png", "b/1_mask_1.png"))
-    assert caplog.messages == [f"{tmp_path}: 3 images have names like masks; leave them out with --ignore '*_mask*'"]
+    assert caplog.messages == [
+        f"{tmp_path}: 3 images have names like masks; to leave them out:\n  pack(folder, 'shards-2', ignore=['*_mask*'])"
+    ]
 
 
 @pytest.mark.parametrize(

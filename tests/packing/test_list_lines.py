@@ -56,8 +56,8 @@ LISTS = [
     ),
     (
         {"train.txt": AB, "val.txt": "\nc/1.jpg"},
-        "val.txt, line 2: class 'c' has no training image; correct the label, list an image for training, or leave it out "
-        "with --drop-empty-classes.",
+        "val.txt, line 2: class 'c' has no training image; correct the label, list an image for training, or leave it out:"
+        "\n  pack(folder, drop_empty_classes=True)",
     ),
     ({"train.txt": AB + "\na/2 2"}, f"train.txt, line 4: {TOO_LARGE}"),
     ({"train.txt": AB, "val.txt": "b/2.jpg 0"}, f"val.txt, line 1: label 0 is not the position of 'b' {POSITION}"),

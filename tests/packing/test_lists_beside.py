@@ -1,7 +1,6 @@
 """A list or table of training images that is passed alone is packed with those for val and test beside it."""
 
 import logging
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from kill_packer import checksums
 from packs import drawn
 
 from fastflower import Manifest, pack
-from fastflower.cli import main
 from fastflower.errors import FolderError
 from fastflower.packing.source import shards_of
 
@@ -67,10 +65,11 @@ def test_another_split_that_is_asked_for_is_taken_from_the_list_alone(
 ) -> None:
     assert counts(pack(data / "train.txt", "shards", **options)) == expected
     (told,) = [text for text in caplog.messages if "not read" in text]
-    told, _, command = told.partition("; to pack all, type ")
+    told, _, command = told.partition("; to pack all:\n  ")
     assert told == "data/train.txt: data/val.txt and data/test.txt are not read"
-    assert main([*shlex.split(command)[1:], "--out", "all"]) == 0
-    assert counts(Manifest.load("all")) == {"train": 8, "val": 2, "test": 2}
+    assert command == "pack('data', 'shards-2', labels=['data/train.txt', 'data/val.txt', 'data/test.txt'])"
+    assert eval(command, {"pack": pack}) == Manifest.load("shards-2")
+    assert counts(Manifest.load("shards-2")) == {"train": 8, "val": 2, "test": 2}
 
 
 @pytest.mark.parametrize("content", ["", "no/such.jpg\n", "a word\n", "1\n2\n"])

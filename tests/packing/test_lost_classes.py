@@ -66,7 +66,7 @@ def consistent(folder: Path, out: Path, classes: tuple[str, ...]) -> Manifest:
 
 
 def test_a_lost_class_is_named_with_files_and_reasons_and_the_shards_are_kept(lost: Path, tmp_path: Path) -> None:
-    page = "is HTML, a web page, named .jpg"
+    page, given = "is HTML, a web page, named .jpg", ", ".join(f"{name}={value!r}" for name, value in OPTIONS.items())
     with pytest.raises(FolderError) as caught:
         pack(lost, tmp_path / "out", **OPTIONS)
     some = [path for path in (f"b/00{number}.jpg" for number in range(5)) if path in str(caught.value)]
@@ -75,8 +75,9 @@ def test_a_lost_class_is_named_with_files_and_reasons_and_the_shards_are_kept(lo
         "class 'b': none of its 4 training images can be read:",
         *(f"  {path}: {page}" for path in some),
         "  and 1 other",
-        "To leave out such classes, run the same command with --drop-empty-classes; it keeps the finished shards. "
-        f"Or replace the files, remove {tmp_path / 'out/.packing'}, and pack again.",
+        f"Replace the files, remove {tmp_path / 'out/.packing'}, and pack again. Or leave out such classes, which keeps the "
+        "finished shards:",
+        f"  pack({str(lost)!r}, '{tmp_path / 'out'}', {given}, drop_empty_classes=True)",
     ]
     work = tmp_path / "out/.packing"
     assert {path.suffix for path in work.iterdir()} >= {".json", ".tar", ".npz", ".idx"}
@@ -189,9 +190,7 @@ def test_images_that_become_readable_in_between_are_not_lost(
         patch.setattr(
             worker, "prepare", lambda data, **options: real(whole if data.startswith(PAGE) else data, **options)
         )
-        with pytest.raises(
-            LostClassError, match=r"data: images can be read that could not be read before; run the same"
-        ):
+        with pytest.raises(LostClassError, match=r"data: images can be read that could not be read before; to resume"):
             pack(lost, failed, drop_empty_classes=True, **OPTIONS)
         pack(lost, failed, drop_empty_classes=True, **OPTIONS)
     assert Manifest.load(failed).classes == ("a", "b", "c")
@@ -215,7 +214,9 @@ def test_empty_class_folders_are_left_out(tmp_path: Path) -> None:
     for name in ("b", "d"):
         (folder / name).mkdir()
     (folder / "d/notes.txt").write_text("none")
-    with pytest.raises(FolderError, match=NO_EXTENSIONS + r"leave out such classes with --drop-empty-classes\.$"):
+    with pytest.raises(
+        FolderError, match=NO_EXTENSIONS + r"leave out such classes:\n  pack\(.*, drop_empty_classes=True\)$"
+    ):
         pack(folder, tmp_path / "out")
     manifest = pack(folder, tmp_path / "out", drop_empty_classes=True, **OPTIONS)
     assert [item["path"] for item in manifest.skipped] == ["b", "d", "d/notes.txt"]
@@ -241,7 +242,9 @@ def test_classes_without_training_images_in_other_splits_are_skipped(tmp_path: P
     folder = drawn(tmp_path / "data", **counts)
     (folder / "train/d").mkdir()
     (folder / "train/d/1.jpg").write_bytes(b"x")
-    remedy = "add the class there, or leave it out with --drop-empty-classes."
+    remedy = (
+        f"add the class there, or leave it out:\n  pack({str(folder)!r}, '{tmp_path / 'out'}', drop_empty_classes=True)"
+    )
     with pytest.raises(
         FolderError, match=exactly(f"{folder / 'val/b'}: is not a class in {folder / 'train'}; {remedy}")
     ):
@@ -324,7 +327,7 @@ def test_on_bad_fail_names_such_a_file(tmp_path: Path, on_conflict: Any) -> None
     folder = drawn(tmp_path / "data", a=4, b=4)
     for name in ("a", "b"):
         (folder / name / "bad.jpg").write_bytes(b"no picture")
-    with pytest.raises(FolderError, match=r"bad\.jpg: is plain text, named \.jpg; remove or replace it, or pack with"):
+    with pytest.raises(FolderError, match=r"bad\.jpg: is plain text, named \.jpg; remove or replace it, or skip"):
         pack(folder, tmp_path / "out", on_bad="fail", on_conflict=on_conflict)
     assert not (tmp_path / "out").exists()
 
@@ -377,8 +380,10 @@ def test_images_without_an_extension_are_named_with_the_command_that_packs_them(
 
 def test_a_class_emptied_by_ignore_says_so(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "data", a=2, b=2, c=2)
-    what = f"{folder / 'b'}: has no images (.jpg, .png and others) besides those that --ignore matches; add some, or "
-    with pytest.raises(FolderError, match=exactly(f"{what}leave out such classes with --drop-empty-classes.")):
+    what = f"{folder / 'b'}: has no images (.jpg, .png and others) besides those that are ignored; add some, or "
+    with pytest.raises(
+        FolderError, match=exactly(f"{what}leave out such classes:\n  pack(folder, drop_empty_classes=True)")
+    ):
         scan(folder, ignore=["b/*"])
 
 
@@ -388,4 +393,4 @@ def test_a_class_lost_for_want_of_heic_says_what_to_install(tmp_path: Path, monk
     (folder / "b/000.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     with pytest.raises(LostClassError) as caught:
         pack(folder, out)
-    assert str(caught.value).endswith(f" Or run pip install pillow-heif, remove {out / '.packing'}, and pack again.")
+    assert f"\nRun pip install pillow-heif, remove {out / '.packing'}, and pack again. Or leave" in str(caught.value)

@@ -52,7 +52,7 @@ def test_the_working_folder_may_be_the_class(
 ) -> None:
     monkeypatch.chdir(data / "rose")
     assert main(["pack", ".", "--out", "../../../shards"]) == 1
-    assert capsys.readouterr().err.endswith("\n  fastflower pack ..\n")
+    assert capsys.readouterr().err.endswith("\n  fastflower pack .. --out ../../../shards\n")
 
 
 @pytest.mark.parametrize("beside", ["notes", "train", "val"])

@@ -114,9 +114,9 @@ def test_an_error_in_another_process_is_raised_after_all_have_stopped(
     folder = Path(shutil.copytree(flowers, tmp_path / "data"))
     bad = folder / next(samples(shards, "train")).path
     bad.write_bytes(bytes(bad.stat().st_size))  # the size stays the same, so it is again the first image in a shard
-    text = f"{bad}: contains only zero bytes; remove or replace it, or pack with --on-bad skip."
+    text = f"{bad}: contains only zero bytes; remove or replace it, or skip damaged images:\n  pack("
     with Recorded(2, mp_context=get_context("spawn")) as executor:
-        with pytest.raises(FolderError, match=exactly(text)):
+        with pytest.raises(FolderError, match=re.escape(text)):
             pack(folder, tmp_path / "out", on_bad="fail", quality=90, shard_bytes=1 << 20, executor=executor)
         assert [future.done() for future in executor.futures] == [True] * len(executor.futures)
     assert not (tmp_path / "out").exists()

@@ -220,13 +220,13 @@ def test_shards_without_a_good_image_are_not_written(small: Path, tmp_path: Path
 
 def one_bad(folder: Path) -> str:
     (folder / "b/004.jpg").write_bytes(b"text")
-    return f"{folder / 'b/004.jpg'}: is plain text, named .jpg; remove or replace it, or pack with --on-bad skip."
+    return f"{folder / 'b/004.jpg'}: is plain text, named .jpg"
 
 
 def one_gone(folder: Path) -> str:
     (folder / "b/004.jpg").unlink()
     (folder / "b/004.jpg").symlink_to("nowhere")
-    return f"{folder / 'b/004.jpg'}: No such file or directory; remove or replace it, or pack with --on-bad skip."
+    return f"{folder / 'b/004.jpg'}: No such file or directory"
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -238,20 +238,25 @@ def test_an_error_in_the_images_leaves_nothing_behind(
     if kept:  # other files in OUT stay
         out.mkdir()
         (out / "notes.txt").write_text("mine")
-    with pytest.raises(FolderError, match=exactly(spoil(small))):
+    again = f"pack({str(small)!r}, {str(out)!r}, shard_bytes=5000)"
+    rule = f"remove or replace it, or skip damaged images:\n  {again}"
+    with pytest.raises(FolderError, match=exactly(f"{spoil(small)}; {rule}")):
         pack(small, out, on_bad="fail", shard_bytes=5000)
     assert ([path.name for path in out.iterdir()] if out.exists() else []) == ["notes.txt"] * kept
     assert out.exists() == kept
 
 
-@pytest.mark.parametrize("where", ["", "out", "a/out", "../link", "../small"])
-def test_out_inside_the_folder_is_refused(small: Path, tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "beside"),
+    [("", "small-2"), ("out", "out"), ("a/out", "out"), ("../link", "link-2"), ("../small", "small-2")],
+)
+def test_out_inside_the_folder_is_refused(small: Path, tmp_path: Path, where: str, beside: str) -> None:
     (tmp_path / "link").symlink_to(small / "b")
     before = checksums(tmp_path)
     out = small / where
     what = f"is inside the folder to pack ({small}) and would become part of it"
-    text = f"{out}: {what}; choose another folder as out (--out)."
-    with pytest.raises(FolderError, match=exactly(text)):
+    again = f"pack({str(small)!r}, '{tmp_path / beside}')"
+    with pytest.raises(FolderError, match=exactly(f"{out}: {what}; choose another folder:\n  {again}")):
         pack(small, out)
     assert checksums(tmp_path) == before
     assert not (small / "out").exists()
@@ -265,11 +270,12 @@ def test_out_next_to_the_folder_may_start_with_its_name(small: Path) -> None:
 def test_out_with_files_of_another_pack_is_refused(small: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     out.mkdir()
+    again = f"pack({str(small)!r}, '{out}-2', lists=True)"
     if name == "meta":
         (out / name).mkdir()
     else:
         (out / name).write_text("mine")
-    text = f"{out}: already contains {name}; choose another folder as out (--out), or remove this one."
+    text = f"{out}: already contains {name}; remove it, or choose another folder:\n  {again}"
     with pytest.raises(FolderError, match=exactly(text)):
         pack(small, out, lists=True)
     assert [path.name for path in out.iterdir()] == [name]
@@ -281,10 +287,9 @@ def test_out_with_files_of_another_pack_is_refused(small: Path, tmp_path: Path, 
 def test_a_pack_is_not_overwritten(small: Path, tmp_path: Path) -> None:
     pack(small, tmp_path / "out")
     before = checksums(tmp_path / "out")
-    text = (
-        f"{tmp_path / 'out'}: already contains packed shards; choose another folder as out (--out), or remove this one."
-    )
+    what = f"{tmp_path / 'out'}: already contains packed shards; remove them, or choose another folder"
     for seed in (0, 1):
+        text = f"{what}:\n  pack({str(small)!r}, '{tmp_path / 'out'}-2', seed={seed})"
         with pytest.raises(FolderError, match=exactly(text)):
             pack(small, tmp_path / "out", seed=seed)
     assert checksums(tmp_path / "out") == before
@@ -325,9 +330,9 @@ def test_a_class_of_copies_of_one_image_stays_in_training(tmp_path: Path) -> Non
 
 
 def test_lists_refuse_names_with_line_breaks(small: Path, tmp_path: Path) -> None:
-    path = "b/two\nlines.jpg"
+    path, again = "b/two\nlines.jpg", f"pack({str(small)!r}, '{tmp_path / 'out'}')"
     draw_image(1).save(small / path)
-    text = f"{str(small / path)!r}: has a line break in its name; rename it, or pack without --lists."
+    text = f"{str(small / path)!r}: has a line break in its name; rename it, or pack without lists:\n  {again}"
     with pytest.raises(FolderError, match=exactly(text)):
         pack(small, tmp_path / "out", lists=True)
     assert not (tmp_path / "out").exists()

@@ -87,9 +87,9 @@ def test_running_out_of_memory_is_explained_and_the_pack_resumes(
 
     with monkeypatch.context() as patch:
         patch.setattr(worker, "prepare", full)
-        rule = "packing ran out of memory; use fewer workers (--workers 1)."
-        again = "Run the same command again to resume."
-        with pytest.raises(FolderError, match=exactly(f"{tmp_path / 'out'}: {rule} {again}")):
+        rule = "packing ran out of memory; to resume with fewer workers:"
+        again = f"pack({str(small)!r}, '{tmp_path / 'out'}', workers=1)"
+        with pytest.raises(FolderError, match=exactly(f"{tmp_path / 'out'}: {rule}\n  {again}")):
             pack(small, tmp_path / "out")
     assert pack(small, tmp_path / "out").splits["train"].samples == 24
 
@@ -130,7 +130,8 @@ def test_a_class_that_is_only_in_classes_txt_is_refused(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "data", a=2, b=2)
     (folder / "classes.txt").write_text("a\nb\nc\n")
     (folder / "train.txt").write_text("a/000.jpg 0\nb/000.jpg 1\n")
-    remedy = "add images, or leave out such classes with --drop-empty-classes."
+    again = f"pack({str(folder)!r}, '{tmp_path / 'out'}', drop_empty_classes=True)"
+    remedy = f"add images, or leave out such classes:\n  {again}"
     with pytest.raises(FolderError, match=exactly(f"class 'c': has no images left for training; {remedy}")):
         pack(folder, tmp_path / "out")
 

@@ -70,7 +70,7 @@ def test_an_unusual_split_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
     def logged(folder: Path, **options: Any) -> list[str]:
         caplog.clear()
         pack(folder, tmp_path / f"out {folder.name} {options}", **options)
-        return [message.rpartition("}: ")[2] for message in caplog.messages]
+        return [message.rpartition("}: ")[2].partition(" {}-2")[0] for message in caplog.messages]
 
     nothing = "has no images in split 'val', so training on these shards has nothing to validate on; "
     spare = "no class can spare an image: add images, or pack a folder with its own split"
@@ -80,8 +80,8 @@ def test_an_unusual_split_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
         (copies / name / "copy.jpg").write_bytes((copies / name / "000.jpg").read_bytes())
     again = "classes can only spare copies, which stay together: add images. If an older version planned this pack, pack again"
     assert logged(copies) == [nothing + again]
-    beside = "draw one from the training images with --val-fraction 0.2"
     splits = drawn(tmp_path / "splits", **{"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
+    beside = f"draw one from the training images:\n  pack({str(splits)!r}, '{tmp_path}/out splits"
     assert logged(splits) == [nothing + beside]
     why = "each class with two or more images contributes at least one, and copies stay together"
     pairs = drawn(tmp_path / "pairs", a=2, b=2, c=2)
@@ -118,12 +118,13 @@ def test_another_seed_is_advised_if_only_the_drawn_images_of_a_class_can_be_read
         try:
             pack(folder, tmp_path / f"{seed}", seed=seed)
         except LostClassError as error:
-            messages.add(str(error).replace(f"{tmp_path}/{seed}", "OUT"))
+            messages.add(str(error).replace(f"{tmp_path}/{seed}", "OUT").replace(f"seed={seed}", "seed=0"))
     (message,) = messages
     assert message.split("\n")[2:] == [
-        "  1 image that can be read was drawn for the val split; another --seed may draw others",
-        "To leave out such classes, run the same command with --drop-empty-classes; it keeps the finished shards. "
-        "Or replace the files or choose another --seed, remove OUT/.packing, and pack again.",
+        "  1 image that can be read was drawn for the val split; another seed may draw others",
+        "Replace the files or choose another seed, remove OUT/.packing, and pack again. Or leave out such classes, which "
+        "keeps the finished shards:",
+        f"  pack({str(folder)!r}, 'OUT', seed=0, drop_empty_classes=True)",
     ]
 
 
@@ -136,13 +137,15 @@ def test_a_val_split_without_readable_images_says_so(tmp_path: Path, caplog: pyt
         (said,) = (message for message in caplog.messages if "in split 'val'" in message)
         return said.partition("; ")[2]
 
+    def again(folder: Path, seed: int) -> str:
+        return f"\n  pack({str(folder)!r}, '{tmp_path}/out {folder.name}-2', seed={seed})"
+
     drawing, own = (
         drawn(tmp_path / "drawn", a=4, b=4),
         drawn(tmp_path / "own", **{"train/a": 2, "train/b": 2, "val/a": 1}),
     )
     pack(drawing, tmp_path / "before")
     cannot = "for it cannot be read: replace damaged files"
-    assert (
-        logged(drawing, paths(tmp_path / "before", "val")) == f"2 images {cannot}, or draw others with another --seed"
-    )
+    val = paths(tmp_path / "before", "val")
+    assert logged(drawing, val) == f"2 images {cannot}, or draw others:{again(drawing, 1)}"
     assert logged(own, {"val/a/000.jpg"}) == f"1 image {cannot}"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +38,11 @@ def packs(tmp_path: Path) -> Path:
 def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO, "fastflower")
     return caplog
+
+
+def packed(folder: Path) -> dict[str, str]:
+    """Return the checksums of a pack without those of the list of what was packed."""
+    return {name: value for name, value in checksums(folder).items() if name != "files.zz"}
 
 
 def test_shards_and_addresses_are_returned_as_they_are(data: Path, tmp_path: Path, packs: Path) -> None:
@@ -98,7 +104,7 @@ def test_what_pack_takes_is_packed_once(
     folder = shards_of(passed, packs)
     assert isinstance(folder, Path)
     pack(passed, tmp_path / "expected")
-    assert checksums(folder) == checksums(tmp_path / "expected")
+    assert packed(folder) == checksums(tmp_path / "expected")
     assert list(packs.iterdir()) == [folder]
     said.clear()
     assert shards_of(f"file://{passed}", packs) == folder
@@ -159,12 +165,20 @@ def remove_from_a_linked_class(data: Path) -> None:
     (data.parent / "elsewhere/000.jpg").unlink()
 
 
-CHANGES = (change_time, change_size, rename, move, add_a_table, link_elsewhere, remove_from_a_linked_class)
+CHANGES: dict[Callable[[Path], None], str] = {
+    change_time: "rose/001.jpg has been changed",
+    change_size: "rose/001.jpg has been changed",
+    rename: "rose/001.jpg is now rose/009.jpg",
+    move: "rose/001.jpg is now tulip/x.jpg",
+    add_a_table: "labels.csv has been added",
+    link_elsewhere: "rose/more/ has been added",
+    remove_from_a_linked_class: "lily/000.jpg has been removed",
+}
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "how"), CHANGES.items())
 def test_changed_data_is_packed_anew_and_the_old_pack_named(
-    change: Callable[[Path], None], data: Path, packs: Path, said: pytest.LogCaptureFixture
+    change: Callable[[Path], None], how: str, data: Path, packs: Path, said: pytest.LogCaptureFixture
 ) -> None:
     drawn(data.parent, elsewhere=3)
     (data / "lily").symlink_to(data.parent / "elsewhere")
@@ -174,8 +188,25 @@ def test_changed_data_is_packed_anew_and_the_old_pack_named(
     change(data)
     new = shards_of(data, packs)
     assert new != folder
-    what = f"has changed; remove its old pack if no run on it is to resume: {folder} ({size / 1000:.1f} kB)"
-    assert said.messages[0] == f"{data}: {what}"
+    what = "remove its old pack if no run on it is to resume"
+    assert said.messages[0] == f"{data}: has changed ({how}); {what}: {folder} ({size / 1000:.1f} kB)"
+
+
+def test_a_pack_without_the_list_of_what_was_packed_goes_on_working(
+    data: Path, packs: Path, said: pytest.LogCaptureFixture
+) -> None:
+    """Older versions wrote none."""
+    folder = Path(str(shards_of(data, packs)))
+    whole = (folder / "files.zz").read_bytes()
+    for rest in (b"", whole[:-9], None):
+        (folder / "files.zz").write_bytes(rest) if rest is not None else (folder / "files.zz").unlink()
+        assert shards_of(data, packs) == folder
+    change_size(data)
+    said.clear()
+    assert shards_of(data, packs) != folder
+    assert said.messages[0].startswith(
+        f"{data}: has changed; remove its old pack if no run on it is to resume: {folder}"
+    )
 
 
 def test_hidden_files_and_cycles_of_links_do_not_matter(data: Path, packs: Path) -> None:
@@ -240,7 +271,7 @@ def test_a_pack_that_was_killed_is_resumed(data: Path, packs: Path, tmp_path: Pa
     assert not (begun / "manifest.json").exists()
     assert shards_of(data, packs) == begun
     pack(data, tmp_path / "expected")
-    assert checksums(begun) == checksums(tmp_path / "expected")
+    assert packed(begun) == checksums(tmp_path / "expected")
     assert list(packs.iterdir()) == [begun]
 
 
@@ -262,7 +293,7 @@ def test_a_run_finds_the_pack_that_it_began_with(data: Path, packs: Path, said: 
     change_size(data)
     said.clear()
     assert shards_of(data, packs, trained=identity) == folder
-    what = "has changed since this run began, which resumes on the images that it began with"
+    what = "has changed since this run began (rose/001.jpg has been changed), which resumes on the images that it began with"
     assert said.messages == [f"{data}: {what} ({folder})"]
     assert shards_of(data, packs, trained=identity, as_split="test") != folder
 
@@ -281,14 +312,9 @@ def unlabeled(data: Path) -> tuple[Path, type[Exception], str]:
     for folder in ("rose", "tulip"):
         shutil.rmtree(data / folder)
     draw_image(0).save(data / "1.jpg")
-    what = (
-        "has no class folders; put the images of each class into a folder of its own, or pass a table of their labels "
-    )
-    more = (
-        "(--labels FILE); images without labels are for fastflower predict, or for Loader.from_files and a network of "
-    )
-    rest = f"Flags are those of pack: pack first (fastflower pack {data} --out shards), then pass shards."
-    return data, FolderError, f"{data}: {what}{more}your own.\n{rest}"
+    what = "has no class folders; put the images of each class into a folder of its own. Images without labels are for "
+    more = "fastflower predict, or for Loader.from_files and a network of your own. To pass a table of labels"
+    return data, FolderError, f"{data}: {what}{more}:\n  pack({str(data)!r}, "
 
 
 @pytest.mark.parametrize("make", [nothing, one_class, unlabeled])
@@ -296,7 +322,7 @@ def test_errors_of_pack_pass_with_what_to_do_and_leave_nothing(
     make: Callable[[Path], tuple[Path, type[Exception], str]], data: Path, packs: Path
 ) -> None:
     passed, kind, message = make(data)
-    with pytest.raises(kind, match=exactly(message)):
+    with pytest.raises(kind, match=f"^{re.escape(message)}"):
         shards_of(passed, packs)
     assert not packs.parent.exists()
 
@@ -308,7 +334,7 @@ def test_an_unfinished_pack_is_finished_with_flags_where_it_lies(data: Path, pac
     with pytest.raises(FolderError, match="none of its 4 training images can be read") as failed:
         shards_of(data, packs)
     (begun,) = packs.iterdir()
-    last = f"\nFlags are those of pack: pack first (fastflower pack {data} --out {begun}), then pass {begun}."
+    last = f"\n  pack({str(data)!r}, {str(begun)!r}, drop_empty_classes=True)"
     assert str(failed.value).endswith(last)
     pack(data, begun, drop_empty_classes=True)
     assert shards_of(data, packs) == begun
@@ -319,7 +345,7 @@ def test_a_folder_for_packs_inside_the_data_is_refused(data: Path, monkeypatch: 
     what = (
         "runs/packs: would hold the pack, but is inside the folder to pack (.); choose a run's folder outside (--out), "
     )
-    with pytest.raises(FolderError, match=exactly(f"{what}or pack first: fastflower pack . --out FOLDER")):
+    with pytest.raises(FolderError, match=exactly(f"{what}or pack first:\n  pack('.', '../shards')")):
         shards_of(".")
     assert sorted(path.name for path in data.iterdir()) == ["rose", "tulip"]
 
@@ -332,7 +358,7 @@ def test_data_inside_the_folder_of_runs_is_packed(data: Path, packs: Path) -> No
 
 def test_a_folder_that_cannot_be_written_is_named(data: Path, packs: Path) -> None:
     packs.parent.write_text("a file")
-    remedy = f"pack first: fastflower pack {data} --out FOLDER, then pass that."
+    remedy = re.escape(f"pack first, to another folder:\n  pack({str(data)!r})")
     with pytest.raises(FolderError, match=rf"/runs/packs/data-\w+: cannot be written \(.*\); {remedy}$"):
         shards_of(data, packs)
 

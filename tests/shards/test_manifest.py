@@ -258,7 +258,7 @@ def test_a_pack_that_cannot_be_finished_shows_no_shard_and_can_be_resumed(tmp_pa
     (out / "_info.json").mkdir()
     text = (
         f"{out}: cannot be written (Is a directory); choose another folder as out (--out). "
-        f"Run the same command again to resume."
+        f"To resume:\n  pack({str(folder)!r}, {str(out)!r}, shard_bytes=4000)"
     )
     with pytest.raises(FolderError, match=exactly(text)):
         pack(folder, out, shard_bytes=4000)

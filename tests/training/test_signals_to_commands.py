@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
 
 BEFORE, FIRST, LATER = "before training began", "in epoch 1, step 1, and saved", "in epoch 2, step 2, and saved"
 MOMENTS: list[Any] = [
-    pytest.param(source, "_state_of", 1, BEFORE, id="before packing"),
+    pytest.param(source, "files_of", 1, BEFORE, id="before packing"),
     pytest.param(packer, "_make_shards", 1, BEFORE, id="packing"),
     pytest.param(packer, "publish", 1, BEFORE, id="packed"),
     pytest.param(loop, "network_of", 1, BEFORE, id="building the network"),

@@ -56,13 +56,14 @@ def test_a_run_resumes_on_the_images_that_it_began_with(
     whole = train(data, RECIPE, out=tmp_path / "runs/whole", device="cpu")
     killed(data, RECIPE, tmp_path / "runs/a", (Run, "step", 7), save_steps=2)
     assert Checkpoint.load(tmp_path / "runs/a" / LAST).epoch == 1
-    os.utime(next(data.rglob("*.jpg")), (1, 1))
+    image = next(data.rglob("*.jpg"))
+    os.utime(image, (1, 1))
     caplog.clear()
     report = train(data, RECIPE, out=tmp_path / "runs/a", resume=True, device="cpu")
     assert [row["train_loss"] for row in report.history] == [row["train_loss"] for row in whole.history]
     (folder,) = (tmp_path / "runs/packs").iterdir()
-    what = "has changed since this run began, which resumes on the images that it began with"
-    assert caplog.messages == [f"{data}: {what} ({folder})"]
+    what = f"has changed since this run began ({image.relative_to(data)} has been changed), which resumes on the images"
+    assert caplog.messages == [f"{data}: {what} that it began with ({folder})"]
 
 
 def test_a_run_whose_pack_is_gone_is_not_resumed_on_other_images(data: Path, tmp_path: Path) -> None:
@@ -100,8 +101,10 @@ def test_a_test_set_cannot_be_trained_on(tmp_path: Path) -> None:
 
 
 def test_a_fold_needs_a_pack_with_folds(data: Path, tmp_path: Path) -> None:
-    rule = f"fold must be None, because {data} is not packed with folds, got 0; pack it first, then pass shards:\n  "
-    with pytest.raises(ArgumentError, match=exactly(f"{rule}fastflower pack {data} --folds 5 --out shards")):
+    rule = f"fold must be None, because {data} is not packed with folds, got 0; pack it first:\n  "
+    pack, out = f"pack({str(data)!r}, 'shards', folds=5)", str(tmp_path / "runs/a")
+    then = f"train('shards', recipe, fold=0, out={out!r}, device='cpu')"
+    with pytest.raises(ArgumentError, match=exactly(f"{rule}{pack}; {then}")):
         train(data, ONE, fold=0, out=tmp_path / "runs/a", device="cpu")
 
 

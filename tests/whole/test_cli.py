@@ -219,7 +219,7 @@ def test_errors_of_pack_are_explained(mixed: Path, tmp_path: Path, capsys: pytes
         "does not exist; pass a folder that contains one folder of images per class, or a zip or tar archive of one."
     )
     assert error(capsys, "pack", tmp_path / "no", "--out", tmp_path / "out") == f"{tmp_path / 'no'}: {missing}"
-    bad = f"{mixed / 'a/text.jpg'}: is plain text, named .jpg; remove or replace it, or pack with --on-bad skip."
+    bad = f"{mixed / 'a/text.jpg'}: is plain text, named .jpg; remove or replace it, or skip damaged images:"
     assert error(capsys, "pack", mixed, "--out", tmp_path / "out", "--on-bad", "fail") == bad
     assert not (tmp_path / "out").exists()
 
