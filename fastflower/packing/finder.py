@@ -37,6 +37,7 @@ class Finder:
 
     def __init__(self, root: Path, tops: Sequence[str] = (".",)) -> None:
         self._root, self._tops = root, tops
+        self._name = os.path.basename(os.path.abspath(root))  # noqa: PTH100, PTH119  (root may be "." or "..")
         self._by_stem: dict[str, list[str]] | None = None
         self._by_pair: dict[str, list[str]] | None = None
 
@@ -60,7 +61,7 @@ class Finder:
         first = 0 if outside else 1
         for start in range(first, len(names)):
             alone = start == len(names) - 1 and start > 0
-            if alone and not (outside or names[start - 1] == self._root.name):
+            if alone and not (outside or names[start - 1] == self._name):
                 break  # the file's name alone may belong to another folder's image
             end = "/".join(names[start:])
             for base in (*bases, "."):
