@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastflower import Augment, Recipe, train
+from fastflower import Augment, Recipe
 from fastflower.cli import _parse_recipe
 from fastflower.recipes.flags import changes, flags, nearest
 from fastflower.recipes.presets import PRESETS
@@ -21,7 +21,9 @@ OTHERS = {
 
 
 def parsed(arguments: list[str]) -> Recipe:
-    return _parse_recipe("fastflower train", ["shards", *arguments], train, out=Path | None)["recipe"]
+    return _parse_recipe("fastflower train", ["shards", *arguments], "training.trainer.train", out=Path | None)[
+        "recipe"
+    ]
 
 
 @pytest.mark.parametrize("name", OTHERS)
