@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastflower.draws.augment import Augment as Augment
     from fastflower.errors import FastflowerError as FastflowerError
+    from fastflower.exporting.export import export as export
     from fastflower.loading.batch import Batch as Batch
     from fastflower.loading.loader import Loader as Loader
     from fastflower.models.checkpoint import Checkpoint as Checkpoint
@@ -32,6 +33,7 @@ _HOME = {
     "Recipe": "recipes.recipe",
     "Report": "reporting.report",
     "evaluate": "models.evaluation",
+    "export": "exporting.export",
     "pack": "packing.packer",
     "predict": "models.prediction",
     "train": "training.trainer",

@@ -35,15 +35,12 @@ _TYPES: dict[str, object] = {
     "images": list[str],  # paths and URLs
     "columns": str | None,
     "sample": Path,
-    "classes": None,
-    "augment": None,
     "device": str | None,
     "labels": list[Path],
-    "executor": None,
+    **dict.fromkeys(("classes", "augment", "executor")),
     "ignore": list[str],
 }
 """Command-line types of parameters that accept more types from Python. None: only Python has the parameter."""
-
 
 _NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_b0", "convnext_tiny", "vit_b_16", "swin_t")
 _WORDS = {"--device": ("cpu", "cuda", "cuda:0"), "--split": ("train", "val", "test")}
@@ -377,6 +374,13 @@ def _reordered(prog: str, args: Sequence[str], checkpoint: str, others: list[str
     return shlex.join([*prog.split(), checkpoint, *others, *flags])
 
 
+def _export(prog: str, args: Sequence[str]) -> None:
+    values = _parser(prog, "exporting.export.export", out=Path, batched=str | None).parse(args)
+    from fastflower.exporting.export import export
+
+    print(export(**values))
+
+
 _COMMANDS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
     "pack": (_pack, "convert a folder, archive or table of images to shards"),
     "verify": (_verify, "check that every image decodes and that shards, indexes and manifest agree"),
@@ -386,5 +390,9 @@ _COMMANDS: dict[str, tuple[Callable[[str, Sequence[str]], None], str]] = {
     "reports": (_reports, "repeat the experiments of five student reports, and compare"),
     "evaluate": (_evaluate, "score a checkpoint on a folder of images, or on a split of shards"),
     "predict": (_predict, "classify image files"),
+    "export": (
+        _export,
+        "write a trained network to a file for other programs, and prove that it answers as predict does",
+    ),
     "backbones": (_backbones, "list networks to train, with their stages and image sizes"),
 }

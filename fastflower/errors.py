@@ -200,6 +200,10 @@ class SampleError(FastflowerError):
         """What may be passed besides another image, or "": for example a larger limit."""
 
 
+class ExportError(FastflowerError):
+    """Raised if an exported file does not answer as `predict` does. No file is left."""
+
+
 class CheckpointError(FastflowerError):
     """Raised if a checkpoint or weights file cannot be read, used or written. Pass another file or a different `out`."""
 

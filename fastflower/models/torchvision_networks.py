@@ -33,6 +33,13 @@ def empty(name: str) -> nn.Module:
     return _without_auxiliary_heads(network)
 
 
+def arguments_of(name: str) -> dict[str, bool]:
+    """Return the arguments with which torchvision's function builds what `empty` builds, beside num_classes."""
+    if name not in _WITH_AUXILIARY_HEADS:
+        return {}
+    return {"transform_input": True, "aux_logits": False, "init_weights": False}
+
+
 def set_drop_path(network: nn.Module, rate: float) -> bool:
     """Set the probabilities of stochastic depth as the constructor's stochastic_depth_prob does; return whether there are any.
 

@@ -29,7 +29,7 @@ ORDER = [*(path.replace("/", ".") for path in LISTED), "__init__"]
 
 PUBLIC = {
     "Augment", "Recipe", "pack", "train", "evaluate", "predict", "Loader", "Batch", "Manifest", "Checkpoint", "Report",
-    "FastflowerError", "Predictor",
+    "FastflowerError", "Predictor", "export",
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from places import ROOT
 from torchvision.models import resnet18
 
-from fastflower import Augment, Checkpoint, Manifest, Recipe, evaluate, pack, predict, train
+from fastflower import Augment, Checkpoint, Manifest, Recipe, evaluate, export, pack, predict, train
 from fastflower.cli import main
 from fastflower.models.catalog import backbones
 from fastflower.recipes.presets import PRESETS
@@ -30,7 +30,8 @@ from fastflower.training.reports import reports
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "pack": pack, "verify": verify, "doctor": diagnose, "preview": preview, "train": train, "reports": reports,
-    "evaluate": evaluate, "predict": predict, "backbones": backbones,
+    "evaluate": evaluate, "predict": predict, "export": export,
+    "backbones": backbones,
 }  # fmt: skip
 pytestmark = pytest.mark.usefixtures("narrow")
 CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
