@@ -78,7 +78,7 @@ def _run(args: Sequence[str] | None) -> int:
         with logging_redirect_tqdm(), typed(args):
             run(f"fastflower {args[0]}", args[1:])
     except UsageError as error:
-        _say(f"error: {error}")
+        _say(f"error: {splits_together(args) or error}")
         raise SystemExit(2) from None
     except StoppedError as stopped:
         if speaks():
@@ -241,8 +241,6 @@ def _parse_recipe(prog: str, args: Sequence[str], function: str, **types: object
     """Parse the command line for a subcommand that takes a recipe. Each field of the recipe is a flag."""
     try:
         return {**_with_recipe(prog, args, function, **types)}
-    except UsageError as error:
-        raise UsageError(splits_together(prog, args) or str(error)) from None
     except ArgumentError as error:
         flag = str(error).partition(" ")[0]
         name = flag.rpartition(".")[2].removeprefix("--").replace("-", "_")

@@ -61,18 +61,19 @@ def _of_run(path: Path, rest: Sequence[str]) -> str:
     return f"; to score this run, type fastflower {shlex.join(['evaluate', str(path), *shards, *rest])}"
 
 
-def splits_together(prog: str, args: Sequence[str]) -> str:
-    """Return what to type if the arguments are files or folders of several splits, such as train.txt val.txt; else ""."""
+def splits_together(args: Sequence[str]) -> str:
+    """Return what to type if a command has files or folders of several splits, such as train.txt val.txt; else ""."""
+    prog, *args = args
     first, *others = [Path(word) for word in args if os.path.lexists(word)] or [Path()]
     flags = [word for word in args if word not in map(str, (first, *others))]
     found = [path for path in others if split_in(path.stem) and path.is_dir() == first.is_dir()]
     if not others or others != found or split_in(first.stem) != "train":
         return ""
     if first.is_dir() and {path.absolute().parent for path in others} == {first.absolute().parent}:
-        line = shlex.join([*prog.split(), str(first.parent), *flags])
+        line = shlex.join(["fastflower", prog, str(first.parent), *flags])
         return f"one folder holds all splits; type {line}"
     if is_table(first) and {path.absolute() for path in others} <= {path.absolute() for path in neighbors(first)}:
-        line = shlex.join([*prog.split(), str(first), *flags])
+        line = shlex.join(["fastflower", prog, str(first), *flags])
         return f"{first} is packed with {' and '.join(map(str, others))} beside it; type {line}"
     return ""
 

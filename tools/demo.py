@@ -111,7 +111,8 @@ def _trained(out: Path, weights: Path | None, backbone: str | None, epochs: int 
     elif backbone:
         tries = [replace(finetune, backbone=backbone), replace(PRESETS["scratch"](), backbone=backbone)]
     else:
-        tries = [replace(PRESETS["finetune-small"](), epochs=3), PRESETS["scratch"]()]
+        small = replace(PRESETS["finetune-small"](), augment=finetune.augment)  # too short a training for mixup
+        tries = [replace(small, epochs=3, sizes=(0.71, 0.71, 0.86)), PRESETS["scratch"]()]
     for recipe in tries:
         chosen = replace(recipe, epochs=epochs or recipe.epochs)
         _step(f"training {chosen.backbone}, {chosen.epochs} epochs, weights: {chosen.weights or 'none, from scratch'}")
@@ -125,9 +126,9 @@ def _trained(out: Path, weights: Path | None, backbone: str | None, epochs: int 
 
 
 def _timed(folder: Path, out: Path, size: int) -> dict[str, list[Timed]]:
-    """Run benchmarks/epoch_time.py on 640 of the same images, at the size of the first epoch."""
+    """Run benchmarks/epoch_time.py on 320 of the same images, at the size of the first epoch."""
     command = [sys.executable, ROOT / "benchmarks" / "epoch_time.py", "--data", folder, "--out", out]
-    options = {"rounds": 3, "train-rounds": 1, "size": size, "max-images": 640}
+    options = {"rounds": 3, "train-rounds": 1, "size": size, "max-images": 320, "train-images": 320}
     subprocess.run([*command, *(f"--{name}={value}" for name, value in options.items())], check=True)
     content = json.loads(next(out.glob("epoch_time_*.json")).read_text())
     return {"data loading": content["feeding"], "training": content["training"]}

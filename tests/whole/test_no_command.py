@@ -148,6 +148,11 @@ def test_a_run_of_another_working_folder_is_continued_with_shards_that_are_found
             "lists/train.txt lists/other.txt",
             "unexpected 'lists/other.txt'; type fastflower train lists/train.txt and then flags.",
         ),
+        (
+            "pack lists/train.txt lists/val.txt",
+            "lists/train.txt is packed with lists/val.txt beside it; type fastflower pack lists/train.txt",
+        ),
+        ("pack parts/train parts/val", "one folder holds all splits; type fastflower pack parts"),
         ("parts/train lists/val.txt", "unexpected 'lists/val.txt'; type fastflower train parts/train and then flags."),
     ],
 )
@@ -159,5 +164,5 @@ def test_the_splits_as_several_arguments_are_answered_with_one(
         (here / "lists").mkdir(exist_ok=True)
         (here / "lists" / f"{name}.txt").touch()
     with pytest.raises(SystemExit):
-        main(["train", *shlex.split(typed)])
+        main([*([] if typed.startswith("pack") else ["train"]), *shlex.split(typed)])
     assert capsys.readouterr().err == f"error: {said}\n"
