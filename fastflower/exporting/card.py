@@ -35,7 +35,7 @@ def card(exported: Exported, file: Path, proof: Proof, scores: Scores | None, pa
         "## Data": list(_data(exported, pack)),
         "## View": [_table(["", ""], [[name, _text(value)] for name, value in cast("Json", facts["view"]).items()])],
         "## Recipe": [
-            f"Recipe {preset}, {checkpoint.epoch} epochs"
+            f"Recipe {preset}, after epoch {checkpoint.epoch} of {recipe.epochs}"
             + (", changed:" if (changed := changes(recipe, preset)) else "."),
             *(
                 [_table(["field", "value"], [[name, _text(value)] for name, value in changed.items()])]
@@ -99,7 +99,7 @@ def _data(exported: Exported, pack: Manifest | None) -> Iterator[str]:
     record = read(folder) if folder else None
     data = cast("Json", record.get("data") or {}) if record else {}
     if given := data.get("folder") or data.get("shards"):
-        yield f"Trained on {given}."
+        yield f"Trained on {Path(str(given)).name}."
     if pack is None:
         yield "Its counts are not at hand."
         return
@@ -114,7 +114,9 @@ def _data(exported: Exported, pack: Manifest | None) -> Iterator[str]:
 
 
 def _text(value: object) -> str:
-    return " x ".join(map(str, cast("Sequence[object]", value))) if isinstance(value, tuple | list) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(_text, cast("Sequence[object]", value))) if isinstance(value, tuple | list) else str(value)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -82,7 +82,7 @@ def export(
     require(not boolean("int8", int8) or out.suffix == ".onnx", "int8", f"False with {out.suffix}", int8)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.load(checkpoint)
-    exported = Exported(checkpoint, facts_of(checkpoint, shape), shape)
+    exported = Exported(checkpoint, facts_of(checkpoint, shape, raw=out.suffix in (".onnx", ".pt2")), shape)
     if int8:
         calibration_images(checkpoint)  # before anything is written
     images = images_for(exported, prove)

@@ -17,19 +17,29 @@ ORIENTATION = (
 )
 
 
-def facts_of(checkpoint: Checkpoint, shape: tuple[int, int] | None) -> Json:
-    """Return the metadata of an export. shape  (height, width) of a batch's images; None for one image of any size."""
+def facts_of(checkpoint: Checkpoint, shape: tuple[int, int] | None, *, raw: bool) -> Json:
+    """Return the metadata of an export.
+
+    shape  (height, width) of a batch's images; None for one image of any size.
+    raw  Whether the file takes pixels and gives probabilities. If not, it is the network alone.
+    """
     recipe, view = checkpoint.recipe, RawView(view_of(checkpoint.recipe))
-    side = "H" if shape is None else str(shape[0]), "W" if shape is None else str(shape[1])
-    batch, rows = ("", "") if shape is None else ("N, ", "N, ")
+    height, width = shape or ("H", "W")
+    batch, count = "" if shape is None else "N, ", len(checkpoint.classes)
+    taken, given = f"({batch}{height}, {width}, 3) uint8, RGB", f"({batch}{count}) float32, probabilities"
+    if not raw:
+        taken, given = (
+            f"(N, 3, {view.size[0]}, {view.size[1]}) float32, the view below",
+            f"(N, {count}) float32, logits",
+        )
     mean, std = recipe.augment.normalization
     row = checkpoint.history[checkpoint.epoch - 1] if 0 < checkpoint.epoch <= len(checkpoint.history) else {}
     return {
         "format": "fastflower export",
         "version": 1,
         "classes": list(checkpoint.classes),
-        "input": f"({batch}{side[0]}, {side[1]}, 3) uint8, RGB",
-        "output": f"({rows}{len(checkpoint.classes)}) float32, probabilities in the order of the classes",
+        "input": taken,
+        "output": f"{given} in the order of the classes",
         "orientation": ORIENTATION,
         "view": {
             "resize": view.resize,

@@ -99,6 +99,8 @@ def test_the_metadata_of_each_format_names_classes_view_origin_and_version(run: 
         assert facts["view"]["size"] == [64, 64]
         assert facts["view"]["resize"] == 72
         assert facts["backbone"] == "timm/test_resnet"
+        whole = facts in (onnx_facts, json.loads(extra["fastflower.json"]))
+        assert facts["input"].startswith("(H, W, 3) uint8" if whole else "(N, 3, 64, 64) float32")
         assert facts["pretrained_weights"] is None
         assert facts["versions"].keys() == {"fastflower", "torch"}
         assert "exif_transpose" in facts["orientation"]
@@ -269,7 +271,7 @@ def test_an_int8_file_is_measured_and_kept_only_if_it_agrees(
 
     checkpoint = Checkpoint.load(run)
     monkeypatch.setattr(quantization, "AGREEMENT", 0.0)
-    described = formats.Exported(checkpoint, facts_of(checkpoint, None))
+    described = formats.Exported(checkpoint, facts_of(checkpoint, None, raw=True))
     done = quantization.quantized(described, exported / "flowers.onnx", tmp_path / "flowers.int8.onnx")
     assert done.bytes[1] == done.file.stat().st_size < done.bytes[0] == (exported / "flowers.onnx").stat().st_size
     model = onnx.load(done.file)
@@ -331,7 +333,8 @@ def test_the_card_says_what_a_person_needs_to_know(run: Path, exported: Path) ->
     scores = json.loads((run / "run.json").read_text())
     assert "of 30 images" in card
     assert "120 images in train, 30 images in val" in card
-    assert scores["data"]["shards"] in card
+    assert f"Trained on {Path(scores['data']['shards']).name}." in card
+    assert "after epoch 1 of 1" in card
     assert "License: none: trained from random weights." in card
 
 
