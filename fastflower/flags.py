@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise, takewhile
 from math import inf
 from pathlib import Path
@@ -174,12 +174,7 @@ class Parser(ArgumentParser):
 
     def add_fields(self, instance: "DataclassInstance", group: str, prefix: str = "", *, but: str = "") -> None:
         """Add a dataclass's fields as flags. The instance has the defaults."""
-        source = cast("ast.ClassDef", ast.parse(textwrap.dedent(inspect.getsource(type(instance)))).body[0])
-        texts = {
-            first.target.id: inspect.cleandoc(ast.literal_eval(second.value))
-            for first, second in pairwise(source.body)
-            if isinstance(first, ast.AnnAssign) and isinstance(first.target, ast.Name) and isinstance(second, ast.Expr)
-        }
+        texts = _texts(type(instance))
         to = self.add_argument_group(group).add_argument
         for item in fields(instance):
             if item.name != but:
@@ -241,6 +236,17 @@ class Parser(ArgumentParser):
         """Raise UsageError, where argparse prints its usage and exits."""
         text = re.sub(r"^argument (\S+): ", r"\1 ", message).replace("ignored explicit argument", "takes no value, got")
         raise UsageError(text if text.endswith("?") else f"{text}.")
+
+
+@cache
+def _texts(kind: type) -> dict[str, str]:
+    """Return the docstrings of a class's fields, by name."""
+    source = cast("ast.ClassDef", ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0])
+    return {
+        first.target.id: inspect.cleandoc(ast.literal_eval(second.value))
+        for first, second in pairwise(source.body)
+        if isinstance(first, ast.AnnAssign) and isinstance(first.target, ast.Name) and isinstance(second, ast.Expr)
+    }
 
 
 class _Formatter(HelpFormatter):

@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 
 from fastflower.files import write_atomically
 from fastflower.loading.loader import Loader
@@ -140,8 +141,7 @@ def write_report(
         mistakes = _mistakes(scores, val)
     for name, data in figures.items():
         write_atomically(folder / f"{name}.png", data)
-    template = Environment(loader=PackageLoader("fastflower.reporting"), autoescape=True).get_template("report.html")
-    html = template.render(
+    html = _template().render(
         name=Path(os.path.abspath(folder)).name,  # noqa: PTH100  (Path.absolute keeps ..)
         preset=preset if not changes(recipe, preset) else f"{preset}, changed",
         recipe=recipe.resolved.to_dict(),
@@ -156,6 +156,11 @@ def write_report(
         record=read(folder),
     )
     write_atomically(folder / "report.html", html.encode("utf-8", "backslashreplace"))
+
+
+@cache
+def _template() -> Template:
+    return Environment(loader=PackageLoader("fastflower.reporting"), autoescape=True).get_template("report.html")
 
 
 def _image(data: bytes, width: int) -> str:

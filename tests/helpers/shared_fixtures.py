@@ -21,10 +21,9 @@ if not torch.cuda.is_available():
 import quick_triton
 from bad_server import IMPATIENT, BadServer, serving
 from places import ROOT
-from training_runs import narrow_resnets
+from training_runs import narrow_resnets, no_drawing
 
 from fastflower import pack
-from fastflower.reporting import figures
 from fastflower.shards.remote import Remote
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -67,6 +66,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_fsync() -> Iterator[None]:
+    """Only a power cut loses data without fsync; a kill does not. Tests of when it is called set their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +150,7 @@ def narrow() -> Iterator[None]:
 def no_figures() -> Iterator[None]:
     """Write empty figures, because drawing them takes longer than a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "png", lambda _: b"")
+        no_drawing(patch)
         yield
 
 

@@ -20,13 +20,12 @@ import pytest
 import torch.distributed as dist
 import train_and_die
 from ranks import launch
-from training_runs import LAST, RECIPE, flags, narrow_resnets
+from training_runs import LAST, RECIPE, flags, narrow_resnets, no_drawing
 
 from fastflower import Recipe, train
 from fastflower.errors import FastflowerError
 from fastflower.files import locked
 from fastflower.models import inference
-from fastflower.reporting import figures
 from fastflower.training.run import Run
 
 WEIGHTS = "weights.pth"  # in OUT, of a narrow ResNet-18, for the frozen stages
@@ -89,7 +88,7 @@ def train_all(shards: str, place: str) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     patch = pytest.MonkeyPatch()
     narrow_resnets(patch)
-    patch.setattr(figures, "png", lambda _: b"")  # takes longer than a run
+    no_drawing(patch)  # takes longer than a run
     out, rank = Path(place), dist.get_rank()
     for name, recipe in recipes(out).items():
         (out / f"{name} {rank}.json").write_text(json.dumps(come_to(shards, recipe, out / name)))
@@ -111,7 +110,7 @@ def train_all(shards: str, place: str) -> None:
 
 def redirected(place: str, *arguments: str) -> None:
     """One rank, with its output in files, without figures."""
-    figures.png = lambda _: b""
+    no_drawing(pytest.MonkeyPatch())
     for number, suffix in ((1, "out"), (2, "err")):
         with Path(place, f"restarted.{suffix}").open("ab") as file:
             os.dup2(file.fileno(), number)

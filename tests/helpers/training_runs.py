@@ -17,6 +17,7 @@ from torch import nn
 from torchvision.models import ResNet
 
 from fastflower import Augment, Checkpoint, Recipe, train
+from fastflower.reporting import figures, report
 
 DIE = Path(__file__).with_name("train_and_die.py")
 LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"
@@ -113,6 +114,14 @@ def narrow_resnets(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(ResNet, "_make_layer", narrow_layer)
     patch.setattr(ResNet, "__init__", narrow_make)
+
+
+def no_drawing(patch: pytest.MonkeyPatch) -> None:
+    """Write empty figures and thumbnails."""
+    patch.setattr(figures, "png", lambda _: b"")
+    for name in ("curves", "confusion"):
+        patch.setattr(report, name, lambda _: b"")
+    patch.setattr(report, "thumbnail", lambda _: "")
 
 
 def small(_backbone: str, num_classes: int, **_: Any) -> nn.Module:

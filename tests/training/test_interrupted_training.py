@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import re
 import shutil
 import signal
@@ -40,12 +39,6 @@ from fastflower.training import run as loop
 from fastflower.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
-
-
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a power cut loses data without fsync; a kill does not."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """Captured and replayed steps, tested with a fake for CUDA graphs, equal eager steps bit for bit."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the small network and write no report."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr("fastflower.models.defaults.build", small)
     monkeypatch.setattr("fastflower.training.run.write_report", lambda *_: None)
 

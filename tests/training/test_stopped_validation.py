@@ -1,6 +1,5 @@
 """Interrupted validation: the epoch's training is saved, and a resumed run continues with the validation."""
 
-import os
 from dataclasses import replace
 from itertools import count as count_from
 from pathlib import Path
@@ -32,7 +31,6 @@ VARIANTS: list[Any] = [
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastflower.models.defaults.build", small)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
