@@ -18,6 +18,7 @@ from fastflower.models.checkpoint import Checkpoint
 from fastflower.models.evaluation import evaluate
 from fastflower.models.metrics import Scores
 from fastflower.models.trained_on import packs_of
+from fastflower.packing.workspace import remove_empty
 from fastflower.shards.manifest import Manifest
 from fastflower.suggestions import keywords
 
@@ -86,9 +87,11 @@ def export(
     if int8:
         calibration_images(checkpoint)  # before anything is written
     images = images_for(exported, prove)
+    new = [path for path in (out.parent, *out.parent.parents) if not path.exists()]
     try:
         if out.suffix == ".safetensors":
             _require_own_folder(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}.", suffix=".part", dir=out.parent) as folder:
             written = write(exported, Path(folder, out.name))
             proof = proof_of(runner(exported, written[0]), images)
@@ -100,8 +103,10 @@ def export(
                 path.replace(out.parent / path.name)
     except OSError as error:
         blame_the_system(error, out)
-        remedy = remedy_for(error, "choose a file in an existing, writable folder")
+        remedy = remedy_for(error, "choose a file in a writable folder")
         raise ArgumentError(f"out: {out} cannot be written ({error.strerror or error}); {remedy}.") from None
+    finally:
+        remove_empty(new)
     _log.info("%s: proved on %s", out, proof)
     files = tuple(out.parent / path.name for path in written)
     return Export(files, proof, _quantized(exported, out) if int8 else None)

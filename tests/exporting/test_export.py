@@ -231,7 +231,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "size": ({"out": "a.onnx", "batched": "big"}, r"batched must be height and width in pixels, as in 480x640, got 'big'"),
     "zero": ({"out": "a.onnx", "batched": (0, 3)}, r"batched must be height and width in pixels, as in 480x640, got 0"),
     "batched": ({"out": "a.pt", "batched": "48x64"}, r"batched must be None with .pt, got '48x64'"),
-    "folder": ({"out": "none/a.pt"}, r"out: .*a.pt cannot be written \(No such file.*\); choose a file in an existing"),
+    "folder": ({"out": "file/a.pt"}, r"out: file/a.pt cannot be written \(.*\); choose a file in a writable folder"),
 }  # fmt: skip
 
 
@@ -240,9 +240,19 @@ def test_what_cannot_be_exported_is_refused(
     options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     with pytest.raises(ArgumentError, match=message):
         export(untrained(), **options)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_folders_are_made_and_stay_only_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(untrained(), tmp_path / "new" / "one" / "a.pt")
+    assert {path.name for path in (tmp_path / "new" / "one").iterdir()} == {"a.pt", "a.pt.md"}
+    monkeypatch.setattr(proof, "TOLERANCE", -1.0)
+    with pytest.raises(ExportError):
+        export(untrained(), tmp_path / "other" / "two" / "a.pt")
+    assert not (tmp_path / "other").exists()
 
 
 def test_networks_of_no_library_are_not_exported_as_their_tensors(tmp_path: Path) -> None:
