@@ -28,6 +28,7 @@ def card(exported: Exported, file: Path, proof: Proof, scores: Scores | None, pa
         f"# {file.name}": [
             f"Classifies images into {len(checkpoint.classes)} classes with {recipe.backbone}. "
             f"Input: {facts['input']}. Output: {facts['output']}.",
+            f"Classes, in the order of the output: {', '.join(checkpoint.classes)}.",
             str(facts["orientation"]),
         ],
         "## Use": [f"```python\n{snippet(exported, file.as_posix())}```"],

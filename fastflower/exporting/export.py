@@ -1,6 +1,5 @@
 """Exports a trained network to a file that other programs run, and proves that it answers as `predict` does."""
 
-import logging
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,8 +20,6 @@ from fastflower.models.trained_on import packs_of
 from fastflower.packing.workspace import remove_empty
 from fastflower.shards.manifest import Manifest
 from fastflower.suggestions import keywords
-
-_log = logging.getLogger("fastflower")
 
 
 class Export(NamedTuple):
@@ -107,7 +104,6 @@ def export(
         raise ArgumentError(f"out: {out} cannot be written ({error.strerror or error}); {remedy}.") from None
     finally:
         remove_empty(new)
-    _log.info("%s: proved on %s", out, proof)
     files = tuple(out.parent / path.name for path in written)
     return Export(files, proof, _quantized(exported, out) if int8 else None)
 
@@ -131,7 +127,6 @@ def _quantized(exported: Exported, out: Path) -> Quantized:
         target = done.file.replace(out.parent / done.file.name)
     with out.with_name(f"{out.name}.md").open("a", encoding="utf-8") as card:
         card.write(f"\n## {target.name}\n\nQuantized to int8: {done}, on this machine's processor.\n")
-    _log.info("%s: %s", target, done)
     return done._replace(file=target)
 
 

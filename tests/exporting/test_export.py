@@ -345,6 +345,7 @@ def test_the_card_says_what_a_person_needs_to_know(run: Path, exported: Path) ->
     assert "120 images in train, 30 images in val" in card
     assert f"Trained on {Path(scores['data']['shards']).name}." in card
     assert "after epoch 1 of 1" in card
+    assert f"in the order of the output: {', '.join(Checkpoint.load(run).classes)}." in card
     assert "License: none: trained from random weights." in card
 
 
